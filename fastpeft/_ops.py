@@ -1,0 +1,141 @@
+"""Every op of the library: its schema, its shape function and its autograd formula, each written once.
+
+Implementations are registered in `fastpeft.backends` (Python, Triton) or by the compiled modules (C++, CUDA), never
+here, so that any of them may be absent. Users call the checked functions of `fastpeft.functional`.
+
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fastpeft"
+
+SCHEMAS = {
+    # h (*, N) and the projection p = x V^T (*, R), which backward needs
+    "siva_linear": "(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor? bias) -> (Tensor, Tensor)",
+    # dx (*, K), du (N, R), dv (R, K), dbias (N,); an output that is not needed is a tensor of 0 elements
+    "siva_linear_backward": (
+        "(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p, bool need_dx, bool need_du, "
+        "bool need_dv, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # terms (seed, scale) are applied in order; decay goes with the first
+    "mezo_perturb_": (
+        "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
+        "str rounding='nearest') -> ()"
+    ),
+    "mezo_perturb": (
+        "(Tensor param, int offset, int[] seeds, float[] scales, float decay, str noise='gaussian', "
+        "str rounding='nearest') -> Tensor"
+    ),
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear")
+def _siva_linear_fake(
+    x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], v.shape[0]))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear_backward")
+def _siva_linear_backward_fake(
+    dh: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    p: Tensor,
+    need_dx: bool,
+    need_du: bool,
+    need_dv: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(u.shape if need_du else (0,)),
+        x.new_empty(v.shape if need_dv else (0,)),
+        x.new_empty((weight.shape[0],) if need_dbias else (0,)),
+    )
+
+
+def _siva_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, u, s, v, _ = inputs
+    p = output[1]
+    ctx.mark_non_differentiable(p)
+    ctx.set_materialize_grads(False)
+    _, ctx.need_dweight, need_du, ctx.need_ds, _, _ = ctx.needs_input_grad
+    # x is needed for dV and p for dU alone; what no gradient needs is not kept
+    need_dv = ctx.needs_input_grad[4]
+    ctx.save_for_backward(x if need_dv else None, weight, u, s, v, p if need_du else None)
+
+
+def _siva_linear_backward(ctx: Any, dh: Tensor | None, _dp: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.need_dweight or ctx.need_ds:
+        # functional.siva_linear refuses this with the reason; a silent None would be a wrong gradient
+        raise RuntimeError("fastpeft::siva_linear has no gradient for weight and s: both are frozen by definition")
+    if dh is None:
+        return None, None, None, None, None, None
+    x, weight, u, s, v, p = ctx.saved_tensors
+    need_dx, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
+    empty = dh.new_empty(0)
+    dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
+        dh,
+        x if x is not None else empty,
+        weight,
+        u,
+        s,
+        v,
+        p if p is not None else empty,
+        need_dx,
+        need_du,
+        need_dv,
+        need_dbias,
+    )
+    return (
+        dx if need_dx else None,
+        None,
+        du if need_du else None,
+        None,
+        dv if need_dv else None,
+        dbias if need_dbias else None,
+    )
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::siva_linear", _siva_linear_backward, setup_context=_siva_linear_setup_context
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mezo_perturb_")
+def _mezo_perturb__fake(
+    params: list[Tensor],
+    offsets: list[int],
+    seeds: list[int],
+    scales: list[float],
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mezo_perturb")
+def _mezo_perturb_fake(
+    param: Tensor,
+    offset: int,
+    seeds: list[int],
+    scales: list[float],
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> Tensor:
+    return torch.empty_like(param)

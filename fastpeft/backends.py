@@ -1,0 +1,138 @@
+"""What each op runs on, and why: the only file that imports kernels and compiled modules.
+
+At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
+Triton, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"` overrides the order
+(names: `cpp`, `triton`, `reference`); asking for one that is not available raises `FastpeftError`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from fastpeft import reference
+from fastpeft._ops import NAMESPACE, SCHEMAS
+from fastpeft.errors import FastpeftError
+
+VARIABLE = "FASTPEFT_BACKEND"
+
+# (op, device) -> backends that implement it, best first. The reference covers every op on every device.
+IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("siva_linear", "cuda"): ("triton",),
+    ("mezo_perturb_", "cpu"): ("cpp",),
+    ("mezo_perturb", "cpu"): ("cpp",),
+}
+
+# launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
+_TRITON_LAUNCHERS = {"siva_linear": ("siva_linear", "siva_linear_fwd")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of one op on one device, and why it is this one."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def _probe_cpp() -> str:
+    """'' when the C++ module is loaded (which registers its implementations), else why not."""
+    try:
+        importlib.import_module("fastpeft._C")
+    except ImportError as error:
+        return f"the compiled module fastpeft._C is not available ({error})"
+    return ""
+
+
+def _probe_triton() -> str:
+    """'' when Triton kernels can run, else why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not available ({error})"
+    return ""
+
+
+_PROBES: dict[str, Callable[[], str]] = {"cpp": _probe_cpp, "triton": _probe_triton}
+
+
+def _overrides(text: str) -> dict[str, str]:
+    """Parse `op=name,op=name`."""
+    chosen = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = item.partition("=")
+        if op not in SCHEMAS or name not in ("reference", *_PROBES):
+            raise FastpeftError(
+                f"{VARIABLE} has {item!r}; allowed are OP=NAME with OP one of {', '.join(SCHEMAS)} and NAME one of "
+                f"{', '.join(_PROBES)}, reference. Correct or unset the variable."
+            )
+        chosen[op] = name
+    return chosen
+
+
+def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], str]) -> Choice:
+    """The first available backend of `op` on `device`, or `wanted`."""
+    candidates = IMPLEMENTED.get((op, device), ())
+    if wanted == "reference":
+        return Choice(op, device, "reference", f"asked for by {VARIABLE}")
+    if wanted is not None and candidates:
+        reason = why_not(wanted) if wanted in candidates else f"{op} has no {wanted} implementation on {device}"
+        if reason:
+            raise FastpeftError(f"{VARIABLE} asks for {op}={wanted}, but {reason}. Install it or unset the variable.")
+        return Choice(op, device, wanted, f"asked for by {VARIABLE}")
+    missing = []
+    for name in candidates:
+        reason = why_not(name)
+        if not reason:
+            return Choice(op, device, name, "available")
+        missing.append(f"{name}: {reason}")
+    return Choice(op, device, "reference", "; ".join(missing) or "the only implementation")
+
+
+def _register(library: torch.library.Library, choice: Choice) -> None:
+    """Register `choice` on the dispatcher, over the reference that every device starts with."""
+    if choice.backend == "triton":
+        module_name, function = _TRITON_LAUNCHERS[choice.op]
+        module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
+        library.impl(choice.op, getattr(module, function), choice.device.upper())
+    elif choice.backend == "reference" and "cpp" in IMPLEMENTED.get((choice.op, choice.device), ()):
+        # the compiled module registers all its ops when it loads; put the reference back over this one
+        library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())
+
+
+def _activate() -> tuple[torch.library.Library, list[Choice]]:
+    reasons: dict[str, str] = {}
+
+    def why_not(name: str) -> str:
+        if name not in reasons:
+            reasons[name] = _PROBES[name]()
+        return reasons[name]
+
+    wanted = _overrides(os.environ.get(VARIABLE, ""))
+    for op in wanted:
+        if not any(key[0] == op for key in IMPLEMENTED) and wanted[op] != "reference":
+            raise FastpeftError(f"{VARIABLE} asks for {op}={wanted[op]}, but {op} has only a reference implementation.")
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for op in SCHEMAS:
+        library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+    found = [_choose(op, device, wanted.get(op), why_not) for op in SCHEMAS for device in ("cpu", "cuda")]
+    for choice in found:
+        _register(library, choice)
+    return library, found
+
+
+_library, _choices = _activate()  # the Library object must live: its registrations end with it
+
+
+def choices() -> list[Choice]:
+    """The implementation of every op on CPU and CUDA devices, with the reason."""
+    return list(_choices)

@@ -1,0 +1,11 @@
+"""The one error type of the library."""
+
+from __future__ import annotations
+
+
+class FastpeftError(ValueError):
+    """Raised when what was given cannot be used.
+
+    Its message names what was given, what is allowed and what to do. The command line prints the message
+    alone and exits with code 2.
+    """
