@@ -1,0 +1,58 @@
+# `make demo` on a fresh machine: fine-tunes the bundled RoBERTa with SiVA, on a CPU, offline after the install.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(CURDIR)/$(VENV)/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+PIP := $(BIN)/python -m pip install --quiet --constraint requirements-dev.lock
+
+export PATH := $(BIN):$(PATH)
+# a machine-wide pip constraint must not hold torch back
+export PIP_CONFIG_FILE := /dev/null
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo install-dev check test test-all bench wheel clean
+
+demo: $(VENV)/demo.stamp
+	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
+	fastpeft predict runs/siva-demo \
+		"A warm, funny and beautifully acted film." \
+		"Two hours of noise without a single idea." \
+		"The plot is thin, but the cast makes it worth seeing."
+
+install-dev: $(VENV)/dev.stamp
+
+check: $(VENV)/dev.stamp
+	ruff format --check .
+	ruff check .
+	mypy
+	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+
+test: $(VENV)/dev.stamp
+	python -m pytest
+
+test-all: $(VENV)/dev.stamp
+	python -m pytest --full
+
+bench: $(VENV)/dev.stamp
+	python -m pytest bench --benchmark-enable --benchmark-only
+
+wheel: $(VENV)/dev.stamp
+	python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist runs *.egg-info fastpeft/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# torch comes first: the compiled part is built against the one that is installed
+$(BIN)/ninja: requirements-dev.lock
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel ninja torch
+	touch $@
+
+$(VENV)/demo.stamp: $(BIN)/ninja pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/dev.stamp: $(BIN)/ninja pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@

@@ -1,0 +1,122 @@
+"""The compiled part of fastpeft. Everything else is in pyproject.toml.
+
+    FASTPEFT_BUILD_CPP=auto|0|1     fastpeft._C: C++ on libtorch's stable ABI, links no CUDA
+    FASTPEFT_BUILD_CUDA=auto|0|1    fastpeft._C_cuda: csrc/cuda/*.cu, for TORCH_CUDA_ARCH_LIST
+
+`auto` builds what torch, the compiler and nvcc allow and says what it left out: the library then runs on its PyTorch
+reference. `1` makes anything missing, and any compile error, fail the install. `0` builds nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
+
+# nothing newer than torch 2.10 and Python 3.11 is used, so one binary serves all that came after
+TORCH_TARGET_VERSION = "0x020a000000000000"
+PY_LIMITED_API = "0x030b0000"
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def asked(variable: str) -> str:
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable} is {value!r}; allowed are auto, 0 and 1. Correct or unset it.")
+    return value
+
+
+BUILD = {"fastpeft._C": asked("FASTPEFT_BUILD_CPP"), "fastpeft._C_cuda": asked("FASTPEFT_BUILD_CUDA")}
+
+
+def left_out(module: str, reason: object) -> None:
+    """Say that `module` is not built, or stop where it was demanded."""
+    message = f"fastpeft: {module} is not built: {reason}"
+    if BUILD[module] == "1":
+        raise SystemExit(message)
+    print(message, file=sys.stderr)
+
+
+def find_cuda_home() -> str | None:
+    """The toolkit's folder, as nvcc itself tells it: nvcc on the PATH may be a wrapper far away from the toolkit."""
+    if "CUDA_HOME" in os.environ or shutil.which("nvcc") is None:
+        return os.environ.get("CUDA_HOME")
+    plan = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return os.path.realpath(top.group(1).strip()) if top else None
+
+
+def extensions() -> tuple[list, dict]:
+    """The extension modules that can be built here, and the commands that build them."""
+    cuda_sources = glob("csrc/cuda/*.cu")
+    wanted = [m for m in BUILD if BUILD[m] != "0" and (m == "fastpeft._C" or cuda_sources or BUILD[m] == "1")]
+    if not wanted:
+        return [], {}
+    cuda_home = find_cuda_home()
+    if cuda_home:
+        os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        for module in wanted:
+            left_out(module, f"{error}; install torch and use pip's --no-build-isolation")
+        return [], {}
+
+    macros = [("Py_LIMITED_API", PY_LIMITED_API), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    # the bits of the noise are a contract: no two roundings may be fused into one
+    flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+    common = {"include_dirs": [os.path.abspath("csrc")], "define_macros": macros, "py_limited_api": True}
+    headers = glob("csrc/*.h")
+    found = []
+    if "fastpeft._C" in wanted:
+        if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+            left_out("fastpeft._C", "no C++ compiler; install one or name it in CXX")
+        else:
+            sources = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+            found.append(
+                cpp_extension.CppExtension(
+                    "fastpeft._C", sources, depends=headers, extra_compile_args={"cxx": flags}, **common
+                )
+            )
+    if "fastpeft._C_cuda" in wanted:
+        if not cuda_sources or not cuda_home:
+            left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if cuda_sources else "there is no CUDA source")
+        else:
+            found.append(
+                cpp_extension.CUDAExtension(
+                    "fastpeft._C_cuda",
+                    sorted(cuda_sources),
+                    depends=headers,
+                    extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false"]},
+                    **common,
+                )
+            )
+    for extension in found:
+        extension.optional = BUILD[extension.name] != "1"
+
+    class build_ext(cpp_extension.BuildExtension):  # noqa: N801
+        def build_extension(self, ext) -> None:
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                left_out(ext.name, f"it did not compile ({error})")
+                self.distribution.ext_modules.remove(ext)
+
+    class bdist_wheel(_bdist_wheel):  # noqa: N801
+        def run(self) -> None:
+            self.run_command("build")  # a module that did not compile is gone from ext_modules after this
+            self.root_is_pure = not self.distribution.has_ext_modules()
+            super().run()
+
+    return found, {"build_ext": build_ext, "bdist_wheel": bdist_wheel}
+
+
+modules, commands = extensions()
+setup(ext_modules=modules, cmdclass=commands)

@@ -1,0 +1,44 @@
+"""What every test runs under: no network, two threads, and a sample of the long tests.
+
+Tests marked slow, interp_full, kill or docs run in full under `--full` (`make test-all`). Without it a tenth of each
+marker's tests runs, at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+LONG_MARKERS = ("slow", "interp_full", "kill", "docs")
+SAMPLED_SHARE = 0.1
+SEED = os.environ.get("FASTPEFT_TEST_SEED", "0")
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run every long test instead of a seeded sample")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "long tests: all" if config.getoption("--full") else f"long tests: a sample, FASTPEFT_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = config.getoption("-m") or any("::" in argument for argument in config.args)
+    if config.getoption("--full") or named:
+        return
+    dropped: set[pytest.Item] = set()
+    for marker in LONG_MARKERS:
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        count = math.ceil(SAMPLED_SHARE * len(marked))
+        dropped |= set(marked) - set(random.Random(f"{SEED}:{marker}").sample(marked, count))
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
