@@ -72,9 +72,9 @@ def _siva_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[
     p = output[1]
     ctx.mark_non_differentiable(p)
     ctx.set_materialize_grads(False)
-    _, ctx.need_dweight, need_du, ctx.need_ds, _, _ = ctx.needs_input_grad
+    # torch appends one input of its own
+    _, ctx.need_dweight, need_du, ctx.need_ds, need_dv, _ = ctx.needs_input_grad[: len(inputs)]
     # x is needed for dV and p for dU alone; what no gradient needs is not kept
-    need_dv = ctx.needs_input_grad[4]
     ctx.save_for_backward(x if need_dv else None, weight, u, s, v, p if need_du else None)
 
 
@@ -85,7 +85,7 @@ def _siva_linear_backward(ctx: Any, dh: Tensor | None, _dp: Tensor | None) -> tu
     if dh is None:
         return None, None, None, None, None, None
     x, weight, u, s, v, p = ctx.saved_tensors
-    need_dx, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
+    need_dx, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad[:6]
     empty = dh.new_empty(0)
     dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
         dh,

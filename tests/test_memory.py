@@ -1,0 +1,233 @@
+"""The tracker against hand counts, and the simulated step against the same step with real tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from fastpeft import functional
+from fastpeft.errors import FastpeftError
+from fastpeft.memory import (
+    MemoryTracker,
+    _FusedForms,
+    _loss,
+    fused_adamw,
+    measured_peak,
+    peak_rss_mb,
+    simulate_training_step,
+)
+
+SIZES = dict(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=2
+)
+BATCH, TOKENS = 3, 64
+
+
+class Mlp(nn.Module):
+    """x (8, 16) -> 32 -> relu -> 4 -> scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x))).sum()
+
+
+def text_batch() -> dict[str, torch.Tensor]:
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+    mask[0, TOKENS // 2 :] = 0
+    return {
+        "input_ids": torch.full((BATCH, TOKENS), 5),
+        "attention_mask": mask,
+        "labels": torch.zeros(BATCH, dtype=torch.long),
+    }
+
+
+def roberta(**changes: object) -> nn.Module:
+    return RobertaForSequenceClassification(RobertaConfig(**SIZES, max_position_embeddings=TOKENS + 2, **changes))
+
+
+def bert(**changes: object) -> nn.Module:
+    return BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=TOKENS, **changes))
+
+
+def lora(**changes: object) -> nn.Module:
+    config = LoraConfig(r=4, target_modules=["query", "key"], task_type="SEQ_CLS", lora_dropout=0.1)
+    return get_peft_model(roberta(**changes), config)
+
+
+class WithOp(nn.Module):
+    """A frozen weight under the library's own op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 16), requires_grad=False)
+        self.u, self.v = nn.Parameter(torch.randn(24, 2)), nn.Parameter(torch.randn(2, 16))
+        self.register_buffer("s", torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.siva_linear(x, self.weight, self.u, self.s, self.v).square().sum()
+
+
+def tracked_real_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Peak bytes of the step that `simulate_training_step` simulates, with real tensors."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = fused_adamw(trained)
+    model.train()
+
+    def step() -> None:
+        loss = _loss(model(**batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with MemoryTracker() as tracker, _FusedForms():
+        tracker.add([*model.parameters(), *model.buffers(), *batch.values()])
+        step()  # makes the optimizer's state
+        tracker.reset_peak()
+        step()
+    return tracker.peak
+
+
+def test_tracker_counts_each_storage_once_and_forgets_the_dead():
+    with MemoryTracker() as tracker:
+        x = torch.zeros(100)
+        view = x[10:]
+        assert tracker.current == 400
+        del x
+        assert tracker.current == 400  # the view holds the storage
+        del view
+        assert tracker.current == 0
+        assert tracker.peak == 400
+
+
+def test_tracker_follows_a_storage_that_grows():
+    with MemoryTracker() as tracker:
+        x = torch.zeros(10)
+        x.resize_(50)
+        assert tracker.current == 200
+        del x
+    assert (tracker.current, tracker.peak) == (0, 200)
+
+
+def test_tracker_resets_its_peak_to_what_is_live():
+    with MemoryTracker() as tracker:
+        kept = torch.zeros(10)
+        torch.zeros(1000)
+        tracker.reset_peak()
+    assert tracker.peak == kept.nbytes
+
+
+def test_mlp_equals_the_hand_count():
+    estimate = simulate_training_step(Mlp(), {"x": torch.zeros(8, 16)})
+    trained = 16 * 32 + 32 + 32 * 4 + 4
+    assert estimate.weights == 4 * trained
+    assert estimate.gradients == 4 * trained
+    assert estimate.optimizer == 4 * (2 * trained + 4)  # two moments, and a step counter for each of 4 parameters
+    # The peak is at the end of backward: x, the gradient behind relu, the loss and its gradient, all gradients. Where
+    # relu makes that gradient, its output and the gradient before it live too, but not yet the gradients of `up`.
+    at_end = 8 * 16 + 8 * 32 + 2 + trained
+    at_relu = 8 * 16 + 3 * 8 * 32 + 2 + (32 * 4 + 4)
+    assert estimate.peak == estimate.weights + estimate.optimizer + 4 * max(at_end, at_relu)
+    assert estimate.activations == estimate.peak - estimate.weights - estimate.gradients - estimate.optimizer
+
+
+@pytest.mark.parametrize("make", [Mlp, WithOp])
+def test_small_modules_agree_with_real_tensors(make):
+    model, batch = make(), {"x": torch.randn(8, 16)}
+    assert simulate_training_step(model, batch).peak == tracked_real_step(model, batch)
+
+
+@pytest.mark.parametrize("make", [roberta, bert, lora])
+def test_transformers_agree_with_real_tensors(make):
+    # the CPU's fused attention has no dropout; hidden dropout stays on
+    model = make(attention_probs_dropout_prob=0.0)
+    assert simulate_training_step(model, text_batch()).peak == tracked_real_step(model, text_batch())
+
+
+@pytest.mark.parametrize("make", [roberta, bert, lora])
+def test_attention_keeps_no_probabilities(make):
+    estimate = simulate_training_step(make(attn_implementation="sdpa"), text_batch())
+    eager = simulate_training_step(make(attn_implementation="eager"), text_batch())
+    probabilities = SIZES["num_hidden_layers"] * BATCH * SIZES["num_attention_heads"] * TOKENS * TOKENS * 4
+    assert eager.activations - estimate.activations > probabilities
+
+
+def test_frozen_weights_have_no_gradient_and_no_state():
+    estimate = simulate_training_step(lora(), text_batch())
+    trained = sum(p.numel() for p in lora().parameters() if p.requires_grad)
+    assert estimate.gradients == 4 * trained
+    assert estimate.optimizer < 3 * estimate.gradients < estimate.weights * 3
+
+
+def test_dtypes_are_stated_and_autocast_halves_activations():
+    full = simulate_training_step(lora(), text_batch())
+    half = simulate_training_step(lora(), text_batch(), autocast_dtype=torch.bfloat16)
+    assert (full.weight_dtype, full.trained_dtype, full.activation_dtype) == ("float32",) * 3
+    assert half.activation_dtype == "bfloat16"
+    assert half.weights == full.weights
+    assert half.activations < full.activations
+
+
+def test_other_optimizers_are_counted_as_they_are():
+    sgd = simulate_training_step(Mlp(), {"x": torch.zeros(8, 16)}, lambda params: torch.optim.SGD(params, lr=0.1))
+    assert sgd.optimizer == 0
+
+
+def test_the_real_model_stays_as_it_was():
+    model = lora().eval()
+    model.base_model.model.roberta.train()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    training = [module.training for module in model.modules()]
+    simulate_training_step(model, text_batch())
+    assert [module.training for module in model.modules()] == training
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_a_model_that_fails_is_put_back():
+    model = Mlp().eval()
+    with pytest.raises(TypeError):
+        simulate_training_step(model, {"no_such_argument": torch.zeros(1)})
+    assert not model.training
+    assert type(model.up.weight.data) is torch.Tensor
+
+
+def test_what_cannot_be_simulated_is_said():
+    with pytest.raises(FastpeftError, match="no trained parameter"):
+        simulate_training_step(Mlp().requires_grad_(False), {"x": torch.zeros(8, 16)})
+    with pytest.raises(FastpeftError, match="scalar loss"):
+        simulate_training_step(nn.Linear(4, 4), {"input": torch.zeros(2, 4)})
+    without_labels = {name: value for name, value in text_batch().items() if name != "labels"}
+    with pytest.raises(FastpeftError, match="labels"):
+        simulate_training_step(roberta(), without_labels)
+
+
+def test_measured_peak_on_cpu():
+    with measured_peak("cpu") as peak:
+        torch.zeros(1000)
+        torch.zeros(10)
+    assert peak.nbytes == 4000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measured_peak_on_cuda():
+    before = torch.cuda.memory_allocated()
+    with measured_peak("cuda") as peak:
+        x = torch.zeros(2**20, device="cuda")
+    assert peak.nbytes >= before + x.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_rss_is_what_the_kernel_says():
+    torch.ones(2**20)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert peak_rss_mb() == pytest.approx(int(status["VmHWM"].split()[0]) / 1024, rel=0.02)
