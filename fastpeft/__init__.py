@@ -1,3 +1,33 @@
-"""Fine-tune transformers on little memory: SiVA, k-LST and MeZO on custom kernels."""
+"""Fine-tune transformers on little memory: SiVA, k-LST and MeZO on custom kernels.
+
+Importing this package makes SIVA known to PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` take it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastpeft import functional
+from fastpeft.errors import FastpeftError
+from fastpeft.siva import SivaConfig, SivaLinear
+
+if TYPE_CHECKING:
+    from fastpeft.training import TrainConfig, train
 
 __version__ = "0.1.0"
+
+__all__ = ["FastpeftError", "SivaConfig", "SivaLinear", "TrainConfig", "functional", "train"]
+
+# Names whose modules import the Trainer: loaded at first use, to keep the import quick.
+_LAZY = {"TrainConfig": "fastpeft.training", "train": "fastpeft.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

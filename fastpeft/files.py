@@ -1,0 +1,149 @@
+"""Files that are whole or absent (written under a temporary name, flushed to the disk, then renamed), and fingerprints
+of weights.
+
+Whoever reads a file at its final name, even after a power cut, finds all of it or none of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.errors import FastpeftError
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames inside `folder` durable. Windows cannot open a directory and needs no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    """Flush a file, or every file and folder below `path`, to the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb+") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
+    if path.is_file():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 to `path` in one atomic step."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which `mkstemp` ignores and which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` to `path` as readable JSON in one atomic step."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        FastpeftError: there is no such file, or it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastpeftError(f"cannot read {path} ({error.strerror}). Give the path of an existing file.") from None
+    except ValueError as error:  # JSON and UTF-8 errors alike
+        raise FastpeftError(f"{path} is not a JSON file ({error}). Restore it or write it anew.") from None
+    if not isinstance(values, dict):
+        raise FastpeftError(f"{path} holds a JSON {type(values).__name__}, not an object of names and values.")
+    return values
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Move a finished file or folder from a staging place on the same disk to `target`.
+
+    A file replaces what is there; a folder needs a free name, since no folder can be replaced in one step.
+    """
+    _sync_tree(staged)
+    os.replace(staged, target)
+    sync_directory(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete `folder` so that it is never seen half deleted at its name."""
+    if not folder.exists():
+        return
+    doomed = Path(tempfile.mkdtemp(prefix=".discarded-", dir=folder.parent))
+    os.replace(folder, doomed / folder.name)
+    shutil.rmtree(doomed)
+
+
+# Entries compared where the storage dtypes differ and the digests therefore cannot be.
+_SAMPLE_SIZE = 16
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A short text that identifies the values of a weight whatever floating dtype they are stored in.
+
+    `"DTYPE SHAPE SHA256 SAMPLE"`: the digest (first 16 hex digits) of the stored bytes, and 16 evenly spaced
+    entries as float32 in base64. Compare two with `fingerprints_agree`.
+    """
+    weight = weight.detach()
+    stored = weight.cpu().contiguous()
+    digest = hashlib.sha256(stored.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    sample = stored.flatten()[_sample_positions(stored.numel())].to(torch.float32)
+    encoded = base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode()
+    shape = "x".join(str(size) for size in stored.shape)
+    return f"{str(weight.dtype).removeprefix('torch.')} {shape} {digest} {encoded}"
+
+
+def fingerprints_agree(first: str, second: str) -> bool:
+    """Whether two fingerprints are of the same weight.
+
+    Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
+    dtypes can change, since one weight may be a cast of the other or both a cast of a third.
+    """
+    dtype_1, shape_1, digest_1, sample_1 = first.split(" ")
+    dtype_2, shape_2, digest_2, sample_2 = second.split(" ")
+    if shape_1 != shape_2:
+        return False
+    if dtype_1 == dtype_2:
+        return digest_1 == digest_2
+    a, b = (torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32) for text in (sample_1, sample_2))
+    relative = sum(torch.finfo(getattr(torch, name)).eps / 2 for name in (dtype_1, dtype_2, "float32"))
+    absolute = sum(torch.finfo(getattr(torch, name)).smallest_normal * 2**-10 for name in (dtype_1, dtype_2))
+    return bool(((a - b).abs() <= relative * torch.maximum(a.abs(), b.abs()) + absolute).all())
+
+
+def _sample_positions(size: int) -> Tensor:
+    return torch.linspace(0, max(size - 1, 0), min(size, _SAMPLE_SIZE), dtype=torch.float64).round().long()

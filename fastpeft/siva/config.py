@@ -1,0 +1,91 @@
+"""What a SiVA adapter is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig, PeftType
+
+from fastpeft.errors import FastpeftError
+
+Residual = Literal["frozen", "implicit"]
+
+
+def check_residual(residual: str, d: int | None) -> None:
+    """Raise `FastpeftError` unless the residual mode exists and can hold a decomposition of rank d."""
+    if residual not in get_args(Residual):
+        raise FastpeftError(f"residual={residual!r}; allowed are {' and '.join(map(repr, get_args(Residual)))}.")
+    if residual == "implicit" and d is not None:
+        raise FastpeftError(
+            f"d={d} with residual='implicit': a lower d replaces the weight, which 'implicit' leaves untouched. Use "
+            "residual='frozen', or d=None."
+        )
+
+
+@dataclass
+class SivaConfig(PeftConfig):
+    r"""Configuration of a SiVA adapter, used as any PEFT configuration is.
+
+    `h = x W_r^T + ((x V^T) * s) U^T + b`, where `U diag(s) V` are the top-r singular triplets of the pretrained
+    weight, U and V train, and the rest `W_r` is frozen.
+
+    Args:
+        r: Number of singular triplets that train.
+        target_modules: Names (suffixes) of the linear layers, a regular expression that a whole name must match,
+            or `"all-linear"`. None takes the query and key projections. Heads are never targeted.
+        d: Rank of the decomposition. None keeps the weight whole; less drops the smallest singular values on
+            purpose and needs `residual="frozen"`.
+        residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and
+            subtracts the initial triplets at run time, so that any adapters can share one base model.
+        rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
+        layers_to_transform: Indices of the blocks to adapt; None adapts all.
+        layers_pattern: Name of the list of blocks, where it is not the usual one.
+        exclude_modules: Names or a regular expression of layers to leave out.
+        modules_to_save: Further modules that train and are saved whole; a classification head is added by itself.
+        init_weights: False makes layers that wait for a saved adapter, with no decomposition. Saved
+            configurations hold False.
+        base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
+
+    Raises:
+        FastpeftError: r below 1, an unknown residual, or d with `residual="implicit"`.
+
+    Example:
+        >>> import fastpeft, peft
+        >>> model = peft.get_peft_model(base, fastpeft.SivaConfig(r=4, task_type="SEQ_CLS"))  # doctest: +SKIP
+    """
+
+    r: int = 4
+    target_modules: list[str] | str | None = None
+    d: int | None = None
+    residual: Residual = "frozen"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    base_fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SIVA  # type: ignore[attr-defined]
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise FastpeftError(f"r={self.r!r}; SiVA trains at least 1 singular triplet: give a whole number from 1.")
+        check_residual(self.residual, self.d)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))  # as PEFT's own configurations keep them
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration beside a saved adapter, whose factors replace the decomposition at loading."""
+        trained, self.init_weights = self.init_weights, False
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.init_weights = trained

@@ -1,0 +1,386 @@
+"""The linear layer of SiVA: a PEFT layer that can also be used on its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.files import fingerprint
+from fastpeft.functional import siva_linear
+from fastpeft.siva.config import Residual, check_residual
+from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
+
+
+class SivaLinear(nn.Module, BaseTunerLayer):
+    r"""A linear layer whose top-r singular triplets train while the rest of its weight is frozen.
+
+    `h = x W_r^T + ((x V^T) * s) U^T + b`
+
+    Per adapter it holds `siva_u (N, r)` and `siva_v (r, K)`, which train, and `siva_s (r,)`, `siva_u0`, `siva_v0`,
+    which do not: the initial factors, by which the pretrained weight can be given back. All are float32.
+
+    With `residual="frozen"` the wrapped layer's weight is `W_r`; adapters share it, so their initial factors must
+    agree. With `"implicit"` it stays the pretrained `W0` and `((x V0^T) * s) U0^T` is subtracted at run time.
+
+    Args:
+        base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
+        adapter_name: Name of the first adapter.
+        r, d, residual: As in `SivaConfig`.
+        init_weights: False leaves the factors for `load_state_dict` to fill in.
+        name: What error messages call the layer.
+
+    Raises:
+        FastpeftError: The weight cannot be decomposed so.
+
+    Notes:
+        Several active adapters add their changes: `W0 + sum_i (U_i diag(s_i) V_i - U0_i diag(s_i) V0_i)`.
+        No adapter has dropout: the low-rank path carries the largest part of the pretrained weight.
+
+    Example:
+        >>> layer = SivaLinear.from_linear(nn.Linear(16, 8), r=2)
+        >>> layer(torch.randn(3, 16)).shape
+        torch.Size([3, 8])
+    """
+
+    adapter_layer_names = ("siva_u", "siva_v")
+    other_param_names = ("siva_s", "siva_u0", "siva_v0", "siva_residual", "r", "d", "residual")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str = "default",
+        r: int = 4,
+        d: int | None = None,
+        residual: Residual = "frozen",
+        init_weights: bool = True,
+        name: str = "the layer",
+    ) -> None:
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise FastpeftError(
+                f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
+                "out of target_modules."
+            )
+        self.base_layer = base_layer.requires_grad_(False)
+        self.name = name
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # Conv1D stores (in_features, out_features)
+        self.out_features, self.in_features = self._weight.shape
+        self.base_fingerprint: str | None = None  # of the pretrained weight
+        self.siva_u, self.siva_v = nn.ParameterDict(), nn.ParameterDict()
+        self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))
+        self.siva_residual = BufferDict(persistent=True)  # W_r where the file must hold it: d below the full rank
+        self.r: dict[str, int] = {}
+        self.d: dict[str, int | None] = {}
+        self.residual: dict[str, Residual] = {}
+        self._waiting: set[str] = set()  # adapters that have not been filled in yet
+        self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.register_state_dict_post_hook(_save_in_float32)
+        self.register_load_state_dict_post_hook(_take_in_loaded)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, d, residual, init_weights)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, r: int = 4, d: int | None = None, residual: Residual = "frozen"
+    ) -> SivaLinear:
+        """Take over `linear` (which is changed in place) and make its top-r singular triplets trainable."""
+        return cls(linear, r=r, d=d, residual=residual)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, r: int, d: int | None, residual: Residual, init_weights: bool = True
+    ) -> None:
+        """Add an adapter."""
+        check_residual(residual, d)
+        weight = self._weight
+        check_decomposable(weight, r, d, self.name)
+        if self.merged:
+            raise FastpeftError(
+                f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
+                "unmerge_adapter() first."
+            )
+        d = d if is_lossy(weight, d) else None
+        sibling = self._sibling(adapter_name, r, d, residual)
+        if self.base_fingerprint is None and weight.device.type != "meta":
+            self.base_fingerprint = fingerprint(weight)
+        if sibling is not None:
+            initial = self._initial(sibling) if init_weights else self._blank(r)
+        elif init_weights:
+            initial, rest = decompose(weight, r, d, self.name)
+            if residual == "frozen":
+                self._weight = rest
+        else:
+            initial = self._blank(r)
+        self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, residual
+        self.siva_u[adapter_name] = nn.Parameter(initial.u.clone())
+        self.siva_v[adapter_name] = nn.Parameter(initial.v.clone())
+        self.siva_s[adapter_name] = initial.s.clone()
+        self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
+        if d is not None:
+            self.siva_residual[adapter_name] = self.base_layer.weight.data
+        if not init_weights:
+            self._waiting.add(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _sibling(self, adapter_name: str, r: int, d: int | None, residual: Residual) -> str | None:
+        """The adapter whose frozen W_r a new one will share, None if there is none yet."""
+        found = None
+        for other in self.siva_u:
+            if other == adapter_name or (residual == "implicit" and self.residual[other] == "implicit"):
+                continue
+            if (r, d, residual) != (self.r[other], self.d[other], self.residual[other]):
+                raise FastpeftError(
+                    f"{self.name}: adapter {adapter_name!r} (r={r}, d={d}, residual={residual!r}) cannot share the "
+                    f"layer with {other!r} (r={self.r[other]}, d={self.d[other]}, residual={self.residual[other]!r}): "
+                    "a frozen residual serves only adapters of one decomposition. Use residual='implicit' for all."
+                )
+            if other not in self._waiting:
+                found = other
+        return found
+
+    def _blank(self, r: int) -> Factors:
+        device = self.base_layer.weight.device
+        return Factors(
+            torch.zeros(self.out_features, r, device=device),
+            torch.zeros(r, device=device),
+            torch.zeros(r, self.in_features, device=device),
+        )
+
+    def _initial(self, adapter: str) -> Factors:
+        return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
+
+    def _trained(self, adapter: str) -> Factors:
+        return Factors(self.siva_u[adapter], self.siva_s[adapter], self.siva_v[adapter])
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the stored weight is W_r."""
+        return any(residual == "frozen" and name not in self._waiting for name, residual in self.residual.items())
+
+    @property
+    def _lossy(self) -> bool:
+        return any(d is not None for d in self.d.values())
+
+    @property
+    def _weight(self) -> Tensor:
+        """The stored weight as `(out_features, in_features)`."""
+        weight: Tensor = self.base_layer.weight.data
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @_weight.setter
+    def _weight(self, value: Tensor) -> None:
+        self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
+
+    def _share_residual(self, source: str | None = None) -> None:
+        """Let the stored weight and every saved W_r be one tensor again, that of adapter `source` if given."""
+        if source is not None:
+            self.base_layer.weight.data = self.siva_residual[source]
+        if not self.merged:
+            for adapter in self.siva_residual:
+                self.siva_residual[adapter] = self.base_layer.weight.data
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SivaLinear:
+        super()._apply(fn, recurse)
+        self._share_residual()  # a move to another device or dtype would part them
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move without PEFT's cast to the dtype of the base layer: the factors are float32."""
+        device = device or self.base_layer.weight.device
+        for attribute in (*self.adapter_layer_names, "siva_s", "siva_u0", "siva_v0"):
+            tensors = getattr(self, attribute)
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; with the last one the pretrained weight comes back."""
+        if adapter_name in self.siva_u and len(self.siva_u) == 1:
+            self.restore()
+        self._waiting.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            active = []
+        elif self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        else:
+            active = [name for name in self.active_adapters if name in self.siva_u]
+        factors = self._low_rank(active)
+        if factors is None:
+            return self.base_layer(x, *args, **kwargs)
+        weight = self.base_layer.weight
+        return siva_linear(x, weight.t() if self.fan_in_fan_out else weight, *factors, bias=self.base_layer.bias)
+
+    def _low_rank(self, active: list[str]) -> Factors | None:
+        """What must be added to the stored weight when the adapters `active` apply; None if nothing.
+
+        With a frozen residual `sum_i U_i s V_i - (n - 1) U0 s V0` for n adapters, which is `U s V` for one and
+        `U0 s V0` for none; with an implicit one `sum_i (U_i s_i V_i - U0_i s_i V0_i)`.
+        """
+        for name in active:
+            if name in self._waiting:
+                raise FastpeftError(
+                    f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a saved "
+                    "adapter into it, or create it with init_weights=True."
+                )
+        terms = [self._trained(name) for name in active]
+        if self._frozen:
+            count = 1 - len(active)
+            shared = next(name for name in self.siva_u if name not in self._waiting)
+            initial = [self._initial(shared)] if count else []
+            terms += [term._replace(s=count * term.s) for term in initial]
+        else:
+            terms += [term._replace(s=-term.s) for term in map(self._initial, active)]
+        if len(terms) <= 1:
+            return terms[0] if terms else None
+        u, s, v = zip(*terms, strict=True)
+        return Factors(torch.cat(u, 1), torch.cat(s), torch.cat(v, 0))
+
+    # -- merging -------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter has changed, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
+        delta = self._trained(adapter).product() - self._initial(adapter).product()
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters (None: the active ones) into the stored weight, which then serves alone.
+
+        Args:
+            safe_merge: Refuse a merged weight with NaN or infinite values before it is stored.
+            adapter_names: The adapters.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_u]
+        if not names:
+            return
+        factors = self._low_rank(self.merged_adapters + names)
+        weight = self._unmerged_weight()
+        merged = weight if factors is None else add(weight, factors)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise FastpeftError(
+                f"{self.name}: merging {names} would give NaN or infinite weights; nothing was changed. The adapter's "
+                "training diverged: use an earlier checkpoint."
+            )
+        self._weight = merged
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the stored weight again."""
+        self._weight = self._unmerged_weight()
+        self.merged_adapters.clear()
+
+    def _unmerged_weight(self) -> Tensor:
+        """The stored weight as it is with nothing merged (to rounding; exact where the file holds W_r)."""
+        if not self.merged:
+            return self._weight
+        if self._lossy:
+            rest = next(iter(self.siva_residual.values()))
+            return rest.t() if self.fan_in_fan_out else rest
+        factors = self._low_rank(self.merged_adapters)
+        return self._weight if factors is None else subtract(self._weight, factors)
+
+    def check_restorable(self) -> None:
+        """Raise `FastpeftError` if the pretrained weight cannot be given back."""
+        if self._lossy:
+            raise FastpeftError(
+                f"{self.name}: with d={next(d for d in self.d.values() if d is not None)} below the full rank the "
+                "pretrained weight is no longer there and cannot be given back. Merge instead, or load the base model "
+                "again."
+            )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make the stored weight the pretrained one again, to rounding."""
+        self.check_restorable()
+        if self.merged:
+            self.unmerge()
+        factors = self._low_rank([])
+        if factors is not None:
+            self._weight = add(self._weight, factors)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base layer by itself, with the adapters merged or with its pretrained weight (called by PEFT)."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not (merge and self.merged):
+            self.restore()
+        return self.base_layer
+
+    # -- saving and loading --------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Before the factors of this layer change: refuse what its frozen residual cannot serve."""
+        loaded = {
+            name: (state_dict[f"{prefix}siva_u0.{name}"], state_dict[f"{prefix}siva_s.{name}"])
+            for name in self.siva_u
+            if f"{prefix}siva_u0.{name}" in state_dict and f"{prefix}siva_s.{name}" in state_dict
+        }
+        if f"{prefix}base_layer.weight" in state_dict:
+            self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
+        elif self._frozen and loaded:
+            self._prepare_for(loaded)
+        self._arriving = set(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _prepare_for(self, loaded: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Give W0 back before an adapter's initial factors are replaced by others; refuse if another needs them."""
+        for name, (u0, s) in loaded.items():
+            holders = [other for other in self.siva_u if other not in self._waiting]
+            same = all(
+                torch.equal(u0.to(self.siva_u0[other]), self.siva_u0[other])
+                and torch.equal(s.to(self.siva_s[other]), self.siva_s[other])
+                for other in holders
+            )
+            if same or not holders:
+                continue
+            if holders != [name] or self._lossy:
+                raise FastpeftError(
+                    f"{self.name}: adapter {name!r} starts from another decomposition than {holders}, whose frozen "
+                    "residual it would share. Load it with residual='implicit', or into a fresh base model."
+                )
+            self.restore()
+            self._waiting.add(name)
+
+
+def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
+    """After a state dict was loaded: split the weight for the adapters that were waiting for their factors."""
+    for name in sorted(layer._waiting & layer._arriving):
+        if layer.d[name] is not None:
+            layer._share_residual(name)
+        elif layer.residual[name] == "frozen" and not layer._frozen:
+            layer._weight = subtract(layer._weight, layer._initial(name))
+        layer._waiting.discard(name)
+    layer._arriving.clear()
+
+
+def _save_in_float32(layer: SivaLinear, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Factors are saved in float32 even where `autocast_adapter_dtype=False` keeps them in half precision."""
+    for key, tensor in state_dict.items():
+        if (
+            key.startswith(f"{prefix}siva_")
+            and not key.startswith(f"{prefix}siva_residual")
+            and tensor.dtype
+            in (
+                torch.float16,
+                torch.bfloat16,
+            )
+        ):
+            state_dict[key] = tensor.float()

@@ -1,0 +1,202 @@
+"""SiVA as a PEFT method: which layers of a model it adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.files import fingerprints_agree
+from fastpeft.siva.config import SivaConfig
+from fastpeft.siva.layer import SivaLinear
+
+# Names of the query and key projections, architecture by architecture.
+QUERY_AND_KEY = (
+    ("query", "key"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
+    ("q_lin", "k_lin"),  # DistilBERT
+    ("query_proj", "key_proj"),  # DeBERTa-v2
+    ("q_proj", "k_proj"),  # Llama, Mistral, Qwen, OPT, BART
+    ("q", "k"),  # T5
+)
+# Projections that hold query, key and value in one matrix.
+FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
+
+
+class SivaModel(BaseTuner):
+    """A model whose chosen linear layers are `SivaLinear`; made by `peft.get_peft_model` from a `SivaConfig`."""
+
+    prefix: str = "siva_"
+    tuner_layer_cls = SivaLinear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._heads = head_names(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: SivaConfig, model_config: dict[str, Any]) -> SivaConfig:
+        return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
+
+    def _prepare_model(self, peft_config: SivaConfig, model: nn.Module) -> None:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = query_and_key(model)
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and ".base_layer" not in name
+        }
+        wanted = peft_config.target_modules
+        if not (isinstance(wanted, str) and wanted.lower() == "all-linear") and not any(
+            self._check_target_module_exists(peft_config, name) for name in linears
+        ):
+            shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
+            raise FastpeftError(
+                f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
+                f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
+                f"here end in {', '.join(sorted({name.rpartition('.')[2] for name in linears if not self._is_head(name)}))}; "
+                'name some of them in a list, or pass "all-linear".'
+            )
+
+    def _is_head(self, key: str) -> bool:
+        return key.partition(".")[0] in self._heads
+
+    def _check_target_module_exists(self, peft_config: SivaConfig, key: str) -> Any:  # type: ignore[override]
+        return False if self._is_head(key) else super()._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: SivaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
+        arguments = {
+            "r": r,
+            "d": peft_config.d,
+            "residual": peft_config.residual,
+            "init_weights": peft_config.init_weights,
+        }
+        if isinstance(target, SivaLinear):
+            layer = target
+            layer.update_layer(adapter_name, **arguments)  # type: ignore[arg-type]
+        else:
+            layer = SivaLinear(target, adapter_name, name=current_key, **arguments)  # type: ignore[arg-type]
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        _check_base(peft_config, layer, current_key)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in its place; it is made on the device of the one it wraps, so nothing is moved or copied.
+
+        PEFT's own form reads `child.weight`, which a separately saved classification head does not have.
+        """
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Factors are made in float32; without autocast what trains takes the dtype of the base layer."""
+        if autocast_adapter_dtype:
+            return
+        for layer in self.layers():
+            for tensors in (layer.siva_u, layer.siva_v):
+                if adapter_name in tensors:
+                    tensors[adapter_name].data = tensors[adapter_name].data.to(layer.base_layer.weight.dtype)
+
+    def layers(self) -> Iterator[SivaLinear]:
+        """The adapted layers."""
+        return (module for module in self.model.modules() if isinstance(module, SivaLinear))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if not merge:
+            for layer in self.layers():
+                layer.check_restorable()  # before the first layer is touched
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for layer in self.layers():
+            if list(layer.siva_u) == [adapter_name]:
+                layer.check_restorable()
+        super().delete_adapter(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise FastpeftError(
+                "adapter_names: SiVA runs one set of adapters for a whole batch. Split the batch by adapter and call "
+                "set_adapter before each part."
+            )
+        yield
+
+
+def query_and_key(model: nn.Module) -> set[str]:
+    """The names of the query and key projections of `model`.
+
+    Raises:
+        FastpeftError: they are fused with others, or have names that are not known here.
+    """
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, SivaLinear))
+    }
+    for pair in QUERY_AND_KEY:
+        if names.issuperset(pair):
+            return set(pair)
+    fused = [name for name in FUSED if name in names]
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if fused:
+        raise FastpeftError(
+            f"target_modules=None means the query and key projections, which {kind} fuses with others in {fused[0]!r}. "
+            f'Pass target_modules=[{fused[0]!r}] to adapt the fused matrix, or "all-linear".'
+        )
+    raise FastpeftError(
+        f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
+        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, or "
+        'pass "all-linear".'
+    )
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Top-level modules of a transformers model that are not its pretrained backbone."""
+    backbone = getattr(model, "base_model_prefix", "")
+    children = {name for name, _ in model.named_children()}
+    return children - {backbone} if backbone in children else set()
+
+
+def _check_base(peft_config: SivaConfig, layer: SivaLinear, key: str) -> None:
+    """Refuse a saved adapter on a layer it was not trained on; note down what a new adapter is made on."""
+    if layer.base_fingerprint is None:
+        return  # the weight is not there yet (meta device)
+    expected = peft_config.base_fingerprints.get(key)
+    if peft_config.init_weights:
+        peft_config.base_fingerprints[key] = layer.base_fingerprint
+    elif expected is not None and not fingerprints_agree(expected, layer.base_fingerprint):
+        raise FastpeftError(
+            f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
+            f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."
+        )
+
+
+def register() -> None:
+    """Make SIVA known to PEFT: a member of `PeftType`, and its entry in PEFT's tables. Safe to call again."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
+    if "SIVA" not in PeftType.__members__:
+        member = str.__new__(PeftType, "SIVA")
+        member._name_, member._value_ = "SIVA", "SIVA"
+        PeftType.SIVA = member  # type: ignore[attr-defined]
+        PeftType._member_names_.append("SIVA")
+        PeftType._member_map_["SIVA"] = member
+        PeftType._value2member_map_["SIVA"] = member
+    if PeftType.SIVA not in PEFT_TYPE_TO_CONFIG_MAPPING:  # type: ignore[attr-defined]
+        register_peft_method(name="siva", config_cls=SivaConfig, model_cls=SivaModel, prefix=SivaModel.prefix)
