@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,3 +69,141 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
     )
     return h
+
+
+def mezo_perturb_(
+    params: Sequence[Tensor],
+    offsets: Sequence[int],
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    decay: float = 0.0,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> None:
+    r"""Add seeded noise to parameters in place; z is made where it is used and never stored.
+
+    For each term (seed, scale) in order: `p <- (1 - decay) * p + scale * z(seed, offset + e)`, decay with the first
+    term only. e counts the parameter's elements in C order of its shape, whatever its strides.
+
+    Args:
+        params: float16, bfloat16, float32 or float64, any strides, no two sharing memory.
+        offsets: one per parameter, from 0: where its elements stand in the noise.
+        seeds: one per term, 0 to 2^63 - 1.
+        scales: one per term; rounded once to float32 (not for float64 parameters).
+        decay: weight decay of this update, for instance learning rate times weight decay; default 0.
+        noise: "gaussian" (standard normal) or "rademacher" (+1 or -1, each with probability a half).
+        rounding: to the storage dtype, "nearest" (even) or "stochastic" (unbiased; half precision only, float32 and
+            float64 are stored as computed).
+
+    Raises:
+        FastpeftError: lengths differ, an argument is out of its range, or parameters overlap in memory.
+
+    Notes:
+        z depends on (seed, flat index) alone: the same bits on every device, in every dtype, whatever the threads or
+        the order of the parameters. Each term is rounded to storage before the next. Autograd sees new versions of the
+        parameters and no gradient.
+
+    Example:
+        >>> weight = torch.zeros(2, 3)
+        >>> mezo_perturb_([weight], [0], seeds=[7], scales=[1e-3])
+        >>> mezo_perturb_([weight], [0], seeds=[7], scales=[-1e-3])
+        >>> weight.abs().max().item()
+        0.0
+    """
+    _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
+    _check_no_overlap(params)
+    with torch.no_grad():
+        torch.ops.fastpeft.mezo_perturb_(list(params), list(offsets), list(seeds), list(scales), decay, noise, rounding)
+    torch.autograd.graph.increment_version(params)
+
+
+def mezo_perturb(
+    param: Tensor,
+    offset: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    decay: float = 0.0,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> Tensor:
+    """A perturbed copy of one parameter, which itself stays as it is.
+
+    Args and Raises are those of `mezo_perturb_`. The copy has the parameter's shape, dtype and, where they are dense,
+    strides; no gradient flows through it.
+
+    Example:
+        >>> weight = torch.zeros(2, 3)
+        >>> mezo_perturb(weight, 0, seeds=[7], scales=[1.0]).shape
+        torch.Size([2, 3])
+    """
+    _check_perturbation([param], [offset], seeds, scales, decay, noise, rounding)
+    with torch.no_grad():
+        return torch.ops.fastpeft.mezo_perturb(param, offset, list(seeds), list(scales), decay, noise, rounding)
+
+
+_PERTURBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NOISES = ("gaussian", "rademacher")
+_ROUNDINGS = ("nearest", "stochastic")
+
+
+def _check_perturbation(
+    params: Sequence[Tensor],
+    offsets: Sequence[int],
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    decay: float,
+    noise: str,
+    rounding: str,
+) -> None:
+    if len(params) != len(offsets) or len(seeds) != len(scales):
+        raise FastpeftError(
+            f"mezo_perturb takes one offset per parameter and one scale per seed; got {len(params)} parameters with "
+            f"{len(offsets)} offsets, and {len(seeds)} seeds with {len(scales)} scales."
+        )
+    for param in params:
+        if param.dtype not in _PERTURBED_DTYPES or param.layout != torch.strided:
+            raise FastpeftError(
+                f"mezo_perturb got a parameter of {param.dtype} and {param.layout}; allowed are dense float16, bfloat16, "
+                "float32 and float64. Leave quantised and integer tensors out of the trained parameters."
+            )
+    for name, values in (("offset", offsets), ("seed", seeds)):
+        for value in values:
+            if not 0 <= value < 2**63:
+                raise FastpeftError(f"mezo_perturb: {name} is {value}; allowed are 0 to 2^63 - 1.")
+    largest = torch.finfo(torch.float32).max
+    for name, values in (("scale", scales), ("decay", [decay])):
+        for value in values:
+            if not abs(value) <= largest:  # NaN fails this too
+                raise FastpeftError(
+                    f"mezo_perturb: {name} is {value}; allowed are finite float32 numbers. A loss that is not finite "
+                    "gives such a step: skip it or lower the learning rate."
+                )
+    if noise not in _NOISES:
+        raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(_NOISES)}.")
+    if rounding not in _ROUNDINGS:
+        raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(_ROUNDINGS)}.")
+
+
+def _check_no_overlap(params: Sequence[Tensor]) -> None:
+    """An element reached twice would be perturbed twice, by two values of z."""
+    ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for index, param in enumerate(params):
+        extent = 1
+        for stride, size in sorted(zip(param.stride(), param.shape)):
+            if size > 1 and stride < extent:
+                raise FastpeftError(
+                    f"mezo_perturb_: parameter {index} of shape {tuple(param.shape)} and strides {param.stride()} reaches "
+                    "some of its own elements twice; pass a contiguous copy."
+                )
+            extent += (size - 1) * stride
+        if param.numel() > 0:
+            start = param.data_ptr()
+            ranges.setdefault(param.device, []).append((start, start + extent * param.element_size(), index))
+    for spans in ranges.values():
+        spans.sort()
+        for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+            if start < end:
+                raise FastpeftError(
+                    f"mezo_perturb_: parameters {one} and {other} share memory or interleave in it; pass tied weights "
+                    "once, and of a tensor either the whole or its views that do not cross."
+                )

@@ -6,8 +6,13 @@ Dimension letters: M rows of x (all leading dimensions together), K in_features,
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastpeft import noise as noise_contract
+
+NOISE_CHUNK = 2**20  # elements whose noise exists at one time
 
 
 def siva_linear(
@@ -44,3 +49,50 @@ def siva_linear_backward(
     dv = dp.t() @ x.reshape(rows.shape[0], -1) if need_dv else empty
     dbias = rows.sum(0) if need_dbias else empty
     return dx, du, dv, dbias
+
+
+@torch.no_grad()
+def mezo_perturb_(
+    params: list[Tensor],
+    offsets: list[int],
+    seeds: list[int],
+    scales: list[float],
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> None:
+    """`p <- round(fl(fl(a p) + fl(scale z)))` for each (seed, scale) in order, `a = 1 - decay` with the first only.
+
+    `fl` is float32 (float64 for float64 parameters, with z widened), `round` is to the storage dtype.
+    """
+    draw = noise_contract.NOISE[noise]
+    for param, offset in zip(params, offsets):
+        flat = param.reshape(-1)  # C order of the logical tensor: a view, or a copy that is written back
+        compute = torch.float64 if param.dtype == torch.float64 else torch.float32
+        for start in range(0, flat.numel(), NOISE_CHUNK):
+            chunk = flat[start : start + NOISE_CHUNK]
+            first, a = offset + start, 1.0 - decay
+            for seed, scale in zip(seeds, scales):
+                z = draw(first, chunk.numel(), seed, param.device).to(compute)
+                value = chunk.to(compute) * a + z * scale
+                if rounding == "stochastic":
+                    value = noise_contract.round_stochastic(value, param.dtype, first, seed)
+                chunk.copy_(value)
+                a = 1.0
+        if not param.is_contiguous():
+            param.copy_(flat.view(param.shape))
+
+
+def mezo_perturb(
+    param: Tensor,
+    offset: int,
+    seeds: list[int],
+    scales: list[float],
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> Tensor:
+    """`mezo_perturb_` on a copy of `param`."""
+    out = param.detach().clone()
+    mezo_perturb_([out], [offset], seeds, scales, decay, noise, rounding)
+    return out
