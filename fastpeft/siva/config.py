@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -56,20 +57,20 @@ class SivaConfig(PeftConfig):
     """
 
     r: int = 4
-    target_modules: list[str] | str | None = None
+    target_modules: Collection[str] | str | None = None
     d: int | None = None
     residual: Residual = "frozen"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     base_fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SIVA  # type: ignore[attr-defined]
+        self.peft_type = PeftType.SIVA
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise FastpeftError(f"r={self.r!r}; SiVA trains at least 1 singular triplet: give a whole number from 1.")
         check_residual(self.residual, self.d)

@@ -129,7 +129,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self.siva_residual[adapter_name] = self.base_layer.weight.data
         if not init_weights:
             self._waiting.add(adapter_name)
-        self.set_adapter(self.active_adapters)
+        self.set_adapter(self.active_adapters)  # type: ignore[operator]
 
     def _sibling(self, adapter_name: str, r: int, d: int | None, residual: Residual) -> str | None:
         """The adapter whose frozen W_r a new one will share, None if there is none yet."""
@@ -218,7 +218,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         elif self.merged:
             return self.base_layer(x, *args, **kwargs)
         else:
-            active = [name for name in self.active_adapters if name in self.siva_u]
+            active = [name for name in self.active_adapters if name in self.siva_u]  # type: ignore[union-attr]
         factors = self._low_rank(active)
         if factors is None:
             return self.base_layer(x, *args, **kwargs)
@@ -234,8 +234,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         for name in active:
             if name in self._waiting:
                 raise FastpeftError(
-                    f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a saved "
-                    "adapter into it, or create it with init_weights=True."
+                    f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
+                    "saved adapter into it, or create it with init_weights=True."
                 )
         terms = [self._trained(name) for name in active]
         if self._frozen:

@@ -44,27 +44,27 @@ class SivaModel(BaseTuner):
     def _prepare_model(self, peft_config: SivaConfig, model: nn.Module) -> None:
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
-        linears = {
-            name: module
+        linears = [
+            name
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and ".base_layer" not in name
-        }
+        ]
         wanted = peft_config.target_modules
         if not (isinstance(wanted, str) and wanted.lower() == "all-linear") and not any(
             self._check_target_module_exists(peft_config, name) for name in linears
         ):
             shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
+            endings = sorted({name.rpartition(".")[2] for name in linears if not self._is_head(name)})
             raise FastpeftError(
                 f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
                 f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
-                f"here end in {', '.join(sorted({name.rpartition('.')[2] for name in linears if not self._is_head(name)}))}; "
-                'name some of them in a list, or pass "all-linear".'
+                f'here end in {", ".join(endings)}; name some of them in a list, or pass "all-linear".'
             )
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads
 
-    def _check_target_module_exists(self, peft_config: SivaConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: SivaConfig, key: str) -> Any:
         return False if self._is_head(key) else super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
@@ -160,8 +160,8 @@ def query_and_key(model: nn.Module) -> set[str]:
         )
     raise FastpeftError(
         f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
-        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, or "
-        'pass "all-linear".'
+        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, "
+        'or pass "all-linear".'
     )
 
 
@@ -194,9 +194,9 @@ def register() -> None:
     if "SIVA" not in PeftType.__members__:
         member = str.__new__(PeftType, "SIVA")
         member._name_, member._value_ = "SIVA", "SIVA"
-        PeftType.SIVA = member  # type: ignore[attr-defined]
+        PeftType.SIVA = member
         PeftType._member_names_.append("SIVA")
         PeftType._member_map_["SIVA"] = member
         PeftType._value2member_map_["SIVA"] = member
-    if PeftType.SIVA not in PEFT_TYPE_TO_CONFIG_MAPPING:  # type: ignore[attr-defined]
+    if PeftType.SIVA not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name="siva", config_cls=SivaConfig, model_cls=SivaModel, prefix=SivaModel.prefix)
