@@ -41,13 +41,18 @@ def siva_linear_backward(
 
     `dx = dh W + dp V`, `dU = dh^T (p * s)`, `dV = dp^T x`, `db = sum of dh over rows`.
     """
-    empty = dh.new_empty(0)
+    dx, du, dv, dbias = (dh.new_empty(0) for _ in range(4))
     rows = dh.reshape(-1, dh.shape[-1])  # (M, N)
-    dp = (rows @ u) * s if need_dx or need_dv else empty  # (M, R)
-    dx = (rows @ weight + dp @ v).view(*dh.shape[:-1], weight.shape[1]) if need_dx else empty
-    du = rows.t() @ (p.reshape(rows.shape[0], -1) * s) if need_du else empty
-    dv = dp.t() @ x.reshape(rows.shape[0], -1) if need_dv else empty
-    dbias = rows.sum(0) if need_dbias else empty
+    if need_dx or need_dv:
+        dp = (rows @ u) * s  # (M, R)
+    if need_dx:
+        dx = (rows @ weight + dp @ v).view(*dh.shape[:-1], weight.shape[1])
+    if need_du:
+        du = rows.t() @ (p.reshape(-1, s.shape[0]) * s)
+    if need_dv:
+        dv = dp.t() @ x.reshape(-1, weight.shape[1])
+    if need_dbias:
+        dbias = rows.sum(0)
     return dx, du, dv, dbias
 
 

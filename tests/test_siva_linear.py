@@ -1,0 +1,168 @@
+"""The op `fastpeft::siva_linear`: its reference, gradients, registration and the checks of the function over it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastpeft
+from fastpeft.functional import siva_linear
+
+
+def operands(
+    rows: tuple[int, ...], k: int, n: int, r: int, dtype: torch.dtype = torch.float64, bias: bool = True
+) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(k * n + r)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [draw(*rows, k), draw(n, k), draw(n, r), draw(r).abs() + 0.1, draw(r, k), draw(n) if bias else None]
+
+
+def dense_weight(weight: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    return weight + u @ torch.diag(s) @ v
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple),
+    k=st.integers(1, 17),
+    n=st.integers(1, 17),
+    r=st.integers(1, 9),
+    bias=st.booleans(),
+)
+def test_equals_the_product_with_the_dense_weight(rows: tuple[int, ...], k: int, n: int, r: int, bias: bool) -> None:
+    x, weight, u, s, v, b = operands(rows, k, n, r, bias=bias)
+    expected = x @ dense_weight(weight, u, s, v).t() + (b if b is not None else 0)
+    torch.testing.assert_close(siva_linear(x, weight, u, s, v, b), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 5), ()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(rows: tuple[int, ...], bias: bool) -> None:
+    x, weight, u, s, v, b = operands(rows, 7, 5, 3, bias=bias)
+    trained = [t.requires_grad_() for t in (x, u, v)] + ([b.requires_grad_()] if bias else [])
+    assert torch.autograd.gradcheck(lambda x, u, v, *b: siva_linear(x, weight, u, s, v, b[0] if b else None), trained)
+
+
+def test_gradients_equal_an_independent_formula() -> None:
+    """Those of the dense weight W, by the chain rule: dU = dW V^T diag(s), dV = diag(s) U^T dW."""
+    x, weight, u, s, v, b = operands((4, 6), 11, 9, 3)
+    dh = torch.randn(4, 6, 9, dtype=torch.float64)
+    for tensor in (x, u, v, b):
+        tensor.requires_grad_()
+    siva_linear(x, weight, u, s, v, b).backward(dh)
+    with torch.no_grad():
+        dw = torch.einsum("abn,abk->nk", dh, x)
+        close = {"rtol": 1e-11, "atol": 1e-11}
+        torch.testing.assert_close(x.grad, torch.einsum("abn,nk->abk", dh, dense_weight(weight, u, s, v)), **close)
+        torch.testing.assert_close(u.grad, dw @ v.t() * s, **close)
+        torch.testing.assert_close(v.grad, s[:, None] * (u.t() @ dw), **close)
+        torch.testing.assert_close(b.grad, dh.sum((0, 1)), **close)
+
+
+@pytest.mark.parametrize("trained", [(0,), (2,), (4,), (2, 4), (0, 2, 4, 5)])
+def test_only_requested_gradients_are_made(trained: tuple[int, ...]) -> None:
+    tensors = operands((3,), 6, 5, 2)
+    for index in trained:
+        tensors[index].requires_grad_()
+    siva_linear(*tensors).sum().backward()
+    assert [i for i, t in enumerate(tensors) if t.grad is not None] == list(trained)
+
+
+def test_saves_x_and_the_projection_only_where_they_are_needed() -> None:
+    x, weight, u, s, v, b = operands((3,), 6, 5, 2)
+
+    def saved_shapes(*needs: Tensor) -> set[tuple[int, ...]]:
+        shapes = set()
+        for tensor in (x, u, v):
+            tensor.requires_grad_(any(tensor is need for need in needs))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.add(tuple(t.shape)) or t, lambda t: t):
+            siva_linear(x, weight, u, s, v, b)
+        return shapes
+
+    parameters = {(5, 6), (5, 2), (2,), (2, 6)}
+    assert saved_shapes(u, v) == parameters | {(3, 6), (3, 2)}
+    assert saved_shapes(x) == parameters
+    assert saved_shapes(u) == parameters | {(3, 2)}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    x, weight, u, s, v, b = operands((2, 3), 6, 5, 2, torch.float32)
+    for tensor in (x, u, v, b):
+        tensor.requires_grad_(requires_grad)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, (x, weight, u, s, v, b))
+
+
+def test_opcheck_backward() -> None:
+    x, weight, u, s, v, _ = operands((2, 3), 6, 5, 2, torch.float32)
+    dh, p = torch.randn(2, 3, 5), torch.randn(2, 3, 2)
+    for needs in [(True, True, True, True), (False, True, False, False), (True, False, False, True)]:
+        torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, (dh, x, weight, u, s, v, p, *needs))
+
+
+def test_compiles_into_one_graph() -> None:
+    tensors = operands((4,), 8, 6, 2, torch.float32)
+    for index in (0, 2, 4):
+        tensors[index].requires_grad_()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return siva_linear(*tensors).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*tensors), [tensors[i] for i in (0, 2, 4)])
+    found = torch.autograd.grad(compiled(*tensors), [tensors[i] for i in (0, 2, 4)])
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
+    x, weight, u, s, v, b = operands((64,), 96, 80, 4)
+    weight, u, v = weight / 10, u / 3, v / 10
+    exact = x @ dense_weight(weight, u, s, v).t() + b
+    low = [t.to(dtype) for t in (x, weight, u, s, v, b)]
+    plain = low[0] @ low[1].t() + ((low[0] @ low[4].t()) * low[3]) @ low[2].t() + low[5]
+    error, plain_error = ((h.double() - exact).abs().max() for h in (siva_linear(*low), plain))
+    assert error <= 2 * plain_error
+
+
+def test_autocast_computes_in_half_precision_and_returns_float32_gradients() -> None:
+    x, weight, u, s, v, b = operands((4,), 8, 6, 2, torch.float32)
+    u.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        h = siva_linear(x, weight, u, s, v, b)
+    assert h.dtype == torch.bfloat16
+    h.sum().backward()
+    assert u.grad.dtype == torch.float32
+
+
+def test_half_precision_weight_with_float32_factors() -> None:
+    x, weight, u, s, v, b = operands((4,), 8, 6, 2, torch.float32)
+    h = siva_linear(x.bfloat16(), weight.bfloat16(), u.requires_grad_(), s, v, b.bfloat16())
+    h.sum().backward()
+    assert h.dtype == torch.bfloat16
+    assert u.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "shape"), [(0, (3, 7)), (2, (5, 3)), (3, (2, 1)), (4, (2, 5)), (5, (6,)), (1, (5,))]
+)
+def test_shapes_that_do_not_fit_are_refused(change: int, shape: tuple[int, ...]) -> None:
+    tensors = operands((3,), 6, 5, 2)
+    tensors[change] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(fastpeft.FastpeftError, match=r"siva_linear takes x .* got x"):
+        siva_linear(*tensors)
+
+
+@pytest.mark.parametrize(("index", "name"), [(1, "weight"), (3, "s")])
+def test_a_gradient_for_a_frozen_operand_is_refused(index: int, name: str) -> None:
+    tensors = operands((3,), 6, 5, 2)
+    tensors[index].requires_grad_()
+    with pytest.raises(fastpeft.FastpeftError, match=f"{name} requires a gradient"):
+        siva_linear(*tensors)
