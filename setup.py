@@ -19,9 +19,8 @@ from glob import glob
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 
-# nothing newer than torch 2.10 and Python 3.11 is used, so one binary serves all that came after
+# nothing newer than torch 2.10 is used (py_limited_api: nor than Python 3.11), so one binary serves all that came after
 TORCH_TARGET_VERSION = "0x020a000000000000"
-PY_LIMITED_API = "0x030b0000"
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
@@ -69,9 +68,9 @@ def extensions() -> tuple[list, dict]:
             left_out(module, f"{error}; install torch and use pip's --no-build-isolation")
         return [], {}
 
-    macros = [("Py_LIMITED_API", PY_LIMITED_API), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     # the bits of the noise are a contract: no two roundings may be fused into one
-    flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
     common = {"include_dirs": [os.path.abspath("csrc")], "define_macros": macros, "py_limited_api": True}
     headers = glob("csrc/*.h")
     found = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpeft import _ops, backends  # noqa: F401  (declares the ops and registers their implementations)
 from fastpeft.errors import FastpeftError
+from fastpeft.noise import NOISE
 
 
 def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -142,7 +143,6 @@ def mezo_perturb(
 
 
 _PERTURBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NOISES = ("gaussian", "rademacher")
 _ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -163,8 +163,8 @@ def _check_perturbation(
     for param in params:
         if param.dtype not in _PERTURBED_DTYPES or param.layout != torch.strided:
             raise FastpeftError(
-                f"mezo_perturb got a parameter of {param.dtype} and {param.layout}; allowed are dense float16, bfloat16, "
-                "float32 and float64. Leave quantised and integer tensors out of the trained parameters."
+                f"mezo_perturb got a parameter of {param.dtype} and {param.layout}; allowed are dense float16, "
+                "bfloat16, float32 and float64. Leave quantised and integer tensors out of the trained parameters."
             )
     for name, values in (("offset", offsets), ("seed", seeds)):
         for value in values:
@@ -178,8 +178,8 @@ def _check_perturbation(
                     f"mezo_perturb: {name} is {value}; allowed are finite float32 numbers. A loss that is not finite "
                     "gives such a step: skip it or lower the learning rate."
                 )
-    if noise not in _NOISES:
-        raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(_NOISES)}.")
+    if noise not in NOISE:
+        raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")
     if rounding not in _ROUNDINGS:
         raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(_ROUNDINGS)}.")
 
@@ -188,17 +188,18 @@ def _check_no_overlap(params: Sequence[Tensor]) -> None:
     """An element reached twice would be perturbed twice, by two values of z."""
     ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
     for index, param in enumerate(params):
-        extent = 1
+        if param.numel() == 0:
+            continue
+        extent = 1  # elements from the first to the last in memory
         for stride, size in sorted(zip(param.stride(), param.shape)):
             if size > 1 and stride < extent:
                 raise FastpeftError(
-                    f"mezo_perturb_: parameter {index} of shape {tuple(param.shape)} and strides {param.stride()} reaches "
-                    "some of its own elements twice; pass a contiguous copy."
+                    f"mezo_perturb_: parameter {index} of shape {tuple(param.shape)} and strides {param.stride()} "
+                    "reaches some of its own elements twice; pass a contiguous copy."
                 )
             extent += (size - 1) * stride
-        if param.numel() > 0:
-            start = param.data_ptr()
-            ranges.setdefault(param.device, []).append((start, start + extent * param.element_size(), index))
+        start = param.data_ptr()
+        ranges.setdefault(param.device, []).append((start, start + extent * param.element_size(), index))
     for spans in ranges.values():
         spans.sort()
         for (_, end, one), (start, _, other) in itertools.pairwise(spans):

@@ -1,0 +1,40 @@
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), and how this library counts:
+// counter (lo32(q), hi32(q), stream, ordinal), key (lo32(seed), hi32(seed)). One counter q makes four words.
+//
+// Shared by host and device code: no state, no memory, nothing but integer arithmetic.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTPEFT_HD __host__ __device__ __forceinline__
+#else
+#define FASTPEFT_HD inline
+#endif
+
+namespace fastpeft {
+
+enum Stream : uint32_t { kNoise = 0, kRounding = 1 };
+
+struct Words {
+    uint32_t w[4];
+};
+
+FASTPEFT_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t product0 = uint64_t{0xD2511F53u} * counter.w[0];
+        const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.w[2];
+        counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.w[1] ^ key0, static_cast<uint32_t>(product1),
+                    static_cast<uint32_t>(product0 >> 32) ^ counter.w[3] ^ key1, static_cast<uint32_t>(product0)}};
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    return counter;
+}
+
+FASTPEFT_HD Words random_words(uint64_t q, uint64_t seed, Stream stream, uint32_t ordinal = 0) {
+    const Words counter = {{static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), stream, ordinal}};
+    return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+}  // namespace fastpeft
