@@ -1,0 +1,274 @@
+"""`SivaLinear` by itself: identity, training, merging, saving, several adapters on one layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft import FastpeftError, SivaLinear
+
+RESIDUALS = ("frozen", "implicit")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "conv1d":
+        layer = Conv1D(12, 20)
+        nn.init.normal_(layer.bias)
+        return layer
+    return nn.Linear(20, 12, bias=bias)
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(1))
+
+
+def train_a_little(layer: SivaLinear, seed: int = 0) -> None:
+    """Move every trained factor by about a tenth of its size."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data += 0.1 * parameter.std() * noise
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("r", [1, 4, 12])
+def test_starts_as_the_base_layer(residual: str, kind: str, r: int) -> None:
+    base = linear(kind)
+    expected = base(inputs())
+    torch.testing.assert_close(SivaLinear.from_linear(base, r, residual=residual)(inputs()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_without_bias(residual: str) -> None:
+    base = linear(bias=False)
+    expected = base(inputs())
+    torch.testing.assert_close(SivaLinear.from_linear(base, 3, residual=residual)(inputs()), expected, **CLOSE)
+
+
+def test_frozen_replaces_the_weight_and_implicit_does_not() -> None:
+    weight = linear().weight.detach().clone()
+    frozen, implicit = (SivaLinear.from_linear(linear(), 4, residual=residual) for residual in RESIDUALS)
+    assert implicit.base_layer.weight.equal(weight)
+    u, s, v = (getattr(frozen, f"siva_{name}")["default"] for name in "usv")
+    torch.testing.assert_close(frozen.base_layer.weight, weight - u @ torch.diag(s) @ v, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_trains_the_factors_alone_and_leaves_the_scale(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"siva_u.default", "siva_v.default"}
+    frozen = {
+        name: t.clone() for name, t in layer.state_dict().items() if name not in ("siva_u.default", "siva_v.default")
+    }
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    target = torch.randn(2, 7, 12)
+    losses = []
+    for _ in range(20):
+        loss = (layer(inputs()) - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    for name, tensor in frozen.items():
+        assert layer.state_dict()[name].equal(tensor), name
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_merging_keeps_the_output_and_unmerging_the_adapter(residual: str, kind: str) -> None:
+    layer = SivaLinear.from_linear(linear(kind), 4, residual=residual)
+    train_a_little(layer)
+    stored, expected = layer.base_layer.weight.clone(), layer(inputs())
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer(inputs()), expected, **CLOSE)
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.weight, stored, **CLOSE)
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_disabling_and_restoring_give_the_base_layer(residual: str, kind: str) -> None:
+    base = linear(kind)
+    weight, expected = base.weight.clone(), base(inputs())
+    layer = SivaLinear.from_linear(base, 4, residual=residual)
+    train_a_little(layer)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+    layer.restore()
+    torch.testing.assert_close(layer.base_layer.weight, weight, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_delta_weight_is_what_training_changed(residual: str) -> None:
+    base = linear("conv1d")
+    weight = base.weight.clone()
+    layer = SivaLinear.from_linear(base, 4, residual=residual)
+    train_a_little(layer)
+    expected = layer(inputs())
+    torch.testing.assert_close(inputs() @ (weight + layer.get_delta_weight("default")) + layer.bias, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_two_adapters_share_a_layer(residual: str) -> None:
+    base = linear()
+    expected = base(inputs())
+    layer = SivaLinear.from_linear(base, 4, residual=residual)
+    layer.update_layer("second", 4, None, residual)
+    train_a_little(layer, seed=1)
+    layer.set_adapter("second")
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+    train_a_little(layer, seed=2)
+    second = layer(inputs())
+    layer.set_adapter("default")
+    first = layer(inputs())
+    assert (first - second).abs().max() > 1e-3
+    layer.set_adapter(["default", "second"])
+    torch.testing.assert_close(layer(inputs()), first + second - expected, **CLOSE)
+    layer.merge()
+    torch.testing.assert_close(layer(inputs()), first + second - expected, **CLOSE)
+    layer.unmerge()
+    layer.merge(adapter_names=["second"])
+    torch.testing.assert_close(layer(inputs()), second, **CLOSE)
+    layer.merge(adapter_names=["default"])
+    torch.testing.assert_close(layer(inputs()), first + second - expected, **CLOSE)
+
+
+def test_implicit_adapters_of_any_ranks_share_a_layer() -> None:
+    base = linear()
+    expected = base(inputs())
+    layer = SivaLinear.from_linear(base, 4, residual="implicit")
+    layer.update_layer("second", 2, None, "implicit")
+    layer.set_adapter(["default", "second"])
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((4, None, "frozen"), (3, None, "frozen")),
+        ((4, None, "frozen"), (4, None, "implicit")),
+        ((4, None, "implicit"), (4, None, "frozen")),
+        ((4, None, "frozen"), (4, 8, "frozen")),
+    ],
+)
+def test_adapters_that_cannot_share_a_frozen_residual_are_refused(first: tuple, second: tuple) -> None:
+    layer = SivaLinear(linear(), "first", *first)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(FastpeftError, match="residual='implicit'"):
+        layer.update_layer("second", *second)
+    assert layer.state_dict().keys() == before.keys()
+    assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_deleting_the_last_adapter_gives_the_weight_back(residual: str) -> None:
+    base = linear()
+    weight = base.weight.clone()
+    layer = SivaLinear.from_linear(base, 4, residual=residual)
+    layer.update_layer("second", 4, None, residual)
+    train_a_little(layer)
+    layer.delete_adapter("second")
+    layer.delete_adapter("default")
+    torch.testing.assert_close(layer.base_layer.weight, weight, **CLOSE)
+    torch.testing.assert_close(layer(inputs()), nn.functional.linear(inputs(), weight, layer.bias), **CLOSE)
+    layer.update_layer("third", 2, None, "implicit" if residual == "frozen" else "frozen")
+
+
+def test_a_lower_rank_is_lossy_on_purpose() -> None:
+    base = linear()
+    u, s, vh = torch.linalg.svd(base.weight.detach(), full_matrices=False)
+    lossy = nn.functional.linear(inputs(), (u[:, :8] * s[:8]) @ vh[:8], base.bias)
+    layer = SivaLinear.from_linear(base, 4, d=8)
+    torch.testing.assert_close(layer(inputs()), lossy, **CLOSE)
+    train_a_little(layer)
+    trained, rest = layer(inputs()), layer.base_layer.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer(inputs()), trained, **CLOSE)
+    layer.unmerge()
+    assert layer.base_layer.weight.equal(rest)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(inputs()), lossy, **CLOSE)
+    for refused in (layer.restore, lambda: layer.delete_adapter("default")):
+        with pytest.raises(FastpeftError, match="cannot be given back"):
+            refused()
+
+
+def test_the_saved_residual_is_the_stored_weight_itself() -> None:
+    layer = SivaLinear.from_linear(linear(), 4, d=8)
+    for moved in (layer, layer.to(torch.float64), layer.to(torch.float32)):
+        assert moved.siva_residual["default"].data_ptr() == moved.base_layer.weight.data_ptr()
+
+
+def test_full_rank_d_is_not_lossy() -> None:
+    layer = SivaLinear.from_linear(linear(), 4, d=12)
+    assert not layer.siva_residual
+    layer.restore()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_storage(dtype: torch.dtype) -> None:
+    base = linear().to(dtype)
+    expected = base(inputs().to(dtype))
+    layer = SivaLinear.from_linear(base, 4)
+    assert layer.siva_u["default"].dtype == torch.float32
+    out = layer(inputs().to(dtype))
+    assert out.dtype == dtype
+    assert (out - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_whole_state_dict_round_trips(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    train_a_little(layer)
+    other = SivaLinear.from_linear(nn.Linear(20, 12), 4, residual=residual)
+    other.load_state_dict(layer.state_dict())
+    assert other(inputs()).equal(layer(inputs()))
+    assert other.base_layer.weight.equal(layer.base_layer.weight)
+
+
+def test_factors_of_another_decomposition_refit_the_weight() -> None:
+    """As when a checkpoint made on another machine is loaded, whose SVD differs in the last bits."""
+    layer = SivaLinear.from_linear(linear(), 4)
+    state = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("base_layer")}
+    state["siva_u0.default"] += 1e-3
+    state["siva_u.default"] += 1e-3
+    layer.load_state_dict(state, strict=False)
+    torch.testing.assert_close(layer(inputs()), linear()(inputs()), **CLOSE)
+
+
+def test_an_empty_adapter_says_so() -> None:
+    layer = SivaLinear(linear(), init_weights=False)
+    with pytest.raises(FastpeftError, match="holds nothing yet"):
+        layer(inputs())
+
+
+def test_safe_merge_refuses_what_is_not_finite() -> None:
+    layer = SivaLinear.from_linear(linear(), 4)
+    layer.siva_u["default"].data[0, 0] = float("nan")
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(FastpeftError, match="NaN or infinite"):
+        layer.merge(safe_merge=True)
+    assert layer.base_layer.weight.equal(before)
+
+
+@pytest.mark.parametrize("bad", [nn.Embedding(4, 3), nn.Conv2d(3, 4, 1)])
+def test_other_layers_are_refused(bad: nn.Module) -> None:
+    with pytest.raises(FastpeftError, match=r"nn\.Linear and transformers' Conv1D"):
+        SivaLinear.from_linear(bad)
+
+
+def test_compiles_into_one_graph() -> None:
+    layer = SivaLinear.from_linear(linear(), 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs()), layer(inputs()))

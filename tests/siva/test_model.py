@@ -1,0 +1,377 @@
+"""SIVA through PEFT's own entry points, on tiny models of many architectures."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastpeft
+from fastpeft import FastpeftError, SivaConfig, SivaLinear
+
+RESIDUALS = ("frozen", "implicit")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+
+
+def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **changes: Any) -> nn.Module:
+    """A randomly initialised model, the same at every call."""
+    config = getattr(transformers, f"{kind}Config")(**{**TINY, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}{head}")(config).eval()
+
+
+def ids() -> Tensor:
+    return torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(ids()).logits
+
+
+def adapted(**config: Any) -> peft.PeftModel:
+    model = peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS", **config)).eval()
+    return train_a_little(model)
+
+
+def train_a_little(model: nn.Module, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.numel() > 1:
+            parameter.data += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def layer_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, SivaLinear)}
+
+
+# -- which layers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "names"),
+    [
+        ("Roberta", "ForSequenceClassification", {"query", "key"}),
+        ("Bert", "ForTokenClassification", {"query", "key"}),
+        ("XLMRoberta", "ForMaskedLM", {"query", "key"}),
+        ("Electra", "ForSequenceClassification", {"query", "key"}),
+        ("DebertaV2", "ForSequenceClassification", {"query_proj", "key_proj"}),
+        ("Llama", "ForCausalLM", {"q_proj", "k_proj"}),
+    ],
+)
+def test_query_and_key_by_default(kind: str, head: str, names: set[str]) -> None:
+    base = tiny(kind, head)
+    expected = logits(base)
+    model = peft.get_peft_model(base, SivaConfig(r=2))
+    found = layer_names(model)
+    assert {name.rpartition(".")[2] for name in found} == names
+    assert len(found) == 2 * len(names)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_distilbert() -> None:
+    config = transformers.DistilBertConfig(
+        vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40
+    )
+    model = peft.get_peft_model(transformers.DistilBertForSequenceClassification(config), SivaConfig(r=2))
+    assert {name.rpartition(".")[2] for name in layer_names(model)} == {"q_lin", "k_lin"}
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("ModernBert", "Wqkv"), ("GPT2", "c_attn")])
+def test_fused_projections_are_named(kind: str, fused: str) -> None:
+    head = "ForSequenceClassification" if kind == "ModernBert" else "LMHeadModel"
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    if kind == "ModernBert":
+        special |= {"cls_token_id": 1, "sep_token_id": 2}
+    base = tiny(kind, head, **special)
+    expected = logits(base)
+    with pytest.raises(FastpeftError, match=rf"fuses with others in '{fused}'.*target_modules=\['{fused}'\]"):
+        peft.get_peft_model(base, SivaConfig(r=2))
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=[fused]))
+    assert len(layer_names(model)) == 2
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_unknown_projections_are_listed() -> None:
+    with pytest.raises(FastpeftError, match=r"Linear layers end in 0, 2;"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), SivaConfig(r=2))
+
+
+def test_plain_torch_modules() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+    expected = base(x)
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=["0", "2"]))
+    assert len(layer_names(model)) == 2
+    torch.testing.assert_close(model(x), expected, **CLOSE)
+
+
+def test_all_linear_leaves_the_head_alone() -> None:
+    found = layer_names(peft.get_peft_model(tiny(), SivaConfig(r=2, target_modules="all-linear")))
+    assert len(found) == 12
+    assert all(".roberta.encoder.layer." in name for name in found)
+
+
+def test_all_linear_on_conv1d() -> None:
+    base = tiny("GPT2", "LMHeadModel", bos_token_id=1, eos_token_id=2)
+    expected = logits(base)
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
+    assert len(layer_names(model)) == 8
+    train_a_little(model)
+    trained = logits(model)
+    assert (trained - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model.merge_and_unload()), trained, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"target_modules": ["value"]}, {(0, "value"), (1, "value")}),
+        ({"target_modules": r".*layer\.1.*(query|value)"}, {(1, "query"), (1, "value")}),
+        ({"target_modules": ["query"], "layers_to_transform": [0]}, {(0, "query")}),
+        ({"exclude_modules": ["key"]}, {(0, "query"), (1, "query")}),
+    ],
+)
+def test_targets(config: dict[str, Any], expected: set[tuple[int, str]]) -> None:
+    found = layer_names(peft.get_peft_model(tiny(), SivaConfig(r=2, **config)))
+    assert {(int(name.split(".")[5]), name.rpartition(".")[2]) for name in found} == expected
+
+
+def test_rank_pattern() -> None:
+    model = peft.get_peft_model(tiny(), SivaConfig(r=2, rank_pattern={r".*layer\.1.*query": 5}))
+    ranks = {name: module.r["default"] for name, module in model.named_modules() if isinstance(module, SivaLinear)}
+    assert sorted(ranks.values()) == [2, 2, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 0}, "r=0"),
+        (
+            {"r": 17},
+            r"r=17 for roberta\.encoder\.layer\.0\.attention\.self\.query of shape \(16, 16\); allowed are 1 to 16",
+        ),
+        ({"r": 4, "d": 3}, "d=3"),
+        ({"residual": "thawed"}, "residual='thawed'; allowed are 'frozen' and 'implicit'"),
+        ({"residual": "implicit", "d": 8}, "d=8 with residual='implicit'"),
+        ({"target_modules": ["nothing"]}, r"\['nothing'\] matches no linear layer.*end in dense, key, query, value"),
+        ({"target_modules": ["classifier.dense"]}, "matches no linear layer"),
+        ({"target_modules": "query"}, "regular expression"),
+    ],
+)
+def test_bad_configurations(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS", **config))
+
+
+def test_a_weight_with_nan_is_refused_by_layer_name() -> None:
+    base = tiny()
+    base.roberta.encoder.layer[1].attention.self.key.weight.data[3, 4] = float("nan")
+    with pytest.raises(FastpeftError, match=r"roberta\.encoder\.layer\.1\.attention\.self\.key holds NaN"):
+        peft.get_peft_model(base, SivaConfig(r=2))
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("config", [{"residual": "frozen"}, {"residual": "implicit"}, {"d": 8}])
+def test_reloading_is_bit_equal_and_runs_no_svd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], low_cpu_mem_usage: bool
+) -> None:
+    model = adapted(r=3, target_modules="all-linear", **config)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("loading ran an SVD"))
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert logits(loaded).equal(logits(model))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_auto_class_and_continued_training(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = train_a_little(peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS")).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    assert logits(loaded.eval()).equal(logits(model))
+    loaded(ids()).logits.sum().backward()
+    trained = {name for name, p in loaded.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_checkpoint_loads_into_the_model_that_wrote_it(tmp_path: Path) -> None:
+    """What the Trainer does at resume and for the best model."""
+    model = adapted(r=3)
+    model.save_pretrained(tmp_path)
+    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model.layers()]
+    train_a_little(model, seed=5)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert logits(model).equal(expected)
+    assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model.layers()))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_one_file_serves_both_residual_modes(tmp_path: Path, residual: str) -> None:
+    model = adapted(r=3, residual=residual)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["residual"] = "implicit" if residual == "frozen" else "frozen"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()), logits(model), **CLOSE)
+
+
+def test_the_file_holds_float32_factors_and_the_head(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = tiny().to(torch.bfloat16)
+    model = peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS"), autocast_adapter_dtype=False)
+    assert (
+        model.base_model.model.roberta.encoder.layer[0].attention.self.query.siva_u["default"].dtype == torch.bfloat16
+    )
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    parts = {name.rpartition(".")[2] for name in tensors if "siva_" in name}
+    assert parts == {"siva_u", "siva_v", "siva_s", "siva_u0", "siva_v0"}
+    assert {t.dtype for name, t in tensors.items() if "siva_" in name} == {torch.float32}
+    assert any("classifier" in name for name in tensors)
+
+
+def test_a_changed_base_is_refused_by_layer_name(tmp_path: Path) -> None:
+    adapted(r=3).save_pretrained(tmp_path)
+    base = tiny()
+    base.roberta.encoder.layer[1].attention.self.query.weight.data[0, 0] += 1e-6
+    with pytest.raises(FastpeftError, match=r"roberta\.encoder\.layer\.1\.attention\.self\.query: .*another weight"):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_base_may_be_cast(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = adapted(r=3)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny().to(dtype), tmp_path).eval()
+    assert (logits(loaded).float() - logits(model)).abs().max() < 0.05 * logits(model).abs().max()
+
+
+# -- life-cycle --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_merge_and_unload_keeps_the_trained_head(residual: str) -> None:
+    model = adapted(r=3, residual=residual)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, **CLOSE)
+    assert not layer_names(merged)
+    assert merged.state_dict().keys() == tiny().state_dict().keys()
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_unload_gives_the_base_weights_back(residual: str) -> None:
+    restored = adapted(r=3, residual=residual).unload().state_dict()
+    for name, tensor in tiny().state_dict().items():
+        if "classifier" not in name:  # PEFT keeps the trained head, with LoRA too
+            torch.testing.assert_close(restored[name], tensor, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_disable_merge_unmerge(residual: str) -> None:
+    model = adapted(r=3, residual=residual)
+    expected, base = logits(model), logits(tiny())
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base, **CLOSE)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_lossy_models_refuse_to_unload_before_touching_anything() -> None:
+    model = adapted(r=3, d=8)
+    expected = logits(model)
+    with pytest.raises(FastpeftError, match="cannot be given back"):
+        model.unload()
+    with pytest.raises(FastpeftError, match="cannot be given back"):
+        model.delete_adapter("default")
+    assert logits(model).equal(expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_several_adapters_with_different_targets(tmp_path: Path, residual: str) -> None:
+    model = adapted(r=3, residual=residual)
+    first = logits(model)
+    model.add_adapter("other", SivaConfig(r=3, target_modules=["value", "key"], residual=residual, task_type="SEQ_CLS"))
+    assert logits(model).equal(first)
+    model.set_adapter("other")
+    train_a_little(model, seed=3)
+    second = logits(model)
+
+    model.save_pretrained(tmp_path, selected_adapters=["other"])
+    alone = peft.PeftModel.from_pretrained(tiny(), tmp_path / "other").eval()
+    torch.testing.assert_close(logits(alone), second, **CLOSE)
+
+    model.set_adapter("default")
+    torch.testing.assert_close(logits(model), first, **CLOSE)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(logits(merged), first, **CLOSE)
+    model.delete_adapter("other")
+    torch.testing.assert_close(logits(model), first, **CLOSE)
+
+
+def test_a_second_adapter_is_loaded_beside_the_first(tmp_path: Path) -> None:
+    second = adapted(r=3)
+    train_a_little(second, seed=9)
+    second.save_pretrained(tmp_path)
+    model = adapted(r=3)
+    model.load_adapter(tmp_path, "second")
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), logits(second), **CLOSE)
+
+
+def test_a_second_adapter_of_another_decomposition_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapted(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {n: t + 1e-3 if n.endswith("siva_u0") else t for n, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = adapted(r=3)
+    expected = logits(model)
+    with pytest.raises(FastpeftError, match="residual='implicit'"):
+        model.load_adapter(tmp_path, "second")
+    assert logits(model).equal(expected)
+
+
+def test_adapter_names_are_refused() -> None:
+    with pytest.raises(FastpeftError, match="adapter_names"):
+        adapted(r=3)(ids(), adapter_names=["default"] * 3)
+
+
+def test_registration_is_idempotent() -> None:
+    from peft.utils import PeftType
+
+    from fastpeft.siva.model import register
+
+    register()
+    register()
+    assert PeftType("SIVA") is PeftType.SIVA
+    assert list(PeftType).count("SIVA") == 1
+    assert fastpeft.SivaConfig().peft_type == "SIVA"
