@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
+from fastpeft.cards import adapter_snippet, model_card
 from fastpeft.errors import FastpeftError
 
 Residual = Literal["frozen", "implicit"]
@@ -84,9 +86,25 @@ class SivaConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration beside a saved adapter, whose factors replace the decomposition at loading."""
-        trained, self.init_weights = self.init_weights, False
+        """Write the configuration and a model card beside a saved adapter, whose factors serve at loading."""
+        made_here, self.init_weights = self.init_weights, False
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.init_weights = trained
+            self.init_weights = made_here
+        self._write_card(Path(save_directory))
+
+    def _write_card(self, folder: Path) -> None:
+        """Fill in the card that PEFT leaves blank; one that a person or a training run wrote is kept."""
+        card = folder / "README.md"
+        if card.exists() and "[More Information Needed]" not in card.read_text(encoding="utf-8"):
+            return
+        base = self.base_model_name_or_path or "the base model"
+        settings = {"r": self.r, "d": self.d or "full", "residual": self.residual}
+        text = model_card(
+            base_model=base,
+            method="SiVA",
+            snippet=adapter_snippet(folder.name, base, self.task_type),
+            settings=settings | {"target_modules": ", ".join(self.to_dict()["target_modules"] or [])},
+        )
+        card.write_text(text, encoding="utf-8")

@@ -254,6 +254,16 @@ def test_the_file_holds_float32_factors_and_the_head(tmp_path: Path) -> None:
     assert any("classifier" in name for name in tensors)
 
 
+def test_every_save_writes_a_model_card(tmp_path: Path) -> None:
+    adapted(r=3).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for part in ("library_name: peft", "import fastpeft", "AutoPeftModelForSequenceClassification", "| r | 3 |"):
+        assert part in card
+    (tmp_path / "README.md").write_text(card + "\nMy own words.\n")
+    adapted(r=3).save_pretrained(tmp_path)
+    assert "My own words." in (tmp_path / "README.md").read_text()
+
+
 def test_a_changed_base_is_refused_by_layer_name(tmp_path: Path) -> None:
     adapted(r=3).save_pretrained(tmp_path)
     base = tiny()
