@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint
 from fastpeft.functional import siva_linear
+from fastpeft.siva import weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
 
@@ -84,6 +85,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
+        weight_decay.watch(self)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, d, residual, init_weights)
 
