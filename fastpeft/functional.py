@@ -166,18 +166,15 @@ def _check_perturbation(
                 f"mezo_perturb got a parameter of {param.dtype} and {param.layout}; allowed are dense float16, "
                 "bfloat16, float32 and float64. Leave quantised and integer tensors out of the trained parameters."
             )
-    for name, values in (("offset", offsets), ("seed", seeds)):
-        for value in values:
-            if not 0 <= value < 2**63:
-                raise FastpeftError(f"mezo_perturb: {name} is {value}; allowed are 0 to 2^63 - 1.")
-    largest = torch.finfo(torch.float32).max
-    for name, values in (("scale", scales), ("decay", [decay])):
-        for value in values:
-            if not abs(value) <= largest:  # NaN fails this too
-                raise FastpeftError(
-                    f"mezo_perturb: {name} is {value}; allowed are finite float32 numbers. A loss that is not finite "
-                    "gives such a step: skip it or lower the learning rate."
-                )
+    for integer in (*offsets, *seeds):
+        if not 0 <= integer < 2**63:
+            raise FastpeftError(f"mezo_perturb: an offset or seed is {integer}; allowed are 0 to 2^63 - 1.")
+    for number in (*scales, decay):
+        if not abs(number) <= torch.finfo(torch.float32).max:  # NaN fails this too
+            raise FastpeftError(
+                f"mezo_perturb: a scale or decay is {number}; allowed are finite float32 numbers. A loss that is not "
+                "finite gives such a step: skip it or lower the learning rate."
+            )
     if noise not in NOISE:
         raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")
     if rounding not in _ROUNDINGS:
