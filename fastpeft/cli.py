@@ -1,0 +1,210 @@
+"""The command line: `fastpeft train | eval | predict | info`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastpeft.errors import FastpeftError
+
+# the heavy imports are in the commands, so that `fastpeft --help` answers at once
+
+
+class _Group(TyperGroup):
+    """Commands whose `FastpeftError` becomes one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FastpeftError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune transformers on little memory.",
+)
+
+
+def _settings(items: list[str]) -> dict[str, Any]:
+    """Parse `key=value` items; a value is JSON where it can be, else text."""
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise FastpeftError(f"--set {item!r} is not of the form key=value. Write, for example, --set d=300.")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = value
+    return parsed
+
+
+@app.command()
+def train(
+    method: Annotated[str | None, typer.Option(help="siva, lora, full or head  [default: siva]")] = None,
+    model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id  [default: demo]")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="demo, a csv, tsv, jsonl or parquet file, or a folder with train.* and dev.*  [default: demo]"
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run  [default: runs/METHOD-DATA]")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run.json to repeat; other options change it.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Layers to adapt: query,key or all-linear or a regular expression.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows  [default: 1]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step  [default: 16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate  [default: the method's]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest text in tokens  [default: 128]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the new head, the order and dropout  [default: 0]")] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Decides the dev rows where the data has none  [default: 0]")
+    ] = None,
+    save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
+    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts  [default: found by name]")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of classes  [default: found by name]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
+) -> None:
+    """Fine-tune a model."""
+    given: dict[str, Any] = {
+        "method": method,
+        "model": model,
+        "data": data,
+        "output": output,
+        "targets": targets,
+        "rank": rank,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "seed": seed,
+        "split_seed": split_seed,
+        "save_steps": save_steps,
+        "bf16": bf16,
+        "deterministic": deterministic,
+        "text_column": text_column,
+        "label_column": label_column,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    new_settings = _settings(settings or [])
+
+    from fastpeft import console, training
+    from fastpeft.runs import RunFolder, read_config
+
+    console.quieten(quiet)
+    if config is not None:
+        values = {**read_config(config), **values}
+    elif resume and output is not None and RunFolder(output).started:
+        values = {**RunFolder(output).config(), **values}
+    if new_settings:
+        values["settings"] = {**values.get("settings", {}), **new_settings}
+    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{Path(values.get('data', 'demo')).stem}")
+    run = training.TrainConfig.from_values(values)
+    if dry_run:
+        what = training.plan(run)
+        peak = "unknown" if what.peak_memory_mb is None else f"{what.peak_memory_mb:,.0f} MB (simulated)"
+        console.show_table(
+            f"{run.method} on {run.data}: nothing was trained or written",
+            [
+                ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
+                ("estimated peak memory", peak),
+                ("steps", f"{what.steps:,}"),
+                ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
+                ("longest text", f"{what.max_tokens} tokens"),
+            ],
+        )
+        return
+    bars = [] if quiet else [console.ProgressBar()]
+    command = shlex.join(["fastpeft", *sys.argv[1:]])
+    result = training.train(run, resume=resume, overwrite=overwrite, callbacks=bars, command=command)
+    if not quiet:
+        console.show_metrics(result.folder, result.metrics)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    data: Annotated[str | None, typer.Option(help="Other data than the run's own.")] = None,
+) -> None:
+    """Measure a finished run on its dev rows."""
+    from fastpeft import console, evaluation
+
+    console.quieten(quiet=False)
+    metrics = evaluation.evaluate(folder, data)
+    console.show_table(
+        f"{folder} on {data or 'its own data'}",
+        [
+            ("accuracy", f"{metrics['accuracy']:.3f}"),
+            ("F1", f"{metrics['f1']:.3f}"),
+            ("rows", f"{metrics['dev_rows']:,}"),
+        ],
+    )
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Texts to classify.")] = None,
+    file: Annotated[str | None, typer.Option(help="A file with one text a line.")] = None,
+) -> None:
+    """Classify texts: prints class, probability and text, separated by tabs."""
+    from fastpeft import console, data, evaluation
+
+    console.quieten(quiet=False)
+    given = list(texts or []) + (data.read_lines(file) if file is not None else [])
+    if not given:
+        raise FastpeftError("nothing to classify; give texts, or --file with one text a line.")
+    for text, (label, probability) in zip(given, evaluation.predict(folder, given)):
+        typer.echo(f"{label}\t{probability:.3f}\t{text}")
+
+
+@app.command()
+def info() -> None:
+    """Show versions, devices, and what each op runs on and why."""
+    import torch
+
+    from fastpeft import backends, console, training
+
+    console.quieten(quiet=False)
+    console.show_table("versions", training.versions().items())
+    devices = [("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    devices += [(f"CUDA {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append(("MPS", "available"))
+    console.show_table("devices", devices)
+    console.show_table(
+        "ops",
+        [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()],
+    )
+
+
+def main() -> None:
+    """Entry point of the `fastpeft` command."""
+    app(prog_name="fastpeft")

@@ -1,0 +1,98 @@
+"""What the command line shows: progress, tables, messages."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def quieten(quiet: bool) -> None:
+    """Show this library's own messages, unless `quiet`, and nothing that others say on the way."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
+    logger = logging.getLogger("fastpeft")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over the steps of a run, with the latest loss and accuracy and the speed in samples a second."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} samples/s"),
+            TimeRemainingColumn(),
+            console=errors,
+        )
+        self.task = self.progress.add_task("training", total=None, loss="-", accuracy="-", speed="-")
+        self.steps = 0
+        self.seconds = 0.0
+        self.begin = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        self.seconds += time.perf_counter() - self.begin
+        rows = self.steps * args.train_batch_size * args.gradient_accumulation_steps
+        self.progress.update(self.task, completed=state.global_step, speed=f"{rows / self.seconds:.1f}")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
+        if logs and "eval_accuracy" in logs:
+            self.progress.update(self.task, accuracy=f"{logs['eval_accuracy']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
+    """Print the last table of a run."""
+    peak, speed = metrics["peak_memory_mb"], metrics["samples_per_second"]
+    show_table(
+        f"{metrics['method']} on {metrics['data']}",
+        [
+            ("accuracy before", f"{metrics['accuracy_before']:.3f}"),
+            ("accuracy after", f"{metrics['accuracy']:.3f}"),
+            ("F1", f"{metrics['f1']:.3f}"),
+            ("samples/s", "-" if speed is None else f"{speed:.1f}"),
+            ("peak memory", "-" if peak is None else f"{peak:,.0f} MB ({metrics['peak_memory_source']})"),
+            ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
+            ("saved in", str(folder)),
+        ],
+    )

@@ -1,0 +1,199 @@
+"""The one registry of methods: what the command line offers, what a run trains and what a comparison compares.
+
+To add a method, write its `prepare` and add a line to `METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastpeft.errors import FastpeftError
+
+# layer names to train on, a regular expression that whole names must match, or a name that PEFT knows
+Targets = list[str] | str | None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a method is given beside the model.
+
+    Attributes:
+        head: names of the modules that the checkpoint did not hold or that belong to the task; they always train.
+        rank: rank of an adapter, from 1; None takes the method's own.
+        targets: layers to adapt; None takes the method's own.
+        settings: further fields of the method's configuration.
+    """
+
+    head: Sequence[str]
+    rank: int | None = None
+    targets: Targets = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune a model.
+
+    Attributes:
+        name: as given to `--method`.
+        title: as written in a model card.
+        description: one line.
+        learning_rate: default peak learning rate of AdamW.
+        weight_decay: default weight decay of AdamW.
+        prepare: makes a loaded model ready: sets what trains, and returns the module to train.
+        settings: names that `--set` may put into the method's configuration.
+        adapts: whether it takes targets and a rank.
+    """
+
+    name: str
+    title: str
+    description: str
+    learning_rate: float
+    weight_decay: float
+    prepare: Callable[[Any, Preparation], nn.Module]
+    settings: Callable[[], tuple[str, ...]] = tuple
+    adapts: bool = False
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        FastpeftError: there is none.
+    """
+    if name not in METHODS:
+        raise FastpeftError(f"unknown method {name!r}; allowed are {', '.join(METHODS)}. Choose one of these.")
+    return METHODS[name]
+
+
+def parse_targets(text: str | None) -> Targets:
+    """Targets as written on a command line: `query,key`, `all-linear`, or a regular expression."""
+    if text is None or text == "all-linear":
+        return text
+    if re.fullmatch(r"[\w.-]+(,[\w.-]+)*", text):
+        return text.split(",")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise FastpeftError(
+            f"targets {text!r} are neither names joined by commas nor a regular expression ({error}). Give, for "
+            "example, query,key or all-linear."
+        ) from None
+    return text
+
+
+def _prepare_full(model: nn.Module, _: Preparation) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _prepare_head(model: nn.Module, preparation: Preparation) -> nn.Module:
+    model.requires_grad_(False)
+    for name in preparation.head:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+# fields of a PEFT configuration that have an option of their own or that are filled in when it is saved
+_OWN_FIELDS = (
+    "r",
+    "target_modules",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "init_weights",
+    "base_fingerprints",
+)
+
+
+def _peft_settings(config_class: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(config_class) if field.name not in _OWN_FIELDS)
+
+
+def _siva_settings() -> tuple[str, ...]:
+    from fastpeft.siva import SivaConfig
+
+    return _peft_settings(SivaConfig)
+
+
+def _prepare_siva(model: nn.Module, preparation: Preparation) -> nn.Module:
+    from fastpeft.siva import SivaConfig
+
+    return _prepare_peft(model, preparation, SivaConfig, {"r": preparation.rank or 4})
+
+
+def _lora_settings() -> tuple[str, ...]:
+    from peft import LoraConfig
+
+    return _peft_settings(LoraConfig)
+
+
+def _prepare_lora(model: nn.Module, preparation: Preparation) -> nn.Module:
+    """LoRA as PEFT has it, with the usual scaling of 2."""
+    from peft import LoraConfig
+
+    rank = preparation.rank or 8
+    return _prepare_peft(model, preparation, LoraConfig, {"r": rank, "lora_alpha": 2 * rank})
+
+
+def _prepare_peft(
+    model: nn.Module, preparation: Preparation, config_class: Callable[..., Any], values: dict[str, Any]
+) -> nn.Module:
+    """Wrap `model` by PEFT, and say in our words what PEFT cannot do."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if preparation.targets is not None:
+        values["target_modules"] = preparation.targets
+    values |= {"task_type": "SEQ_CLS", "modules_to_save": list(preparation.head), **preparation.settings}
+    try:
+        peft_model = get_peft_model(model, config_class(**values))
+    except FastpeftError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise FastpeftError(
+            f"the model cannot be adapted with targets {preparation.targets!r} and settings "
+            f"{dict(preparation.settings)}: {error} Its linear layers are named {', '.join(sorted(names))}; name "
+            "some, or use all-linear."
+        ) from error
+    for name, module in peft_model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            rank, limit = max(module.r.values()), min(module.get_base_layer().weight.shape)
+            if rank > limit:
+                raise FastpeftError(
+                    f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
+                    f"a rank from 1 to {limit}."
+                )
+    return peft_model
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "siva",
+            "SiVA",
+            "top singular vectors train, the rest is frozen",
+            5e-4,
+            0.0,
+            _prepare_siva,
+            _siva_settings,
+            True,
+        ),
+        Method(
+            "lora", "LoRA", "low-rank updates beside frozen weights", 1e-3, 0.0, _prepare_lora, _lora_settings, True
+        ),
+        Method("full", "full fine-tuning", "every weight trains", 1e-4, 0.01, _prepare_full),
+        Method("head", "head only", "the classification head trains on frozen features", 1e-3, 0.01, _prepare_head),
+    )
+}

@@ -1,0 +1,100 @@
+"""Base models: found by name, path or hub id, always loaded in float32, with a classification head for the task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpeft.errors import FastpeftError
+
+DEMO = "demo"
+_DEMO_FOLDER = Path(__file__).parent / "demo"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier and its tokenizer.
+
+    Attributes:
+        model: a `PreTrainedModel` in float32.
+        tokenizer: its tokenizer, which has a padding token.
+        head: names of the modules that belong to the task or that the checkpoint did not hold.
+    """
+
+    model: Any
+    tokenizer: Any
+    head: tuple[str, ...]
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens, with special tokens."""
+        positions: int = getattr(self.model.config, "max_position_embeddings", self.tokenizer.model_max_length)
+        return min(positions, self.tokenizer.model_max_length)
+
+
+def resolve_model(model: str) -> str:
+    """What `from_pretrained` takes for `model`: a folder or a hub id.
+
+    Raises:
+        FastpeftError: it looks like a path where nothing is.
+    """
+    if model == DEMO:
+        return str(_DEMO_FOLDER)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise FastpeftError(
+            f"no model at {model!r}; give {DEMO!r}, a folder with config.json and model.safetensors, or a hub id such "
+            "as FacebookAI/roberta-large."
+        )
+    return model
+
+
+def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
+    """Load `model` as a classifier of `labels`; what its checkpoint lacks is drawn from torch's random state.
+
+    Weights are read from safetensors only and come in float32 whatever the file holds.
+
+    Raises:
+        FastpeftError: the model is missing, broken, or of a kind that cannot classify sequences.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = resolve_model(model)
+    id2label = dict(enumerate(labels))
+    try:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            id2label=id2label,
+            label2id={label: index for index, label in id2label.items()},
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a broken file surfaces as almost any type
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise FastpeftError(
+            f"cannot load the model {model!r}: {reason} Give {DEMO!r}, a folder with config.json, model.safetensors "
+            "and a tokenizer, or a hub id."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+def _head_modules(model: Any, missing: Sequence[str]) -> tuple[str, ...]:
+    """The model's children outside its encoder, and inside it each module that has parameters the checkpoint lacks."""
+    encoder = model.base_model_prefix
+    head = [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
+    fresh = {key.rpartition(".")[0] for key in missing if key.startswith(f"{encoder}.")}
+    return (*head, *sorted(fresh))

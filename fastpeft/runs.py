@@ -1,0 +1,147 @@
+"""The folder of one training run: what lies where, when it is finished, and who may write into it.
+
+run.json          how the run was started; written first, so it marks a folder as a run's
+checkpoints/      checkpoint-N, each whole from the moment it has its name
+adapter_* or model.safetensors, tokenizer*, README.md, curves.png      the result
+metrics.json      what was measured; written last, so it marks a run as finished
+.staging/         files on their way to one of the above
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastpeft import __version__, files
+from fastpeft.errors import FastpeftError
+
+_VERSION_KEY = "fastpeft_version"
+_KEPT_CHECKPOINTS = 2
+
+
+class RunFolder:
+    """The files of one run below `path`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.staging = self.path / ".staging"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics_file.is_file()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run of this library was started here."""
+        try:
+            return _VERSION_KEY in files.read_json(self.config_file)
+        except FastpeftError:
+            return False
+
+    def config(self) -> dict[str, Any]:
+        """What `run.json` holds."""
+        return read_config(self.config_file)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds.
+
+        Raises:
+            FastpeftError: the folder holds no finished run.
+        """
+        if not self.started:
+            raise FastpeftError(
+                f"{str(self.path)!r} is not the folder of a run. Give the --output of a `fastpeft train`."
+            )
+        if not self.finished:
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} is not finished. Finish it with `fastpeft train --output "
+                f"{self.path} --resume`."
+            )
+        return files.read_json(self.metrics_file)
+
+    def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing."""
+        if resume and overwrite:
+            raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
+        if self.path.exists() and not self.path.is_dir():
+            raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (resume or overwrite):
+            raise FastpeftError(
+                f"the output folder {str(self.path)!r} is not empty. Give another one, or --resume to go on with the "
+                "run in it, or --overwrite to replace that run."
+            )
+        if not self.started:
+            raise FastpeftError(
+                f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
+                "Give another one."
+            )
+        before = self.config()
+        changed = [name for name in config if resume and config[name] != before.get(name)]
+        if changed:
+            differences = ", ".join(f"{name} {before.get(name)!r} -> {config[name]!r}" for name in changed)
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
+                "or give another output folder."
+            )
+
+    def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
+        """Make the folder ready for writing: without `overwrite` what a resumed run needs stays."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                # run.json goes last, so that an interrupted deletion still looks like a run
+                for child in sorted(self.path.iterdir(), key=lambda child: child == self.config_file):
+                    _delete(child)
+            _delete(self.staging)
+            self.staging.mkdir()
+            files.write_json(self.config_file, {_VERSION_KEY: __version__, **config})
+        except OSError as error:
+            raise FastpeftError(
+                f"cannot write to the output folder {str(self.path)!r} ({error.strerror}). Give one that can be "
+                "written."
+            ) from error
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step."""
+        return max(self.checkpoints.glob("checkpoint-*"), key=_step, default=None)
+
+    def keep_checkpoint(self, staged: Path) -> None:
+        """Give a finished checkpoint its final name, and let the oldest go."""
+        self.checkpoints.mkdir(exist_ok=True)
+        target = self.checkpoints / staged.name
+        files.discard(target)
+        files.publish(staged, target)
+        for old in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-_KEPT_CHECKPOINTS]:
+            files.discard(old)
+
+    def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
+        """Move the result's files to their places, then mark the run as finished."""
+        for file in sorted(staged.iterdir()):
+            files.publish(file, self.path / file.name)
+        _delete(self.staging)
+        files.write_json(self.metrics_file, dict(metrics))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The values of a `run.json`."""
+    values = files.read_json(file)
+    values.pop(_VERSION_KEY, None)
+    return values
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
