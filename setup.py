@@ -57,7 +57,7 @@ def extensions() -> tuple[list, dict]:
     wanted = [m for m in BUILD if BUILD[m] != "0" and (m == "fastpeft._C" or cuda_sources or BUILD[m] == "1")]
     if not wanted:
         return [], {}
-    cuda_home = find_cuda_home()
+    cuda_home = find_cuda_home() if cuda_sources else None
     if cuda_home:
         os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
@@ -97,20 +97,22 @@ def extensions() -> tuple[list, dict]:
                     **common,
                 )
             )
-    for extension in found:
-        extension.optional = BUILD[extension.name] != "1"
 
     class build_ext(cpp_extension.BuildExtension):  # noqa: N801
-        def build_extension(self, ext) -> None:
-            try:
-                super().build_extension(ext)
-            except Exception as error:
-                left_out(ext.name, f"it did not compile ({error})")
-                self.distribution.ext_modules.remove(ext)
+        def build_extensions(self) -> None:
+            built = self.extensions
+            for extension in list(built):
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                except Exception as error:  # whatever torch, ninja or the compiler raise
+                    left_out(extension.name, f"it did not compile ({error})")
+                    built.remove(extension)
+            self.extensions = built
 
     class bdist_wheel(_bdist_wheel):  # noqa: N801
         def run(self) -> None:
-            self.run_command("build")  # a module that did not compile is gone from ext_modules after this
+            self.run_command("build")  # a module that did not compile has left ext_modules after this
             self.root_is_pure = not self.distribution.has_ext_modules()
             super().run()
 
