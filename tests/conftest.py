@@ -21,6 +21,9 @@ SAMPLED_SHARE = 0.1
 SEED = os.environ.get("FASTPEFT_TEST_SEED", "0")
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # kernels then run in Triton's interpreter; Triton reads this once, and transformers imports Triton
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,9 +22,14 @@ from fastpeft.memory import (
     simulate_training_step,
 )
 
-SIZES = dict(
-    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=2
-)
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_labels": 2,
+}
 BATCH, TOKENS = 3, 64
 
 

@@ -1,0 +1,148 @@
+"""Timing of alternatives side by side, and the one writer of the tables in `bench/data`.
+
+Candidates run interleaved in one process, each once per round in a rotating order, so that a machine that slows down
+slows all of them; a ratio is taken within each round and its median reported.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+
+from fastpeft.files import write_text
+
+DATA = Path(__file__).parent / "data"
+WARM_UP, ROUNDS = 3, 21
+SHORTEST_SAMPLE_S = 1e-3  # a candidate faster than this is repeated within a sample: clocks are coarse
+VERSIONS = ("fastpeft", "torch", "triton", "peft")
+
+Row = dict[str, str]
+Candidates = Mapping[str, Callable[[], object]]
+
+
+def elapsed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds that one `run` takes, averaged over `repeats`."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - begin) / repeats
+
+
+def interleave(
+    candidates: Candidates,
+    device: torch.device,
+    rounds: int = ROUNDS,
+    timer: Callable[[Callable[[], object], torch.device, int], float] = elapsed,
+) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round."""
+    repeats = {}
+    for name, run in candidates.items():
+        warm = min(timer(run, device, 1) for _ in range(WARM_UP))
+        repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE_S / max(warm, 1e-9)))
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(timer(candidates[name], device, repeats[name]))
+    return seconds
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    fifths = quantiles(values, n=10, method="inclusive")
+    return fifths[1], fifths[4], fifths[7]
+
+
+def machine(device: torch.device) -> Row:
+    """Where a measurement was made, and with which versions."""
+    return {
+        "device": device.type,
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in VERSIONS},
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def measure(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int = ROUNDS) -> None:
+    """Time `candidates` on `case` and put one row for each into `file`.
+
+    `ratio_*` is a candidate's time over the first candidate's in the same round: above 1, the first is faster.
+    """
+    seconds = interleave(candidates, device, rounds)
+    first = next(iter(seconds.values()))
+    for name, times in seconds.items():
+        key = {**case, "candidate": name, **machine(device)}
+        figures = {}
+        for prefix, values in (
+            ("ms", [1e3 * t for t in times]),
+            ("ratio", [t / base for t, base in zip(times, first)]),
+        ):
+            for percentile, value in zip((20, 50, 80), spread(values)):
+                figures[f"{prefix}_p{percentile}"] = f"{value:.4g}"
+        put_row(file, {**key, **figures}, key=(*case, "candidate", "device", "card"))
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a table; none where the file is not there yet."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(file: Path, rows: list[Row]) -> None:
+    """Write a table in one atomic step; the first row names the columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text.getvalue())
+
+
+def put_row(file: Path, row: Row, key: Iterable[str]) -> None:
+    """Add `row`, in the place of the one with the same `key` columns; a run that is cut off leaves a whole table."""
+    columns = tuple(key)
+    rows = read_rows(file)
+    same = [i for i, other in enumerate(rows) if all(other[column] == row[column] for column in columns)]
+    if same:
+        rows[same[0]] = row
+    else:
+        rows.append(row)
+    write_rows(file, rows)

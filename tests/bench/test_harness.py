@@ -1,0 +1,84 @@
+"""Order and statistics of the timings, and tables that stay whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.harness import elapsed, interleave, machine, measure, put_row, read_rows, spread, write_rows
+
+CPU = torch.device("cpu")
+
+
+def test_candidates_take_turns_and_the_first_changes():
+    calls = []
+
+    def timer(run, device, repeats):
+        run()
+        return 1.0
+
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = interleave(candidates, CPU, rounds=3, timer=timer)
+    assert "".join(calls[-9:]) == "abcbcacab"
+    assert seconds == {name: [1.0] * 3 for name in "abc"}
+
+
+def test_fast_candidates_are_repeated_within_a_sample():
+    repeats = {}
+
+    def timer(run, device, count):
+        repeats[run()] = count
+        return {"fast": 1e-5, "slow": 1.0}[run()]
+
+    interleave({"fast": lambda: "fast", "slow": lambda: "slow"}, CPU, rounds=1, timer=timer)
+    assert repeats == {"fast": 100, "slow": 1}
+
+
+def test_elapsed_is_per_run():
+    runs = []
+    assert elapsed(lambda: runs.append(0), CPU, repeats=5) >= 0
+    assert len(runs) == 5
+
+
+def test_spread_is_three_percentiles():
+    assert spread(range(101)) == (20, 50, 80)
+
+
+def test_measure_writes_a_row_for_each_candidate(tmp_path):
+    file = tmp_path / "op.csv"
+    candidates = {"ours": lambda: None, "theirs": lambda: None}
+    for _ in range(2):  # measuring again replaces
+        measure(file, {"op": "nothing", "rows": "1"}, candidates, CPU, rounds=5)
+    rows = read_rows(file)
+    assert [row["candidate"] for row in rows] == ["ours", "theirs"]
+    assert [float(rows[0][f"ratio_p{p}"]) for p in (20, 50, 80)] == [1, 1, 1]
+    for row in rows:
+        assert row["torch"] == torch.__version__.split("+")[0] or row["torch"]
+        assert row["card"]
+        assert float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+
+
+def test_rows_of_other_machines_stay(tmp_path):
+    file = tmp_path / "table.csv"
+    put_row(file, {"case": "1", "card": "A", "ms": "1"}, ("case", "card"))
+    put_row(file, {"case": "1", "card": "B", "ms": "2"}, ("case", "card"))
+    put_row(file, {"case": "1", "card": "A", "ms": "3"}, ("case", "card"))
+    assert [(row["card"], row["ms"]) for row in read_rows(file)] == [("A", "3"), ("B", "2")]
+
+
+def test_a_failed_write_leaves_the_table(tmp_path):
+    file = tmp_path / "table.csv"
+    write_rows(file, [{"a": "1"}])
+    with pytest.raises(ValueError, match="b"):
+        write_rows(file, [{"a": "1"}, {"a": "2", "b": "3"}])
+    assert read_rows(file) == [{"a": "1"}]
+
+
+def test_a_table_that_is_not_there_is_empty(tmp_path):
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_machine_names_the_processor():
+    row = machine(CPU)
+    assert row["device"] == "cpu"
+    assert row["card"]

@@ -1,0 +1,73 @@
+"""`bench/data/static.csv` describes the kernels as they are, and none of them spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+import triton
+
+from bench import static
+from bench.harness import read_rows
+
+KEY = ("kernel", "arch", "dtype", "tile")
+REGENERATE = "run `python -m bench.static` and commit bench/data/static.csv"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, str]]:
+    return read_rows(static.FILE)
+
+
+def test_every_shipped_tile_has_its_row(rows):
+    recorded = [tuple(row[column] for column in KEY) for row in rows]
+    shipped = [tuple(variant.key()[column] for column in KEY) for variant in static.variants()]
+    assert recorded == shipped, REGENERATE
+
+
+def test_rows_are_of_the_present_source(rows):
+    for kernel in static.KERNELS:
+        hashes = {row["source"] for row in rows if row["kernel"] == kernel}
+        assert hashes == {static.source_hash(kernel)}, f"{kernel} has changed: {REGENERATE}"
+
+
+def test_nothing_spills(rows):
+    assert [row for row in rows if row["stack_bytes"] != "0"] == []
+
+
+def test_half_precision_runs_on_matrix_units(rows):
+    for row in rows:
+        if row["dtype"] in ("bf16", "fp16"):
+            assert sum(int(row[name]) for name in static.MATRIX_INSTRUCTIONS) > 0, row
+
+
+def test_the_interpreter_is_refused():
+    done = _python("-m", "bench.static", TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "unset it" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_recompiling_gives_the_row(rows, arch):
+    index, row = next((i, row) for i, row in enumerate(rows) if row["arch"] == arch)
+    if row["triton"] != triton.__version__:
+        pytest.skip(f"the table is of Triton {row['triton']}, this is {triton.__version__}")
+    code = f"print(json.dumps(static.compile_row(list(static.variants())[{index}])))"
+    done = _python("-c", f"import json; from bench import static; {code}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == row
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python from the repository's root, without this session's interpreter mode."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = static.DATA.parent.parent
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=inherited | environment, capture_output=True, text=True
+    )
