@@ -1,0 +1,205 @@
+"""What a user installs: wheels, sdist and editable installs, used in new environments outside the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE_PACKAGES = sysconfig.get_path("purelib")
+WHEEL_LIMIT = 40 * 2**20  # bytes
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+# what an installed fastpeft must do: import, say what it runs on, draw the noise, run a kernel's reference
+USE = """
+import torch
+from fastpeft import backends, functional, reference
+import fastpeft, fastpeft.kernels
+chosen = {c.op: c for c in backends.choices() if c.device == "cpu"}["mezo_perturb_"]
+ours, theirs = torch.zeros(1000), torch.zeros(1000)
+functional.mezo_perturb_([ours], [5], [7], [1.0])
+reference.mezo_perturb_([theirs], [5], [7], [1.0], 0.0)
+assert torch.equal(ours, theirs) and ours.std() > 0.9
+print(chosen.backend, "|", chosen.reason, "|", fastpeft.__file__, "|", list(fastpeft.kernels.__path__)[0])
+"""
+
+
+def _run(command: list[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTPEFT_", "PYTHON"))} | variables
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def _succeed(command: list[str | Path], cwd: Path, **variables: str) -> str:
+    done = _run(command, cwd, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def _copy_source(target: Path, model: bool) -> Path:
+    """The files of the package, without what a build or a run leaves beside them."""
+    target.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, target)
+    shutil.copy(ROOT / "requirements-dev.lock", target)
+    left_behind = shutil.ignore_patterns("*.so", "__pycache__", *([] if model else ["demo"]))
+    for name in ("fastpeft", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=left_behind)
+    return target
+
+
+def _build(source: Path, kind: str, **variables: str) -> tuple[Path, str]:
+    """The sdist or wheel built from `source`, and what the build said."""
+    said = _succeed([sys.executable, "-m", "build", f"--{kind}", "--no-isolation"], source, **variables)
+    (built,) = (source / "dist").glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return built, said
+
+
+def _new_environment(folder: Path) -> Path:
+    """A new virtual environment that sees this one's packages, though not what is installed here as editable."""
+    _succeed([sys.executable, "-m", "venv", "--without-pip", folder], ROOT)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "shared.pth").write_text(SITE_PACKAGES + "\n")
+    return folder / "bin" / "python"
+
+
+def _install(python: Path, *arguments: str | Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    _succeed([*pip, "--ignore-installed", *arguments], python.parent)
+
+
+def _names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def sdist_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unpacked sdist, with the model in it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    sdist, _ = _build(_copy_source(folder / "source", model=True), "sdist", FASTPEFT_BUILD_CPP="0")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (tree,) = (folder / "unpacked").iterdir()
+    return tree
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return _copy_source(tmp_path / "source", model=False)
+
+
+@needs_compiler
+def test_a_wheel_from_the_sdist_with_the_compiled_part(sdist_tree: Path, tmp_path: Path) -> None:
+    wheel, _ = _build(sdist_tree, "wheel", FASTPEFT_BUILD_CPP="1")
+    assert "-cp311-abi3-" in wheel.name
+    assert wheel.stat().st_size <= WHEEL_LIMIT
+    names = _names(wheel)
+    kernels = {f"fastpeft/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    model = {f"fastpeft/demo/{path.name}" for path in (ROOT / "fastpeft" / "demo").glob("*.*")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastpeft").rglob("*.py")}
+    assert {"fastpeft/_C.abi3.so", "fastpeft/py.typed"} | kernels | model | modules <= names
+    assert not [name for name in names if not name.startswith("fastpeft")]  # above all no top-level `kernels`
+
+    python = _new_environment(tmp_path / "environment")
+    _install(python, wheel)
+    backend, _, package, kernels_at = _succeed([python, "-c", USE], tmp_path).split(" | ")
+    assert backend == "cpp"
+    assert Path(package).is_relative_to(tmp_path)
+    assert Path(kernels_at.strip()).is_relative_to(tmp_path)
+    said = _succeed([python.parent / "fastpeft", "info"], tmp_path)
+    assert "mezo_perturb_" in said
+
+
+def test_a_pure_wheel_where_torch_is_not_there_at_build_time(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('there is no torch')\n")
+    wheel, said = _build(source, "wheel", PYTHONPATH=str(tmp_path))
+    assert "fastpeft._C is not built: there is no torch" in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+    python = _new_environment(tmp_path / "environment")
+    _install(python, wheel)
+    backend, reason, package, _ = _succeed([python, "-c", USE], tmp_path / "environment").split(" | ")
+    assert backend == "reference"
+    assert "fastpeft._C is not available" in reason
+    assert Path(package).is_relative_to(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "no C++ compiler"), ("false", "did not compile")]
+)
+def test_a_compiler_that_is_absent_or_broken_fails_no_install(source: Path, compiler: str, reason: str) -> None:
+    wheel, said = _build(source, "wheel", CXX=compiler)
+    assert reason in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "fastpeft/_C.abi3.so" not in _names(wheel)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FASTPEFT_BUILD_CPP": "1", "CXX": "no-such-compiler"}, "fastpeft._C is not built: no C++ compiler"),
+        ({"FASTPEFT_BUILD_CPP": "maybe"}, "FASTPEFT_BUILD_CPP is 'maybe'; allowed are auto, 0 and 1"),
+    ],
+)
+def test_what_was_demanded_and_cannot_be_built_fails(source: Path, variables: dict, message: str) -> None:
+    done = _run([sys.executable, "setup.py", "--quiet", "bdist_wheel"], source, **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_an_editable_install_sees_the_kernels_through_the_link(source: Path, tmp_path: Path) -> None:
+    python = _new_environment(tmp_path / "environment")
+    _install(python, "--no-build-isolation", "--editable", source)
+    backend, _, package, kernels = _succeed([python, "-c", USE], tmp_path).split(" | ")
+    assert backend == "cpp"
+    assert Path(package).is_relative_to(source)
+    assert Path(kernels.strip()).resolve() == source / "kernels"
+    # and from the repository's own root
+    assert _succeed([python, "-c", USE], source).startswith("cpp")
+
+
+def test_the_folder_of_kernels_is_a_link_and_no_package() -> None:
+    """A top-level package `kernels` belongs to another library, which transformers looks for."""
+    assert os.readlink(ROOT / "fastpeft" / "kernels") == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_importing_needs_neither_triton_nor_the_compiled_module(tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['triton'] = None; sys.modules['fastpeft._C'] = None\n"
+    backend = _succeed([sys.executable, "-c", hidden + USE], tmp_path, PYTHONPATH=str(ROOT)).split(" | ")[0]
+    assert backend == "reference"
+
+
+def test_importing_after_torch_and_peft_loads_nothing_heavy() -> None:
+    """In the repository's root, where the folder `kernels` must not stop transformers either."""
+    program = (
+        "import sys, torch, peft\nbefore = set(sys.modules)\nimport fastpeft, fastpeft.functional\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+        "from transformers import AutoModelForSequenceClassification, RobertaConfig, Trainer"
+    )
+    loaded = _succeed([sys.executable, "-c", program], ROOT).split()
+    heavy = (
+        "datasets",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "pyarrow",
+        "matplotlib",
+        "typer",
+        "triton",
+        "transformers.trainer",
+    )
+    assert "fastpeft.functional" in loaded
+    assert not [name for name in loaded if name.startswith(heavy)]
