@@ -44,15 +44,15 @@ clean:
 	rm -rf build dist runs *.egg-info fastpeft/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # torch comes first: the compiled part is built against the one that is installed
-$(BIN)/ninja: requirements-dev.lock
+$(VENV)/torch.stamp: requirements-dev.lock
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools wheel ninja torch
 	touch $@
 
-$(VENV)/demo.stamp: $(BIN)/ninja pyproject.toml setup.py $(SOURCES)
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[demo]"
 	touch $@
 
-$(VENV)/dev.stamp: $(BIN)/ninja pyproject.toml setup.py $(SOURCES)
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@

@@ -96,8 +96,8 @@ def radius(words: Tensor) -> Tensor:
     t = (bits - (exponent << 23)).view(torch.float32) - 1.0  # u = (1 + t) 2^exponent
     logarithm = t + (t * t) * _polynomial(_LOG, t)
     logarithm = logarithm + exponent.to(torch.float32) * _LN2
-    # through float64, since float32 sqrt on a CPU may come from a vector library whose last bit is free; a float64 root,
-    # even one that is an ulp off, lies on the right side of every float32 midpoint
+    # through float64: float32 sqrt on a CPU may come from a vector library that is free in its last bit, while a
+    # float64 root, even one that is an ulp off, lies on the right side of every float32 midpoint
     return (logarithm * -2.0).to(torch.float64).sqrt().to(torch.float32)
 
 
