@@ -223,6 +223,7 @@ def test_measured_peak_on_cpu():
     assert peak.nbytes == 4000
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_measured_peak_on_cuda():
     before = torch.cuda.memory_allocated()

@@ -1,0 +1,42 @@
+"""Every candidate of the bench computes what it is compared on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import bench_siva_linear as bench
+from bench import harness, plot
+
+CPU = torch.device("cpu")
+SMALL = bench.Case("tiny", features=16, rows=8, dtype="float32", work="forward")
+
+
+def test_all_start_from_the_same_layer():
+    outputs = [run() for run in bench.candidates(SMALL, CPU).values()]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("work", ["forward", "training"])
+def test_rows_are_recorded_and_drawn(work, tmp_path, monkeypatch):
+    case = bench.Case("tiny", 16, 8, "float32", work)
+    file = tmp_path / "siva_linear.csv"
+    columns = {name: str(value) for name, value in vars(case).items()}
+    harness.measure(file, columns, bench.candidates(case, CPU), CPU, rounds=3)
+    assert {row["candidate"] for row in harness.read_rows(file)} == set(bench.LAYERS)
+    monkeypatch.setattr(plot, "DATA", tmp_path)
+    plot.main()
+    assert (tmp_path / "siva_linear.png").stat().st_size > 1000
+
+
+def test_training_returns_every_gradient():
+    case = bench.Case("tiny", 16, 8, "float32", "training")
+    gradients = {name: len(run()) for name, run in bench.candidates(case, CPU).items()}
+    assert gradients.pop("frozen linear") == 1  # that of x
+    assert set(gradients.values()) == {3}
+
+
+def test_static_table_is_drawn(tmp_path):
+    plot.plot_static(harness.read_rows(harness.DATA / "static.csv"), tmp_path / "static.png")
+    assert (tmp_path / "static.png").stat().st_size > 1000
