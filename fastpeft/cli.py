@@ -116,6 +116,7 @@ def train(
     new_settings = _settings(settings or [])
 
     from fastpeft import console, training
+    from fastpeft.config import TrainConfig
     from fastpeft.runs import RunFolder, read_config
 
     console.quieten(quiet)
@@ -126,7 +127,7 @@ def train(
     if new_settings:
         values["settings"] = {**values.get("settings", {}), **new_settings}
     values.setdefault("output", f"runs/{values.get('method', 'siva')}-{Path(values.get('data', 'demo')).stem}")
-    run = training.TrainConfig.from_values(values)
+    run = TrainConfig.from_values(values)
     if dry_run:
         what = training.plan(run)
         peak = "unknown" if what.peak_memory_mb is None else f"{what.peak_memory_mb:,.0f} MB (simulated)"
@@ -137,13 +138,13 @@ def train(
                 ("estimated peak memory", peak),
                 ("steps", f"{what.steps:,}"),
                 ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
-                ("longest text", f"{what.max_tokens} tokens"),
+                ("longest text", f"{what.longest_row} tokens"),
             ],
         )
         return
-    bars = [] if quiet else [console.ProgressBar()]
     command = shlex.join(["fastpeft", *sys.argv[1:]])
-    result = training.train(run, resume=resume, overwrite=overwrite, callbacks=bars, command=command)
+    with console.progress_bar(quiet) as callbacks:
+        result = training.train(run, resume=resume, overwrite=overwrite, callbacks=callbacks, command=command)
     if not quiet:
         console.show_metrics(result.folder, result.metrics)
 
@@ -151,13 +152,17 @@ def train(
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
-    data: Annotated[str | None, typer.Option(help="Other data than the run's own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: all rows of a file, or the dev part of a folder.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts in --data.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
 ) -> None:
     """Measure a finished run on its dev rows."""
     from fastpeft import console, evaluation
 
     console.quieten(quiet=False)
-    metrics = evaluation.evaluate(folder, data)
+    metrics = evaluation.evaluate(folder, data, text_column=text_column, label_column=label_column)
     console.show_table(
         f"{folder} on {data or 'its own data'}",
         [
@@ -188,21 +193,13 @@ def predict(
 @app.command()
 def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
-    import torch
-
-    from fastpeft import backends, console, training
+    from fastpeft import backends, console, environment
 
     console.quieten(quiet=False)
-    console.show_table("versions", training.versions().items())
-    devices = [("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
-    devices += [(f"CUDA {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        devices.append(("MPS", "available"))
-    console.show_table("devices", devices)
-    console.show_table(
-        "ops",
-        [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()],
-    )
+    ops = [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()]
+    console.show_table("versions", environment.versions().items())
+    console.show_table("devices", environment.devices().items())
+    console.show_table("ops", ops)
 
 
 def main() -> None:

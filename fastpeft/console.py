@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
+
+from fastpeft.trainer import Clock
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -27,39 +29,28 @@ def quieten(quiet: bool) -> None:
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
     logger = logging.getLogger("fastpeft")
     logger.handlers = [handler]
-    logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 class ProgressBar(TrainerCallback):
     """A bar over the steps of a run, with the latest loss and accuracy and the speed in samples a second."""
 
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} samples/s"),
-            TimeRemainingColumn(),
-            console=errors,
-        )
-        self.task = self.progress.add_task("training", total=None, loss="-", accuracy="-", speed="-")
-        self.steps = 0
-        self.seconds = 0.0
-        self.begin = 0.0
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("training", total=None, loss="-", accuracy="-", speed="-")
+        self.clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin = time.perf_counter()
+        self.clock.on_step_begin(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.begin
-        rows = self.steps * args.train_batch_size * args.gradient_accumulation_steps
-        self.progress.update(self.task, completed=state.global_step, speed=f"{rows / self.seconds:.1f}")
+        self.clock.on_step_end(args, state, control)
+        rows = self.clock.steps * args.train_batch_size * args.gradient_accumulation_steps
+        self.progress.update(self.task, completed=state.global_step, speed=f"{rows / self.clock.seconds:.1f}")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
@@ -69,8 +60,26 @@ class ProgressBar(TrainerCallback):
         if logs and "eval_accuracy" in logs:
             self.progress.update(self.task, accuracy=f"{logs['eval_accuracy']:.3f}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
+    """The callbacks that show progress, none if `quiet`. The bar ends with the block, however that ends."""
+    if quiet:
+        yield []
+        return
+    fields = "loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} samples/s"
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(fields),
+        TimeRemainingColumn(),
+        console=errors,
+    )
+    try:
+        yield [ProgressBar(progress)]
+    finally:
+        progress.stop()
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -28,6 +28,8 @@ _DEMO_LABELS = {"0": "negative", "1": "positive"}
 # a dev part is split off where none is given
 _DEV_SHARE = 0.1
 _MAX_DEV_ROWS = 1_000
+# more classes than this, and than half the rows, are no classes
+_SURELY_CLASSES = 20
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
@@ -69,9 +71,8 @@ def load_data(
     text_column: str | None = None,
     label_column: str | None = None,
     split_seed: int = 0,
-    labels: Sequence[str] | None = None,
 ) -> TextData:
-    """Load the task `data`.
+    """Load the rows of `data` to train on and to measure on.
 
     Args:
         data: `"demo"`, a csv, tsv, jsonl or parquet file, or a folder with `train.*` and perhaps `dev.*` or
@@ -79,7 +80,6 @@ def load_data(
         text_column: name of the column of texts; None finds it.
         label_column: name of the column of classes, as words or whole numbers; None finds it.
         split_seed: decides which rows become the dev part where the files have none.
-        labels: the classes of a trained model, in its order; None takes those of the training rows.
 
     Raises:
         FastpeftError: a file is missing, empty or broken, a column is missing, a row has no text or class, there is
@@ -99,13 +99,38 @@ def load_data(
             logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, dev_rows + len(parts[0]), split_seed)
     # where one file was split its dev rows count too, so that the split cannot lose a rare class
     seen = parts[0] if len(files) > 1 else parts[0] + parts[1]
-    classes = _classes(label for _, label in seen) if labels is None else list(labels)
+    classes = _classes(label for _, label in seen)
     if len(classes) < 2:
         raise FastpeftError(
             f"{data!r} has one class only ({classes[0]!r}); a classifier needs at least two. Check the label column."
         )
+    if len(classes) > max(_SURELY_CLASSES, len(seen) // 2):
+        raise FastpeftError(
+            f"{data!r} has {len(classes):,} different classes in {len(seen):,} rows, which cannot be learned. "
+            "Check the label column."
+        )
     train, dev = (_number(part, classes, data) for part in parts)
     return TextData(train, dev, classes, description)
+
+
+def load_rows(
+    data: str, labels: Sequence[str], *, text_column: str | None = None, label_column: str | None = None
+) -> Examples:
+    """Load rows to measure a trained model on: all of a file, or the dev part of a folder or of the demo.
+
+    Args:
+        data: as `load_data` takes it.
+        labels: the model's classes, in its order. Where they are words, rows may give their indices.
+        text_column, label_column: as `load_data` takes them.
+
+    Raises:
+        FastpeftError: the rows cannot be read, or have a class that the model does not know.
+    """
+    if data == DEMO:
+        part = _load_demo()[1]
+    else:
+        part = _read_part(_find_files(Path(data).expanduser())[-1], text_column, label_column)
+    return _number(part, list(labels), data)
 
 
 def read_lines(file: str) -> list[str]:
@@ -230,7 +255,7 @@ def _as_label(value: Any, column: str, file: Path, number: int) -> str:
             f"row {number} of {file} has {what} in column {column!r}; classes are words or whole numbers. Correct it "
             "or name another column with --label-column."
         )
-    return text if as_float is None or isinstance(value, bool) else str(int(as_float))
+    return text if as_float is None else str(int(as_float))
 
 
 def _classes(labels: Iterable[str]) -> list[str]:

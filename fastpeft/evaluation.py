@@ -11,22 +11,32 @@ import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, EvalPrediction
 
-from fastpeft.data import Examples, load_data
+from fastpeft.config import TrainConfig
+from fastpeft.data import Examples, load_data, load_rows
 from fastpeft.errors import FastpeftError
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.runs import RunFolder
-from fastpeft.training import TrainConfig, classification_metrics, encode
+from fastpeft.task import encode
+from fastpeft.trainer import classification_metrics
 
 _BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's classifier, on the best device there is, with what the run's folder says."""
+    """A run's classifier, on the best device there is, with what the run's folder says of it.
+
+    Attributes:
+        classifier: model and tokenizer.
+        config: how the run was started.
+        labels: names of the classes, in the order of the model's outputs.
+        max_length: where texts are cut, in tokens.
+    """
 
     classifier: Classifier
     config: TrainConfig
     labels: list[str]
+    max_length: int
 
 
 def load_run(folder: str | Path) -> FinishedRun:
@@ -36,7 +46,8 @@ def load_run(folder: str | Path) -> FinishedRun:
         FastpeftError: the folder holds no finished run, or its files or its base model cannot be loaded.
     """
     run = RunFolder(folder)
-    labels: list[str] = run.metrics()["labels"]
+    metrics = run.metrics()
+    labels: list[str] = metrics["labels"]
     config = TrainConfig.from_values(run.config())
     if (run.path / "adapter_config.json").is_file():
         from peft import PeftModel
@@ -54,19 +65,33 @@ def load_run(folder: str | Path) -> FinishedRun:
     else:
         classifier = load_classifier(str(run.path), labels)
     classifier.model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return FinishedRun(classifier, config, labels)
+    return FinishedRun(classifier, config, labels, metrics["max_length"])
 
 
-def evaluate(folder: str | Path, data: str | None = None) -> dict[str, float]:
-    """Accuracy and F1 of a finished run on the dev part of its own data, or of `data`.
+def evaluate(
+    folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
+) -> dict[str, float]:
+    """Accuracy and F1 of a finished run on its own dev rows, or on the rows of `data`.
+
+    Args:
+        folder: folder of the run.
+        data: other data: all rows of a file, or the dev part of a folder or of the demo.
+        text_column, label_column: columns of `data`. None: found by their names.
 
     Raises:
-        FastpeftError: as `load_run` and `fastpeft.data.load_data`.
+        FastpeftError: the run or the data cannot be loaded, or the data has a class that the run does not know.
     """
     run = load_run(folder)
-    config = run.config
-    columns = {"text_column": config.text_column, "label_column": config.label_column} if data is None else {}
-    dev = load_data(data or config.data, split_seed=config.split_seed, labels=run.labels, **columns).dev
+    if data is not None:
+        dev = load_rows(data, run.labels, text_column=text_column, label_column=label_column)
+    else:
+        config = run.config
+        dev = load_data(
+            config.data,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            split_seed=config.split_seed,
+        ).dev
     logits = np.concatenate(list(_logits(run, dev)))
     return {**classification_metrics(EvalPrediction(logits, np.array(dev.labels))), "dev_rows": len(dev)}
 
@@ -86,7 +111,7 @@ def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]
 @torch.inference_mode()
 def _logits(run: FinishedRun, examples: Examples) -> Iterator[np.ndarray]:
     """Logits `(rows, classes)` in float32, batch by batch in the order of the examples."""
-    rows = encode(run.classifier, examples, run.config.max_length)
+    rows = encode(run.classifier.tokenizer, examples, run.max_length)
     collate = DataCollatorWithPadding(run.classifier.tokenizer)
     model = run.classifier.model
     for start in range(0, len(rows), _BATCH_SIZE):

@@ -47,7 +47,7 @@ class Method:
         learning_rate: default peak learning rate of AdamW.
         weight_decay: default weight decay of AdamW.
         prepare: makes a loaded model ready: sets what trains, and returns the module to train.
-        settings: names that `--set` may put into the method's configuration.
+        settings: what `--set` may put into the method's configuration, with the defaults.
         adapts: whether it takes targets and a rank.
     """
 
@@ -57,7 +57,7 @@ class Method:
     learning_rate: float
     weight_decay: float
     prepare: Callable[[Any, Preparation], nn.Module]
-    settings: Callable[[], tuple[str, ...]] = tuple
+    settings: Callable[[], dict[str, Any]] = dict
     adapts: bool = False
 
 
@@ -115,11 +115,11 @@ _OWN_FIELDS = (
 )
 
 
-def _peft_settings(config_class: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(config_class) if field.name not in _OWN_FIELDS)
+def _peft_settings(config_class: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in _OWN_FIELDS}
 
 
-def _siva_settings() -> tuple[str, ...]:
+def _siva_settings() -> dict[str, Any]:
     from fastpeft.siva import SivaConfig
 
     return _peft_settings(SivaConfig)
@@ -131,7 +131,7 @@ def _prepare_siva(model: nn.Module, preparation: Preparation) -> nn.Module:
     return _prepare_peft(model, preparation, SivaConfig, {"r": preparation.rank or 4})
 
 
-def _lora_settings() -> tuple[str, ...]:
+def _lora_settings() -> dict[str, Any]:
     from peft import LoraConfig
 
     return _peft_settings(LoraConfig)

@@ -15,6 +15,7 @@ from fastpeft.errors import FastpeftError
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_UNLIMITED = 10**9  # tokenizers that know no limit give a larger one
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Classifier:
     @property
     def max_length(self) -> int:
         """The longest input in tokens, with special tokens."""
-        positions: int = getattr(self.model.config, "max_position_embeddings", self.tokenizer.model_max_length)
-        return min(positions, self.tokenizer.model_max_length)
+        known: int = self.tokenizer.model_max_length
+        if known < _UNLIMITED:
+            return known
+        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return known if positions is None else positions - 2  # RoBERTa and its kin use two for padding
 
 
 def resolve_model(model: str) -> str:

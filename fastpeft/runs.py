@@ -83,7 +83,7 @@ class RunFolder:
                 "Give another one."
             )
         before = self.config()
-        changed = [name for name in config if resume and config[name] != before.get(name)]
+        changed = [name for name in config if resume and name != "output" and config[name] != before.get(name)]
         if changed:
             differences = ", ".join(f"{name} {before.get(name)!r} -> {config[name]!r}" for name in changed)
             raise FastpeftError(

@@ -1,0 +1,119 @@
+"""All that decides a training run, in one record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastpeft.errors import FastpeftError
+from fastpeft.methods import get_method
+from fastpeft.runs import read_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that decides a run; `run.json` holds it.
+
+    Attributes:
+        output: folder of the run.
+        method: a name of the registry `fastpeft.methods`.
+        model: `"demo"`, a folder or a hub id.
+        data: `"demo"`, a csv, tsv, jsonl or parquet file, or a folder with `train.*` and perhaps `dev.*`.
+        targets: layers to adapt: names joined by commas, `all-linear` or a regular expression. None: the method's.
+        rank: rank of the adapter. None: the method's.
+        epochs: passes over the training rows.
+        max_steps: optimizer steps, in place of `epochs`.
+        batch_size: rows a step, on each device.
+        learning_rate: peak rate of AdamW. None: the method's.
+        max_length: longest text in tokens; what is longer is cut. None: 128, or the model's limit where that is less.
+        seed: decides the new head, the order of rows and dropout.
+        split_seed: decides which rows become the dev part where the data has none.
+        save_steps: a checkpoint every so many steps. None: none.
+        bf16: compute in bfloat16 by autocast; weights stay in float32.
+        deterministic: only deterministic kernels.
+        text_column, label_column: columns of the data. None: found by their names.
+        settings: further fields of the method's configuration or of `transformers.TrainingArguments`.
+
+    Raises:
+        FastpeftError: a value is of another type or out of its range.
+
+    Example:
+        >>> TrainConfig(output="runs/lora", method="lora", epochs=2).batch_size
+        16
+    """
+
+    output: str
+    method: str = "siva"
+    model: str = "demo"
+    data: str = "demo"
+    targets: str | None = None
+    rank: int | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    learning_rate: float | None = None
+    max_length: int | None = None
+    seed: int = 0
+    split_seed: int = 0
+    save_steps: int | None = None
+    bf16: bool = False
+    deterministic: bool = False
+    text_column: str | None = None
+    label_column: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("output", "method", "model", "data"):
+            self._check(name, isinstance(value := getattr(self, name), str) and value != "", "a text that is not empty")
+        for name in ("targets", "text_column", "label_column"):
+            self._check(name, isinstance(getattr(self, name), (str, type(None))), "a text")
+        for name, least in (("rank", 1), ("max_steps", 1), ("batch_size", 1), ("max_length", 2), ("save_steps", 1)):
+            value = getattr(self, name)
+            optional = value is None and name != "batch_size"
+            self._check(name, optional or (_is_whole(value) and value >= least), f"a whole number from {least}")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            optional = value is None and name != "epochs"
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+            self._check(name, optional or number, "a number above 0")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+        for name in ("bf16", "deterministic"):
+            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        self._check("settings", isinstance(self.settings, dict), "an object of names and values")
+        get_method(self.method)
+
+    def _check(self, name: str, fits: bool, allowed: str) -> None:
+        if not fits:
+            raise FastpeftError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A configuration from names and values, as a `run.json` holds them."""
+        known = [item.name for item in dataclasses.fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise FastpeftError(
+                f"unknown name {unknown[0]!r} in a run's configuration; allowed are {', '.join(known)}."
+            )
+        if "output" not in values:
+            raise FastpeftError("a run's configuration needs an output: the folder to write to.")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> TrainConfig:
+        """The configuration in a `run.json`."""
+        return cls.from_values(read_config(Path(file)))
+
+    def values(self) -> dict[str, Any]:
+        """Names and values, as `run.json` holds them."""
+        return dataclasses.asdict(self)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

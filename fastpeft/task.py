@@ -1,0 +1,182 @@
+"""A configuration brought to life: its data as tokens, its model made ready by its method, the Trainer's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from fastpeft.config import TrainConfig
+from fastpeft.data import Examples, TextData, load_data
+from fastpeft.errors import FastpeftError
+from fastpeft.methods import Method, Preparation, get_method, parse_targets
+from fastpeft.models import load_classifier
+
+_DEFAULT_MAX_LENGTH = 128  # tokens
+_EVAL_BATCH_SIZE = 64
+_WARMUP_SHARE = 0.06
+_LOGS = 50  # points of the loss curve
+
+# fields of TrainingArguments that `settings` may not touch, with the name that decides them
+_OWN_ARGUMENTS = {
+    "output_dir": "output",
+    "per_device_train_batch_size": "batch_size",
+    "learning_rate": "learning_rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "seed": "seed",
+    "bf16": "bf16",
+    "save_steps": "save_steps",
+    "save_strategy": "save_steps",
+    "full_determinism": "deterministic",
+}
+
+Row = dict[str, Any]  # one text as token ids, with its label
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run works on.
+
+    Attributes:
+        config: where it all came from.
+        method: the method that prepared the model.
+        model: the module to train, with what trains requiring gradients.
+        tokenizer: the model's tokenizer.
+        data: texts and classes.
+        train_rows, dev_rows: the texts as tokens, not padded.
+        max_length: where texts were cut, in tokens.
+        arguments: fields of TrainingArguments that the configuration sets beside its own.
+    """
+
+    config: TrainConfig
+    method: Method
+    model: Any
+    tokenizer: Any
+    data: TextData
+    train_rows: list[Row]
+    dev_rows: list[Row]
+    max_length: int
+    arguments: dict[str, Any]
+
+    @classmethod
+    def load(cls, config: TrainConfig) -> Task:
+        """Load all that `config` names.
+
+        Raises:
+            FastpeftError: something named is missing, broken or does not fit the rest.
+        """
+        method = get_method(config.method)
+        method_settings, arguments = sort_settings(method, config.settings)
+        if not method.adapts and (config.rank is not None or config.targets is not None):
+            raise FastpeftError(f"the method {method.name!r} takes no targets and no rank; leave them out.")
+        targets = parse_targets(config.targets)
+        data = load_data(
+            config.data,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            split_seed=config.split_seed,
+        )
+        set_seed(config.seed)  # the new head is drawn
+        classifier = load_classifier(config.model, data.labels)
+        max_length = config.max_length or min(_DEFAULT_MAX_LENGTH, classifier.max_length)
+        if max_length > classifier.max_length:
+            raise FastpeftError(
+                f"max_length {max_length} is above what the model {config.model!r} reads. Choose "
+                f"{classifier.max_length} tokens or less."
+            )
+        model = method.prepare(classifier.model, Preparation(classifier.head, config.rank, targets, method_settings))
+        train_rows, dev_rows = (encode(classifier.tokenizer, part, max_length) for part in (data.train, data.dev))
+        return cls(config, method, model, classifier.tokenizer, data, train_rows, dev_rows, max_length, arguments)
+
+    def training_arguments(self, output: str) -> TrainingArguments:
+        """The Trainer's arguments, with checkpoints below `output`."""
+        config = self.config
+        values: dict[str, Any] = {
+            "output_dir": output,
+            "per_device_train_batch_size": config.batch_size,
+            "per_device_eval_batch_size": _EVAL_BATCH_SIZE,
+            "learning_rate": self.method.learning_rate if config.learning_rate is None else config.learning_rate,
+            "weight_decay": self.method.weight_decay,
+            "num_train_epochs": config.epochs,
+            "max_steps": -1 if config.max_steps is None else config.max_steps,
+            "seed": config.seed,
+            "bf16": config.bf16,
+            "save_strategy": "no" if config.save_steps is None else "steps",
+            "save_steps": config.save_steps or 1,
+            "eval_strategy": "no",  # the run's Trainer decides when
+            "logging_nan_inf_filter": False,  # the run's Trainer stops at such a loss
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": True,
+            "report_to": "none",
+            **self.arguments,
+        }
+        try:
+            steps = total_steps(TrainingArguments(**values), len(self.train_rows))
+            values.setdefault("warmup_steps", round(_WARMUP_SHARE * steps))
+            values.setdefault("logging_steps", max(1, steps // _LOGS))
+            return TrainingArguments(**values)
+        except (ValueError, TypeError, ImportError) as error:
+            raise FastpeftError(
+                f"transformers.TrainingArguments refuses the settings {self.arguments or 'of this run'}: {error}"
+            ) from error
+
+
+def encode(tokenizer: Any, examples: Examples, max_length: int) -> list[Row]:
+    """Examples as rows of token ids and a label, cut at `max_length` tokens and not padded."""
+    encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)
+    return [
+        {**{name: column[i] for name, column in encoded.items()}, "labels": label}
+        for i, label in enumerate(examples.labels)
+    ]
+
+
+def total_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a run over `rows` rows, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(rows / arguments.train_batch_size)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide settings between the method's configuration and TrainingArguments.
+
+    Raises:
+        FastpeftError: a name is unknown or decided elsewhere, or a value is of another type than the default.
+    """
+    of_method = method.settings()
+    of_training = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
+    for name, value in settings.items():
+        if name not in of_method and name in _OWN_ARGUMENTS:
+            raise FastpeftError(f"{name} cannot be set as a setting; use {_OWN_ARGUMENTS[name]} in its place.")
+        if name not in of_method and name not in of_training:
+            close = difflib.get_close_matches(name, [*of_method, *of_training], 3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise FastpeftError(
+                f"unknown setting {name!r}; allowed for the method {method.name!r} are "
+                f"{', '.join(of_method) or 'none of its own'}, and the fields of transformers.TrainingArguments.{hint}"
+            )
+        default = of_method.get(name, of_training.get(name))
+        if not _is_like(value, default):
+            raise FastpeftError(f"the setting {name} is {value!r}; it must be of the kind of its default, {default!r}.")
+    return (
+        {name: value for name, value in settings.items() if name in of_method},
+        {name: value for name, value in settings.items() if name not in of_method},
+    )
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default: true or false, a number, or anything else."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return True

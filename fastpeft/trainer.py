@@ -1,0 +1,207 @@
+"""The Trainer of a run: rows grouped by length, whole checkpoints, a stop before a step that would spoil the weights."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fastpeft.runs import RunFolder
+from fastpeft.task import Row, Task
+
+_CURVE_POINTS = 5  # of the accuracy curve, with its last
+_CURVE_ROWS = 1_000  # dev rows behind an inner point
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """A random order of rows in which each batch holds rows of about one length, so that little is padded.
+
+    The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met.
+    """
+
+    _BATCHES_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed}:{self.epoch}")
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        group = self.batch_size * self._BATCHES_SORTED_TOGETHER
+        rest = len(order) % self.batch_size  # an incomplete batch can only come last
+        full, last = order[: len(order) - rest], order[len(order) - rest :]
+        batches = []
+        for start in range(0, len(full), group):
+            grouped = sorted(full[start : start + group], key=self.lengths.__getitem__)
+            batches += [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
+        generator.shuffle(batches)
+        for batch in (*batches, last):
+            yield from batch
+
+
+class NonFiniteError(Exception):
+    """The loss or a gradient of a step is not finite; the weights are those before the step."""
+
+
+class RunTrainer(Trainer):
+    """The Trainer of one run.
+
+    Attributes:
+        samples_seen: rows trained on since the start of this process.
+        longest_seen: tokens of the longest batch among them.
+        clock: seconds spent in steps.
+    """
+
+    def __init__(
+        self, task: Task, arguments: TrainingArguments, folder: RunFolder, callbacks: Iterable[TrainerCallback]
+    ) -> None:
+        lengths = [len(row["input_ids"]) for row in task.train_rows]
+        self.order = LengthGroupedOrder(lengths, arguments.train_batch_size, task.config.seed)
+        self.samples_seen = 0
+        self.longest_seen = 0
+        self.clock = Clock()
+        curve_rows = random.Random(0).sample(task.dev_rows, min(len(task.dev_rows), _CURVE_ROWS))
+        multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
+        super().__init__(
+            model=task.model,
+            args=arguments,
+            train_dataset=task.train_rows,
+            eval_dataset=_by_length(curve_rows),
+            processing_class=task.tokenizer,
+            data_collator=DataCollatorWithPadding(task.tokenizer, pad_to_multiple_of=multiple),
+            compute_metrics=classification_metrics,
+            callbacks=[
+                _EpochOfOrder(self.order),
+                _CurvePoints(len(curve_rows)),
+                _WholeCheckpoints(folder),
+                self.clock,
+                *callbacks,
+            ],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_size=self.args.train_batch_size,
+                sampler=self.order,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
+
+    def measure(self, rows: list[Row]) -> dict[str, float]:
+        """Loss, accuracy and F1 on `rows`."""
+        return self.evaluate(_by_length(rows))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows, tokens = inputs["input_ids"].shape
+        self.samples_seen += rows
+        self.longest_seen = max(self.longest_seen, tokens)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # fp16 scales its losses, and its gradients may overflow on the way to the right scale
+        gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)
+        if not (loss.isfinite() & norm.isfinite()):
+            what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
+            raise NonFiniteError(
+                f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
+                f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
+            )
+        return loss
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """The logged values of `name`, with their steps."""
+        return [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
+
+
+def _by_length(rows: list[Row]) -> list[Row]:
+    """Rows in an order that pads little."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, and F1: of the second class where there are two, the mean over classes where there are more."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    guesses, labels = np.argmax(prediction.predictions, axis=-1), prediction.label_ids
+    average = "binary" if prediction.predictions.shape[-1] == 2 else "macro"
+    f1 = f1_score(labels, guesses, average=average, zero_division=0.0)
+    return {"accuracy": float(accuracy_score(labels, guesses)), "f1": float(f1)}
+
+
+class _EpochOfOrder(TrainerCallback):
+    """Tells the order of rows which epoch begins."""
+
+    def __init__(self, order: LengthGroupedOrder) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.order.epoch = int(state.epoch or 0)
+
+
+class _CurvePoints(TrainerCallback):
+    """Asks for the inner points of the accuracy curve.
+
+    At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
+        every = max(math.ceil(state.max_steps / _CURVE_POINTS), math.ceil(self.rows / rows_a_step))
+        if state.global_step % every == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True
+
+
+class _WholeCheckpoints(TrainerCallback):
+    """Moves each checkpoint, once the Trainer has written it, from the staging place to its final name."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.keep_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class Clock(TrainerCallback):
+    """Counts steps and the seconds spent in them, without evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        self.seconds += time.perf_counter() - self._begin
