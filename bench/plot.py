@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from bench.harness import DATA, Row, read_rows
 
@@ -17,31 +18,34 @@ REGISTERS = 255  # that a thread of an NVIDIA card can have
 
 
 def plot_timings(rows: list[Row], file: Path) -> None:
-    """One panel for each machine, dtype and kind of work; in it, each case's candidates against the first one."""
-    panels = _grouped(rows, ("card", "dtype", "work"))
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 6), squeeze=False, layout="constrained")
-    for axes, (title, panel) in zip(all_axes[0], panels.items()):
-        first = panel[0]["candidate"]
-        candidates = list(dict.fromkeys(row["candidate"] for row in panel if row["candidate"] != first))
-        labels = list(dict.fromkeys(_case(row) for row in panel))
-        for offset, candidate in enumerate(candidates):
-            chosen = [row for row in panel if row["candidate"] == candidate]
-            middle = [float(row["ratio_p50"]) for row in chosen]
-            whiskers = [
-                [m - float(row["ratio_p20"]) for m, row in zip(middle, chosen)],
-                [float(row["ratio_p80"]) - m for m, row in zip(middle, chosen)],
-            ]
-            height = [labels.index(_case(row)) + 0.8 * (offset / len(candidates) - 0.4) for row in chosen]
-            axes.barh(height, middle, 0.7 / len(candidates), xerr=whiskers, label=candidate, error_kw={"lw": 0.8})
-        axes.axvline(1, color="black", lw=1)
-        axes.set_yticks(range(len(labels)), labels)
-        axes.invert_yaxis()
-        axes.set_title("\n".join(title), fontsize=9)
-        axes.set_xlabel(f"time over that of {first} (median; 20th to 80th percentile)")
-    all_axes[0][0].legend(fontsize=8)
-    figure.suptitle(file.stem)
+    """A line of panels for each machine and dtype, a panel for each kind of work: candidates against the first one."""
+    lines = _grouped(rows, ("card", "dtype"))
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    shape = (len(lines), len(works))
+    figure, all_axes = plt.subplots(*shape, figsize=(6 * shape[1], 5 * shape[0]), squeeze=False, layout="constrained")
+    for line_axes, (title, line) in zip(all_axes, lines.items()):
+        for axes, work in zip(line_axes, works):
+            _plot_ratios(axes, [row for row in line if row["work"] == work])
+            axes.set_title(", ".join((*title, work)), fontsize=9)
+    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
+
+
+def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
+    """Bars of the candidates' times over that of the first, with the 20th and 80th percentile."""
+    first, *others = dict.fromkeys(row["candidate"] for row in rows)
+    cases = list(dict.fromkeys(_case(row) for row in rows))
+    for place, candidate in enumerate(others):
+        chosen = [row for row in rows if row["candidate"] == candidate]
+        low, middle, high = ([float(row[f"ratio_p{p}"]) for row in chosen] for p in (20, 50, 80))
+        whiskers = [[m - a for a, m in zip(low, middle)], [b - m for m, b in zip(middle, high)]]
+        heights = [cases.index(_case(row)) + 0.8 * ((place + 0.5) / len(others) - 0.5) for row in chosen]
+        axes.barh(heights, middle, 0.7 / len(others), xerr=whiskers, label=candidate, error_kw={"lw": 0.8})
+    axes.axvline(1, color="black", lw=1)
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time over that of {first} (median, 20th to 80th percentile)", fontsize=8)
 
 
 def plot_static(rows: list[Row], file: Path) -> None:
@@ -54,9 +58,10 @@ def plot_static(rows: list[Row], file: Path) -> None:
     for axes, (title, panel) in zip(all_axes[:, 0], panels.items()):
         for tile, of_tile in _grouped(panel, ("tile",)).items():
             places = [architectures.index(row["arch"]) for row in of_tile]
-            axes.plot(places, [int(row["registers"]) for row in of_tile], "o-", lw=0.8, ms=4, label=_short(tile[0]))
+            axes.plot(places, [int(row["registers"]) for row in of_tile], "o-", lw=0.4, ms=5, label=_short(tile[0]))
         axes.axhline(REGISTERS, color="black", lw=1)
         axes.set_xticks(range(len(architectures)), architectures)
+        axes.set_xlim(-0.5, len(architectures) - 0.5)
         axes.set_ylim(0, 1.05 * REGISTERS)
         axes.set_title(" ".join(title), fontsize=9, loc="left")
         axes.set_ylabel("registers a thread")
@@ -76,7 +81,8 @@ def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...],
 def _case(row: Row) -> str:
     """The columns that tell a case from the others of its panel."""
     hidden = (*WHERE, "candidate", "dtype", "work")
-    return " ".join(value for name, value in row.items() if name not in hidden and not name.startswith(MEASURED))
+    columns = {name: value for name, value in row.items() if name not in hidden and not name.startswith(MEASURED)}
+    return " ".join(f"{name} {value}" if value.isdigit() else value for name, value in columns.items())
 
 
 def _short(tile: str) -> str:
