@@ -112,6 +112,7 @@ class Task:
             "save_steps": config.save_steps or 1,
             "eval_strategy": "no",  # the run's Trainer decides when
             "logging_nan_inf_filter": False,  # the run's Trainer stops at such a loss
+            "use_cpu": not torch.accelerator.is_available(),  # the Trainer refuses bf16 on a CPU it found by itself
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
             "report_to": "none",

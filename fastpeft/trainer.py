@@ -1,4 +1,4 @@
-"""The Trainer of a run: rows grouped by length, whole checkpoints, a stop before a step that would spoil the weights."""
+"""The Trainer of a run: rows grouped by length, whole checkpoints, a stop before a step that spoils the weights."""
 
 from __future__ import annotations
 

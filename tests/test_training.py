@@ -1,0 +1,279 @@
+"""One run: what it leaves behind, how it is resumed, and how it stops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import reviews, save_tiny_model, write_csv
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.evaluation import evaluate, load_run, predict
+from fastpeft.trainer import LengthGroupedOrder
+from fastpeft.training import TrainResult, plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+METHODS = ("siva", "lora", "full", "head")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
+    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run after `step` as a signal would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, method: str) -> None:
+    config = replace(config, method=method, epochs=2, learning_rate=3e-2)
+    result = train(config)
+    metrics = json.loads((result.folder / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert {"accuracy", "f1", "samples_per_second", "peak_memory_mb", "trainable_parameters", "seed", "command"} <= set(
+        metrics
+    )
+    assert metrics["versions"].keys() >= {"torch", "transformers", "peft", "fastpeft"}
+    assert metrics["steps"] == 2 * math.ceil(81 / 8)
+    assert (metrics["train_rows"], metrics["dev_rows"]) == (81, 9)
+    assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert ("adapter_config.json" in names) is (method in ("siva", "lora"))
+    assert TrainConfig.from_file(result.folder / "run.json") == config
+    assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
+    folder = train(replace(config, method=method, max_steps=2)).folder
+    card = (folder / "README.md").read_text()
+    assert "reviews.csv" in card
+    assert "negative, positive" in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    model, run = names["model"].eval(), load_run(folder)
+    inputs = names["tokenizer"]("a lovely film", return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, run.classifier.model(**inputs).logits)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> None:
+    folder = train(replace(config, method="full", epochs=12, learning_rate=1e-2)).folder
+    guesses = predict(folder, ["the film is lovely", "a dull plot", "the story was funny"])
+    assert [label for label, _ in guesses] == ["positive", "negative", "positive"]
+    assert all(0.5 <= probability <= 1 for _, probability in guesses)
+
+
+def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
+    labels = ("negative", "positive", "mixed")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_csv(folder / "train.csv", reviews(30, labels))
+    write_csv(folder / "dev.csv", reviews(12, labels, seed=1))
+    result = train(replace(config, method="siva", data=str(folder), max_steps=3))
+    assert result.metrics["labels"] == ["mixed", "negative", "positive"]
+    assert evaluate(result.folder)["dev_rows"] == 12
+    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
+    """The uninterrupted two-epoch run of each method, each trained once."""
+
+    @functools.cache
+    def whole_run(method: str) -> TrainResult:
+        output = str(tmp_path_factory.mktemp(method) / "run")
+        return train(TrainConfig(output=output, method=method, model=checkpoint, data=data, **TWO_EPOCHS))
+
+    return whole_run
+
+
+TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # of 11 steps each
+
+
+@pytest.mark.parametrize(
+    ("method", "interrupted_at", "kept"),
+    [
+        ("siva", 2, []),
+        ("siva", 8, [3, 6]),
+        ("siva", 11, [6, 9]),
+        ("siva", 17, [12, 15]),
+        ("lora", 17, [12, 15]),
+        ("full", 17, [12, 15]),
+        ("head", 8, [3, 6]),
+    ],
+)
+def test_resumed_run_equals_the_uninterrupted_one(
+    config: TrainConfig, whole_runs: Any, method: str, interrupted_at: int, kept: list[int]
+) -> None:
+    config = replace(config, method=method, **TWO_EPOCHS)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(interrupted_at)])
+    assert {path.name for path in Path(config.output).glob("checkpoints/*")} == {f"checkpoint-{step}" for step in kept}
+    whole, resumed = whole_runs(method), train(config, resume=True)
+    before, after = weights(whole.folder), weights(resumed.folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert resumed.metrics["accuracy"] == whole.metrics["accuracy"]
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+
+
+def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    first = train(config, resume=True)
+    before = tree(first.folder)
+    again = train(config, resume=True)
+    assert again == first
+    assert tree(first.folder) == before
+
+
+def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    folder = train(config).folder
+    before = tree(folder)
+    with pytest.raises(FastpeftError, match=r"learning_rate None -> 0\.5"):
+        train(replace(config, learning_rate=0.5), resume=True)
+    assert tree(folder) == before
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, max_steps=2, save_steps=1)
+    folder = train(config).folder
+    assert (folder / "checkpoints").is_dir()
+    train(replace(config, method="full", save_steps=None), overwrite=True)
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "adapter_config.json").exists()
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "run.json").write_text('{"mine": 1}')
+    for flags in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(FastpeftError, match="is not empty"):
+            train(replace(config, output=str(foreign)), **flags)
+    assert tree(foreign) == {"run.json": b'{"mine": 1}'}
+
+
+def test_failed_overwrite_leaves_the_old_run(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    folder = train(config).folder
+    before = tree(folder)
+    for change in ({"rank": 99}, {"data": "nowhere.csv"}, {"model": "./nowhere"}, {"settings": {"warmup_steps": -5}}):
+        with pytest.raises(FastpeftError):
+            train(replace(config, **change), overwrite=True)
+    assert tree(folder) == before
+
+
+def test_equal_runs_are_equal_to_the_bit(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="siva", max_steps=6, deterministic=True)
+    first = train(config)
+    again = train(replace(config, output=str(tmp_path / "again")))
+    other = train(replace(config, output=str(tmp_path / "other"), seed=1))
+    one, same, different = (weights(run.folder) for run in (first, again, other))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], different[name]) for name in one)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Poison(TrainerCallback):
+    """Makes the embeddings of a model infinite after `step`, as a step that diverged would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.get_input_embeddings().weight.data.fill_(math.inf)
+
+
+def test_a_step_that_diverges_keeps_the_weights_before_it(config: TrainConfig) -> None:
+    config = replace(config, method="full", learning_rate=1e30, save_steps=1)
+    with pytest.raises(FastpeftError, match=r"at step (\d+), .*weights before that step are in .*last-good") as error:
+        train(config)
+    good = Path(config.output) / "last-good"
+    model = AutoModelForSequenceClassification.from_pretrained(good)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert "checkpoint-2" in str(error.value)
+    assert not (Path(config.output) / "metrics.json").exists()
+    with pytest.raises(FastpeftError, match="not finished"):
+        evaluate(config.output)
+
+
+def test_weights_that_are_spoilt_already_are_not_kept(config: TrainConfig) -> None:
+    config = replace(config, method="head", save_steps=2)
+    with pytest.raises(FastpeftError, match=r"at step 4, .*no longer finite.*checkpoint-2"):
+        train(config, callbacks=[Poison(3)])
+    assert not (Path(config.output) / "last-good").exists()
+
+
+def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
+    result = train(replace(config, method="full", bf16=True, max_steps=2))
+    assert {tensor.dtype for tensor in weights(result.folder).values()} == {torch.float32}
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_settings_reach_the_method_and_the_trainer(config: TrainConfig) -> None:
+    settings = {"lora_alpha": 5, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant"}
+    result = train(replace(config, settings=settings))
+    assert json.loads((result.folder / "adapter_config.json").read_text())["lora_alpha"] == 5
+    assert result.metrics["steps"] == math.ceil(math.ceil(81 / 8) / 4)
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+def test_a_plan_tells_what_training_does_and_writes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="siva", epochs=1.5)
+    before = tree(tmp_path)
+    told = plan(config)
+    assert tree(tmp_path) == before
+    done = train(config).metrics
+    assert (told.trainable_parameters, told.parameters) == (done["trainable_parameters"], done["parameters"])
+    assert (told.steps, told.train_rows, told.dev_rows) == (done["steps"], done["train_rows"], done["dev_rows"])
+    assert told.peak_memory_mb == done["peak_memory_mb"]
+
+
+def test_each_row_comes_once_an_epoch_among_its_like() -> None:
+    lengths = [7 * number % 60 for number in range(333)]
+    order = LengthGroupedOrder(lengths, batch_size=8, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(333))
+    assert list(order) == first
+    order.epoch = 1
+    assert list(order) != first
+    spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 328, 8))]
+    assert sum(spread) / len(spread) < 10 < 60
