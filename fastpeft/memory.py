@@ -82,7 +82,7 @@ class _FusedForms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not kwargs.pop("enable_gqa", False):
+        if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
@@ -97,6 +97,7 @@ class _FusedForms(TorchFunctionMode):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
+        enable_gqa: bool = False,  # fused kernels read grouped heads in place
     ) -> Tensor:
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             # every fused kernel adds its mask, in the dtype of the query, and keeps it for backward

@@ -164,6 +164,26 @@ def test_attention_keeps_no_probabilities(make):
     assert eager.activations - estimate.activations > probabilities
 
 
+class Grouped(nn.Module):
+    """Attention of 8 heads that share 2 heads of keys and values, repeated for the product or not."""
+
+    def __init__(self, repeat: bool) -> None:
+        super().__init__()
+        self.repeat = repeat
+        self.query, self.key = nn.Parameter(torch.zeros(1, 8, 64, 16)), nn.Parameter(torch.zeros(1, 2, 64, 16))
+
+    def forward(self) -> torch.Tensor:
+        key = self.key.repeat_interleave(4, dim=1) if self.repeat else self.key
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(self.query, key, key, enable_gqa=not self.repeat).sum()
+
+
+def test_grouped_heads_are_not_repeated():
+    grouped, repeated = (simulate_training_step(Grouped(repeat), {}) for repeat in (False, True))
+    assert grouped.gradients == grouped.weights
+    assert grouped.peak < repeated.peak
+
+
 def test_frozen_weights_have_no_gradient_and_no_state():
     estimate = simulate_training_step(lora(), text_batch())
     trained = sum(p.numel() for p in lora().parameters() if p.requires_grad)
