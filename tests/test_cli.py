@@ -1,0 +1,135 @@
+"""The command line from end to end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from samples import reviews, save_tiny_model, write_csv
+from typer.testing import CliRunner, Result
+
+import fastpeft
+from fastpeft import backends
+from fastpeft.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(fastpeft.__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Give the library's logger back as it was."""
+    logger = logging.getLogger("fastpeft")
+    before = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(before[0])
+    logger.handlers = before[1]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a person with a model and data."""
+    save_tiny_model(tmp_path / "model")
+    write_csv(tmp_path / "reviews.csv", reviews(60), ("review", "stars"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TRAIN = ("train", "--model", "model", "--data", "reviews.csv", "--label-column", "stars", "--max-steps", "4")
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.parametrize("method", ["siva", "lora", "full", "head"])
+def test_train_eval_predict(place: Path, method: str) -> None:
+    trained = run(*TRAIN, "--method", method, "--output", "out")
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    for shown in (f"{metrics['accuracy']:.3f}", f"{metrics['f1']:.3f}", f"{metrics['trainable_parameters']:,}"):
+        assert shown in trained.stdout
+    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "peak memory", "trained parameters"):
+        assert name in trained.stdout
+    assert "texts from column 'review'" in trained.stderr
+    assert "4/4" in trained.stderr
+    assert metrics["command"].startswith("fastpeft ")
+    assert f"{metrics['accuracy']:.3f}" in run("eval", "out").stdout
+    (place / "texts.txt").write_text("a dull plot\n\nwhat a lovely film\n")
+    lines = run("predict", "out", "it is funny", "--file", "texts.txt").stdout.splitlines()
+    assert [line.split("\t")[2] for line in lines] == ["it is funny", "a dull plot", "what a lovely film"]
+    assert {line.split("\t")[0] for line in lines} <= {"negative", "positive"}
+
+
+def test_a_run_is_repeated_from_its_file(place: Path) -> None:
+    run(*TRAIN, "--method", "siva", "--output", "first", "--targets", "query,value", "--rank", "2", "--set", "d=15")
+    run("train", "--config", "first/run.json", "--output", "second")
+    adapters = [(place / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert adapters[0] == adapters[1]
+    run("train", "--config", "first/run.json", "--output", "third", "--set", "residual=frozen", "--seed", "1")
+    config = json.loads((place / "third" / "run.json").read_text())
+    assert config["settings"] == {"d": 15, "residual": "frozen"}
+    assert (config["seed"], config["targets"]) == (1, "query,value")
+
+
+def test_resume_needs_the_folder_only_and_leaves_a_finished_run(place: Path) -> None:
+    run(*TRAIN, "--method", "lora", "--output", "out")
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
+    assert "accuracy after" in run("train", "--output", "out", "--resume").stdout
+    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
+
+
+def test_a_dry_run_writes_nothing(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
+    assert "trained parameters" in shown
+    assert "estimated peak memory" in shown
+    assert sorted(place.rglob("*")) == before
+
+
+def test_quiet_says_nothing(place: Path) -> None:
+    assert run(*TRAIN, "--method", "head", "--quiet").output == ""
+    assert (place / "runs" / "head-reviews" / "metrics.json").is_file(), "the default output"
+
+
+def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
+    result = CliRunner().invoke(app, [*TRAIN, "--method", "full", "--output", "out", "--learning-rate", "1e30"])
+    assert result.exit_code == 2
+    assert "at step" in result.stderr
+    assert "last-good" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_info_names_every_op_and_version() -> None:
+    shown = run("info").stdout
+    assert fastpeft.__version__ in shown
+    for choice in backends.choices():
+        assert choice.op in shown
+        assert choice.backend in shown
+
+
+def test_as_a_module_in_its_own_process(place: Path) -> None:
+    """What a terminal shows: nothing but our own words, and an exit code."""
+    command = [sys.executable, "-m", "fastpeft", *TRAIN, "--method", "siva", "--output", "out"]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for noise in ("Warning", "LOAD REPORT", "it/s", "Traceback"):
+        assert noise not in done.stderr + done.stdout
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("Error: the output folder 'out' is not empty.")
+    assert refused.stdout == ""
+
+
+def test_importing_the_library_leaves_heavy_modules_alone() -> None:
+    code = "import sys, fastpeft; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"datasets", "sklearn", "matplotlib", "transformers.trainer"} & set(done.stdout.split())
