@@ -1,7 +1,7 @@
 """Tile sizes of the kernels: frozen tables, no timing at run time.
 
-Every tile here compiles without spilling for every architecture of `bench/static.py`; `bench/data/static.csv` has the
-registers, shared memory and matrix instructions of each.
+Every tile compiles for the architectures of `bench/static.py` that it is shipped to, without spilling; the registers,
+shared memory and matrix instructions of each, and the Triton that made them, are in `bench/data/static.csv`.
 """
 
 from __future__ import annotations

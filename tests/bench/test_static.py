@@ -40,6 +40,12 @@ def test_nothing_spills(rows):
     assert [row for row in rows if row["stack_bytes"] != "0"] == []
 
 
+def test_shared_memory_fits(rows):
+    """What one program can have, in KiB, by the vendors' manuals."""
+    most = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+    assert [row for row in rows if int(row["shared_bytes"]) > 1024 * most[row["arch"]]] == []
+
+
 def test_half_precision_runs_on_matrix_units(rows):
     for row in rows:
         if row["dtype"] in ("bf16", "fp16"):
