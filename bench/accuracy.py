@@ -1,8 +1,8 @@
 """Accuracy, speed and memory of each method on the bundled model and the demo data: the README's table.
 
 Every cell is tried with two learning rates on a slice of the training data (2,000 rows to learn from, 1,000 others to
-choose by), then trained for one epoch on all of it with the better one; the dev rows are seen once, at the end. Each run
-is a process of its own. Runs that are finished are not repeated, so an interrupted table continues where it was.
+choose by), then trained for one epoch on all of it with the better one; the dev rows are seen once, at the end. Each
+run is a process of its own. Runs that are finished are not repeated, so an interrupted table continues where it was.
 
     python -m bench.accuracy            # about half an hour on two cores; writes bench/data/accuracy.csv
 """
