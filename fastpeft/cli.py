@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastpeft.errors import FastpeftError
+from fastpeft.methods import METHODS
 
 # the heavy imports are in the commands, so that `fastpeft --help` answers at once
 
@@ -52,34 +53,34 @@ def _settings(items: list[str]) -> dict[str, Any]:
 
 @app.command()
 def train(
-    method: Annotated[str | None, typer.Option(help="siva, lora, full or head  [default: siva]")] = None,
-    model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id  [default: demo]")] = None,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)} (default: siva)")] = None,
+    model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id (default: demo)")] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="demo, a csv, tsv, jsonl or parquet file, or a folder with train.* and dev.*  [default: demo]"
+            help="demo, a csv, tsv, jsonl or parquet file, or a folder with train.* and dev.* (default: demo)"
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run  [default: runs/METHOD-DATA]")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/METHOD-DATA)")] = None,
     config: Annotated[Path | None, typer.Option(help="A run.json to repeat; other options change it.")] = None,
     targets: Annotated[
         str | None, typer.Option(help="Layers to adapt: query,key or all-linear or a regular expression.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows  [default: 1]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows (default: 1)")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step  [default: 16]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate  [default: the method's]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest text in tokens  [default: 128]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides the new head, the order and dropout  [default: 0]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step (default: 16)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (default: the method's)")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest text in tokens (default: 128)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the new head, the order and dropout (default: 0)")] = None,
     split_seed: Annotated[
-        int | None, typer.Option(help="Decides the dev rows where the data has none  [default: 0]")
+        int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts  [default: found by name]")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of classes  [default: found by name]")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts (default: found by name)")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of classes (default: found by name)")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(

@@ -25,6 +25,7 @@ def quieten(quiet: bool) -> None:
     """Show this library's own messages, unless `quiet`, and nothing that others say on the way."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
     logger = logging.getLogger("fastpeft")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from fastpeft.errors import FastpeftError
+
+logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -58,6 +61,7 @@ def resolve_model(model: str) -> str:
             f"no model at {model!r}; give {DEMO!r}, a folder with config.json and model.safetensors, or a hub id such "
             "as FacebookAI/roberta-large."
         )
+    logger.info("no folder %r here; looking for that name in the cache and on the model hub", model)
     return model
 
 

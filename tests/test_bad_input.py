@@ -168,8 +168,9 @@ CASES = [
 ]
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below `folder`, files with their content."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(("arguments", "parts"), CASES, ids=[" ".join(arguments) for arguments, _ in CASES])
