@@ -129,6 +129,9 @@ def _run(trainer: RunTrainer, folder: RunFolder, seed: int, checkpoint: Path | N
     """Train from the beginning or from a checkpoint; of a run that cannot go on, keep the last good weights."""
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
+        if not (checkpoint / "adapter_config.json").is_file():
+            # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
+            trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
     set_seed(seed)  # dropout starts alike whatever was computed before
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
