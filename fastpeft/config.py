@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class TrainConfig:
             self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
         for name in ("bf16", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
-        self._check("settings", isinstance(self.settings, dict), "an object of names and values")
+        self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
         get_method(self.method)
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:
@@ -113,6 +114,14 @@ class TrainConfig:
     def values(self) -> dict[str, Any]:
         """Names and values, as `run.json` holds them."""
         return dataclasses.asdict(self)
+
+
+def _is_json_object(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, dict)
 
 
 def _is_whole(value: Any) -> bool:

@@ -103,6 +103,8 @@ def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]
         FastpeftError: as `load_run`.
     """
     run = load_run(folder)
+    if not texts:
+        return []
     logits = torch.from_numpy(np.concatenate(list(_logits(run, Examples(list(texts), [0] * len(texts))))))
     best = logits.softmax(-1).max(-1)
     return [(run.labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]

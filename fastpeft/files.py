@@ -100,13 +100,12 @@ def publish(staged: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def discard(folder: Path) -> None:
-    """Delete `folder` so that it is never seen half deleted at its name."""
-    if not folder.exists():
-        return
-    doomed = Path(tempfile.mkdtemp(prefix=".discarded-", dir=folder.parent))
-    os.replace(folder, doomed / folder.name)
-    shutil.rmtree(doomed)
+def discard(folder: Path, trash: Path) -> None:
+    """Delete `folder`, if it is there, never to be seen half deleted: it moves to `trash`, on its disk, first."""
+    if folder.exists():
+        doomed = Path(tempfile.mkdtemp(dir=trash))
+        os.replace(folder, doomed / folder.name)
+        shutil.rmtree(doomed)
 
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.

@@ -83,9 +83,11 @@ class RunFolder:
                 "Give another one."
             )
         before = self.config()
-        changed = [name for name in config if resume and name != "output" and config[name] != before.get(name)]
+        changed = [
+            name for name in config if resume and name != "output" and config[name] != before.get(name, config[name])
+        ]
         if changed:
-            differences = ", ".join(f"{name} {before.get(name)!r} -> {config[name]!r}" for name in changed)
+            differences = ", ".join(f"{name} {before[name]!r} -> {config[name]!r}" for name in changed)
             raise FastpeftError(
                 f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
                 "or give another output folder."
@@ -116,10 +118,10 @@ class RunFolder:
         """Give a finished checkpoint its final name, and let the oldest go."""
         self.checkpoints.mkdir(exist_ok=True)
         target = self.checkpoints / staged.name
-        files.discard(target)
+        files.discard(target, self.staging)
         files.publish(staged, target)
         for old in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-_KEPT_CHECKPOINTS]:
-            files.discard(old)
+            files.discard(old, self.staging)
 
     def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
         """Move the result's files to their places, then mark the run as finished."""

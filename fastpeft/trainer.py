@@ -72,6 +72,7 @@ class RunTrainer(Trainer):
         samples_seen: rows trained on since the start of this process.
         longest_seen: tokens of the longest batch among them.
         clock: seconds spent in steps.
+        cuda_peak: most memory allocated in a step, on a CUDA device.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RunTrainer(Trainer):
         self.samples_seen = 0
         self.longest_seen = 0
         self.clock = Clock()
+        self.cuda_peak = CudaPeak()
         curve_rows = random.Random(0).sample(task.dev_rows, min(len(task.dev_rows), _CURVE_ROWS))
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
@@ -97,6 +99,7 @@ class RunTrainer(Trainer):
                 _CurvePoints(len(curve_rows)),
                 _WholeCheckpoints(folder),
                 self.clock,
+                self.cuda_peak,
                 *callbacks,
             ],
         )
@@ -205,3 +208,18 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
         self.seconds += time.perf_counter() - self._begin
+
+
+class CudaPeak(TrainerCallback):
+    """The most bytes that the allocator held in any step, without evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            self.nbytes = max(self.nbytes, torch.cuda.max_memory_allocated(args.device))

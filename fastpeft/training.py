@@ -147,7 +147,7 @@ def _keep_last_good(trainer: RunTrainer, folder: RunFolder) -> str:
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"
     _save(trainer, staged)
-    files.discard(target)
+    files.discard(target, folder.staging)
     files.publish(staged, target)
     return f"The weights before that step are in {target}. {saved}"
 
@@ -201,9 +201,9 @@ def _metrics(
     config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
     trainable, total = _count_parameters(trainer.model)
     if device.type == "cuda":
-        peak: float | None = round(torch.cuda.max_memory_allocated(device) / MEBIBYTE, 1)
+        peak: float | None = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
     else:
-        peak = _simulated_peak_mb(trainer.model, config, trainer.longest_seen)
+        peak = _simulated_peak_mb(trainer.model, config, trainer.longest_seen or max(trainer.order.lengths))
     return {
         "method": config.method,
         "model": config.model,

@@ -156,6 +156,19 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert resumed.metrics["loss"] == whole.metrics["loss"]
 
 
+def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_runs: Any) -> None:
+    class InterruptAtTheEnd(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    config = replace(config, method="siva", **{**TWO_EPOCHS, "save_steps": 11})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAtTheEnd()])
+    whole, resumed = whole_runs("siva"), train(config, resume=True)
+    assert all(torch.equal(tensor, weights(resumed.folder)[name]) for name, tensor in weights(whole.folder).items())
+    assert resumed.metrics["peak_memory_mb"] > 0
+
+
 def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: TrainConfig) -> None:
     config = replace(config, max_steps=2)
     first = train(config, resume=True)

@@ -1,0 +1,74 @@
+"""Files are whole or absent, whatever goes wrong while they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpeft import FastpeftError, files
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "values.json"
+    files.write_json(file, {"word": "naïve", "number": 1})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"word": "naïve", "number": 1}
+
+    def disk_full(descriptor: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_text(file, "new")
+    assert files.read_json(file)["number"] == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    file, plain = tmp_path / "ours", tmp_path / "plain"
+    files.write_text(file, "")
+    plain.write_text("")
+    assert file.stat().st_mode == plain.stat().st_mode
+
+
+def test_publish_is_flushed_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged, target = tmp_path / "staged", tmp_path / "target"
+    (staged / "inner").mkdir(parents=True)
+    (staged / "inner" / "file").write_text("content")
+    events: list[str] = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("flush"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), rename(a, b)))
+    files.publish(staged, target)
+    assert (target / "inner" / "file").read_text() == "content"
+    assert events == ["flush", "flush", "flush", "rename", "flush"]  # two folders and a file, then the parent
+
+
+def test_discard_removes_from_sight_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, trash = tmp_path / "folder", tmp_path / "trash"
+    folder.mkdir()
+    (folder / "file").write_text("content")
+    trash.mkdir()
+
+    def interrupted(path: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            files.discard(folder, trash)
+    assert not folder.exists()
+    files.discard(folder, trash)  # nothing there, nothing to do
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", b"\xff"], ids=["cut off", "a list", "no text"])
+def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, content: str | bytes) -> None:
+    file = tmp_path / "values.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FastpeftError, match=r"values\.json"):
+        files.read_json(file)
