@@ -85,7 +85,8 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    console.print(title)  # not the table's own, which would be cut to the table's width
+    table = Table(show_header=False)
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)

@@ -325,7 +325,7 @@ def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
     try:
         return [fields for fields in reader if fields]
     except csv.Error as error:
-        raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct the quotes there.") from None
+        raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct that line.") from None
 
 
 def _table(file: Path, lines: list[list[str]]) -> list[Row]:

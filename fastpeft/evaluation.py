@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def evaluate(
             label_column=config.label_column,
             split_seed=config.split_seed,
         ).dev
-    logits = np.concatenate(list(_logits(run, dev)))
+    logits = _logits(run, dev).numpy()
     return {**classification_metrics(EvalPrediction(logits, np.array(dev.labels))), "dev_rows": len(dev)}
 
 
@@ -105,19 +105,22 @@ def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]
     run = load_run(folder)
     if not texts:
         return []
-    logits = torch.from_numpy(np.concatenate(list(_logits(run, Examples(list(texts), [0] * len(texts))))))
-    best = logits.softmax(-1).max(-1)
+    no_labels = [0] * len(texts)
+    best = _logits(run, Examples(list(texts), no_labels)).softmax(-1).max(-1)
     return [(run.labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]
 
 
 @torch.inference_mode()
-def _logits(run: FinishedRun, examples: Examples) -> Iterator[np.ndarray]:
-    """Logits `(rows, classes)` in float32, batch by batch in the order of the examples."""
+def _logits(run: FinishedRun, examples: Examples) -> torch.Tensor:
+    """Logits `(rows, classes)` in float32 on the CPU, in the order of the examples."""
     rows = encode(run.classifier.tokenizer, examples, run.max_length)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
     collate = DataCollatorWithPadding(run.classifier.tokenizer)
     model = run.classifier.model
+    batches = []
     for start in range(0, len(rows), _BATCH_SIZE):
-        batch = collate(rows[start : start + _BATCH_SIZE]).to(model.device)
+        batch = collate([rows[i] for i in order[start : start + _BATCH_SIZE]]).to(model.device)
         batch.pop("labels")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):
-            yield model(**batch).logits.float().cpu().numpy()
+            batches.append(model(**batch).logits.float().cpu())
+    return torch.cat(batches)[torch.tensor(order).argsort()]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import fastpeft
 from fastpeft import backends
 from fastpeft.cli import app
+from fastpeft.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +106,25 @@ def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
     assert "at step" in result.stderr
     assert "last-good" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_help_names_methods_and_options() -> None:
+    assert all(command in run("--help").stdout for command in ("train", "eval", "predict", "info"))
+    shown = run("train", "--help").stdout
+    for option in (
+        "targets",
+        "rank",
+        "epochs",
+        "max-steps",
+        "config",
+        "set",
+        "resume",
+        "overwrite",
+        "quiet",
+        "dry-run",
+    ):
+        assert f"--{option} " in shown
+    assert ", ".join(METHODS) in shown
 
 
 def test_info_names_every_op_and_version() -> None:

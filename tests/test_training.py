@@ -97,9 +97,13 @@ def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
 
 def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> None:
     folder = train(replace(config, method="full", epochs=12, learning_rate=1e-2)).folder
-    guesses = predict(folder, ["the film is lovely", "a dull plot", "the story was funny"])
+    texts = ["the film is lovely and the plot is a story with a scene", "a dull plot", "the story was funny"]
+    guesses = predict(folder, texts)
     assert [label for label, _ in guesses] == ["positive", "negative", "positive"]
     assert all(0.5 <= probability <= 1 for _, probability in guesses)
+    alone = [predict(folder, [text])[0][1] for text in texts]
+    assert [probability for _, probability in guesses] == pytest.approx(alone, abs=1e-5)
+    assert predict(folder, []) == []
 
 
 def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
