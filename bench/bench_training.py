@@ -20,7 +20,7 @@ from fastpeft.models import load_classifier
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
-CASE = {"model": "demo", "batch": str(BATCH_SIZE), "tokens": str(TOKENS), "dtype": "float32"}
+CASE = {"model": "demo", "work": "training step", "batch": str(BATCH_SIZE), "tokens": str(TOKENS), "dtype": "float32"}
 
 
 def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:

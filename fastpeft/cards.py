@@ -6,53 +6,44 @@ from collections.abc import Mapping, Sequence
 
 import fastpeft
 
-_LOADING = {
-    True: """\
-import fastpeft  # registers its methods with PEFT
-import torch
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForSequenceClassification.from_pretrained(
-    {folder!r}, id2label={labels!r}, dtype=torch.float32
-)
-tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
-    False: """\
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model = AutoModelForSequenceClassification.from_pretrained({folder!r}, dtype=torch.float32)
-tokenizer = AutoTokenizer.from_pretrained({folder!r})""",
+_HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
 }
 
 
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
+def loading_snippet(
+    folder: str, *, base_model: str, task_type: str | None, adapter: bool = True, labels: Sequence[str] = ()
+) -> str:
+    """Python code that loads what was saved in `folder`.
 
-
-def adapter_snippet(folder: str, base_model: str, task_type: str | None) -> str:
-    """Python code that loads a saved adapter on its base model, for any of PEFT's task types."""
-    name = _AUTO_CLASSES.get(task_type or "")
-    if name is None:
-        return (
-            "import fastpeft  # registers its methods with PEFT\nfrom peft import PeftModel\n\n"
-            f"model = PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
-        )
-    return (
-        f"import fastpeft  # registers its methods with PEFT\nfrom peft import {name}\n\n"
-        f"model = {name}.from_pretrained({folder!r})  # and what the base model took: num_labels, dtype"
-    )
-
-
-def classification_snippet(folder: str, labels: Sequence[str], adapter: bool) -> str:
-    """Python code that loads a saved sequence classifier."""
-    return _LOADING[adapter].format(folder=folder, labels=dict(enumerate(labels)))
+    Args:
+        folder: where it was saved.
+        base_model: path or hub id of the model under an adapter.
+        task_type: one of PEFT's, or None for a model of another kind.
+        adapter: whether an adapter was saved, or a whole model.
+        labels: names of the classes; where they are known the tokenizer was saved too.
+    """
+    head = _HEADS.get(task_type or "")
+    lines = ["import fastpeft  # registers its methods with PEFT"] if adapter else []
+    if head is None:
+        lines.append("from peft import PeftModel")
+        call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
+    else:
+        name = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
+        known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
+        lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
+        call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
+    if labels:
+        lines.append("from transformers import AutoTokenizer")
+    lines += ["", f"model = {call}"]
+    if labels:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
+    return "\n".join(lines)
 
 
 def model_card(

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft import files
-from fastpeft.cards import classification_snippet, model_card
+from fastpeft.cards import loading_snippet, model_card
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
@@ -240,7 +240,13 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
     return model_card(
         base_model=config.model,
         method=task.method.title,
-        snippet=classification_snippet(str(folder.path), task.data.labels, task.method.adapts),
+        snippet=loading_snippet(
+            str(folder.path),
+            base_model=config.model,
+            task_type="SEQ_CLS",
+            adapter=task.method.adapts,
+            labels=task.data.labels,
+        ),
         adapter=task.method.adapts,
         data=task.data.description,
         labels=task.data.labels,

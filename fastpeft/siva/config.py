@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
-from fastpeft.cards import adapter_snippet, model_card
+from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
 
 Residual = Literal["frozen", "implicit"]
@@ -104,7 +104,7 @@ class SivaConfig(PeftConfig):
         text = model_card(
             base_model=base,
             method="SiVA",
-            snippet=adapter_snippet(folder.name, base, self.task_type),
+            snippet=loading_snippet(folder.name, base_model=base, task_type=self.task_type),
             settings=settings | {"target_modules": ", ".join(self.to_dict()["target_modules"] or [])},
         )
         card.write_text(text, encoding="utf-8")
