@@ -1,8 +1,9 @@
 """What each op runs on, and why: the only file that imports kernels and compiled modules.
 
 At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
-Triton, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"` overrides the order
-(names: `cpp`, `triton`, `reference`); asking for one that is not available raises `FastpeftError`.
+Triton, fused ATen calls, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"`
+overrides the order (names: `cpp`, `triton`, `aten`, `reference`); asking for one that is not available raises
+`FastpeftError`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from fastpeft import reference
+from fastpeft import aten, reference
 from fastpeft._ops import NAMESPACE, SCHEMAS
 from fastpeft.errors import FastpeftError
 
@@ -23,7 +24,10 @@ VARIABLE = "FASTPEFT_BACKEND"
 
 # (op, device) -> backends that implement it, best first. The reference covers every op on every device.
 IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
-    ("siva_linear", "cuda"): ("triton",),
+    ("siva_linear", "cpu"): ("aten",),
+    ("siva_linear", "cuda"): ("triton", "aten"),
+    ("siva_linear_backward", "cpu"): ("aten",),
+    ("siva_linear_backward", "cuda"): ("aten",),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb", "cpu"): ("cpp",),
 }
@@ -62,7 +66,7 @@ def _probe_triton() -> str:
     return ""
 
 
-_PROBES: dict[str, Callable[[], str]] = {"cpp": _probe_cpp, "triton": _probe_triton}
+_PROBES: dict[str, Callable[[], str]] = {"cpp": _probe_cpp, "triton": _probe_triton, "aten": lambda: ""}
 
 
 def _overrides(text: str) -> dict[str, str]:
@@ -93,7 +97,7 @@ def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], s
     for name in candidates:
         reason = why_not(name)
         if not reason:
-            return Choice(op, device, name, "available")
+            return Choice(op, device, name, "; ".join(missing) or "available")
         missing.append(f"{name}: {reason}")
     return Choice(op, device, "reference", "; ".join(missing) or "the only implementation")
 
@@ -104,6 +108,8 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         module_name, function = _TRITON_LAUNCHERS[choice.op]
         module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
         library.impl(choice.op, getattr(module, function), choice.device.upper())
+    elif choice.backend == "aten":
+        library.impl(choice.op, getattr(aten, choice.op), choice.device.upper())
     elif choice.backend == "reference" and "cpp" in IMPLEMENTED.get((choice.op, choice.device), ()):
         # the compiled module registers all its ops when it loads; put the reference back over this one
         library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastpeft
+from fastpeft import aten, reference
 from fastpeft.functional import siva_linear
 
 
@@ -47,6 +50,21 @@ def test_gradcheck(rows: tuple[int, ...], bias: bool) -> None:
     x, weight, u, s, v, b = operands(rows, 7, 5, 3, bias=bias)
     trained = [t.requires_grad_() for t in (x, u, v)] + ([b.requires_grad_()] if bias else [])
     assert torch.autograd.gradcheck(lambda x, u, v, *b: siva_linear(x, weight, u, s, v, b[0] if b else None), trained)
+
+
+@pytest.mark.parametrize("rows", [(0,), (3,), (2, 5), ()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_calls_equal_the_reference(rows: tuple[int, ...], bias: bool) -> None:
+    x, weight, u, s, v, b = operands(rows, 7, 5, 3, bias=bias)
+    found, expected = (module.siva_linear(x, weight, u, s, v, b) for module in (aten, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    dh = torch.randn(*rows, 5, dtype=torch.float64)
+    p = expected[1]
+    for needs in itertools.product((True, False), repeat=4):
+        found, expected = (
+            module.siva_linear_backward(dh, x, weight, u, s, v, p, *needs) for module in (aten, reference)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_equal_an_independent_formula() -> None:

@@ -1,0 +1,80 @@
+"""One implementation for each op and device, chosen once, with a reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastpeft import backends
+from fastpeft._ops import SCHEMAS
+from fastpeft.errors import FastpeftError
+
+
+def available(name: str) -> str:
+    return ""
+
+
+def absent(name: str) -> str:
+    return f"{name} is not here"
+
+
+def python(code: str, setting: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, backends.VARIABLE: setting}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_every_op_has_a_choice_for_every_device() -> None:
+    assert {(choice.op, choice.device) for choice in backends.choices()} == {
+        (op, device) for op in SCHEMAS for device in ("cpu", "cuda")
+    }
+    assert all(choice.reason for choice in backends.choices())
+
+
+def test_the_first_that_is_available_is_taken() -> None:
+    assert backends._choose("siva_linear", "cuda", None, available).backend == "triton"
+    without_triton = backends._choose(
+        "siva_linear", "cuda", None, lambda name: absent(name) if name == "triton" else ""
+    )
+    assert without_triton.backend == "aten"
+    assert without_triton.reason == "triton: triton is not here"
+    assert backends._choose("mezo_perturb_", "cpu", None, absent).backend == "reference"
+
+
+def test_what_is_asked_for_is_taken_or_refused() -> None:
+    assert backends._choose("siva_linear", "cuda", "aten", available).backend == "aten"
+    assert backends._choose("mezo_perturb_", "cpu", "reference", available).backend == "reference"
+    with pytest.raises(FastpeftError, match=r"siva_linear=triton, but triton is not here"):
+        backends._choose("siva_linear", "cuda", "triton", absent)
+
+
+@pytest.mark.parametrize("text", ["siva_linear", "siva_linear=cublas", "silu=triton", "siva_linear=triton;x=y"])
+def test_unreadable_settings_are_refused(text: str) -> None:
+    with pytest.raises(FastpeftError, match=r"allowed are OP=NAME"):
+        backends._overrides(text)
+
+
+def test_several_settings() -> None:
+    assert backends._overrides(" mezo_perturb_=reference, siva_linear=aten,") == {
+        "mezo_perturb_": "reference",
+        "siva_linear": "aten",
+    }
+
+
+def test_a_setting_holds_for_the_process() -> None:
+    code = (
+        "import torch, fastpeft, fastpeft.reference as reference\n"
+        "from fastpeft import backends, functional\n"
+        "print(next(c.backend for c in backends.choices() if (c.op, c.device) == ('mezo_perturb_', 'cpu')))\n"
+        "functional.mezo_perturb_([torch.zeros(5)], [0], [1], [1.0])"
+    )
+    done = python(code, "mezo_perturb_=reference")
+    assert done.stdout.strip() == "reference", done.stderr
+
+
+def test_a_missing_backend_stops_the_import() -> None:
+    done = python("import fastpeft", "mezo_perturb_=triton")
+    assert done.returncode != 0
+    assert "mezo_perturb_ has no triton implementation" in done.stderr
