@@ -79,21 +79,25 @@ def _overrides(text: str) -> dict[str, str]:
                 f"{VARIABLE} has {item!r}; allowed are OP=NAME with OP one of {', '.join(SCHEMAS)} and NAME one of "
                 f"{', '.join(_PROBES)}, reference. Correct or unset the variable."
             )
+        backends = {backend for key, found in IMPLEMENTED.items() if key[0] == op for backend in found} | {"reference"}
+        if name not in backends:
+            raise FastpeftError(
+                f"{VARIABLE} asks for {op}={name}, but {op} runs on {', '.join(sorted(backends))} only. Name one of these."
+            )
         chosen[op] = name
     return chosen
 
 
 def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], str]) -> Choice:
-    """The first available backend of `op` on `device`, or `wanted`."""
+    """`wanted` where it implements `op` on `device`, else the first available backend."""
     candidates = IMPLEMENTED.get((op, device), ())
     if wanted == "reference":
         return Choice(op, device, "reference", f"asked for by {VARIABLE}")
-    if wanted is not None and candidates:
-        reason = why_not(wanted) if wanted in candidates else f"{op} has no {wanted} implementation on {device}"
-        if reason:
+    if wanted in candidates:
+        if reason := why_not(wanted):
             raise FastpeftError(f"{VARIABLE} asks for {op}={wanted}, but {reason}. Install it or unset the variable.")
         return Choice(op, device, wanted, f"asked for by {VARIABLE}")
-    missing = []
+    missing: list[str] = []
     for name in candidates:
         reason = why_not(name)
         if not reason:
@@ -124,9 +128,6 @@ def _activate() -> tuple[torch.library.Library, list[Choice]]:
         return reasons[name]
 
     wanted = _overrides(os.environ.get(VARIABLE, ""))
-    for op in wanted:
-        if not any(key[0] == op for key in IMPLEMENTED) and wanted[op] != "reference":
-            raise FastpeftError(f"{VARIABLE} asks for {op}={wanted[op]}, but {op} has only a reference implementation.")
     library = torch.library.Library(NAMESPACE, "IMPL")
     for op in SCHEMAS:
         library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")

@@ -50,10 +50,19 @@ def test_what_is_asked_for_is_taken_or_refused() -> None:
         backends._choose("siva_linear", "cuda", "triton", absent)
 
 
-@pytest.mark.parametrize("text", ["siva_linear", "siva_linear=cublas", "silu=triton", "siva_linear=triton;x=y"])
+@pytest.mark.parametrize("text", ["siva_linear", "siva_linear=cublas", "silu=triton", "siva_linear=aten;x=y"])
 def test_unreadable_settings_are_refused(text: str) -> None:
     with pytest.raises(FastpeftError, match=r"allowed are OP=NAME"):
         backends._overrides(text)
+
+
+def test_a_backend_that_an_op_does_not_have_is_refused() -> None:
+    with pytest.raises(FastpeftError, match=r"mezo_perturb_ runs on cpp, reference only"):
+        backends._overrides("mezo_perturb_=triton")
+
+
+def test_a_setting_leaves_devices_alone_that_it_does_not_fit() -> None:
+    assert backends._choose("siva_linear", "cpu", "triton", available).backend == "aten"
 
 
 def test_several_settings() -> None:
@@ -77,4 +86,4 @@ def test_a_setting_holds_for_the_process() -> None:
 def test_a_missing_backend_stops_the_import() -> None:
     done = python("import fastpeft", "mezo_perturb_=triton")
     assert done.returncode != 0
-    assert "mezo_perturb_ has no triton implementation" in done.stderr
+    assert "mezo_perturb_ runs on cpp, reference only" in done.stderr
