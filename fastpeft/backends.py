@@ -82,7 +82,8 @@ def _overrides(text: str) -> dict[str, str]:
         backends = {backend for key, found in IMPLEMENTED.items() if key[0] == op for backend in found} | {"reference"}
         if name not in backends:
             raise FastpeftError(
-                f"{VARIABLE} asks for {op}={name}, but {op} runs on {', '.join(sorted(backends))} only. Name one of these."
+                f"{VARIABLE} asks for {op}={name}, but {op} runs on "
+                f"{', '.join(sorted(backends))} only. Name one of these."
             )
         chosen[op] = name
     return chosen
