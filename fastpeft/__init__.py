@@ -13,14 +13,32 @@ from fastpeft.errors import FastpeftError
 from fastpeft.siva import SivaConfig, SivaLinear
 
 if TYPE_CHECKING:
+    from fastpeft.mezo.optimizer import MeZO
+    from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
-__all__ = ["FastpeftError", "SivaConfig", "SivaLinear", "TrainConfig", "functional", "train"]
+__all__ = [
+    "FastpeftError",
+    "MeZO",
+    "MeZOConfig",
+    "MeZOTrainer",
+    "SivaConfig",
+    "SivaLinear",
+    "TrainConfig",
+    "functional",
+    "train",
+]
 
-# Names whose modules import the Trainer: loaded at first use, to keep the import quick.
-_LAZY = {"TrainConfig": "fastpeft.training", "train": "fastpeft.training"}
+# Names that are loaded at first use, to keep the import quick: most of their modules import the Trainer.
+_LAZY = {
+    "MeZO": "fastpeft.mezo.optimizer",
+    "MeZOConfig": "fastpeft.mezo.trainer",
+    "MeZOTrainer": "fastpeft.mezo.trainer",
+    "TrainConfig": "fastpeft.training",
+    "train": "fastpeft.training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,438 @@
+"""MeZO as an optimizer: its estimate and its update, what it leaves alone, and how it fails."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from fastpeft import FastpeftError, MeZO, SivaConfig, noise
+from fastpeft.mezo import step_seed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def fit(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
+    """The closure of one step on a batch of its own."""
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(model.parameters()).dtype
+    x, y = torch.randn(6, 5, generator=generator).to(dtype), torch.randn(6, 3, generator=generator).to(dtype)
+    return lambda: F.mse_loss(model(x), y)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def close(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Equal to the roundings of a step that did nothing: three of values near 1, perturbed by 1e-3."""
+    return all((a - b).abs().max() <= 4 * torch.finfo(a.dtype).eps for a, b in zip(one, other, strict=True))
+
+
+def plain_step(groups: list[dict], closure: Callable[[], Tensor], seed: int) -> float:
+    """One step written straight from the method, z as large as each tensor, for groups of one eps; returns g."""
+
+    def add(scale_of: Callable[[dict], float], decay_of: Callable[[dict], float] = lambda _: 0.0) -> None:
+        offset = 0
+        for group in groups:
+            for p in group["params"]:
+                z = noise.gaussian(offset, p.numel(), seed).view(p.shape)
+                a, scale = (torch.tensor(x, dtype=torch.float32) for x in (1 - decay_of(group), scale_of(group)))
+                p.data = (a * p.data.float() + scale * z).to(p.dtype)
+                offset += p.numel()
+
+    eps = groups[0]["eps"]
+    with torch.no_grad():
+        add(lambda _: eps)
+        plus = closure().item()
+        add(lambda _: -2 * eps)
+        minus = closure().item()
+    g = (plus - minus) / (2 * eps)
+    kept = lambda group: 1 - group["lr"] * group["weight_decay"]  # noqa: E731
+    add(lambda group: kept(group) * eps - group["lr"] * g, lambda group: group["lr"] * group["weight_decay"])
+    return g
+
+
+# -- the seed of a step ------------------------------------------------------------------------------------------------
+
+
+def test_step_seeds_are_those_of_splitmix64() -> None:
+    published = (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431)
+    assert [step_seed(1234567, step) for step in range(4)] == [number % 2**63 for number in published]
+    assert step_seed(2**63 - 1, 10**9) < 2**63
+
+
+# -- estimate and update -----------------------------------------------------------------------------------------------
+
+
+def test_projected_grad_is_the_slope_along_the_noise() -> None:
+    """On a quadratic the two-sided difference is the directional derivative itself."""
+    theta = torch.linspace(-1, 1, 40, dtype=torch.float64).requires_grad_()
+    scale = torch.linspace(0.5, 2, 40, dtype=torch.float64)
+    before = theta.detach().clone()
+    optimizer = MeZO([theta], lr=0.0, eps=1e-3, seed=5)
+    loss = optimizer.step(lambda: (scale * theta**2).sum())
+    z = noise.gaussian(0, 40, step_seed(5, 0)).double()
+    slope = (2 * scale * before * z).sum().item()
+    assert optimizer.projected_grad == pytest.approx(slope, rel=1e-9)
+    # the mean of the two losses is above the loss by the curvature
+    assert loss == pytest.approx((scale * (before**2 + 1e-6 * z**2)).sum().item(), rel=1e-12)
+
+
+def test_it_descends_a_quadratic() -> None:
+    theta = torch.full((10,), 2.0, requires_grad=True)
+    optimizer = MeZO([theta], lr=2e-2)
+    losses = [optimizer.step(lambda: 0.5 * (theta**2).sum()) for _ in range(300)]
+    assert losses[0] == pytest.approx(20, rel=1e-3)
+    assert losses[-1] < 0.2
+    assert optimizer.steps_done == 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fifty_steps_are_those_of_a_plain_loop(dtype: torch.dtype) -> None:
+    """Bit for bit: the same noise, the same roundings, decay before the step, two groups, a schedule."""
+    ours, theirs = network(dtype), network(dtype)
+    settings = ({"lr": 3e-2, "weight_decay": 0.1}, {"lr": 1e-2})
+    optimizer = MeZO([{"params": layer.parameters(), **s} for layer, s in zip((ours[0], ours[2]), settings)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    start = weights(ours)
+    for step in range(50):
+        groups = [
+            {"weight_decay": 0.0, "eps": 1e-3, **s, "params": list(layer.parameters()), "lr": group["lr"]}
+            for layer, s, group in zip((theirs[0], theirs[2]), settings, optimizer.param_groups)
+        ]
+        optimizer.step(fit(ours, step))
+        schedule.step()
+        assert optimizer.projected_grad == plain_step(groups, fit(theirs, step), step_seed(0, step))
+        assert equal(weights(ours), weights(theirs))
+    assert not any(torch.equal(a, b) for a, b in zip(start, weights(ours)))
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-2 * 0.98**50)
+
+
+def test_each_group_has_the_gradient_of_its_own_eps() -> None:
+    """The loss reads one group only, so with the other's eps its g would be ten times too small."""
+    one, other = torch.ones(8, requires_grad=True), torch.ones(8, requires_grad=True)
+    optimizer = MeZO([{"params": [one], "eps": 1e-2}, {"params": [other], "eps": 1e-3}], lr=0.5)
+    optimizer.step(lambda: other.double().sum())
+    z = noise.gaussian(8, 8, step_seed(0, 0))  # the second group's part of the noise
+    torch.testing.assert_close(other.detach(), 1 - 0.5 * z.sum() * z, rtol=0, atol=2e-3)
+    assert optimizer.projected_grad == pytest.approx(0.1 * z.sum().item(), rel=1e-3)  # of the first group
+
+
+def test_lr_0_returns_to_within_rounding() -> None:
+    model = network()
+    before = weights(model)
+    optimizer = MeZO(model, lr=0.0, weight_decay=0.5)
+    optimizer.step(fit(model))
+    assert close(weights(model), before)
+
+
+def test_double_precision_returns_closer() -> None:
+    model = network(torch.float64)
+    before = weights(model)
+    MeZO(model, lr=0.0).step(fit(model))
+    assert close(weights(model), before)
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_count_once_at_their_first_place() -> None:
+    torch.manual_seed(0)
+    shared, last = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3))
+    alone = copy.deepcopy([shared, last])
+    x = torch.randn(2, 4)
+    MeZO([shared, shared, last], lr=0.1).step(lambda: (x @ shared @ shared).sum() * last.sum())
+    MeZO(alone, lr=0.1).step(lambda: (x @ alone[0] @ alone[0]).sum() * alone[1].sum())
+    assert equal([shared, last], alone)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    before = weights(model)
+    for params in (model, model.parameters(), list(model.named_parameters())):
+        MeZO(params, lr=0.1).step(fit(model))
+    changed = [not torch.equal(a, b) for a, b in zip(before, weights(model))]
+    assert changed == [False, False, True, True]
+
+
+def test_a_group_can_come_later() -> None:
+    model = network()
+    optimizer = MeZO(model[0].parameters(), lr=0.1)
+    optimizer.step(fit(model))
+    optimizer.add_param_group({"params": model[2].bias, "lr": 0.0})
+    before = weights(model)
+    optimizer.step(fit(model))
+    assert optimizer.param_groups[1]["eps"] == 1e-3
+    changed = [(a - b).abs().max() > 1e-5 for a, b in zip(before, weights(model))]
+    assert changed == [True, True, False, False]
+
+
+def test_siva_factors_of_a_roberta() -> None:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,
+    )
+    model = peft.get_peft_model(RobertaForMaskedLM(config), SivaConfig(r=2, target_modules="all-linear"))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.randint(3, 30, (4, 9), generator=torch.Generator().manual_seed(0))
+    model.train()  # dropout is on but for the losses of a step
+    optimizer = MeZO(model, lr=1e-3)
+    losses = [optimizer.step(lambda: model(ids, labels=ids).loss) for _ in range(20)]
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == names
+    assert all("siva_" in name for name in changed)
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None for p in model.parameters())
+
+
+# -- how the loss is computed ------------------------------------------------------------------------------------------
+
+
+def test_no_graph_and_no_dropout() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+    model[2].eval()
+    seen = []
+
+    def closure() -> Tensor:
+        loss = fit(model)()
+        seen.append((loss.requires_grad, torch.is_grad_enabled(), any(m.training for m in model.modules())))
+        return loss
+
+    optimizer = MeZO(model, lr=0.1)
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert seen == [(False, False, False)] * 5  # the first step asks twice for one loss
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+def test_an_autocast_around_the_step_sees_the_perturbation() -> None:
+    """Autocast keeps its casts of weights until it ends, whatever happens to the weights."""
+    model = network()
+    optimizer = MeZO(model, lr=0.1, eps=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step(lambda: model(torch.ones(2, 5)).float().sum())
+    assert abs(optimizer.projected_grad) > 1e-2
+
+
+def test_a_graph_from_before_the_step_is_refused() -> None:
+    model = network()
+    loss = fit(model)()
+    MeZO(model, lr=0.1).step(fit(model))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_two_halves_are_a_step() -> None:
+    ours, theirs = network(), network()
+    halves, whole = MeZO(ours, lr=0.1), MeZO(theirs, lr=0.1)
+    assert halves.estimate(fit(ours)) == whole.step(fit(theirs))
+    assert halves.step() is None
+    assert equal(weights(ours), weights(theirs))
+    before = weights(ours)
+    halves.estimate(fit(ours))
+    assert not close(weights(ours), before)
+    halves.settle()
+    assert close(weights(ours), before)
+    assert halves.steps_done == 1
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_continues_to_the_bit() -> None:
+    def run(model: nn.Module, optimizer: MeZO, schedule: torch.optim.lr_scheduler.LRScheduler, steps: range) -> None:
+        for step in steps:
+            optimizer.step(fit(model, step))
+            schedule.step()
+
+    def fresh(model: nn.Module, **options: float) -> tuple[MeZO, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = MeZO(model, **options)
+        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 20)
+
+    whole = network()
+    optimizer, schedule = fresh(whole, lr=0.1, eps=1e-2, weight_decay=0.1, seed=3)
+    run(whole, optimizer, schedule, range(7))
+    saved = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), schedule.state_dict()))
+    run(whole, optimizer, schedule, range(7, 20))
+
+    resumed = network()
+    resumed.load_state_dict(saved[0])
+    optimizer, schedule = fresh(resumed, lr=7.0)  # all that differs is in the state
+    optimizer.load_state_dict(saved[1])
+    schedule.load_state_dict(saved[2])
+    assert (optimizer.seed, optimizer.steps_done) == (3, 7)
+    run(resumed, optimizer, schedule, range(7, 20))
+    assert equal(weights(resumed), weights(whole))
+
+
+def test_the_seed_decides_the_noise() -> None:
+    def trained(seed: int) -> list[Tensor]:
+        model = network()
+        MeZO(model, lr=0.1, seed=seed).step(fit(model))
+        return weights(model)
+
+    assert equal(trained(1), trained(1))
+    assert not equal(trained(1), trained(2))
+
+
+# -- bad input and bad luck --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1e-3}, r"lr is -0\.001; allowed is a finite number, 0 or more"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": 0.1, "eps": 0.0}, r"eps is 0\.0; .*above 0"),
+        ({"lr": 0.1, "eps": -1.0}, r"eps is -1\.0"),
+        ({"lr": 0.1, "weight_decay": -0.1}, r"weight_decay is -0\.1"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": 0.1, "seed": -1}, "seed is -1"),
+        ({"lr": 0.1, "seed": 2**63}, "seed is 9223372036854775808"),
+    ],
+)
+def test_numbers_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        MeZO(network(), **options)
+
+
+def frozen() -> nn.Module:
+    return network().requires_grad_(False)
+
+
+def views_that_overlap() -> list[Tensor]:
+    memory = torch.zeros(10)
+    return [memory[:6].requires_grad_(), memory[4:].requires_grad_()]
+
+
+def tensor_in_two_groups() -> list[dict]:
+    tensor = nn.Parameter(torch.zeros(3))
+    return [{"params": [tensor]}, {"params": [tensor], "lr": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (frozen, "no parameter that requires a gradient"),
+        (lambda: frozen().parameters(), "no parameter that requires a gradient"),
+        (list, "no parameter that requires a gradient"),
+        (lambda: nn.Parameter(torch.zeros(3)), "got one tensor"),
+        (lambda: ["weight"], "among the parameters is a str"),
+        (views_that_overlap, "share memory"),
+        (tensor_in_two_groups, "share memory"),
+        (lambda: [torch.zeros(3, dtype=torch.complex64, requires_grad=True)], "complex64"),
+        (lambda: [{"params": [torch.zeros(3, requires_grad=True)], "eps": 0}], "eps is 0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_cannot_be_trained(params: Callable[[], object], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        MeZO(params(), lr=0.1)
+
+
+@pytest.mark.parametrize("bad_call", [1, 2, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_weights_restored(bad_call: int, value: float) -> None:
+    model = network()
+    before = weights(model)
+    optimizer = MeZO(model, lr=0.1)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fit(model)() if calls != bad_call else torch.tensor(value)
+
+    sign = r"\+" if bad_call < 3 else "-"
+    with pytest.raises(FastpeftError, match=rf"theta {sign} eps z is {value} at step 1 \(noise seed {step_seed(0, 0)}"):
+        optimizer.step(closure)
+    assert close(weights(model), before)
+    assert optimizer.steps_done == 0
+    optimizer.step(fit(model))  # it can go on
+
+
+def test_any_exception_leaves_the_weights_restored() -> None:
+    model = network()
+    before = weights(model)
+
+    def closure() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        MeZO(model, lr=0.1).step(closure)
+    assert close(weights(model), before)
+
+
+def test_an_update_that_is_not_finite_leaves_every_group_restored() -> None:
+    model = network()
+    before = weights(model)
+    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters(), "lr": 1e300}]
+    with pytest.raises(FastpeftError, match=r"update of step 1 .* is not finite"):
+        MeZO(groups, lr=0.1).step(fit(model))
+    assert close(weights(model), before)
+
+
+def test_a_loss_that_differs_at_equal_weights_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+    before = weights(model)
+    optimizer = MeZO(model.parameters(), lr=0.1)  # without the model it cannot turn dropout off
+    with pytest.raises(FastpeftError, match=r"for the same weights.*dropout"):
+        optimizer.step(fit(model))
+    assert close(weights(model), before)
+    model.eval()
+    optimizer.step(fit(model))
+    MeZO(model.train(), lr=0.1).step(fit(model))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(None, "returned a NoneType"), (torch.zeros(3), r"a tensor of shape \(3,\)"), ("0.5", "returned a str")],
+)
+def test_a_closure_that_returns_no_loss(loss: object, message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        MeZO(network(), lr=0.1).step(lambda: loss)
+
+
+def test_a_step_without_closure_or_estimate() -> None:
+    optimizer = MeZO(network(), lr=0.1)
+    with pytest.raises(FastpeftError, match="needs a closure"):
+        optimizer.step()
+
+
+def test_perturbed_weights_are_not_saved() -> None:
+    model = network()
+    optimizer = MeZO(model, lr=0.1)
+    optimizer.estimate(fit(model))
+    with pytest.raises(FastpeftError, match="weights are perturbed"):
+        optimizer.state_dict()
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    model = network()
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FastpeftError, match="another optimizer wrote it"):
+        MeZO(model, lr=0.1).load_state_dict(other.state_dict())

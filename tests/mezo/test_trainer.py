@@ -1,0 +1,356 @@
+"""MeZO in the Trainer: what a run computes, logs, saves and resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTH = 6
+TINY = {
+    "vocab_size": 30,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 20,
+    "initializer_range": 0.2,
+}
+
+
+def language_model() -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(RobertaConfig(**TINY))
+
+
+def classifier() -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    return RobertaForSequenceClassification(RobertaConfig(**TINY))
+
+
+def rows(count: int = 20) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 30, (count, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row.roll(1)} for row in ids]
+
+
+def config(folder: Path, **changes: Any) -> MeZOConfig:
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return MeZOConfig(str(folder), **{**options, **changes})
+
+
+class Recorder(MeZOTrainer):
+    """Keeps the batches whose losses were asked for, and whether dropout was on or a graph was built."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_in_train:
+            self.batches = [*getattr(self, "batches", []), inputs["input_ids"]]
+            self.impure = getattr(self, "impure", False) or model.training or torch.is_grad_enabled()
+        return loss
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run as a signal would, at `step`, when `event` comes."""
+
+    def __init__(self, event: str, step: int) -> None:
+        self.step = step
+        setattr(self, event, self._interrupt)
+
+    def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def logged(trainer: MeZOTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# -- what a run computes -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_loop_that_one_would_write(tmp_path: Path) -> None:
+    trainer = Recorder(language_model(), config(tmp_path, learning_rate=0.01, seed=5), train_dataset=rows())
+    trainer.train()
+    assert not trainer.impure
+    first, *rest = trainer.batches
+    steps = [first, *rest[2::2]]  # three losses at the first step, then two a step
+    assert len(trainer.batches) == 3 + 2 * 3
+    model = language_model()
+    optimizer = MeZO(model, lr=0.01, seed=5)
+    losses, slopes = [], []
+    for ids in steps:
+        losses.append(optimizer.step(lambda ids=ids: model(input_ids=ids, labels=ids.roll(1, dims=1)).loss))
+        slopes.append(optimizer.projected_grad)
+    assert equal(weights(model), weights(trainer.model))
+    assert logged(trainer, "projected_grad") == slopes
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(trainer, "learning_rate") == [0.01] * 4
+    assert not logged(trainer, "grad_norm")
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_micro_batches_are_one_batch_under_one_noise(tmp_path: Path) -> None:
+    """Also where the step at the end of an epoch has fewer of them: 20 rows are 2 steps of 8 and one of 4."""
+
+    def run(**changes: Any) -> MeZOTrainer:
+        trainer = MeZOTrainer(language_model().double(), config(tmp_path, **changes), train_dataset=rows())
+        trainer.train()
+        return trainer
+
+    whole = run(per_device_train_batch_size=8)
+    parts = run(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert logged(parts, "projected_grad") == pytest.approx(logged(whole, "projected_grad"), rel=1e-8)
+    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)  # kept in float32
+    for one, other in zip(weights(parts.model), weights(whole.model)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_a_loss_function_of_ones_own_divides_by_the_items_of_the_step(tmp_path: Path) -> None:
+    def summed(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+    def run(**options: Any) -> MeZOTrainer:
+        arguments = config(tmp_path, gradient_accumulation_steps=2, max_steps=2)
+        trainer = MeZOTrainer(language_model().double(), arguments, train_dataset=rows(), **options)
+        trainer.train()
+        return trainer
+
+    ours, theirs = run(), run(compute_loss_func=summed)
+    assert logged(theirs, "projected_grad") == pytest.approx(logged(ours, "projected_grad"), rel=1e-6)
+
+
+def test_micro_batches_of_a_step_that_was_not_made_are_dropped(tmp_path: Path) -> None:
+    """A callback ends the first epoch between the two micro-batches of its first step."""
+
+    class EndFirstEpoch(TrainerCallback):
+        done = False
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_epoch_stop, self.done = not self.done, True
+
+    trainer = Recorder(
+        language_model(),
+        config(tmp_path, gradient_accumulation_steps=2, max_steps=4),
+        train_dataset=rows(),
+        callbacks=[EndFirstEpoch()],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3  # the second epoch: steps of 2, 2 and 1 micro-batches
+    assert len(trainer.batches) == 3 * 2 + 2 * 2 + 2 * 1
+
+
+def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
+    trainer = MeZOTrainer(language_model(), config(tmp_path, weight_decay=0.1, eps=1e-2), train_dataset=rows())
+    trainer.train()
+    decayed, spared = trainer.mezo.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert decayed["eps"] == spared["eps"] == 1e-2
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in spared["params"]} == {1}
+
+
+def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
+    trainer = MeZOTrainer(language_model(), config(tmp_path, bf16=True, eps=1e-2), train_dataset=rows())
+    before = weights(trainer.model)
+    trainer.train()
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(trainer.model)))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert all(logged(trainer, "projected_grad"))
+
+
+def test_siva_factors_train_through_peft(tmp_path: Path) -> None:
+    model = peft.get_peft_model(language_model(), SivaConfig(r=2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    MeZOTrainer(model, config(tmp_path, learning_rate=0.1), train_dataset=rows()).train()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+# -- checkpoints and callbacks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 5])
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path, interrupted_at: int) -> None:
+    """Through the middle and across the end of an epoch of three steps."""
+
+    def trainer(folder: str, *callbacks: TrainerCallback) -> MeZOTrainer:
+        arguments = config(
+            tmp_path / folder,
+            max_steps=7,
+            learning_rate=0.02,
+            lr_scheduler_type="linear",
+            weight_decay=0.1,
+            gradient_accumulation_steps=2,
+            save_strategy="steps",
+            save_steps=interrupted_at - 1,
+            eval_strategy="steps",
+            eval_steps=2,
+            seed=3,
+        )
+        return MeZOTrainer(
+            language_model(), arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks)
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("broken", Interrupt("on_step_end", interrupted_at)).train()
+    resumed = trainer("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.mezo.steps_done == 7
+    assert equal(weights(resumed.model), weights(whole.model))
+    for name in ("projected_grad", "learning_rate", "eval_loss"):
+        assert logged(resumed, name) == logged(whole, name)
+
+
+def test_the_best_model_is_kept(tmp_path: Path) -> None:
+    arguments = config(
+        tmp_path,
+        learning_rate=0.3,  # so large that the loss rises at times
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer = MeZOTrainer(language_model(), arguments, train_dataset=rows(), eval_dataset=rows(4))
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    assert trainer.evaluate()["eval_loss"] == min(losses) < losses[-1]
+
+
+def test_callbacks_evaluation_and_saving_see_restored_weights(tmp_path: Path) -> None:
+    seen = []
+
+    class Look(TrainerCallback):
+        """`state_dict` refuses while weights are perturbed."""
+
+        def _look(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            seen.append(optimizer.state_dict()["steps_done"])
+
+        on_train_begin = on_step_begin = on_substep_end = on_optimizer_step = on_step_end = _look
+        on_prediction_step = on_evaluate = on_save = on_log = on_epoch_end = on_train_end = _look
+
+    arguments = config(
+        tmp_path,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    MeZOTrainer(language_model(), arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=[Look()]).train()
+    assert set(seen) == {0, 1, 2}
+
+
+def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_path: Path) -> None:
+    trainer = MeZOTrainer(
+        language_model(), config(tmp_path), train_dataset=rows(), callbacks=[Interrupt("on_pre_optimizer_step", 0)]
+    )
+    before = weights(trainer.model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for one, other in zip(before, weights(trainer.model)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    model = language_model()
+    optimizer = MeZO(model.lm_head.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    MeZOTrainer(model, config(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)).train()
+    assert optimizer.steps_done == 4
+    changed = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {id(p) for p in model.lm_head.parameters()}
+
+
+# -- warnings and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_predicts_no_words_brings_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings(model: nn.Module) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="fastpeft"):
+            MeZOTrainer(model, config(tmp_path))
+        return [record.getMessage() for record in caplog.records if record.name.startswith("fastpeft")]
+
+    (message,) = warnings(classifier())
+    assert "RobertaForSequenceClassification, which predicts no words" in message
+    assert "PromptModel" in message
+    assert warnings(language_model()) == []
+    assert warnings(peft.get_peft_model(language_model(), SivaConfig(r=2))) == []
+
+
+def test_a_loss_that_is_not_finite_names_step_and_seed(tmp_path: Path) -> None:
+    class Failing(MeZOTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss if self.state.global_step < 2 else loss * math.nan
+
+    trainer = Failing(language_model(), config(tmp_path), train_dataset=rows())
+    with pytest.raises(FastpeftError, match=r"is nan at step 3 \(noise seed \d+\)"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_recipe_is_the_default(tmp_path: Path) -> None:
+    arguments = MeZOConfig(str(tmp_path))
+    assert (arguments.learning_rate, arguments.eps, arguments.train_batch_size) == (1e-6, 1e-3, 16)
+    assert arguments.lr_scheduler_type == "constant"
+    assert MeZOTrainer(language_model()).args.eps == 1e-3
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FastpeftError, match="fp16=True"):
+        config(tmp_path, fp16=True)
+    with pytest.raises(FastpeftError, match="got a TrainingArguments"):
+        MeZOTrainer(language_model(), TrainingArguments(str(tmp_path)))
+    model = language_model()
+    with pytest.raises(FastpeftError, match="the optimizer is SGD"):
+        MeZOTrainer(model, config(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
+    for changes, message in (({"learning_rate": -1.0}, r"lr is -1\.0"), ({"eps": 0.0}, r"eps is 0\.0")):
+        with pytest.raises(FastpeftError, match=message):
+            MeZOTrainer(model, config(tmp_path, **changes), train_dataset=rows()).train()
+    with pytest.raises(FastpeftError, match="nothing to train"):
+        MeZOTrainer(model.requires_grad_(False), config(tmp_path), train_dataset=rows()).train()
+    monkeypatch.setattr(MeZOConfig, "world_size", 2)
+    with pytest.raises(FastpeftError, match="one of 2"):
+        MeZOTrainer(model, config(tmp_path))
