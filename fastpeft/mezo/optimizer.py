@@ -208,13 +208,17 @@ class MeZO(torch.optim.Optimizer):
     def _move_to(self, position: float) -> None:
         """Bring the weights to theta + position * eps * z."""
         distance = position - self._position
-        if not distance:
-            return
+        if distance:
+            moves = [(group["params"], offsets, distance * group["eps"], 0.0) for group, offsets in self._groups()]
+            self._add_noise(moves, position)
+
+    def _add_noise(self, changes: list[tuple[list[Tensor], list[int], float, float]], position: float) -> None:
+        """For each (parameters, offsets, scale, decay) `p <- (1 - decay) p + scale z`, which leads to `position`."""
         seed = step_seed(self.seed, self.steps_done)
-        for group, offsets in self._groups():
-            mezo_perturb_(group["params"], offsets, [seed], [distance * group["eps"]])
+        for params, offsets, scale, decay in changes:
+            mezo_perturb_(params, offsets, [seed], [scale], decay)
         self._position = position
-        torch.clear_autocast_cache()  # an autocast around the step would compute with casts of the weights before
+        torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -234,10 +238,7 @@ class MeZO(torch.optim.Optimizer):
                 f"MeZO: the update of {self._where()} is not finite (projected gradient {self.projected_grad:g}); the "
                 "weights are those before it. Lower the learning rate."
             )
-        seed = step_seed(self.seed, self.steps_done)
-        for params, offsets, scale, decay in updates:
-            mezo_perturb_(params, offsets, [seed], [scale], decay)
-        self._position = 0.0
+        self._add_noise(updates, 0.0)
         self.steps_done += 1
 
     def _loss(self, closure: Callable[[], Any]) -> float:

@@ -234,8 +234,10 @@ def test_an_autocast_around_the_step_sees_the_perturbation() -> None:
     model = network()
     optimizer = MeZO(model, lr=0.1, eps=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(torch.ones(2, 5))
         optimizer.step(lambda: model(torch.ones(2, 5)).float().sum())
-    assert abs(optimizer.projected_grad) > 1e-2
+        assert abs(optimizer.projected_grad) > 1e-2
+        assert not torch.equal(model(torch.ones(2, 5)), before)
 
 
 def test_a_graph_from_before_the_step_is_refused() -> None:
