@@ -65,6 +65,8 @@ class MeZOTrainer(Trainer):
         The model is in eval mode while it trains. The loss of a step is the mean over its micro-batches, all under the
         same noise; a `compute_loss_func` gets `num_items_in_batch` and divides by it itself, and its results are added
         up. Callbacks see restored weights, but for `on_pre_optimizer_step`: it comes between a step's two halves.
+        The Trainer of transformers 5.0 itself loses the LayerNorm weights of a whole model that came from
+        `from_pretrained` when it resumes (5.24 does not).
 
     Example:
         >>> args = MeZOConfig("out", learning_rate=1e-6, max_steps=20_000)  # doctest: +SKIP
