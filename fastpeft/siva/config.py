@@ -14,6 +14,9 @@ from fastpeft.errors import FastpeftError
 
 Residual = Literal["frozen", "implicit"]
 
+_OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
+_BLANK_CARD = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
+
 
 def check_residual(residual: str, d: int | None) -> None:
     """Raise `FastpeftError` unless the residual mode exists and can hold a decomposition of rank d."""
@@ -73,8 +76,18 @@ class SivaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SIVA
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise FastpeftError(f"r={self.r!r}; SiVA trains at least 1 singular triplet: give a whole number from 1.")
+        ranks = {"r": self.r, **({} if self.d is None else {"d": self.d})}
+        if not isinstance(self.rank_pattern, dict):
+            raise FastpeftError(f"rank_pattern={self.rank_pattern!r}; give a dictionary of layer names and ranks.")
+        ranks |= {f"rank_pattern[{name!r}]": rank for name, rank in self.rank_pattern.items()}
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise FastpeftError(f"{name}={rank!r}; a rank is a whole number from 1.")
+        layers = self.layers_to_transform
+        if layers is not None and not all(
+            isinstance(i, int) for i in ([layers] if isinstance(layers, int) else layers)
+        ):
+            raise FastpeftError(f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers.")
         check_residual(self.residual, self.d)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -95,16 +108,16 @@ class SivaConfig(PeftConfig):
         self._write_card(Path(save_directory))
 
     def _write_card(self, folder: Path) -> None:
-        """Fill in the card that PEFT leaves blank; one that a person or a training run wrote is kept."""
+        """Write a card in place of PEFT's blank one, or of an earlier one of ours; any other is kept."""
         card = folder / "README.md"
-        if card.exists() and "[More Information Needed]" not in card.read_text(encoding="utf-8"):
+        if card.exists() and not any(mark in card.read_text(encoding="utf-8") for mark in (_OWN_CARD, _BLANK_CARD)):
             return
         base = self.base_model_name_or_path or "the base model"
         settings = {"r": self.r, "d": self.d or "full", "residual": self.residual}
         text = model_card(
-            base_model=base,
+            base_model=self.base_model_name_or_path,
             method="SiVA",
             snippet=loading_snippet(folder.name, base_model=base, task_type=self.task_type),
             settings=settings | {"target_modules": ", ".join(self.to_dict()["target_modules"] or [])},
         )
-        card.write_text(text, encoding="utf-8")
+        card.write_text(f"{text}\n{_OWN_CARD}\n", encoding="utf-8")

@@ -63,12 +63,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         name: str = "the layer",
     ) -> None:
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise FastpeftError(
-                f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
-                "out of target_modules."
-            )
-        self.base_layer = base_layer.requires_grad_(False)
+        check_kind(base_layer, name)
+        self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types
         self.name = name
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # Conv1D stores (in_features, out_features)
         self.out_features, self.in_features = self._weight.shape
@@ -101,19 +97,15 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, r: int, d: int | None, residual: Residual, init_weights: bool = True
     ) -> None:
-        """Add an adapter."""
-        check_residual(residual, d)
+        """Add an adapter, in place of one that has its name."""
+        sibling = self.check_addable(adapter_name, r, d, residual)
+        active = list(self.active_adapters)  # type: ignore[arg-type]
+        if adapter_name in self.siva_u:
+            self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
-        check_decomposable(weight, r, d, self.name)
-        if self.merged:
-            raise FastpeftError(
-                f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
-                "unmerge_adapter() first."
-            )
         d = d if is_lossy(weight, d) else None
-        sibling = self._sibling(adapter_name, r, d, residual)
         if self.base_fingerprint is None and weight.device.type != "meta":
-            self.base_fingerprint = fingerprint(weight)
+            self.base_fingerprint = original_fingerprint(self.base_layer)
         if sibling is not None:
             initial = self._initial(sibling) if init_weights else self._blank(r)
         elif init_weights:
@@ -131,10 +123,24 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self.siva_residual[adapter_name] = self.base_layer.weight.data
         if not init_weights:
             self._waiting.add(adapter_name)
-        self.set_adapter(self.active_adapters)  # type: ignore[operator]
+        self.set_adapter(active)  # type: ignore[operator]
 
-    def _sibling(self, adapter_name: str, r: int, d: int | None, residual: Residual) -> str | None:
-        """The adapter whose frozen W_r a new one will share, None if there is none yet."""
+    def check_addable(self, adapter_name: str, r: int, d: int | None, residual: Residual) -> str | None:
+        """Raise `FastpeftError` unless an adapter can be added.
+
+        Returns:
+            The adapter whose frozen W_r it will share, None if there is none yet.
+        """
+        check_residual(residual, d)
+        check_decomposable(self._weight, r, d, self.name)
+        if self.merged:
+            raise FastpeftError(
+                f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
+                "unmerge_adapter() first."
+            )
+        if list(self.siva_u) == [adapter_name]:
+            self.check_restorable()
+        d = d if is_lossy(self._weight, d) else None
         found = None
         for other in self.siva_u:
             if other == adapter_name or (residual == "implicit" and self.residual[other] == "implicit"):
@@ -191,9 +197,21 @@ class SivaLinear(nn.Module, BaseTunerLayer):
                 self.siva_residual[adapter] = self.base_layer.weight.data
 
     def _apply(self, fn: Any, recurse: bool = True) -> SivaLinear:
+        initial = [
+            (tensors, name, tensor)
+            for tensors in (self.siva_s, self.siva_u0, self.siva_v0)
+            for name, tensor in tensors.items()
+        ]
         super()._apply(fn, recurse)
+        for tensors, name, tensor in initial:
+            if tensors[name].dtype != tensor.dtype:  # W_r was made with every bit of them
+                tensors[name] = tensor.to(tensors[name].device)
         self._share_residual()  # a move to another device or dtype would part them
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight_decay.watch(self)  # copies and unpickled layers too
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move without PEFT's cast to the dtype of the base layer: the factors are float32."""
@@ -213,19 +231,34 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            active = []
-        elif self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        else:
-            active = [name for name in self.active_adapters if name in self.siva_u]  # type: ignore[union-attr]
-        factors = self._low_rank(active)
+        factors = self._acting()
         if factors is None:
             return self.base_layer(x, *args, **kwargs)
         weight = self.base_layer.weight
         return siva_linear(x, weight.t() if self.fan_in_fan_out else weight, *factors, bias=self.base_layer.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight by which the layer acts, differentiable in the factors, in the layout of the base layer's.
+
+        Modules such as `nn.MultiheadAttention` read it instead of calling the layer.
+        """
+        factors = self._acting()
+        stored: Tensor = self.base_layer.weight
+        if factors is None:
+            return stored
+        product = factors.product().t() if self.fan_in_fan_out else factors.product()
+        return (stored + product).to(stored.dtype)
+
+    def _acting(self) -> Factors | None:
+        """What must be added to the stored weight now; None if nothing."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._low_rank([])
+        if self.merged:
+            return None
+        return self._low_rank([name for name in self.active_adapters if name in self.siva_u])  # type: ignore[union-attr]
 
     def _low_rank(self, active: list[str]) -> Factors | None:
         """What must be added to the stored weight when the adapters `active` apply; None if nothing.
@@ -315,6 +348,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         factors = self._low_rank([])
         if factors is not None:
             self._weight = add(self._weight, factors)
+            # equal to rounding only: note down what it stands for, so that the adapters made on it still know it
+            self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -329,37 +364,77 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     # -- saving and loading --------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Before the factors of this layer change: refuse what its frozen residual cannot serve."""
-        loaded = {
-            name: (state_dict[f"{prefix}siva_u0.{name}"], state_dict[f"{prefix}siva_s.{name}"])
-            for name in self.siva_u
-            if f"{prefix}siva_u0.{name}" in state_dict and f"{prefix}siva_s.{name}" in state_dict
-        }
+        """Before the factors of this layer change: refuse what does not fit its weight."""
+        loaded = {}
+        for name in self.siva_u:
+            keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
+            if all(key in state_dict for key in keys):
+                loaded[name] = Factors(*(state_dict[key] for key in keys))
+        if loaded and self.merged:
+            self.unmerge()  # what is merged is about to change
         if f"{prefix}base_layer.weight" in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
-        elif self._frozen and loaded:
-            self._prepare_for(loaded)
+        else:
+            for name, initial in loaded.items():
+                if not self._starts_from(name, initial):
+                    self._prepare_for(name, initial)
         self._arriving = set(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _prepare_for(self, loaded: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Give W0 back before an adapter's initial factors are replaced by others; refuse if another needs them."""
-        for name, (u0, s) in loaded.items():
-            holders = [other for other in self.siva_u if other not in self._waiting]
-            same = all(
-                torch.equal(u0.to(self.siva_u0[other]), self.siva_u0[other])
-                and torch.equal(s.to(self.siva_s[other]), self.siva_s[other])
-                for other in holders
+    def _starts_from(self, name: str, initial: Factors) -> bool:
+        """Whether these are, bit by bit, the initial factors of the adapters that `name` must agree with."""
+        peers = [name] if self.residual[name] == "implicit" else list(self.siva_u)
+        return all(
+            torch.equal(part.to(own), own)
+            for peer in peers
+            if peer not in self._waiting
+            for part, own in zip(initial, self._initial(peer))
+        )
+
+    def _prepare_for(self, name: str, initial: Factors) -> None:
+        """Before `name` takes other initial factors, of another machine's SVD say: give W0 back where W_r is stored."""
+        frozen, lossy = self.residual[name] == "frozen", self.d[name] is not None
+        others = [other for other in self.siva_u if other != name and other not in self._waiting]
+        if frozen and others:
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} starts from another decomposition than {others}, whose frozen "
+                "residual it would share. Load it with residual='implicit', or into a fresh base model."
             )
-            if same or not holders:
-                continue
-            if holders != [name] or self._lossy:
-                raise FastpeftError(
-                    f"{self.name}: adapter {name!r} starts from another decomposition than {holders}, whose frozen "
-                    "residual it would share. Load it with residual='implicit', or into a fresh base model."
-                )
-            self.restore()
+        factors = self._low_rank([])
+        original = self._weight if factors is None else add(self._weight, factors)
+        if not lossy and not _belongs(original, initial):
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was trained on another weight than this model has. Load the base "
+                "model it was made from, unchanged."
+            )
+        if frozen:
             self._waiting.add(name)
+        if frozen and not lossy:  # with d below the full rank its W_r comes along
+            self._weight = original
+
+
+def _belongs(weight: Tensor, factors: Factors) -> bool:
+    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, as well as its dtype lets them be."""
+    u, s, v = (part.to(weight.device, torch.float32) for part in factors)
+    error = torch.linalg.matrix_norm(weight.float() @ v.t() - u * s)
+    return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
+
+
+def check_kind(base_layer: nn.Module, name: str) -> None:
+    """Raise `FastpeftError` unless SiVA knows the kind of layer."""
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        raise FastpeftError(
+            f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
+            "out of target_modules."
+        )
+
+
+def original_fingerprint(base_layer: Any) -> str:
+    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding."""
+    weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
+    found = fingerprint(weight)
+    restored: dict[str, str] = getattr(base_layer, "siva_restored", {})
+    return restored.get(found) or found
 
 
 def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:

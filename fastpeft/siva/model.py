@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprints_agree
 from fastpeft.siva.config import SivaConfig
-from fastpeft.siva.layer import SivaLinear
+from fastpeft.siva.decompose import check_decomposable
+from fastpeft.siva.layer import SivaLinear, check_kind, original_fingerprint
 
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
@@ -35,34 +37,39 @@ class SivaModel(BaseTuner):
     tuner_layer_cls = SivaLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._heads = head_names(model)
+        self._heads, self._adding = head_names(model), adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SivaConfig, model_config: dict[str, Any]) -> SivaConfig:
         return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
 
     def _prepare_model(self, peft_config: SivaConfig, model: nn.Module) -> None:
+        """Resolve the targets and refuse what cannot be adapted, before the first layer is touched."""
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
-        linears = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and ".base_layer" not in name
-        ]
-        wanted = peft_config.target_modules
-        if not (isinstance(wanted, str) and wanted.lower() == "all-linear") and not any(
-            self._check_target_module_exists(peft_config, name) for name in linears
-        ):
+        _maybe_include_all_linear_layers(peft_config, model)
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
+        targets = [name for name in modules if name and self._check_target_module_exists(peft_config, name)]
+        if not targets:
+            wanted = peft_config.target_modules
             shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
-            endings = sorted({name.rpartition(".")[2] for name in linears if not self._is_head(name)})
+            endings = {
+                name.rpartition(".")[2]
+                for name, module in modules.items()
+                if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
+            }
             raise FastpeftError(
                 f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
                 f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
-                f'here end in {", ".join(endings)}; name some of them in a list, or pass "all-linear".'
+                f'here end in {", ".join(sorted(endings))}; name some of them in a list, or pass "all-linear".'
             )
+        tied = _tied_parameters(model)
+        for name in targets:
+            _check_target(peft_config, self._adding, name, modules[name], tied)
 
     def _is_head(self, key: str) -> bool:
-        return key.partition(".")[0] in self._heads
+        return key.partition(".")[0] in self._heads or key in self._heads
 
     def _check_target_module_exists(self, peft_config: SivaConfig, key: str) -> Any:
         return False if self._is_head(key) else super()._check_target_module_exists(peft_config, key)
@@ -77,9 +84,8 @@ class SivaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), peft_config.r)
         arguments = {
-            "r": r,
+            "r": _rank(peft_config, current_key),
             "d": peft_config.d,
             "residual": peft_config.residual,
             "init_weights": peft_config.init_weights,
@@ -92,7 +98,8 @@ class SivaModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        _check_base(peft_config, layer, current_key)
+        if peft_config.init_weights and layer.base_fingerprint is not None:
+            peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in its place; it is made on the device of the one it wraps, so nothing is moved or copied.
@@ -165,21 +172,45 @@ def query_and_key(model: nn.Module) -> set[str]:
     )
 
 
-def head_names(model: nn.Module) -> set[str]:
-    """Top-level modules of a transformers model that are not its pretrained backbone."""
+def head_names(model: Any) -> set[str]:
+    """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
     backbone = getattr(model, "base_model_prefix", "")
     children = {name for name, _ in model.named_children()}
-    return children - {backbone} if backbone in children else set()
+    heads = children - {backbone} if backbone in children else set()
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return heads | {name for name, module in model.named_modules() if output is not None and module is output}
 
 
-def _check_base(peft_config: SivaConfig, layer: SivaLinear, key: str) -> None:
-    """Refuse a saved adapter on a layer it was not trained on; note down what a new adapter is made on."""
-    if layer.base_fingerprint is None:
-        return  # the weight is not there yet (meta device)
-    expected = peft_config.base_fingerprints.get(key)
-    if peft_config.init_weights:
-        peft_config.base_fingerprints[key] = layer.base_fingerprint
-    elif expected is not None and not fingerprints_agree(expected, layer.base_fingerprint):
+def _rank(peft_config: SivaConfig, key: str) -> int:
+    """The rank of the layer `key`."""
+    pattern = get_pattern_key(list(peft_config.rank_pattern), key)
+    return peft_config.rank_pattern.get(pattern, peft_config.r)
+
+
+def _tied_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules share."""
+    seen = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in seen.items() if count > 1}
+
+
+def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:
+    """Raise `FastpeftError`, naming the layer, unless an adapter of `peft_config` can be put on it."""
+    check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
+    r, d, residual = _rank(peft_config, key), peft_config.d, peft_config.residual
+    if isinstance(target, SivaLinear):
+        target.check_addable(adapter_name, r, d, residual)
+        found = target.base_fingerprint
+    else:
+        weight = target.weight.data.t() if isinstance(target, Conv1D) else target.weight.data
+        check_decomposable(weight, r, d, key)
+        if residual == "frozen" and id(target.weight) in tied:
+            raise FastpeftError(
+                f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
+                "leave the layer out with exclude_modules."
+            )
+        found = None if weight.device.type == "meta" else original_fingerprint(target)
+    expected = None if peft_config.init_weights else peft_config.base_fingerprints.get(key)
+    if expected is not None and found is not None and not fingerprints_agree(expected, found):
         raise FastpeftError(
             f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
             f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."

@@ -241,10 +241,88 @@ def test_factors_of_another_decomposition_refit_the_weight() -> None:
     """As when a checkpoint made on another machine is loaded, whose SVD differs in the last bits."""
     layer = SivaLinear.from_linear(linear(), 4)
     state = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("base_layer")}
-    state["siva_u0.default"] += 1e-3
-    state["siva_u.default"] += 1e-3
+    state["siva_u0.default"] += 1e-6
+    state["siva_u.default"] += 1e-6
     layer.load_state_dict(state, strict=False)
+    assert layer.siva_u0["default"].equal(state["siva_u0.default"])
     torch.testing.assert_close(layer(inputs()), linear()(inputs()), **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_factors_of_another_weight_are_refused_and_change_nothing(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    other = SivaLinear.from_linear(nn.Linear(20, 12), 4, residual=residual)
+    state = {name: t for name, t in other.state_dict().items() if not name.startswith("base_layer")}
+    expected = layer(inputs())
+    with pytest.raises(FastpeftError, match="another weight"):
+        layer.load_state_dict(state, strict=False)
+    assert layer(inputs()).equal(expected)
+
+
+def test_a_lossy_adapter_brings_its_residual_along() -> None:
+    layer = SivaLinear.from_linear(linear(), 4, d=8)
+    state = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("base_layer")}
+    for name in ("siva_u0.default", "siva_residual.default"):
+        state[name] += 1e-6
+    layer.load_state_dict(state, strict=False)
+    assert layer.base_layer.weight.equal(state["siva_residual.default"])
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_loading_takes_a_merge_back_first(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    train_a_little(layer, seed=1)
+    expected = layer(inputs())
+    state = {name: t.clone() for name, t in layer.state_dict().items() if not name.startswith("base_layer")}
+    train_a_little(layer, seed=2)
+    layer.merge()
+    layer.load_state_dict(state, strict=False)
+    assert not layer.merged
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_name_given_again_starts_anew(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    train_a_little(layer)
+    layer.update_layer("default", 3, None, residual)
+    assert layer.active_adapters == ["default"]
+    torch.testing.assert_close(layer(inputs()), linear()(inputs()), **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_weight_is_the_one_that_acts(residual: str, kind: str) -> None:
+    base = linear(kind)
+    pretrained = base.weight.clone()
+    layer = SivaLinear.from_linear(base, 4, residual=residual)
+    train_a_little(layer)
+    x, expected = inputs(), layer(inputs())
+    weight = layer.weight if kind == "conv1d" else layer.weight.t()
+    torch.testing.assert_close(x @ weight + layer.bias, expected, **CLOSE)
+    weight.sum().backward()
+    assert layer.siva_u["default"].grad is not None
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer.weight, pretrained, **CLOSE)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_modules_that_read_the_weight_get_the_right_one(residual: str) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    expected, _ = attention(x, x, x)
+    attention.out_proj = SivaLinear.from_linear(attention.out_proj, 4, residual=residual)
+    torch.testing.assert_close(attention(x, x, x)[0], expected, **CLOSE)
+
+
+def test_a_cast_leaves_the_initial_factors_whole() -> None:
+    layer = SivaLinear.from_linear(linear(), 4)
+    initial = layer.siva_u0["default"].clone()
+    layer.to(torch.bfloat16)
+    assert layer.siva_u["default"].dtype == torch.bfloat16
+    assert layer.siva_u0["default"].equal(initial)
+    assert layer(inputs().bfloat16()).dtype == torch.bfloat16
 
 
 def test_an_empty_adapter_says_so() -> None:

@@ -170,6 +170,10 @@ def test_rank_pattern() -> None:
             r"r=17 for roberta\.encoder\.layer\.0\.attention\.self\.query of shape \(16, 16\); allowed are 1 to 16",
         ),
         ({"r": 4, "d": 3}, "d=3"),
+        ({"d": "abc"}, "d='abc'; a rank is a whole number"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\]=0"),
+        ({"rank_pattern": 3}, "rank_pattern=3; give a dictionary"),
+        ({"layers_to_transform": "x"}, "layers_to_transform='x'"),
         ({"residual": "thawed"}, "residual='thawed'; allowed are 'frozen' and 'implicit'"),
         ({"residual": "implicit", "d": 8}, "d=8 with residual='implicit'"),
         ({"target_modules": ["nothing"]}, r"\['nothing'\] matches no linear layer.*end in dense, key, query, value"),
@@ -259,7 +263,9 @@ def test_every_save_writes_a_model_card(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     for part in ("library_name: peft", "import fastpeft", "AutoPeftModelForSequenceClassification", "| r | 3 |"):
         assert part in card
-    (tmp_path / "README.md").write_text(card + "\nMy own words.\n")
+    adapted(r=4).save_pretrained(tmp_path)
+    assert "| r | 4 |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("My own words. [More Information Needed]\n")
     adapted(r=3).save_pretrained(tmp_path)
     assert "My own words." in (tmp_path / "README.md").read_text()
 
@@ -368,6 +374,65 @@ def test_a_second_adapter_of_another_decomposition_is_refused(tmp_path: Path) ->
     with pytest.raises(FastpeftError, match="residual='implicit'"):
         model.load_adapter(tmp_path, "second")
     assert logits(model).equal(expected)
+
+
+def test_a_model_wrapped_again_starts_anew() -> None:
+    """As in a notebook cell that is run twice."""
+    base = tiny()
+    expected = logits(base)
+    for _ in range(2):
+        train_a_little(peft.get_peft_model(base, SivaConfig(r=3, target_modules="all-linear")))
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_an_adapter_loads_on_a_model_that_another_was_on(tmp_path: Path) -> None:
+    model = adapted(r=3)
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    base = tiny()
+    for _ in range(2):  # a loop over checkpoints
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(logits(loaded), expected, **CLOSE)
+    again = peft.PeftModel.from_pretrained(loaded.unload(), tmp_path).eval()
+    torch.testing.assert_close(logits(again), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("fault", ["nan", "rank", "kind"])
+def test_a_refused_adapter_leaves_the_model_as_it_was(fault: str) -> None:
+    base = tiny()
+    expected, names = logits(base), [name for name, _ in base.named_modules()]
+    weight = base.roberta.encoder.layer[1].attention.self.key.weight.data
+    kept = weight[3, 4].clone()
+    config = {
+        "nan": {},
+        "rank": {"rank_pattern": {r".*1.*key": 17}},
+        "kind": {"target_modules": ["query", "key", "attention"]},
+    }
+    if fault == "nan":
+        weight[3, 4] = float("nan")
+    with pytest.raises(FastpeftError):
+        peft.get_peft_model(base, SivaConfig(task_type="SEQ_CLS", **config[fault]))
+    weight[3, 4] = kept
+    assert [name for name, _ in base.named_modules()] == names
+    assert logits(base).equal(expected)
+    assert all(p.requires_grad for p in base.parameters())
+    model = peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS"))
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_output_layers_and_shared_weights() -> None:
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    base = transformers.T5ForConditionalGeneration(config)
+    with pytest.raises(FastpeftError, match="matches no linear layer"):
+        peft.get_peft_model(base, SivaConfig(r=2, target_modules=["lm_head"]))
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].weight = shared[0].weight
+    with pytest.raises(FastpeftError, match="shared with another module"):
+        peft.get_peft_model(shared, SivaConfig(r=2, target_modules=["0"]))
+    x, expected = torch.ones(1, 4), shared(torch.ones(1, 4))
+    model = peft.get_peft_model(shared, SivaConfig(r=2, target_modules=["0"], residual="implicit"))
+    torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
 def test_adapter_names_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -44,3 +45,10 @@ def test_is_silent_without_decay_and_for_other_layers(caplog: pytest.LogCaptureF
         steps(layer, 0.0)
         steps(nn.Linear(6, 5), 0.1)
     assert not caplog.records
+
+
+def test_copies_are_watched_too(caplog: pytest.LogCaptureFixture) -> None:
+    layer = copy.deepcopy(SivaLinear.from_linear(nn.Linear(6, 5), r=2))
+    with caplog.at_level(logging.WARNING, logger="fastpeft"):
+        steps(layer, 0.01)
+    assert len(caplog.records) == 1
