@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-PIP := $(BIN)/python -m pip install --quiet --constraint requirements-dev.lock
+PIP := $(BIN)/python -m pip install --quiet
 
 export PATH := $(BIN):$(PATH)
-# a machine-wide pip constraint must not hold torch back
-export PIP_CONFIG_FILE := /dev/null
+# by variable, not by option: it takes the place of a constraint in the machine's own pip configuration
+export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo install-dev check test test-all bench wheel clean
