@@ -7,8 +7,8 @@ import importlib.util
 import io
 import json
 import logging
-import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def load_data(
 def load_rows(
     data: str, labels: Sequence[str], *, text_column: str | None = None, label_column: str | None = None
 ) -> Examples:
-    """Load rows to measure a trained model on: all of a file, or the dev part of a folder or of the demo.
+    """Load rows to measure a trained model on: all of a file, or the dev file of a folder, or the demo's dev part.
 
     Args:
         data: as `load_data` takes it.
@@ -124,12 +124,19 @@ def load_rows(
         text_column, label_column: as `load_data` takes them.
 
     Raises:
-        FastpeftError: the rows cannot be read, or have a class that the model does not know.
+        FastpeftError: the rows cannot be read, a folder has no dev file, or the model does not know a row's class.
     """
     if data == DEMO:
         part = _load_demo()[1]
     else:
-        part = _read_part(_find_files(Path(data).expanduser())[-1], text_column, label_column)
+        path = Path(data).expanduser()
+        files = _find_files(path)
+        if path.is_dir() and len(files) == 1:
+            raise FastpeftError(
+                f"the folder {data!r} has no dev.* or validation.* file to measure on, only {files[0].name}. Add one, "
+                "or give the file that is meant."
+            )
+        part = _read_part(files[-1], text_column, label_column)
     return _number(part, list(labels), data)
 
 
@@ -244,18 +251,28 @@ def _as_text(value: Any, column: str, file: Path, number: int) -> str:
 
 def _as_label(value: Any, column: str, file: Path, number: int) -> str:
     """The class of one row as a name: words as they are, whole numbers without a decimal point."""
-    text = str(value).strip() if value is not None else ""
-    try:
-        as_float = float(text)
-    except ValueError:
-        as_float = None
-    if not text or (as_float is not None and not as_float.is_integer()):
-        what = "no class" if not text or (as_float is not None and math.isnan(as_float)) else f"the class {text!r}"
+    absent = value is None or value != value  # NaN, as some writers mark what is missing
+    text = "" if absent else str(value).strip()
+    size = _as_number(text)
+    if not text or (isinstance(size, float) and not size.is_integer()):
+        what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
             f"row {number} of {file} has {what} in column {column!r}; classes are words or whole numbers. Correct it "
             "or name another column with --label-column."
         )
-    return text if as_float is None else str(int(as_float))
+    return text if size is None else str(int(size))
+
+
+def _as_number(text: str) -> int | float | None:
+    """The number that `text` is, a whole one exactly; None for a word, as are inf, nan and 1_0 here."""
+    if not text.isascii() or not set(text) & set("0123456789") or "_" in text:
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
 
 
 def _classes(labels: Iterable[str]) -> list[str]:
@@ -312,20 +329,32 @@ def _read_csv(file: Path) -> list[Row]:
 
 
 def _read_tsv(file: Path) -> list[Row]:
-    """Quoted where the whole file parses as quoted, else plain as GLUE's files are."""
+    """Plain as GLUE's files are, unless its fields do not fit the header so, or all its quotes enclose whole fields."""
     text = _read_text(file)
+    plain = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    fits = all(len(fields) == len(plain[0]) for fields in plain)
+    begun = [field for fields in plain for field in fields if field.startswith('"')]
+    if fits and not all(_QUOTED.fullmatch(field) for field in begun):
+        return _table(file, plain)  # parsed as quoted, a text that begins with a quote would swallow the rows after it
     try:
         return _table(file, _parse(file, text, delimiter="\t", strict=True))
     except FastpeftError:
-        return _table(file, _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return _table(file, plain)
+
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
 
 
 def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         return [fields for fields in reader if fields]
     except csv.Error as error:
         raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct that line.") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _table(file: Path, lines: list[list[str]]) -> list[Row]:

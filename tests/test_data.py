@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import logging
@@ -57,6 +58,21 @@ def test_a_quoted_tsv_is_unquoted(tmp_path: Path) -> None:
     assert sorted(data.train.texts + data.dev.texts) == ['a "b"\tc', "plain"]
 
 
+def test_a_plain_tsv_whose_texts_begin_or_end_with_quotes_keeps_every_row(tmp_path: Path) -> None:
+    texts = ['"begins with one', 'ends with one"', '"encloses"', "none"]
+    rows = [(f"{number} of 20", "no") if number % 5 else (texts[number // 5], "yes") for number in range(20)]
+    data = load_data(str(write_any(tmp_path / "rows.tsv", rows)))
+    assert sorted(data.train.texts + data.dev.texts) == sorted(text for text, _ in rows)
+
+
+def test_texts_of_any_length_are_read(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "word " * limit
+    data = load_data(str(write_csv(tmp_path / "rows.csv", [(long, "yes"), ("short", "no")])))
+    assert sorted(data.train.texts + data.dev.texts) == ["short", long]
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
@@ -65,6 +81,8 @@ def test_a_quoted_tsv_is_unquoted(tmp_path: Path) -> None:
         ([1.0, 0.0], ["0", "1"]),
         ([-1, 1], ["-1", "1"]),
         ([True, False], ["False", "True"]),
+        ([2**53, 2**53 + 1], [str(2**53), str(2**53 + 1)]),
+        (["nan", "inf", "1_0", "10"], ["10", "1_0", "inf", "nan"]),
         (["world", "sport", "business", "science"], ["business", "science", "sport", "world"]),
     ],
     ids=str,
