@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
 from fastpeft.runs import read_config
@@ -112,8 +113,14 @@ class TrainConfig:
         return cls.from_values(read_config(Path(file)))
 
     def values(self) -> dict[str, Any]:
-        """Names and values, as `run.json` holds them."""
-        return dataclasses.asdict(self)
+        """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
+        return dataclasses.asdict(self) | {"model": _anchored(self.model), "data": _anchored(self.data)}
+
+
+def _anchored(name: str) -> str:
+    """The absolute path of a local file or folder; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != DEMO and path.exists() else name
 
 
 def _is_json_object(value: Any) -> bool:

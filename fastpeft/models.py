@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,13 @@ def resolve_model(model: str) -> str:
     if model == DEMO:
         return str(_DEMO_FOLDER)
     folder = Path(model).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise FastpeftError(
+            f"the folder {model!r} holds an adapter, not a whole model. Give the model that it was trained on, or "
+            "merge the two (merge_and_unload) and give the folder of the result."
+        )
     if folder.is_dir():
-        return str(folder)
+        return str(folder.resolve())  # an adapter keeps it, and may be loaded from elsewhere
     if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise FastpeftError(
             f"no model at {model!r}; give {DEMO!r}, a folder with config.json and model.safetensors, or a hub id such "
@@ -66,12 +71,12 @@ def resolve_model(model: str) -> str:
 
 
 def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
-    """Load `model` as a classifier of `labels`; what its checkpoint lacks is drawn from torch's random state.
+    """Load `model` as a classifier of `labels`; a head or pooler that its checkpoint lacks is drawn at random.
 
     Weights are read from safetensors only and come in float32 whatever the file holds.
 
     Raises:
-        FastpeftError: the model is missing, broken, or of a kind that cannot classify sequences.
+        FastpeftError: the model is missing, broken, incomplete, or of a kind that cannot classify sequences.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -94,10 +99,24 @@ def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
             f"cannot load the model {model!r}: {reason} Give {DEMO!r}, a folder with config.json, model.safetensors "
             "and a tokenizer, or a hub id."
         ) from error
+    _check_encoder(model, loaded.base_model_prefix, info)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id
     return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
+    """Refuse an encoder that was drawn at random in parts: only a head or a pooler may be new."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = {key for key in info["missing_keys"] if ".pooler." not in key}
+    for keys, fault in (mismatched, "has another shape than config.json says"), (missing, "is missing"):
+        inside = sorted(key for key in keys if key.startswith(f"{prefix}."))
+        if inside:
+            raise FastpeftError(
+                f"cannot load the model {model!r}: {inside[0]} {fault}, and {len(inside) - 1} other weights likewise. "
+                "Restore the checkpoint, or the config.json that belongs to it."
+            )
 
 
 def _head_modules(model: Any, missing: Sequence[str]) -> tuple[str, ...]:

@@ -2,9 +2,12 @@
 
 run.json          how the run was started; written first, so it marks a folder as a run's
 checkpoints/      checkpoint-N, each whole from the moment it has its name
-adapter_* or model.safetensors, tokenizer*, README.md, curves.png      the result
+last-good/        the weights before a step that failed
+adapter_* or model* and config.json, the tokenizer's files, README.md, curves.png      the result
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
+
+Anything else in the folder is a person's, and stays.
 """
 
 from __future__ import annotations
@@ -19,6 +22,43 @@ from fastpeft.errors import FastpeftError
 
 _VERSION_KEY = "fastpeft_version"
 _KEPT_CHECKPOINTS = 2
+
+# What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
+_WRITTEN = (
+    "metrics.json",
+    ".staging",
+    "checkpoints",
+    "last-good",
+    "adapter_config.json",
+    "adapter_model*.safetensors*",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.*",
+    "merges.txt",
+    "s*piece*.model",
+    "README.md",
+    "curves.png",
+    "run.json",
+)
+
+
+class _Metrics(dict[str, Any]):
+    """What `metrics.json` holds, where a value that it lacks is an error with a message."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(files.read_json(file))
+        self.file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise FastpeftError(
+            f"{self.file} does not hold {name!r}, which every finished run has. Restore the file, or train anew with "
+            "--overwrite."
+        )
 
 
 class RunFolder:
@@ -62,7 +102,7 @@ class RunFolder:
                 f"the run in {str(self.path)!r} is not finished. Finish it with `fastpeft train --output "
                 f"{self.path} --resume`."
             )
-        return files.read_json(self.metrics_file)
+        return _Metrics(self.metrics_file)
 
     def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing."""
@@ -82,6 +122,13 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
                 "Give another one."
             )
+        own = self.path.resolve()
+        for name in ("model", "data"):
+            if overwrite and Path(config[name]).is_relative_to(own):
+                raise FastpeftError(
+                    f"the {name} {config[name]!r} lies in the run that --overwrite would delete. Give another output "
+                    "folder."
+                )
         before = self.config()
         changed = [
             name for name in config if resume and name != "output" and config[name] != before.get(name, config[name])
@@ -98,12 +145,12 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                # run.json goes last, so that an interrupted deletion still looks like a run
-                for child in sorted(self.path.iterdir(), key=lambda child: child == self.config_file):
-                    _delete(child)
+                for pattern in _WRITTEN:
+                    for child in self.path.glob(pattern):
+                        _delete(child)
+            files.write_json(self.config_file, {_VERSION_KEY: __version__, **config})
             _delete(self.staging)
             self.staging.mkdir()
-            files.write_json(self.config_file, {_VERSION_KEY: __version__, **config})
         except OSError as error:
             raise FastpeftError(
                 f"cannot write to the output folder {str(self.path)!r} ({error.strerror}). Give one that can be "
