@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -47,7 +47,7 @@ class Method:
         learning_rate: default peak learning rate of AdamW.
         weight_decay: default weight decay of AdamW.
         prepare: makes a loaded model ready: sets what trains, and returns the module to train.
-        settings: what `--set` may put into the method's configuration, with the defaults.
+        settings: what `--set` may put into the method's configuration, with the type of each.
         adapts: whether it takes targets and a rank.
     """
 
@@ -116,7 +116,7 @@ _OWN_FIELDS = (
 
 
 def _peft_settings(config_class: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in _OWN_FIELDS}
+    return {name: hint for name, hint in get_type_hints(config_class).items() if name not in _OWN_FIELDS}
 
 
 def _siva_settings() -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _prepare_peft(
         peft_model = get_peft_model(model, config_class(**values))
     except FastpeftError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, re.error) as error:  # a wrong setting causes any
         names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise FastpeftError(
             f"the model cannot be adapted with targets {preparation.targets!r} and settings "

@@ -7,9 +7,11 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments, set_seed
 
 from fastpeft.config import TrainConfig
@@ -23,18 +25,24 @@ _EVAL_BATCH_SIZE = 64
 _WARMUP_SHARE = 0.06
 _LOGS = 50  # points of the loss curve
 
-# fields of TrainingArguments that `settings` may not touch, with the name that decides them
-_OWN_ARGUMENTS = {
-    "output_dir": "output",
-    "per_device_train_batch_size": "batch_size",
-    "learning_rate": "learning_rate",
-    "num_train_epochs": "epochs",
-    "max_steps": "max_steps",
-    "seed": "seed",
-    "bf16": "bf16",
-    "save_steps": "save_steps",
-    "save_strategy": "save_steps",
-    "full_determinism": "deterministic",
+# names that `settings` may not touch, with what decides them
+_DECIDED = {
+    "r": "use rank in its place",
+    "target_modules": "use targets in its place",
+    "output_dir": "use output in its place",
+    "per_device_train_batch_size": "use batch_size in its place",
+    "learning_rate": "use learning_rate in its place",
+    "num_train_epochs": "use epochs in its place",
+    "max_steps": "use max_steps in its place",
+    "seed": "use seed in its place",
+    "data_seed": "use seed in its place, which decides the order of rows too",
+    "bf16": "use bf16 in its place",
+    "save_steps": "use save_steps in its place",
+    "save_strategy": "use save_steps in its place",
+    "save_total_limit": "the newest checkpoints are kept",
+    "load_best_model_at_end": "the result of a run is always the weights after its last step",
+    "dataloader_drop_last": "every row is trained on in every epoch",
+    "full_determinism": "use deterministic in its place",
 }
 
 Row = dict[str, Any]  # one text as token ids, with its label
@@ -119,14 +127,34 @@ class Task:
             **self.arguments,
         }
         try:
-            steps = total_steps(TrainingArguments(**values), len(self.train_rows))
+            first = TrainingArguments(**values)
+            if first.gradient_accumulation_steps < 1:
+                raise ValueError("gradient_accumulation_steps must be at least 1.")
+            # refuses what it cannot do before anything is written
+            DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
+            steps = total_steps(first, len(self.train_rows))
             values.setdefault("warmup_steps", round(_WARMUP_SHARE * steps))
             values.setdefault("logging_steps", max(1, steps // _LOGS))
             return TrainingArguments(**values)
         except (ValueError, TypeError, ImportError) as error:
-            raise FastpeftError(
-                f"transformers.TrainingArguments refuses the settings {self.arguments or 'of this run'}: {error}"
-            ) from error
+            raise self.refusal(error) from error
+
+    def refusal(self, error: Exception) -> FastpeftError:
+        """The error to raise where the Trainer or what it is made of cannot take the settings."""
+        return FastpeftError(
+            f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {error} Correct them, or leave "
+            "them out."
+        )
+
+
+def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """What a DataLoader takes from the Trainer's arguments."""
+    return {
+        "num_workers": arguments.dataloader_num_workers,
+        "pin_memory": arguments.dataloader_pin_memory,
+        "persistent_workers": arguments.dataloader_persistent_workers,
+        "prefetch_factor": arguments.dataloader_prefetch_factor,
+    }
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int) -> list[Row]:
@@ -151,33 +179,39 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
     """Divide settings between the method's configuration and TrainingArguments.
 
     Raises:
-        FastpeftError: a name is unknown or decided elsewhere, or a value is of another type than the default.
+        FastpeftError: a name is unknown or decided elsewhere, or a value is not of its type.
     """
     of_method = method.settings()
-    of_training = {item.name: item.default for item in dataclasses.fields(TrainingArguments) if item.init}
+    hints = get_type_hints(TrainingArguments)
+    of_training = {item.name: hints[item.name] for item in dataclasses.fields(TrainingArguments) if item.init}
     for name, value in settings.items():
-        if name not in of_method and name in _OWN_ARGUMENTS:
-            raise FastpeftError(f"{name} cannot be set as a setting; use {_OWN_ARGUMENTS[name]} in its place.")
+        if name not in of_method and name in _DECIDED:
+            raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED[name]}.")
         if name not in of_method and name not in of_training:
             close = difflib.get_close_matches(name, [*of_method, *of_training], 3)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            advice = f" Did you mean {' or '.join(close)}?" if close else ""
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and the fields of transformers.TrainingArguments.{hint}"
+                f"{', '.join(of_method) or 'none of its own'}, and the fields of transformers.TrainingArguments."
+                f"{advice}"
             )
-        default = of_method.get(name, of_training.get(name))
-        if not _is_like(value, default):
-            raise FastpeftError(f"the setting {name} is {value!r}; it must be of the kind of its default, {default!r}.")
+        hint = of_method[name] if name in of_method else of_training[name]
+        if not _fits(value, hint):
+            allowed = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise FastpeftError(f"the setting {name} is {value!r}; it must be of the type {allowed}.")
     return (
         {name: value for name, value in settings.items() if name in of_method},
         {name: value for name, value in settings.items() if name not in of_method},
     )
 
 
-def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a default: true or false, a number, or anything else."""
-    if isinstance(default, bool):
-        return isinstance(value, bool)
-    if isinstance(default, (int, float)):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return True
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that came from JSON can be of a type; of types that JSON does not have, their owner decides."""
+    kind = get_origin(hint) or hint
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if kind is Literal:  # its owner may take more than it lists, as PEFT does pissa_niter_16
+        return any(_fits(value, type(listed)) for listed in get_args(hint))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or kind not in (bool, int, str, list, dict, NoneType)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fastpeft.runs import RunFolder
-from fastpeft.task import Row, Task
+from fastpeft.task import Row, Task, loader_options
 
 _CURVE_POINTS = 5  # of the accuracy curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
@@ -112,8 +112,7 @@ class RunTrainer(Trainer):
                 batch_size=self.args.train_batch_size,
                 sampler=self.order,
                 collate_fn=self.data_collator,
-                num_workers=self.args.dataloader_num_workers,
-                pin_memory=self.args.dataloader_pin_memory,
+                **loader_options(self.args),
             )
         )
 

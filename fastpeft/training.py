@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,9 +110,14 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     with _determinism(config.deterministic):
         task = Task.load(config)
-        arguments = task.training_arguments(str(folder.staging))
+        with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
+            arguments = task.training_arguments(elsewhere)
+            try:
+                trainer = RunTrainer(task, arguments, folder, callbacks)
+            except (ValueError, TypeError, ImportError, RuntimeError) as error:
+                raise task.refusal(error) from error
         folder.open(config.values(), overwrite=overwrite)
-        trainer = RunTrainer(task, arguments, folder, callbacks)
+        arguments.output_dir = str(folder.staging)
         before = trainer.measure(task.dev_rows)
         _run(trainer, folder, config.seed, folder.newest_checkpoint() if resume else None)
         after = trainer.measure(task.dev_rows)

@@ -104,6 +104,8 @@ def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> No
     alone = [predict(folder, [text])[0][1] for text in texts]
     assert [probability for _, probability in guesses] == pytest.approx(alone, abs=1e-5)
     assert predict(folder, []) == []
+    with pytest.raises(FastpeftError, match="texts is one text, 'hello'"):
+        predict(folder, "hello")
 
 
 def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
@@ -195,7 +197,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(config: TrainConfig, tmp_path
     config = replace(config, max_steps=2, save_steps=1)
     folder = train(config).folder
     assert (folder / "checkpoints").is_dir()
+    (folder / "notes.txt").write_text("mine")
+    inner = train(replace(config, output=str(folder / "inner"), method="head")).folder
+    before = tree(inner)
     train(replace(config, method="full", save_steps=None), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert tree(inner) == before
     assert not (folder / "checkpoints").exists()
     assert not (folder / "adapter_config.json").exists()
     foreign = tmp_path / "home"
@@ -271,6 +278,26 @@ def test_settings_reach_the_method_and_the_trainer(config: TrainConfig) -> None:
     assert json.loads((result.folder / "adapter_config.json").read_text())["lora_alpha"] == 5
     assert result.metrics["steps"] == math.ceil(math.ceil(81 / 8) / 4)
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+def test_settings_take_what_the_type_of_their_field_allows(config: TrainConfig) -> None:
+    result = train(replace(config, settings={"init_lora_weights": "pissa"}, max_steps=4))
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+def test_settings_reach_the_loader_of_training_rows(config: TrainConfig) -> None:
+    class Loader(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.found = kwargs["train_dataloader"]
+
+    settings = {
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_persistent_workers": True,
+    }
+    loader = Loader()
+    train(replace(config, settings=settings, max_steps=1), callbacks=[loader])
+    assert (loader.found.num_workers, loader.found.prefetch_factor, loader.found.persistent_workers) == (1, 3, True)
 
 
 def test_a_plan_tells_what_training_does_and_writes_nothing(config: TrainConfig, tmp_path: Path) -> None:
