@@ -48,7 +48,7 @@ def loading_snippet(
 
 def model_card(
     *,
-    base_model: str,
+    base_model: str | None,
     method: str,
     snippet: str,
     adapter: bool = True,
@@ -60,19 +60,22 @@ def model_card(
     """A model card in Markdown, with the header that model hubs read.
 
     Args:
-        base_model: path or hub id of the model that was fine-tuned.
+        base_model: path or hub id of the model that was fine-tuned; None where it is not known.
         method: the method's title, as "SiVA".
         snippet: Python code that loads what was saved.
         adapter: whether an adapter was saved, or a whole model.
         data: what it was trained on, in words.
         labels: names of the classes.
         metrics: results, each with its formatted value.
-        settings: hyper-parameters that differ from nothing, in the order to show.
+        settings: hyper-parameters, in the order to show.
     """
-    lines = ["---", f"base_model: {base_model}", f"library_name: {'peft' if adapter else 'transformers'}"]
-    lines += ["tags:", "- fastpeft", "---", "", f"# {method} of {base_model}", ""]
+    header = [f"base_model: {base_model}"] if base_model else []
+    header += [f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- fastpeft"]
+    lines = ["---", *header, "---", "", f"# {method} of {base_model}" if base_model else f"# {method}", ""]
     lines += [f"Fine-tuned by fastpeft {fastpeft.__version__}.", ""]
-    lines += [f"- Base model: `{base_model}`", f"- Method: {method}"]
+    if base_model:
+        lines.append(f"- Base model: `{base_model}`")
+    lines.append(f"- Method: {method}")
     if data:
         lines.append(f"- Data: {data}")
     if labels:

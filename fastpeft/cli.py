@@ -123,11 +123,11 @@ def train(
     console.quieten(quiet)
     if config is not None:
         values = {**read_config(config), **values}
-    elif resume and output is not None and RunFolder(output).started:
-        values = {**RunFolder(output).config(), **values}
+    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{Path(values.get('data', 'demo')).stem}")
+    if config is None and resume and RunFolder(values["output"]).started:
+        values = {**RunFolder(values["output"]).config(), **values}
     if new_settings:
         values["settings"] = {**values.get("settings", {}), **new_settings}
-    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{Path(values.get('data', 'demo')).stem}")
     run = TrainConfig.from_values(values)
     if dry_run:
         what = training.plan(run)
@@ -154,7 +154,7 @@ def train(
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
     data: Annotated[
-        str | None, typer.Option(help="Other data: all rows of a file, or the dev part of a folder.")
+        str | None, typer.Option(help="Other data: all rows of a file, or the dev file of a folder.")
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of texts in --data.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,

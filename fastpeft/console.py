@@ -17,8 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from fastpeft.trainer import Clock
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# what is shown are a person's own words and paths, in which brackets and colons mean nothing
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def quieten(quiet: bool) -> None:

@@ -75,7 +75,7 @@ def evaluate(
 
     Args:
         folder: folder of the run.
-        data: other data: all rows of a file, or the dev part of a folder or of the demo.
+        data: other data: all rows of a file, or the dev file of a folder, or the demo's dev part.
         text_column, label_column: columns of `data`. None: found by their names.
 
     Raises:
@@ -100,8 +100,10 @@ def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]
     """The most likely class of each text, with its probability.
 
     Raises:
-        FastpeftError: as `load_run`.
+        FastpeftError: as `load_run`; or `texts` is one text, whose characters would be taken for texts.
     """
+    if isinstance(texts, str):
+        raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
     run = load_run(folder)
     if not texts:
         return []

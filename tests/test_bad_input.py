@@ -45,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "broken.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
     (place / "list.jsonl").write_text("[1, 2]\n")
     (place / "number.jsonl").write_text('{"text": 5, "label": 1}\n{"text": "b", "label": 0}\n')
+    (place / "nan.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
     (place / "broken.parquet").write_bytes(b"PAR1 but not really")
     (place / "data.xlsx").write_bytes(b"")
     (place / "no-train").mkdir()
@@ -67,6 +68,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "unknown.json").write_text(json.dumps({"output": "out", "methd": "lora"}))
     (place / "wrong-type.json").write_text(json.dumps({"output": "out", "batch_size": "many"}))
     (place / "blank.txt").write_text("\n \n")
+    (place / "train-only").mkdir()
+    write_csv(place / "train-only" / "train.csv", reviews(8))
+    (place / "empty-metrics").mkdir()
+    (place / "empty-metrics" / "run.json").write_bytes((place / "run" / "run.json").read_bytes())
+    (place / "empty-metrics" / "metrics.json").write_text("{}")
+    save_tiny_model(place / "other-shape")
+    config = json.loads((place / "other-shape" / "config.json").read_text())
+    (place / "other-shape" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 3}))
+    save_tiny_model(place / "too-few-layers")
+    (place / "too-few-layers" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    train(TrainConfig(output=str(place / "whole"), method="full", model=model, data=data, max_steps=1))
     return place
 
 
@@ -82,6 +94,9 @@ CASES = [
     (["--model", "not-a-model"], ["'not-a-model'"]),
     (["--model", "cut-model"], ["'cut-model'"]),
     (["--model", ""], ["model is ''"]),
+    (["--model", "run"], ["'run' holds an adapter", "merge_and_unload"]),
+    (["--model", "other-shape"], ["word_embeddings.weight has another shape than config.json"]),
+    (["--model", "too-few-layers"], ["roberta.encoder.layer.2.", "is missing"]),
     # data
     (["--data", "nowhere.csv"], ["'nowhere.csv'", "csv, tsv, jsonl, parquet"]),
     (["--data", "data.xlsx"], ["data.xlsx", "csv, tsv, jsonl, parquet"]),
@@ -101,6 +116,7 @@ CASES = [
     (["--data", "one-class.csv"], ["one class only ('yes')"]),
     (["--data", "one-row.csv"], ["1 labelled row"]),
     (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class"]),
+    (["--data", "nan.jsonl"], ["row 2 of nan.jsonl has no class"]),
     (["--data", "measures.csv"], ["'0.25'", "whole numbers"]),
     (["--data", "identities.csv"], ["50 different classes in 50 rows"]),
     (["--data", "dev-class"], ["'neutral'", "negative, positive"]),
@@ -135,7 +151,22 @@ CASES = [
     (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),
     (["--set", "lora_alfa=3"], ["'lora_alfa'", "lora_alpha"]),
     (["--set", "seed=3"], ["seed cannot be set", "use seed"]),
-    (["--set", "r=3"], ["'r'", "lora_alpha"]),
+    (["--set", "r=3"], ["r cannot be set", "use rank"]),
+    (["--set", "target_modules=query"], ["target_modules cannot be set", "use targets"]),
+    (["--set", "rank_pattern=3"], ["rank_pattern is 3", "dict"]),
+    (["--set", "rank_pattern=query:2"], ["rank_pattern is 'query:2'", "dict"]),
+    (["--set", "exclude_modules=["], ["exclude_modules", "'['"]),
+    (["--set", "init_lora_weights=magic"], ["init_lora_weights", "magic"]),
+    (["--method", "siva", "--set", "d=abc"], ["d is 'abc'", "int"]),
+    (["--method", "siva", "--set", "layers_to_transform=x"], ["layers_to_transform is 'x'", "int"]),
+    (["--set", "gradient_accumulation_steps=0"], ["gradient_accumulation_steps must be at least 1"]),
+    (["--set", "gradient_accumulation_steps=1.5"], ["gradient_accumulation_steps is 1.5", "int"]),
+    (["--set", "dataloader_num_workers=-1"], ["'dataloader_num_workers': -1"]),
+    (["--set", "per_device_eval_batch_size=0"], ["'per_device_eval_batch_size': 0"]),
+    (["--set", "report_to=nowhere"], ["'report_to': 'nowhere'"]),
+    (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "last step"]),
+    (["--set", "dataloader_drop_last=true"], ["dataloader_drop_last cannot be set", "every row"]),
+    (["--set", "data_seed=1"], ["data_seed cannot be set", "use seed"]),
     (["--set", "warmup_steps=few"], ["warmup_steps", "'few'"]),
     (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
     # folders and configurations
@@ -144,6 +175,8 @@ CASES = [
     (["--output", "foreign", "--overwrite"], ["'foreign' is not empty", "left alone"]),
     (["--output", "foreign", "--resume"], ["'foreign' is not empty", "left alone"]),
     (["--output", "run", "--overwrite", "--resume"], ["exclude each other"]),
+    (["--output", "whole", "--overwrite", "--model", "whole"], ["the model", "--overwrite would delete"]),
+    (["--output", "empty-metrics", "--resume"], ["does not hold"]),
     (["--output", "unfinished", "--resume", "--batch-size", "5"], ["batch_size 16 -> 5"]),
     (["--output", "good.csv"], ["'good.csv' is a file"]),
     (["--output", "good.csv/run"], ["good.csv/run"]),
@@ -157,10 +190,13 @@ CASES = [
     (["eval", "foreign"], ["'foreign' is not the folder of a run"]),
     (["eval", "unfinished"], ["'unfinished' is not finished", "--resume"]),
     (["eval", "cut-run"], ["adapter in 'cut-run'"]),
+    (["eval", "empty-metrics"], ["does not hold 'labels'", "--overwrite"]),
+    (["eval", "run", "--data", "train-only"], ["'train-only' has no dev.*", "train.csv"]),
     (["eval", "run", "--data", "new-class.csv"], ["'neutral'", "negative, positive"]),
     (["eval", "run", "--data", "nowhere.csv"], ["'nowhere.csv'"]),
     (["eval"], ["DIR"]),
     (["predict", "run"], ["nothing to classify"]),
+    (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
     (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
     (["predict", "unfinished", "a text"], ["not finished"]),

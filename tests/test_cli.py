@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from peft import AutoPeftModelForSequenceClassification
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner, Result
 
@@ -21,6 +24,7 @@ from fastpeft.methods import METHODS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(fastpeft.__file__).parents[1]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +91,29 @@ def test_resume_needs_the_folder_only_and_leaves_a_finished_run(place: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
 
 
+def test_resume_finds_the_default_output(place: Path) -> None:
+    run(*TRAIN, "--method", "lora", "--max-steps", "2")
+    resumed = run("train", "--data", "reviews.csv", "--method", "lora", "--resume")
+    assert "accuracy after" in resumed.stdout
+    assert len(list((place / "runs").iterdir())) == 1
+
+
+def test_paths_with_brackets_and_colons_are_shown_as_they_are(place: Path) -> None:
+    output = "a[/b] :smile:"
+    assert output in run(*TRAIN, "--method", "head", "--output", output).stdout
+    assert output in run("eval", output).stdout
+
+
+def test_a_run_works_from_another_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(*TRAIN, "--method", "siva", "--output", "out")
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    assert "accuracy" in run("eval", "../out").stdout
+    assert run("predict", "../out", "a dull plot").stdout.count("\t") == 2
+    AutoPeftModelForSequenceClassification.from_pretrained("../out")
+    run("train", "--config", "../out/run.json", "--output", "again", "--quiet")
+
+
 def test_a_dry_run_writes_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
     shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
@@ -138,18 +165,42 @@ def test_info_names_every_op_and_version() -> None:
 def test_as_a_module_in_its_own_process(place: Path) -> None:
     """What a terminal shows: nothing but our own words, and an exit code."""
     command = [sys.executable, "-m", "fastpeft", *TRAIN, "--method", "siva", "--output", "out"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     for noise in ("Warning", "LOAD REPORT", "it/s", "Traceback"):
         assert noise not in done.stderr + done.stdout
-    refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("Error: the output folder 'out' is not empty.")
     assert refused.stdout == ""
 
 
-def test_importing_the_library_leaves_heavy_modules_alone() -> None:
-    code = "import sys, torch, peft; before = set(sys.modules); import fastpeft; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert not {"datasets", "sklearn", "matplotlib", "transformers.trainer"} & set(done.stdout.split())
+def test_a_backend_that_cannot_be_had_is_one_message() -> None:
+    environment = {**ENVIRONMENT, "FASTPEFT_BACKEND": "siva_linear=fast"}
+    command = [sys.executable, "-m", "fastpeft", "info"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("Error: FASTPEFT_BACKEND has 'siva_linear=fast'")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, seed: int) -> None:
+    """Ended without warning at a random moment between two random checkpoints, which a run of 60 steps often writes."""
+    generator = random.Random(seed)
+    arguments = (*TRAIN, "--method", "siva", "--max-steps", "60", "--save-steps", "2", "--quiet")
+    run(*arguments, "--output", "whole")
+    process = subprocess.Popen([sys.executable, "-m", "fastpeft", *arguments, "--output", "out"], env=ENVIRONMENT)
+    step = 2 * generator.randrange(1, 25)
+    while process.poll() is None and not any(
+        int(path.name.rpartition("-")[2]) >= step for path in place.glob("out/checkpoints/checkpoint-*")
+    ):
+        time.sleep(0.001)
+    time.sleep(generator.uniform(0, 0.05))
+    process.kill()
+    assert process.wait() != 0, "killed too late"
+    run("train", "--output", "out", "--resume", "--quiet")
+    adapters = [(place / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert adapters[0] == adapters[1]
+    assert {path.name for path in (place / "whole").iterdir()} == {path.name for path in (place / "out").iterdir()}
