@@ -1,8 +1,9 @@
-"""Accuracy, speed and memory of each method on the bundled model and the demo data: the README's table.
+"""Accuracy and memory of each method on the bundled model and the demo data, for the README's table.
 
 Every cell is tried with two learning rates on a slice of the training data (2,000 rows to learn from, 1,000 others to
 choose by), then trained for one epoch on all of it with the better one; the dev rows are seen once, at the end. Each
 run is a process of its own. Runs that are finished are not repeated, so an interrupted table continues where it was.
+Speeds are measured side by side, by `bench.bench_training`.
 
     python -m bench.accuracy            # about half an hour on two cores; writes bench/data/accuracy.csv
 """
@@ -96,7 +97,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "rank": RANK if cell.targets else "",
         "slice_accuracy": " ".join(f"{rate:g}:{tried[rate]['accuracy']:.4f}" for rate in tried),
         "learning_rate": f"{best:g}",
-        **{name: metrics[name] for name in ("accuracy", "f1", "samples_per_second", "peak_memory_mb")},
+        **{name: metrics[name] for name in ("accuracy", "f1", "peak_memory_mb")},
         "trainable_parameters": metrics["trainable_parameters"],
         "seed": metrics["seed"],
         "device": metrics["device"],
@@ -112,7 +113,7 @@ def main() -> None:
         rows.append(measure(cell))
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -33,7 +33,8 @@ def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:
         else Preparation(classifier.head)
     )
     model = get_method(cell.method).prepare(classifier.model, preparation).to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=get_method(cell.method).weight_decay, fused=True)
     ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
