@@ -24,6 +24,8 @@ except FastpeftError as error:  # a backend is asked for that cannot be had
 if TYPE_CHECKING:
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
+    from fastpeft.prompt_model import PromptCollator, PromptModel
+    from fastpeft.prompts import Prompt
     from fastpeft.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -33,6 +35,9 @@ __all__ = [
     "MeZO",
     "MeZOConfig",
     "MeZOTrainer",
+    "Prompt",
+    "PromptCollator",
+    "PromptModel",
     "SivaConfig",
     "SivaLinear",
     "TrainConfig",
@@ -45,6 +50,9 @@ _LAZY = {
     "MeZO": "fastpeft.mezo.optimizer",
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
+    "Prompt": "fastpeft.prompts",
+    "PromptCollator": "fastpeft.prompt_model",
+    "PromptModel": "fastpeft.prompt_model",
     "TrainConfig": "fastpeft.training",
     "train": "fastpeft.training",
 }

@@ -1,0 +1,308 @@
+"""A masked language model as a classifier by a prompt."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file, find_adapter_config_file
+
+from fastpeft import files
+from fastpeft.errors import FastpeftError
+from fastpeft.models import Classifier
+from fastpeft.prompts import PROMPT_FILE, Prompt, Row, Text
+
+
+@dataclass
+class PromptCollator(DataCollatorWithPadding):
+    """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but the masks' positions follow their
+    tokens where a tokenizer pads on the left."""
+
+    def __call__(self, features: list[Row]) -> Any:
+        batch = super().__call__(features)
+        if self.tokenizer.padding_side == "left" and "mask_positions" in batch:
+            lengths = torch.tensor([len(row["input_ids"]) for row in features])
+            batch["mask_positions"] += batch["input_ids"].shape[1] - lengths
+        return batch
+
+
+class PromptModel(PreTrainedModel):
+    """A masked language model as a classifier: its logits are those of the label words at the mask.
+
+        logits[b, c] = masked_lm(input_ids[b])[mask position of b, token of word c]
+
+    It trains in transformers.Trainer as it is, on rows of `prompt.encode`. Of the vocabulary's logits, only those at
+    the mask are computed: `(B, vocabulary)` in place of `(B, T, vocabulary)`.
+
+    Args:
+        masked_lm: a transformers model with a masked-word head, or one wrapped by PEFT; used as it is, not copied.
+        tokenizer: its tokenizer.
+        prompt: template and label words.
+        calibrate: call `calibrate()` at once.
+
+    Raises:
+        FastpeftError: the model has no masked-word head, or a label word is not one token.
+
+    Notes:
+        Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
+        and the Trainer do with checkpoints; `PromptModel(get_peft_model(masked_lm, SivaConfig()), ...)` saves an
+        adapter that fits the plain masked model, and cannot resume from the Trainer's checkpoints.
+
+    Example:
+        >>> prompt = Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"})
+        >>> model = PromptModel(masked_lm, tokenizer, prompt)  # doctest: +SKIP
+        >>> rows = prompt.encode(tokenizer, ["Good fun.", "A bore."], labels=[1, 0])  # doctest: +SKIP
+        >>> Trainer(model, train_dataset=rows, data_collator=PromptCollator(tokenizer)).train()  # doctest: +SKIP
+    """
+
+    base_model_prefix = "masked_lm"
+    supports_gradient_checkpointing = True
+    # the attention of the model inside was settled when it was made
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, masked_lm: nn.Module, tokenizer: Any, prompt: Prompt, *, calibrate: bool = False) -> None:
+        if prompt.head != "label_words":
+            raise FastpeftError(
+                f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
+                'a classification head on prompt.encode(...), or take head="label_words".'
+            )
+        _check_masked_lm(masked_lm)
+        config: Any = copy.deepcopy(masked_lm.config)
+        config.id2label = dict(enumerate(prompt.labels))
+        config.label2id = {label: index for index, label in enumerate(prompt.labels)}
+        super().__init__(config)
+        self.masked_lm = masked_lm
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
+        self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
+        # log-probabilities of the label words for an empty text, or zeros (classes,)
+        self.register_buffer("bias", torch.zeros(len(label_ids), device=self.device), persistent=False)
+        self.register_load_state_dict_pre_hook(_take_plain_names)
+        if calibrate:
+            self.calibrate()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mask_positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Logits of the classes, and their cross entropy where labels are given.
+
+        Args:
+            input_ids: `(B, T)`.
+            attention_mask: `(B, T)`, 1 where a token is.
+            token_type_ids: `(B, T)`, for models that have segments.
+            inputs_embeds: `(B, T, d)` in place of `input_ids`; needs `mask_positions`.
+            mask_positions: `(B,)`, index of each row's mask. None: the one mask token of each row is looked for.
+            labels: `(B,)`, index of each row's class.
+            output_attentions, output_hidden_states, return_dict: as everywhere in transformers.
+
+        Returns:
+            `loss` (a scalar, float32) and `logits` `(B, classes)` in float32.
+
+        Raises:
+            FastpeftError: `mask_positions` is None and a row has no mask token or several.
+        """
+        if mask_positions is None:
+            mask_positions = self._find_masks(input_ids)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        with _only_masks(_core(self.masked_lm), mask_positions):
+            output = self.masked_lm(
+                **{name: value for name, value in arguments.items() if value is not None}, return_dict=True
+            )
+        scores = output.logits
+        # a model that hides its encoder has computed all positions
+        scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions)[:, 0]
+        logits = scores.index_select(-1, self.label_ids).float() - self.bias
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+        return result.to_tuple() if return_dict is False else result
+
+    def _find_masks(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise FastpeftError("inputs_embeds do not show where the masks are; give mask_positions too.")
+        masks = input_ids == self.tokenizer.mask_token_id
+        if not bool((masks.sum(-1) == 1).all()):
+            raise FastpeftError(
+                "a row has no mask token or several, and mask_positions are not given. Make the rows by "
+                "prompt.encode(...), or pass mask_positions."
+            )
+        return masks.int().argmax(-1)
+
+    @torch.no_grad()
+    def calibrate(self) -> PromptModel:
+        """Subtract from now on what the words score for an empty text, with the weights as they are now.
+
+        A model that favours one word whatever the text (as most do) is even-handed after this: "contextual calibration"
+        of Zhao et al. 2021, "Calibrate before use". Save and load keep it.
+        """
+        self.bias.zero_()
+        empty = ("", "") if self.prompt.is_pair else ""
+        self.bias.copy_(self.predict_logits([empty])[0].log_softmax(-1))
+        return self
+
+    @torch.no_grad()
+    def predict_logits(self, texts: Sequence[Text], *, batch_size: int = 64, max_length: int | None = None) -> Tensor:
+        """Logits of texts or pairs, `(rows, classes)` in float32 on the model's device, in evaluation mode.
+
+        With no training before it, this is zero-shot classification.
+        """
+        limit = max_length or Classifier(_core(self.masked_lm), self.tokenizer, ()).max_length
+        rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
+        collate = PromptCollator(self.tokenizer)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
+        logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
+        training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(rows), batch_size):
+                chosen = order[start : start + batch_size]
+                logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
+        finally:
+            self.train(training)
+        return logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        return _core(self.masked_lm).get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return _core(self.masked_lm).get_output_embeddings()
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save the masked model (or its adapter) as it saves itself, the tokenizer, and the prompt in `prompt.json`.
+
+        So the folder is that of a plain masked language model too.
+        """
+        if state_dict is not None:
+            kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in state_dict.items()}
+        self.masked_lm.save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        self.tokenizer.save_pretrained(save_directory)
+        values = {**self.prompt.values(), "calibration": self.bias.tolist() if self.bias.any() else None}
+        files.write_json(Path(save_directory) / PROMPT_FILE, values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> PromptModel:
+        """Load what `save_pretrained` wrote, from a folder or the hub; an adapter's base model is loaded first.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            kwargs: passed to `AutoModelForMaskedLM.from_pretrained`, as `dtype`.
+
+        Raises:
+            FastpeftError: there is no prompt, or the model cannot be loaded.
+        """
+        from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        source = os.fspath(pretrained_model_name_or_path)
+        try:
+            values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
+            adapted = find_adapter_config_file(source) is not None
+            masked_lm = (_load_adapter if adapted else AutoModelForMaskedLM.from_pretrained)(source, **kwargs)
+            model = cls(masked_lm, AutoTokenizer.from_pretrained(source), Prompt.from_values(values))
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise FastpeftError(
+                f"cannot load a prompted model from {source!r}: {reason} Give a folder or hub id that "
+                "PromptModel.save_pretrained wrote."
+            ) from error
+        if values.get("calibration"):
+            model.bias.copy_(torch.tensor(values["calibration"]))
+        return model.eval()
+
+
+def _core(model: Any) -> Any:
+    """The transformers model inside wrappers that have `get_base_model`."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model
+
+
+def _check_masked_lm(model: Any) -> None:
+    name = type(_core(model)).__name__
+    if name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not name.endswith("ForMaskedLM"):
+        raise FastpeftError(
+            f"{name} has no masked-word head, which label words need. Load the model by "
+            'AutoModelForMaskedLM, or use head="classifier".'
+        )
+
+
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    """Of `states` `(B, T, ...)`, each row's at its position: `(B, 1, ...)`."""
+    return states[torch.arange(len(states), device=states.device), positions.to(states.device)].unsqueeze(1)
+
+
+@contextmanager
+def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
+    """Within, the head of `model` gets its encoder's output at `positions` only.
+
+    Masked-word heads work position by position, so the result at a mask is the same. An encoder's output that is not
+    `(B, T, d)`, as of an encoder that packs sequences, is left as it is.
+    """
+    encoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(encoder, nn.Module):
+        yield
+        return
+
+    def keep_masks(module: nn.Module, args: Any, output: Any) -> Any:
+        # replicas of nn.DataParallel share their hooks: each obeys its own
+        if module is not encoder or output[0].dim() != 3 or len(output[0]) != len(positions):
+            return output
+        kept = _at(output[0], positions)
+        if isinstance(output, tuple):
+            return (kept, *output[1:])
+        output[next(iter(output))] = kept
+        return output
+
+    handle = encoder.register_forward_hook(keep_masks)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let checkpoints of the plain masked model, which `save_pretrained` writes, load into a PromptModel."""
+    inner = f"{prefix}masked_lm."
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
+        state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
+
+
+def _load_adapter(source: str, **kwargs: Any) -> Any:
+    """A PEFT adapter on its masked base model."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForMaskedLM
+
+    import fastpeft  # noqa: F401  (registers its methods with PEFT)
+
+    base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    return PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base, **kwargs), source)
