@@ -82,13 +82,13 @@ class PromptModel(PreTrainedModel):
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
         super().__init__(config)
-        self.masked_lm = masked_lm
+        self.masked_lm: Any = masked_lm
         self.tokenizer = tokenizer
         self.prompt = prompt
         label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
         self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
         # log-probabilities of the label words for an empty text, or zeros (classes,)
-        self.register_buffer("bias", torch.zeros(len(label_ids), device=self.device), persistent=False)
+        self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
         self.register_load_state_dict_pre_hook(_take_plain_names)
         if calibrate:
             self.calibrate()
@@ -139,7 +139,7 @@ class PromptModel(PreTrainedModel):
         scores = output.logits
         # a model that hides its encoder has computed all positions
         scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions)[:, 0]
-        logits = scores.index_select(-1, self.label_ids).float() - self.bias
+        logits = scores.index_select(-1, self.label_ids).float() - self.calibration
         loss = None if labels is None else F.cross_entropy(logits, labels)
         result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
         return result.to_tuple() if return_dict is False else result
@@ -162,9 +162,9 @@ class PromptModel(PreTrainedModel):
         A model that favours one word whatever the text (as most do) is even-handed after this: "contextual calibration"
         of Zhao et al. 2021, "Calibrate before use". Save and load keep it.
         """
-        self.bias.zero_()
+        self.calibration.zero_()
         empty = ("", "") if self.prompt.is_pair else ""
-        self.bias.copy_(self.predict_logits([empty])[0].log_softmax(-1))
+        self.calibration.copy_(self.predict_logits([empty])[0].log_softmax(-1))
         return self
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class PromptModel(PreTrainedModel):
         if not kwargs.get("is_main_process", True):
             return
         self.tokenizer.save_pretrained(save_directory)
-        values = {**self.prompt.values(), "calibration": self.bias.tolist() if self.bias.any() else None}
+        values = {**self.prompt.values(), "calibration": self.calibration.tolist() if self.calibration.any() else None}
         files.write_json(Path(save_directory) / PROMPT_FILE, values)
 
     @classmethod
@@ -236,7 +236,7 @@ class PromptModel(PreTrainedModel):
                 "PromptModel.save_pretrained wrote."
             ) from error
         if values.get("calibration"):
-            model.bias.copy_(torch.tensor(values["calibration"]))
+            model.calibration.copy_(torch.tensor(values["calibration"]))
         return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import transformers
@@ -17,6 +18,7 @@ WORDS = (
 _LETTERS = tuple("abcdefghijklmnopqrstuvwxyz.,?!:")
 
 
+@cache
 def make_tokenizer(family: str) -> Any:
     """A tokenizer with a mask token: the bundled byte-level BPE, a WordPiece or a Unigram one."""
     if family == "byte-level":
