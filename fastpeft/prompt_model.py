@@ -46,7 +46,8 @@ class PromptModel(PreTrainedModel):
     the mask are computed: `(B, vocabulary)` in place of `(B, T, vocabulary)`.
 
     Args:
-        masked_lm: a transformers model with a masked-word head, or one wrapped by PEFT; used as it is, not copied.
+        masked_lm: a transformers model with a masked-word head, alone, wrapped by PEFT or beside a side network;
+            used as it is, not copied.
         tokenizer: its tokenizer.
         prompt: template and label words.
         calibrate: call `calibrate()` at once.
@@ -56,8 +57,9 @@ class PromptModel(PreTrainedModel):
 
     Notes:
         Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
-        and the Trainer do with checkpoints; `PromptModel(get_peft_model(masked_lm, SivaConfig()), ...)` saves an
-        adapter that fits the plain masked model, and cannot resume from the Trainer's checkpoints.
+        and the Trainer do with checkpoints, but saves the adapter alone (`prompt.save` keeps the prompt).
+        `PromptModel(get_peft_model(masked_lm, SivaConfig()), ...)` saves both, as an adapter that fits the plain masked
+        model, but cannot resume from the Trainer's checkpoints.
 
     Example:
         >>> prompt = Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"})
@@ -77,7 +79,11 @@ class PromptModel(PreTrainedModel):
                 f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
                 'a classification head on prompt.encode(...), or take head="label_words".'
             )
-        _check_masked_lm(masked_lm)
+        if _find_core(masked_lm) is None:
+            raise FastpeftError(
+                f"{type(masked_lm).__name__} has no masked-word head, which label words need. Load the model by "
+                'AutoModelForMaskedLM, or use head="classifier".'
+            )
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -90,6 +96,8 @@ class PromptModel(PreTrainedModel):
         # log-probabilities of the label words for an empty text, or zeros (classes,)
         self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
         self.register_load_state_dict_pre_hook(_take_plain_names)
+        unsaved = getattr(masked_lm, "_keys_to_ignore_on_save", None) or ()  # a side network's backbone, to the Trainer
+        self._keys_to_ignore_on_save = {f"masked_lm.{name}" for name in unsaved} or None
         if calibrate:
             self.calibrate()
 
@@ -132,7 +140,7 @@ class PromptModel(PreTrainedModel):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        with _only_masks(_core(self.masked_lm), mask_positions):
+        with _only_masks(self.core, mask_positions):
             output = self.masked_lm(
                 **{name: value for name, value in arguments.items() if value is not None}, return_dict=True
             )
@@ -173,7 +181,7 @@ class PromptModel(PreTrainedModel):
 
         With no training before it, this is zero-shot classification.
         """
-        limit = max_length or Classifier(_core(self.masked_lm), self.tokenizer, ()).max_length
+        limit = max_length or Classifier(self.core, self.tokenizer, ()).max_length
         rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
         collate = PromptCollator(self.tokenizer)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
@@ -188,11 +196,21 @@ class PromptModel(PreTrainedModel):
             self.train(training)
         return logits
 
+    @property
+    def core(self) -> Any:
+        """The masked language model without wrappers."""
+        return _find_core(self.masked_lm)
+
     def get_input_embeddings(self) -> nn.Module:
-        return _core(self.masked_lm).get_input_embeddings()
+        embeddings: nn.Module = self.core.get_input_embeddings()
+        return embeddings
 
     def get_output_embeddings(self) -> nn.Module:
-        return _core(self.masked_lm).get_output_embeddings()
+        embeddings: nn.Module = self.core.get_output_embeddings()
+        return embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.core.tie_weights(*args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -211,11 +229,19 @@ class PromptModel(PreTrainedModel):
         files.write_json(Path(save_directory) / PROMPT_FILE, values)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> PromptModel:
-        """Load what `save_pretrained` wrote, from a folder or the hub; an adapter's base model is loaded first.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        masked_lm: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> PromptModel:
+        """Load what `save_pretrained` wrote, from a folder or the hub.
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id.
+            masked_lm: the model inside; a side network must be loaded first, from the same place. None: a plain masked
+                model or a PEFT adapter, whose base model is loaded too.
             kwargs: passed to `AutoModelForMaskedLM.from_pretrained`, as `dtype`.
 
         Raises:
@@ -226,8 +252,9 @@ class PromptModel(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         try:
             values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
-            adapted = find_adapter_config_file(source) is not None
-            masked_lm = (_load_adapter if adapted else AutoModelForMaskedLM.from_pretrained)(source, **kwargs)
+            if masked_lm is None:
+                adapted = find_adapter_config_file(source) is not None
+                masked_lm = (_load_adapter if adapted else AutoModelForMaskedLM.from_pretrained)(source, **kwargs)
             model = cls(masked_lm, AutoTokenizer.from_pretrained(source), Prompt.from_values(values))
         except OSError as error:
             reason = str(error).strip().split("\n")[0]
@@ -240,20 +267,16 @@ class PromptModel(PreTrainedModel):
         return model.eval()
 
 
-def _core(model: Any) -> Any:
-    """The transformers model inside wrappers that have `get_base_model`."""
-    while hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model
-
-
-def _check_masked_lm(model: Any) -> None:
-    name = type(_core(model)).__name__
-    if name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not name.endswith("ForMaskedLM"):
-        raise FastpeftError(
-            f"{name} has no masked-word head, which label words need. Load the model by "
-            'AutoModelForMaskedLM, or use head="classifier".'
-        )
+def _find_core(model: Any) -> Any:
+    """The masked language model inside wrappers, None if there is none."""
+    while True:
+        name = type(model).__name__
+        if name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            return model
+        inside = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base_model", model)
+        if inside is model:
+            return None
+        model = inside
 
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ class Prompt:
 
         Returns:
             Rows of `input_ids`, `attention_mask`, `token_type_ids` where the model has them, `mask_positions` (the
-            index of the mask token; left out where the template has none) and `labels`. Not padded.
+            index of the mask token; not for a classification head, which reads no mask) and `labels`. Not padded.
 
         Raises:
             FastpeftError: `max_length` leaves no room for the template, or a text is not what the template takes.
@@ -226,7 +226,7 @@ class Prompt:
         for index, (_, spans) in enumerate(filled):
             kept = self._kept_tokens(offsets[index], spans, limit)
             row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
-            if MASK in spans:
+            if self.head == "label_words":
                 row["mask_positions"] = _token_at(spans[MASK][0], [offsets[index][i] for i in kept])
             if labels is not None:
                 row["labels"] = labels[index]

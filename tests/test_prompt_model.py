@@ -284,6 +284,32 @@ def test_an_adapter_inside_it_is_saved_and_loaded(tmp_path: Path, config: Any) -
     torch.testing.assert_close(logits(again.eval()), logits(model), **CLOSE)
 
 
+class Beside(nn.Module):
+    """A wrapper as a side network's is: it runs the model in it, and saves itself."""
+
+    _keys_to_ignore_on_save = ("frozen",)
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_model, self.config = base, base.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.base_model(**inputs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        torch.save(self.state_dict(), folder / "beside.pt")
+
+
+def test_a_wrapped_model_is_prompted_saved_and_put_back(tmp_path: Path) -> None:
+    model = PromptModel(Beside(masked_lm()), tokenizer_of("Roberta"), PROMPT, calibrate=True).eval()
+    assert model._keys_to_ignore_on_save == {"masked_lm.frozen"}, "the Trainer misses no others"
+    assert torch.equal(logits(model), logits(prompted(calibrate=True)))
+    model.save_pretrained(tmp_path)
+    again = PromptModel.from_pretrained(tmp_path, masked_lm=Beside(masked_lm()))
+    assert torch.equal(logits(again), logits(model))
+    model.load_state_dict(torch.load(tmp_path / "beside.pt"), strict=True)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     plain, saving = prompted().train(), prompted().train()
     saving.gradient_checkpointing_enable()

@@ -73,6 +73,12 @@ def test_a_mask_in_the_text_is_not_taken_for_the_templates(tokenizer: Any) -> No
     assert from_the_end[0] == from_the_end[1]
 
 
+def test_a_classification_head_gets_the_same_line(tokenizer: Any) -> None:
+    (words,) = SINGLE.encode(tokenizer, ["a film"])
+    (line,) = Prompt(SINGLE.template, head="classifier").encode(tokenizer, ["a film"])
+    assert line == {name: value for name, value in words.items() if name != "mask_positions"}
+
+
 def test_labels_stay_with_their_texts(word_piece: Any) -> None:
     rows = SINGLE.encode(word_piece, ["good", "bad", "dull"], labels=[1, 0, 0])
     assert [row["labels"] for row in rows] == [1, 0, 0]
@@ -216,9 +222,7 @@ def test_tokenizers_that_cannot_fill_a_template() -> None:
     tokenizer.mask_token = None
     with pytest.raises(FastpeftError, match="has no mask token"):
         SINGLE.encode(tokenizer, ["good"])
-    plain = Prompt("Review: {text}", head="classifier")
-    (row,) = plain.encode(tokenizer, ["good"])
-    assert "mask_positions" not in row
+    (row,) = Prompt("Review: {text}", head="classifier").encode(tokenizer, ["good"])
     assert tokens(tokenizer, row) == ["<", *"r", "##e", "##v", "##i", "##e", "##w", ":", "good", ">"]
 
 
