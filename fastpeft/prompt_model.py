@@ -256,8 +256,10 @@ class PromptModel(PreTrainedModel):
                 adapted = find_adapter_config_file(source) is not None
                 masked_lm = (_load_adapter if adapted else AutoModelForMaskedLM.from_pretrained)(source, **kwargs)
             model = cls(masked_lm, AutoTokenizer.from_pretrained(source), Prompt.from_values(values))
-        except OSError as error:
-            reason = str(error).strip().split("\n")[0]
+        except FastpeftError:
+            raise
+        except Exception as error:  # a broken file surfaces as almost any type
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise FastpeftError(
                 f"cannot load a prompted model from {source!r}: {reason} Give a folder or hub id that "
                 "PromptModel.save_pretrained wrote."

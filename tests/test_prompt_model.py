@@ -184,6 +184,14 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     masked_lm().save_pretrained(tmp_path)
     with pytest.raises(FastpeftError, match=r"that PromptModel\.save_pretrained wrote"):
         PromptModel.from_pretrained(tmp_path)
+    prompted().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FastpeftError, match="cannot load a prompted model"):
+        PromptModel.from_pretrained(tmp_path)
+    (tmp_path / "prompt.json").write_text('{"template": "{text}"}')
+    with pytest.raises(FastpeftError, match="is no prompt"):
+        PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm())
 
 
 def test_models_that_cannot_be_prompted() -> None:
