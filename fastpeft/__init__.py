@@ -6,20 +6,11 @@ Importing this package makes SIVA known to PEFT, so that `get_peft_model` and `P
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastpeft import functional
 from fastpeft.errors import FastpeftError
-
-try:
-    from fastpeft import functional
-    from fastpeft.siva import SivaConfig, SivaLinear
-except FastpeftError as error:  # a backend is asked for that cannot be had
-    if "fastpeft" not in (Path(sys.argv[0]).stem, *sys.orig_argv):
-        raise
-    print(f"Error: {error}", file=sys.stderr)  # the command line, none of whose code runs before this
-    sys.exit(2)
+from fastpeft.siva import SivaConfig, SivaLinear
 
 if TYPE_CHECKING:
     from fastpeft.mezo.optimizer import MeZO

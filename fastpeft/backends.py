@@ -2,8 +2,8 @@
 
 At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
 Triton, fused ATen calls, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"`
-overrides the order (names: `cpp`, `triton`, `aten`, `reference`); asking for one that is not available raises
-`FastpeftError`.
+overrides the order (names: `cpp`, `triton`, `aten`, `reference`). Where it asks for what is not available, the package
+still imports, so that the command line can say so, but every op raises the `FastpeftError`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())
 
 
-def _activate() -> tuple[torch.library.Library, list[Choice]]:
+def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | None]:
     reasons: dict[str, str] = {}
 
     def why_not(name: str) -> str:
@@ -128,19 +128,34 @@ def _activate() -> tuple[torch.library.Library, list[Choice]]:
             reasons[name] = _PROBES[name]()
         return reasons[name]
 
-    wanted = _overrides(os.environ.get(VARIABLE, ""))
     library = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        wanted = _overrides(os.environ.get(VARIABLE, ""))
+        found = [_choose(op, device, wanted.get(op), why_not) for op in SCHEMAS for device in ("cpu", "cuda")]
+    except FastpeftError as error:
+        for op in SCHEMAS:
+            library.impl(op, lambda *_, fault=error: _raise(fault), "CompositeExplicitAutograd")
+        return library, [], error
     for op in SCHEMAS:
         library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
-    found = [_choose(op, device, wanted.get(op), why_not) for op in SCHEMAS for device in ("cpu", "cuda")]
     for choice in found:
         _register(library, choice)
-    return library, found
+    return library, found, None
 
 
-_library, _choices = _activate()  # the Library object must live: its registrations end with it
+def _raise(fault: FastpeftError) -> None:
+    raise fault
+
+
+_library, _choices, _fault = _activate()  # the Library object must live: its registrations end with it
 
 
 def choices() -> list[Choice]:
-    """The implementation of every op on CPU and CUDA devices, with the reason."""
+    """The implementation of every op on CPU and CUDA devices, with the reason.
+
+    Raises:
+        FastpeftError: the environment variable asks for what is not available.
+    """
+    if _fault is not None:
+        raise _fault
     return list(_choices)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fastpeft import backends
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS
 
@@ -22,6 +23,7 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            backends.choices()  # an environment variable may ask for what is not there
             return super().invoke(ctx)
         except FastpeftError as error:
             typer.echo(f"Error: {error}", err=True)
