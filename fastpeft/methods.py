@@ -159,7 +159,7 @@ def _prepare_peft(
         peft_model = get_peft_model(model, config_class(**values))
     except FastpeftError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, re.error) as error:  # a wrong setting causes any
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
         names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise FastpeftError(
             f"the model cannot be adapted with targets {preparation.targets!r} and settings "

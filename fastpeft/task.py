@@ -42,6 +42,10 @@ _DECIDED = {
     "save_total_limit": "the newest checkpoints are kept",
     "load_best_model_at_end": "the result of a run is always the weights after its last step",
     "dataloader_drop_last": "every row is trained on in every epoch",
+    "train_sampling_strategy": "rows of about one length share a batch",
+    "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
+    "prediction_loss_only": "accuracy is always measured",
+    "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
 }
 

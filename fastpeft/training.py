@@ -114,6 +114,7 @@ def train(
             arguments = task.training_arguments(elsewhere)
             try:
                 trainer = RunTrainer(task, arguments, folder, callbacks)
+                trainer.create_optimizer()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
         folder.open(config.values(), overwrite=overwrite)
