@@ -145,8 +145,9 @@ class Task:
 
     def refusal(self, error: Exception) -> FastpeftError:
         """The error to raise where the Trainer or what it is made of cannot take the settings."""
+        reason = str(error).strip().rstrip(".")
         return FastpeftError(
-            f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {error} Correct them, or leave "
+            f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
 
