@@ -161,9 +161,10 @@ def _prepare_peft(
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
         names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        reason = str(error).strip().rstrip(".")
         raise FastpeftError(
             f"the model cannot be adapted with targets {preparation.targets!r} and settings "
-            f"{dict(preparation.settings)}: {str(error).strip().rstrip('.')}. Its linear layers are named {', '.join(sorted(names))}; name "
+            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(sorted(names))}; name "
             "some, or use all-linear."
         ) from error
     for name, module in peft_model.named_modules():
