@@ -451,13 +451,6 @@ def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
 def _save_in_float32(layer: SivaLinear, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     """Factors are saved in float32 even where `autocast_adapter_dtype=False` keeps them in half precision."""
     for key, tensor in state_dict.items():
-        if (
-            key.startswith(f"{prefix}siva_")
-            and not key.startswith(f"{prefix}siva_residual")
-            and tensor.dtype
-            in (
-                torch.float16,
-                torch.bfloat16,
-            )
-        ):
+        factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
+        if factor and tensor.dtype in (torch.float16, torch.bfloat16):
             state_dict[key] = tensor.float()
