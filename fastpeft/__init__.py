@@ -1,6 +1,7 @@
 """Fine-tune transformers on little memory: SiVA, k-LST and MeZO on custom kernels.
 
-Importing this package makes SIVA known to PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` take it.
+Importing this package makes SIVA known to PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` take it, and
+side networks to the Auto classes of transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft import functional
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder import LadderConfig, LadderModel
 from fastpeft.siva import SivaConfig, SivaLinear
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FastpeftError",
+    "LadderConfig",
+    "LadderModel",
     "MeZO",
     "MeZOConfig",
     "MeZOTrainer",

@@ -7,6 +7,7 @@ One counter q makes four words, so element i reads word `i % 4` of `q = i // 4`.
   radius `R = sqrt(-2 ln u)`, `v = (w >> 8) * 2^-24` of the second for the angle; the lanes are `R cos(2 pi v)` and
   `R sin(2 pi v)`.
 - Rademacher: element i reads bit `i % 32` of word `(i % 128) // 32` of `q = i // 128`; 0 is +1, 1 is -1.
+- Feature dropout of a side network keeps element i where its word is at least `round(p * 2^32)`.
 
 Logarithm, sine and cosine are polynomials behind an exact integer range reduction. Every addition, multiplication and
 square root below is one float32 operation, rounded by itself, in the order written here and in `csrc/normal.h`. Never
@@ -15,11 +16,14 @@ fuse two of them (`addcmul`, `add(alpha=...)`, fused multiply-add): that changes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 STREAM_NOISE = 0
 STREAM_ROUNDING = 1
+STREAM_DROPOUT = 2
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -132,6 +136,17 @@ def rademacher(first: int, count: int, seed: int, device: torch.device | str = "
 
 
 NOISE = {"gaussian": gaussian, "rademacher": rademacher}
+
+
+def kept(
+    count: int, p: float, seed: int, ordinals: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Which of `count` elements dropout with probability p keeps, for each ordinal: bool `(len(ordinals), count)`."""
+    q = torch.arange((count + 3) // 4, device=device).repeat(len(ordinals))
+    ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave((count + 3) // 4)
+    counter = (q & _MASK, q >> 32, torch.full_like(q, STREAM_DROPOUT), ordinal)
+    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK)).view(len(ordinals), -1)
+    return words[:, :count] >= round(p * 2**32)
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, first: int, seed: int) -> Tensor:

@@ -1,10 +1,13 @@
 """Each op in plain PyTorch: the oracle of the tests, the fallback where nothing faster runs, and the baseline of the
 benches.
 
-Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank; B batch,
+H heads, T tokens, D width of a side network, k slots of a window of which S are real.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +57,50 @@ def siva_linear_backward(
     if need_dbias:
         dbias = rows.sum(0)
     return dx, du, dv, dbias
+
+
+def window_attention(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
+
+    q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
+    A slot that is not real has T equal keys `p_i`: one key whose score gains the logarithm of how many are visible.
+    """
+    batch, real, tokens, width = c.shape
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, keys, p, dtype = q.to(compute), c.to(compute), p.to(compute), q.dtype
+    if dropout > 0:
+        ordinals = [16 * block + slot for slot in slots]
+        kept = noise_contract.kept(batch * tokens * width, dropout, seed, ordinals, c.device)
+        keys = keys * kept.view(real, batch, tokens, width).transpose(0, 1) / (1 - dropout)
+    keys = (keys + p[list(slots), None]).flatten(1, 2)  # (B, S T, D)
+    absent = p[[slot for slot in range(p.shape[0]) if slot not in slots]]  # (k - S, D)
+
+    if mask is None:
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
+    visible = mask[:, None].expand(batch, tokens, tokens)  # (B, T queries, T keys)
+    if causal:
+        visible = visible.tril()
+    number = visible.sum(-1)  # (B, T)
+    nothing = (number == 0)[:, None]  # (B, 1, T): these rows are computed on everything, then set to 0
+    hidden = ~(visible | nothing.mT)
+
+    of_real = (q @ keys.mT[:, None]).masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
+    of_absent = q @ absent.t() + number.clamp(min=1).to(compute).log()[:, None, :, None]
+    scores = torch.cat((of_real, of_absent), dim=-1)  # (B, H, T, S T + k - S)
+    values = torch.cat((keys, absent.expand(batch, -1, -1)), dim=1)
+    out = (scores.softmax(-1) @ values[:, None]).masked_fill(nothing[..., None], 0)
+    lse = scores.logsumexp(-1).masked_fill(nothing, -torch.inf)
+    return out.to(dtype), lse.to(torch.float32)
 
 
 @torch.no_grad()

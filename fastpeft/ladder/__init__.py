@@ -1,0 +1,21 @@
+"""k-LST and LST: a small side network reads the features of a frozen backbone, which no gradient enters.
+
+Importing this package makes `LadderModel` known to transformers' Auto classes, and so to its pipelines.
+"""
+
+import transformers
+
+from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.model import LadderModel
+from fastpeft.ladder.side import SideNetwork
+
+__all__ = ["LadderConfig", "LadderModel", "SideNetwork"]
+
+transformers.AutoConfig.register(LadderConfig.model_type, LadderConfig, exist_ok=True)
+for _auto in (
+    transformers.AutoModelForSequenceClassification,
+    transformers.AutoModelForTokenClassification,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForQuestionAnswering,
+):
+    _auto.register(LadderConfig, LadderModel, exist_ok=True)

@@ -1,0 +1,196 @@
+"""A pretrained model as the side network sees it: its stack of layers, its head, and what identifies its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from fastpeft.errors import FastpeftError
+from fastpeft.files import fingerprint, fingerprints_agree
+
+logger = logging.getLogger(__name__)
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
+_POOLER = "pooler"
+
+
+class Backbone:
+    """A model with a head, taken apart. It holds references and changes nothing.
+
+    Args:
+        model: a transformers model with a head, or PEFT's wrapper of one.
+        feature_modules: names of its layers, or None to find them.
+
+    Attributes:
+        core: the transformers model itself.
+        body: its part without the head.
+        layers: the L modules whose outputs are the features `B_1 .. B_L`; the first one's input is `B_0`.
+
+    Raises:
+        FastpeftError: it is no such model, or its layers are not found.
+    """
+
+    def __init__(self, model: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
+        core = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(core, PreTrainedModel):
+            raise FastpeftError(
+                f"the base is a {type(core).__name__}; a side network goes beside a transformers model, or one that "
+                "PEFT wraps. Load it with AutoModelForSequenceClassification or another class with a head."
+            )
+        self.model = model
+        self.core: Any = core
+        self.body: nn.Module = core.base_model
+        if self.body is core:
+            raise FastpeftError(
+                f"{type(core).__name__} has no head for the side network to feed. Load the model with "
+                "AutoModelForSequenceClassification or another class with a head."
+            )
+        self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
+
+    # -- layers --------------------------------------------------------------------------------------------------
+
+    def _find_layers(self) -> list[nn.Module]:
+        """The largest list of modules of one class: a transformer's blocks."""
+        kind, config = type(self.core).__name__, self.core.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise FastpeftError(
+                f"{kind} has an encoder and a decoder; name the layers of one of them in feature_modules."
+            )
+        lists = {
+            name: list(module)
+            for name, module in self.core.named_modules()
+            if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        }
+        size = {name: sum(p.numel() for block in blocks for p in block.parameters()) for name, blocks in lists.items()}
+        name = max(lists, key=lambda name: size[name], default=None)
+        expected = getattr(config, "num_hidden_layers", None)
+        if name is None or (expected is not None and len(lists[name]) != expected):
+            found = f"its lists of like modules are {_lengths(lists)}" if lists else "it holds no list of like modules"
+            raise FastpeftError(
+                f"the layers of {kind} are not found: {found}, and its configuration says {expected} layers. Name "
+                "them in feature_modules, in the order in which they run."
+            )
+        return lists[name]
+
+    def _named_layers(self, names: Sequence[str]) -> list[nn.Module]:
+        modules = dict(self.core.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            lists = {name: list(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+            raise FastpeftError(
+                f"feature_modules names {', '.join(map(repr, unknown))}, which {type(self.core).__name__} does not "
+                f"have. Its lists of modules are {_lengths(lists) or 'none'}; name one, or modules such as "
+                f"{next((f'{name}.0' for name in lists), 'those of model.named_modules()')!r}."
+            )
+        layers = [modules[name] for name in names]
+        if len(layers) == 1 and isinstance(layers[0], nn.ModuleList):
+            return list(layers[0])
+        return layers
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def hidden_size(self) -> int:
+        size: int = self.core.config.hidden_size
+        return size
+
+    @property
+    def activation(self) -> str:
+        """The name of its activation function, GELU where it names none that transformers knows."""
+        named = (getattr(self.core.config, name, None) for name in _ACTIVATIONS)
+        return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
+
+    @property
+    def causal(self) -> bool:
+        """Whether its attention says that tokens see only those before them."""
+        return any(getattr(module, "is_causal", False) for module in self.layers[0].modules())
+
+    @property
+    def poolers(self) -> list[nn.Module]:
+        """Poolers inside the body: they come after the layers, and train."""
+        return [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == _POOLER]
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains of the model: its head and poolers, except a decoder to the vocabulary. Names are the model's."""
+        pooled = {id(parameter) for pooler in self.poolers for parameter in pooler.parameters()}
+        frozen = {id(parameter) for parameter in self.body.parameters()} - pooled
+        decoder = self.core.get_output_embeddings()
+        if isinstance(decoder, nn.Linear) and decoder.out_features == getattr(self.core.config, "vocab_size", None):
+            frozen |= {id(parameter) for parameter in decoder.parameters()}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            # PEFT keeps the untrained original of a separately saved head
+            if id(parameter) not in frozen and ".original_module." not in name
+        }
+
+    # -- fingerprints --------------------------------------------------------------------------------------------
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none."""
+        parts = {"embedding": self.core.get_input_embeddings(), "first layer": self.layers[0]}
+        parts["last layer"] = self.layers[-1]
+        weights = {name: list(module.parameters()) for name, module in parts.items()}
+        return {
+            name: fingerprint(_joined(tensors))
+            for name, tensors in weights.items()
+            if all(tensor.is_floating_point() for tensor in tensors)
+        }
+
+    def check(self, expected: Mapping[str, str], source: str | None) -> None:
+        """Raise `FastpeftError` where a fingerprint that was kept is not of this model's weights."""
+        found = self.fingerprints()
+        different = [name for name, text in expected.items() if not fingerprints_agree(text, found.get(name, text))]
+        if different:
+            raise FastpeftError(
+                f"the side network was trained on another backbone: weights of the {' and the '.join(different)} "
+                f"differ. Load it on {source or 'the model it was trained on'}, unchanged and wrapped as it was there."
+            )
+        if expected.keys() - found.keys():
+            logger.warning("weights of a quantised backbone cannot be compared; check that it is %s", source)
+
+    # -- features ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output."""
+
+        def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            feed(0, args[0] if args else kwargs["hidden_states"])
+
+        def after(index: int) -> Callable[..., Any]:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                feature = output if isinstance(output, Tensor) else output[0]
+                feed(index, feature)
+                if index < len(self.layers):
+                    return None
+                replaced = replace(feature)
+                return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+
+            return hook
+
+        handles = [self.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+        handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(self.layers, 1)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All values in one vector, in the least precise of their dtypes, so that a cast of some stays comparable."""
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.cat([tensor.detach().flatten().to(dtype) for tensor in tensors])
+
+
+def _lengths(lists: Mapping[str, Sequence[nn.Module]]) -> str:
+    return ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items())

@@ -1,0 +1,113 @@
+"""What a side network is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from transformers import PretrainedConfig
+
+from fastpeft.errors import FastpeftError
+from fastpeft.functional import MAX_WINDOW
+
+Fusion = Literal["cross_attention", "gated"]
+
+_WIDE_WINDOW = 9  # slots from which the report drops features
+_WIDE_WINDOW_DROPOUT = 0.2
+
+
+class LadderConfig(PretrainedConfig):
+    """Configuration of a `LadderModel`: how its side network reads the backbone.
+
+    Args:
+        window_size: Number k of backbone features that each side block reads, centred at its own; odd, 1 to 15.
+        reduction_factor: The side network is so many times narrower than the backbone, whose width it divides.
+        feature_dropout: Probability with which elements of projected features are dropped in training. None is 0.2
+            for windows of 9 or more and 0 below.
+        fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` mixes the state with the one
+            feature of a window of 1 by a trained gate, which is the original LST.
+        num_heads: Heads of the cross-attention; above 1 it has an output projection.
+        residual: Whether the cross-attention's output is added to the side state, and normalised. The report's is not.
+        side_heads: Self-attention heads of a side block. None is one per 64 of its width, at least 1.
+        feature_modules: Names in the model of the backbone's layers, in the order in which they run, or of the one
+            `ModuleList` that holds them. None finds them.
+        causal: Whether tokens see only those before them. None takes over what the backbone does.
+        base_model_name_or_path, base_revision, base_class: Filled in: what the side network was trained on.
+        base_fingerprints: Filled in when saving: what some weights of the backbone were.
+
+    Raises:
+        FastpeftError: an argument is out of its range.
+
+    Example:
+        >>> LadderConfig(window_size=5).window_size
+        5
+    """
+
+    model_type = "fastpeft_ladder"
+
+    def __init__(
+        self,
+        window_size: int = 9,
+        reduction_factor: int = 8,
+        feature_dropout: float | None = None,
+        fusion: Fusion = "cross_attention",
+        num_heads: int = 1,
+        residual: bool = False,
+        side_heads: int | None = None,
+        feature_modules: Sequence[str] | str | None = None,
+        causal: bool | None = None,
+        base_model_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        base_class: str | None = None,
+        base_fingerprints: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.window_size = window_size
+        self.reduction_factor = reduction_factor
+        self.feature_dropout = feature_dropout
+        self.fusion = fusion
+        self.num_heads = num_heads
+        self.residual = residual
+        self.side_heads = side_heads
+        self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
+        self.causal = causal
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_revision = base_revision
+        self.base_class = base_class
+        self.base_fingerprints = dict(base_fingerprints or {})
+        self._check()
+        super().__init__(**kwargs)
+
+    @property
+    def dropout(self) -> float:
+        """The probability of feature dropout that `feature_dropout` means."""
+        if self.feature_dropout is not None:
+            return self.feature_dropout
+        return _WIDE_WINDOW_DROPOUT if self.window_size >= _WIDE_WINDOW else 0.0
+
+    def _check(self) -> None:
+        for name in ("window_size", "reduction_factor", "num_heads", "side_heads"):
+            value = getattr(self, name)
+            if name == "side_heads" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise FastpeftError(f"{name}={value!r}; give a whole number from 1.")
+        if self.window_size % 2 == 0 or self.window_size > MAX_WINDOW:
+            raise FastpeftError(
+                f"window_size={self.window_size}; a window is centred at a layer and holds at most {MAX_WINDOW} "
+                "features. Give an odd number from 1, such as 9."
+            )
+        if self.feature_dropout is not None and not 0 <= self.feature_dropout < 1:
+            raise FastpeftError(
+                f"feature_dropout={self.feature_dropout!r}; give a probability from 0 to below 1, or None."
+            )
+        if self.fusion not in get_args(Fusion):
+            raise FastpeftError(f"fusion={self.fusion!r}; allowed are {' and '.join(map(repr, get_args(Fusion)))}.")
+        if self.fusion == "gated" and (self.window_size != 1 or self.num_heads != 1 or self.residual):
+            raise FastpeftError(
+                f"fusion='gated' with window_size={self.window_size}, num_heads={self.num_heads} and "
+                f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
+                "num_heads and residual out, or use fusion='cross_attention'."
+            )
+        if self.feature_modules is not None and not self.feature_modules:
+            raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")

@@ -1,0 +1,342 @@
+"""A frozen backbone with a side network beside it, as a transformers model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from fastpeft.cards import model_card
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.side import SideNetwork, SideRun
+
+# arguments of `from_pretrained` that say where files are
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# what the configuration of a model with a head says of its task
+_TASK_FIELDS = ("id2label", "label2id", "problem_type")
+
+
+class LadderModel(PreTrainedModel):
+    r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
+
+    The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
+    The side network trains, and of the model's own head all but a decoder to the vocabulary, in float32 whatever the
+    backbone's dtype. All of it is what `save_pretrained` writes; the backbone is named, and recognised when loading.
+
+    Args:
+        base: a transformers model with a head, or PEFT's wrapper of one. It is taken over: its backbone is frozen.
+        config: what the side network is made of; it is copied.
+
+    Raises:
+        FastpeftError: the base has no head, its layers are not found, widths do not divide, or the configuration is
+            that of a side network on another backbone.
+
+    Notes:
+        A model that answers questions has `start_positions` and `end_positions` for labels, which
+        `transformers.Trainer` must be told by `label_names` to evaluate its loss.
+
+    Example:
+        >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
+        >>> model = fastpeft.LadderModel(base, fastpeft.LadderConfig(window_size=9))  # doctest: +SKIP
+    """
+
+    config_class = LadderConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+
+    def __init__(self, base: nn.Module, config: LadderConfig) -> None:
+        if not isinstance(config, LadderConfig):
+            raise FastpeftError(
+                f"LadderModel takes a model and a LadderConfig; the configuration is a {type(config).__name__}. Write "
+                "LadderModel(base, LadderConfig(...))."
+            )
+        config = copy.deepcopy(config)
+        backbone = Backbone(base, config.feature_modules)
+        if config.base_fingerprints:
+            backbone.check(config.base_fingerprints, config.base_model_name_or_path)
+        config.causal = backbone.causal if config.causal is None else config.causal
+        side = SideNetwork(config, backbone.hidden_size, len(backbone.layers), backbone.activation, config.causal)
+        super().__init__(config)
+        self.backbone = backbone  # the base taken apart
+        self.base = base
+        self.side = side
+        head = backbone.head_parameters()
+        base.requires_grad_(False)
+        for parameter in head.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self._trained = {f"base.{name}" for name in head} | {f"side.{name}" for name in side.state_dict()}
+        self._describe_base()
+        self.post_init()
+        # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
+        self.all_tied_weights_keys = {}
+        self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
+        self.train(base.training)
+
+    def init_weights(self) -> None:
+        """Nothing: the base comes initialised, and the side network's layers do it themselves."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.backbone.core.get_input_embeddings()
+        return embeddings
+
+    def train(self, mode: bool = True) -> LadderModel:
+        """Set the side network and the head to training mode; the backbone stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.body.eval()
+        for pooler in self.backbone.poolers:
+            pooler.train(mode)
+        return self
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """What the base model returns: `loss` where labels are given, and `logits`.
+
+        Args:
+            input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`.
+            attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+            token_type_ids, position_ids: `(B, T)`; the former is dropped where the base knows no token types.
+            labels, start_positions, end_positions: as the base takes them.
+            output_hidden_states: whether to return the side network's states `theta_0 .. theta_L`, each `(B, T, D)`,
+                as `hidden_states`.
+            return_dict: False for a tuple.
+
+        Raises:
+            FastpeftError: the features do not have the shape of the input.
+        """
+        source = input_ids if input_ids is not None else inputs_embeds
+        if source is None:
+            raise FastpeftError("LadderModel got neither input_ids nor inputs_embeds. Give one of them.")
+        if attention_mask is not None and attention_mask.shape != source.shape[:2]:
+            raise FastpeftError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
+                f"{tuple(source.shape[:2])}, with 1 for tokens and 0 for padding."
+            )
+        accepted = inspect.signature(self.backbone.core.forward).parameters
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids if "token_type_ids" in accepted else None,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "use_cache": False if "use_cache" in accepted else None,
+            "output_hidden_states": False,
+        }
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        device = self.side.up.weight.device
+        mask = None if attention_mask is None else attention_mask.to(device).bool()
+        gradients = torch.is_grad_enabled()
+        run = SideRun(self.side, mask, self._draw_seed(), keep_states=bool(output_hidden_states))
+
+        def feed(layer: int, feature: Tensor) -> None:
+            if feature.dim() != 3 or feature.shape[:2] != source.shape[:2]:
+                raise FastpeftError(
+                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d) with "
+                    f"{tuple(source.shape[:2])} of the input. Load the base with attn_implementation='sdpa', which "
+                    "keeps padding, and without virtual tokens."
+                )
+            with torch.set_grad_enabled(gradients):
+                run.feed(layer, feature.detach().to(device))
+
+        with torch.no_grad(), contextlib.ExitStack() as after_layers:
+
+            def replace(feature: Tensor) -> Tensor:
+                """From here on the base computes its head, with gradients."""
+                after_layers.enter_context(torch.set_grad_enabled(gradients))
+                kind, dtype = feature.device.type, feature.dtype
+                if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+                    after_layers.enter_context(torch.autocast(kind, dtype))  # the head is float32
+                return run.output().to(feature)
+
+            with self.backbone.listen(feed, replace):
+                outputs = self.base(**{k: v for k, v in given.items() if v is not None}, return_dict=True)
+        if output_hidden_states:
+            outputs["hidden_states"] = tuple(run.states)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _draw_seed(self) -> int:
+        """A seed for one pass's feature dropout, from torch's random state; 0 where nothing is dropped."""
+        if not self.training or self.config.dropout == 0:
+            return 0
+        return int(torch.randint(2**63 - 1, (), device="cpu").item())
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _describe_base(self) -> None:
+        """Copy into the configuration what names the base and its task."""
+        core, config = self.backbone.core, self.config
+        for name in _TASK_FIELDS:
+            setattr(config, name, getattr(core.config, name, None))
+        config.base_class = type(core).__name__
+        config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
+        config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the side network and what trains of the head, their configuration and a model card.
+
+        Args:
+            save_directory: a folder, made if need be.
+            args, kwargs: as for `PreTrainedModel.save_pretrained`.
+        """
+        self._describe_base()
+        if not self.config.base_fingerprints:
+            self.config.base_fingerprints = self.backbone.fingerprints()
+        if kwargs.get("is_main_process", True):
+            self._write_card(Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _write_card(self, folder: Path) -> None:
+        """Write a model card; one that is there is kept."""
+        folder.mkdir(parents=True, exist_ok=True)
+        card = folder / "README.md"
+        if card.exists():
+            return
+        config = self.config
+        shown = ("window_size", "reduction_factor", "fusion", "num_heads", "residual")
+        text = model_card(
+            base_model=config.base_model_name_or_path or "the base model",
+            method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
+            snippet=f"import fastpeft\n\nmodel = fastpeft.LadderModel.from_pretrained({folder.name!r})",
+            adapter=False,
+            settings={name: getattr(config, name) for name in shown} | {"feature_dropout": config.dropout},
+        )
+        card.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        base: nn.Module | None = None,
+        config: LadderConfig | None = None,
+        **kwargs: Any,
+    ) -> LadderModel:
+        """Load what `save_pretrained` wrote, beside its backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            base: the base model, as it was before the side network was put beside it; None loads it by its id, with
+                the revision, dtype and labels it had.
+            config: in place of the saved configuration.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` of what was
+                saved; all others, as `dtype` or `device_map`, go to the base's `from_pretrained`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FastpeftError: nothing of this kind is there, or the base is another than the side network was trained on.
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+        if config is None:
+            config = _read_config(source, hub)
+        try:
+            weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
+        except Exception as error:  # a broken file surfaces as almost any type
+            raise FastpeftError(f"cannot read the side network in {source!r}: {_first_line(error)}") from error
+        if base is None:
+            base = _load_base(config, kwargs)
+        elif kwargs:
+            raise FastpeftError(
+                f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
+            )
+        model = cls(base, config)
+        model._take_in(weights, source)
+        return model.eval()
+
+    def _take_in(self, weights: dict[str, Tensor], source: str) -> None:
+        """Load saved weights, all that train and no others."""
+        own = self.state_dict()
+        missing, unknown = sorted(self._trained - weights.keys()), sorted(weights.keys() - self._trained)
+        if missing or unknown:
+            raise FastpeftError(
+                f"{source!r} does not hold the weights of this model: missing {_some(missing)}, unknown "
+                f"{_some(unknown)}. Load it with the configuration and the kind of base it was saved with."
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape:
+                raise FastpeftError(
+                    f"{name} in {source!r} has the shape {tuple(tensor.shape)} and here {tuple(own[name].shape)}. Load "
+                    "it on the backbone it was trained on, with as many classes."
+                )
+        self.load_state_dict(weights, strict=False)
+
+
+def _read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
+    try:
+        values, _ = LadderConfig.get_config_dict(source, **hub)
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(f"cannot load a side network from {source!r}: {_first_line(error)}") from error
+    if values.get("model_type") != LadderConfig.model_type:
+        raise FastpeftError(
+            f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
+            "LadderModel.save_pretrained wrote."
+        )
+    config: LadderConfig = LadderConfig.from_dict(values)
+    return config
+
+
+def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
+    """The base model that `config` names."""
+    name, kind = config.base_model_name_or_path, config.base_class
+    loader = getattr(transformers, kind or "", None)
+    if name is None or loader is None:
+        raise FastpeftError(
+            f"the side network was trained on {name or 'a base without a name'} of class {kind}, which cannot be "
+            "loaded by itself. Pass it: LadderModel.from_pretrained(..., base=model)."
+        )
+    arguments = {
+        "dtype": config.dtype or "auto",
+        "revision": config.base_revision or "main",
+        "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
+        **{field: getattr(config, field) for field in _TASK_FIELDS},
+        **arguments,
+    }
+    try:
+        base: nn.Module = loader.from_pretrained(name, **arguments)
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(
+            f"cannot load the backbone {name!r} of the side network: {_first_line(error)} Pass it: "
+            "LadderModel.from_pretrained(..., base=model)."
+        ) from error
+    return base
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"

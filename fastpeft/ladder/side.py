@@ -1,0 +1,292 @@
+"""The side network: narrow blocks, each of which reads a window of the backbone's features.
+
+Dimension letters: B batch, T tokens, d width of the backbone, D width of the side network, L layers of the backbone and
+blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from fastpeft.errors import FastpeftError
+from fastpeft.functional import window_attention
+from fastpeft.ladder.config import LadderConfig
+
+_HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
+_GATE_TEMPERATURE = 0.1
+_POSITION_STD = 0.02
+
+
+class WindowFusion(nn.Module):
+    r"""Cross-attention of the side state over a window of projected features.
+
+    `X = softmax((theta Wq) (C~ Wk)^T / sqrt(head_dim)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
+
+    Wk is applied to the queries and Wv to the result, so that keys and values are never made. With several heads an
+    output projection follows, with `residual` a sum with theta and a LayerNorm.
+
+    Args:
+        config: of the side network.
+        width: D.
+        block: number of the block, from 1.
+        slots: the window's slots that lie inside the backbone.
+        causal: whether tokens see only those before them.
+    """
+
+    def __init__(self, config: LadderConfig, width: int, block: int, slots: Sequence[int], causal: bool) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.block, self.slots, self.causal = block, list(slots), causal
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.positions = nn.Parameter(torch.randn(config.window_size, width) * _POSITION_STD)
+        self.output = nn.Linear(width, width) if config.num_heads > 1 else None
+        self.norm = nn.LayerNorm(width) if config.residual else None
+
+    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)` -> `(B, T, D)`."""
+        batch, tokens, width = theta.shape
+        heads, head_dim = self.num_heads, width // self.num_heads
+        q = self.query(theta).view(batch, tokens, heads, head_dim).transpose(1, 2)  # (B, H, T, D / H)
+        q = (q * head_dim**-0.5) @ self.key.weight.view(heads, head_dim, width)  # (B, H, T, D)
+        attended = window_attention(
+            q,
+            window,
+            self.positions,
+            mask,
+            slots=self.slots,
+            causal=self.causal,
+            dropout=self.dropout if self.training else 0.0,
+            seed=seed,
+            block=self.block,
+        )
+        x = attended @ self.value.weight.view(heads, head_dim, width).mT  # (B, H, T, D / H)
+        x = x.transpose(1, 2).reshape(batch, tokens, width)
+        if self.output is not None:
+            x = self.output(x)
+        return x if self.norm is None else self.norm(theta + x)
+
+
+class GatedFusion(nn.Module):
+    """The gate of LST: `g * theta + (1 - g) * C`, `g = sigmoid(alpha / 0.1)`, alpha a trained number that starts at 0."""
+
+    def __init__(self, config: LadderConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+        """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; mask and seed are those of a `WindowFusion`."""
+        gate = torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
+        return gate * theta + (1 - gate) * F.dropout(window[:, 0], self.dropout, self.training)
+
+
+class SideBlock(nn.Module):
+    """One block: the fusion with the window, then a post-norm encoder block, whose feed-forward part is 4 D wide."""
+
+    def __init__(self, fusion: nn.Module, width: int, num_heads: int, activation: str) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_output = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, 4 * width)
+        self.activation = ACT2FN[activation]
+        self.feed_forward_out = nn.Linear(4 * width, width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+
+    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int) -> Tensor:
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, bool visible `(B or 1, 1, T, T)` -> `(B, T, D)`."""
+        x = self.fusion(theta, window, mask, seed)
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
+        return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
+
+
+class SideNetwork(nn.Module):
+    r"""What trains beside a frozen backbone of L layers: `theta_0 = down(B_0)`, L side blocks, an up-projection.
+
+    Block j reads the k features centred at `B_j`, each by a projection of its own; those of all blocks that read one
+    feature are the rows of one matrix, `projections[layer]`, so that each feature is read once. A slot outside
+    `B_0 .. B_L` has no projection.
+
+    Args:
+        config: what it is made of.
+        hidden_size: d.
+        num_layers: L.
+        activation: of the feed-forward parts, by its name in transformers.
+        causal: whether tokens see only those before them.
+
+    Raises:
+        FastpeftError: the widths do not divide.
+
+    Example:
+        >>> side = SideNetwork(LadderConfig(window_size=3), hidden_size=64, num_layers=2)
+        >>> side([torch.randn(1, 5, 64) for _ in range(3)]).shape
+        torch.Size([1, 5, 64])
+    """
+
+    def __init__(
+        self,
+        config: LadderConfig,
+        hidden_size: int,
+        num_layers: int,
+        activation: str = "gelu",
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_layers, self.causal = num_layers, causal
+        self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", hidden_size)
+        side_heads = config.side_heads or max(1, self.width // _HEAD_WIDTH)
+        _divide("num_heads", config.num_heads, "the side network's width", self.width)
+        if config.side_heads is not None:
+            _divide("side_heads", config.side_heads, "the side network's width", self.width)
+        elif self.width % side_heads:
+            raise FastpeftError(
+                f"the side network is {self.width} wide, which its {side_heads} heads (one per {_HEAD_WIDTH}) do not "
+                "divide. Give side_heads."
+            )
+
+        reach = config.window_size // 2
+        self.readers: dict[int, list[tuple[int, int]]] = {}  # layer -> (block, slot), in the order of its matrix's rows
+        windows: dict[int, list[int]] = {}  # block -> its real slots
+        for block in range(1, num_layers + 1):
+            for slot, layer in enumerate(range(block - reach, block + reach + 1)):
+                if 0 <= layer <= num_layers:
+                    self.readers.setdefault(layer, []).append((block, slot))
+                    windows.setdefault(block, []).append(slot)
+
+        gated = config.fusion == "gated"  # has no position vector, so its projection keeps a bias
+        self.down = nn.Linear(hidden_size, self.width)
+        self.projections = nn.ModuleDict(
+            {
+                str(layer): nn.Linear(hidden_size, len(readers) * self.width, bias=gated)
+                for layer, readers in sorted(self.readers.items())
+            }
+        )
+        self.blocks = nn.ModuleList(
+            SideBlock(
+                GatedFusion(config) if gated else WindowFusion(config, self.width, block, windows[block], causal),
+                self.width,
+                side_heads,
+                activation,
+            )
+            for block in range(1, num_layers + 1)
+        )
+        self.up = nn.Linear(self.width, hidden_size)
+
+    def forward(self, features: Sequence[Tensor], mask: Tensor | None = None, seed: int = 0) -> Tensor:
+        """The output for all features at once.
+
+        Args:
+            features: `B_0 .. B_L`, each `(B, T, d)`.
+            mask: bool `(B, T)`, True for tokens and False for padding; None is all True.
+            seed: of the feature dropout's noise.
+
+        Returns:
+            `(B, T, d)`.
+        """
+        run = SideRun(self, mask, seed)
+        for layer, feature in enumerate(features):
+            run.feed(layer, feature)
+        return run.output()
+
+
+class SideRun:
+    """One pass of a side network over features as the backbone makes them.
+
+    Each feature is projected as it comes and each block runs as soon as its window is complete, so that without
+    gradients the projections of at most k layers are alive, and no feature.
+
+    Args:
+        side: the side network.
+        mask: bool `(B, T)`, or None.
+        seed: of the feature dropout's noise.
+        keep_states: whether to keep every side state in `states`.
+    """
+
+    def __init__(self, side: SideNetwork, mask: Tensor | None, seed: int, keep_states: bool = False) -> None:
+        self.side, self.mask, self.seed = side, mask, seed
+        self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
+        self._keep_states = keep_states
+        self._theta: Tensor | None = None
+        self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
+        self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
+        self._next = 0
+
+    def feed(self, layer: int, feature: Tensor) -> None:
+        """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""
+        if layer != self._next:
+            raise FastpeftError(
+                f"the feature of layer {layer} came where that of layer {self._next} was expected: the backbone's "
+                "layers run in another order, or more than once. Name them in feature_modules in their order."
+            )
+        side = self.side
+        self._next += 1
+        if not torch.is_autocast_enabled(feature.device.type):
+            feature = feature.to(side.down.weight.dtype)
+        if layer == 0:
+            self._visible = _visibility(self.mask, feature.shape[1], side.causal, feature.device)
+            self._advance(side.down(feature))
+        readers = side.readers.get(layer, [])
+        if readers:
+            projected = side.projections[str(layer)](feature).chunk(len(readers), dim=-1)
+            for (block, _), part in zip(readers, projected):
+                self._windows.setdefault(block, []).append(part)
+        reach = side.config.window_size // 2
+        last = layer - reach if layer < side.num_layers else side.num_layers
+        for block in range(max(1, layer - reach), last + 1):
+            window = torch.stack(self._windows.pop(block), dim=1)
+            self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
+
+    def _advance(self, theta: Tensor) -> None:
+        self._theta = theta
+        if self._keep_states:
+            self.states.append(theta)
+
+    def output(self) -> Tensor:
+        """The up-projection of the last state, `(B, T, d)`."""
+        if self._next != self.side.num_layers + 1:
+            raise FastpeftError(
+                f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
+                "layers in feature_modules."
+            )
+        output: Tensor = self.side.up(self._theta)
+        return output
+
+
+def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
+    """Which tokens a query's self-attention sees: bool `(B or 1, 1, T, T)`, None for all.
+
+    A query sees itself in any case, so that padding, which no token sees, has a finite state.
+    """
+    if mask is None and not causal:
+        return None
+    visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril()
+    if mask is not None:
+        visible = visible & mask[:, None, None, :]
+    return visible | torch.eye(tokens, dtype=torch.bool, device=device)
+
+
+def _divide(name: str, divisor: int, what: str, width: int) -> int:
+    """`width / divisor`, if that is a whole number."""
+    if width % divisor:
+        divisors = [number for number in range(1, width + 1) if width % number == 0]
+        raise FastpeftError(
+            f"{name}={divisor} does not divide {what}, {width}. Choose one of {', '.join(map(str, divisors))}."
+        )
+    return width // divisor

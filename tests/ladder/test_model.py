@@ -1,0 +1,551 @@
+"""`LadderModel` on tiny models of many architectures: what trains, what it saves, the Trainer, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, LadderConfig, LadderModel
+from samples import reviews, save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
+OWN_SHAPE = {
+    "DistilBert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, **TINY},
+    "ModernBert": {**TINY, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2},
+    "GPT2": {**TINY, **SPECIAL},
+    "Electra": {**TINY, "embedding_size": 12},
+}
+IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+MASK = torch.ones(3, 9, dtype=torch.long)
+MASK[0, 6:] = 0
+IDS[MASK == 0] = 0
+
+
+def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **changes: Any) -> Any:
+    """A randomly initialised model, the same at every call."""
+    config = getattr(transformers, f"{kind}Config")(**{**OWN_SHAPE.get(kind, TINY), **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}{head}")(config).eval()
+
+
+def ladder(base: nn.Module | None = None, **config: Any) -> LadderModel:
+    base = tiny() if base is None else base
+    torch.manual_seed(1)
+    return LadderModel(base, LadderConfig(**{"window_size": 3, "reduction_factor": 2, **config}))
+
+
+def labels(head: str) -> dict[str, Tensor]:
+    if head == "ForQuestionAnswering":
+        return {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([2, 4, 5])}
+    if head == "ForSequenceClassification":
+        return {"labels": torch.tensor([0, 1, 2])}
+    return {"labels": IDS % 3 if head == "ForTokenClassification" else IDS}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, attention_mask=MASK).logits
+
+
+def trained_head(model: LadderModel) -> list[str]:
+    return [name.removeprefix("base.") for name, p in model.named_parameters() if p.requires_grad and "side." not in name]
+
+
+def train_a_little(model: nn.Module) -> Any:
+    """Steps of a plain optimizer over everything that trains."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+# -- architectures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "trains"),
+    [
+        ("Roberta", "ForSequenceClassification", ["classifier.dense", "classifier.out_proj"]),
+        ("Roberta", "ForMaskedLM", ["lm_head.dense", "lm_head.layer_norm"]),
+        ("Bert", "ForSequenceClassification", ["bert.pooler.dense", "classifier"]),
+        ("Bert", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
+        ("XLMRoberta", "ForTokenClassification", ["classifier"]),
+        ("Electra", "ForQuestionAnswering", ["qa_outputs"]),
+        ("Electra", "ForMaskedLM", ["generator_predictions.LayerNorm", "generator_predictions.dense"]),
+        ("DebertaV2", "ForSequenceClassification", ["pooler.dense", "classifier"]),
+        ("DebertaV2", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
+        ("DistilBert", "ForSequenceClassification", ["pre_classifier", "classifier"]),
+        ("DistilBert", "ForMaskedLM", ["vocab_transform", "vocab_layer_norm"]),
+        ("ModernBert", "ForSequenceClassification", ["head.dense", "head.norm", "classifier"]),
+        ("ModernBert", "ForMaskedLM", ["head.dense", "head.norm"]),
+        ("GPT2", "ForSequenceClassification", ["score"]),
+        ("GPT2", "LMHeadModel", []),
+    ],
+)
+def test_every_architecture_by_one_path(kind: str, head: str, trains: list[str]) -> None:
+    model = ladder(tiny(kind, head)).train()
+    before = copy.deepcopy(model.base.state_dict())
+    output = model(IDS, attention_mask=MASK, **labels(head))
+    output.loss.backward()
+    assert list(dict.fromkeys(name.rpartition(".")[0] for name in trained_head(model))) == trains
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert model.config.causal is (kind == "GPT2")
+    assert all(tensor.equal(before[name]) for name, tensor in model.base.state_dict().items())
+
+
+def test_the_encoder_output_is_the_side_networks() -> None:
+    """The head gets the up-projection and nothing else: that of zeros makes all texts alike."""
+    model = ladder().eval()
+    assert not logits(model)[0].allclose(logits(model)[1])
+    model.side.up.weight.data.zero_()
+    torch.testing.assert_close(logits(model)[0], logits(model)[1])
+
+
+def test_the_side_network_sees_the_backbones_hidden_states() -> None:
+    base = tiny()
+    with torch.no_grad():
+        expected = base.roberta(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+    model, seen = ladder(base), []
+    for projection in (model.side.down, *model.side.projections.values()):
+        projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model)
+    assert len(seen) == 5  # the embeddings twice: for theta_0 and for block 1
+    assert all(a.equal(b) for a, b in zip(seen, (expected[0], *expected)))
+
+
+def test_causal_models_do_not_look_ahead() -> None:
+    model = ladder(tiny("GPT2", "LMHeadModel")).eval()
+    changed = IDS.clone()
+    changed[:, 5:] = 7
+    with torch.no_grad():
+        first, second = model(IDS).logits, model(changed).logits
+    torch.testing.assert_close(first[:, :5], second[:, :5])
+    assert not first[:, 5:].allclose(second[:, 5:])
+
+
+def test_padding_changes_nothing() -> None:
+    model = ladder().eval()
+    with torch.no_grad():
+        alone = model(IDS[:1, :6], attention_mask=MASK[:1, :6]).logits
+    torch.testing.assert_close(logits(model)[:1], alone)
+
+
+def test_layers_named_by_hand() -> None:
+    expected = logits(ladder().eval())
+    for names in (["roberta.encoder.layer"], "roberta.encoder.layer", [f"roberta.encoder.layer.{i}" for i in range(3)]):
+        assert logits(ladder(feature_modules=names).eval()).equal(expected)
+
+
+# -- the backbone ------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_the_backbones_bits_alone_and_changes_the_rest() -> None:
+    model = ladder()
+    before = copy.deepcopy(model.state_dict())
+    train_a_little(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == trained
+    assert not any("roberta" in name for name in trained)
+
+
+def test_no_graph_below_the_side_network() -> None:
+    model, seen = ladder().train(), []
+    for module in model.base.roberta.modules():
+        module.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    embeddings = model.base.roberta.embeddings.word_embeddings(IDS).detach().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = model(inputs_embeds=embeddings, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert embeddings.grad is None
+    assert not any(seen[:-2])  # only the encoder and the model around it return after the side network
+    backbone = {p.data_ptr() for p in model.base.roberta.parameters()}
+    assert not backbone & {tensor.data_ptr() for tensor in saved}
+
+
+def test_gradients_are_on_again_after_an_error_inside() -> None:
+    model = ladder()
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), 99))
+    assert torch.is_grad_enabled()
+    assert model(IDS, labels=torch.tensor([0, 1, 2])).loss.requires_grad
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.base.roberta.encoder.layer)
+
+
+def test_the_backbone_stays_in_evaluation_mode() -> None:
+    model = ladder(tiny("Bert")).train()
+    assert not any(module.training for name, module in model.base.bert.named_modules() if "pooler" not in name)
+    assert model.base.bert.pooler.training
+    assert model.base.dropout.training
+    assert model.side.training
+    assert not any(module.training for module in model.eval().modules())
+
+
+def test_inference_makes_no_graph() -> None:
+    with torch.no_grad():
+        output = ladder()(IDS, labels=torch.tensor([0, 1, 2]), output_hidden_states=True)
+    assert not output.loss.requires_grad
+    assert not output.hidden_states[-1].requires_grad
+
+
+def test_outputs_on_request() -> None:
+    model = ladder().eval()
+    assert model(IDS).hidden_states is None
+    states = model(IDS, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(3, 9, 8)] * 4
+    as_tuple = model(IDS, labels=torch.tensor([0, 1, 2]), return_dict=False)
+    assert [tuple(part.shape) for part in as_tuple] == [(), (3, 3)]
+
+
+def test_token_types_reach_a_base_that_knows_them_and_no_other() -> None:
+    types = torch.ones_like(IDS)
+    bert, distil = ladder(tiny("Bert")).eval(), ladder(tiny("DistilBert")).eval()
+    with torch.no_grad():
+        assert not bert(IDS, token_type_ids=types).logits.equal(bert(IDS).logits)
+        assert distil(IDS, token_type_ids=types).logits.equal(distil(IDS).logits)
+
+
+@pytest.mark.parametrize(("kind", "head"), [("Roberta", "ForSequenceClassification"), ("ModernBert", "ForMaskedLM")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbone(kind: str, head: str, dtype: torch.dtype) -> None:
+    model = ladder(tiny(kind, head).to(dtype)).train()
+    output = model(IDS, attention_mask=MASK, **labels(head))
+    output.loss.backward()
+    for parameter in model.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else dtype)
+    exact = ladder(tiny(kind, head))
+    assert (logits(model.eval()).float() - logits(exact.eval())).abs().max() < 0.05 * logits(exact).abs().max()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast() -> None:
+    model = ladder().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_over_a_peft_model(tmp_path: Path) -> None:
+    def wrapped() -> Any:
+        torch.manual_seed(5)
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+        return peft.get_peft_model(tiny(), config).eval()
+
+    model = ladder(wrapped())
+    assert [name.rpartition("default.")[2] for name in trained_head(model)] == [
+        f"{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")
+    ]
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    train_a_little(model)
+    assert all(model.get_parameter(name).equal(p) for name, p in frozen.items())
+    model.save_pretrained(tmp_path)
+    assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert logits(LadderModel.from_pretrained(tmp_path, base=wrapped())).equal(logits(model))
+    with pytest.raises(FastpeftError, match="wrapped as it was there"):
+        LadderModel.from_pretrained(tmp_path, base=tiny())
+
+
+def test_a_deep_copy_stands_by_itself() -> None:
+    model = ladder().eval()
+    copied = copy.deepcopy(model)
+    expected = logits(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert logits(copied).equal(expected)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained masked-word model in bfloat16 on the disk."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("base"), dtype="float32")
+    transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def classifier(checkpoint: Path, **arguments: Any) -> Any:
+    torch.manual_seed(3)
+    arguments = {"dtype": torch.float32, "id2label": {0: "bad", 1: "so-so", 2: "good"}, **arguments}
+    return transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, **arguments)
+
+
+@pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"num_heads": 2, "residual": True}])
+def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict[str, Any]) -> None:
+    ids = IDS % 20
+    model = ladder(classifier(checkpoint), **config)
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("LadderModel.from_pretrained") == 1
+
+    loaded = LadderModel.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.config.id2label == {0: "bad", 1: "so-so", 2: "good"}
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert loaded(ids).logits.equal(expected)
+        assert LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint))(ids).logits.equal(expected)
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert json.loads((again / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_the_same_backbone_in_another_dtype_passes(tmp_path: Path, checkpoint: Path) -> None:
+    ladder(classifier(checkpoint)).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        loaded = LadderModel.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.base.roberta.dtype == dtype
+        assert loaded.side.up.weight.dtype == torch.float32
+
+
+def test_auto_classes_and_pipelines(tmp_path: Path, checkpoint: Path) -> None:
+    model = train_a_little(ladder(classifier(checkpoint)))
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert isinstance(loaded, LadderModel)
+    text = "a lovely film"
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+    for source in (model, str(tmp_path)):
+        pipeline = transformers.pipeline("text-classification", model=source, tokenizer=tokenizer, device="cpu")
+        found = {answer["label"]: answer["score"] for answer in pipeline(text, top_k=None)}
+        assert found == pytest.approx({"bad": expected[0], "so-so": expected[1], "good": expected[2]}, abs=1e-6)
+
+
+def test_another_backbone_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    ladder(classifier(checkpoint)).save_pretrained(tmp_path)
+    for change in (
+        "roberta.embeddings.word_embeddings.weight",
+        "roberta.encoder.layer.0.attention.self.query.bias",
+        "roberta.encoder.layer.1.output.dense.weight",
+    ):
+        base = classifier(checkpoint)
+        base.get_parameter(change).data[3] += 1e-3
+        with pytest.raises(FastpeftError, match="trained on another backbone: weights of the"):
+            LadderModel.from_pretrained(tmp_path, base=base)
+    with pytest.raises(FastpeftError, match="trained on another backbone"):
+        LadderModel.from_pretrained(tmp_path, base=tiny())
+
+
+def test_a_quantised_backbone_is_taken_with_a_warning(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ladder(classifier(checkpoint)).save_pretrained(tmp_path)
+    base = classifier(checkpoint)
+    linear = base.roberta.encoder.layer[0].output.dense
+    linear.forward = lambda x: x.new_zeros(*x.shape[:-1], 16)  # instead of dequantising
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with caplog.at_level(logging.WARNING, "fastpeft"):
+        LadderModel.from_pretrained(tmp_path, base=base)
+    assert "quantised backbone cannot be compared" in caplog.text
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(FastpeftError, match="cannot load a side network from"):
+        LadderModel.from_pretrained(tmp_path / "missing")
+    with pytest.raises(FastpeftError, match="holds 'roberta', not a side network"):
+        LadderModel.from_pretrained(checkpoint)
+    ladder(classifier(checkpoint)).save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match=r"shape \(3, 16\) and here \(2, 16\).* as many classes"):
+        LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint, id2label={0: "bad", 1: "good"}))
+    with pytest.raises(FastpeftError, match=r"missing base\.lm_head\.dense.*unknown base\.classifier"):
+        masked = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint, dtype=torch.float32)
+        LadderModel.from_pretrained(tmp_path, base=masked)
+    with pytest.raises(FastpeftError, match="missing side.blocks.0.fusion.output"):
+        config = LadderConfig.from_pretrained(tmp_path)
+        config.num_heads = 2
+        LadderModel.from_pretrained(tmp_path, config=config)
+    with pytest.raises(FastpeftError, match="got a base and dtype"):
+        LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint), dtype=torch.float32)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FastpeftError, match="cannot read the side network in"):
+        LadderModel.from_pretrained(tmp_path)
+
+
+def test_a_backbone_that_cannot_be_found_is_asked_for(tmp_path: Path, checkpoint: Path) -> None:
+    ladder(classifier(checkpoint)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for change, message in (
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, "cannot load the backbone '.*gone'"),
+        ({"base_model_name_or_path": None}, r"a base without a name .*base=model"),
+        ({"base_class": "HomeMadeModel"}, "of class HomeMadeModel, which cannot be loaded"),
+    ):
+        file.write_text(json.dumps(values | change))
+        with pytest.raises(FastpeftError, match=message):
+            LadderModel.from_pretrained(tmp_path)
+
+
+def test_an_unnamed_base_is_saved_and_given_back(tmp_path: Path) -> None:
+    model = train_a_little(ladder())
+    model.save_pretrained(tmp_path)
+    assert logits(LadderModel.from_pretrained(tmp_path, base=tiny())).equal(logits(model))
+
+
+# -- Trainer -----------------------------------------------------------------------------------------------------
+
+
+def trainer(model: nn.Module, checkpoint: Path, output: Path, **arguments: Any) -> transformers.Trainer:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    names = ("negative", "positive")
+    rows = [{**tokenizer(text), "labels": names.index(label)} for text, label in reviews(32)]
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**(settings | arguments)),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        processing_class=tokenizer,
+    )
+
+
+def weights(model: LadderModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trainer_checkpoints_resume_to_the_bit(tmp_path: Path, checkpoint: Path) -> None:
+    def model() -> LadderModel:
+        return ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}), feature_dropout=0.3)
+
+    whole = trainer(model(), checkpoint, tmp_path / "whole")
+    losses = [entry["loss"] for entry in whole.train() and whole.state.log_history if "loss" in entry]
+    assert len(losses) == 8
+    trainer(model(), checkpoint, tmp_path / "parts", max_steps=8).train()
+    resumed = trainer(model(), checkpoint, tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+    expected = weights(whole.model)
+    assert all(tensor.equal(expected[name]) for name, tensor in weights(resumed.model).items())
+    names = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors").keys()
+    assert names == expected.keys()
+
+
+def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
+    tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}))
+    best = trainer(
+        model,
+        checkpoint,
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # an early checkpoint, so that loading it changes something
+    )
+    best.train()
+    assert best.state.best_model_checkpoint
+    assert "missing keys" not in caplog.text
+    kept = load_file(Path(best.state.best_model_checkpoint) / "model.safetensors")
+    assert all(tensor.equal(kept[name]) for name, tensor in weights(model).items())
+    assert not best.state.best_model_checkpoint.endswith("checkpoint-8")
+    optimized = {id(p) for group in best.optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in model.base.roberta.parameters()}
+    assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
+
+
+def test_training_learns(tmp_path: Path, checkpoint: Path) -> None:
+    model = ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}), residual=True)
+    run = trainer(model, checkpoint, tmp_path, max_steps=80, save_strategy="no", eval_strategy="no")
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.5 * before
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "message"),
+    [
+        (lambda: nn.Linear(4, 4), {}, "the base is a Linear"),
+        (lambda: tiny(head="Model"), {}, "RobertaModel has no head"),
+        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification are not found.*says 3 layers"),
+        (lambda: tiny("T5", "ForSequenceClassification", num_layers=2, d_model=16, d_kv=8), {}, "an encoder and a dec"),
+        (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
+        (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
+    ],
+)
+def test_bases_that_do_not_fit_are_refused(base: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        ladder(base(), **config)
+
+
+def test_something_else_than_a_configuration_is_refused() -> None:
+    with pytest.raises(FastpeftError, match=r"LadderModel takes a model and a LadderConfig; .* a dict"):
+        LadderModel(tiny(), {"window_size": 3})
+
+
+def test_layers_named_out_of_order_are_refused() -> None:
+    model = ladder(feature_modules=["roberta.encoder.layer.1", "roberta.encoder.layer.0"])
+    with pytest.raises(FastpeftError, match="in their order"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "neither input_ids nor inputs_embeds"),
+        ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"attention_mask has the shape \(3, 1, 1, 9\)"),
+        ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask has the shape \(3, 8\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        ladder()(**inputs)
+
+
+def test_virtual_tokens_are_refused() -> None:
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    model = ladder(peft.get_peft_model(tiny(), config))
+    with pytest.raises(FastpeftError, match="without virtual tokens"):
+        model(IDS, attention_mask=MASK)

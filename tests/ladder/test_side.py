@@ -1,0 +1,229 @@
+"""The side network against loops written from its equations, layer by layer, slot by slot, token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpeft import FastpeftError, LadderConfig
+from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
+
+LAYERS, WIDTH, NARROW = 3, 16, 8
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]]).bool()
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(causal: bool = False, **config: object) -> SideNetwork:
+    torch.manual_seed(0)
+    side = SideNetwork(LadderConfig(reduction_factor=2, **config), WIDTH, LAYERS, causal=causal).double().eval()
+    for parameter in side.parameters():  # no term is 0 or 1
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return side
+
+
+def features(batch: int = 3, tokens: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, tokens, WIDTH, generator=generator, dtype=torch.float64) for _ in range(LAYERS + 1)]
+
+
+def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
+    """`D_{block, slot}`, `(NARROW, WIDTH)`, out of the matrix of the layer that it reads."""
+    layer = block - side.config.window_size // 2 + slot
+    row = side.readers[layer].index((block, slot)) * NARROW
+    return side.projections[str(layer)].weight[row : row + NARROW]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: list[list[int]], heads: int) -> Tensor:
+    """Multi-head attention of one sequence, query by query: q (T, D), k and v (S, D), seen[t] the keys of query t."""
+    out = torch.zeros_like(q)
+    size = q.shape[1] // heads
+    for t in range(q.shape[0]):
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = torch.stack([q[t, part] @ k[s, part] / math.sqrt(size) for s in seen[t]])
+            out[t, part] = sum(w * v[s, part] for w, s in zip(scores.softmax(0), seen[t]))
+    return out
+
+
+def encoder_block(block: SideBlock, x: Tensor, visible: list[list[int]]) -> Tensor:
+    """A post-norm encoder block on one sequence (T, D)."""
+    q, k, v = block.qkv(x).chunk(3, dim=-1)
+    x = block.attention_norm(x + block.attention_output(attend(q, k, v, visible, block.num_heads)))
+    return block.feed_forward_norm(x + block.feed_forward_out(F.gelu(block.feed_forward_in(x))))
+
+
+def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor) -> Tensor:
+    """The up-projected output `(B, T, WIDTH)` for features `B_0 .. B_L`; a padding token's is not defined (NaN)."""
+    config, reach = side.config, side.config.window_size // 2
+    batch, tokens, _ = layers[0].shape
+    output = torch.full_like(layers[0], math.nan)
+    for b in range(batch):
+        real = [t for t in range(tokens) if mask[b, t]]
+        before = {t: [s for s in real if not side.causal or s <= t] for t in real}
+        theta = side.down(layers[0][b, real])
+        for j in range(1, side.num_layers + 1):
+            fusion = side.blocks[j - 1].fusion
+            keys = []  # C~, the slots one after the other along the tokens
+            for i in range(config.window_size):
+                layer = j - reach + i
+                for t in real:
+                    inside = 0 <= layer <= side.num_layers
+                    c = projection(side, j, i) @ layers[layer][b, t] if inside else torch.zeros(NARROW).double()
+                    keys.append(c + fusion.positions[i])
+            stacked = torch.stack(keys)
+            index = {t: n for n, t in enumerate(real)}
+            seen = [[i * len(real) + index[s] for i in range(config.window_size) for s in before[t]] for t in real]
+            q, k, v = theta @ fusion.query.weight.t(), stacked @ fusion.key.weight.t(), stacked @ fusion.value.weight.t()
+            x = attend(q, k, v, seen, config.num_heads)
+            if fusion.output is not None:
+                x = fusion.output(x)
+            if fusion.norm is not None:
+                x = fusion.norm(theta + x)
+            theta = encoder_block(side.blocks[j - 1], x, [[index[s] for s in before[t]] for t in real])
+        output[b, real] = side.up(theta)
+    return output
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_heads": 2, "side_heads": 4}, {"residual": True}], ids=["plain", "heads", "residual"]
+)
+def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
+    side = network(causal, window_size=window, **options)
+    with torch.no_grad():
+        found = side(features(), MASK)
+        expected = from_the_equations(side, features(), MASK)
+    torch.testing.assert_close(found[MASK], expected[MASK], **EXACT)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_changes_nothing(causal: bool) -> None:
+    side = network(causal, window_size=3)
+    short = [feature[1:2, :3] for feature in features()]
+    torch.testing.assert_close(side(features(), MASK)[1:2, :3], side(short), **EXACT)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_padding_only_are_finite_with_finite_gradients(causal: bool) -> None:
+    side = network(causal, window_size=5)
+    side(features(), torch.zeros(3, 5, dtype=torch.bool)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in side.parameters() if p.grad is not None)
+
+
+def test_gated_fusion_of_a_window_of_one_is_lst() -> None:
+    side = network(window_size=1, fusion="gated")
+    layers = features()
+    theta = side.down(layers[0])
+    for j, block in enumerate(side.blocks, 1):
+        gate = 1 / (1 + math.exp(-block.fusion.alpha.item() / 0.1))
+        fused = gate * theta + (1 - gate) * side.projections[str(j)](layers[j])
+        everything = [list(range(fused.shape[1]))] * fused.shape[1]
+        theta = torch.stack([encoder_block(block, row, everything) for row in fused])
+    torch.testing.assert_close(side(layers), side.up(theta), **EXACT)
+
+
+def test_the_gate_starts_in_the_middle() -> None:
+    fusion = GatedFusion(LadderConfig(window_size=1, fusion="gated"))
+    theta, c = torch.randn(2, 3, 4), torch.randn(2, 1, 3, 4)
+    assert fusion(theta, c, None, 0).equal((theta + c[:, 0]) / 2)
+
+
+def test_blocks_run_as_soon_as_their_window_is_complete() -> None:
+    side = network(window_size=3)
+    run = SideRun(side, None, 0, keep_states=True)
+    lengths = []
+    for layer, feature in enumerate(features()):
+        run.feed(layer, feature)
+        lengths.append(len(run.states))
+    assert lengths == [1, 1, 2, 4]  # theta_0; none; block 1; blocks 2 and 3
+    assert [tuple(state.shape) for state in run.states] == [(3, 5, NARROW)] * 4
+
+
+def test_slots_outside_the_backbone_have_no_projection() -> None:
+    side = network(window_size=9)
+    inside = sum(0 <= j - 4 + i <= LAYERS for j in range(1, LAYERS + 1) for i in range(9))
+    assert sum(p.weight.numel() for p in side.projections.values()) == inside * NARROW * WIDTH
+    assert [block.fusion.slots for block in side.blocks] == [[3, 4, 5, 6], [2, 3, 4, 5], [1, 2, 3, 4]]
+
+
+def test_every_parameter_trains() -> None:
+    for config in ({"window_size": 9, "num_heads": 2, "residual": True}, {"window_size": 1, "fusion": "gated"}):
+        side = network(**config)
+        side(features(), MASK)[MASK].square().sum().backward()
+        assert [name for name, p in side.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_feature_dropout_follows_its_seed_in_training_only() -> None:
+    side = network(window_size=3, feature_dropout=0.3)
+    evaluated = side(features(), MASK, seed=1)
+    assert evaluated.equal(side(features(), MASK, seed=2))
+    side.train()
+    first = side(features(), MASK, seed=1)
+    assert first.equal(side(features(), MASK, seed=1))
+    assert not first.allclose(side(features(), MASK, seed=2))
+    assert not first.allclose(evaluated)
+
+
+def test_defaults_of_the_report() -> None:
+    assert [LadderConfig(window_size=k).dropout for k in (1, 7, 9, 11)] == [0, 0, 0.2, 0.2]
+    assert LadderConfig(feature_dropout=0.0).dropout == 0
+    side = SideNetwork(LadderConfig(), hidden_size=2048, num_layers=1)
+    assert (side.width, side.blocks[0].num_heads, side.blocks[0].feed_forward_in.out_features) == (256, 4, 1024)
+    assert isinstance(side.blocks[0].fusion, WindowFusion)
+
+
+def test_features_out_of_order_are_refused() -> None:
+    run = SideRun(network(window_size=3), None, 0)
+    run.feed(0, features()[0])
+    with pytest.raises(FastpeftError, match="layer 2 came where that of layer 1"):
+        run.feed(2, features()[2])
+    with pytest.raises(FastpeftError, match="read 1 features of 4"):
+        run.output()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"window_size": 4}, "window_size=4; .* odd number"),
+        ({"window_size": 17}, "at most 15"),
+        ({"window_size": 0}, "window_size=0; give a whole number from 1"),
+        ({"window_size": True}, "window_size=True"),
+        ({"reduction_factor": 2.0}, r"reduction_factor=2\.0"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"side_heads": -1}, "side_heads=-1"),
+        ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
+        ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
+        ({"fusion": "gated"}, "fusion='gated' with window_size=9"),
+        ({"fusion": "gated", "window_size": 1, "residual": True}, "a gate mixes one feature"),
+        ({"feature_modules": []}, "feature_modules is empty"),
+    ],
+)
+def test_bad_configurations_are_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        LadderConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"reduction_factor": 3}, "reduction_factor=3 does not divide the backbone's width, 16. Choose one of 1, 2, 4"),
+        ({"reduction_factor": 2, "num_heads": 3}, "num_heads=3 does not divide the side network's width, 8"),
+        ({"reduction_factor": 2, "side_heads": 5}, "side_heads=5 does not divide"),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused(config: dict[str, int], message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        SideNetwork(LadderConfig(**config), WIDTH, LAYERS)
+
+
+def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(FastpeftError, match="197 wide, which its 3 heads .* do not divide. Give side_heads"):
+        SideNetwork(LadderConfig(reduction_factor=1), 197, 1)
