@@ -143,9 +143,7 @@ def window_attention(
             "0 <= seed < 2^63 and 0 <= block < 2^28."
         )
     dtype = q.dtype
-    out, _ = reference.window_attention(
-        q, c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block
-    )
+    out, _ = reference.window_attention(q, c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block)
     return out
 
 

@@ -138,9 +138,7 @@ def rademacher(first: int, count: int, seed: int, device: torch.device | str = "
 NOISE = {"gaussian": gaussian, "rademacher": rademacher}
 
 
-def kept(
-    count: int, p: float, seed: int, ordinals: Sequence[int], device: torch.device | str = "cpu"
-) -> Tensor:
+def kept(count: int, p: float, seed: int, ordinals: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Which of `count` elements dropout with probability p keeps, for each ordinal: bool `(len(ordinals), count)`."""
     q = torch.arange((count + 3) // 4, device=device).repeat(len(ordinals))
     ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave((count + 3) // 4)

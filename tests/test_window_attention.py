@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_as_accurate
 from torch import Tensor
 
 from fastpeft import FastpeftError, noise, reference
 from fastpeft.functional import window_attention
-from tolerances import assert_as_accurate
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -28,9 +28,7 @@ def operands(
     return draw(batch, heads, tokens, width), draw(batch, real, tokens, width), draw(window, width)
 
 
-def long_form(
-    q: Tensor, c: Tensor, p: Tensor, mask: Tensor, slots: list[int], causal: bool
-) -> tuple[Tensor, Tensor]:
+def long_form(q: Tensor, c: Tensor, p: Tensor, mask: Tensor, slots: list[int], causal: bool) -> tuple[Tensor, Tensor]:
     """Every slot has T keys, those outside the backbone too, and each query looks at them one by one."""
     batch, heads, tokens, width = q.shape
     out = torch.zeros_like(q)
@@ -54,7 +52,9 @@ def long_form(
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), window=st.integers(1, 9), heads=st.integers(1, 2), tokens=st.integers(1, 5), causal=st.booleans())
+@given(
+    data=st.data(), window=st.integers(1, 9), heads=st.integers(1, 2), tokens=st.integers(1, 5), causal=st.booleans()
+)
 def test_equals_loops_over_every_key(data: st.DataObject, window: int, heads: int, tokens: int, causal: bool) -> None:
     slots = sorted(data.draw(st.sets(st.integers(0, window - 1), min_size=1)))
     bits = data.draw(st.lists(st.booleans(), min_size=2 * tokens, max_size=2 * tokens))

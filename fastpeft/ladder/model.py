@@ -24,8 +24,6 @@ from fastpeft.ladder.side import SideNetwork, SideRun
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-# what the configuration of a model with a head says of its task
-_TASK_FIELDS = ("id2label", "label2id", "problem_type")
 
 
 class LadderModel(PreTrainedModel):
@@ -81,7 +79,7 @@ class LadderModel(PreTrainedModel):
         self._describe_base()
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
-        self.all_tied_weights_keys = {}
+        self.all_tied_weights_keys: dict[str, str] = {}
         self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         self.train(base.training)
 
@@ -196,8 +194,8 @@ class LadderModel(PreTrainedModel):
     def _describe_base(self) -> None:
         """Copy into the configuration what names the base and its task."""
         core, config = self.backbone.core, self.config
-        for name in _TASK_FIELDS:
-            setattr(config, name, getattr(core.config, name, None))
+        for name, value in _task_fields(core.config).items():
+            setattr(config, name, value)
         config.base_class = type(core).__name__
         config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
         config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
@@ -317,11 +315,12 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
             f"the side network was trained on {name or 'a base without a name'} of class {kind}, which cannot be "
             "loaded by itself. Pass it: LadderModel.from_pretrained(..., base=model)."
         )
+    if arguments.get("dtype", "auto") == "auto":
+        arguments["dtype"] = config.dtype or "auto"  # the dtype it was trained in, not that of the file
     arguments = {
-        "dtype": config.dtype or "auto",
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
-        **{field: getattr(config, field) for field in _TASK_FIELDS},
+        **_task_fields(config),
         **arguments,
     }
     try:
@@ -332,6 +331,12 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
             "LadderModel.from_pretrained(..., base=model)."
         ) from error
     return base
+
+
+def _task_fields(config: Any) -> dict[str, Any]:
+    """What the configuration of a model with a head says of its task."""
+    names = ("id2label", "label2id", "problem_type")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
 def _first_line(error: Exception) -> str:

@@ -75,7 +75,7 @@ class WindowFusion(nn.Module):
 
 
 class GatedFusion(nn.Module):
-    """The gate of LST: `g * theta + (1 - g) * C`, `g = sigmoid(alpha / 0.1)`, alpha a trained number that starts at 0."""
+    """The gate of LST: `g * theta + (1 - g) * C`, `g = sigmoid(alpha / 0.1)`, where alpha trains and starts at 0."""
 
     def __init__(self, config: LadderConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class SideBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
 
     def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, bool visible `(B or 1, 1, T, T)` -> `(B, T, D)`."""
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`."""
         x = self.fusion(theta, window, mask, seed)
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)

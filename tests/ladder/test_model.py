@@ -12,11 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from samples import reviews, save_tiny_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
-from samples import reviews, save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +37,7 @@ OWN_SHAPE = {
     "GPT2": {**TINY, **SPECIAL},
     "Electra": {**TINY, "embedding_size": 12},
 }
-IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+IDS = torch.randint(3, 30, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(3, 9, dtype=torch.long)
 MASK[0, 6:] = 0
 IDS[MASK == 0] = 0
@@ -70,14 +70,16 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained_head(model: LadderModel) -> list[str]:
-    return [name.removeprefix("base.") for name, p in model.named_parameters() if p.requires_grad and "side." not in name]
+    return [
+        name.removeprefix("base.") for name, p in model.named_parameters() if p.requires_grad and "side." not in name
+    ]
 
 
-def train_a_little(model: nn.Module) -> Any:
+def train_a_little(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> Any:
     """Steps of a plain optimizer over everything that trains."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
         optimizer.zero_grad()
         model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss.backward()
         optimizer.step()
@@ -108,7 +110,8 @@ def train_a_little(model: nn.Module) -> Any:
     ],
 )
 def test_every_architecture_by_one_path(kind: str, head: str, trains: list[str]) -> None:
-    model = ladder(tiny(kind, head)).train()
+    classes = 2 if head == "ForQuestionAnswering" else 3
+    model = ladder(tiny(kind, head, num_labels=classes)).train()
     before = copy.deepcopy(model.base.state_dict())
     output = model(IDS, attention_mask=MASK, **labels(head))
     output.loss.backward()
@@ -177,11 +180,10 @@ def test_training_leaves_the_backbones_bits_alone_and_changes_the_rest() -> None
 
 
 def test_no_graph_below_the_side_network() -> None:
-    model, seen = ladder().train(), []
+    model, seen, saved = ladder().train(), [], []
+    embeddings = model.base.roberta.embeddings.word_embeddings(IDS).detach().requires_grad_()
     for module in model.base.roberta.modules():
         module.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    embeddings = model.base.roberta.embeddings.word_embeddings(IDS).detach().requires_grad_()
-    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = model(inputs_embeds=embeddings, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss
     loss.backward()
@@ -302,7 +304,6 @@ def classifier(checkpoint: Path, **arguments: Any) -> Any:
 
 @pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"num_heads": 2, "residual": True}])
 def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict[str, Any]) -> None:
-    ids = IDS % 20
     model = ladder(classifier(checkpoint), **config)
     train_a_little(model)
     model.save_pretrained(tmp_path)
@@ -313,10 +314,8 @@ def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict
     loaded = LadderModel.from_pretrained(tmp_path)
     assert not loaded.training
     assert loaded.config.id2label == {0: "bad", 1: "so-so", 2: "good"}
-    with torch.no_grad():
-        expected = model(ids).logits
-        assert loaded(ids).logits.equal(expected)
-        assert LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint))(ids).logits.equal(expected)
+    assert logits(loaded).equal(logits(model))
+    assert logits(LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint))).equal(logits(model))
     again = tmp_path / "again"
     loaded.save_pretrained(again)
     assert json.loads((again / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
@@ -339,11 +338,11 @@ def test_auto_classes_and_pipelines(tmp_path: Path, checkpoint: Path) -> None:
     assert isinstance(loaded, LadderModel)
     text = "a lovely film"
     with torch.no_grad():
-        expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].tolist()
     for source in (model, str(tmp_path)):
         pipeline = transformers.pipeline("text-classification", model=source, tokenizer=tokenizer, device="cpu")
         found = {answer["label"]: answer["score"] for answer in pipeline(text, top_k=None)}
-        assert found == pytest.approx({"bad": expected[0], "so-so": expected[1], "good": expected[2]}, abs=1e-6)
+        assert found == pytest.approx(dict(zip(("bad", "so-so", "good"), expected)), abs=1e-6)
 
 
 def test_another_backbone_is_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -380,14 +379,13 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path, checkpoint: Path) -> 
     with pytest.raises(FastpeftError, match="holds 'roberta', not a side network"):
         LadderModel.from_pretrained(checkpoint)
     ladder(classifier(checkpoint)).save_pretrained(tmp_path)
-    with pytest.raises(FastpeftError, match=r"shape \(3, 16\) and here \(2, 16\).* as many classes"):
+    with pytest.raises(FastpeftError, match=r"shape \(3,.*\) and here \(2,.*\).* as many classes"):
         LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint, id2label={0: "bad", 1: "good"}))
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint, dtype=torch.float32)
     with pytest.raises(FastpeftError, match=r"missing base\.lm_head\.dense.*unknown base\.classifier"):
-        masked = transformers.AutoModelForMaskedLM.from_pretrained(checkpoint, dtype=torch.float32)
         LadderModel.from_pretrained(tmp_path, base=masked)
-    with pytest.raises(FastpeftError, match="missing side.blocks.0.fusion.output"):
-        config = LadderConfig.from_pretrained(tmp_path)
-        config.num_heads = 2
+    config = LadderConfig.from_pretrained(tmp_path, num_heads=2)
+    with pytest.raises(FastpeftError, match=r"missing side\.blocks\.0\.fusion\.output"):
         LadderModel.from_pretrained(tmp_path, config=config)
     with pytest.raises(FastpeftError, match="got a base and dtype"):
         LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint), dtype=torch.float32)
@@ -491,17 +489,15 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
 
 
-def test_training_learns(tmp_path: Path, checkpoint: Path) -> None:
-    model = ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}), residual=True)
-    run = trainer(model, checkpoint, tmp_path, max_steps=80, save_strategy="no", eval_strategy="no")
-    before = run.evaluate()["eval_loss"]
-    run.train()
-    assert run.evaluate()["eval_loss"] < 0.5 * before
+@pytest.mark.parametrize("config", [{}, {"residual": True}, {"window_size": 1, "fusion": "gated"}])
+def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
+    model = ladder(**config)
+    train_a_little(model, steps=120, lr=3e-3)
+    assert logits(model).argmax(-1).tolist() == [0, 1, 2]
+    assert logits(model).softmax(-1).diagonal().min() > 0.9
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
-
-
 
 
 @pytest.mark.parametrize(

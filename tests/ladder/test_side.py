@@ -79,7 +79,11 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor) ->
             stacked = torch.stack(keys)
             index = {t: n for n, t in enumerate(real)}
             seen = [[i * len(real) + index[s] for i in range(config.window_size) for s in before[t]] for t in real]
-            q, k, v = theta @ fusion.query.weight.t(), stacked @ fusion.key.weight.t(), stacked @ fusion.value.weight.t()
+            q, k, v = (
+                theta @ fusion.query.weight.t(),
+                stacked @ fusion.key.weight.t(),
+                stacked @ fusion.value.weight.t(),
+            )
             x = attend(q, k, v, seen, config.num_heads)
             if fusion.output is not None:
                 x = fusion.output(x)
@@ -225,5 +229,5 @@ def test_widths_that_do_not_divide_are_refused(config: dict[str, int], message: 
 
 
 def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(FastpeftError, match="197 wide, which its 3 heads .* do not divide. Give side_heads"):
+    with pytest.raises(FastpeftError, match=r"197 wide, which its 3 heads .* do not divide. Give side_heads"):
         SideNetwork(LadderConfig(reduction_factor=1), 197, 1)
