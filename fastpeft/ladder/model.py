@@ -69,7 +69,7 @@ class LadderModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = backbone  # the base taken apart
         self.base = base
-        self.side = side
+        self.side = side.to(backbone.core.device)
         head = backbone.head_parameters()
         base.requires_grad_(False)
         for parameter in head.values():

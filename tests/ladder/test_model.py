@@ -17,6 +17,7 @@ from samples import reviews, save_tiny_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,6 +68,11 @@ def labels(head: str) -> dict[str, Tensor]:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(IDS, attention_mask=MASK).logits
+
+
+def weights(model: LadderModel) -> dict[str, Tensor]:
+    """What trains, copied."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_head(model: LadderModel) -> list[str]:
@@ -173,7 +179,7 @@ def test_training_leaves_the_backbones_bits_alone_and_changes_the_rest() -> None
     model = ladder()
     before = copy.deepcopy(model.state_dict())
     train_a_little(model)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = weights(model).keys()
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     assert changed == trained
     assert not any("roberta" in name for name in trained)
@@ -276,6 +282,16 @@ def test_over_a_peft_model(tmp_path: Path) -> None:
         LadderModel.from_pretrained(tmp_path, base=tiny())
 
 
+def test_the_side_network_is_made_where_the_base_is() -> None:
+    assert ladder(tiny().to("meta")).side.up.weight.is_meta
+
+
+def test_a_training_step_can_be_simulated() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
+    estimate = simulate_training_step(ladder(feature_dropout=0.1).train(), batch)
+    assert estimate.peak > sum(p.numel() * p.element_size() for p in tiny().parameters())
+
+
 def test_a_deep_copy_stands_by_itself() -> None:
     model = ladder().eval()
     copied = copy.deepcopy(model)
@@ -308,7 +324,7 @@ def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict
     train_a_little(model)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == weights(model).keys()
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("LadderModel.from_pretrained") == 1
 
     loaded = LadderModel.from_pretrained(tmp_path)
@@ -409,10 +425,16 @@ def test_a_backbone_that_cannot_be_found_is_asked_for(tmp_path: Path, checkpoint
             LadderModel.from_pretrained(tmp_path)
 
 
-def test_an_unnamed_base_is_saved_and_given_back(tmp_path: Path) -> None:
-    model = train_a_little(ladder())
+@pytest.mark.parametrize(
+    ("kind", "head"), [("Roberta", "ForSequenceClassification"), ("Bert", "ForMaskedLM"), ("GPT2", "LMHeadModel")]
+)
+def test_a_base_without_a_name_is_given_to_load(tmp_path: Path, kind: str, head: str) -> None:
+    model = ladder(tiny(kind, head))
+    for name, parameter in weights(model).items():
+        model.get_parameter(name).data = parameter + 0.1
     model.save_pretrained(tmp_path)
-    assert logits(LadderModel.from_pretrained(tmp_path, base=tiny())).equal(logits(model))
+    assert load_file(tmp_path / "model.safetensors").keys() == weights(model).keys()
+    assert logits(LadderModel.from_pretrained(tmp_path, base=tiny(kind, head))).equal(logits(model.eval()))
 
 
 # -- Trainer -----------------------------------------------------------------------------------------------------
@@ -443,10 +465,6 @@ def trainer(model: nn.Module, checkpoint: Path, output: Path, **arguments: Any) 
         eval_dataset=rows[:8],
         processing_class=tokenizer,
     )
-
-
-def weights(model: LadderModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_trainer_checkpoints_resume_to_the_bit(tmp_path: Path, checkpoint: Path) -> None:
