@@ -104,8 +104,10 @@ def window_attention(
         seed: 0 to 2^63 - 1, of the dropout's noise.
         block: number of the side block, from 0, which with the slot selects the noise.
 
+    All operands are brought to the dtype of q, under autocast to autocast's dtype.
+
     Returns:
-        `(B, H, T, D)` in the dtype of q; 0 for a query that sees no token.
+        `(B, H, T, D)` in that dtype; 0 for a query that sees no token.
 
     Raises:
         FastpeftError: shapes do not fit, or an argument is out of its range.
@@ -143,7 +145,12 @@ def window_attention(
             "0 <= seed < 2^63 and 0 <= block < 2^28."
         )
     dtype = q.dtype
-    out, _ = reference.window_attention(q, c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block)
+    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+    with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
+        out, _ = reference.window_attention(
+            q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block
+        )
     return out
 
 

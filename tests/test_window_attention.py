@@ -120,6 +120,15 @@ def test_is_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
     assert_as_accurate(window_attention(q, c, p), plain, window_attention(*exact), exact[1].abs().max())
 
 
+def test_autocast_rounds_the_operands_and_nothing_inside() -> None:
+    q, c, p = (t.float().requires_grad_() for t in operands(2, 2, 16, 8, 3, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = window_attention(q, c, p, slots=[0, 2])
+    assert found.equal(window_attention(q.bfloat16(), c.bfloat16(), p.bfloat16(), slots=[0, 2]))
+    found.sum().backward()
+    assert q.grad.dtype == c.grad.dtype == p.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,8 +15,10 @@ import transformers
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft.ladder import SideNetwork
 from fastpeft.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,6 +286,20 @@ def test_over_a_peft_model(tmp_path: Path) -> None:
 
 def test_the_side_network_is_made_where_the_base_is() -> None:
     assert ladder(tiny().to("meta")).side.up.weight.is_meta
+
+
+def test_the_side_network_may_be_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SideNetwork, "to", lambda self, device: self)  # it is made on the CPU and stays there
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):  # a GPU that need not be there
+            base = tiny(attn_implementation="eager")
+            batch = {name: torch.zeros(3, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+            batch["labels"] = torch.zeros(3, dtype=torch.long)
+        model = ladder(base).train()
+        output = model(**batch, output_hidden_states=True)
+        assert output.loss.requires_grad
+        assert output.logits.device.type == "cuda"
+        assert {state.device.type for state in output.hidden_states} == {"cpu"}
 
 
 def test_a_training_step_can_be_simulated() -> None:
