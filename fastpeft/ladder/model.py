@@ -43,7 +43,9 @@ class LadderModel(PreTrainedModel):
 
     Notes:
         A model that answers questions has `start_positions` and `end_positions` for labels, which
-        `transformers.Trainer` must be told by `label_names` to evaluate its loss.
+        `transformers.Trainer` must be told by `label_names` to evaluate its loss. A model makes one pass at a time: it
+        listens to the backbone by hooks that are there while `forward` runs, so threads need a lock around it, and
+        `nn.DataParallel` is refused.
 
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
@@ -125,7 +127,7 @@ class LadderModel(PreTrainedModel):
             return_dict: False for a tuple.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input.
+            FastpeftError: the features do not have the shape of the input, or the base was copied or replaced.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if source is None:
@@ -134,6 +136,11 @@ class LadderModel(PreTrainedModel):
             raise FastpeftError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
                 f"{tuple(source.shape[:2])}, with 1 for tokens and 0 for padding."
+            )
+        if self.backbone.model is not self.base:
+            raise FastpeftError(
+                "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
+                "GPU, or a process per GPU by torchrun. Where it was replaced, make a new LadderModel."
             )
         accepted = inspect.signature(self.backbone.core.forward).parameters
         given: dict[str, Any] = {
@@ -156,11 +163,12 @@ class LadderModel(PreTrainedModel):
         run = SideRun(self.side, mask, self._draw_seed(), keep_states=bool(output_hidden_states))
 
         def feed(layer: int, feature: Tensor) -> None:
-            if feature.dim() != 3 or feature.shape[:2] != source.shape[:2]:
+            expected = (*source.shape[:2], self.backbone.hidden_size)
+            if feature.shape != expected:
                 raise FastpeftError(
-                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d) with "
-                    f"{tuple(source.shape[:2])} of the input. Load the base with attn_implementation='sdpa', which "
-                    "keeps padding, and without virtual tokens."
+                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
+                    f"{expected}. Load the base with attn_implementation='sdpa', which keeps padding, without virtual "
+                    "tokens, and name in feature_modules only layers of the backbone's width."
                 )
             with torch.set_grad_enabled(gradients):
                 run.feed(layer, feature.detach().to(device))

@@ -574,6 +574,19 @@ def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Tensor], message: 
         ladder()(**inputs)
 
 
+def test_layers_of_another_width_are_refused() -> None:
+    model = ladder(feature_modules=["roberta.encoder.layer.0.intermediate"])
+    with pytest.raises(FastpeftError, match=r"layer 1 has the shape \(3, 9, 32\); .* here \(3, 9, 16\)"):
+        model(IDS)
+
+
+def test_a_base_that_was_copied_or_replaced_is_refused() -> None:
+    model = ladder()
+    model.base = copy.deepcopy(model.base)
+    with pytest.raises(FastpeftError, match=r"nn\.DataParallel copies it"):
+        model(IDS)
+
+
 def test_virtual_tokens_are_refused() -> None:
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
     model = ladder(peft.get_peft_model(tiny(), config))
