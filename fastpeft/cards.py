@@ -17,7 +17,13 @@ _HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
 
 
 def loading_snippet(
-    folder: str, *, base_model: str, task_type: str | None, adapter: bool = True, labels: Sequence[str] = ()
+    folder: str,
+    *,
+    base_model: str,
+    task_type: str | None,
+    adapter: bool = True,
+    ladder: bool = False,
+    labels: Sequence[str] = (),
 ) -> str:
     """Python code that loads what was saved in `folder`.
 
@@ -26,10 +32,13 @@ def loading_snippet(
         base_model: path or hub id of the model under an adapter.
         task_type: one of PEFT's, or None for a model of another kind.
         adapter: whether an adapter was saved, or a whole model.
+        ladder: whether the model is a side network beside its base.
         labels: names of the classes; where they are known the tokenizer was saved too.
     """
     head = _HEADS.get(task_type or "")
-    lines = ["import fastpeft  # registers its methods with PEFT"] if adapter else []
+    lines = [f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"]
+    if not (adapter or ladder):
+        lines = []
     if head is None:
         lines.append("from peft import PeftModel")
         call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
@@ -38,7 +47,9 @@ def loading_snippet(
         known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
         lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
         call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
-    if labels:
+    if labels and lines[-1].startswith("from transformers"):
+        lines[-1] += ", AutoTokenizer"
+    elif labels:
         lines.append("from transformers import AutoTokenizer")
     lines += ["", f"model = {call}"]
     if labels:

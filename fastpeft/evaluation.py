@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, load_data, load_rows
 from fastpeft.errors import FastpeftError
+from fastpeft.methods import get_method
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.runs import RunFolder
 from fastpeft.task import encode
@@ -62,6 +63,12 @@ def load_run(folder: str | Path) -> FinishedRun:
         except Exception as error:  # a broken file surfaces as almost any type
             raise FastpeftError(f"cannot load the adapter in {str(run.path)!r}: {error} Train it anew.") from error
         classifier = Classifier(model, base.tokenizer, base.head)
+    elif get_method(config.method).ladder:
+        from fastpeft.ladder import LadderModel
+
+        base = load_classifier(config.model, labels)
+        ladder = LadderModel.from_pretrained(run.path, base=base.model)
+        classifier = Classifier(ladder, base.tokenizer, base.head)
     else:
         classifier = load_classifier(str(run.path), labels)
     classifier.model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")

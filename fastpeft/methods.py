@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_type_hints
 
 from torch import nn
@@ -48,7 +49,8 @@ class Method:
         weight_decay: default weight decay of AdamW.
         prepare: makes a loaded model ready: sets what trains, and returns the module to train.
         settings: what `--set` may put into the method's configuration, with the type of each.
-        adapts: whether it takes targets and a rank.
+        adapts: whether it takes targets and a rank; what it saves is then a PEFT adapter.
+        ladder: whether what it saves is a side network.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Method:
     prepare: Callable[[Any, Preparation], nn.Module]
     settings: Callable[[], dict[str, Any]] = dict
     adapts: bool = False
+    ladder: bool = False
 
 
 def get_method(name: str) -> Method:
@@ -98,6 +101,45 @@ def _prepare_head(model: nn.Module, preparation: Preparation) -> nn.Module:
         model.get_submodule(name).requires_grad_(True)
     return model
 
+
+def _prepare_bitfit(model: nn.Module, preparation: Preparation) -> nn.Module:
+    """The biases and the head."""
+    _prepare_head(model, preparation)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
+    return model
+
+
+def _prepare_last_layers(model: nn.Module, preparation: Preparation) -> nn.Module:
+    """The last `layers` blocks of the backbone (the report's 3) and the head."""
+    from fastpeft.ladder.backbone import Backbone
+
+    blocks = Backbone(model).layers
+    count = preparation.settings.get("layers", min(3, len(blocks)))
+    if not 1 <= count <= len(blocks):
+        raise FastpeftError(f"layers is {count}; the model has {len(blocks)}. Give a number from 1 to that.")
+    _prepare_head(model, preparation)
+    for block in blocks[-count:]:
+        block.requires_grad_(True)
+    return model
+
+
+def _ladder_settings() -> dict[str, Any]:
+    from fastpeft.ladder import LadderConfig
+
+    hints = get_type_hints(LadderConfig.__init__)
+    return {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
+
+
+def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
+    """A side network beside the model."""
+    from fastpeft.ladder import LadderConfig, LadderModel
+
+    return LadderModel(model, LadderConfig(**{**defaults, **preparation.settings}))
+
+
+# arguments of a LadderConfig that follow from the model
+_NOT_SETTINGS = ("causal", "kwargs", "return")
 
 # fields of a PEFT configuration that have an option of their own or that are filled in when it is saved
 _OWN_FIELDS = (
@@ -145,6 +187,14 @@ def _prepare_lora(model: nn.Module, preparation: Preparation) -> nn.Module:
     return _prepare_peft(model, preparation, LoraConfig, {"r": rank, "lora_alpha": 2 * rank})
 
 
+def _prepare_pissa(model: nn.Module, preparation: Preparation) -> nn.Module:
+    """PiSSA as PEFT has it: LoRA that starts from the top singular triplets, unscaled."""
+    from peft import LoraConfig
+
+    rank = preparation.rank or 8
+    return _prepare_peft(model, preparation, LoraConfig, {"r": rank, "lora_alpha": rank, "init_lora_weights": "pissa"})
+
+
 def _prepare_peft(
     model: nn.Module, preparation: Preparation, config_class: Callable[..., Any], values: dict[str, Any]
 ) -> nn.Module:
@@ -182,19 +232,87 @@ METHODS = {
     method.name: method
     for method in (
         Method(
-            "siva",
-            "SiVA",
-            "top singular vectors train, the rest is frozen",
-            5e-4,
-            0.0,
-            _prepare_siva,
-            _siva_settings,
-            True,
+            name="siva",
+            title="SiVA",
+            description="top singular vectors train, the rest is frozen",
+            learning_rate=5e-4,
+            weight_decay=0.0,
+            prepare=_prepare_siva,
+            settings=_siva_settings,
+            adapts=True,
         ),
         Method(
-            "lora", "LoRA", "low-rank updates beside frozen weights", 1e-3, 0.0, _prepare_lora, _lora_settings, True
+            name="k-lst",
+            title="k-LST",
+            description="a side network reads a window of backbone features",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            prepare=_prepare_ladder,
+            settings=_ladder_settings,
+            ladder=True,
         ),
-        Method("full", "full fine-tuning", "every weight trains", 1e-4, 0.01, _prepare_full),
-        Method("head", "head only", "the classification head trains on frozen features", 1e-3, 0.01, _prepare_head),
+        Method(
+            name="lst",
+            title="LST",
+            description="a side network reads one feature a block, through a gate",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            prepare=partial(_prepare_ladder, window_size=1, fusion="gated"),
+            settings=_ladder_settings,
+            ladder=True,
+        ),
+        Method(
+            name="full",
+            title="full fine-tuning",
+            description="every weight trains",
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            prepare=_prepare_full,
+        ),
+        Method(
+            name="lora",
+            title="LoRA",
+            description="low-rank updates beside frozen weights",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            prepare=_prepare_lora,
+            settings=_lora_settings,
+            adapts=True,
+        ),
+        Method(
+            name="pissa",
+            title="PiSSA",
+            description="LoRA that starts from the top singular triplets",
+            learning_rate=5e-4,
+            weight_decay=0.0,
+            prepare=_prepare_pissa,
+            settings=_lora_settings,
+            adapts=True,
+        ),
+        Method(
+            name="last-n",
+            title="last layers",
+            description="the last layers (3) train",
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            prepare=_prepare_last_layers,
+            settings=lambda: {"layers": int},
+        ),
+        Method(
+            name="bitfit",
+            title="BitFit",
+            description="the biases train",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            prepare=_prepare_bitfit,
+        ),
+        Method(
+            name="head",
+            title="head only",
+            description="the classification head trains on frozen features",
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            prepare=_prepare_head,
+        ),
     )
 }

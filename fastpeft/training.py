@@ -252,6 +252,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
             base_model=config.model,
             task_type="SEQ_CLS",
             adapter=task.method.adapts,
+            ladder=task.method.ladder,
             labels=task.data.labels,
         ),
         adapter=task.method.adapts,

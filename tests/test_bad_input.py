@@ -87,7 +87,12 @@ TRAIN = ("train", "--method", "lora", "--model", "model", "--data", "good.csv", 
 # arguments (after TRAIN where they begin with an option), and parts of the message
 CASES = [
     # methods and models
-    (["--method", "sivva"], ["'sivva'", "siva, lora, full, head"]),
+    (["--method", "sivva"], ["'sivva'", "siva, k-lst, lst, full"]),
+    (["--method", "k-lst", "--set", "window_size=4"], ["window_size=4", "odd"]),
+    (["--method", "k-lst", "--rank", "2"], ["takes no targets and no rank"]),
+    (["--method", "lst", "--set", "window_size=3"], ["fusion='gated'", "window_size=1"]),
+    (["--method", "last-n", "--set", "layers=99"], ["layers is 99"]),
+    (["--method", "last-n", "--set", "layers=two"], ["layers is 'two'"]),
     (["--model", "./nowhere"], ["'./nowhere'", "demo"]),
     (["--model", "no-such-model"], ["'no-such-model'", "hub id"]),
     (["--model", "good.csv"], ["'good.csv'", "config.json"]),

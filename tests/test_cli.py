@@ -56,7 +56,7 @@ def run(*arguments: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize("method", ["siva", "lora", "full", "head"])
+@pytest.mark.parametrize("method", METHODS)
 def test_train_eval_predict(place: Path, method: str) -> None:
     trained = run(*TRAIN, "--method", method, "--output", "out")
     metrics = json.loads((place / "out" / "metrics.json").read_text())
@@ -151,7 +151,7 @@ def test_help_names_methods_and_options() -> None:
         "dry-run",
     ):
         assert f"--{option} " in shown
-    assert ", ".join(METHODS) in shown
+    assert all(name in shown for name in METHODS)
 
 
 def test_info_names_every_op_and_version() -> None:

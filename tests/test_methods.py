@@ -66,6 +66,32 @@ def test_full_trains_all_and_head_only_the_head(classifier: Classifier) -> None:
     assert trained(get_method("head").prepare(classifier.model, Preparation(classifier.head))) == HEAD
 
 
+def test_last_layers_and_biases(classifier: Classifier) -> None:
+    names = {name for name, _ in classifier.model.named_parameters()}
+    last = get_method("last-n").prepare(classifier.model, Preparation(classifier.head, settings={"layers": 1}))
+    assert trained(last) == {name for name in names if ".layer.1." in name} | HEAD
+    biases = get_method("bitfit").prepare(classifier.model, Preparation(classifier.head))
+    assert trained(biases) == {name for name in names if name.endswith("bias")} | HEAD
+    with pytest.raises(FastpeftError, match="layers is 3; the model has 2"):
+        get_method("last-n").prepare(classifier.model, Preparation(classifier.head, settings={"layers": 3}))
+
+
+@pytest.mark.parametrize(("name", "fusion", "window"), [("k-lst", "cross_attention", 9), ("lst", "gated", 1)])
+def test_side_networks_train_beside_a_frozen_backbone(
+    classifier: Classifier, name: str, fusion: str, window: int
+) -> None:
+    model = get_method(name).prepare(classifier.model, Preparation(classifier.head))
+    assert (model.config.fusion, model.config.window_size) == (fusion, window)
+    assert {path.split(".")[0] for path in trained(model) - {f"base.{name}" for name in HEAD}} == {"side"}
+    assert {f"base.{name}" for name in HEAD} <= trained(model)
+
+
+def test_pissa_starts_from_singular_vectors(classifier: Classifier) -> None:
+    model = get_method("pissa").prepare(classifier.model, Preparation(classifier.head, 2))
+    config = model.peft_config["default"]
+    assert (config.init_lora_weights, config.r, config.lora_alpha) == ("pissa", 2, 2)
+
+
 def test_modules_that_the_checkpoint_lacks_train_too(tmp_path: Path) -> None:
     # a masked-word checkpoint of BERT has no pooler
     classifier = load_classifier(str(save_tiny_model(tmp_path, "Bert")), LABELS)
@@ -124,5 +150,5 @@ def test_every_method_is_described() -> None:
         assert (method.name, bool(method.title), bool(method.description)) == (name, True, True)
         assert method.learning_rate > 0 <= method.weight_decay
         assert isinstance(method.settings(), dict)
-    with pytest.raises(FastpeftError, match="'sivva'; allowed are siva, lora, full, head"):
+    with pytest.raises(FastpeftError, match="'sivva'; allowed are siva, k-lst, lst, full"):
         get_method("sivva")

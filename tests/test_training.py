@@ -17,12 +17,11 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.evaluation import evaluate, load_run, predict
+from fastpeft.methods import METHODS, get_method
 from fastpeft.trainer import LengthGroupedOrder
 from fastpeft.training import TrainResult, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-METHODS = ("siva", "lora", "full", "head")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
     names = {path.name for path in result.folder.iterdir()}
     assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert ("adapter_config.json" in names) is (method in ("siva", "lora"))
+    assert ("adapter_config.json" in names) is get_method(method).adapts
     assert TrainConfig.from_file(result.folder / "run.json") == config
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 
@@ -145,6 +144,7 @@ TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # 
         ("lora", 17, [12, 15]),
         ("full", 17, [12, 15]),
         ("head", 8, [3, 6]),
+        ("k-lst", 17, [12, 15]),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
