@@ -6,6 +6,7 @@ run is a process of its own. Runs that are finished are not repeated, so an inte
 Speeds are measured side by side, by `bench.bench_training`.
 
     python -m bench.accuracy            # about half an hour on two cores; writes bench/data/accuracy.csv
+    python -m bench.accuracy k-lst lst  # some rows only
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.harness import DATA, put_row
 from fastpeft.data import Examples, load_data
 
-TABLE = Path(__file__).parent / "data" / "accuracy.csv"
+TABLE = DATA / "accuracy.csv"
 RUNS = Path("runs/accuracy")
 SLICE_ROWS, SLICE_DEV_ROWS = 2_000, 1_000
 RANK = 4
@@ -50,6 +52,11 @@ CELLS = [
     Cell("full", (5e-5, 1e-4)),
     *(Cell("lora", (1e-3, 3e-3), targets) for targets in TARGETS),
     *(Cell("siva", (5e-4, 1e-3), targets) for targets in TARGETS),
+    Cell("pissa", (5e-4, 1e-3), "query, key"),
+    Cell("k-lst", (1e-3, 3e-3)),
+    Cell("lst", (1e-3, 3e-3)),
+    Cell("last-n", (1e-4, 3e-4)),
+    Cell("bitfit", (1e-3, 3e-3)),
     Cell("head", (1e-3, 3e-3)),
 ]
 
@@ -106,16 +113,14 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 def main() -> None:
+    wanted = sys.argv[1:] or [cell.name for cell in CELLS]
     if not (RUNS / "slice" / "dev.csv").exists():
         write_slice(RUNS / "slice")
-    rows = []
     for cell in CELLS:
-        rows.append(measure(cell))
-        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-        with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        if cell.name in wanted:
+            row = {name: str(value) for name, value in measure(cell).items()}
+            put_row(TABLE, row, key=("method", "targets"))
+            print(row, flush=True)
 
 
 if __name__ == "__main__":
