@@ -24,6 +24,7 @@ def loading_snippet(
     adapter: bool = True,
     ladder: bool = False,
     labels: Sequence[str] = (),
+    prompt_head: str | None = None,
 ) -> str:
     """Python code that loads what was saved in `folder`.
 
@@ -34,7 +35,10 @@ def loading_snippet(
         adapter: whether an adapter was saved, or a whole model.
         ladder: whether the model is a side network beside its base.
         labels: names of the classes; where they are known the tokenizer was saved too.
+        prompt_head: head of the prompt that was saved too, None where there was none.
     """
+    if prompt_head == "label_words":
+        return _prompted_snippet(folder, base_model, adapter)
     head = _HEADS.get(task_type or "")
     lines = [f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"]
     if not (adapter or ladder):
@@ -54,7 +58,30 @@ def loading_snippet(
     lines += ["", f"model = {call}"]
     if labels:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
+    if prompt_head is not None:
+        lines.insert(0, "from fastpeft import Prompt")
+        lines.append(_prompt_line(folder))
     return "\n".join(lines)
+
+
+def _prompted_snippet(folder: str, base_model: str, adapter: bool) -> str:
+    """Python code that loads a `PromptModel`, or an adapter around one."""
+    names = "AutoModelForMaskedLM, AutoTokenizer" if adapter else "AutoTokenizer"
+    lines = ["import torch", "from fastpeft import Prompt, PromptModel", f"from transformers import {names}"]
+    end = [f"tokenizer = AutoTokenizer.from_pretrained({folder!r})", _prompt_line(folder)]
+    if adapter:
+        lines.insert(2, "from peft import PeftModel")
+        end += [
+            f"masked_lm = AutoModelForMaskedLM.from_pretrained({base_model!r}, dtype=torch.float32)",
+            f"model = PeftModel.from_pretrained(PromptModel(masked_lm, tokenizer, prompt), {folder!r})",
+        ]
+    else:
+        end.append(f"model = PromptModel.from_pretrained({folder!r}, dtype=torch.float32)")
+    return "\n".join([*lines, "", *end])
+
+
+def _prompt_line(folder: str) -> str:
+    return f"prompt = Prompt.load({folder!r})  # prompt.encode(tokenizer, texts) makes what the model reads"
 
 
 def model_card(

@@ -79,6 +79,14 @@ def train(
         int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE|NAME|none", help="As '{text} It was <mask>.' or sst2 (default: none)"),
+    ] = None,
+    label_words: Annotated[
+        str | None, typer.Option(help="terrible,great or negative=terrible,positive=great (default: the prompt's)")
+    ] = None,
+    prompt_head: Annotated[str | None, typer.Option(help="label_words or classifier (default: label_words)")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column of texts (default: found by name)")] = None,
@@ -110,6 +118,9 @@ def train(
         "seed": seed,
         "split_seed": split_seed,
         "save_steps": save_steps,
+        "prompt": prompt,
+        "label_words": label_words,
+        "prompt_head": prompt_head,
         "bf16": bf16,
         "deterministic": deterministic,
         "text_column": text_column,

@@ -13,6 +13,8 @@ from typing import Any
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
+from fastpeft.named_prompts import parse_prompt
+from fastpeft.prompts import HEADS, Prompt
 from fastpeft.runs import read_config
 
 
@@ -35,6 +37,10 @@ class TrainConfig:
         seed: decides the new head, the order of rows and dropout.
         split_seed: decides which rows become the dev part where the data has none.
         save_steps: a checkpoint every so many steps. None: none.
+        prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, or `none`. None: no prompt.
+        label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
+            those of the named prompt.
+        prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.
         bf16: compute in bfloat16 by autocast; weights stay in float32.
         deterministic: only deterministic kernels.
         text_column, label_column: columns of the data. None: found by their names.
@@ -62,6 +68,9 @@ class TrainConfig:
     seed: int = 0
     split_seed: int = 0
     save_steps: int | None = None
+    prompt: str | None = None
+    label_words: str | None = None
+    prompt_head: str | None = None
     bf16: bool = False
     deterministic: bool = False
     text_column: str | None = None
@@ -71,7 +80,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("output", "method", "model", "data"):
             self._check(name, isinstance(value := getattr(self, name), str) and value != "", "a text that is not empty")
-        for name in ("targets", "text_column", "label_column"):
+        for name in ("targets", "text_column", "label_column", "prompt", "label_words", "prompt_head"):
             self._check(name, isinstance(getattr(self, name), (str, type(None))), "a text")
         for name, least in (("rank", 1), ("max_steps", 1), ("batch_size", 1), ("max_length", 2), ("save_steps", 1)):
             value = getattr(self, name)
@@ -89,10 +98,24 @@ class TrainConfig:
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
         get_method(self.method)
+        self.parse_prompt()
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
             raise FastpeftError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    def parse_prompt(self) -> Prompt | None:
+        """The prompt, with its words as written; None where there is none.
+
+        Raises:
+            FastpeftError: template, words or head cannot be used.
+        """
+        if self.prompt is not None:
+            return parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
+        for name in ("label_words", "prompt_head"):
+            if (value := getattr(self, name)) is not None:
+                raise FastpeftError(f"{name} is {value!r}, but there is no prompt. Give one, or leave {name} out.")
+        return None
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, EvalPrediction
+from transformers import EvalPrediction
 
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, load_data, load_rows
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
-from fastpeft.models import Classifier, load_classifier
+from fastpeft.models import Classifier
+from fastpeft.prompt_model import PromptCollator
+from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder
-from fastpeft.task import encode
+from fastpeft.task import encode, load_model, prompt_for
 from fastpeft.trainer import classification_metrics
 
 _BATCH_SIZE = 64
@@ -31,12 +33,14 @@ class FinishedRun:
         classifier: model and tokenizer.
         config: how the run was started.
         labels: names of the classes, in the order of the model's outputs.
+        prompt: what texts are put into; None for the texts alone.
         max_length: where texts are cut, in tokens.
     """
 
     classifier: Classifier
     config: TrainConfig
     labels: list[str]
+    prompt: Prompt | None
     max_length: int
 
 
@@ -50,12 +54,13 @@ def load_run(folder: str | Path) -> FinishedRun:
     metrics = run.metrics()
     labels: list[str] = metrics["labels"]
     config = TrainConfig.from_values(run.config())
+    prompt = prompt_for(config, labels)
     if (run.path / "adapter_config.json").is_file():
         from peft import PeftModel
 
         import fastpeft  # noqa: F401  (registers its methods with PEFT)
 
-        base = load_classifier(config.model, labels)
+        base = load_model(config.model, labels, prompt)
         try:
             model: Any = PeftModel.from_pretrained(base.model, str(run.path))
         except FastpeftError:
@@ -66,13 +71,13 @@ def load_run(folder: str | Path) -> FinishedRun:
     elif get_method(config.method).ladder:
         from fastpeft.ladder import LadderModel
 
-        base = load_classifier(config.model, labels)
+        base = load_model(config.model, labels, prompt)
         ladder = LadderModel.from_pretrained(run.path, base=base.model)
         classifier = Classifier(ladder, base.tokenizer, base.head)
     else:
-        classifier = load_classifier(str(run.path), labels)
+        classifier = load_model(str(run.path), labels, prompt)
     classifier.model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    return FinishedRun(classifier, config, labels, metrics["max_length"])
+    return FinishedRun(classifier, config, labels, prompt, metrics["max_length"])
 
 
 def evaluate(
@@ -122,9 +127,9 @@ def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]
 @torch.inference_mode()
 def _logits(run: FinishedRun, examples: Examples) -> torch.Tensor:
     """Logits `(rows, classes)` in float32 on the CPU, in the order of the examples."""
-    rows = encode(run.classifier.tokenizer, examples, run.max_length)
+    rows = encode(run.classifier.tokenizer, examples, run.max_length, run.prompt)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
-    collate = DataCollatorWithPadding(run.classifier.tokenizer)
+    collate = PromptCollator(run.classifier.tokenizer)
     model = run.classifier.model
     batches = []
     for start in range(0, len(rows), _BATCH_SIZE):

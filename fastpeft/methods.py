@@ -29,12 +29,14 @@ class Preparation:
         rank: rank of an adapter, from 1; None takes the method's own.
         targets: layers to adapt; None takes the method's own.
         settings: further fields of the method's configuration.
+        head_is_new: whether the checkpoint lacked the head; one that it holds is left as it is by an adapter.
     """
 
     head: Sequence[str]
     rank: int | None = None
     targets: Targets = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    head_is_new: bool = True
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _prepare_peft(
 
     if preparation.targets is not None:
         values["target_modules"] = preparation.targets
-    values |= {"task_type": "SEQ_CLS", "modules_to_save": list(preparation.head), **preparation.settings}
+    new = list(preparation.head) if preparation.head_is_new else []
+    values |= {"task_type": "SEQ_CLS", "modules_to_save": new, **preparation.settings}
     try:
         peft_model = get_peft_model(model, config_class(**values))
     except FastpeftError:

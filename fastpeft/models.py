@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ class Classifier:
         model: a `PreTrainedModel` in float32.
         tokenizer: its tokenizer, which has a padding token.
         head: names of the modules that belong to the task or that the checkpoint did not hold.
+        head_is_new: whether the checkpoint lacked (parts of) the head, so that it must be trained.
     """
 
     model: Any
     tokenizer: Any
     head: tuple[str, ...]
+    head_is_new: bool = True
 
     @property
     def max_length(self) -> int:
@@ -78,19 +81,56 @@ def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
     Raises:
         FastpeftError: the model is missing, broken, incomplete, or of a kind that cannot classify sequences.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    id2label = dict(enumerate(labels))
+    loaded, tokenizer, info = _load(
+        AutoModelForSequenceClassification,
+        model,
+        id2label=id2label,
+        label2id={label: index for index, label in id2label.items()},
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+def load_masked_lm(model: str) -> tuple[Any, Any]:
+    """Load `model` with its masked-word head, and its tokenizer; weights as `load_classifier` reads them.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = None
+    with suppress(Exception):  # what cannot be read is told by _load
+        kind = AutoConfig.from_pretrained(resolve_model(model)).model_type
+    if kind is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        loaded, tokenizer, info = _load(AutoModelForMaskedLM, model)
+        if all(key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]):
+            return loaded, tokenizer
+    raise FastpeftError(
+        f"the model {model!r} has no masked-word head, which label words need. Give a model that predicts masked "
+        "words, or let the prompt have a classification head (--prompt-head classifier)."
+    )
+
+
+def _load(auto_class: Any, model: str, **options: Any) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Model, tokenizer, and which weights the checkpoint lacks."""
+    from transformers import AutoTokenizer
 
     source = resolve_model(model)
-    id2label = dict(enumerate(labels))
     try:
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+        loaded, info = auto_class.from_pretrained(
             source,
-            id2label=id2label,
-            label2id={label: index for index, label in id2label.items()},
             dtype=torch.float32,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
             output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a broken file surfaces as almost any type
@@ -100,10 +140,7 @@ def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
             "and a tokenizer, or a hub id."
         ) from error
     _check_encoder(model, loaded.base_model_prefix, info)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded.config.pad_token_id = tokenizer.pad_token_id
-    return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+    return loaded, tokenizer, info
 
 
 def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
-from fastpeft.models import Classifier
+from fastpeft.models import Classifier, load_masked_lm
 from fastpeft.prompts import PROMPT_FILE, Prompt, Row, Text
 
 
@@ -201,6 +201,22 @@ class PromptModel(PreTrainedModel):
         """The masked language model without wrappers."""
         return _find_core(self.masked_lm)
 
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the masked-word head's layers without the vocabulary's: the dense layer and the norm."""
+        core = self.core
+        children = [child for name, child in core.named_children() if name != core.base_model_prefix]
+        outside = {module for child in children for module in child.modules()}
+        layers = [(name, module) for name, module in self.named_modules() if module in outside]
+        # the vocabulary's layer is told by its size: DeBERTa names its dense layer as its output embeddings
+        return tuple(
+            name
+            for name, layer in layers
+            if not [*layer.children()]
+            and [*layer.parameters()]
+            and all(len(parameter) != core.config.vocab_size for parameter in layer.parameters())
+        )
+
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.core.get_input_embeddings()
         return embeddings
@@ -267,6 +283,16 @@ class PromptModel(PreTrainedModel):
         if values.get("calibration"):
             model.calibration.copy_(torch.tensor(values["calibration"]))
         return model.eval()
+
+
+def load_prompted(model: str, prompt: Prompt) -> Classifier:
+    """Load `model` with its masked-word head in float32, as a classifier by the label words of `prompt`.
+
+    Raises:
+        FastpeftError: as `load_masked_lm`, or a label word is not one token.
+    """
+    prompted = PromptModel(*load_masked_lm(model), prompt)
+    return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
 
 
 def _find_core(model: Any) -> Any:

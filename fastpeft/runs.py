@@ -3,7 +3,7 @@
 run.json          how the run was started; written first, so it marks a folder as a run's
 checkpoints/      checkpoint-N, each whole from the moment it has its name
 last-good/        the weights before a step that failed
-adapter_* or model* and config.json, the tokenizer's files, README.md, curves.png      the result
+adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md, curves.png      the result
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
 
@@ -39,6 +39,7 @@ _WRITTEN = (
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.*",
+    "prompt.json",
     "merges.txt",
     "s*piece*.model",
     "README.md",

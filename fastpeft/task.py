@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,7 +18,9 @@ from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import Method, Preparation, get_method, parse_targets
-from fastpeft.models import load_classifier
+from fastpeft.models import Classifier, load_classifier
+from fastpeft.prompt_model import load_prompted
+from fastpeft.prompts import Prompt, Row
 
 _DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
@@ -49,8 +51,6 @@ _DECIDED = {
     "full_determinism": "use deterministic in its place",
 }
 
-Row = dict[str, Any]  # one text as token ids, with its label
-
 
 @dataclass(frozen=True)
 class Task:
@@ -62,6 +62,7 @@ class Task:
         model: the module to train, with what trains requiring gradients.
         tokenizer: the model's tokenizer.
         data: texts and classes.
+        prompt: what texts are put into, with its words in the order of the classes; None for the texts alone.
         train_rows, dev_rows: the texts as tokens, not padded.
         max_length: where texts were cut, in tokens.
         arguments: fields of TrainingArguments that the configuration sets beside its own.
@@ -72,6 +73,7 @@ class Task:
     model: Any
     tokenizer: Any
     data: TextData
+    prompt: Prompt | None
     train_rows: list[Row]
     dev_rows: list[Row]
     max_length: int
@@ -95,17 +97,22 @@ class Task:
             label_column=config.label_column,
             split_seed=config.split_seed,
         )
+        prompt = prompt_for(config, data.labels)
         set_seed(config.seed)  # the new head is drawn
-        classifier = load_classifier(config.model, data.labels)
+        classifier = load_model(config.model, data.labels, prompt)
         max_length = config.max_length or min(_DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
                 f"max_length {max_length} is above what the model {config.model!r} reads. Choose "
                 f"{classifier.max_length} tokens or less."
             )
-        model = method.prepare(classifier.model, Preparation(classifier.head, config.rank, targets, method_settings))
-        train_rows, dev_rows = (encode(classifier.tokenizer, part, max_length) for part in (data.train, data.dev))
-        return cls(config, method, model, classifier.tokenizer, data, train_rows, dev_rows, max_length, arguments)
+        train_rows, dev_rows = (
+            encode(classifier.tokenizer, part, max_length, prompt) for part in (data.train, data.dev)
+        )
+        preparation = Preparation(classifier.head, config.rank, targets, method_settings, classifier.head_is_new)
+        model = method.prepare(classifier.model, preparation)
+        tokenizer = classifier.tokenizer
+        return cls(config, method, model, tokenizer, data, prompt, train_rows, dev_rows, max_length, arguments)
 
     def training_arguments(self, output: str) -> TrainingArguments:
         """The Trainer's arguments, with checkpoints below `output`."""
@@ -162,8 +169,23 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int) -> list[Row]:
+def prompt_for(config: TrainConfig, labels: Sequence[str]) -> Prompt | None:
+    """The prompt of `config`, with its words in the order of `labels`."""
+    prompt = config.parse_prompt()
+    return None if prompt is None else prompt.for_labels(labels)
+
+
+def load_model(model: str, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
+    """Load `model` as a classifier of `labels`: by a classification head, or by the label words of `prompt`."""
+    if prompt is not None and prompt.head == "label_words":
+        return load_prompted(model, prompt)
+    return load_classifier(model, labels)
+
+
+def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None) -> list[Row]:
     """Examples as rows of token ids and a label, cut at `max_length` tokens and not padded."""
+    if prompt is not None:
+        return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
     encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)
     return [
         {**{name: column[i] for name, column in encoded.items()}, "labels": label}

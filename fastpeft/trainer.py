@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    DataCollatorWithPadding,
     EvalPrediction,
     PrinterCallback,
     Trainer,
@@ -21,8 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastpeft.prompt_model import PromptCollator
+from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
-from fastpeft.task import Row, Task, loader_options
+from fastpeft.task import Task, loader_options
 
 _CURVE_POINTS = 5  # of the accuracy curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
@@ -92,7 +93,7 @@ class RunTrainer(Trainer):
             train_dataset=task.train_rows,
             eval_dataset=_by_length(curve_rows),
             processing_class=task.tokenizer,
-            data_collator=DataCollatorWithPadding(task.tokenizer, pad_to_multiple_of=multiple),
+            data_collator=PromptCollator(task.tokenizer, pad_to_multiple_of=multiple),
             compute_metrics=classification_metrics,
             callbacks=[
                 _EpochOfOrder(self.order),

@@ -21,6 +21,7 @@ from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError
 from fastpeft.memory import MEBIBYTE, peak_rss_mb, simulate_training_step
+from fastpeft.models import resolve_model
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, total_steps
 from fastpeft.trainer import NonFiniteError, RunTrainer
@@ -69,7 +70,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     return TrainPlan(
         trainable_parameters=trainable,
         parameters=total,
-        peak_memory_mb=_simulated_peak_mb(task.model, config, longest),
+        peak_memory_mb=_simulated_peak_mb(task, longest),
         steps=total_steps(task.training_arguments(config.output), len(task.train_rows)),
         train_rows=len(task.train_rows),
         dev_rows=len(task.dev_rows),
@@ -120,11 +121,11 @@ def train(
         folder.open(config.values(), overwrite=overwrite)
         arguments.output_dir = str(folder.staging)
         before = trainer.measure(task.dev_rows)
-        _run(trainer, folder, config.seed, folder.newest_checkpoint() if resume else None)
+        _run(trainer, task, folder, folder.newest_checkpoint() if resume else None)
         after = trainer.measure(task.dev_rows)
     metrics = _metrics(trainer, task, before, after, command or f"fastpeft train --config {folder.config_file}")
     staged = folder.staging / "result"
-    _save(trainer, staged)
+    _save(trainer, task, staged)
     files.write_text(staged / "README.md", _card(task, metrics, folder))
     accuracy = [(0, before["eval_accuracy"]), *trainer.points("eval_accuracy")]  # the last point is `after`
     draw_curves(staged / "curves.png", f"{task.method.title} on {config.data}", trainer.points("loss"), accuracy)
@@ -132,37 +133,39 @@ def train(
     return TrainResult(folder.path, metrics)
 
 
-def _run(trainer: RunTrainer, folder: RunFolder, seed: int, checkpoint: Path | None) -> None:
+def _run(trainer: RunTrainer, task: Task, folder: RunFolder, checkpoint: Path | None) -> None:
     """Train from the beginning or from a checkpoint; of a run that cannot go on, keep the last good weights."""
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
         if not (checkpoint / "adapter_config.json").is_file():
             # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
             trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
-    set_seed(seed)  # dropout starts alike whatever was computed before
+    set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except NonFiniteError as error:
-        raise FastpeftError(f"{error} {_keep_last_good(trainer, folder)}") from None
+        raise FastpeftError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
 
 
-def _keep_last_good(trainer: RunTrainer, folder: RunFolder) -> str:
+def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     """Save the weights before a step that failed, and say where."""
     checkpoint = folder.newest_checkpoint()
     saved = f"The newest checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before."
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"
-    _save(trainer, staged)
+    _save(trainer, task, staged)
     files.discard(target, folder.staging)
     files.publish(staged, target)
     return f"The weights before that step are in {target}. {saved}"
 
 
-def _save(trainer: RunTrainer, folder: Path) -> None:
-    """Write adapter or model, and the tokenizer, as `from_pretrained` reads them."""
+def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
+    """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
     trainer.model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
+    if task.prompt is not None:
+        task.prompt.save(folder)
 
 
 @contextmanager
@@ -184,8 +187,9 @@ def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
-def _simulated_peak_mb(model: Any, config: TrainConfig, tokens: int) -> float | None:
+def _simulated_peak_mb(task: Task, tokens: int) -> float | None:
     """Simulated peak of one step on a batch of `tokens` tokens a row, in MB."""
+    model, config = task.model, task.config
     device = next(model.parameters()).device
     shape = (config.batch_size, tokens)
     batch = {
@@ -193,6 +197,8 @@ def _simulated_peak_mb(model: Any, config: TrainConfig, tokens: int) -> float | 
         "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
         "labels": torch.zeros(config.batch_size, dtype=torch.long, device=device),
     }
+    if "mask_positions" in task.train_rows[0]:
+        batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
     try:
         estimate = simulate_training_step(model, batch, autocast_dtype=torch.bfloat16 if config.bf16 else None)
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
@@ -210,7 +216,7 @@ def _metrics(
     if device.type == "cuda":
         peak: float | None = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
     else:
-        peak = _simulated_peak_mb(trainer.model, config, trainer.longest_seen or max(trainer.order.lengths))
+        peak = _simulated_peak_mb(task, trainer.longest_seen or max(trainer.order.lengths))
     return {
         "method": config.method,
         "model": config.model,
@@ -242,18 +248,30 @@ def _metrics(
 def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
     """The model card of the run."""
     config = task.config
-    shown = ("epochs", "max_steps", "batch_size", "targets", "rank", "seed", "bf16")
+    shown = (
+        "prompt",
+        "label_words",
+        "prompt_head",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "targets",
+        "rank",
+        "seed",
+        "bf16",
+    )
     settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
     return model_card(
         base_model=config.model,
         method=task.method.title,
         snippet=loading_snippet(
             str(folder.path),
-            base_model=config.model,
+            base_model=resolve_model(config.model),
             task_type="SEQ_CLS",
             adapter=task.method.adapts,
             ladder=task.method.ladder,
             labels=task.data.labels,
+            prompt_head=None if task.prompt is None else task.prompt.head,
         ),
         adapter=task.method.adapts,
         data=task.data.description,

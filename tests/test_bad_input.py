@@ -78,11 +78,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "other-shape" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 3}))
     save_tiny_model(place / "too-few-layers")
     (place / "too-few-layers" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    save_tiny_model(place / "causal", "GPT2", "LMHeadModel")
+    save_tiny_model(place / "classifier", head="ForSequenceClassification")
     train(TrainConfig(output=str(place / "whole"), method="full", model=model, data=data, max_steps=1))
     return place
 
 
 TRAIN = ("train", "--method", "lora", "--model", "model", "--data", "good.csv", "--output", "new")
+WORDS = ("--label-words", "awful,lovely")
+PROMPT = ("--prompt", "{text} the film is <mask>", *WORDS)
 
 # arguments (after TRAIN where they begin with an option), and parts of the message
 CASES = [
@@ -140,6 +144,25 @@ CASES = [
     (["--targets", "(query"], ["'(query'", "regular expression"]),
     (["--method", "full", "--rank", "4"], ["'full'", "no rank"]),
     (["--method", "head", "--targets", "query"], ["'head'", "no targets"]),
+    # prompts
+    (["--prompt", "{text} is <mask> <mask>", *WORDS], ["has 2 <mask>", "must have one"]),
+    (["--prompt", "{text} is", *WORDS], ["has no <mask>", "must have one"]),
+    (["--prompt", "the film is <mask>", *WORDS], ["no place for a text"]),
+    (["--prompt", "{a} is {b} <mask>", *WORDS], ["takes a pair of texts"]),
+    (["--prompt", "sst9"], ["no prompt is named 'sst9'", "SST-2"]),
+    (["--prompt", "{text} is <mask>"], ["has no label words"]),
+    ([*PROMPT[:3], "negative=awful,mixed=odd"], ["no word for positive", "negative, positive"]),
+    ([*PROMPT[:3], "awful,lovely,odd"], ["no word for negative, positive"]),
+    ([*PROMPT[:3], "awful,"], ["class '1' has no label word"]),
+    ([*PROMPT[:3], "very dull,lovely"], ["'very dull' of class 'negative' is 2 tokens (very dull)", "Near it are"]),
+    ([*PROMPT[:3], "lovly,dull"], ["'lovly' of class 'negative' is unknown", "lovely"]),
+    ([*PROMPT, "--prompt-head", "words"], ["head is 'words'", "label_words and classifier"]),
+    ([*PROMPT, "--max-length", "5"], ["max_length 5 leaves no room"]),
+    ([*PROMPT, "--model", "causal"], ["'causal' has no masked-word head", "--prompt-head classifier"]),
+    ([*PROMPT, "--model", "classifier"], ["'classifier' has no masked-word head"]),
+    ([*PROMPT, "--model", "cut-model"], ["cannot load the model 'cut-model'"]),
+    ([*WORDS], ["label_words is 'awful,lovely', but there is no prompt"]),
+    (["--prompt-head", "classifier"], ["prompt_head is 'classifier', but there is no prompt"]),
     # numbers
     (["--epochs", "-1"], ["epochs is -1", "above 0"]),
     (["--epochs", "nan"], ["epochs is nan"]),

@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from peft import AutoPeftModelForSequenceClassification
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner, Result
 
 import fastpeft
-from fastpeft import backends
+from fastpeft import PromptCollator, backends
 from fastpeft.cli import app
 from fastpeft.methods import METHODS
 
@@ -71,6 +73,55 @@ def test_train_eval_predict(place: Path, method: str) -> None:
     lines = run("predict", "out", "it is funny", "--file", "texts.txt").stdout.splitlines()
     assert [line.split("\t")[2] for line in lines] == ["it is funny", "a dull plot", "what a lovely film"]
     assert {line.split("\t")[0] for line in lines} <= {"negative", "positive"}
+
+
+PROMPT = ("--prompt", "{text} the film is <mask>", "--label-words", "negative=awful,positive=lovely")
+
+
+@pytest.mark.parametrize("head", ["label_words", "classifier"])
+@pytest.mark.parametrize("method", ["siva", "lora", "full", "head"])
+def test_a_prompted_run(place: Path, method: str, head: str) -> None:
+    arguments = (*TRAIN, *PROMPT, "--prompt-head", head, "--method", method, "--learning-rate", "1e-2")
+    run(*arguments, "--output", "out", "--save-steps", "3", "--quiet")
+    metrics = json.loads((place / "out" / "metrics.json").read_text())
+    assert metrics["peak_memory_mb"] > 0
+    assert f"{metrics['accuracy']:.3f}" in run("eval", "out").stdout
+    classified = run("predict", "out", "a dull plot").stdout
+    # the model card's code loads what was trained
+    card = (place / "out" / "README.md").read_text()
+    loaded: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], loaded)
+    rows = loaded["prompt"].encode(loaded["tokenizer"], ["a dull plot"])
+    with torch.no_grad():
+        likely = loaded["model"].eval()(**PromptCollator(loaded["tokenizer"])(rows)).logits.softmax(-1)
+    assert classified.split("\t")[1] == f"{likely.max():.3f}"
+    # a run that ended between its last checkpoint and its end comes to the same weights
+    (place / "out" / "metrics.json").unlink()
+    weights = place / "out" / ("adapter_model" if method in ("siva", "lora") else "model")
+    before = weights.with_suffix(".safetensors").read_bytes()
+    weights.with_suffix(".safetensors").unlink()
+    run("train", "--output", "out", "--resume", "--quiet")
+    assert weights.with_suffix(".safetensors").read_bytes() == before
+
+
+def test_what_trains_with_label_words(place: Path) -> None:
+    counts = {}
+    for method in ("siva", "head", "full"):
+        counts[method] = run(*TRAIN, *PROMPT, "--method", method, "--dry-run").stdout.split("trained parameters")[1]
+    dense_and_norm = 16 * 16 + 16 + 2 * 16
+    factors = 2 * 2 * 4 * (16 + 16)  # of query and key in two layers
+    assert counts["head"].split()[1] == str(dense_and_norm)
+    assert counts["siva"].split()[1] == str(factors)
+    assert counts["full"].split()[1] == counts["full"].split()[3]
+
+
+def test_prompts_by_name_and_none(place: Path) -> None:
+    run(*TRAIN, *PROMPT, "--method", "head", "--output", "first", "--quiet")
+    run("train", "--config", "first/run.json", "--prompt", "none", "--output", "second", "--quiet")
+    assert not (place / "second" / "prompt.json").exists()
+    named = ("--prompt", "sst2", "--label-words", "awful,lovely", "--prompt-head", "classifier")
+    run(*TRAIN, *named, "--method", "head", "--output", "third", "--quiet")
+    assert json.loads((place / "third" / "prompt.json").read_text())["label_words"]["positive"] == "lovely"
 
 
 def test_a_run_is_repeated_from_its_file(place: Path) -> None:

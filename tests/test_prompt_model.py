@@ -102,6 +102,14 @@ def test_only_the_masks_reach_the_head() -> None:
     assert shapes == [(4, 1, vocabulary), (*batch()["input_ids"].shape, vocabulary)]
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_head_is_one_dense_layer_and_one_norm(kind: str) -> None:
+    model = prompted(kind)
+    layers = [model.get_submodule(name) for name in model.head_modules]
+    assert {type(layer) for layer in layers} == {nn.Linear, nn.LayerNorm}
+    assert [layer.weight.shape[0] for layer in layers] == [16, 16]
+
+
 def test_a_model_that_hides_its_encoder_is_read_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     model = prompted()
     expected = logits(model)
