@@ -156,7 +156,7 @@ def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
 def simulate_training_step(
     model: nn.Module,
     batch: Mapping[str, Any],
-    optimizer_factory: OptimizerFactory = fused_adamw,
+    optimizer_factory: OptimizerFactory | None = fused_adamw,
     autocast_dtype: torch.dtype | None = None,
 ) -> MemoryEstimate:
     """Memory of one steady training step (forward, loss, backward, optimizer step) of `model`, without running it.
@@ -165,7 +165,8 @@ def simulate_training_step(
         model: any module whose `model(**batch)` returns a scalar loss, or an output with a `.loss`, in training mode.
             Its weights are neither read nor changed.
         batch: the keyword arguments of the forward pass; tensors give shapes and dtypes.
-        optimizer_factory: makes the optimizer from the list of trained parameters, by default fused AdamW.
+        optimizer_factory: makes the optimizer from the list of trained parameters, by default fused AdamW. None: the
+            step is forward passes alone, in evaluation mode and without a graph, as MeZO's.
         autocast_dtype: run forward and loss under autocast in this dtype, by the rules of the weights' device.
 
     Returns:
@@ -177,6 +178,7 @@ def simulate_training_step(
     Notes:
         Counts tensors at the bytes they ask for; an allocator's rounding and a library's workspaces come on top.
         Gradients are taken as freed between steps, as `zero_grad` does. An attention mask is taken to mask something.
+        The noise that MeZO's reference makes, at most 2^20 values at a time, is not counted.
 
     Example:
         >>> class Model(nn.Linear):
@@ -199,27 +201,31 @@ def simulate_training_step(
     frozen = [tensor for tensor in state.values() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
     device = trained[0].device.type
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
+    model.train(optimizer_factory is not None)
     try:
         with ExitStack() as stack:
             for mode in (fakes, tracker, _ZeroScalars(), _FusedForms()):
                 stack.enter_context(mode)
             tracker.add(state.values())
             weights = tracker.current
-            optimizer = optimizer_factory(trained)
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-            gradients = tracker.current - weights
-            optimizer.step()  # a first step makes the optimizer's state
-            optimizer.zero_grad()
-            optimizer_state = tracker.current - weights
+            optimizer, gradients, optimizer_state = None, 0, 0
+            if optimizer_factory is not None:
+                optimizer = optimizer_factory(trained)
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+                gradients = tracker.current - weights
+                optimizer.step()  # a first step makes the optimizer's state
+                optimizer.zero_grad()
+                optimizer_state = tracker.current - weights
             fake_batch = tree_map_only(Tensor, fakes.from_tensor, dict(batch))
             tracker.add(leaf for leaf in tree_leaves(fake_batch) if isinstance(leaf, Tensor))
             tracker.reset_peak()
-            with torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None):
+            autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
+            with autocast, torch.set_grad_enabled(optimizer is not None):
                 loss = _loss(torch.func.functional_call(model, state, kwargs=fake_batch))
-            loss.backward()
-            optimizer.step()
+            if optimizer is not None:
+                loss.backward()
+                optimizer.step()
     finally:
         for module, training in modes:
             module.training = training

@@ -53,6 +53,7 @@ class Method:
         settings: what `--set` may put into the method's configuration, with the type of each.
         adapts: whether it takes targets and a rank; what it saves is then a PEFT adapter.
         ladder: whether what it saves is a side network.
+        zeroth_order: whether it trains by MeZO, without gradients; it then takes the fields of `MeZOConfig`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     settings: Callable[[], dict[str, Any]] = dict
     adapts: bool = False
     ladder: bool = False
+    zeroth_order: bool = False
 
 
 def get_method(name: str) -> Method:
@@ -271,6 +273,15 @@ METHODS = {
             learning_rate=1e-4,
             weight_decay=0.01,
             prepare=_prepare_full,
+        ),
+        Method(
+            name="mezo",
+            title="MeZO",
+            description="every weight trains, by forward passes alone",
+            learning_rate=1e-6,
+            weight_decay=0.0,
+            prepare=_prepare_full,
+            zeroth_order=True,
         ),
         Method(
             name="lora",

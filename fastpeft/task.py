@@ -18,6 +18,7 @@ from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import Method, Preparation, get_method, parse_targets
+from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
@@ -98,6 +99,11 @@ class Task:
             split_seed=config.split_seed,
         )
         prompt = prompt_for(config, data.labels)
+        if method.ladder and prompt is not None and prompt.head == "label_words":
+            raise FastpeftError(
+                f"the method {method.name!r} takes a prompt with a classification head only. Add --prompt-head "
+                "classifier, or choose another method."
+            )
         set_seed(config.seed)  # the new head is drawn
         classifier = load_model(config.model, data.labels, prompt)
         max_length = config.max_length or min(_DEFAULT_MAX_LENGTH, classifier.max_length)
@@ -138,7 +144,8 @@ class Task:
             **self.arguments,
         }
         try:
-            first = TrainingArguments(**values)
+            arguments_class = arguments_of(self.method)
+            first = arguments_class(**values)
             if first.gradient_accumulation_steps < 1:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
             # refuses what it cannot do before anything is written
@@ -146,7 +153,7 @@ class Task:
             steps = total_steps(first, len(self.train_rows))
             values.setdefault("warmup_steps", round(_WARMUP_SHARE * steps))
             values.setdefault("logging_steps", max(1, steps // _LOGS))
-            return TrainingArguments(**values)
+            return arguments_class(**values)
         except (ValueError, TypeError, ImportError) as error:
             raise self.refusal(error) from error
 
@@ -157,6 +164,11 @@ class Task:
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
+
+
+def arguments_of(method: Method) -> type[TrainingArguments]:
+    """The class of a method's arguments for its Trainer."""
+    return MeZOConfig if method.zeroth_order else TrainingArguments
 
 
 def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
@@ -209,8 +221,9 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         FastpeftError: a name is unknown or decided elsewhere, or a value is not of its type.
     """
     of_method = method.settings()
-    hints = get_type_hints(TrainingArguments)
-    of_training = {item.name: hints[item.name] for item in dataclasses.fields(TrainingArguments) if item.init}
+    arguments_class = arguments_of(method)
+    hints = get_type_hints(arguments_class)
+    of_training = {item.name: hints[item.name] for item in dataclasses.fields(arguments_class) if item.init}
     for name, value in settings.items():
         if name not in of_method and name in _DECIDED:
             raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED[name]}.")
@@ -219,7 +232,8 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
             advice = f" Did you mean {' or '.join(close)}?" if close else ""
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and the fields of transformers.TrainingArguments."
+                f"{', '.join(of_method) or 'none of its own'}, and the fields of "
+                f"{'fastpeft.MeZOConfig' if method.zeroth_order else 'transformers.TrainingArguments'}."
                 f"{advice}"
             )
         hint = of_method[name] if name in of_method else of_training[name]

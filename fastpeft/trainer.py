@@ -20,6 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastpeft.errors import FastpeftError
+from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
@@ -62,12 +64,8 @@ class LengthGroupedOrder(Sampler[int]):
             yield from batch
 
 
-class NonFiniteError(Exception):
-    """The loss or a gradient of a step is not finite; the weights are those before the step."""
-
-
 class RunTrainer(Trainer):
-    """The Trainer of one run.
+    """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `FastpeftError`.
 
     Attributes:
         samples_seen: rows trained on since the start of this process.
@@ -131,7 +129,7 @@ class RunTrainer(Trainer):
         norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)
         if not (loss.isfinite() & norm.isfinite()):
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
-            raise NonFiniteError(
+            raise FastpeftError(
                 f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
             )
@@ -140,6 +138,10 @@ class RunTrainer(Trainer):
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""
         return [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
+
+
+class MeZORunTrainer(RunTrainer, MeZOTrainer):
+    """The Trainer of one run by MeZO, which has no gradients to look at and refuses losses that are not finite."""
 
 
 def _by_length(rows: list[Row]) -> list[Row]:

@@ -20,11 +20,11 @@ from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError
-from fastpeft.memory import MEBIBYTE, peak_rss_mb, simulate_training_step
+from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, total_steps
-from fastpeft.trainer import NonFiniteError, RunTrainer
+from fastpeft.trainer import MeZORunTrainer, RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,11 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     with _determinism(config.deterministic):
         task = Task.load(config)
+        trainer_class = MeZORunTrainer if task.method.zeroth_order else RunTrainer
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
             try:
-                trainer = RunTrainer(task, arguments, folder, callbacks)
+                trainer = trainer_class(task, arguments, folder, callbacks)
                 trainer.create_optimizer()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
@@ -143,7 +144,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, checkpoint: Path | 
     set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except NonFiniteError as error:
+    except FastpeftError as error:  # a step that cannot be made
         raise FastpeftError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
 
 
@@ -200,7 +201,9 @@ def _simulated_peak_mb(task: Task, tokens: int) -> float | None:
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
     try:
-        estimate = simulate_training_step(model, batch, autocast_dtype=torch.bfloat16 if config.bf16 else None)
+        autocast_dtype = torch.bfloat16 if config.bf16 else None
+        optimizer_factory = None if task.method.zeroth_order else fused_adamw
+        estimate = simulate_training_step(model, batch, optimizer_factory, autocast_dtype)
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
         logger.warning("peak memory cannot be simulated for this model: %s", error)
         return None

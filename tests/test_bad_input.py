@@ -163,6 +163,13 @@ CASES = [
     ([*PROMPT, "--model", "cut-model"], ["cannot load the model 'cut-model'"]),
     ([*WORDS], ["label_words is 'awful,lovely', but there is no prompt"]),
     (["--prompt-head", "classifier"], ["prompt_head is 'classifier', but there is no prompt"]),
+    ([*PROMPT, "--method", "k-lst"], ["'k-lst'", "--prompt-head classifier"]),
+    # MeZO
+    (["--method", "mezo", "--rank", "4"], ["'mezo'", "no rank"]),
+    (["--method", "mezo", "--set", "eps=0"], ["eps is 0", "above 0"]),
+    (["--method", "mezo", "--set", "eps=small"], ["eps is 'small'", "float"]),
+    (["--method", "mezo", "--set", "epz=1"], ["'epz'", "eps", "fastpeft.MeZOConfig"]),
+    (["--method", "mezo", "--set", "fp16=true"], ["fp16=True", "MeZO has not"]),
     # numbers
     (["--epochs", "-1"], ["epochs is -1", "above 0"]),
     (["--epochs", "nan"], ["epochs is nan"]),

@@ -23,6 +23,7 @@ import fastpeft
 from fastpeft import PromptCollator, backends
 from fastpeft.cli import app
 from fastpeft.methods import METHODS
+from fastpeft.prompts import HEADS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,8 +79,10 @@ def test_train_eval_predict(place: Path, method: str) -> None:
 PROMPT = ("--prompt", "{text} the film is <mask>", "--label-words", "negative=awful,positive=lovely")
 
 
-@pytest.mark.parametrize("head", ["label_words", "classifier"])
-@pytest.mark.parametrize("method", ["siva", "lora", "full", "head"])
+@pytest.mark.parametrize(
+    ("method", "head"),
+    [(name, head) for name in METHODS for head in HEADS if not (METHODS[name].ladder and head == "label_words")],
+)
 def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     arguments = (*TRAIN, *PROMPT, "--prompt-head", head, "--method", method, "--learning-rate", "1e-2")
     run(*arguments, "--output", "out", "--save-steps", "3", "--quiet")
@@ -97,7 +100,7 @@ def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     assert classified.split("\t")[1] == f"{likely.max():.3f}"
     # a run that ended between its last checkpoint and its end comes to the same weights
     (place / "out" / "metrics.json").unlink()
-    weights = place / "out" / ("adapter_model" if method in ("siva", "lora") else "model")
+    weights = place / "out" / ("adapter_model" if METHODS[method].adapts else "model")
     before = weights.with_suffix(".safetensors").read_bytes()
     weights.with_suffix(".safetensors").unlink()
     run("train", "--output", "out", "--resume", "--quiet")
@@ -113,6 +116,20 @@ def test_what_trains_with_label_words(place: Path) -> None:
     assert counts["head"].split()[1] == str(dense_and_norm)
     assert counts["siva"].split()[1] == str(factors)
     assert counts["full"].split()[1] == counts["full"].split()[3]
+
+
+def test_mezo_warns_without_a_prompt(place: Path) -> None:
+    plain = run(*TRAIN, "--method", "mezo", "--output", "plain").stderr
+    assert "without a prompt" in " ".join(plain.split())
+    assert "without" not in run(*TRAIN, *PROMPT, "--method", "mezo", "--output", "prompted").stderr
+
+
+def test_mezo_needs_the_memory_of_a_forward_pass(place: Path) -> None:
+    peaks = {}
+    for method in ("mezo", "full"):
+        run(*TRAIN, *PROMPT, "--method", method, "--output", method, "--quiet")
+        peaks[method] = json.loads((place / method / "metrics.json").read_text())["peak_memory_mb"]
+    assert peaks["mezo"] < peaks["full"] / 2
 
 
 def test_prompts_by_name_and_none(place: Path) -> None:

@@ -100,6 +100,18 @@ def tracked_real_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
     return tracker.peak
 
 
+def test_a_step_without_an_optimizer_keeps_no_graph():
+    model, batch = roberta().eval(), text_batch()
+    with MemoryTracker() as tracker, _FusedForms(), torch.no_grad():
+        tracker.add([*model.parameters(), *model.buffers(), *batch.values()])
+        tracker.reset_peak()
+        model(**batch)
+    model.train()
+    estimate = simulate_training_step(model, batch, None)
+    assert (estimate.peak, estimate.gradients, estimate.optimizer) == (tracker.peak, 0, 0)
+    assert model.training
+
+
 def test_tracker_counts_each_storage_once_and_forgets_the_dead():
     with MemoryTracker() as tracker:
         x = torch.zeros(100)

@@ -145,6 +145,7 @@ TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # 
         ("full", 17, [12, 15]),
         ("head", 8, [3, 6]),
         ("k-lst", 17, [12, 15]),
+        ("mezo", 8, [3, 6]),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
