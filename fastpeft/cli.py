@@ -165,20 +165,41 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Folder of a finished run.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Other data: all rows of a file, or the dev file of a folder.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of DIR: a model, with a prompt and no training, on the dev rows.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEMPLATE|NAME", help="The prompt, with --model.")] = None,
+    label_words: Annotated[str | None, typer.Option(help="Its words, as for train.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="With --model: subtract what the words score for an empty text.")
+    ] = False,
     text_column: Annotated[str | None, typer.Option(help="Column of texts in --data.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
 ) -> None:
-    """Measure a finished run on its dev rows."""
+    """Measure a finished run, or a prompt with no training, on dev rows."""
     from fastpeft import console, evaluation
+    from fastpeft.named_prompts import parse_prompt
 
     console.quieten(quiet=False)
-    metrics = evaluation.evaluate(folder, data, text_column=text_column, label_column=label_column)
+    if folder is not None and (model, prompt, label_words, calibrate) == (None, None, None, False):
+        metrics = evaluation.evaluate(folder, data, text_column=text_column, label_column=label_column)
+        title = f"{folder} on {data or 'its own data'}"
+    elif folder is None and model and prompt and (parsed := parse_prompt(prompt, label_words)):
+        data = data or "demo"
+        metrics = evaluation.evaluate_zero_shot(
+            model, parsed, data, calibrate=calibrate, text_column=text_column, label_column=label_column
+        )
+        title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
+    else:
+        raise FastpeftError(
+            "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
+        )
     console.show_table(
-        f"{folder} on {data or 'its own data'}",
+        title,
         [
             ("accuracy", f"{metrics['accuracy']:.3f}"),
             ("F1", f"{metrics['f1']:.3f}"),

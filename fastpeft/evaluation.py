@@ -16,10 +16,10 @@ from fastpeft.data import Examples, load_data, load_rows
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
 from fastpeft.models import Classifier
-from fastpeft.prompt_model import PromptCollator
+from fastpeft.prompt_model import PromptCollator, load_prompted
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder
-from fastpeft.task import encode, load_model, prompt_for
+from fastpeft.task import DEFAULT_MAX_LENGTH, encode, load_model, prompt_for
 from fastpeft.trainer import classification_metrics
 
 _BATCH_SIZE = 64
@@ -76,7 +76,7 @@ def load_run(folder: str | Path) -> FinishedRun:
         classifier = Classifier(ladder, base.tokenizer, base.head)
     else:
         classifier = load_model(str(run.path), labels, prompt)
-    classifier.model.eval().to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    classifier.model.eval().to(_device())
     return FinishedRun(classifier, config, labels, prompt, metrics["max_length"])
 
 
@@ -104,8 +104,46 @@ def evaluate(
             label_column=config.label_column,
             split_seed=config.split_seed,
         ).dev
-    logits = _logits(run, dev).numpy()
+    return _metrics(_logits(run, dev).numpy(), dev)
+
+
+def evaluate_zero_shot(
+    model: str,
+    prompt: Prompt,
+    data: str,
+    *,
+    calibrate: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, float]:
+    """Accuracy and F1 of a masked language model by a prompt, with no training, on the dev rows of `data`.
+
+    Args:
+        model: `"demo"`, a folder or a hub id.
+        prompt: template and label words.
+        data: as `load_data` takes it; where it has no dev part, its rows are those that a run holds out.
+        calibrate: subtract what the label words score for an empty text.
+        text_column, label_column: columns of `data`. None: found by their names.
+
+    Raises:
+        FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
+    """
+    texts = load_data(data, text_column=text_column, label_column=label_column)
+    classifier = load_prompted(model, prompt.for_labels(texts.labels))
+    prompted = classifier.model.eval().to(_device())
+    if calibrate:
+        prompted.calibrate()
+    limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
+    logits = prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
+    return _metrics(logits, texts.dev)
+
+
+def _metrics(logits: np.ndarray, dev: Examples) -> dict[str, float]:
     return {**classification_metrics(EvalPrediction(logits, np.array(dev.labels))), "dev_rows": len(dev)}
+
+
+def _device() -> torch.device | str:
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
 def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]:

@@ -23,7 +23,7 @@ from fastpeft.models import Classifier, load_classifier
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
 
-_DEFAULT_MAX_LENGTH = 128  # tokens
+DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
 _WARMUP_SHARE = 0.06
 _LOGS = 50  # points of the loss curve
@@ -106,7 +106,7 @@ class Task:
             )
         set_seed(config.seed)  # the new head is drawn
         classifier = load_model(config.model, data.labels, prompt)
-        max_length = config.max_length or min(_DEFAULT_MAX_LENGTH, classifier.max_length)
+        max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
                 f"max_length {max_length} is above what the model {config.model!r} reads. Choose "

@@ -20,9 +20,11 @@ from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner, Result
 
 import fastpeft
-from fastpeft import PromptCollator, backends
+from fastpeft import Prompt, PromptCollator, backends
 from fastpeft.cli import app
+from fastpeft.data import load_data
 from fastpeft.methods import METHODS
+from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import HEADS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +132,21 @@ def test_mezo_needs_the_memory_of_a_forward_pass(place: Path) -> None:
         run(*TRAIN, *PROMPT, "--method", method, "--output", method, "--quiet")
         peaks[method] = json.loads((place / method / "metrics.json").read_text())["peak_memory_mb"]
     assert peaks["mezo"] < peaks["full"] / 2
+
+
+def test_zero_shot(place: Path) -> None:
+    run(*TRAIN, *PROMPT, "--method", "full", "--output", "out", "--quiet")
+    before = json.loads((place / "out" / "metrics.json").read_text())["accuracy_before"]
+    zero_shot = ("eval", "--model", "model", "--data", "reviews.csv", "--label-column", "stars", *PROMPT)
+    shown = run(*zero_shot).stdout
+    assert "no training on" in shown
+    assert f"{before:.3f}" in shown
+    calibrated = run(*zero_shot, "--calibrate").stdout
+    assert "no training, calibrated on" in calibrated
+    texts = load_data("reviews.csv", label_column="stars")
+    prompt = Prompt(PROMPT[1], ["awful", "lovely"]).for_labels(texts.labels)
+    guesses = load_prompted("model", prompt).model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
+    assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in calibrated
 
 
 def test_prompts_by_name_and_none(place: Path) -> None:
