@@ -1,7 +1,7 @@
 """Accuracy and memory of each method on the bundled model and the demo data, for the README's table.
 
 Every cell is tried with two learning rates on a slice of the training data (2,000 rows to learn from, 1,000 others to
-choose by), then trained for one epoch on all of it with the better one; the dev rows are seen once, at the end. Each
+choose by), then trained for one epoch on all of it with the better one; nothing is chosen by the dev rows. Each
 run is a process of its own. Runs that are finished are not repeated, so an interrupted table continues where it was.
 Speeds are measured side by side, by `bench.bench_training`.
 

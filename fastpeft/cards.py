@@ -40,9 +40,8 @@ def loading_snippet(
     if prompt_head == "label_words":
         return _prompted_snippet(folder, base_model, adapter)
     head = _HEADS.get(task_type or "")
-    lines = [f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"]
-    if not (adapter or ladder):
-        lines = []
+    registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
+    lines = [registers] if adapter or ladder else []
     if head is None:
         lines.append("from peft import PeftModel")
         call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -395,8 +395,9 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         return parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise FastpeftError(f"{file} is not a readable parquet file ({reason}). Restore or write it anew.") from None
+        raise FastpeftError(
+            f"{file} is not a readable parquet file ({first_line(error)}). Restore or write it anew."
+        ) from None
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -9,3 +9,8 @@ class FastpeftError(ValueError):
     Its message names what was given, what is allowed and what to do. The command line prints the message
     alone and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line: its first, or its type where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -55,29 +55,32 @@ def load_run(folder: str | Path) -> FinishedRun:
     labels: list[str] = metrics["labels"]
     config = TrainConfig.from_values(run.config())
     prompt = prompt_for(config, labels)
-    if (run.path / "adapter_config.json").is_file():
-        from peft import PeftModel
-
-        import fastpeft  # noqa: F401  (registers its methods with PEFT)
-
+    method = get_method(config.method)
+    if method.adapts or method.ladder:
         base = load_model(config.model, labels, prompt)
-        try:
-            model: Any = PeftModel.from_pretrained(base.model, str(run.path))
-        except FastpeftError:
-            raise
-        except Exception as error:  # a broken file surfaces as almost any type
-            raise FastpeftError(f"cannot load the adapter in {str(run.path)!r}: {error} Train it anew.") from error
-        classifier = Classifier(model, base.tokenizer, base.head)
-    elif get_method(config.method).ladder:
-        from fastpeft.ladder import LadderModel
-
-        base = load_model(config.model, labels, prompt)
-        ladder = LadderModel.from_pretrained(run.path, base=base.model)
-        classifier = Classifier(ladder, base.tokenizer, base.head)
+        load = _load_adapter if method.adapts else _load_ladder
+        classifier = Classifier(load(run.path, base.model), base.tokenizer, base.head)
     else:
         classifier = load_model(str(run.path), labels, prompt)
     classifier.model.eval().to(_device())
     return FinishedRun(classifier, config, labels, prompt, metrics["max_length"])
+
+
+def _load_adapter(folder: Path, base: Any) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except FastpeftError:
+        raise
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
+
+
+def _load_ladder(folder: Path, base: Any) -> Any:
+    from fastpeft.ladder import LadderModel
+
+    return LadderModel.from_pretrained(folder, base=base)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +134,9 @@ def _load(auto_class: Any, model: str, **options: Any) -> tuple[Any, Any, Mappin
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # a broken file surfaces as almost any type
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise FastpeftError(
-            f"cannot load the model {model!r}: {reason} Give {DEMO!r}, a folder with config.json, model.safetensors "
-            "and a tokenizer, or a hub id."
+            f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "
+            "model.safetensors and a tokenizer, or a hub id."
         ) from error
     _check_encoder(model, loaded.base_model_prefix, info)
     return loaded, tokenizer, info

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft import files
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 from fastpeft.models import Classifier, load_masked_lm
 from fastpeft.prompts import PROMPT_FILE, Prompt, Row, Text
 
@@ -275,9 +275,8 @@ class PromptModel(PreTrainedModel):
         except FastpeftError:
             raise
         except Exception as error:  # a broken file surfaces as almost any type
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise FastpeftError(
-                f"cannot load a prompted model from {source!r}: {reason} Give a folder or hub id that "
+                f"cannot load a prompted model from {source!r}: {first_line(error)} Give a folder or hub id that "
                 "PromptModel.save_pretrained wrote."
             ) from error
         if values.get("calibration"):

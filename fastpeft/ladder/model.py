@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from fastpeft.cards import model_card
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.side import SideNetwork, SideRun
@@ -271,7 +271,7 @@ class LadderModel(PreTrainedModel):
         try:
             weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
         except Exception as error:  # a broken file surfaces as almost any type
-            raise FastpeftError(f"cannot read the side network in {source!r}: {_first_line(error)}") from error
+            raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
         if base is None:
             base = _load_base(config, kwargs)
         elif kwargs:
@@ -304,7 +304,7 @@ def _read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     try:
         values, _ = LadderConfig.get_config_dict(source, **hub)
     except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(f"cannot load a side network from {source!r}: {_first_line(error)}") from error
+        raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
     if values.get("model_type") != LadderConfig.model_type:
         raise FastpeftError(
             f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
@@ -335,7 +335,7 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
         base: nn.Module = loader.from_pretrained(name, **arguments)
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(
-            f"cannot load the backbone {name!r} of the side network: {_first_line(error)} Pass it: "
+            f"cannot load the backbone {name!r} of the side network: {first_line(error)} Pass it: "
             "LadderModel.from_pretrained(..., base=model)."
         ) from error
     return base
@@ -345,10 +345,6 @@ def _task_fields(config: Any) -> dict[str, Any]:
     """What the configuration of a model with a head says of its task."""
     names = ("id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _some(names: list[str]) -> str:

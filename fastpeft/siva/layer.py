@@ -104,7 +104,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
         d = d if is_lossy(weight, d) else None
-        if self.base_fingerprint is None and weight.device.type != "meta":
+        if self.base_fingerprint is None:
             self.base_fingerprint = original_fingerprint(self.base_layer)
         if sibling is not None:
             initial = self._initial(sibling) if init_weights else self._blank(r)
@@ -429,9 +429,14 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
         )
 
 
-def original_fingerprint(base_layer: Any) -> str:
-    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding."""
+def original_fingerprint(base_layer: Any) -> str | None:
+    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding.
+
+    None where the weight is not there yet (meta device).
+    """
     weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
+    if weight.device.type == "meta":
+        return None
     found = fingerprint(weight)
     restored: dict[str, str] = getattr(base_layer, "siva_restored", {})
     return restored.get(found) or found

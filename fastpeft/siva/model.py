@@ -199,7 +199,6 @@ def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: 
     r, d, residual = _rank(peft_config, key), peft_config.d, peft_config.residual
     if isinstance(target, SivaLinear):
         target.check_addable(adapter_name, r, d, residual)
-        found = target.base_fingerprint
     else:
         weight = target.weight.data.t() if isinstance(target, Conv1D) else target.weight.data
         check_decomposable(weight, r, d, key)
@@ -208,9 +207,11 @@ def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: 
                 f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
                 "leave the layer out with exclude_modules."
             )
-        found = None if weight.device.type == "meta" else original_fingerprint(target)
     expected = None if peft_config.init_weights else peft_config.base_fingerprints.get(key)
-    if expected is not None and found is not None and not fingerprints_agree(expected, found):
+    if expected is None:
+        return
+    found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
+    if found is not None and not fingerprints_agree(expected, found):
         raise FastpeftError(
             f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
             f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."
