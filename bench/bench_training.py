@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from bench.accuracy import CELLS, RANK, TARGETS, Cell
 from bench.harness import DATA, Candidates, measure
 from fastpeft.methods import Preparation, get_method, parse_targets
 from fastpeft.models import load_classifier
@@ -21,6 +21,29 @@ from fastpeft.models import load_classifier
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
 CASE = {"model": "demo", "work": "training step", "batch": str(BATCH_SIZE), "tokens": str(TOKENS), "dtype": "float32"}
+RANK = 4
+TARGETS = {"query, key": "query,key", "key, value": "key,value", "all linear": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a method, with the layers it adapts."""
+
+    method: str
+    targets: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.method, self.targets.replace(", ", "-").replace(" ", "-"))))
+
+
+CELLS = [
+    Cell("full"),
+    *(Cell("lora", targets) for targets in TARGETS),
+    *(Cell("siva", targets) for targets in TARGETS),
+    Cell("pissa", "query, key"),
+    *(Cell(method) for method in ("k-lst", "lst", "last-n", "bitfit", "head")),
+]
 
 
 def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:

@@ -18,6 +18,7 @@ from statistics import quantiles
 
 import torch
 
+from fastpeft.environment import cpu_name
 from fastpeft.files import write_text
 
 DATA = Path(__file__).parent / "data"
@@ -80,16 +81,6 @@ def machine(device: torch.device) -> Row:
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
     }
-
-
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

@@ -15,6 +15,8 @@ from fastpeft.ladder import LadderConfig, LadderModel
 from fastpeft.siva import SivaConfig, SivaLinear
 
 if TYPE_CHECKING:
+    from fastpeft.comparison.plan import CompareConfig
+    from fastpeft.comparison.run import compare
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.prompt_model import PromptCollator, PromptModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompareConfig",
     "FastpeftError",
     "LadderConfig",
     "LadderModel",
@@ -36,12 +39,14 @@ __all__ = [
     "SivaConfig",
     "SivaLinear",
     "TrainConfig",
+    "compare",
     "functional",
     "train",
 ]
 
 # Names that are loaded at first use, to keep the import quick: most of their modules import the Trainer.
 _LAZY = {
+    "CompareConfig": "fastpeft.comparison.plan",
     "MeZO": "fastpeft.mezo.optimizer",
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
@@ -49,6 +54,7 @@ _LAZY = {
     "PromptCollator": "fastpeft.prompt_model",
     "PromptModel": "fastpeft.prompt_model",
     "TrainConfig": "fastpeft.training",
+    "compare": "fastpeft.comparison.run",
     "train": "fastpeft.training",
 }
 

@@ -1,8 +1,7 @@
-"""The command line: `fastpeft train | eval | predict | info`."""
+"""The command line: `fastpeft train | eval | predict | compare | info`."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -40,16 +39,15 @@ app = typer.Typer(
 
 
 def _settings(items: list[str]) -> dict[str, Any]:
-    """Parse `key=value` items; a value is JSON where it can be, else text."""
+    """Parse `key=value` items."""
+    from fastpeft.config import parse_value
+
     parsed: dict[str, Any] = {}
     for item in items:
         name, separator, value = item.partition("=")
         if not separator or not name:
             raise FastpeftError(f"--set {item!r} is not of the form key=value. Write, for example, --set d=300.")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = value
+        parsed[name] = parse_value(value)
     return parsed
 
 
@@ -223,6 +221,84 @@ def predict(
         raise FastpeftError("nothing to classify; give texts, or --file with one text a line.")
     for text, (label, probability) in zip(given, evaluation.predict(folder, given)):
         typer.echo(f"{label}\t{probability:.3f}\t{text}")
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            metavar="VARIANT,...",
+            help="As siva,k-lst:window=5,siva:targets=query+value:rank=8, where + is a comma inside a value; "
+            "zero-shot:prompt=sst2:calibrate=true is not trained; lst:init_from=mezo starts from another variant.",
+        ),
+    ],
+    output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
+    seeds: Annotated[int, typer.Option(help="Runs of each variant, with the seeds 0, 1, ...")] = 1,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEMPLATE|NAME|none,...",
+            help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As for train, as are all below.")] = None,
+    data: Annotated[str | None, typer.Option()] = None,
+    epochs: Annotated[float | None, typer.Option()] = None,
+    max_steps: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    save_steps: Annotated[int | None, typer.Option(help="A cell that was cut off then goes on inside.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a variant, for all cells."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells; write nothing.")] = False,
+) -> None:
+    """Train by several methods, each run in a process of its own, and make one table of them.
+
+    The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed.
+    """
+    from fastpeft import console
+    from fastpeft.comparison.plan import CompareConfig
+    from fastpeft.comparison.run import Comparison
+
+    console.quieten(quiet)
+    given = {
+        "model": model,
+        "data": data,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "save_steps": save_steps,
+    }
+    config = CompareConfig(
+        output=output,
+        methods=_items(methods),
+        prompts=_items(prompts or []),
+        seeds=seeds,
+        common={**_settings(settings or []), **{name: value for name, value in given.items() if value is not None}},
+    )
+    comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
+    if dry_run:
+        console.show_comparison(comparison)
+        return
+    try:
+        with console.live_comparison(comparison, quiet):
+            result = comparison.run()
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. What is finished is in {output}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    if not quiet:
+        console.show_report(comparison)
+    for name, error in result.failed.items():
+        typer.echo(f"{name} failed: {error}", err=True)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def _items(texts: list[str]) -> list[str]:
+    """The items of lists joined by commas."""
+    return [item.strip() for text in texts for item in text.split(",")]
 
 
 @app.command()

@@ -140,6 +140,14 @@ class TrainConfig:
         return dataclasses.asdict(self) | {"model": _anchored(self.model), "data": _anchored(self.data)}
 
 
+def parse_value(text: str) -> Any:
+    """A value as written on a command line: JSON where it can be, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _anchored(name: str) -> str:
     """The absolute path of a local file or folder; any other name as it is."""
     path = Path(name).expanduser()

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from fastpeft.comparison import report
+from fastpeft.comparison.run import Comparison
 from fastpeft.trainer import Clock
 
 # what is shown are a person's own words and paths, in which brackets and colons mean nothing
@@ -108,3 +111,50 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
             ("saved in", str(folder)),
         ],
     )
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print the cells of a comparison, in the order in which they run."""
+    console.print(_cells_table(comparison))
+
+
+def show_report(comparison: Comparison) -> None:
+    """Print the table of a comparison's report, and where it is."""
+    header, *rows = report.table(comparison.plan.cells)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    width = None if console.is_terminal else console.measure(table).maximum  # no terminal: lines may be of any length
+    console.print(table, width=width, crop=False)
+    console.print(f"saved in {comparison.plan.folder / 'report.md'}")
+
+
+@contextmanager
+def live_comparison(comparison: Comparison, quiet: bool) -> Iterator[None]:
+    """Show the cells while they run: a table that renews itself on a terminal, else only what is logged."""
+    if quiet or not errors.is_terminal:
+        yield
+        return
+    logger = logging.getLogger("fastpeft")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the table says the rest
+    try:
+        with Live(get_renderable=lambda: _cells_table(comparison), console=errors, refresh_per_second=2):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cells_table(comparison: Comparison) -> Table:
+    cells = comparison.plan.wanted
+    done = sum(cell.state == "finished" for cell in cells)
+    left = comparison.seconds_left()
+    time_left = "" if left is None or done == len(cells) else f", about {_duration(left)} left"
+    table = Table("cell", "state", "result", caption=f"{done} of {len(cells)} finished{time_left}")
+    for cell in cells:
+        table.add_row(cell.name, comparison.state(cell), report.headline(cell.metrics() or {}) or cell.error() or "")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"

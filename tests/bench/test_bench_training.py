@@ -7,8 +7,7 @@ import gc
 import pytest
 import torch
 
-from bench.accuracy import CELLS, Cell
-from bench.bench_training import candidates, training_step
+from bench.bench_training import CELLS, Cell, candidates, training_step
 
 
 def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,214 @@
+"""Running a comparison: each unfinished cell in a process of its own, one after another."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import IO, Any
+
+from fastpeft import files
+from fastpeft.comparison import report
+from fastpeft.comparison.plan import LOCK, ZERO_SHOT, Cell, CompareConfig, Plan
+from fastpeft.errors import FastpeftError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two comparisons in one folder are then not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """A comparison that has come to its end: its folder, and why each cell failed that did, by its name."""
+
+    folder: Path
+    failed: dict[str, str]
+
+
+def compare(config: CompareConfig, *, command: str | None = None) -> CompareResult:
+    """Run every cell of `config` that is not finished, and leave `results.csv` and `report.md` in its output.
+
+    The same call on the same folder continues: finished cells are kept, failed ones tried again. Another comparison in
+    that folder adds its cells. Both files are rewritten after each cell.
+
+    Args:
+        config: what to compare.
+        command: how the comparison was started, for the report.
+
+    Raises:
+        FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
+            another comparison runs there; then nothing was written. A cell that fails raises nothing.
+        KeyboardInterrupt: as usual, and on SIGTERM; the cell's process is ended and both files are written before.
+
+    Example:
+        >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
+        >>> print((result.folder / "report.md").read_text())  # doctest: +SKIP
+    """
+    return Comparison(config, command).run()
+
+
+class Comparison:
+    """A comparison that can be looked at while it runs. Making it checks everything and writes nothing.
+
+    Attributes:
+        plan: its cells.
+        running: the cell whose process runs now.
+    """
+
+    def __init__(self, config: CompareConfig, command: str | None = None) -> None:
+        self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
+        self.running: Cell | None = None
+        self._started = 0.0
+
+    def state(self, cell: Cell) -> str:
+        """`running`, `finished`, `failed` or `waiting`."""
+        return "running" if cell is self.running else cell.state
+
+    def seconds_left(self) -> float | None:
+        """A guess by the speed of finished cells, of the same method where there are some; None before the first."""
+        finished = [(cell.method, metrics) for cell in self.plan.cells if (metrics := cell.metrics())]
+        finished = [(method, metrics) for method, metrics in finished if metrics.get("samples_per_second")]
+        if not finished:
+            return None
+        left = 0.0
+        for cell in self.plan.wanted:
+            if self.state(cell) in ("running", "waiting") and cell.method != ZERO_SHOT:
+                same = [metrics for method, metrics in finished if method == cell.method]
+                speeds = [metrics["samples_per_second"] for metrics in same or [metrics for _, metrics in finished]]
+                seconds = _rows(cell, finished[0][1]["train_rows"]) / mean(speeds)
+                left += max(0.0, seconds - (time.monotonic() - self._started if cell is self.running else 0.0))
+        return left
+
+    def run(self) -> CompareResult:
+        """Run what is not finished, see `compare`."""
+        plan = self.plan
+        with _lock(plan.folder) as lock, _sigterm_interrupts():
+            plan.save()
+            for cell in plan.wanted:  # a failure of an earlier time is not one of now
+                if cell.state == "failed":
+                    cell.log.unlink()
+            try:
+                for number, cell in enumerate(plan.wanted, 1):
+                    if cell.state != "finished":
+                        logger.info("%d of %d: %s", number, len(plan.wanted), cell.name)
+                        self._run_cell(cell, lock)
+                        report.write(plan)
+            finally:
+                report.write(plan)
+        return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
+
+    def _run_cell(self, cell: Cell, lock: IO[str] | None) -> None:
+        """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
+        if cell.after is not None and any(other.name == cell.after and other.error() for other in self.plan.wanted):
+            files.write_text(cell.log, f"Error: {cell.after}, whose result it starts from, has failed.\n")
+            logger.warning("%s: not started, since %s has failed", cell.name, cell.after)
+            return
+        files.write_json(cell.config_file, cell.values)
+        self.running, self._started = cell, time.monotonic()
+        try:
+            with cell.log.open("wb") as log:
+                code = _wait(_command(cell), log, lock)
+        except KeyboardInterrupt:
+            cell.log.unlink(missing_ok=True)
+            raise
+        finally:
+            self.running = None
+        metrics = cell.metrics()
+        if metrics is None:
+            _mark_failed(cell.log, code)
+            logger.warning("%s: failed: %s", cell.name, cell.error())
+        else:
+            logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), time.monotonic() - self._started)
+
+
+def _command(cell: Cell) -> list[str]:
+    """The command line of a cell's process."""
+    python = [sys.executable, "-m"]
+    if cell.method == ZERO_SHOT:
+        return [*python, "fastpeft.comparison.zero_shot", str(cell.config_file)]
+    return [*python, "fastpeft", "train", "--config", str(cell.config_file), "--resume", "--quiet"]
+
+
+def _wait(command: list[str], log: IO[bytes], lock: IO[str] | None) -> int:
+    """The exit code of a process that writes to `log`; it does not outlive an exception here.
+
+    It holds the folder's lock too, so that a process whose comparison was killed keeps a second one out.
+    """
+    kept = () if lock is None else (lock.fileno(),)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=kept
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _mark_failed(log: Path, code: int) -> None:
+    """Let the last line of a failed process's log be `Error: ...`, which it is where fastpeft said so itself."""
+    text = log.read_text(encoding="utf-8", errors="replace").rstrip()
+    last = text.rpartition("\n")[2]
+    if last.startswith("Error: "):
+        return
+    ended = f"with exit code {code}"
+    if code < 0:
+        killed = " (perhaps for lack of memory)" if -code == getattr(signal, "SIGKILL", 9) else ""
+        ended = f"by signal {-code}{killed}"
+    files.write_text(log, f"{text}\nError: the process ended {ended}{f': {last}' if last else '.'}\n".lstrip())
+
+
+def _rows(cell: Cell, train_rows: int) -> float:
+    """Rows that a cell trains on, of a data set with `train_rows`."""
+    values: dict[str, Any] = cell.values
+    if values["max_steps"] is not None:
+        return float(values["max_steps"] * values["batch_size"])
+    return float((values["epochs"] or 1) * train_rows)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[IO[str] | None]:
+    """Hold a comparison's folder, so that no other comparison runs in it. Makes the folder."""
+    if fcntl is None:
+        yield None
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise FastpeftError(
+            f"cannot write to the output folder {str(folder)!r} ({error.strerror}). Give one that can be written."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FastpeftError(
+                f"another comparison, or a cell that it left, still runs in {str(folder)!r}. Wait for its end, or end "
+                "it."
+            ) from None
+        yield lock
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt`, where handlers can be set: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
