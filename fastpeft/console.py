@@ -119,13 +119,15 @@ def show_comparison(comparison: Comparison) -> None:
 
 
 def show_report(comparison: Comparison) -> None:
-    """Print the table of a comparison's report, and where it is."""
-    header, *rows = report.table(comparison.plan.cells)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    width = None if console.is_terminal else console.measure(table).maximum  # no terminal: lines may be of any length
-    console.print(table, width=width, crop=False)
+    """Print the table of a comparison's report, outside of a terminal as the report has it, and where that is."""
+    rows = report.table(comparison.plan.cells)
+    if console.is_terminal:
+        table = Table(*rows[0])
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+    else:
+        console.print("\n".join(report.markdown(rows)), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'}")
 
 

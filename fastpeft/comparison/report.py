@@ -133,9 +133,8 @@ def _values(column: Column, runs: Iterable[Mapping[str, Any]]) -> list[float]:
 def _report(plan: Plan) -> str:
     """The report in Markdown: the table, what failed, where it was measured and how."""
     finished = [metrics for cell in plan.cells if (metrics := cell.metrics())]
-    header, *rows = table(plan.cells)
     lines = ["# Comparison of fine-tuning methods", ""]
-    lines += [_markdown_row(header), f"|{'---|' * len(header)}", *map(_markdown_row, rows)]
+    lines += markdown(table(plan.cells))
     failed = [f"- {cell.name}: {error}" for cell in plan.cells if (error := cell.error())]
     waiting = [f"- {cell.name}" for cell in plan.cells if cell.state == "waiting"]
     for title, items in (("Failed", failed), ("Not run yet", waiting)):
@@ -157,8 +156,10 @@ def _report(plan: Plan) -> str:
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 
-def _markdown_row(texts: Iterable[str]) -> str:
-    return f"| {' | '.join(text.replace('|', '&#124;') for text in texts)} |"
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its header first, in Markdown."""
+    lines = [f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
 
 
 def _text(metrics: Mapping[str, Any], name: str) -> str:

@@ -153,6 +153,7 @@ def _wait(command: list[str], log: IO[bytes], lock: IO[str] | None) -> int:
             return process.wait()
         except BaseException:
             process.kill()
+            process.wait()  # on an interruption, leaving the block does not wait
             raise
 
 
