@@ -17,11 +17,10 @@ from fastpeft.runs import RunFolder
 from fastpeft.task import sort_settings
 
 ZERO_SHOT = "zero-shot"  # the row with no training
-_ZERO_SHOT_FIELDS = ("output", "model", "data", "prompt", "label_words", "text_column", "label_column")
+_ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
 _CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
-_SHORT_NAMES = {"window": "window_size", "reduction": "reduction_factor"}
 _DECIDED = {
     "output": "the comparison's output decides it",
     "method": "it is the first word of a variant",
@@ -107,9 +106,9 @@ class CompareConfig:
         FastpeftError: a variant cannot be read, or its configuration cannot be used.
 
     Example:
-        >>> config = CompareConfig(output="runs/all", methods=["siva", "k-lst:window=5"], seeds=2)
+        >>> config = CompareConfig(output="runs/all", methods=["siva", "lora:rank=2"], seeds=2)
         >>> [cell.name for cell in config.cells()]
-        ['siva-seed0', 'siva-seed1', 'k-lst-window=5-seed0', 'k-lst-window=5-seed1']
+        ['siva-seed0', 'siva-seed1', 'lora-rank=2-seed0', 'lora-rank=2-seed1']
     """
 
     output: str
@@ -172,30 +171,31 @@ class CompareConfig:
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
-            return [self._trained_cell(variant, method, own, earlier, seed) for seed in range(self.seeds)]
+            return [self._trained_cell(variant, seed) for seed in range(self.seeds)]
         except FastpeftError as error:
             raise FastpeftError(f"the variant {variant!r} cannot be used: {error}") from None
 
-    def _trained_cell(self, variant: str, method: str, own: Mapping[str, Any], earlier: str | None, seed: int) -> Cell:
-        name, after = (text and f"{_folder_name(text)}-seed{seed}" for text in (variant, earlier))
-        assert name is not None
+    def _trained_cell(self, variant: str, seed: int) -> Cell:
+        method, own, earlier = parse_variant(variant)
+        name = f"{_folder_name(variant)}-seed{seed}"
         shared = {key: value for key, value in self.common.items() if not (key == "max_steps" and "epochs" in own)}
         values = _train_values({**shared, **own})
-        if after is not None:
-            values["init_from"] = str(self._cell_folder(after))
+        start = None if earlier is None else self._trained_cell(earlier, seed)
+        if start is not None:
+            values = {"model": start.values["model"], **values, "init_from": start.values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
         config = TrainConfig.from_values(values)
         sort_settings(get_method(config.method), config.settings)
-        return Cell(name, variant, method, seed, config.values(), after)
+        return Cell(name, variant, method, seed, config.values(), start and start.name)
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
         calibrate = own.pop("calibrate", False)
         if not isinstance(calibrate, bool):
             raise FastpeftError(f"calibrate is {calibrate!r}; it must be true or false.")
         for key in own:
-            if key not in _ZERO_SHOT_FIELDS[1:]:
+            if key not in _ZERO_SHOT_FIELDS:
                 raise FastpeftError(
-                    f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*_ZERO_SHOT_FIELDS[1:], 'calibrate'))}."
+                    f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*_ZERO_SHOT_FIELDS, 'calibrate'))}."
                 )
         for key in _CHANGES_DEV_ROWS:
             if key in self.common:
@@ -204,8 +204,7 @@ class CompareConfig:
         config = TrainConfig.from_values({**given, "output": str(self._cell_folder(name))})
         if config.parse_prompt() is None:
             raise FastpeftError(f"{ZERO_SHOT} needs a prompt; give one as {ZERO_SHOT}:prompt=sst2.")
-        values = config.values()
-        return {**{key: values[key] for key in _ZERO_SHOT_FIELDS}, "method": ZERO_SHOT, "calibrate": calibrate}
+        return {**config.values(), "method": ZERO_SHOT, "calibrate": calibrate}
 
     def _cell_folder(self, name: str) -> Path:
         return _cells_folder(self.output) / name
@@ -228,8 +227,8 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
             f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
             "siva:targets=query+value:rank=8, where + is a comma inside a value."
         )
-    if method == ZERO_SHOT and chain:
-        raise FastpeftError(f"{ZERO_SHOT} takes no init_from.")
+    if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
+        raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")
     values: dict[str, Any] = {}
     for item in items:
         name, _, value = item.partition("=")
@@ -247,7 +246,7 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name in _DECIDED:
             raise FastpeftError(f"{name} cannot be given; {_DECIDED[name]}.")
-        (values if name in fields else settings)[_SHORT_NAMES.get(name, name)] = value
+        (values if name in fields else settings)[name] = value
     return {**values, "settings": settings}
 
 

@@ -39,21 +39,21 @@ def test_a_variant_as_written() -> None:
 
 def test_cells_of_variants_and_seeds() -> None:
     cells = config(
-        "k-lst:window=5",
+        "k-lst:num_heads=2",
         "siva:targets=query+value:epochs=2",
         seeds=2,
         common={"max_steps": 3, "warmup_steps": 1, "data": "some.csv"},
     ).cells()
     assert [cell.name for cell in cells] == [
-        "k-lst-window=5-seed0",
-        "k-lst-window=5-seed1",
+        "k-lst-num_heads=2-seed0",
+        "k-lst-num_heads=2-seed1",
         "siva-targets=query+value-epochs=2-seed0",
         "siva-targets=query+value-epochs=2-seed1",
     ]
     ladder, siva = (TrainConfig.from_values(cells[index].values) for index in (0, 3))
-    assert ladder.settings == {"warmup_steps": 1, "window_size": 5}
+    assert ladder.settings == {"warmup_steps": 1, "num_heads": 2}
     assert (ladder.method, ladder.seed, ladder.max_steps, ladder.data) == ("k-lst", 0, 3, "some.csv")
-    assert ladder.output == str(Path("out") / "cells" / "k-lst-window=5-seed0")
+    assert ladder.output == str(Path("out") / "cells" / "k-lst-num_heads=2-seed0")
     assert (siva.targets, siva.seed, siva.max_steps, siva.epochs) == ("query,value", 1, None, 2)
 
 
@@ -100,7 +100,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
     assert [cell.variant for cell in made.cells] == [cell.variant for cell in chained.cells()], "the report's order"
     by_name = {cell.name: cell for cell in made.cells}
     assert by_name["lst-init_from=mezo-seed1"].after == "mezo-seed1"
-    assert by_name["lst-init_from=mezo-seed1"].values["init_from"] == by_name["mezo-seed1"].values["output"]
+    follower, start = by_name["lst-init_from=mezo-seed1"], by_name["mezo-seed1"]
+    assert Path(follower.values["init_from"]) == Path(start.values["output"])
 
 
 @pytest.mark.parametrize(
@@ -122,17 +123,21 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva"], "common": {"output": "x"}}, "output cannot be given"),
         ({"methods": ["siva"], "common": {"epochs": -1}}, "epochs is -1"),
         ({"methods": ["siva", "lora", "siva"]}, "the variants 'siva' and 'siva' are one"),
-        ({"methods": ["head:prompt=sst2:label_words=a+b", "head:prompt=sst2:label_words=A+b"]}, "would share the folder"),
+        (
+            {"methods": ["head:prompt=sst2:label_words=a+b", "head:prompt=sst2:label_words=A+b"]},
+            "would share the folder",
+        ),
         ({"methods": ["head:prompt={text} <mask>" + "x" * 200]}, "would name a folder of"),
         ({"methods": ["zero-shot"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot"], "prompts": ["none"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot:prompt=sst2:calibrate=maybe"]}, "calibrate is 'maybe'; it must be true or false"),
         ({"methods": ["zero-shot:prompt=sst2:rank=3"]}, "zero-shot takes no rank"),
-        ({"methods": ["zero-shot:prompt=sst2:init_from=siva", "siva"]}, "zero-shot takes no init_from"),
+        ({"methods": ["zero-shot:prompt=sst2:init_from=siva", "siva"]}, "zero-shot neither starts from a run"),
         ({"methods": ["zero-shot:prompt=sst2"], "common": {"split_seed": 1}}, "zero-shot takes no split_seed"),
         ({"methods": ["siva"], "prompts": ["sst2"], "common": {"prompt": "MR"}}, "Give one of the two"),
         ({"methods": ["siva"], "prompts": ["sst99"]}, "no prompt is named 'sst99'"),
         ({"methods": ["lst:init_from=mezo", "siva"]}, "init_from names 'mezo', but the comparison has"),
+        ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "nor leaves one"),
         ({"methods": ["lst:init_from=lst"]}, "init_from names 'lst'"),
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
     ],
