@@ -204,6 +204,21 @@ def test_two_comparisons_do_not_meet_in_one_folder() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
+    code = "import pathlib, time\npathlib.Path('on').touch()\nwhile not pathlib.Path('off').exists(): time.sleep(0.01)"
+    with run._lock(Path("out")) as lock, Path("log").open("wb") as log:
+        cell = threading.Thread(target=run._wait, args=([sys.executable, "-S", "-c", code], log, lock))
+        cell.start()
+        while not Path("on").exists():
+            time.sleep(0.01)
+    with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
+        compare(config("head"))
+    Path("off").touch()
+    cell.join()
+    assert compare(config("head")).failed == {}
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_on_the_command_line() -> None:
     command = ["compare", "--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25", "--output", "out"]
     dry = CliRunner().invoke(app, [*command, "--dry-run"])
