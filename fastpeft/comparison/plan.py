@@ -186,7 +186,7 @@ class CompareConfig:
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
         config = TrainConfig.from_values(values)
         sort_settings(get_method(config.method), config.settings)
-        return Cell(name, variant, method, seed, config.values(), start and start.name)
+        return Cell(name, variant, method, seed, config.values(), None if start is None else start.name)
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
         calibrate = own.pop("calibrate", False)
