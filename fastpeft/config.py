@@ -97,7 +97,7 @@ class TrainConfig:
         for name in ("bf16", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
-        get_method(self.method)
+        get_method(self.method, self.settings)
         self.parse_prompt()
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:

@@ -3,84 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, load_data, load_rows
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import get_method
-from fastpeft.models import Classifier
+from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.prompt_model import PromptCollator, load_prompted
 from fastpeft.prompts import Prompt
-from fastpeft.runs import RunFolder
-from fastpeft.task import DEFAULT_MAX_LENGTH, encode, load_model, prompt_for
+from fastpeft.task import DEFAULT_MAX_LENGTH, encode
 from fastpeft.trainer import classification_metrics
 
 _BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run's classifier, on the best device there is, with what the run's folder says of it.
-
-    Attributes:
-        classifier: model and tokenizer.
-        config: how the run was started.
-        labels: names of the classes, in the order of the model's outputs.
-        prompt: what texts are put into; None for the texts alone.
-        max_length: where texts are cut, in tokens.
-    """
-
-    classifier: Classifier
-    config: TrainConfig
-    labels: list[str]
-    prompt: Prompt | None
-    max_length: int
-
-
-def load_run(folder: str | Path) -> FinishedRun:
-    """Load the classifier of a finished run.
-
-    Raises:
-        FastpeftError: the folder holds no finished run, or its files or its base model cannot be loaded.
-    """
-    run = RunFolder(folder)
-    metrics = run.metrics()
-    labels: list[str] = metrics["labels"]
-    config = TrainConfig.from_values(run.config())
-    prompt = prompt_for(config, labels)
-    method = get_method(config.method)
-    if method.adapts or method.ladder:
-        base = load_model(config.model, labels, prompt)
-        load = _load_adapter if method.adapts else _load_ladder
-        classifier = Classifier(load(run.path, base.model), base.tokenizer, base.head)
-    else:
-        classifier = load_model(str(run.path), labels, prompt)
-    classifier.model.eval().to(_device())
-    return FinishedRun(classifier, config, labels, prompt, metrics["max_length"])
-
-
-def _load_adapter(folder: Path, base: Any) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(base, str(folder))
-    except FastpeftError:
-        raise
-    except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
-
-
-def _load_ladder(folder: Path, base: Any) -> Any:
-    from fastpeft.ladder import LadderModel
-
-    return LadderModel.from_pretrained(folder, base=base)
 
 
 def evaluate(
@@ -133,7 +70,7 @@ def evaluate_zero_shot(
     """
     texts = load_data(data, text_column=text_column, label_column=label_column)
     classifier = load_prompted(model, prompt.for_labels(texts.labels))
-    prompted = classifier.model.eval().to(_device())
+    prompted = classifier.model.eval().to(best_device())
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
@@ -143,10 +80,6 @@ def evaluate_zero_shot(
 
 def _metrics(logits: np.ndarray, dev: Examples) -> dict[str, float]:
     return {**classification_metrics(EvalPrediction(logits, np.array(dev.labels))), "dev_rows": len(dev)}
-
-
-def _device() -> torch.device | str:
-    return torch.accelerator.current_accelerator(check_available=True) or "cpu"
 
 
 def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]:

@@ -68,15 +68,53 @@ class Method:
     zeroth_order: bool = False
 
 
-def get_method(name: str) -> Method:
-    """The method called `name`.
+def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """The method called `name`, as its settings make it: MeZO trains what another method leaves to train.
+
+    Args:
+        name: as given to `--method`.
+        settings: as given by `--set`; only `over` matters here.
 
     Raises:
-        FastpeftError: there is none.
+        FastpeftError: there is none, or MeZO cannot train over what `over` names.
+
+    Example:
+        >>> get_method("mezo", {"over": "k-lst"}).ladder
+        True
     """
     if name not in METHODS:
         raise FastpeftError(f"unknown method {name!r}; allowed are {', '.join(METHODS)}. Choose one of these.")
-    return METHODS[name]
+    method = METHODS[name]
+    if not (method.zeroth_order and settings and "over" in settings):
+        return method
+    trained = [other.name for other in METHODS.values() if not other.zeroth_order]
+    over = settings["over"]
+    if over not in trained:
+        raise FastpeftError(
+            f"over is {over!r}; {method.title} trains what another method leaves to train. Choose one of "
+            f"{', '.join(trained)}."
+        )
+    return _over(method, METHODS[over])
+
+
+def _over(method: Method, inner: Method) -> Method:
+    """`inner`, trained in the way of `method`: what is prepared and saved is as `inner` does it."""
+
+    def prepare(model: nn.Module, preparation: Preparation) -> nn.Module:
+        own = {name: value for name, value in preparation.settings.items() if name != "over"}
+        return inner.prepare(model, dataclasses.replace(preparation, settings=own))
+
+    return dataclasses.replace(
+        inner,
+        name=method.name,
+        title=method.title if inner.name == "full" else f"{method.title} over {inner.title}",
+        description=method.description,
+        learning_rate=method.learning_rate,
+        weight_decay=method.weight_decay,
+        zeroth_order=True,
+        prepare=prepare,
+        settings=lambda: {**method.settings(), **inner.settings()},
+    )
 
 
 def parse_targets(text: str | None) -> Targets:
@@ -136,10 +174,16 @@ def _ladder_settings() -> dict[str, Any]:
 
 
 def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
-    """A side network beside the model."""
+    """A side network beside the model; of a prompted one, beside the masked language model in it."""
     from fastpeft.ladder import LadderConfig, LadderModel
+    from fastpeft.prompt_model import PromptModel
 
-    return LadderModel(model, LadderConfig(**{**defaults, **preparation.settings}))
+    config = LadderConfig(**{**defaults, **preparation.settings})
+    return (
+        model.around(lambda base: LadderModel(base, config))
+        if isinstance(model, PromptModel)
+        else LadderModel(model, config)
+    )
 
 
 # arguments of a LadderConfig that follow from the model
@@ -277,10 +321,11 @@ METHODS = {
         Method(
             name="mezo",
             title="MeZO",
-            description="every weight trains, by forward passes alone",
+            description="every weight, or what another method trains (--set over=METHOD), by forward passes alone",
             learning_rate=1e-6,
             weight_decay=0.0,
             prepare=_prepare_full,
+            settings=lambda: {"over": str},
             zeroth_order=True,
         ),
         Method(

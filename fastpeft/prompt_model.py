@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +196,10 @@ class PromptModel(PreTrainedModel):
             self.train(training)
         return logits
 
+    def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:
+        """This prompt on what `wrap` makes of the masked model, as a side network beside it; uncalibrated."""
+        return PromptModel(wrap(self.masked_lm), self.tokenizer, self.prompt)
+
     @property
     def core(self) -> Any:
         """The masked language model without wrappers."""
@@ -256,14 +260,16 @@ class PromptModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id.
-            masked_lm: the model inside; a side network must be loaded first, from the same place. None: a plain masked
-                model or a PEFT adapter, whose base model is loaded too.
+            masked_lm: the model inside. None: what is there, a plain masked model, or a PEFT adapter or a side network,
+                whose base model is loaded too.
             kwargs: passed to `AutoModelForMaskedLM.from_pretrained`, as `dtype`.
 
         Raises:
             FastpeftError: there is no prompt, or the model cannot be loaded.
         """
         from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+        import fastpeft  # noqa: F401  (registers adapters with PEFT and side networks with transformers)
 
         source = os.fspath(pretrained_model_name_or_path)
         try:
@@ -351,8 +357,6 @@ def _load_adapter(source: str, **kwargs: Any) -> Any:
     """A PEFT adapter on its masked base model."""
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
-
-    import fastpeft  # noqa: F401  (registers its methods with PEFT)
 
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
     return PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base, **kwargs), source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,10 +17,9 @@ from transformers import TrainingArguments, set_seed
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
 from fastpeft.errors import FastpeftError
+from fastpeft.loading import load_model, prompt_for
 from fastpeft.methods import Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.models import Classifier, load_classifier
-from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
 
 DEFAULT_MAX_LENGTH = 128  # tokens
@@ -87,7 +86,7 @@ class Task:
         Raises:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
-        method = get_method(config.method)
+        method = get_method(config.method, config.settings)
         method_settings, arguments = sort_settings(method, config.settings)
         if not method.adapts and (config.rank is not None or config.targets is not None):
             raise FastpeftError(f"the method {method.name!r} takes no targets and no rank; leave them out.")
@@ -99,11 +98,6 @@ class Task:
             split_seed=config.split_seed,
         )
         prompt = prompt_for(config, data.labels)
-        if method.ladder and prompt is not None and prompt.head == "label_words":
-            raise FastpeftError(
-                f"the method {method.name!r} takes a prompt with a classification head only. Add --prompt-head "
-                "classifier, or choose another method."
-            )
         set_seed(config.seed)  # the new head is drawn
         classifier = load_model(config.model, data.labels, prompt)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
@@ -179,19 +173,6 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
         "persistent_workers": arguments.dataloader_persistent_workers,
         "prefetch_factor": arguments.dataloader_prefetch_factor,
     }
-
-
-def prompt_for(config: TrainConfig, labels: Sequence[str]) -> Prompt | None:
-    """The prompt of `config`, with its words in the order of `labels`."""
-    prompt = config.parse_prompt()
-    return None if prompt is None else prompt.for_labels(labels)
-
-
-def load_model(model: str, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
-    """Load `model` as a classifier of `labels`: by a classification head, or by the label words of `prompt`."""
-    if prompt is not None and prompt.head == "label_words":
-        return load_prompted(model, prompt)
-    return load_classifier(model, labels)
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None) -> list[Row]:

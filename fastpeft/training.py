@@ -138,7 +138,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, checkpoint: Path | 
     """Train from the beginning or from a checkpoint; of a run that cannot go on, keep the last good weights."""
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
-        if not (checkpoint / "adapter_config.json").is_file():
+        if not (task.method.adapts or task.method.ladder):
             # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
             trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
     set_seed(task.config.seed)  # dropout starts alike whatever was computed before
