@@ -57,7 +57,9 @@ def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:
     )
     model = get_method(cell.method).prepare(classifier.model, preparation).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=get_method(cell.method).weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-5, weight_decay=get_method(cell.method).recipe.weight_decay, fused=True
+    )
     ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 

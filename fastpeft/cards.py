@@ -23,6 +23,7 @@ def loading_snippet(
     task_type: str | None,
     adapter: bool = True,
     ladder: bool = False,
+    chained: bool = False,
     labels: Sequence[str] = (),
     prompt_head: str | None = None,
 ) -> str:
@@ -34,9 +35,12 @@ def loading_snippet(
         task_type: one of PEFT's, or None for a model of another kind.
         adapter: whether an adapter was saved, or a whole model.
         ladder: whether the model is a side network beside its base.
+        chained: whether the run started from another; what is put on its model finds that through the run's folder.
         labels: names of the classes; where they are known the tokenizer was saved too.
         prompt_head: head of the prompt that was saved too, None where there was none.
     """
+    if chained and (adapter or ladder):
+        return _chained_snippet(folder, prompt_head)
     if prompt_head == "label_words":
         return _prompted_snippet(folder, base_model, adapter)
     head = _HEADS.get(task_type or "")
@@ -77,6 +81,19 @@ def _prompted_snippet(folder: str, base_model: str, adapter: bool) -> str:
     else:
         end.append(f"model = PromptModel.from_pretrained({folder!r}, dtype=torch.float32)")
     return "\n".join([*lines, "", *end])
+
+
+def _chained_snippet(folder: str, prompt_head: str | None) -> str:
+    """Python code that loads a model through the runs that it came from."""
+    lines = [
+        "from fastpeft.loading import load_run",
+        "",
+        f"run = load_run({folder!r})  # with the run that it started from",
+        "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
+    ]
+    if prompt_head is not None:
+        lines.append("prompt = run.prompt  # prompt.encode(tokenizer, texts) makes what the model reads")
+    return "\n".join(lines)
 
 
 def _prompt_line(folder: str) -> str:

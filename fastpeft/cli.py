@@ -55,6 +55,9 @@ def _settings(items: list[str]) -> dict[str, Any]:
 def train(
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)} (default: siva)")] = None,
     model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id (default: demo)")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Folder of a finished run whose model to train on.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -67,10 +70,20 @@ def train(
         str | None, typer.Option(help="Layers to adapt: query,key or all-linear or a regular expression.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows (default: 1)")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Backbone features that each block of k-lst reads, odd (default: 9)")
+    ] = None,
+    reduction: Annotated[
+        int | None, typer.Option(help="How many times narrower the side network of k-lst or lst is (default: 8)")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows (default: the method's recipe's)")
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step (default: 16)")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (default: the method's)")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate (default: the method's recipe's)")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest text in tokens (default: 128)")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides the new head, the order and dropout (default: 0)")] = None,
     split_seed: Annotated[
@@ -104,10 +117,13 @@ def train(
     given: dict[str, Any] = {
         "method": method,
         "model": model,
+        "init_from": init_from,
         "data": data,
         "output": output,
         "targets": targets,
         "rank": rank,
+        "window": window,
+        "reduction": reduction,
         "epochs": epochs,
         "max_steps": max_steps,
         "batch_size": batch_size,
@@ -151,6 +167,7 @@ def train(
                 ("steps", f"{what.steps:,}"),
                 ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
                 ("longest text", f"{what.longest_row} tokens"),
+                *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
             ],
         )
         return

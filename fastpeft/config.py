@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fastpeft.data import DEMO
@@ -15,7 +16,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
 from fastpeft.named_prompts import parse_prompt
 from fastpeft.prompts import HEADS, Prompt
-from fastpeft.runs import read_config
+from fastpeft.runs import earlier_run, read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,19 @@ class TrainConfig:
     Attributes:
         output: folder of the run.
         method: a name of the registry `fastpeft.methods`.
-        model: `"demo"`, a folder or a hub id.
+        model: `"demo"`, a folder or a hub id. None: `"demo"`, or the model of the run that `init_from` names.
+        init_from: folder of a finished run, to train on with what it left: the weights of a whole model, an adapter
+            merged into its base, or a side network, which only a method with the same side network goes on with. None:
+            `model` as it is.
         data: `"demo"`, a csv, tsv, jsonl or parquet file, or a folder with `train.*` and perhaps `dev.*`.
         targets: layers to adapt: names joined by commas, `all-linear` or a regular expression. None: the method's.
         rank: rank of the adapter. None: the method's.
-        epochs: passes over the training rows.
+        window: backbone features that each block of a side network reads, odd. None: the method's.
+        reduction: how many times narrower than the backbone a side network is. None: the method's.
+        epochs: passes over the training rows. None: the recipe's.
         max_steps: optimizer steps, in place of `epochs`.
         batch_size: rows a step, on each device.
-        learning_rate: peak rate of AdamW. None: the method's.
+        learning_rate: peak rate of AdamW, or the rate of MeZO. None: the recipe's.
         max_length: longest text in tokens; what is longer is cut. None: 128, or the model's limit where that is less.
         seed: decides the new head, the order of rows and dropout.
         split_seed: decides which rows become the dev part where the data has none.
@@ -56,11 +62,14 @@ class TrainConfig:
 
     output: str
     method: str = "siva"
-    model: str = "demo"
+    model: str = None  # type: ignore[assignment]  # always filled in
+    init_from: str | None = None
     data: str = "demo"
     targets: str | None = None
     rank: int | None = None
-    epochs: float = 1.0
+    window: int | None = None
+    reduction: int | None = None
+    epochs: float | None = None
     max_steps: int | None = None
     batch_size: int = 16
     learning_rate: float | None = None
@@ -78,19 +87,33 @@ class TrainConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check(
+            "init_from", isinstance(self.init_from, (str, NoneType)) and self.init_from != "", "a folder's name"
+        )
+        if self.model is None:
+            model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
+            object.__setattr__(self, "model", model)
         for name in ("output", "method", "model", "data"):
             self._check(name, isinstance(value := getattr(self, name), str) and value != "", "a text that is not empty")
         for name in ("targets", "text_column", "label_column", "prompt", "label_words", "prompt_head"):
             self._check(name, isinstance(getattr(self, name), (str, type(None))), "a text")
-        for name, least in (("rank", 1), ("max_steps", 1), ("batch_size", 1), ("max_length", 2), ("save_steps", 1)):
+        whole = {
+            "rank": 1,
+            "window": 1,
+            "reduction": 1,
+            "max_steps": 1,
+            "batch_size": 1,
+            "max_length": 2,
+            "save_steps": 1,
+        }
+        for name, least in whole.items():
             value = getattr(self, name)
             optional = value is None and name != "batch_size"
             self._check(name, optional or (_is_whole(value) and value >= least), f"a whole number from {least}")
         for name in ("epochs", "learning_rate"):
             value = getattr(self, name)
-            optional = value is None and name != "epochs"
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            self._check(name, optional or number, "a number above 0")
+            self._check(name, value is None or number, "a number above 0")
         for name in ("seed", "split_seed"):
             value = getattr(self, name)
             self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
@@ -137,7 +160,9 @@ class TrainConfig:
 
     def values(self) -> dict[str, Any]:
         """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
-        return dataclasses.asdict(self) | {"model": _anchored(self.model), "data": _anchored(self.data)}
+        start = None if self.init_from is None else str(Path(self.init_from).expanduser().resolve())
+        paths = {"model": _anchored(self.model), "data": _anchored(self.data), "init_from": start}
+        return dataclasses.asdict(self) | paths
 
 
 def parse_value(text: str) -> Any:

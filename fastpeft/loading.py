@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from fastpeft.methods import get_method
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.prompt_model import PromptModel, load_prompted
 from fastpeft.prompts import Prompt
-from fastpeft.runs import RunFolder
+from fastpeft.runs import RunFolder, earlier_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,115 @@ def load_run(folder: str | Path) -> FinishedRun:
     """Load the classifier of a finished run.
 
     Raises:
-        FastpeftError: the folder holds no finished run, or its files or its base model cannot be loaded.
+        FastpeftError: the folder holds no finished run, or its files, its base model or the run that it started from
+            cannot be loaded.
     """
-    run = RunFolder(folder)
-    metrics = run.metrics()
-    labels: list[str] = metrics["labels"]
-    config = TrainConfig.from_values(run.config())
-    prompt = prompt_for(config, labels)
+    run = _assemble(RunFolder(folder))
+    run.classifier.model.to(best_device())
+    return run
+
+
+def _assemble(folder: RunFolder) -> FinishedRun:
+    """The run in `folder`, on the CPU: an adapter that is merged next has the bits there that it had in training."""
+    config, labels, prompt = _outline(folder)
     method = get_method(config.method, config.settings)
     if method.adapts or method.ladder:
-        base = load_model(config.model, labels, prompt)
+        folder.check_start()
+        base = load_start(config, labels, prompt)
         load = _load_adapter if method.adapts else _load_ladder
-        classifier = Classifier(load(run.path, base.model), base.tokenizer, base.head)
+        classifier = Classifier(load(folder.path, base.model), base.tokenizer, base.head)
     else:
-        classifier = load_model(str(run.path), labels, prompt)
-    classifier.model.eval().to(best_device())
-    return FinishedRun(classifier, config, labels, prompt, metrics["max_length"])
+        classifier = load_model(str(folder.path), labels, prompt)
+    classifier.model.eval()
+    return FinishedRun(classifier, config, labels, prompt, folder.metrics()["max_length"])
+
+
+def _outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None]:
+    """Configuration, classes and prompt of a finished run."""
+    labels = folder.metrics()["labels"]
+    config = TrainConfig.from_values(folder.config())
+    return config, labels, prompt_for(config, labels)
+
+
+def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
+    """Load the model that a run with `config` goes on from, before its method has prepared it.
+
+    That is its `model`, with the weights of the run that it starts from: whole ones, or those of a base with its
+    adapter merged. A side network left its backbone as it was; `begin_from_earlier` puts it back. The head is that
+    run's where it is of the same kind and for the same classes.
+
+    Raises:
+        FastpeftError: the model or the earlier run cannot be loaded, or the two do not go together.
+    """
+    if config.init_from is None:
+        return load_model(config.model, labels, prompt)
+    folder = earlier_run(config.init_from)
+    earlier, earlier_labels, earlier_prompt = _outline(folder)
+    if config.values()["model"] != earlier.values()["model"]:
+        raise FastpeftError(
+            f"the model is {config.model!r}, but the run in {config.init_from!r} trained {earlier.model!r}. Leave the "
+            "model out."
+        )
+    method = get_method(earlier.method, earlier.settings)
+    if method.ladder:
+        if not get_method(config.method, config.settings).ladder:
+            raise FastpeftError(
+                f"the run in {config.init_from!r} trained a side network and left its backbone as it was, so "
+                f"{config.method!r} has nothing to start from. Choose a method with the same side network, such as "
+                f"{earlier.method}, or leave init_from out."
+            )
+        return load_start(earlier, labels, prompt)
+    start = load_model(config.model, labels, prompt)
+    trained = _assemble(folder).classifier.model
+    if method.adapts:
+        trained = trained.merge_and_unload()
+    if _same_head(earlier_labels, earlier_prompt, labels, prompt):
+        start.model.load_state_dict(trained.state_dict())
+    else:  # of two kinds of head one may lack a pooler
+        _core(start.model).base_model.load_state_dict(_core(trained).base_model.state_dict(), strict=False)
+    for model in (start.model, _core(start.model)):  # what goes onto it names what it goes onto
+        model.name_or_path = model.config.name_or_path = str(folder.path.resolve())
+    return start
+
+
+def begin_from_earlier(model: Any, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None) -> None:
+    """Give a prepared model the side network of the run that `config` starts from, if that trained one.
+
+    Raises:
+        FastpeftError: the side networks differ in shape.
+    """
+    if config.init_from is None:
+        return
+    folder = earlier_run(config.init_from)
+    earlier, earlier_labels, earlier_prompt = _outline(folder)
+    if (earlier_prompt is None) != (prompt is None):
+        given = "a prompt, this one has none" if prompt is None else "no prompt, this one has"
+        logger.info("the run in %s had %s", config.init_from, given)
+    if get_method(earlier.method, earlier.settings).ladder:
+        ladder = model.masked_lm if isinstance(model, PromptModel) else model
+        ladder.take_over(folder.path, head=_same_head(earlier_labels, earlier_prompt, labels, prompt))
+
+
+def _same_head(
+    earlier_labels: list[str], earlier_prompt: Prompt | None, labels: Sequence[str], prompt: Prompt | None
+) -> bool:
+    """Whether an earlier run's head can stay: one for words whatever the classes, another for the same classes."""
+    by_words = [_by_words(earlier_prompt), _by_words(prompt)]
+    return all(by_words) or (not any(by_words) and earlier_labels == list(labels))
+
+
+def _by_words(prompt: Prompt | None) -> bool:
+    return prompt is not None and prompt.head == "label_words"
+
+
+def _core(model: Any) -> Any:
+    """The transformers model itself, inside a prompt."""
+    return model.core if isinstance(model, PromptModel) else model
 
 
 def load_model(model: str, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
     """Load `model` as a classifier of `labels`: by a classification head, or by the label words of `prompt`."""
-    if prompt is not None and prompt.head == "label_words":
+    if prompt is not None and _by_words(prompt):
         return load_prompted(model, prompt)
     return load_classifier(model, labels)
 

@@ -12,8 +12,9 @@ Anything else in the folder is a person's, and stays.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from fastpeft import __version__, files
 from fastpeft.errors import FastpeftError
 
 _VERSION_KEY = "fastpeft_version"
+_RECIPE_KEY = "recipe"
+_START_KEY = "init_from_weights"
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
@@ -124,11 +128,12 @@ class RunFolder:
                 "Give another one."
             )
         own = self.path.resolve()
-        for name in ("model", "data"):
-            if overwrite and Path(config[name]).is_relative_to(own):
+        needed = [(name, config[name]) for name in ("model", "data")]
+        needed += [("run to start from,", str(folder.path)) for folder in _earlier_runs(config)]
+        for name, path in needed:
+            if overwrite and Path(path).is_relative_to(own):
                 raise FastpeftError(
-                    f"the {name} {config[name]!r} lies in the run that --overwrite would delete. Give another output "
-                    "folder."
+                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
                 )
         before = self.config()
         changed = [
@@ -140,16 +145,44 @@ class RunFolder:
                 f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
                 "or give another output folder."
             )
+        if resume:
+            self.check_start()
 
-    def open(self, config: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder ready for writing: without `overwrite` what a resumed run needs stays."""
+    def check_start(self) -> None:
+        """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone."""
+        values = files.read_json(self.config_file)
+        if _START_KEY in values and values[_START_KEY] != earlier_run(values["init_from"]).fingerprint():
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} started from that in {values['init_from']!r}, which holds other "
+                "weights now. Restore them, or train anew with --overwrite."
+            )
+
+    def fingerprint(self) -> str:
+        """Identifies the weights that the run left: the first 16 hex digits of their files' SHA-256."""
+        digest = hashlib.sha256()
+        for file in sorted([*self.path.glob("model*.safetensors"), *self.path.glob("adapter_model*.safetensors")]):
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+        return digest.hexdigest()[:16]
+
+    def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any]) -> None:
+        """Make the folder ready for writing: without `overwrite` what a resumed run needs stays.
+
+        Args:
+            config: what the run was given.
+            overwrite: whether to delete the run that is there.
+            recipe: rates, schedule and length as they are used, given or not; for people to read.
+        """
+        notes: dict[str, Any] = {_VERSION_KEY: __version__, _RECIPE_KEY: dict(recipe)}
+        if config["init_from"] is not None:
+            notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 for pattern in _WRITTEN:
                     for child in self.path.glob(pattern):
                         _delete(child)
-            files.write_json(self.config_file, {_VERSION_KEY: __version__, **config})
+            files.write_json(self.config_file, {**notes, **config})
             _delete(self.staging)
             self.staging.mkdir()
         except OSError as error:
@@ -181,9 +214,29 @@ class RunFolder:
 
 def read_config(file: Path) -> dict[str, Any]:
     """The values of a `run.json`."""
-    values = files.read_json(file)
-    values.pop(_VERSION_KEY, None)
-    return values
+    return {name: value for name, value in files.read_json(file).items() if name not in _NOTES}
+
+
+def earlier_run(folder: str) -> RunFolder:
+    """The finished run in `folder`, for another to start from.
+
+    Raises:
+        FastpeftError: there is none.
+    """
+    run = RunFolder(folder)
+    try:
+        run.metrics()
+    except FastpeftError as error:
+        raise FastpeftError(f"the run to start from is not there: {error}") from None
+    return run
+
+
+def _earlier_runs(config: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """The runs that one with `config` starts from, the latest first."""
+    while config["init_from"] is not None:
+        run = earlier_run(config["init_from"])
+        yield run
+        config = {"init_from": None, **run.config()}
 
 
 def _step(checkpoint: Path) -> int:

@@ -17,20 +17,21 @@ from transformers import TrainingArguments, set_seed
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
 from fastpeft.errors import FastpeftError
-from fastpeft.loading import load_model, prompt_for
-from fastpeft.methods import Method, Preparation, get_method, parse_targets
+from fastpeft.loading import begin_from_earlier, load_start, prompt_for
+from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.prompts import Prompt, Row
 
 DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
-_WARMUP_SHARE = 0.06
 _LOGS = 50  # points of the loss curve
 
 # names that `settings` may not touch, with what decides them
 _DECIDED = {
     "r": "use rank in its place",
     "target_modules": "use targets in its place",
+    "window_size": "use window in its place",
+    "reduction_factor": "use reduction in its place",
     "output_dir": "use output in its place",
     "per_device_train_batch_size": "use batch_size in its place",
     "learning_rate": "use learning_rate in its place",
@@ -88,8 +89,12 @@ class Task:
         """
         method = get_method(config.method, config.settings)
         method_settings, arguments = sort_settings(method, config.settings)
-        if not method.adapts and (config.rank is not None or config.targets is not None):
-            raise FastpeftError(f"the method {method.name!r} takes no targets and no rank; leave them out.")
+        for option in OPTIONS:
+            if option not in method.options and getattr(config, option) is not None:
+                raise FastpeftError(
+                    f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
+                    f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
+                )
         targets = parse_targets(config.targets)
         data = load_data(
             config.data,
@@ -99,7 +104,7 @@ class Task:
         )
         prompt = prompt_for(config, data.labels)
         set_seed(config.seed)  # the new head is drawn
-        classifier = load_model(config.model, data.labels, prompt)
+        classifier = load_start(config, data.labels, prompt)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
@@ -109,21 +114,38 @@ class Task:
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt) for part in (data.train, data.dev)
         )
-        preparation = Preparation(classifier.head, config.rank, targets, method_settings, classifier.head_is_new)
+        preparation = Preparation(
+            head=classifier.head,
+            rank=config.rank,
+            targets=targets,
+            settings=method_settings,
+            head_is_new=classifier.head_is_new,
+            window=config.window,
+            reduction=config.reduction,
+        )
         model = method.prepare(classifier.model, preparation)
+        begin_from_earlier(model, config, data.labels, prompt)
         tokenizer = classifier.tokenizer
         return cls(config, method, model, tokenizer, data, prompt, train_rows, dev_rows, max_length, arguments)
 
     def training_arguments(self, output: str) -> TrainingArguments:
         """The Trainer's arguments, with checkpoints below `output`."""
         config = self.config
+        recipe = self.method.recipe_for(config.model)
+        learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
+        if "lr_scheduler_type" in self.arguments:
+            schedule: dict[str, Any] = {}
+        else:
+            settings = recipe.schedule_settings(learning_rate)
+            schedule = {"lr_scheduler_type": recipe.schedule, "lr_scheduler_kwargs": settings}
         values: dict[str, Any] = {
             "output_dir": output,
             "per_device_train_batch_size": config.batch_size,
             "per_device_eval_batch_size": _EVAL_BATCH_SIZE,
-            "learning_rate": self.method.learning_rate if config.learning_rate is None else config.learning_rate,
-            "weight_decay": self.method.weight_decay,
-            "num_train_epochs": config.epochs,
+            "learning_rate": learning_rate,
+            "weight_decay": recipe.weight_decay,
+            **schedule,
+            "num_train_epochs": recipe.epochs if config.epochs is None else config.epochs,
             "max_steps": -1 if config.max_steps is None else config.max_steps,
             "seed": config.seed,
             "bf16": config.bf16,
@@ -145,7 +167,8 @@ class Task:
             # refuses what it cannot do before anything is written
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
-            values.setdefault("warmup_steps", round(_WARMUP_SHARE * steps))
+            if "warmup_ratio" not in values:
+                values.setdefault("warmup_steps", round(recipe.warmup * steps))
             values.setdefault("logging_steps", max(1, steps // _LOGS))
             return arguments_class(**values)
         except (ValueError, TypeError, ImportError) as error:
@@ -158,6 +181,19 @@ class Task:
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
+
+
+def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
+    """What of the Trainer's arguments a recipe decides where nobody else does, for people to read."""
+    used = {
+        "learning_rate": arguments.learning_rate,
+        "schedule": str(arguments.lr_scheduler_type.value),
+        **(arguments.lr_scheduler_kwargs or {}),
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
+    }
+    length = {"max_steps": arguments.max_steps} if arguments.max_steps > 0 else {"epochs": arguments.num_train_epochs}
+    return {**used, **length}
 
 
 def arguments_of(method: Method) -> type[TrainingArguments]:

@@ -23,7 +23,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
 from fastpeft.runs import RunFolder
-from fastpeft.task import Task, total_steps
+from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import MeZORunTrainer, RunTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class TrainPlan:
         steps: optimizer steps.
         train_rows, dev_rows: rows of data.
         longest_row: tokens of the longest training row.
+        recipe: rates, schedule and length, by name.
     """
 
     trainable_parameters: int
@@ -56,6 +57,7 @@ class TrainPlan:
     train_rows: int
     dev_rows: int
     longest_row: int
+    recipe: dict[str, Any]
 
 
 def plan(config: TrainConfig) -> TrainPlan:
@@ -67,14 +69,16 @@ def plan(config: TrainConfig) -> TrainPlan:
     task = Task.load(config)
     longest = max(len(row["input_ids"]) for row in task.train_rows)
     trainable, total = _count_parameters(task.model)
+    arguments = task.training_arguments(config.output)
     return TrainPlan(
         trainable_parameters=trainable,
         parameters=total,
         peak_memory_mb=_simulated_peak_mb(task, longest),
-        steps=total_steps(task.training_arguments(config.output), len(task.train_rows)),
+        steps=total_steps(arguments, len(task.train_rows)),
         train_rows=len(task.train_rows),
         dev_rows=len(task.dev_rows),
         longest_row=longest,
+        recipe=recipe_used(arguments),
     )
 
 
@@ -119,7 +123,7 @@ def train(
                 trainer.create_optimizer()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
-        folder.open(config.values(), overwrite=overwrite)
+        folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
         arguments.output_dir = str(folder.staging)
         before = trainer.measure(task.dev_rows)
         _run(trainer, task, folder, folder.newest_checkpoint() if resume else None)
@@ -127,7 +131,7 @@ def train(
     metrics = _metrics(trainer, task, before, after, command or f"fastpeft train --config {folder.config_file}")
     staged = folder.staging / "result"
     _save(trainer, task, staged)
-    files.write_text(staged / "README.md", _card(task, metrics, folder))
+    files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(arguments)))
     accuracy = [(0, before["eval_accuracy"]), *trainer.points("eval_accuracy")]  # the last point is `after`
     draw_curves(staged / "curves.png", f"{task.method.title} on {config.data}", trainer.points("loss"), accuracy)
     folder.close(metrics, staged)
@@ -248,18 +252,19 @@ def _metrics(
     }
 
 
-def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
+def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
     """The model card of the run."""
     config = task.config
     shown = (
         "prompt",
         "label_words",
         "prompt_head",
-        "epochs",
-        "max_steps",
+        "init_from",
         "batch_size",
         "targets",
         "rank",
+        "window",
+        "reduction",
         "seed",
         "bf16",
     )
@@ -273,6 +278,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
             task_type="SEQ_CLS",
             adapter=task.method.adapts,
             ladder=task.method.ladder,
+            chained=config.init_from is not None,
             labels=task.data.labels,
             prompt_head=None if task.prompt is None else task.prompt.head,
         ),
@@ -285,7 +291,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder) -> str:
             "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
         },
         settings={
-            "learning_rate": metrics["learning_rate"],
+            **recipe,
             "max_length": task.max_length,
             **settings,
             **config.settings,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import reviews, save_tiny_model, write_csv
+from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
@@ -80,7 +82,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "too-few-layers" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     save_tiny_model(place / "causal", "GPT2", "LMHeadModel")
     save_tiny_model(place / "classifier", head="ForSequenceClassification")
-    train(TrainConfig(output=str(place / "whole"), method="full", model=model, data=data, max_steps=1))
+    save_tiny_model(place / "seq2seq", "Bart", "ForSequenceClassification")
+    save_tiny_model(place / "changing")
+    runs: dict[str, dict[str, Any]] = {
+        "whole": {"method": "full"},
+        "side": {"method": "k-lst", "window": 3},
+        "link": {"method": "lora", "init_from": str(place / "whole")},
+        "siva-of-another": {"method": "siva", "model": str(place / "changing")},
+        "side-of-another": {"method": "k-lst", "model": str(place / "changing")},
+    }
+    for name, values in runs.items():
+        train(TrainConfig(output=str(place / name), **{"model": model, "data": data, "max_steps": 1, **values}))
+    other = AutoModelForMaskedLM.from_pretrained(place / "changing")
+    for parameter in other.parameters():
+        parameter.data += 0.1
+    other.save_pretrained(place / "changing")
     return place
 
 
@@ -92,9 +108,17 @@ PROMPT = ("--prompt", "{text} the film is <mask>", *WORDS)
 CASES = [
     # methods and models
     (["--method", "sivva"], ["'sivva'", "siva, k-lst, lst, full"]),
-    (["--method", "k-lst", "--set", "window_size=4"], ["window_size=4", "odd"]),
-    (["--method", "k-lst", "--rank", "2"], ["takes no targets and no rank"]),
-    (["--method", "lst", "--set", "window_size=3"], ["fusion='gated'", "window_size=1"]),
+    (["--method", "k-lst", "--window", "4"], ["window_size=4", "odd"]),
+    (["--method", "k-lst", "--window", "17"], ["window_size=17", "at most 15"]),
+    (["--method", "k-lst", "--window", "0"], ["window is 0", "from 1"]),
+    (["--method", "k-lst", "--reduction", "3"], ["reduction_factor=3 does not divide", "1, 2, 4, 8, 16"]),
+    (["--method", "k-lst", "--set", "window_size=3"], ["window_size cannot be set", "use window"]),
+    (["--method", "k-lst", "--set", "fusion=gated"], ["fusion='gated'", "window_size=1"]),
+    (["--method", "k-lst", "--rank", "2"], ["'k-lst' takes no rank", "window, reduction"]),
+    (["--method", "k-lst", "--model", "seq2seq"], ["feature_modules"]),
+    (["--method", "lst", "--window", "3"], ["'lst' takes no window", "reduction"]),
+    (["--window", "3"], ["'lora' takes no window", "targets, rank"]),
+    (["--method", "full", "--reduction", "2"], ["'full' takes no reduction", "nothing of its own"]),
     (["--method", "last-n", "--set", "layers=99"], ["layers is 99"]),
     (["--method", "last-n", "--set", "layers=two"], ["layers is 'two'"]),
     (["--model", "./nowhere"], ["'./nowhere'", "demo"]),
@@ -144,6 +168,21 @@ CASES = [
     (["--targets", "(query"], ["'(query'", "regular expression"]),
     (["--method", "full", "--rank", "4"], ["'full'", "no rank"]),
     (["--method", "head", "--targets", "query"], ["'head'", "no targets"]),
+    # runs to start from
+    (["--init-from", "nowhere"], ["run to start from", "'nowhere' is not the folder of a run"]),
+    (["--init-from", "foreign"], ["run to start from", "'foreign' is not the folder of a run"]),
+    (["--init-from", "unfinished"], ["run to start from", "'unfinished' is not finished"]),
+    (["--init-from", ""], ["init_from is ''"]),
+    (["--init-from", "whole", "--model", "demo"], ["model is 'demo'", "'whole' trained", "Leave the model out"]),
+    (["--init-from", "side"], ["'side' trained a side network", "'lora' has nothing to start from", "k-lst"]),
+    (["--init-from", "side", "--method", "mezo"], ["'mezo' has nothing to start from"]),
+    (["--init-from", "side", "--method", "k-lst"], ["another shape", "window_size is 3, here 9"]),
+    (["--init-from", "side", "--method", "lst"], ["another shape", "fusion"]),
+    (["--init-from", "whole", *PROMPT, "--label-words", "a,b,c"], ["no word for negative"]),
+    (["--init-from", "whole", "--output", "whole"], ["'whole' is not empty"]),
+    (["--init-from", "whole", "--output", "whole", "--overwrite"], ["run to start from", "would delete"]),
+    (["--init-from", "whole", "--output", "unfinished", "--resume"], ["init_from None -> "]),
+    (["--init-from", "link", "--output", "whole", "--overwrite"], ["run to start from", "would delete"]),
     # prompts
     (["--prompt", "{text} is <mask> <mask>", *WORDS], ["has 2 <mask>", "must have one"]),
     (["--prompt", "{text} is", *WORDS], ["has no <mask>", "must have one"]),
@@ -234,6 +273,8 @@ CASES = [
     (["eval", "foreign"], ["'foreign' is not the folder of a run"]),
     (["eval", "unfinished"], ["'unfinished' is not finished", "--resume"]),
     (["eval", "cut-run"], ["adapter in 'cut-run'"]),
+    (["eval", "siva-of-another"], ["another"]),
+    (["eval", "side-of-another"], ["side network was trained on another backbone", "differ"]),
     (["eval", "empty-metrics"], ["does not hold 'labels'", "--overwrite"]),
     (["eval", "run", "--data", "train-only"], ["'train-only' has no dev.*", "train.csv"]),
     (["eval", "run", "--data", "new-class.csv"], ["'neutral'", "negative, positive"]),

@@ -148,7 +148,7 @@ def test_refusals_name_what_is_allowed(
 def test_every_method_is_described() -> None:
     for name, method in METHODS.items():
         assert (method.name, bool(method.title), bool(method.description)) == (name, True, True)
-        assert method.learning_rate > 0 <= method.weight_decay
+        assert method.recipe.learning_rate > 0 <= method.recipe.weight_decay
         assert isinstance(method.settings(), dict)
     with pytest.raises(FastpeftError, match="'sivva'; allowed are siva, k-lst, lst, full"):
         get_method("sivva")

@@ -25,6 +25,18 @@ from fastpeft.ladder.side import SideNetwork, SideRun
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
+# what of a configuration decides which weights there are and what they mean
+_SHAPE = (
+    "window_size",
+    "reduction_factor",
+    "fusion",
+    "num_heads",
+    "residual",
+    "side_heads",
+    "feature_modules",
+    "causal",
+)
+
 
 class LadderModel(PreTrainedModel):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
@@ -268,10 +280,7 @@ class LadderModel(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None:
             config = _read_config(source, hub)
-        try:
-            weights = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
-        except Exception as error:  # a broken file surfaces as almost any type
-            raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
+        weights = _read_weights(source, hub)
         if base is None:
             base = _load_base(config, kwargs)
         elif kwargs:
@@ -281,6 +290,31 @@ class LadderModel(PreTrainedModel):
         model = cls(base, config)
         model._take_in(weights, source)
         return model.eval()
+
+    def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
+        """Go on from a saved side network of the same shape on the same backbone.
+
+        Args:
+            source: a folder or a hub id.
+            head: whether to take over what was trained of the head too.
+
+        Raises:
+            FastpeftError: nothing of this kind is there, or its shape or its backbone is another.
+        """
+        name = os.fspath(source)
+        saved = _read_config(name, {})
+        different = [item for item in _SHAPE if getattr(saved, item) != getattr(self.config, item)]
+        if different:
+            there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
+            here = ", ".join(repr(getattr(self.config, item)) for item in different)
+            raise FastpeftError(
+                f"the side network in {name!r} has another shape: its {there}, here {here}. Give the same values."
+            )
+        self.backbone.check(saved.base_fingerprints, saved.base_model_name_or_path)
+        own = self.state_dict()
+        weights = _read_weights(name, {})
+        kept = {item: own[item] for item in self._trained if not (head or item.startswith("side."))}
+        self._take_in({item: weights[item] for item in weights if head or item.startswith("side.")} | kept, name)
 
     def _take_in(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, all that train and no others."""
@@ -312,6 +346,14 @@ def _read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
         )
     config: LadderConfig = LadderConfig.from_dict(values)
     return config
+
+
+def _read_weights(source: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
+    return weights
 
 
 def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
