@@ -289,13 +289,14 @@ def _prepare_peft(
     return peft_model
 
 
-# of the report: 2e-4 falls to 2e-6 in a straight line
-_LADDER = Recipe(2e-4, warmup=0.12, schedule="polynomial", last_rate=2e-6)
-_LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)
-# Liu et al. 2019 for RoBERTa on GLUE, of three rates the middle one
-_FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)
-# Hu et al. 2022 for RoBERTa-large on SST-2; PiSSA, which is LoRA from another start, likewise
-_LORA = Recipe(4e-4, weight_decay=0.1, epochs=10)
+_LADDER = Recipe(2e-4, warmup=0.12, schedule="polynomial", last_rate=2e-6)  # the report's
+_LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the report's
+_MEZO = Recipe(1e-6, warmup=0.0, schedule="constant")  # the report's
+_FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)  # Liu et al. 2019, RoBERTa on GLUE: the middle of their rates
+_LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
+_BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
+_SIVA = Recipe(5e-4)  # of ours, as the next
+_HEAD = Recipe(1e-3, weight_decay=0.01)
 
 METHODS = {
     method.name: method
@@ -304,7 +305,7 @@ METHODS = {
             name="siva",
             title="SiVA",
             description="top singular vectors train, the rest is frozen",
-            recipe=Recipe(5e-4),
+            recipe=_SIVA,
             prepare=_prepare_siva,
             settings=_siva_settings,
             options=("targets", "rank"),
@@ -341,7 +342,7 @@ METHODS = {
             name="mezo",
             title="MeZO",
             description="every weight, or what another method trains (--set over=METHOD), by forward passes alone",
-            recipe=Recipe(1e-6, warmup=0.0, schedule="constant"),
+            recipe=_MEZO,
             prepare=_prepare_full,
             settings=lambda: {"over": str},
             zeroth_order=True,
@@ -378,14 +379,14 @@ METHODS = {
             name="bitfit",
             title="BitFit",
             description="the biases train",
-            recipe=Recipe(4e-4),
+            recipe=_BITFIT,
             prepare=_prepare_bitfit,
         ),
         Method(
             name="head",
             title="head only",
             description="the classification head trains on frozen features",
-            recipe=Recipe(1e-3, weight_decay=0.01),
+            recipe=_HEAD,
             prepare=_prepare_head,
         ),
     )

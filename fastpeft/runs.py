@@ -129,7 +129,7 @@ class RunFolder:
             )
         own = self.path.resolve()
         needed = [(name, config[name]) for name in ("model", "data")]
-        needed += [("run to start from,", str(folder.path)) for folder in _earlier_runs(config)]
+        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
         for name, path in needed:
             if overwrite and Path(path).is_relative_to(own):
                 raise FastpeftError(

@@ -202,6 +202,10 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
     assert "trained parameters" in shown
     assert "estimated peak memory" in shown
+    assert [line.split()[-2] for line in shown.splitlines() if "learning rate" in line or "schedule" in line] == [
+        "0.0004",
+        "linear",
+    ]
     assert sorted(place.rglob("*")) == before
 
 
@@ -224,6 +228,9 @@ def test_help_names_methods_and_options() -> None:
     for option in (
         "targets",
         "rank",
+        "window",
+        "reduction",
+        "init-from",
         "epochs",
         "max-steps",
         "config",
