@@ -165,16 +165,18 @@ class RunFolder:
                 hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:16]
 
-    def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any] | None = None) -> None:
         """Make the folder ready for writing: without `overwrite` what a resumed run needs stays.
 
         Args:
             config: what the run was given.
             overwrite: whether to delete the run that is there.
-            recipe: rates, schedule and length as they are used, given or not; for people to read.
+            recipe: rates, schedule and length as they are used, given or not, for people to read; None where nothing trains.
         """
-        notes: dict[str, Any] = {_VERSION_KEY: __version__, _RECIPE_KEY: dict(recipe)}
-        if config["init_from"] is not None:
+        notes: dict[str, Any] = {_VERSION_KEY: __version__}
+        if recipe is not None:
+            notes[_RECIPE_KEY] = dict(recipe)
+        if config.get("init_from") is not None:
             notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -185,7 +185,7 @@ class CompareConfig:
             values = {"model": start.values["model"], **values, "init_from": start.values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
         config = TrainConfig.from_values(values)
-        sort_settings(get_method(config.method), config.settings)
+        sort_settings(get_method(config.method, config.settings), config.settings)
         return Cell(name, variant, method, seed, config.values(), None if start is None else start.name)
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
