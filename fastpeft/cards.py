@@ -108,6 +108,7 @@ def model_card(
     adapter: bool = True,
     data: str | None = None,
     labels: Sequence[str] = (),
+    labels_are: str = "classes",
     metrics: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
@@ -119,7 +120,8 @@ def model_card(
         snippet: Python code that loads what was saved.
         adapter: whether an adapter was saved, or a whole model.
         data: what it was trained on, in words.
-        labels: names of the classes.
+        labels: names of the model's outputs.
+        labels_are: what those are, in one word.
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
     """
@@ -133,7 +135,7 @@ def model_card(
     if data:
         lines.append(f"- Data: {data}")
     if labels:
-        lines.append(f"- Classes: {', '.join(labels)}")
+        lines.append(f"- {labels_are.capitalize()}: {', '.join(labels)}")
     for title, values in (("Results", metrics), ("Settings", settings)):
         if values:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]

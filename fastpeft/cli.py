@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from fastpeft import backends
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS
+from fastpeft.problems import PROBLEMS
 
 # the heavy imports are in the commands, so that `fastpeft --help` answers at once
 
@@ -51,6 +52,11 @@ def _settings(items: list[str]) -> dict[str, Any]:
     return parsed
 
 
+def _stem(data: str) -> str:
+    """A name for a folder of runs on `data`; a hub data set's may have a colon."""
+    return Path(data).stem.replace(":", "-")
+
+
 @app.command()
 def train(
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)} (default: siva)")] = None,
@@ -61,9 +67,11 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="demo, a csv, tsv, jsonl or parquet file, or a folder with train.* and dev.* (default: demo)"
+            help="demo, a csv, tsv, jsonl or parquet file, a folder with train.* and dev.*, or a hub data set as "
+            "nyu-mll/glue:sst2 (default: demo)"
         ),
     ] = None,
+    problem_type: Annotated[str | None, typer.Option(help=f"{', '.join(PROBLEMS)} (default: told by the data)")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/METHOD-DATA)")] = None,
     config: Annotated[Path | None, typer.Option(help="A run.json to repeat; other options change it.")] = None,
     targets: Annotated[
@@ -90,6 +98,9 @@ def train(
         int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Keep the checkpoint that is best by it, as accuracy, f1, pearson or loss.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEMPLATE|NAME|none", help="As '{text} It was <mask>.' or sst2 (default: none)"),
@@ -100,8 +111,12 @@ def train(
     prompt_head: Annotated[str | None, typer.Option(help="label_words or classifier (default: label_words)")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts (default: found by name)")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of classes (default: found by name)")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of texts, or two joined by a comma for pairs (default: found by name)")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of classes, numbers or tags (default: found by name)")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,6 +134,7 @@ def train(
         "model": model,
         "init_from": init_from,
         "data": data,
+        "problem_type": problem_type,
         "output": output,
         "targets": targets,
         "rank": rank,
@@ -132,6 +148,7 @@ def train(
         "seed": seed,
         "split_seed": split_seed,
         "save_steps": save_steps,
+        "metric": metric,
         "prompt": prompt,
         "label_words": label_words,
         "prompt_head": prompt_head,
@@ -150,7 +167,7 @@ def train(
     console.quieten(quiet)
     if config is not None:
         values = {**read_config(config), **values}
-    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{Path(values.get('data', 'demo')).stem}")
+    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
     if config is None and resume and RunFolder(values["output"]).started:
         values = {**RunFolder(values["output"]).config(), **values}
     if new_settings:
@@ -215,29 +232,37 @@ def evaluate(
         )
     console.show_table(
         title,
-        [
-            ("accuracy", f"{metrics['accuracy']:.3f}"),
-            ("F1", f"{metrics['f1']:.3f}"),
-            ("rows", f"{metrics['dev_rows']:,}"),
-        ],
+        [*console.measured(metrics), ("rows", f"{metrics['dev_rows']:,}")],
     )
 
 
 @app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="Texts to classify.")] = None,
-    file: Annotated[str | None, typer.Option(help="A file with one text a line.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TEXT...", help="Texts to classify; of a pair both, separated by a tab."),
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="A file with one text, or pair separated by a tab, a line.")] = None,
 ) -> None:
-    """Classify texts: prints class, probability and text, separated by tabs."""
+    """Classify texts: prints class, probability and text, separated by tabs.
+
+    A run on numbers prints the number's name, its value and the text; one on tags prints tag, probability and word, a
+    word a line, and an empty line after each text.
+    """
     from fastpeft import console, data, evaluation
 
     console.quieten(quiet=False)
     given = list(texts or []) + (data.read_lines(file) if file is not None else [])
     if not given:
         raise FastpeftError("nothing to classify; give texts, or --file with one text a line.")
-    for text, (label, probability) in zip(given, evaluation.predict(folder, given)):
-        typer.echo(f"{label}\t{probability:.3f}\t{text}")
+    for text, found in zip(given, evaluation.predict(folder, given)):
+        if isinstance(found, tuple):
+            typer.echo(f"{found[0]}\t{found[1]:.3f}\t{text}")
+            continue
+        for word, (tag, probability) in zip(text.split(), found):
+            typer.echo(f"{tag}\t{probability:.3f}\t{word}")
+        typer.echo()
 
 
 @app.command()

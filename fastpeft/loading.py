@@ -15,6 +15,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
 from fastpeft.methods import get_method
 from fastpeft.models import Classifier, load_classifier
+from fastpeft.problems import CLASSIFICATION, Problem, get_problem
 from fastpeft.prompt_model import PromptModel, load_prompted
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder, earlier_run
@@ -24,19 +25,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's classifier, on the best device there is, with what the run's folder says of it.
+    """A run's model, on the best device there is, with what the run's folder says of it.
 
     Attributes:
         classifier: model and tokenizer.
         config: how the run was started.
-        labels: names of the classes, in the order of the model's outputs.
+        problem: what it learned.
+        labels: names of the model's outputs: its classes or tags, or what its number is.
+        is_pair: whether it reads two texts a row.
         prompt: what texts are put into; None for the texts alone.
         max_length: where texts are cut, in tokens.
     """
 
     classifier: Classifier
     config: TrainConfig
+    problem: Problem
     labels: list[str]
+    is_pair: bool
     prompt: Prompt | None
     max_length: int
 
@@ -55,27 +60,29 @@ def load_run(folder: str | Path) -> FinishedRun:
 
 def _assemble(folder: RunFolder) -> FinishedRun:
     """The run in `folder`, on the CPU: an adapter that is merged next has the bits there that it had in training."""
-    config, labels, prompt = _outline(folder)
+    config, labels, prompt, problem = _outline(folder)
     method = get_method(config.method, config.settings)
     if method.adapts or method.ladder:
         folder.check_start()
-        base = load_start(config, labels, prompt)
+        base = load_start(config, labels, prompt, problem)
         load = _load_adapter if method.adapts else _load_ladder
         classifier = Classifier(load(folder.path, base.model), base.tokenizer, base.head)
     else:
-        classifier = load_model(str(folder.path), labels, prompt)
+        classifier = load_model(str(folder.path), labels, prompt, problem)
     classifier.model.eval()
-    return FinishedRun(classifier, config, labels, prompt, folder.metrics()["max_length"])
+    metrics = folder.metrics()
+    return FinishedRun(classifier, config, problem, labels, metrics["pairs"], prompt, metrics["max_length"])
 
 
-def _outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None]:
-    """Configuration, classes and prompt of a finished run."""
-    labels = folder.metrics()["labels"]
+def _outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None, Problem]:
+    """Configuration, classes, prompt and problem of a finished run."""
+    metrics = folder.metrics()
+    labels, problem = metrics["labels"], get_problem(metrics["problem_type"])
     config = TrainConfig.from_values(folder.config())
-    return config, labels, prompt_for(config, labels)
+    return config, labels, prompt_for(config, labels, problem), problem
 
 
-def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
+def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
     """Load the model that a run with `config` goes on from, before its method has prepared it.
 
     That is its `model`, with the weights of the run that it starts from: whole ones, or those of a base with its
@@ -86,9 +93,9 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
         FastpeftError: the model or the earlier run cannot be loaded, or the two do not go together.
     """
     if config.init_from is None:
-        return load_model(config.model, labels, prompt)
+        return load_model(config.model, labels, prompt, problem)
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt = _outline(folder)
+    earlier, earlier_labels, earlier_prompt, earlier_problem = _outline(folder)
     if config.values()["model"] != earlier.values()["model"]:
         raise FastpeftError(
             f"the model is {config.model!r}, but the run in {config.init_from!r} trained {earlier.model!r}. Leave the "
@@ -102,12 +109,12 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
                 f"{config.method!r} has nothing to start from. Choose a method with the same side network, such as "
                 f"{earlier.method}, or leave init_from out."
             )
-        return load_start(earlier, labels, prompt)
-    start = load_model(config.model, labels, prompt)
+        return load_start(earlier, labels, prompt, problem)
+    start = load_model(config.model, labels, prompt, problem)
     trained = _assemble(folder).classifier.model
     if method.adapts:
         trained = trained.merge_and_unload()
-    if _same_head(earlier_labels, earlier_prompt, labels, prompt):
+    if _same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem)):
         start.model.load_state_dict(trained.state_dict())
     else:  # of two kinds of head one may lack a pooler
         _core(start.model).base_model.load_state_dict(_core(trained).base_model.state_dict(), strict=False)
@@ -116,7 +123,9 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
     return start
 
 
-def begin_from_earlier(model: Any, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None) -> None:
+def begin_from_earlier(
+    model: Any, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem
+) -> None:
     """Give a prepared model the side network of the run that `config` starts from, if that trained one.
 
     Raises:
@@ -125,21 +134,25 @@ def begin_from_earlier(model: Any, config: TrainConfig, labels: Sequence[str], p
     if config.init_from is None:
         return
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt = _outline(folder)
+    earlier, earlier_labels, earlier_prompt, earlier_problem = _outline(folder)
     if (earlier_prompt is None) != (prompt is None):
         given = "a prompt, this one has none" if prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)
     if get_method(earlier.method, earlier.settings).ladder:
         ladder = model.masked_lm if isinstance(model, PromptModel) else model
-        ladder.take_over(folder.path, head=_same_head(earlier_labels, earlier_prompt, labels, prompt))
+        ladder.take_over(
+            folder.path, head=_same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem))
+        )
 
 
-def _same_head(
-    earlier_labels: list[str], earlier_prompt: Prompt | None, labels: Sequence[str], prompt: Prompt | None
-) -> bool:
+_Head = tuple[Sequence[str], Prompt | None, Problem]  # what a head is for
+
+
+def _same_head(earlier: _Head, this: _Head) -> bool:
     """Whether an earlier run's head can stay: one for words whatever the classes, another for the same classes."""
-    by_words = [_by_words(earlier_prompt), _by_words(prompt)]
-    return all(by_words) or (not any(by_words) and earlier_labels == list(labels))
+    by_words = [_by_words(prompt) for _, prompt, _ in (earlier, this)]
+    (earlier_labels, _, earlier_problem), (labels, _, problem) = earlier, this
+    return all(by_words) or (not any(by_words) and list(earlier_labels) == list(labels) and earlier_problem is problem)
 
 
 def _by_words(prompt: Prompt | None) -> bool:
@@ -151,17 +164,32 @@ def _core(model: Any) -> Any:
     return model.core if isinstance(model, PromptModel) else model
 
 
-def load_model(model: str, labels: Sequence[str], prompt: Prompt | None) -> Classifier:
-    """Load `model` as a classifier of `labels`: by a classification head, or by the label words of `prompt`."""
+def load_model(model: str, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
+    """Load `model` with the head of `problem` for `labels`, or with the label words of `prompt` for a head."""
     if prompt is not None and _by_words(prompt):
         return load_prompted(model, prompt)
-    return load_classifier(model, labels)
+    return load_classifier(model, labels, problem)
 
 
-def prompt_for(config: TrainConfig, labels: Sequence[str]) -> Prompt | None:
-    """The prompt of `config`, with its words in the order of `labels`."""
+def prompt_for(config: TrainConfig, labels: Sequence[str], problem: Problem) -> Prompt | None:
+    """The prompt of `config`, with its words in the order of `labels`.
+
+    Raises:
+        FastpeftError: `problem` does not go with it, or a class has no word.
+    """
     prompt = config.parse_prompt()
-    return None if prompt is None else prompt.for_labels(labels)
+    if prompt is None:
+        return None
+    if problem.per_token:
+        raise FastpeftError(
+            f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Leave it out."
+        )
+    if problem is not CLASSIFICATION and prompt.head == "label_words":
+        raise FastpeftError(
+            f"the prompt {prompt.template!r} answers by label words, which stand for classes, but this is "
+            f"{problem.name}. Add --prompt-head classifier, or leave it out."
+        )
+    return prompt.for_labels(labels)
 
 
 def best_device() -> torch.device | str:

@@ -35,6 +35,7 @@ class Preparation:
         head_is_new: whether the checkpoint lacked the head; one that it holds is left as it is by an adapter.
         window: features that each block of a side network reads; None takes the method's own.
         reduction: how many times narrower than the backbone a side network is; None takes the method's own.
+        task_type: what PEFT calls the problem.
     """
 
     head: Sequence[str]
@@ -44,6 +45,7 @@ class Preparation:
     head_is_new: bool = True
     window: int | None = None
     reduction: int | None = None
+    task_type: str = "SEQ_CLS"
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def _prepare_peft(
     if preparation.targets is not None:
         values["target_modules"] = preparation.targets
     new = list(preparation.head) if preparation.head_is_new else []
-    values |= {"task_type": "SEQ_CLS", "modules_to_save": new, **preparation.settings}
+    values |= {"task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
     try:
         peft_model = get_peft_model(model, config_class(**values))
     except FastpeftError:

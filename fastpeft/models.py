@@ -1,4 +1,4 @@
-"""Base models: found by name, path or hub id, always loaded in float32, with a classification head for the task."""
+"""Base models: found by name, path or hub id, always loaded in float32, with a head for the problem."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.problems import CLASSIFICATION, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ _UNLIMITED = 10**9  # tokenizers that know no limit give a larger one
 
 @dataclass(frozen=True)
 class Classifier:
-    """A sequence classifier and its tokenizer.
+    """A model with the head of its problem, and its tokenizer.
 
     Attributes:
         model: a `PreTrainedModel` in float32.
@@ -73,23 +75,34 @@ def resolve_model(model: str) -> str:
     return model
 
 
-def load_classifier(model: str, labels: Sequence[str]) -> Classifier:
-    """Load `model` as a classifier of `labels`; a head or pooler that its checkpoint lacks is drawn at random.
+def load_classifier(model: str, labels: Sequence[str], problem: Problem = CLASSIFICATION) -> Classifier:
+    """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
 
     Weights are read from safetensors only and come in float32 whatever the file holds.
 
-    Raises:
-        FastpeftError: the model is missing, broken, incomplete, or of a kind that cannot classify sequences.
-    """
-    from transformers import AutoModelForSequenceClassification
+    Args:
+        model: `"demo"`, a folder or a hub id.
+        labels: names of the head's outputs.
+        problem: what the head is for; its loss is the model's own.
 
+    Raises:
+        FastpeftError: the model is missing, broken, incomplete, or of a kind that has no such head.
+    """
     id2label = dict(enumerate(labels))
     loaded, tokenizer, info = _load(
-        AutoModelForSequenceClassification,
+        getattr(transformers, problem.auto_class),
         model,
+        # byte-level tokenizers read a word by itself as they would read it after a space
+        {"add_prefix_space": True} if problem.per_token else {},
         id2label=id2label,
         label2id={label: index for index, label in id2label.items()},
+        problem_type=None if problem.per_token else problem.name,
     )
+    if problem.per_token and not tokenizer.is_fast:
+        raise FastpeftError(
+            f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not tell which word a token is of, which "
+            "tags need. Give a model that has a fast tokenizer."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id
@@ -109,7 +122,7 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
     with suppress(Exception):  # what cannot be read is told by _load
         kind = AutoConfig.from_pretrained(resolve_model(model)).model_type
     if kind is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        loaded, tokenizer, info = _load(AutoModelForMaskedLM, model)
+        loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
         if all(key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]):
             return loaded, tokenizer
     raise FastpeftError(
@@ -118,7 +131,9 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
     )
 
 
-def _load(auto_class: Any, model: str, **options: Any) -> tuple[Any, Any, Mapping[str, Any]]:
+def _load(
+    auto_class: Any, model: str, tokenizer_options: Mapping[str, Any], **options: Any
+) -> tuple[Any, Any, Mapping[str, Any]]:
     """Model, tokenizer, and which weights the checkpoint lacks."""
     from transformers import AutoTokenizer
 
@@ -132,7 +147,7 @@ def _load(auto_class: Any, model: str, **options: Any) -> tuple[Any, Any, Mappin
             output_loading_info=True,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(
             f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "

@@ -197,14 +197,19 @@ class RunFolder:
         """The checkpoint of the latest step."""
         return max(self.checkpoints.glob("checkpoint-*"), key=_step, default=None)
 
-    def keep_checkpoint(self, staged: Path) -> None:
-        """Give a finished checkpoint its final name, and let the oldest go."""
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
+        """Give a finished checkpoint its final name, and let the oldest go but for the best."""
         self.checkpoints.mkdir(exist_ok=True)
         target = self.checkpoints / staged.name
         files.discard(target, self.staging)
         files.publish(staged, target)
         for old in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-_KEPT_CHECKPOINTS]:
-            files.discard(old, self.staging)
+            if _step(old) != best_step:
+                files.discard(old, self.staging)
 
     def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
         """Move the result's files to their places, then mark the run as finished."""

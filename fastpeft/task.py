@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, set_seed
+from transformers import DataCollatorForTokenClassification, TrainingArguments, set_seed
 
 from fastpeft.config import TrainConfig
-from fastpeft.data import Examples, TextData, load_data
+from fastpeft.data import Examples, TextData, load_data, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import begin_from_earlier, load_start, prompt_for
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.problems import CLASSIFICATION, UNLABELLED, Problem
+from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
 
 DEFAULT_MAX_LENGTH = 128  # tokens
@@ -43,11 +45,14 @@ _DECIDED = {
     "save_steps": "use save_steps in its place",
     "save_strategy": "use save_steps in its place",
     "save_total_limit": "the newest checkpoints are kept",
-    "load_best_model_at_end": "the result of a run is always the weights after its last step",
+    "eval_strategy": "dev rows are measured a few times a run, or with metric at each checkpoint",
+    "load_best_model_at_end": "use metric in its place",
+    "metric_for_best_model": "use metric in its place",
+    "greater_is_better": "it follows from metric",
     "dataloader_drop_last": "every row is trained on in every epoch",
     "train_sampling_strategy": "rows of about one length share a batch",
     "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
-    "prediction_loss_only": "accuracy is always measured",
+    "prediction_loss_only": "metrics are always measured",
     "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
 }
@@ -62,8 +67,9 @@ class Task:
         method: the method that prepared the model.
         model: the module to train, with what trains requiring gradients.
         tokenizer: the model's tokenizer.
-        data: texts and classes.
+        data: texts and labels.
         prompt: what texts are put into, with its words in the order of the classes; None for the texts alone.
+        metric: the metric to look at while training, and to choose by where that is wanted.
         train_rows, dev_rows: the texts as tokens, not padded.
         max_length: where texts were cut, in tokens.
         arguments: fields of TrainingArguments that the configuration sets beside its own.
@@ -75,6 +81,7 @@ class Task:
     tokenizer: Any
     data: TextData
     prompt: Prompt | None
+    metric: str
     train_rows: list[Row]
     dev_rows: list[Row]
     max_length: int
@@ -98,13 +105,17 @@ class Task:
         targets = parse_targets(config.targets)
         data = load_data(
             config.data,
+            problem_type=config.problem_type,
             text_column=config.text_column,
             label_column=config.label_column,
             split_seed=config.split_seed,
         )
-        prompt = prompt_for(config, data.labels)
+        metric = config.metric or data.problem.primary
+        data.problem.check_metric(metric)
+        prompt = prompt_for(config, data.labels, data.problem)
+        check_texts(prompt, data.train)
         set_seed(config.seed)  # the new head is drawn
-        classifier = load_start(config, data.labels, prompt)
+        classifier = load_start(config, data.labels, prompt, data.problem)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
@@ -112,7 +123,7 @@ class Task:
                 f"{classifier.max_length} tokens or less."
             )
         train_rows, dev_rows = (
-            encode(classifier.tokenizer, part, max_length, prompt) for part in (data.train, data.dev)
+            encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
         preparation = Preparation(
             head=classifier.head,
@@ -122,11 +133,12 @@ class Task:
             head_is_new=classifier.head_is_new,
             window=config.window,
             reduction=config.reduction,
+            task_type=data.problem.task_type,
         )
         model = method.prepare(classifier.model, preparation)
-        begin_from_earlier(model, config, data.labels, prompt)
+        begin_from_earlier(model, config, data.labels, prompt, data.problem)
         tokenizer = classifier.tokenizer
-        return cls(config, method, model, tokenizer, data, prompt, train_rows, dev_rows, max_length, arguments)
+        return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
 
     def training_arguments(self, output: str) -> TrainingArguments:
         """The Trainer's arguments, with checkpoints below `output`."""
@@ -211,15 +223,47 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None) -> list[Row]:
-    """Examples as rows of token ids and a label, cut at `max_length` tokens and not padded."""
+def check_texts(prompt: Prompt | None, examples: Examples) -> None:
+    """Raise `FastpeftError` unless the template takes as many texts as a row has."""
+    if prompt is not None and prompt.is_pair != examples.is_pair:
+        raise FastpeftError(
+            f"the template {prompt.template!r} takes {'a pair of texts' if prompt.is_pair else 'one text'} a row, but "
+            f"the data has {texts_in_words(examples)}. Use {'{a} and {b}' if examples.is_pair else '{text}'} in the "
+            "template, or name other columns with --text-column."
+        )
+
+
+def encode(
+    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem = CLASSIFICATION
+) -> list[Row]:
+    """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
+
+    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled.
+    """
     if prompt is not None:
         return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
-    encoded = tokenizer(examples.texts, truncation=True, max_length=max_length)
+    texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
+    encoded = tokenizer(
+        *map(list, texts), truncation=True, max_length=max_length, is_split_into_words=problem.per_token
+    )
+    labels = examples.labels
+    if problem.per_token:
+        labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
     return [
-        {**{name: column[i] for name, column in encoded.items()}, "labels": label}
-        for i, label in enumerate(examples.labels)
+        {**{name: column[i] for name, column in encoded.items()}, "labels": label} for i, label in enumerate(labels)
     ]
+
+
+def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """A label for each token, given the word that it is of: the word's tag where a word begins."""
+    before = [None, *words]
+    return [UNLABELLED if word is None or word == last else tags[word] for word, last in zip(words, before)]
+
+
+def collator(tokenizer: Any, problem: Problem, pad_to_multiple_of: int | None = None) -> Any:
+    """What makes a batch of rows of `encode`."""
+    kind = DataCollatorForTokenClassification if problem.per_token else PromptCollator
+    return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
 
 def total_steps(arguments: TrainingArguments, rows: int) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -17,17 +16,18 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.trainer import MeZOTrainer
-from fastpeft.prompt_model import PromptCollator
+from fastpeft.problems import LOSS, UNLABELLED, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
-from fastpeft.task import Task, loader_options
+from fastpeft.task import Task, collator, loader_options
 
-_CURVE_POINTS = 5  # of the accuracy curve, with its last
+_CURVE_POINTS = 5  # of the metric's curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
 
 
@@ -69,6 +69,7 @@ class RunTrainer(Trainer):
 
     Attributes:
         samples_seen: rows trained on since the start of this process.
+        chosen_by: the metric by which the best checkpoint is kept, None where none is.
         longest_seen: tokens of the longest batch among them.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
@@ -83,7 +84,11 @@ class RunTrainer(Trainer):
         self.longest_seen = 0
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
-        curve_rows = random.Random(0).sample(task.dev_rows, min(len(task.dev_rows), _CURVE_ROWS))
+        self.problem, self.labels = task.data.problem, task.data.labels
+        self.chosen_by = task.config.metric
+        curve_rows = task.dev_rows
+        if self.chosen_by is None:
+            curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), _CURVE_ROWS))
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
             model=task.model,
@@ -91,12 +96,12 @@ class RunTrainer(Trainer):
             train_dataset=task.train_rows,
             eval_dataset=_by_length(curve_rows),
             processing_class=task.tokenizer,
-            data_collator=PromptCollator(task.tokenizer, pad_to_multiple_of=multiple),
-            compute_metrics=classification_metrics,
+            data_collator=collator(task.tokenizer, self.problem, multiple),
+            compute_metrics=self._score,
             callbacks=[
                 _EpochOfOrder(self.order),
-                _CurvePoints(len(curve_rows)),
-                _WholeCheckpoints(folder),
+                _CurvePoints(len(curve_rows)) if self.chosen_by is None else _MeasuredCheckpoints(),
+                _WholeCheckpoints(folder, self.chosen_by),
                 self.clock,
                 self.cuda_peak,
                 *callbacks,
@@ -116,8 +121,16 @@ class RunTrainer(Trainer):
         )
 
     def measure(self, rows: list[Row]) -> dict[str, float]:
-        """Loss, accuracy and F1 on `rows`."""
-        return self.evaluate(_by_length(rows))
+        """Loss and metrics on `rows`, by their names in `metrics.json`."""
+        measured = self.evaluate(_by_length(rows))
+        return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
+
+    def _score(self, prediction: EvalPrediction) -> dict[str, float]:
+        outputs, labels = prediction.predictions, prediction.label_ids
+        if self.problem.per_token:
+            kept = labels != UNLABELLED
+            outputs, labels = outputs[kept], labels[kept]
+        return self.problem.score(outputs, labels, self.labels)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, tokens = inputs["input_ids"].shape
@@ -137,26 +150,20 @@ class RunTrainer(Trainer):
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""
-        return [(entry["step"], entry[name]) for entry in self.state.log_history if name in entry]
+        return _points(self.state, name)
 
 
 class MeZORunTrainer(RunTrainer, MeZOTrainer):
     """The Trainer of one run by MeZO, which has no gradients to look at and refuses losses that are not finite."""
 
 
+def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
+
+
 def _by_length(rows: list[Row]) -> list[Row]:
     """Rows in an order that pads little."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))
-
-
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, and F1: of the second class where there are two, the mean over classes where there are more."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    guesses, labels = np.argmax(prediction.predictions, axis=-1), prediction.label_ids
-    average = "binary" if prediction.predictions.shape[-1] == 2 else "macro"
-    f1 = f1_score(labels, guesses, average=average, zero_division=0.0)
-    return {"accuracy": float(accuracy_score(labels, guesses)), "f1": float(f1)}
 
 
 class _EpochOfOrder(TrainerCallback):
@@ -170,7 +177,7 @@ class _EpochOfOrder(TrainerCallback):
 
 
 class _CurvePoints(TrainerCallback):
-    """Asks for the inner points of the accuracy curve.
+    """Asks for the inner points of the metric's curve.
 
     At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work.
     """
@@ -185,15 +192,27 @@ class _CurvePoints(TrainerCallback):
             control.should_evaluate = True
 
 
+class _MeasuredCheckpoints(TrainerCallback):
+    """Asks to measure what is about to be saved, and nothing else, so that the best checkpoint is known."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save
+
+
 class _WholeCheckpoints(TrainerCallback):
     """Moves each checkpoint, once the Trainer has written it, from the staging place to its final name."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, chosen_by: str | None) -> None:
         self.folder = folder
+        self.chosen_by = chosen_by
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.folder.keep_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            best = None
+            if self.chosen_by is not None:
+                best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
+            self.folder.keep_checkpoint(staged, best_step=best)
 
 
 class Clock(TrainerCallback):

@@ -20,8 +20,11 @@ from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder import LadderModel
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
+from fastpeft.problems import REGRESSION, TITLES, best_step
+from fastpeft.prompt_model import PromptModel
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import MeZORunTrainer, RunTrainer
@@ -127,13 +130,18 @@ def train(
         arguments.output_dir = str(folder.staging)
         before = trainer.measure(task.dev_rows)
         _run(trainer, task, folder, folder.newest_checkpoint() if resume else None)
+        chosen = _take_best(trainer, task, folder)
+        curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
         after = trainer.measure(task.dev_rows)
-    metrics = _metrics(trainer, task, before, after, command or f"fastpeft train --config {folder.config_file}")
+    if chosen is None:
+        curve.append((trainer.state.global_step, after[task.metric]))
+    command = command or f"fastpeft train --config {folder.config_file}"
+    metrics = _metrics(trainer, task, before, after, chosen, command)
     staged = folder.staging / "result"
     _save(trainer, task, staged)
     files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(arguments)))
-    accuracy = [(0, before["eval_accuracy"]), *trainer.points("eval_accuracy")]  # the last point is `after`
-    draw_curves(staged / "curves.png", f"{task.method.title} on {config.data}", trainer.points("loss"), accuracy)
+    title = f"{task.method.title} on {config.data}"
+    draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, TITLES.get(task.metric, task.metric))
     folder.close(metrics, staged)
     return TrainResult(folder.path, metrics)
 
@@ -144,12 +152,34 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, checkpoint: Path | 
         logger.info("continuing from %s", checkpoint)
         if not (task.method.adapts or task.method.ladder):
             # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
-            trainer.model.load_state_dict(type(trainer.model).from_pretrained(checkpoint).state_dict())
+            _load_weights(trainer.model, checkpoint)
     set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except FastpeftError as error:  # a step that cannot be made
         raise FastpeftError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+
+
+def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
+    """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
+    if task.config.metric is None:
+        return None
+    best = best_step(trainer.points(f"eval_{task.metric}"), task.metric)
+    logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
+    if best != trainer.state.global_step:
+        _load_weights(trainer.model, folder.checkpoint(best))
+    return best
+
+
+def _load_weights(model: Any, checkpoint: Path) -> None:
+    """Give `model` the weights of a checkpoint of its own run."""
+    inside = model.masked_lm if isinstance(model, PromptModel) else model
+    if (checkpoint / "adapter_config.json").is_file():
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    elif isinstance(inside, LadderModel):
+        inside.take_over(checkpoint, head=True)
+    else:
+        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
 
 def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
@@ -194,14 +224,16 @@ def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def _simulated_peak_mb(task: Task, tokens: int) -> float | None:
     """Simulated peak of one step on a batch of `tokens` tokens a row, in MB."""
-    model, config = task.model, task.config
+    model, config, problem = task.model, task.config, task.data.problem
     device = next(model.parameters()).device
     shape = (config.batch_size, tokens)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
         "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
-        "labels": torch.zeros(config.batch_size, dtype=torch.long, device=device),
+        "labels": torch.zeros(shape if problem.per_token else shape[:1], dtype=torch.long, device=device),
     }
+    if problem is REGRESSION:
+        batch["labels"] = batch["labels"].float()
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
     try:
@@ -215,10 +247,16 @@ def _simulated_peak_mb(task: Task, tokens: int) -> float | None:
 
 
 def _metrics(
-    trainer: RunTrainer, task: Task, before: Mapping[str, float], after: Mapping[str, float], command: str
+    trainer: RunTrainer,
+    task: Task,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    chosen: int | None,
+    command: str,
 ) -> dict[str, Any]:
     """What `metrics.json` holds."""
     config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
+    problem = task.data.problem
     trainable, total = _count_parameters(trainer.model)
     if device.type == "cuda":
         peak: float | None = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
@@ -228,15 +266,16 @@ def _metrics(
         "method": config.method,
         "model": config.model,
         "data": config.data,
+        "problem_type": problem.name,
         "labels": task.data.labels,
+        "pairs": task.data.train.is_pair,
         "max_length": task.max_length,
-        "accuracy": after["eval_accuracy"],
-        "f1": after["eval_f1"],
-        "loss": after["eval_loss"],
-        "accuracy_before": before["eval_accuracy"],
+        **after,
+        f"{problem.primary}_before": before[problem.primary],
         "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
         "train_seconds": round(seconds, 2),
         "steps": trainer.state.global_step,
+        "best_step": chosen,
         "train_rows": len(task.train_rows),
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
@@ -254,8 +293,10 @@ def _metrics(
 
 def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
     """The model card of the run."""
-    config = task.config
+    config, problem = task.config, task.data.problem
     shown = (
+        "problem_type",
+        "metric",
         "prompt",
         "label_words",
         "prompt_head",
@@ -275,7 +316,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         snippet=loading_snippet(
             str(folder.path),
             base_model=resolve_model(config.model),
-            task_type="SEQ_CLS",
+            task_type=problem.task_type,
             adapter=task.method.adapts,
             ladder=task.method.ladder,
             chained=config.init_from is not None,
@@ -285,9 +326,10 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         adapter=task.method.adapts,
         data=task.data.description,
         labels=task.data.labels,
+        labels_are=problem.labels,
         metrics={
-            "accuracy": f"{metrics['accuracy']:.3f} (before training {metrics['accuracy_before']:.3f})",
-            "F1": f"{metrics['f1']:.3f}",
+            **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
+            f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
             "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
         },
         settings={

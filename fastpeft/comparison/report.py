@@ -33,7 +33,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("accuracy", "accuracy", ".3f", "on all dev rows, after the last step"),
+    Column("accuracy", "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
     Column("matthews", "Matthews", ".3f"),
     Column("pearson", "Pearson", ".3f"),

@@ -1,0 +1,155 @@
+"""Kinds of problem: what each asks of a model's head, of the rows, and how well it was answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastpeft.errors import FastpeftError
+
+OUTSIDE = "O"  # the tag of words that belong to nothing
+UNLABELLED = -100  # the label of tokens that no loss and no metric looks at
+LOSS = "loss"
+_LESS_IS_BETTER = (LOSS, "mse")
+
+# what is measured beside the loss, by the names in `metrics.json`, in words
+TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "mse": "mean squared error",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kind of problem.
+
+    Attributes:
+        name: as given to `--problem-type`.
+        auto_class: the class of transformers that loads a model with the head it needs.
+        task_type: what PEFT calls it.
+        labels: what the labels are, in words.
+        metrics: names of what is measured; the first is the one to look at.
+        score: those metrics of outputs `(N, outputs)` and labels `(N,)`, given the names of the outputs.
+        per_token: whether every word has a label, so that a row's outputs are `(T, outputs)`.
+    """
+
+    name: str
+    auto_class: str
+    task_type: str
+    labels: str
+    metrics: tuple[str, ...]
+    score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
+    per_token: bool = False
+
+    @property
+    def primary(self) -> str:
+        """The metric to look at where a person names none."""
+        return self.metrics[0]
+
+    def check_metric(self, metric: str) -> None:
+        """Raise `FastpeftError` unless `metric` is measured here."""
+        allowed = (*self.metrics, LOSS)
+        if metric not in allowed:
+            raise FastpeftError(
+                f"the metric {metric!r} is not measured in {self.name}; allowed are {', '.join(allowed)}. Choose one "
+                "of these."
+            )
+
+
+def best_step(measured: Sequence[tuple[int, float]], metric: str) -> int:
+    """The step, the earliest of several, at which `metric` was best, given steps and values."""
+    choose = min if metric in _LESS_IS_BETTER else max
+    return choose(measured, key=lambda point: point[1])[0]
+
+
+def get_problem(name: str) -> Problem:
+    """The problem called `name`.
+
+    Raises:
+        FastpeftError: there is none.
+    """
+    if name not in PROBLEMS:
+        raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
+    return PROBLEMS[name]
+
+
+def _score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Accuracy; F1 of the second class where there are two, the mean over classes where there are more; Matthews."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    guesses = outputs.argmax(-1)
+    average = "binary" if len(names) == 2 else "macro"
+    return {
+        "accuracy": float(accuracy_score(labels, guesses)),
+        "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(labels, guesses)),
+    }
+
+
+def _score_numbers(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Correlations of values and of ranks, and the mean squared error."""
+    guesses = outputs[:, 0].astype(np.float64)
+    labels = labels.astype(np.float64)
+    return {
+        "pearson": _correlation(guesses, labels),
+        "spearman": _correlation(_ranks(guesses), _ranks(labels)),
+        "mse": float(np.mean((guesses - labels) ** 2)),
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, equal values sharing the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
+    return ranks
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's correlation; 0 where one side is constant, as scikit-learn has Matthews'."""
+    a, b = a - a.mean(), b - b.mean()
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else 0.0
+
+
+def _score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """F1 of words, the mean over the tags that occur but for O; accuracy of words."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    guesses = outputs.argmax(-1)
+    entities = [int(tag) for tag in np.union1d(labels, guesses) if names[tag] != OUTSIDE]
+    f1 = f1_score(labels, guesses, labels=entities, average="macro", zero_division=0.0) if entities else 0.0
+    return {"f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}
+
+
+CLASSIFICATION = Problem(
+    name="single_label_classification",
+    auto_class="AutoModelForSequenceClassification",
+    task_type="SEQ_CLS",
+    labels="classes",
+    metrics=("accuracy", "f1", "matthews"),
+    score=_score_classes,
+)
+REGRESSION = Problem(
+    name="regression",
+    auto_class="AutoModelForSequenceClassification",
+    task_type="SEQ_CLS",
+    labels="numbers",
+    metrics=("pearson", "spearman", "mse"),
+    score=_score_numbers,
+)
+TAGGING = Problem(
+    name="token_classification",
+    auto_class="AutoModelForTokenClassification",
+    task_type="TOKEN_CLS",
+    labels="tags",
+    metrics=("f1", "accuracy"),
+    score=_score_tags,
+    per_token=True,
+)
+PROBLEMS = {problem.name: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING)}

@@ -1,0 +1,241 @@
+"""Rows of data and where they come from: local files and folders, saved data sets, the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastpeft.errors import FastpeftError, first_line
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+# the stems of files and the names of parts, GLUE's own for MNLI among them
+_TRAIN = ("train",)
+_DEV = ("dev", "validation", "dev_matched", "validation_matched")
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # owner/name:configuration
+_GLUE = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one part of a data set.
+
+    Attributes:
+        name: what messages call it: a file, or a data set and its part.
+        rows: each a dictionary of its columns.
+        class_names: for columns of whole numbers that stand for classes, the names of those.
+    """
+
+    name: str
+    rows: list[Row]
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0])
+
+
+def find_tables(data: str) -> list[Table]:
+    """The rows to train on and, where `data` has them, the rows to measure on.
+
+    Raises:
+        FastpeftError: nothing is there, or it cannot be read.
+    """
+    path = Path(data).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
+    hub_name = _HUB_NAME.fullmatch(data)
+    if hub_name and not path.exists() and not data.startswith(".") and path.suffix[1:].lower() not in READERS:
+        import datasets
+
+        owner, configuration = hub_name.groups()
+        if data.startswith("glue/"):  # the benchmark's old name, with a task of it
+            owner, configuration = _GLUE, data.removeprefix("glue/")
+        logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
+        return _load_parts(data, lambda: datasets.load_dataset(owner, configuration))
+    return [Table(str(file), _read_rows(file)) for file in _find_files(path)]
+
+
+def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
+    """The parts of a data set that the library datasets loads."""
+    try:
+        parts = load()
+    except Exception as error:  # no network, no such name, a broken file: almost any type
+        raise FastpeftError(
+            f"cannot load the data set {data!r}: {first_line(error)} Give the id of one on the hub, as "
+            f"{_GLUE}:sst2, with a network or after it was loaded once; or the path of a {_list(READERS)} file."
+        ) from error
+    if not isinstance(parts, dict):
+        parts = {_TRAIN[0]: parts}
+    chosen = [next((name for name in names if name in parts), None) for names in (_TRAIN, _DEV)]
+    if chosen[0] is None:
+        raise FastpeftError(f"the data set {data!r} has no part named train, only {_list(parts)}. Choose another.")
+    tables = [
+        Table(f"{data} ({name})", parts[name].to_list(), _class_names(parts[name]))
+        for name in chosen
+        if name is not None
+    ]
+    for table in tables:
+        if not table.rows:
+            raise FastpeftError(f"{table.name} is empty: it has no rows. Choose another data set.")
+    return tables
+
+
+def _class_names(part: Any) -> dict[str, list[str]]:
+    """The names of the classes in each column that the library datasets knows to hold some, in lists or not."""
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in part.features.items()}
+    return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
+
+
+def _find_files(path: Path) -> list[Path]:
+    """The training file and, where there is one, the dev file behind `path`."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FastpeftError(
+            f"no data at {str(path)!r}; give 'demo', the path of a {_list(READERS)} file or of a folder with train.* "
+            f"and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
+        )
+    parts: list[Path] = []
+    for stems in (_TRAIN, _DEV):
+        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in READERS)
+        if len(found) > 1 or (not found and not parts):
+            names = ", ".join(file.name for file in found) or "none"
+            raise FastpeftError(
+                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({_list(READERS)}); found: "
+                f"{names}."
+            )
+        parts += found
+    return parts
+
+
+def _read_rows(file: Path) -> list[Row]:
+    """Every row of a file as a dictionary of its columns."""
+    reader = READERS.get(file.suffix[1:].lower())
+    if reader is None:
+        raise FastpeftError(f"{file} is of an unknown kind; allowed are {_list(READERS)}. Convert or rename it.")
+    rows = reader(file)
+    if not rows:
+        raise FastpeftError(f"{file} is empty: it has no rows. Give a file with a text and a class in each row.")
+    return rows
+
+
+def read_text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FastpeftError(
+            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise FastpeftError(f"cannot read {file} ({error.strerror}). Give the path of an existing file.") from None
+    if "\0" in text:
+        raise FastpeftError(f"{file} is broken: it holds NUL bytes. Restore it or convert it to UTF-8 text.")
+    return text
+
+
+def _read_csv(file: Path) -> list[Row]:
+    return _table(file, _parse(file, read_text(file), delimiter=",", strict=True))
+
+
+def _read_tsv(file: Path) -> list[Row]:
+    """Plain as GLUE's files are, unless its fields do not fit the header so, or all its quotes enclose whole fields."""
+    text = read_text(file)
+    plain = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if plain and all(map(_is_cola, plain)):
+        return _table(file, [_COLA, *plain])
+    fits = all(len(fields) == len(plain[0]) for fields in plain)
+    begun = [field for fields in plain for field in fields if field.startswith('"')]
+    if fits and not all(_QUOTED.fullmatch(field) for field in begun):
+        return _table(file, plain)  # parsed as quoted, a text that begins with a quote would swallow the rows after it
+    try:
+        return _table(file, _parse(file, text, delimiter="\t", strict=True))
+    except FastpeftError:
+        return _table(file, plain)
+
+
+def _is_cola(fields: list[str]) -> bool:
+    """Whether a line is one of GLUE's CoLA, whose files have no header."""
+    return len(fields) == len(_COLA) and fields[1] in ("0", "1") and fields[2] in ("", "*")
+
+
+_COLA = ["source", "label", "star", "sentence"]
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
+
+
+def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        return [fields for fields in reader if fields]
+    except csv.Error as error:
+        raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct that line.") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _table(file: Path, lines: list[list[str]]) -> list[Row]:
+    """Rows of a file whose first line names the columns."""
+    if not lines:
+        return []
+    header = lines[0]
+    if len(set(header)) < len(header):
+        raise FastpeftError(f"{file} names a column twice: {_list(header)}. Give every column its own name.")
+    for number, fields in enumerate(lines[1:], start=1):
+        if len(fields) != len(header):
+            raise FastpeftError(
+                f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({_list(header)}). "
+                "Correct the row, or quote fields that hold the separator."
+            )
+    return [dict(zip(header, fields)) for fields in lines[1:]]
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.") from None
+        if not isinstance(row, dict):
+            raise FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")
+        rows.append(row)
+    return rows
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FastpeftError(
+            f"{file} is not a readable parquet file ({first_line(error)}). Restore or write it anew."
+        ) from None
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
