@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,34 @@ def reviews(rows: int, labels: Sequence[str] = ("negative", "positive"), seed: i
     return made
 
 
+def write_jsonl(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write one object a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def pairs(rows: int) -> list[dict[str, Any]]:
+    """Made-up rows of two texts: whether both have the same opinion."""
+    firsts, seconds = reviews(rows, seed=1), reviews(rows, ("negative", "negative", "positive"), seed=2)
+    return [
+        {"sentence1": first, "sentence2": second, "label": "same" if one == other else "different"}
+        for (first, one), (second, other) in zip(firsts, seconds)
+    ]
+
+
+def scores(rows: int) -> list[dict[str, Any]]:
+    """Made-up texts with a number that their opinion decides."""
+    values = {"negative": 0.25, "mixed": 1.0, "positive": 2.5}
+    return [{"text": text, "score": values[label]} for text, label in reviews(rows, tuple(values))]
+
+
+def tagged(rows: int) -> list[dict[str, Any]]:
+    """Made-up lists of words with a tag for each: that of the opinion, or O."""
+    tags = {word: f"B-{label}" for label, words in WORDS.items() for word in words}
+    texts = [text.split() for text, _ in reviews(rows, tuple(WORDS))]
+    return [{"tokens": words, "ner_tags": [tags.get(word, "O") for word in words]} for words in texts]
+
+
 def write_csv(file: Path, rows: Sequence[Sequence[Any]], header: Sequence[str] = ("text", "label")) -> Path:
     """Write a csv file with a header."""
     with open(file, "w", encoding="utf-8", newline="") as stream:
@@ -45,7 +74,9 @@ def save_tiny_model(folder: Path, kind: str = "Roberta", head: str = "ForMaskedL
     vocabulary = [*_SPECIAL, *_FILLERS, *(word for words in WORDS.values() for word in words)]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",

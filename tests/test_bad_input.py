@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import reviews, save_tiny_model, write_csv
+from samples import pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
@@ -50,6 +50,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "nan.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
     (place / "broken.parquet").write_bytes(b"PAR1 but not really")
     (place / "data.xlsx").write_bytes(b"")
+    write_jsonl(place / "pairs.jsonl", pairs(40))
+    write_jsonl(place / "tagged.jsonl", tagged(40))
+    write_csv(place / "alike.csv", [("a", "same"), ("b", "different")])
+    for run, rows in (("pair-run", "pairs.jsonl"), ("tag-run", "tagged.jsonl")):
+        train(TrainConfig(output=str(place / run), method="lora", model=model, data=str(place / rows), max_steps=1))
+    good = {"tokens": ["a", "b"], "ner_tags": ["O", "X"]}
+    write_jsonl(place / "short-tags.jsonl", [good, {"tokens": ["a", "b"], "ner_tags": ["O"]}])
+    write_jsonl(place / "no-word.jsonl", [{"tokens": ["a", " "], "ner_tags": ["O", "X"]}])
+    write_jsonl(place / "no-tag.jsonl", [{"tokens": ["a", "b"], "ner_tags": ["O", None]}])
+    (place / "broken-set").mkdir()
+    (place / "broken-set" / "dataset_dict.json").write_text("{")
+    (place / "pairs-and-texts").mkdir()
+    write_jsonl(place / "pairs-and-texts" / "train.jsonl", pairs(8))
+    write_jsonl(place / "pairs-and-texts" / "dev.jsonl", [{"text": "a", "label": "same"}])
     (place / "no-train").mkdir()
     (place / "two-trains").mkdir()
     for name in ("train.csv", "train.tsv"):
@@ -150,7 +164,26 @@ CASES = [
     (["--data", "one-row.csv"], ["1 labelled row"]),
     (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class"]),
     (["--data", "nan.jsonl"], ["row 2 of nan.jsonl has no class"]),
-    (["--data", "measures.csv"], ["'0.25'", "whole numbers"]),
+    (
+        ["--data", "measures.csv", "--problem-type", "single_label_classification"],
+        ["'0.25'", "whole numbers", "--problem-type regression"],
+    ),
+    (["--data", "some/where"], ["cannot load the data set 'some/where'", "nyu-mll/glue:sst2"]),
+    (["--data", "broken-set"], ["cannot load the data set 'broken-set'"]),
+    (["--text-column", "text,stars"], ["no column 'stars'", "text, label"]),
+    (["--text-column", "text,text"], ["text_column is 'text,text'", "two different ones"]),
+    (["--data", "pairs-and-texts"], ["pairs of texts to train on and one text a row to measure on"]),
+    # problems
+    (["--problem-type", "ranking"], ["problem_type is 'ranking'", "regression, token_classification"]),
+    (["--problem-type", "regression"], ["row 1 of good.csv has 'negative'", "must be a number"]),
+    (["--problem-type", "token_classification"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
+    (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),
+    (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl", "none of them empty"]),
+    (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has no class in column 'ner_tags'"]),
+    # the best checkpoint
+    (["--metric", "accuracy"], ["metric is 'accuracy'", "no checkpoints", "save_steps"]),
+    (["--metric", "bleu", "--save-steps", "1"], ["'bleu' is not measured", "accuracy, f1, matthews, loss"]),
+    (["--metric", "f1", "--save-steps", "1", "--data", "measures.csv"], ["'f1' is not measured in regression"]),
     (["--data", "identities.csv"], ["50 different classes in 50 rows"]),
     (["--data", "dev-class"], ["'neutral'", "negative, positive"]),
     (["--data", "many-columns.csv"], ["left, right, label", "--text-column"]),
@@ -187,7 +220,13 @@ CASES = [
     (["--prompt", "{text} is <mask> <mask>", *WORDS], ["has 2 <mask>", "must have one"]),
     (["--prompt", "{text} is", *WORDS], ["has no <mask>", "must have one"]),
     (["--prompt", "the film is <mask>", *WORDS], ["no place for a text"]),
-    (["--prompt", "{a} is {b} <mask>", *WORDS], ["takes a pair of texts"]),
+    (["--prompt", "{a} is {b} <mask>", *WORDS], ["takes a pair of texts", "the data has one text a row"]),
+    ([*PROMPT, "--data", "pairs.jsonl"], ["takes one text a row", "the data has pairs of texts", "{a} and {b}"]),
+    ([*PROMPT, "--data", "measures.csv"], ["stand for classes, but this is regression", "--prompt-head classifier"]),
+    (
+        [*PROMPT, "--data", "tagged.jsonl", "--prompt-head", "classifier"],
+        ["is for texts, but the data has a tag for every word"],
+    ),
     (["--prompt", "sst9"], ["no prompt is named 'sst9'", "SST-2"]),
     (["--prompt", "{text} is <mask>"], ["has no label words"]),
     ([*PROMPT[:3], "negative=awful,mixed=odd"], ["no word for positive", "negative, positive"]),
@@ -242,7 +281,10 @@ CASES = [
     (["--set", "dataloader_num_workers=-1"], ["'dataloader_num_workers': -1"]),
     (["--set", "per_device_eval_batch_size=0"], ["'per_device_eval_batch_size': 0"]),
     (["--set", "report_to=nowhere"], ["'report_to': 'nowhere'"]),
-    (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "last step"]),
+    (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "use metric"]),
+    (["--set", "eval_strategy=epoch"], ["eval_strategy cannot be set", "at each checkpoint"]),
+    (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use metric"]),
+    (["--set", "greater_is_better=true"], ["greater_is_better cannot be set", "follows from metric"]),
     (["--set", "dataloader_drop_last=true"], ["dataloader_drop_last cannot be set", "every row"]),
     (["--set", "train_sampling_strategy=random"], ["train_sampling_strategy cannot be set"]),
     (["--set", "prediction_loss_only=true"], ["prediction_loss_only cannot be set"]),
@@ -285,6 +327,12 @@ CASES = [
     (["eval", "--model", "model", "--data", "good.csv", "--prompt", "none"], ["DIR", "--prompt"]),
     (["eval", "--model", "causal", "--data", "good.csv", *PROMPT], ["'causal' has no masked-word head"]),
     (["eval", "--model", "model", "--data", "good.csv", *PROMPT[:3], "a,b,c"], ["no word for negative, positive"]),
+    (["eval", "pair-run", "--data", "alike.csv"], ["learned from pairs of texts, but 'alike.csv' has one text a row"]),
+    (["eval", "--model", "model", "--data", "pairs.jsonl", *PROMPT], ["the data has pairs of texts"]),
+    (["eval", "--model", "model", "--data", "measures.csv", *PROMPT], ["'0.25'", "whole numbers"]),
+    (["predict", "pair-run", "a text"], ["two texts, as a pair or separated by a tab; got 'a text'"]),
+    (["predict", "tag-run", " "], ["words, as a list or separated by spaces; got ' '"]),
+    (["predict", "tag-run", "the " * 50], ["of the 50 words that begin with 'the the the', only 36 fit into the 38"]),
     (["predict", "run"], ["nothing to classify"]),
     (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),

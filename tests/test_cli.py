@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from samples import reviews, save_tiny_model, write_csv
+from samples import pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
 from typer.testing import CliRunner, Result
 
 import fastpeft
@@ -145,6 +145,56 @@ def test_zero_shot(place: Path) -> None:
     prompt = Prompt(PROMPT[1], ["awful", "lovely"]).for_labels(texts.labels)
     guesses = load_prompted("model", prompt).model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
     assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in calibrated
+
+
+PAIR_PROMPT = ("--prompt", "{a} <mask> {b}", "--label-words", "different=odd,same=lovely")
+
+
+def test_pairs_are_separated_by_a_tab(place: Path) -> None:
+    write_jsonl(place / "pairs.jsonl", pairs(40))
+    options = ("--model", "model", "--data", "pairs.jsonl")
+    run("train", *options, "--method", "lora", "--max-steps", "2", "--output", "plain", "--quiet")
+    run("train", *options, *PAIR_PROMPT, "--method", "full", "--max-steps", "2", "--output", "prompted", "--quiet")
+    (place / "texts.txt").write_text("a dull plot\tis awful\n")
+    for output in ("plain", "prompted"):
+        lines = run("predict", output, "it is funny\tand lovely", "--file", "texts.txt").stdout.splitlines()
+        assert [line.split("\t")[2:] for line in lines] == [["it is funny", "and lovely"], ["a dull plot", "is awful"]]
+        assert {line.split("\t")[0] for line in lines} <= {"same", "different"}
+    # with no training
+    before = json.loads((place / "prompted" / "metrics.json").read_text())["accuracy_before"]
+    assert f"{before:.3f}" in run("eval", *options, *PAIR_PROMPT).stdout
+    texts = load_data("pairs.jsonl")
+    model = load_prompted("model", Prompt(PAIR_PROMPT[1], ["odd", "lovely"]).for_labels(texts.labels)).model
+    guesses = model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
+    calibrated = run("eval", *options, *PAIR_PROMPT, "--calibrate").stdout
+    assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in calibrated
+
+
+def test_numbers_and_tags_are_shown(place: Path) -> None:
+    write_jsonl(place / "scores.jsonl", scores(40))
+    write_jsonl(place / "tagged.jsonl", tagged(40))
+    options = ("train", "--model", "model", "--method", "lora", "--max-steps", "4", "--save-steps", "2")
+    shown = run(*options, "--data", "scores.jsonl", "--output", "scores", "--metric", "spearman")
+    for part in (
+        "Pearson correlation before",
+        "Pearson correlation after",
+        "Spearman correlation",
+        "mean squared error",
+    ):
+        assert part in shown.stdout
+    assert "Pearson correlation" in shown.stderr, "the progress bar has the first metric"
+    assert "accuracy" not in shown.output
+    assert "Spearman correlation" in run("eval", "scores").stdout
+    name, value, text = run("predict", "scores", "a lovely film").stdout.rstrip("\n").split("\t")
+    assert (name, text) == ("score", "a lovely film")
+    float(value)
+    shown = run(*options, "--data", "tagged.jsonl", "--output", "tagged")
+    assert "F1 before" in shown.stdout
+    assert "F1 0." in shown.stderr
+    lines = run("predict", "tagged", "a lovely film", "the end").stdout.splitlines()
+    assert [line.split("\t")[2] for line in lines if line] == ["a", "lovely", "film", "the", "end"]
+    assert [bool(line) for line in lines] == [True, True, True, False, True, True, False]
+    assert {line.split("\t")[0] for line in lines if line} <= {"O", "B-negative", "B-positive", "B-mixed"}
 
 
 def test_prompts_by_name_and_none(place: Path) -> None:

@@ -19,6 +19,7 @@ from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, Tr
 from fastpeft.evaluation import evaluate
 from fastpeft.loading import load_run, load_start, prompt_for
 from fastpeft.methods import METHODS
+from fastpeft.problems import CLASSIFICATION
 from fastpeft.prompts import HEADS
 from fastpeft.task import Task, recipe_used
 
@@ -119,7 +120,9 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
         link = replace(config, output=output, init_from=start, **{"prompt": None, "label_words": None, **values})
         if start is not None:
             before = load_run(start)
-            begun = load_start(link, before.labels, prompt_for(link, before.labels)).model
+            begun = load_start(
+                link, before.labels, prompt_for(link, before.labels, CLASSIFICATION), CLASSIFICATION
+            ).model
             expected = encoder(before.classifier.model)
             assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
         result = train(link)
