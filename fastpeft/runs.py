@@ -171,7 +171,7 @@ class RunFolder:
         Args:
             config: what the run was given.
             overwrite: whether to delete the run that is there.
-            recipe: rates, schedule and length as they are used, given or not, for people to read; None where nothing trains.
+            recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
         """
         notes: dict[str, Any] = {_VERSION_KEY: __version__}
         if recipe is not None:
