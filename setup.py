@@ -71,8 +71,10 @@ def extensions() -> tuple[list, dict]:
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
     # the bits of the noise are a contract: no two roundings may be fused into one
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
+    # loops vectorise although a square root could set errno and a lane not taken could trap; no result changes
+    flags += ["-fno-math-errno", "-fno-trapping-math"]
     common = {"include_dirs": [os.path.abspath("csrc")], "define_macros": macros, "py_limited_api": True}
-    headers = glob("csrc/*.h")
+    headers = glob("csrc/**/*.h", recursive=True)
     found = []
     if "fastpeft._C" in wanted:
         if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:

@@ -6,23 +6,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "bits.h"
 #include "philox.h"
 
 namespace fastpeft {
-
-FASTPEFT_HD uint32_t to_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-FASTPEFT_HD float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 FASTPEFT_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
@@ -82,40 +70,14 @@ struct Lanes {
     float z[4];
 };
 
-// z of the flat indices 4q .. 4q + 3
-FASTPEFT_HD Lanes gaussian(uint64_t q, uint64_t seed) {
-    const Words words = random_words(q, seed, kNoise);
+// z of the flat indices 4q .. 4q + 3 from the words of counter q
+FASTPEFT_HD Lanes box_muller(Words words) {
     const float r0 = radius(words.w[0]), r2 = radius(words.w[2]);
     const CosSin a1 = cos_sin(words.w[1]), a3 = cos_sin(words.w[3]);
     return {{r0 * a1.cos, r0 * a1.sin, r2 * a3.cos, r2 * a3.sin}};
 }
 
-// z of the flat indices 4q .. 4q + 3: four of the 128 bits of counter q / 32
-FASTPEFT_HD Lanes rademacher(uint64_t q, uint64_t seed) {
-    const Words words = random_words(q / 32, seed, kNoise);
-    const uint32_t bits = words.w[(q % 32) / 8] >> (4 * (q % 8));
-    Lanes lanes;
-    for (int lane = 0; lane < 4; ++lane) lanes.z[lane] = (bits >> lane) & 1u ? -1.0f : 1.0f;
-    return lanes;
-}
-
-// Stochastic rounding: add the word as a fraction of the storage format's spacing to the magnitude, then truncate.
-// The result is exact in the storage format (or rounds to its infinity). Infinities and NaN pass.
-FASTPEFT_HD float truncate_after_adding(float x, uint32_t word, int dropped_bits) {
-    const uint32_t bits = to_bits(x) + (word >> (32 - dropped_bits));
-    return from_bits(bits >> dropped_bits << dropped_bits);
-}
-
-FASTPEFT_HD float round_to_bfloat16(float x, uint32_t word) {
-    return std::isfinite(x) ? truncate_after_adding(x, word, 16) : x;
-}
-
-FASTPEFT_HD float round_to_float16(float x, uint32_t word) {
-    if (!std::isfinite(x)) return x;
-    if (std::fabs(x) >= 0x1p-14f) return truncate_after_adding(x, word, 13);
-    // below the smallest normal number the spacing is 2^-24 throughout
-    const uint64_t units = (static_cast<uint64_t>(std::fabs(x) * 0x1p56f) + word) >> 32;
-    return std::copysign(static_cast<float>(units) * 0x1p-24f, x);
-}
+// +1 or -1 for an even or odd word
+FASTPEFT_HD float sign(uint32_t word) { return from_bits(to_bits(1.0f) | word << 31); }
 
 }  // namespace fastpeft

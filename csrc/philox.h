@@ -6,28 +6,28 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FASTPEFT_HD __host__ __device__ __forceinline__
-#else
-#define FASTPEFT_HD inline
-#endif
+#include "bits.h"
 
 namespace fastpeft {
 
 enum Stream : uint32_t { kNoise = 0, kRounding = 1 };
+
+constexpr int kRounds = 10;
+constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
 struct Words {
     uint32_t w[4];
 };
 
 FASTPEFT_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = uint64_t{0xD2511F53u} * counter.w[0];
-        const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.w[2];
+    for (int round = 0; round < kRounds; ++round) {
+        const uint64_t product0 = uint64_t{kMultiplier0} * counter.w[0];
+        const uint64_t product1 = uint64_t{kMultiplier1} * counter.w[2];
         counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.w[1] ^ key0, static_cast<uint32_t>(product1),
                     static_cast<uint32_t>(product0 >> 32) ^ counter.w[3] ^ key1, static_cast<uint32_t>(product0)}};
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
+        key0 += kWeyl0;
+        key1 += kWeyl1;
     }
     return counter;
 }

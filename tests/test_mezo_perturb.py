@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,13 +33,45 @@ def _op(*args: object) -> None:
 
 
 needs_cpp = pytest.mark.skipif(ON_CPU.backend != "cpp", reason=f"the op runs on the reference: {ON_CPU.reason}")
-implementations = pytest.mark.parametrize(
-    "perturb", [pytest.param(reference.mezo_perturb_, id="reference"), pytest.param(_op, id="cpp", marks=needs_cpp)]
-)
+
+
+def _compiled_for(instructions: str) -> Perturb:
+    """The compiled op on its variant for these instructions."""
+
+    def perturb(*args: object) -> None:
+        with mock.patch.dict(os.environ, FASTPEFT_SIMD=instructions):
+            _op(*args)
+
+    return perturb
+
+
+def _runs(instructions: str) -> bool:
+    try:
+        _compiled_for(instructions)([], [], [], [], 0.0)
+    except RuntimeError:
+        return False
+    return True
+
+
+VARIANTS = [
+    pytest.param(
+        _compiled_for(name),
+        id=name,
+        marks=[needs_cpp, pytest.mark.skipif(not _runs(name), reason=f"this processor has no {name}")],
+    )
+    for name in ("baseline", "avx2", "avx512")
+]
+compiled = pytest.mark.parametrize("perturb", VARIANTS)
+implementations = pytest.mark.parametrize("perturb", [pytest.param(reference.mezo_perturb_, id="reference"), *VARIANTS])
 
 
 def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(BITS[x.element_size()])
+
+
+def _assert_same_bits(one: Tensor, other: Tensor) -> None:
+    assert torch.equal(one.isnan(), other.isnan())  # which NaN it is, is nobody's promise
+    assert torch.equal(_bits(one[~one.isnan()]), _bits(other[~other.isnan()]))
 
 
 def _values(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -60,7 +96,7 @@ def test_golden_values(perturb: Perturb, case: dict) -> None:
     assert after == case["after"]
 
 
-@needs_cpp
+@compiled
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -72,7 +108,8 @@ def test_golden_values(perturb: Perturb, case: dict) -> None:
     scale=st.sampled_from((1e-3, -1.0, 1e-7, 0.0, 1e-42, 1e30)),
     decay=st.sampled_from((0.0, 0.01, 1.0)),
 )
-def test_cpp_has_the_bits_of_the_reference(
+def test_compiled_variants_have_the_bits_of_the_reference(
+    perturb: Perturb,
     dtype: torch.dtype,
     kind: str,
     rounding: str,
@@ -86,11 +123,45 @@ def test_cpp_has_the_bits_of_the_reference(
     offsets = [offset + 1000 * i for i in range(len(sizes))]
     scales = [scale / (i + 1) for i in range(len(seeds))]
     ours, theirs = ([p.clone() for p in params] for _ in range(2))
-    _op(ours, offsets, seeds, scales, decay, kind, rounding)
+    perturb(ours, offsets, seeds, scales, decay, kind, rounding)
     reference.mezo_perturb_(theirs, offsets, seeds, scales, decay, kind, rounding)
     for one, other in zip(ours, theirs):
-        assert torch.equal(one.isnan(), other.isnan())  # which NaN it is, is nobody's promise
-        assert torch.equal(_bits(one[~one.isnan()]), _bits(other[~other.isnan()]))
+        _assert_same_bits(one, other)
+
+
+@compiled
+@pytest.mark.parametrize("kind", noise.NOISE)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_work_is_split_without_a_trace(perturb: Perturb, threads: int, kind: str) -> None:
+    """Over tensors that span tiles, parts of threads and each other's ends, from an offset that no tile begins at."""
+    sizes = (1, 70_001, 4096, 3, 31_000)
+    offsets = [2**32 - 50_001, 5, 4096, 123_457, 2**40]
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16)
+    ours, theirs = ([_values(n, d, seed=n) for n, d in zip(sizes, dtypes)] for _ in range(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        perturb(ours, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
+    finally:
+        torch.set_num_threads(before)
+    reference.mezo_perturb_(theirs, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
+    for one, other in zip(ours, theirs):
+        _assert_same_bits(one, other)
+
+
+@compiled
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_number_is_read_and_rounded_as_by_pytorch(
+    perturb: Perturb, dtype: torch.dtype, rounding: str
+) -> None:
+    """Infinities, NaN and subnormals among them; the factors round in every exponent, and overflow."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    for decay, scale in ((0.0, 0.0), (0.3, 0.0), (-0.7, 1e-8), (1 - 2.0**-9, 0.0)):
+        ours, theirs = every.clone(), every.clone()
+        perturb([ours], [3], [1], [scale], decay, "gaussian", rounding)
+        reference.mezo_perturb_([theirs], [3], [1], [scale], decay, "gaussian", rounding)
+        _assert_same_bits(ours, theirs)
 
 
 @implementations
@@ -139,6 +210,7 @@ STRIDED = {
     "permuted": lambda: _values(60, torch.float32).view(3, 4, 5).permute(2, 0, 1),
     "every other": lambda: _values(100, torch.float32)[::2],
     "columns": lambda: _values(100, torch.float32).view(10, 10)[:, 2:7],
+    "more than a tile": lambda: _values(90 * 130, torch.float32).view(90, 130).t(),
     "channels last": lambda: _values(120, torch.float32).view(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "scalar": lambda: torch.tensor(0.5),
     "empty": lambda: torch.zeros(3, 0),
@@ -172,6 +244,21 @@ def test_subnormals_are_kept(perturb: Perturb) -> None:
     assert param.unique().tolist() == [0.0, 2 * smallest]
 
 
+@compiled
+def test_a_mode_that_flushes_subnormals_is_put_aside_and_restored(perturb: Perturb) -> None:
+    smallest = 2.0**-149
+    param, other = torch.full((10,), 8 * smallest), torch.full((10,), 8 * smallest)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormals")
+    try:
+        perturb([param], [0], [1], [smallest], 0.0, "rademacher")
+        still_flushed = other * 1.0
+    finally:
+        torch.set_flush_denormal(False)
+    assert set(param.tolist()) == {7 * smallest, 9 * smallest}
+    assert (still_flushed == 0).all()
+
+
 def test_the_reference_has_the_same_bits_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, in_chunks = (_values(1000, torch.bfloat16) for _ in range(2))
     args = ([3], [1, 2], [0.1, 0.2], 0.1, "gaussian", "stochastic")
@@ -190,6 +277,14 @@ def test_the_copying_form(dtype: torch.dtype) -> None:
     assert out.stride() == param.stride()
     functional.mezo_perturb_([param], [3], [1, 2], [0.1, 0.2], 0.1)
     assert torch.equal(out, param)
+
+
+def test_the_copy_of_a_repeated_row_is_whole() -> None:
+    row = _values(5, torch.float32)
+    out = functional.mezo_perturb(row.expand(3, 5), 2, [1], [0.5])
+    whole = row.repeat(3, 1)
+    functional.mezo_perturb_([whole], [2], [1], [0.5])
+    assert torch.equal(out, whole)
 
 
 def test_autograd_notices_that_weights_changed() -> None:
@@ -252,3 +347,27 @@ def test_the_compiled_op_checks_what_could_reach_foreign_memory() -> None:
     ):
         with pytest.raises(RuntimeError):
             _op(params, offsets, [1], [0.1], 0.0, kind)
+
+
+@needs_cpp
+def test_instructions_that_are_not_known_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"FASTPEFT_SIMD is 'mmx'; allowed on this processor are .*baseline"):
+        _compiled_for("mmx")([torch.zeros(3)], [0], [1], [0.1], 0.0)
+
+
+PEAK = """
+import resource, torch, fastpeft.functional
+op = torch.ops.fastpeft.mezo_perturb_
+params = [torch.zeros(2**22), torch.zeros(2**11, 2**11).t(), torch.zeros(2**22, dtype=torch.bfloat16)]
+op([p[:1] for p in params], [0, 0, 0], [1], [1.0], 0.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+op(params, [0, 0, 0], [1, 2], [1.0, 1.0], 0.0, "gaussian", "stochastic")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_cpp
+@pytest.mark.skipif(sys.platform != "linux", reason="counts KiB as Linux does")
+def test_a_pass_in_place_needs_no_memory_to_speak_of() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert int(done.stdout) < 1024, done.stderr
