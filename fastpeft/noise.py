@@ -26,11 +26,11 @@ STREAM_ROUNDING = 1
 STREAM_DROPOUT = 2
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # lowest power first; all exact in float32, all repeated in csrc/normal.h
-_LOG = (  # ln(1 + t) = t + t^2 P(t) on [sqrt(1/2) - 1, sqrt(2) - 1)
+LOG = (  # ln(1 + t) = t + t^2 P(t) on [sqrt(1/2) - 1, sqrt(2) - 1)
     -0.5,
     float.fromhex("0x1.5556d8p-2"),
     float.fromhex("-0x1.000380p-2"),
@@ -40,15 +40,15 @@ _LOG = (  # ln(1 + t) = t + t^2 P(t) on [sqrt(1/2) - 1, sqrt(2) - 1)
     float.fromhex("-0x1.242fd0p-3"),
     float.fromhex("0x1.645e52p-4"),
 )
-_LN2 = float.fromhex("0x1.62e430p-1")
-_SQRT_HALF_BITS = 0x3F3504F3
-_SIN = (  # sin(pi/4 t) = t P(t^2) on [-1, 1)
+LN2 = float.fromhex("0x1.62e430p-1")
+SQRT_HALF_BITS = 0x3F3504F3
+SIN = (  # sin(pi/4 t) = t P(t^2) on [-1, 1)
     float.fromhex("0x1.921fb6p-1"),
     float.fromhex("-0x1.4abc24p-4"),
     float.fromhex("0x1.4680a4p-9"),
     float.fromhex("-0x1.33198ep-15"),
 )
-_COS = (  # cos(pi/4 t) = P(t^2) on [-1, 1)
+COS = (  # cos(pi/4 t) = P(t^2) on [-1, 1)
     1.0,
     float.fromhex("-0x1.3bd3a2p-2"),
     float.fromhex("0x1.03b18ep-6"),
@@ -67,10 +67,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
@@ -96,10 +96,10 @@ def radius(words: Tensor) -> Tensor:
     """`sqrt(-2 ln u)`, float32, with `u = ((w >> 8) + 1) * 2^-24`."""
     u = ((words >> 8) + 1).to(torch.float32) * 2.0**-24
     bits = u.view(torch.int32)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
+    exponent = (bits - SQRT_HALF_BITS) >> 23
     t = (bits - (exponent << 23)).view(torch.float32) - 1.0  # u = (1 + t) 2^exponent
-    logarithm = t + (t * t) * _polynomial(_LOG, t)
-    logarithm = logarithm + exponent.to(torch.float32) * _LN2
+    logarithm = t + (t * t) * _polynomial(LOG, t)
+    logarithm = logarithm + exponent.to(torch.float32) * LN2
     # through float64: float32 sqrt on a CPU may come from a vector library that is free in its last bit, while a
     # float64 root, even one that is an ulp off, lies on the right side of every float32 midpoint
     return (logarithm * -2.0).to(torch.float64).sqrt().to(torch.float32)
@@ -111,8 +111,8 @@ def cos_sin(words: Tensor) -> tuple[Tensor, Tensor]:
     quadrant = (turned >> 22) & 3
     t = ((turned & ((1 << 22) - 1)) - (1 << 21)).to(torch.float32) * 2.0**-21
     square = t * t
-    sin = t * _polynomial(_SIN, square)
-    cos = _polynomial(_COS, square)
+    sin = t * _polynomial(SIN, square)
+    cos = _polynomial(COS, square)
     swap = (quadrant & 1) == 1
     cos, sin = torch.where(swap, sin, cos), torch.where(swap, cos, sin)
     return torch.where(((quadrant + 1) & 2) == 2, -cos, cos), torch.where((quadrant & 2) == 2, -sin, sin)

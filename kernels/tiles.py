@@ -38,3 +38,13 @@ def siva_linear_fwd_tile(rows: int, products: str) -> Tile:
 def rank_block(rank: int) -> int:
     """Columns of the tile that holds a rank: a power of two, at least the 16 that a matrix instruction takes."""
     return max(16, 1 << (rank - 1).bit_length())
+
+
+class Strip(NamedTuple):
+    """One launch shape of an elementwise kernel: counters of the noise a program draws, and warps."""
+
+    block_q: int
+    num_warps: int
+
+
+MEZO_PERTURB = Strip(block_q=256, num_warps=4)  # 8 elements a thread
