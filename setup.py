@@ -90,15 +90,18 @@ def extensions() -> tuple[list, dict]:
         if not cuda_sources or not cuda_home:
             left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if cuda_sources else "there is no CUDA source")
         else:
-            found.append(
-                cpp_extension.CUDAExtension(
-                    "fastpeft._C_cuda",
-                    sorted(cuda_sources),
-                    depends=headers,
-                    extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false"]},
-                    **common,
-                )
+            # the stream and error shims, of libtorch's CUDA part
+            cuda = {**common, "define_macros": [*macros, ("USE_CUDA", None)]}
+            extension = cpp_extension.CUDAExtension(
+                "fastpeft._C_cuda",
+                ["csrc/module.cpp", *sorted(cuda_sources)],
+                depends=headers,
+                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false"]},
+                **cuda,
             )
+            # torch may come with another version of the runtime: bring our own
+            extension.libraries = ["cudart_static" if name == "cudart" else name for name in extension.libraries]
+            found.append(extension)
 
     class build_ext(cpp_extension.BuildExtension):  # noqa: N801
         def build_extensions(self) -> None:

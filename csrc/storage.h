@@ -13,6 +13,8 @@
 
 namespace fastpeft {
 
+enum class Format { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
 struct BFloat16 {
     uint16_t bits;
 };

@@ -28,6 +28,12 @@ SCHEMAS = {
         "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
         "str rounding='nearest') -> ()"
     ),
+    # the same, with seeds (n,) int64 and scales (n,) float64 read from the device when the pass runs, so that a replay
+    # of a captured CUDA graph takes what they hold by then
+    "mezo_perturb_replay_": (
+        "(Tensor(a!)[] params, int[] offsets, Tensor seeds, Tensor scales, float decay, str noise='gaussian', "
+        "str rounding='nearest') -> ()"
+    ),
     "mezo_perturb": (
         "(Tensor param, int offset, int[] seeds, float[] scales, float decay, str noise='gaussian', "
         "str rounding='nearest') -> Tensor"
@@ -121,6 +127,19 @@ def _mezo_perturb__fake(
     offsets: list[int],
     seeds: list[int],
     scales: list[float],
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::mezo_perturb_replay_")
+def _mezo_perturb_replay__fake(
+    params: list[Tensor],
+    offsets: list[int],
+    seeds: Tensor,
+    scales: Tensor,
     decay: float,
     noise: str = "gaussian",
     rounding: str = "nearest",

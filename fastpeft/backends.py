@@ -2,8 +2,8 @@
 
 At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
 Triton, fused ATen calls, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"`
-overrides the order (names: `cpp`, `triton`, `aten`, `reference`). Where it asks for what is not available, the package
-still imports, so that the command line can say so, but every op raises the `FastpeftError`.
+overrides the order (names: `cpp`, `cuda`, `triton`, `aten`, `reference`). Where it asks for what is not available, the
+package still imports, so that the command line can say so, but every op raises the `FastpeftError`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,22 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear_backward", "cpu"): ("aten",),
     ("siva_linear_backward", "cuda"): ("aten",),
     ("mezo_perturb_", "cpu"): ("cpp",),
+    ("mezo_perturb_", "cuda"): ("cuda", "triton"),
+    ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb", "cpu"): ("cpp",),
+    ("mezo_perturb", "cuda"): ("cuda", "triton"),
 }
 
 # launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
-_TRITON_LAUNCHERS = {"siva_linear": ("siva_linear", "siva_linear_fwd")}
+_TRITON_LAUNCHERS = {
+    "siva_linear": ("siva_linear", "siva_linear_fwd"),
+    "mezo_perturb_": ("mezo", "mezo_perturb_"),
+    "mezo_perturb_replay_": ("mezo", "mezo_perturb_replay_"),
+    "mezo_perturb": ("mezo", "mezo_perturb"),
+}
+
+# backends that are compiled modules: loading one registers its implementations of all its ops
+_COMPILED = {"cpp": "fastpeft._C", "cuda": "fastpeft._C_cuda"}
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,18 @@ class Choice:
     reason: str
 
 
-def _probe_cpp() -> str:
-    """'' when the C++ module is loaded (which registers its implementations), else why not."""
+def _load_compiled(backend: str) -> str:
+    """'' when the backend's module is loaded (which registers its implementations), else why not."""
     try:
-        importlib.import_module("fastpeft._C")
+        importlib.import_module(_COMPILED[backend])
     except ImportError as error:
-        return f"the compiled module fastpeft._C is not available ({error})"
+        return f"the compiled module {_COMPILED[backend]} is not available ({error})"
     return ""
+
+
+def _probe_cuda() -> str:
+    """'' when the CUDA module is loaded, else why not."""
+    return _load_compiled("cuda") if torch.cuda.is_available() else "no CUDA device"
 
 
 def _probe_triton() -> str:
@@ -66,7 +82,12 @@ def _probe_triton() -> str:
     return ""
 
 
-_PROBES: dict[str, Callable[[], str]] = {"cpp": _probe_cpp, "triton": _probe_triton, "aten": lambda: ""}
+_PROBES: dict[str, Callable[[], str]] = {
+    "cpp": lambda: _load_compiled("cpp"),
+    "cuda": _probe_cuda,
+    "triton": _probe_triton,
+    "aten": lambda: "",
+}
 
 
 def _overrides(text: str) -> dict[str, str]:
@@ -115,8 +136,8 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         library.impl(choice.op, getattr(module, function), choice.device.upper())
     elif choice.backend == "aten":
         library.impl(choice.op, getattr(aten, choice.op), choice.device.upper())
-    elif choice.backend == "reference" and "cpp" in IMPLEMENTED.get((choice.op, choice.device), ()):
-        # the compiled module registers all its ops when it loads; put the reference back over this one
+    elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
+        # a compiled module may have been loaded for another op; put the reference back over this one
         library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())
 
 

@@ -157,8 +157,8 @@ def window_attention(
 def mezo_perturb_(
     params: Sequence[Tensor],
     offsets: Sequence[int],
-    seeds: Sequence[int],
-    scales: Sequence[float],
+    seeds: Sequence[int] | Tensor,
+    scales: Sequence[float] | Tensor,
     decay: float = 0.0,
     noise: str = "gaussian",
     rounding: str = "nearest",
@@ -178,6 +178,9 @@ def mezo_perturb_(
         rounding: to the storage dtype, "nearest" (even) or "stochastic" (unbiased; half precision only, float32 and
             float64 are stored as computed).
 
+    Seeds and scales may be tensors on the parameters' device, int64 and float64 `(n,)`, both or neither. They are read
+    when the pass runs, unchecked: replaying a CUDA graph that captured it takes the values they hold by then.
+
     Raises:
         FastpeftError: lengths differ, an argument is out of its range, or parameters overlap in memory.
 
@@ -193,10 +196,16 @@ def mezo_perturb_(
         >>> weight.abs().max().item()
         0.0
     """
-    _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
+    if isinstance(seeds, Tensor) or isinstance(scales, Tensor):
+        _check_terms_on_device(params, seeds, scales)
+        _check_perturbation(params, offsets, [], [], decay, noise, rounding)
+        perturb, terms = torch.ops.fastpeft.mezo_perturb_replay_, (seeds, scales)
+    else:
+        _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
+        perturb, terms = torch.ops.fastpeft.mezo_perturb_, (list(seeds), list(scales))
     _check_no_overlap(params)
     with torch.no_grad():
-        torch.ops.fastpeft.mezo_perturb_(list(params), list(offsets), list(seeds), list(scales), decay, noise, rounding)
+        perturb(list(params), list(offsets), *terms, decay, noise, rounding)
     torch.autograd.graph.increment_version(params)
 
 
@@ -261,6 +270,23 @@ def _check_perturbation(
         raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")
     if rounding not in _ROUNDINGS:
         raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(_ROUNDINGS)}.")
+
+
+def _check_terms_on_device(params: Sequence[Tensor], seeds: object, scales: object) -> None:
+    for name, given, dtype in (("seeds", seeds, torch.int64), ("scales", scales, torch.float64)):
+        if not isinstance(given, Tensor) or given.dtype != dtype or given.dim() != 1 or not given.is_contiguous():
+            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise FastpeftError(
+                f"mezo_perturb_: {name} is {what}; where a term is in tensors, allowed are int64 seeds and float64 "
+                "scales, both contiguous and of one dimension."
+            )
+        if any(param.device != given.device for param in params):
+            raise FastpeftError(
+                f"mezo_perturb_: {name} is on {given.device} and a parameter is not; put terms and parameters on one "
+                "device."
+            )
+    if seeds.shape != scales.shape:  # type: ignore[attr-defined]
+        raise FastpeftError("mezo_perturb_ takes one scale per seed; the tensors of seeds and scales differ in length.")
 
 
 def _check_no_overlap(params: Sequence[Tensor]) -> None:

@@ -135,6 +135,19 @@ def mezo_perturb_(
             param.copy_(flat.view(param.shape))
 
 
+def mezo_perturb_replay_(
+    params: list[Tensor],
+    offsets: list[int],
+    seeds: Tensor,
+    scales: Tensor,
+    decay: float,
+    noise: str = "gaussian",
+    rounding: str = "nearest",
+) -> None:
+    """`mezo_perturb_` with its terms in tensors, int64 `(n,)` and float64 `(n,)`."""
+    mezo_perturb_(params, offsets, seeds.tolist(), scales.tolist(), decay, noise, rounding)
+
+
 def mezo_perturb(
     param: Tensor,
     offset: int,

@@ -41,6 +41,10 @@ def test_the_first_that_is_available_is_taken() -> None:
     assert without_triton.backend == "aten"
     assert without_triton.reason == "triton: triton is not here"
     assert backends._choose("mezo_perturb_", "cpu", None, absent).backend == "reference"
+    without_module = backends._choose(
+        "mezo_perturb_", "cuda", None, lambda name: absent(name) if name == "cuda" else ""
+    )
+    assert without_module.backend == "triton"
 
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
@@ -57,8 +61,8 @@ def test_unreadable_settings_are_refused(text: str) -> None:
 
 
 def test_a_backend_that_an_op_does_not_have_is_refused() -> None:
-    with pytest.raises(FastpeftError, match=r"mezo_perturb_ runs on cpp, reference only"):
-        backends._overrides("mezo_perturb_=triton")
+    with pytest.raises(FastpeftError, match=r"mezo_perturb_ runs on cpp, cuda, reference, triton only"):
+        backends._overrides("mezo_perturb_=aten")
 
 
 def test_a_setting_leaves_devices_alone_that_it_does_not_fit() -> None:
@@ -89,5 +93,5 @@ def test_a_missing_backend_lets_the_import_pass_and_stops_every_op() -> None:
         "try: fastpeft.functional.siva_linear(*(torch.ones(s) for s in ((2, 3), (4, 3), (4, 1), (1,), (1, 3))))\n"
         "except fastpeft.FastpeftError as error: print(error)"
     )
-    done = python(code, "mezo_perturb_=triton")
-    assert "mezo_perturb_ runs on cpp, reference only" in done.stdout, done.stderr
+    done = python(code, "mezo_perturb_=aten")
+    assert "mezo_perturb_ runs on cpp, cuda, reference, triton only" in done.stdout, done.stderr

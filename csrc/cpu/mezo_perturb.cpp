@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "arguments.h"
 #include "perturb.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,7 +19,6 @@
 namespace fastpeft {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which another thread costs more than it saves
@@ -80,21 +80,6 @@ class DefaultArithmetic {
 #endif
     DefaultArithmetic(const DefaultArithmetic&) = delete;
 };
-
-Format format_of(const Tensor& param) {
-    switch (param.scalar_type()) {
-        case ScalarType::Float:
-            return Format::kFloat32;
-        case ScalarType::Double:
-            return Format::kFloat64;
-        case ScalarType::BFloat16:
-            return Format::kBFloat16;
-        case ScalarType::Half:
-            return Format::kFloat16;
-        default:
-            STD_TORCH_CHECK(false, "mezo_perturb takes float16, bfloat16, float32 and float64 parameters");
-    }
-}
 
 // Where the elements of a tensor lie.
 class Elements {
@@ -199,15 +184,12 @@ void run(const Task& task, int64_t first, int64_t count, Perturb* perturb, const
 void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& seeds, const std::vector<double>& scales,
              double decay, const std::string& noise, const std::string& rounding) {
     STD_TORCH_CHECK(seeds.size() == scales.size(), "mezo_perturb takes one scale per seed");
-    STD_TORCH_CHECK(noise == "gaussian" || noise == "rademacher", "noise is '", noise,
-                    "'; allowed are gaussian, rademacher");
-    STD_TORCH_CHECK(rounding == "nearest" || rounding == "stochastic", "rounding is '", rounding,
-                    "'; allowed are nearest, stochastic");
+    const Options options = parse_options(noise, rounding);
     std::vector<Term> terms;
     for (size_t i = 0; i < seeds.size(); ++i) {
         terms.push_back({static_cast<uint64_t>(seeds[i]), scales[i], i == 0 ? 1.0 - decay : 1.0});
     }
-    const Change change = {terms.data(), terms.size(), noise == "rademacher", rounding == "stochastic"};
+    const Change change = {terms.data(), terms.size(), options.rademacher, options.stochastic};
 
     std::vector<int64_t> ends;  // of each tensor in the sequence of all elements
     int64_t total = 0;

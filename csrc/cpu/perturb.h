@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fastpeft {
+#include "storage.h"
 
-enum class Format { kFloat32, kFloat64, kBFloat16, kFloat16 };
+namespace fastpeft {
 
 struct Term {
     uint64_t seed;

@@ -12,7 +12,6 @@
 
 #include "normal.h"
 #include "perturb.h"
-#include "storage.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
