@@ -4,6 +4,9 @@
 stack (where spilled registers go) and shared memory in bytes, and counts of matrix instructions. On NVIDIA they come
 from the `cuobjdump` and `nvdisasm` that Triton carries, on AMD from the assembly. `source` is a hash of the kernel's
 text, by which a test tells whether the file is current.
+
+Where `fastpeft._C_cuda` was built, `bench/data/static_cuda.csv` gets the same of its kernels, with counts of
+instructions: all, loads and stores of 16 bytes a thread, and fused multiply-adds, which only the square root may have.
 """
 
 from __future__ import annotations
@@ -25,15 +28,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, write_rows
-from fastpeft.kernels import siva_linear
-from fastpeft.kernels.tiles import SIVA_LINEAR_FWD
+from fastpeft.kernels import mezo, siva_linear
+from fastpeft.kernels.tiles import MEZO_PERTURB, SIVA_LINEAR_FWD
 
-FILE = DATA / "static.csv"
+ROOT = Path(__file__).parent.parent
+FILE, CUDA_FILE = DATA / "static.csv", DATA / "static_cuda.csv"
 TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = {"siva_linear_fwd": siva_linear._siva_linear_fwd_kernel}
+KERNELS = {"siva_linear_fwd": siva_linear._siva_linear_fwd_kernel, "mezo_perturb": mezo._mezo_perturb_kernel}
+ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
+    "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"}
+}
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,7 +59,9 @@ class Variant:
 
     def key(self) -> dict[str, str]:
         """The columns that name it."""
-        shown = {name: value for name, value in self.constants.items() if name.startswith(("BLOCK_", "PRECISION"))}
+        shown = {
+            name: value for name, value in self.constants.items() if name.startswith(("BLOCK_", "PRECISION", "IS_"))
+        }
         shown |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
         tile = " ".join(f"{name}={value}" for name, value in shown.items())
         return {"kernel": self.kernel, "arch": self.arch, "dtype": self.dtype, "tile": tile}
@@ -78,15 +87,32 @@ def siva_linear_fwd_variants(arch: str) -> Iterator[Variant]:
                 yield Variant("siva_linear_fwd", arch, dtype, constants | contiguous, tile.num_warps, tile.num_stages)
 
 
+def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
+    """Both kinds of noise in every dtype; half precision rounds stochastically, which takes the most registers."""
+    for dtype in ("fp32", "fp64", "i16", "fp16"):
+        for is_rademacher in (False, True):
+            constants = {
+                "IS_BF16": dtype == "i16",  # bfloat16 goes as its bits
+                "IS_RADEMACHER": is_rademacher,
+                "IS_STOCHASTIC": dtype in ("i16", "fp16"),
+                "BLOCK_Q": MEZO_PERTURB.block_q,
+            }
+            yield Variant("mezo_perturb", arch, dtype, constants, MEZO_PERTURB.num_warps, num_stages=3)
+
+
 def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
     for arch in TARGETS:
         yield from siva_linear_fwd_variants(arch)
+    for arch in TARGETS:
+        yield from mezo_perturb_variants(arch)
 
 
 def source_hash(kernel: str) -> str:
-    """Identifies the kernel's text."""
-    return hashlib.sha256(inspect.getsource(KERNELS[kernel].fn).encode()).hexdigest()[:12]
+    """Identifies the text of the kernel and of the functions that its module has for it."""
+    members = vars(inspect.getmodule(KERNELS[kernel].fn)).values()
+    texts = [inspect.getsource(member.fn) for member in members if isinstance(member, triton.JITFunction)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
 def compile_row(variant: Variant) -> dict[str, str]:
@@ -97,13 +123,19 @@ def compile_row(variant: Variant) -> dict[str, str]:
         if name in variant.constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
-        if name not in ("M", "R", "stride_pm"):  # any number of rows and any rank; widths are multiples of 16
+        default = f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
+        signature[name] = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
+        # any number of rows, terms and any rank; widths and places are multiples of 16
+        if name not in ("M", "R", "stride_pm", "num_terms"):
             attributes[(position,)] = [["tt.divisibility", SPECIALISED]]
     compiled = triton.compile(
         ASTSource(kernel, signature, variant.constants, attributes),
         target=TARGETS[variant.arch],
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "enable_fp_fusion": variant.kernel != "mezo_perturb",  # every operation of the noise is rounded
+        },
     )
     read = _read_amdgcn if variant.arch.startswith("gfx") else _read_cubin
     registers, stack, code = read(compiled.asm)
@@ -139,10 +171,67 @@ def _run(tool: str, *arguments: object) -> str:
     return subprocess.run([TOOLS / tool, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
+def cuda_source_hash() -> str:
+    """Identifies the text of the CUDA module's kernels."""
+    files = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+_CUDA_DTYPES = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+_CUDA_COUNTS = {  # pattern of an instruction's name
+    "instructions": r"[A-Z]",
+    "wide_loads": r"LDG\.E\S*\.128",
+    "wide_stores": r"STG\.E\S*\.128",
+    "fused": r"[FD]FMA",
+    "square_roots": r"MUFU\.RSQ",
+}
+
+
+def cuda_rows(module: Path) -> list[dict[str, str]]:
+    """A row for each kernel and architecture in the compiled module."""
+    usage = {
+        (arch, kernel): (registers, stack)
+        for arch, part in _by_arch(_run("cuobjdump", "--dump-resource-usage", module))
+        for kernel, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", part)
+    }
+    rows = []
+    for arch, part in _by_arch(_run("cuobjdump", "--dump-sass", module)):
+        for kernel, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", part, re.DOTALL):
+            dtype, is_rademacher = re.search(r"perturbI(f|d|NS_\w+?E)Lb([01])E", kernel).groups()
+            names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code)
+            registers, stack = usage[arch, kernel]
+            rows.append(
+                {
+                    "kernel": "mezo_perturb",
+                    "arch": arch,
+                    "dtype": _CUDA_DTYPES[dtype],
+                    "tile": "rademacher" if is_rademacher == "1" else "gaussian",
+                    "registers": registers,
+                    "stack_bytes": stack,
+                    **{
+                        column: str(sum(bool(re.match(pattern, name)) for name in names))
+                        for column, pattern in _CUDA_COUNTS.items()
+                    },
+                    "source": cuda_source_hash(),
+                }
+            )
+    return sorted(rows, key=lambda row: (int(row["arch"].removeprefix("sm_")), row["dtype"], row["tile"]))
+
+
+def _by_arch(dump: str) -> list[tuple[str, str]]:
+    """The parts of a dump of machine code, one for each architecture."""
+    return re.findall(r"^arch = (sm_\d+)$(.*?)(?=^Fatbin |\Z)", dump, re.DOTALL | re.MULTILINE)
+
+
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.static compiles kernels, and TRITON_INTERPRET=1 replaces the compiler; unset it.")
     write_rows(FILE, [compile_row(variant) for variant in variants()])
+    module = ROOT / "fastpeft" / "_C_cuda.abi3.so"
+    if module.exists():
+        write_rows(CUDA_FILE, cuda_rows(module))
+    else:
+        print(f"{CUDA_FILE.name} stays as it is: fastpeft._C_cuda was not built here", file=sys.stderr)
 
 
 if __name__ == "__main__":

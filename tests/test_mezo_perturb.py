@@ -406,6 +406,9 @@ HARNESS = """
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(threads)
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+template <typename Word> void __stcs(Word* p, Word word) { *p = word; }
 struct { unsigned x; } threadIdx, blockIdx, gridDim;
 #include "cuda/perturb.cuh"
 using namespace fastpeft;

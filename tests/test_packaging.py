@@ -33,7 +33,9 @@ print(chosen.backend, "|", chosen.reason, "|", fastpeft.__file__, "|", list(fast
 
 
 def _run(command: list[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTPEFT_", "PYTHON"))} | variables
+    """`command` without what this session sets; nvcc, which takes a minute, is left to the test that asks for it."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTPEFT_", "PYTHON"))}
+    environment = inherited | {"FASTPEFT_BUILD_CUDA": "0"} | variables
     return subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -117,6 +119,18 @@ def test_a_wheel_from_the_sdist_with_the_compiled_part(sdist_tree: Path, tmp_pat
     assert Path(kernels_at.strip()).is_relative_to(tmp_path)
     said = _succeed([python.parent / "fastpeft", "info"], tmp_path)
     assert "mezo_perturb_" in said
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_cuda_module_is_built_and_left_alone_without_a_card(source: Path, tmp_path: Path) -> None:
+    wheel, _ = _build(source, "wheel", FASTPEFT_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert {"fastpeft/_C.abi3.so", "fastpeft/_C_cuda.abi3.so"} <= _names(wheel)
+    python = _new_environment(tmp_path / "environment")
+    _install(python, wheel)
+    watched = "\nimport sys\nassert 'fastpeft._C_cuda' not in sys.modules or torch.cuda.is_available()"
+    assert _succeed([python, "-c", USE + watched], tmp_path).startswith("cpp")
 
 
 def test_a_pure_wheel_where_torch_is_not_there_at_build_time(source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "normal.h"
 #include "storage.h"
@@ -37,15 +39,38 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= 32764, "more than the arguments of a kernel may take");
 
-// Four elements, moved at once.
 template <typename T>
-struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Quad {
+struct Quad {
     T element[4];
 };
 
+// What a thread moves at once: 8 bytes of half precision, 16 of others.
+template <typename T>
+using Wide = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+template <typename T>
+constexpr int kWide = sizeof(Quad<T>) / sizeof(Wide<T>);
+
 template <typename T>
 __device__ bool is_aligned(const T* p) {
-    return reinterpret_cast<uintptr_t>(p) % alignof(Quad<T>) == 0;
+    return reinterpret_cast<uintptr_t>(p) % sizeof(Wide<T>) == 0;
+}
+
+template <typename T>
+__device__ Quad<T> read_quad(const T* p) {
+    Wide<T> words[kWide<T>];
+    for (int i = 0; i < kWide<T>; ++i) words[i] = reinterpret_cast<const Wide<T>*>(p)[i];
+    Quad<T> quad;
+    std::memcpy(&quad, words, sizeof quad);
+    return quad;
+}
+
+// By the intrinsic for what is not read again soon: a plain assignment is split into four by the assembler of
+// CUDA 13.0.
+template <typename T>
+__device__ void write_quad(T* p, const Quad<T>& quad) {
+    Wide<T> words[kWide<T>];
+    std::memcpy(words, &quad, sizeof quad);
+    for (int i = 0; i < kWide<T>; ++i) __stcs(reinterpret_cast<Wide<T>*>(p) + i, words[i]);
 }
 
 template <bool is_rademacher>
@@ -103,9 +128,9 @@ __global__ void __launch_bounds__(kThreads) perturb(const __grid_constant__ Laun
             const bool whole = index >= 0 && index + 4 <= numel;
             Quad<T> quad;
             if (whole && is_aligned(source + index) && is_aligned(target + index)) {
-                quad = *reinterpret_cast<const Quad<T>*>(source + index);
+                quad = read_quad(source + index);
                 apply_terms<T, is_rademacher>(quad, q, launch);
-                *reinterpret_cast<Quad<T>*>(target + index) = quad;
+                write_quad(target + index, quad);
                 continue;
             }
             for (int lane = 0; lane < 4; ++lane) {

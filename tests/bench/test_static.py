@@ -48,8 +48,28 @@ def test_shared_memory_fits(rows):
 
 def test_half_precision_runs_on_matrix_units(rows):
     for row in rows:
-        if row["dtype"] in ("bf16", "fp16"):
+        if row["kernel"] == "siva_linear_fwd" and row["dtype"] in ("bf16", "fp16"):
             assert sum(int(row[name]) for name in static.MATRIX_INSTRUCTIONS) > 0, row
+
+
+def test_the_cuda_module_is_described_as_it_is():
+    rows = read_rows(static.CUDA_FILE)
+    assert {row["source"] for row in rows} == {static.cuda_source_hash()}, (
+        f"csrc has changed: build fastpeft._C_cuda, {REGENERATE.replace('static.csv', 'static_cuda.csv')}"
+    )
+    kinds = {(row["dtype"], row["tile"]) for row in rows}
+    assert len(kinds) == 8
+    assert len(rows) == len(kinds) * len({row["arch"] for row in rows})
+
+
+def test_the_cuda_module_neither_spills_nor_fuses():
+    for row in read_rows(static.CUDA_FILE):
+        assert row["stack_bytes"] == "0", row
+        # outside of the square root's own iterations no product is fused with a sum
+        assert int(row["fused"]) == 0 or int(row["square_roots"]) > 0, row
+        if row["dtype"] in ("float32", "float64"):
+            assert int(row["wide_loads"]) > 0, row
+            assert int(row["wide_stores"]) > 0, row
 
 
 def test_the_interpreter_is_refused(monkeypatch):
