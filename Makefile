@@ -26,7 +26,7 @@ check: $(VENV)/dev.stamp
 	ruff format --check .
 	ruff check .
 	mypy
-	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu,$(SOURCES))
+	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 test: $(VENV)/dev.stamp
 	python -m pytest

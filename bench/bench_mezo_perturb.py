@@ -1,6 +1,6 @@
 """One pass of MeZO's noise over a model's parameters, against what its reference implementation does.
 
-`python -m bench.bench_mezo_perturb` times side by side, over RoBERTa-large's shapes, into
+`python -m bench.bench_mezo_perturb` times side by side, over a RoBERTa's shapes, whose weights no cache holds, into
 `bench/data/mezo_perturb.csv`: the reference's loop (`p.data = p.data + torch.normal(...) * eps`), the same with `add_`
 in place, `mul_` over the same memory, and the op with either noise; on a CPU each compiled variant, on one thread and
 on all.
@@ -30,6 +30,7 @@ from fastpeft import functional
 FILE = DATA / "mezo_perturb.csv"
 EPS = 1e-3
 VOCABULARY = 50265
+MODELS = {"base": (12, 768), "large": (24, 1024)}  # layers, features
 VARIANTS = ("avx512", "avx2", "baseline")  # of the compiled op on x86-64
 ROUNDS = 5
 
@@ -122,6 +123,7 @@ def test_mezo_perturb(benchmark: Any, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--model", choices=MODELS, default="large")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     arguments = parser.parse_args()
@@ -129,7 +131,7 @@ def main() -> None:
     for dtype in arguments.dtype:
         for threads in arguments.threads if device.type == "cpu" else [1]:
             torch.set_num_threads(threads)
-            case = Case("large", 24, 1024, dtype, threads)
+            case = Case(arguments.model, *MODELS[arguments.model], dtype, threads)
             measure(FILE, {k: str(v) for k, v in asdict(case).items()}, candidates(case, device), device, ROUNDS)
 
 

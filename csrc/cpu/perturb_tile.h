@@ -22,7 +22,7 @@ namespace fastpeft {
 namespace FASTPEFT_ISA {
 namespace {
 
-constexpr int kBlock = 256;                 // elements whose noise exists at one time, and counters are drawn in step
+constexpr int kBlock = 256;                 // elements whose noise exists at one time
 constexpr int kCounters = kBlock / 4;       // Gaussian: a counter is four elements
 constexpr int kSignCounters = kTile / 128;  // Rademacher: a counter is 128 elements
 
@@ -171,18 +171,19 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
             if constexpr (is_stochastic) rounding_words(start / 4, term.seed, rounding);
             const int skipped = start < first ? first - start : 0;
             const int stop = end - start < kBlock ? end - start : kBlock;
+            const int count = stop - skipped;
             T* elements = p + (start + skipped - first);
             compute_t<T>* __restrict values;
             if constexpr (kHalf) {
-                load_block(elements, stop - skipped, values = widened);
+                load_block(elements, count, values = widened);
             } else {
                 values = elements;
             }
-            for (int e = 0; e < stop - skipped; ++e) {
+            for (int e = 0; e < count; ++e) {
                 values[e] = values[e] * keep + static_cast<compute_t<T>>(z[skipped + e]) * scale;
                 if constexpr (is_stochastic) values[e] = round_stochastic<T>(values[e], rounding[skipped + e]);
             }
-            if constexpr (kHalf) store_block(values, stop - skipped, elements);
+            if constexpr (kHalf) store_block(values, count, elements);
         }
     }
 }
