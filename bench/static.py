@@ -111,7 +111,8 @@ def variants() -> Iterator[Variant]:
 def source_hash(kernel: str) -> str:
     """Identifies the text of the kernel and of the functions that its module has for it."""
     members = vars(inspect.getmodule(KERNELS[kernel].fn)).values()
-    texts = [inspect.getsource(member.fn) for member in members if isinstance(member, triton.JITFunction)]
+    # a kernel, compiled or interpreted, holds its Python function
+    texts = [inspect.getsource(member.fn) for member in members if inspect.isfunction(getattr(member, "fn", None))]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
 
 
