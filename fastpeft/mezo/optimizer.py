@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,25 +13,13 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
+from fastpeft.noise import NOISE
 
-_MASK = 2**64 - 1
+logger = logging.getLogger(__name__)
+
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def step_seed(seed: int, step: int) -> int:
-    """The seed of the noise of step number `step`, counted from 0.
-
-    It is output number `step` of the generator splitmix64 started at `seed`, without its top bit: a seed of the noise
-    has 63 bits.
-
-    Example:
-        >>> step_seed(0, 0) == 0xE220A8397B1DCDAF % 2**63
-        True
-    """
-    x = (seed + (step + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (x ^ (x >> 31)) % 2**63
+_NOT_FINITE = ("stop", "skip")
 
 
 class MeZO(torch.optim.Optimizer):
@@ -52,17 +41,30 @@ class MeZO(torch.optim.Optimizer):
         eps: size of the perturbation, above 0.
         weight_decay: 0 or more, decoupled: the update shrinks theta by `lr * weight_decay`.
         seed: of the noise, 0 to 2^63 - 1.
+        estimator: "spsa" as above, or "fzoo" (Dang et al., 2025, arXiv 2506.09034): with l_0 the loss at theta, l_i
+            those at theta + eps z_i and sigma the standard deviation of l_1 .. l_n, the update subtracts
+            `lr / (n eps sigma) * sum (l_i - l_0) z_i`. Whatever the slope, each weight moves by about
+            `lr / (eps sqrt(n))`: its rates are not those of "spsa". The authors use it with noise "rademacher".
+        num_estimates: directions a step, n: "spsa" averages over them, at 2 n forward passes; "fzoo", which needs two
+            or more, makes n + 1.
+        noise: "gaussian" or "rademacher" (+1 or -1).
+        max_projected_grad: g is cut to this size, above 0; None leaves it. Not for "fzoo", whose steps have one.
+        on_nonfinite: what follows a loss or an update that is not finite: "stop" raises, "skip" logs a warning and
+            makes a step that changes nothing, to rounding.
+        defer: leave the end of a step to the next one, which then needs one pass over the weights less. Between steps
+            the weights are not those of the model until `settle()`, which loses nothing: deferring changes no bit.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
     difference of the losses over twice its own.
 
     Attributes:
-        projected_grad: g of the last step (of the first group), None before the first.
+        projected_grad: g of the last step (of the first group; the mean over the directions), None before the first,
+            NaN after a skipped one.
         seed: as given, or as loaded.
-        steps_done: updates made so far.
+        steps_done: updates made so far, skipped ones included.
 
     Raises:
-        FastpeftError: nothing to train, a number out of its range, parameters that share memory.
+        FastpeftError: nothing to train, an argument out of its range, parameters that share memory.
 
     Notes:
         The noise of a step is `fastpeft.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
@@ -83,17 +85,44 @@ class MeZO(torch.optim.Optimizer):
         eps: float = 1e-3,
         weight_decay: float = 0.0,
         seed: int = 0,
+        *,
+        estimator: str = "spsa",
+        num_estimates: int = 1,
+        noise: str = "gaussian",
+        max_projected_grad: float | None = None,
+        on_nonfinite: str = "stop",
+        defer: bool = False,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise FastpeftError(f"MeZO: seed is {seed}; allowed are 0 to 2^63 - 1.")
+        for name, value, choices in (("noise", noise, tuple(NOISE)), ("on_nonfinite", on_nonfinite, _NOT_FINITE)):
+            if value not in choices:
+                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(choices)}.")
+        self.estimator = Estimator(estimator, num_estimates)
+        if max_projected_grad is not None and not (max_projected_grad > 0 and estimator == "spsa"):
+            raise FastpeftError(
+                f"MeZO: max_projected_grad is {max_projected_grad} for the estimator {estimator!r}; allowed is a "
+                "number above 0 for 'spsa'. Leave it out."
+            )
         if isinstance(model_or_params, Tensor):
             raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
         self._model = model_or_params if isinstance(model_or_params, nn.Module) else None
-        params = list(model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params)
+        params: list[Any] = list(
+            model_or_params.named_parameters() if isinstance(model_or_params, nn.Module) else model_or_params
+        )
         self.seed = seed
+        self.noise = noise
+        self.max_projected_grad = max_projected_grad
+        self.on_nonfinite = on_nonfinite
+        self.defer = defer
         self.steps_done = 0
-        self.projected_grad: float | None = None
-        self._position = 0.0  # the weights are theta + position * eps * z; not 0 only between estimate and update
+        self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
+        self._point = HOME  # where the weights are; not HOME only between estimate and update
+        self._points_seen = 0  # of the estimate that no step has applied yet
+        self._skip = False  # whether that estimate was of no use
+        # for each group the terms (seeds, scales) and the decay that the weights still lack to be those of the model
+        self._deferred: list[tuple[list[int], list[float], float]] = []
+        self._held = False  # inside `settled()`
         self._checked = False  # whether the closure was seen to repeat its loss
         if params:  # torch refuses an empty list in words of its own
             super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
@@ -103,8 +132,14 @@ class MeZO(torch.optim.Optimizer):
                 "requires_grad_(True) on what is to be trained, before making the optimizer."
             )
 
+    @property
+    def projected_grad(self) -> float | None:
+        """g of the last step, see the class."""
+        return None if self._slopes is None else sum(self._slopes)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; of its parameters those that require a gradient now are trained."""
+        self.settle()
         group = self.defaults | param_group
         for name, allowed, fits in (
             ("lr", "0 or more", group["lr"] >= 0),
@@ -132,18 +167,18 @@ class MeZO(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss of the batch, a number or a tensor of one element, and calls no backward. It is
-                called twice, at the first step three times, and must return the same loss for the same weights. None
-                applies what `estimate` found.
+                called once for each point that the estimator looks at, at the first step once more, and must return
+                the same loss for the same weights. None applies what `estimate` found.
 
         Returns:
-            The mean of the two losses; None without a closure.
+            The loss, as `estimate`; None without a closure.
 
         Raises:
             FastpeftError: as `estimate`, or there is no closure and no estimate, or the update is not finite; the
                 weights are then those before the step, to rounding.
         """
         loss = None if closure is None else self.estimate(closure)
-        self._update()
+        self._finish()
         return loss
 
     @torch.no_grad()
@@ -152,47 +187,90 @@ class MeZO(torch.optim.Optimizer):
 
         The weights stay perturbed until `step()` restores and updates them in one pass, or `settle()` restores them.
 
-        Args and returns are those of `step`.
+        Args:
+            closure: as for `step`.
+
+        Returns:
+            The mean of the losses ("fzoo": the loss at theta); NaN where one was not finite and is skipped.
 
         Raises:
             FastpeftError: a loss is not finite, or at the first step two losses at equal weights differ. Here and
                 after any exception in `closure` the weights are those before, to rounding.
         """
+        if self._held:
+            raise FastpeftError("MeZO: no step inside `with optimizer.settled()`; it would perturb the weights.")
+        if self._points_seen:
+            self.settle()
+        losses: list[float] = []
+        self._skip = False
         try:
             with self._dropout_off():
-                self._move_to(1.0)
-                plus = self._loss(closure)
-                if not self._checked:
-                    self._check_repeats(plus, self._loss(closure))
-                self._move_to(-1.0)
-                minus = self._loss(closure)
+                for point in self.estimator.points:
+                    self._go(point)
+                    loss = self._loss(closure)
+                    if not self._checked and math.isfinite(loss):
+                        loss = self._repeated(loss, self._loss(closure))
+                    losses.append(loss)
+                    if not math.isfinite(loss):
+                        where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
+                        self._give_up(f"the loss at {where} is {loss}")
+                        return math.nan
         except BaseException:
             self.settle()
             raise
-        self.projected_grad = (plus - minus) / (2 * self.param_groups[0]["eps"])
-        return (plus + minus) / 2
+        self._slopes = self.estimator.slopes(losses, self.param_groups[0]["eps"], self.max_projected_grad)
+        return losses[0] if self.estimator.kind == "fzoo" else sum(losses) / len(losses)
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Take the perturbation of an estimate that no step has applied out of the weights, to rounding."""
-        self._move_to(0.0)
+        """Make the weights those of the model.
+
+        What a deferred step still owes is added, which loses nothing. The perturbation of an estimate that no step has
+        applied is taken out, to rounding.
+        """
+        self._add(moves(self._point, HOME))
+        self._point = HOME
+        self._points_seen = 0
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside it the weights are those of the model, also with `defer`, and no step is made.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = MeZO(model, lr=1e-2, defer=True)
+            >>> loss = optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
+            >>> with optimizer.settled():
+            ...     state = model.state_dict()
+        """
+        self.settle()
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups, seed and number of steps: with the weights, all that a run is continued from."""
-        if self._position:
+        """Groups, seed and number of steps: with the weights, which it settles, all that a run is continued from."""
+        if self._points_seen:
             raise FastpeftError("MeZO: the weights are perturbed; call step() or settle() before saving anything.")
-        return {**super().state_dict(), "seed": self.seed, "steps_done": self.steps_done}
+        self.settle()
+        own = {name: getattr(self, name) for name in ("seed", "steps_done", "noise")}
+        kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
+        return {**super().state_dict(), **own, "estimator": kind, "num_estimates": num_estimates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the optimizer of `state_dict` stood; its seed and groups replace those given."""
-        if not {"seed", "steps_done"} <= state_dict.keys():
+        """Continue where the optimizer of `state_dict` stood; its groups, seed, noise and estimator replace those
+        given."""
+        if not {"seed", "steps_done", "noise", "estimator", "num_estimates"} <= state_dict.keys():
             raise FastpeftError(
-                f"MeZO: the state has {', '.join(map(str, state_dict))} but not seed and steps_done, so another "
-                "optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
+                f"MeZO: the state has {', '.join(map(str, state_dict))} but not seed, steps_done, noise and estimator, "
+                "so another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         self.settle()
         super().load_state_dict(state_dict)
-        self.seed, self.steps_done = state_dict["seed"], state_dict["steps_done"]
+        self.seed, self.steps_done, self.noise = (state_dict[name] for name in ("seed", "steps_done", "noise"))
+        self.estimator = Estimator(state_dict["estimator"], state_dict["num_estimates"])
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """Each group with parameters, and where each of them stands in the noise."""
@@ -205,41 +283,51 @@ class MeZO(torch.optim.Optimizer):
             if offsets:
                 yield group, offsets
 
-    def _move_to(self, position: float) -> None:
-        """Bring the weights to theta + position * eps * z."""
-        distance = position - self._position
-        if distance:
-            moves = [(group["params"], offsets, distance * group["eps"], 0.0) for group, offsets in self._groups()]
-            self._add_noise(moves, position)
+    def _seeds(self) -> list[int]:
+        """The seeds of the noise of the present step, one a draw."""
+        return self.estimator.seeds(self.seed, self.steps_done)
 
-    def _add_noise(self, changes: list[tuple[list[Tensor], list[int], float, float]], position: float) -> None:
-        """For each (parameters, offsets, scale, decay) `p <- (1 - decay) p + scale z`, which leads to `position`."""
-        seed = step_seed(self.seed, self.steps_done)
-        for params, offsets, scale, decay in changes:
-            mezo_perturb_(params, offsets, [seed], [scale], decay)
-        self._position = position
+    def _go(self, point: Point) -> None:
+        """Bring the weights to another point of the present step."""
+        self._points_seen += 1
+        self._add(moves(self._point, point))
+        self._point = point
+
+    def _add(self, terms: list[Term]) -> None:
+        """One pass: what a deferred step owes, then terms of the present step with scales in units of eps."""
+        if not (terms or self._deferred):
+            return
+        drawn = self._seeds()
+        for index, (group, offsets) in enumerate(self._groups()):
+            seeds, scales, decay = self._deferred[index] if self._deferred else ([], [], 0.0)
+            seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
+            scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
+            mezo_perturb_(group["params"], offsets, seeds, scales, decay, self.noise)
+        self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
     @torch.no_grad()
-    def _update(self) -> None:
-        """Restore and update: `theta <- (1 - lr wd) theta + ((1 - lr wd) eps - lr g) z` from theta - eps z."""
-        if not self._position or self.projected_grad is None:
+    def _finish(self) -> None:
+        """The second half of a step: restore and update, at once or with the first pass of the next step."""
+        if not self._points_seen or self._slopes is None:
             raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
+        drawn = self._seeds()
         first_eps = self.param_groups[0]["eps"]
-        updates = []
-        for group, offsets in self._groups():
+        owed: list[tuple[list[int], list[float], float]] = []
+        for group, _ in self._groups():
             lr, eps = float(group["lr"]), group["eps"]
             decay = lr * group["weight_decay"]
-            g = self.projected_grad * (first_eps / eps)
-            updates.append((group["params"], offsets, (1 - decay) * eps - lr * g, decay))
-        if not all(abs(scale) <= _LARGEST for _, _, scale, _ in updates):
+            terms = update(self._point, [slope * (first_eps / eps) for slope in self._slopes], lr, eps, decay)
+            owed.append(([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
+        if not self._skip and not all(abs(scale) <= _LARGEST for _, scales, _ in owed for scale in scales):
+            self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
+        if self._skip:
             self.settle()
-            raise FastpeftError(
-                f"MeZO: the update of {self._where()} is not finite (projected gradient {self.projected_grad:g}); the "
-                "weights are those before it. Lower the learning rate."
-            )
-        self._add_noise(updates, 0.0)
+        else:
+            self._deferred, self._point, self._points_seen = owed, HOME, 0
         self.steps_done += 1
+        if not self.defer:
+            self.settle()
 
     def _loss(self, closure: Callable[[], Any]) -> float:
         """The loss as a double; a float32 or half precision loss is exact in it."""
@@ -247,16 +335,11 @@ class MeZO(torch.optim.Optimizer):
         if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
-        value = float(loss)
-        if not math.isfinite(value):
-            raise FastpeftError(
-                f"MeZO: the loss at theta {'+' if self._position > 0 else '-'} eps z is {value} at {self._where()}. "
-                "The weights are those before that step. Lower the learning rate or look for a fault in the data."
-            )
-        return value
+        return float(loss)
 
-    def _check_repeats(self, first: float, second: float) -> None:
-        if first != second:
+    def _repeated(self, first: float, second: float) -> float:
+        """The loss of two calls at equal weights."""
+        if math.isfinite(second) and first != second:
             raise FastpeftError(
                 f"MeZO: the closure returned {first!r} and then {second!r} for the same weights. A step takes the "
                 "small difference of two losses for a slope, and would take this noise for one too. Turn dropout off "
@@ -264,9 +347,23 @@ class MeZO(torch.optim.Optimizer):
                 "deterministic kernels (torch.use_deterministic_algorithms(True))."
             )
         self._checked = True
+        return second
+
+    def _give_up(self, what: str) -> None:
+        """Of a step that came upon something that is not finite: raise, or note that it is to be skipped."""
+        fault = f"MeZO: {what} at {self._where()}"
+        if self.on_nonfinite == "stop":
+            self.settle()
+            raise FastpeftError(
+                f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
+                "data, or skip such steps (on_nonfinite='skip')."
+            )
+        logger.warning("%s; the step is skipped", fault)
+        self._skip = True
+        self._slopes = [math.nan] * self.estimator.num_estimates
 
     def _where(self) -> str:
-        return f"step {self.steps_done + 1} (noise seed {step_seed(self.seed, self.steps_done)})"
+        return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._point[0]]})"
 
     @contextmanager
     def _dropout_off(self) -> Iterator[None]:

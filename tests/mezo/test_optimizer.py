@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+import statistics
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, noise
+from fastpeft.mezo import optimizer as optimizer_module
 from fastpeft.mezo import step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +152,197 @@ def test_double_precision_returns_closer() -> None:
     before = weights(model)
     MeZO(model, lr=0.0).step(fit(model))
     assert close(weights(model), before)
+
+
+# -- several directions, other noise, FZOO -----------------------------------------------------------------------------
+
+SETTINGS = [
+    {},
+    {"noise": "rademacher"},
+    {"num_estimates": 3},
+    {"num_estimates": 2, "noise": "rademacher", "max_projected_grad": 0.05},
+    {"estimator": "fzoo", "num_estimates": 4, "noise": "rademacher"},
+]
+
+
+def plain_run(model: nn.Module, steps: int, lr: float, wd: float, **settings: Any) -> list[float]:
+    """Steps written straight from the methods, each addition with a z as large as the tensor; returns each step's g."""
+    n, eps = settings.get("num_estimates", 1), 1e-3
+    kind, limit = settings.get("noise", "gaussian"), settings.get("max_projected_grad", math.inf)
+    found = []
+
+    def add(seed: int, scale: float, decay: float = 0.0) -> None:
+        offset = 0
+        for p in model.parameters():
+            z = noise.NOISE[kind](offset, p.numel(), seed, "cpu").view(p.shape)
+            a, s = (torch.tensor(x, dtype=torch.float32) for x in (1 - decay, scale))
+            p.data = (a * p.data.float() + s * z).to(p.dtype)
+            offset += p.numel()
+
+    for step in range(steps):
+        seeds = [step_seed(0, step * n + draw) for draw in range(n)]
+        with torch.no_grad():
+            loss_of = lambda step=step: fit(model, step)().item()  # noqa: E731
+            if settings.get("estimator") == "fzoo":
+                at_home, losses = loss_of(), []
+                for draw, seed in enumerate(seeds):
+                    if draw:
+                        add(seeds[draw - 1], -eps)
+                    add(seed, eps)
+                    losses.append(loss_of())
+                slopes = [(loss - at_home) / (eps * n * statistics.stdev(losses)) for loss in losses]
+                away = eps
+            else:
+                slopes = []
+                for draw, seed in enumerate(seeds):
+                    if draw:
+                        add(seeds[draw - 1], eps)
+                    add(seed, eps)
+                    plus = loss_of()
+                    add(seed, -2 * eps)
+                    slopes.append(max(-limit, min(limit, (plus - loss_of()) / (2 * eps))) / n)
+                away = -eps
+            add(seeds[-1], -away * (1 - lr * wd) - lr * slopes[-1], lr * wd)
+            for seed, slope in zip(seeds[:-1], slopes):
+                add(seed, -lr * slope)
+        found.append(sum(slopes))
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_estimator_is_its_plain_loop(settings: dict[str, Any]) -> None:
+    ours, theirs = network(), network()
+    optimizer = MeZO(ours, lr=1e-3, weight_decay=0.1, **settings)
+    slopes = []
+    for step in range(10):
+        optimizer.step(fit(ours, step))
+        slopes.append(optimizer.projected_grad)
+    assert slopes == plain_run(theirs, 10, 1e-3, 0.1, **settings)
+    assert equal(weights(ours), weights(theirs))
+    assert not equal(weights(ours), weights(network()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "rademacher"}, {"num_estimates": 3}], ids=str)
+def test_the_estimate_is_unbiased_on_a_quadratic(settings: dict[str, Any]) -> None:
+    """The mean step of 3,000 seeds lies within 4.5 standard errors of the gradient, in each coordinate."""
+    curvature = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    start = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    steps = []
+    for seed in range(3_000):
+        theta = start.clone().requires_grad_()
+        optimizer = MeZO([theta], lr=1.0, seed=seed, **settings)
+        optimizer.step(lambda theta=theta: 0.5 * (curvature * theta**2).sum())
+        steps.append(start - theta.detach())
+    estimates = torch.stack(steps)
+    error = (estimates.mean(0) - curvature * start).abs()
+    assert (error <= 4.5 * estimates.std(0) / len(steps) ** 0.5).all()
+    assert (estimates.std(0) / len(steps) ** 0.5 < 0.06).all()  # so a bias of a tenth of the gradient shows
+
+
+def test_fzoo_steps_do_not_depend_on_the_scale_of_the_loss() -> None:
+    def trained(scale: float) -> list[Tensor]:
+        model = network(torch.float64)
+        optimizer = MeZO(model, lr=1e-4, estimator="fzoo", num_estimates=4)
+        for step in range(5):
+            optimizer.step(lambda step=step: scale * fit(model, step)())
+        return weights(model)
+
+    for one, other in zip(trained(1.0), trained(1000.0)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_fzoo_makes_no_step_where_the_losses_are_equal() -> None:
+    model = network()
+    before = weights(model)
+    MeZO(model, lr=1.0, estimator="fzoo", num_estimates=2).step(lambda: 1.0)
+    assert close(weights(model), before)
+
+
+def test_fzoo_looks_at_theta_and_then_at_one_side() -> None:
+    model = network()
+    seen = []
+    optimizer = MeZO(model, lr=0.1, estimator="fzoo", num_estimates=2)
+    loss = optimizer.step(lambda: seen.append(weights(model)) or fit(model)())
+    assert len(seen) == 4  # the first loss is asked for twice
+    assert equal(seen[0], weights(network()))
+    assert loss == fit(network())().item()
+    for draw in (0, 1):
+        z = noise.gaussian(0, 35, step_seed(0, draw)).view(7, 5)
+        torch.testing.assert_close(seen[2 + draw][0] - seen[0][0], 1e-3 * z, rtol=0, atol=1e-6)
+
+
+# -- deferring the end of a step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_deferring_changes_no_bit(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Whenever it is settled: after step 3, in `settled`, by saving, at the end."""
+
+    def groups(model: nn.Module) -> list[dict]:
+        return [{"params": model[0].parameters(), "weight_decay": 0.1}, {"params": model[2].parameters(), "eps": 2e-3}]
+
+    ours, theirs = network(dtype), network(dtype)
+    lr = 1e-5 if settings.get("estimator") == "fzoo" else 1e-2
+    deferred = MeZO(groups(ours), lr, defer=True, **settings)
+    at_once = MeZO(groups(theirs), lr, **settings)
+    for step in range(12):
+        assert deferred.step(fit(ours, step)) == at_once.step(fit(theirs, step))
+        assert not equal(weights(ours), weights(theirs))
+        if step == 3:
+            deferred.settle()
+            assert equal(weights(ours), weights(theirs))
+        elif step == 5:
+            with deferred.settled():
+                assert equal(weights(ours), weights(theirs))
+        elif step == 7:
+            deferred.state_dict()
+            assert equal(weights(ours), weights(theirs))
+    deferred.settle()
+    assert equal(weights(ours), weights(theirs))
+
+
+def test_a_deferred_step_makes_one_pass_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    perturb = optimizer_module.mezo_perturb_
+
+    def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
+        passes.append(seeds)
+        perturb(params, offsets, seeds, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer_module, "mezo_perturb_", count)
+    model = network()
+    counts = {}
+    for defer in (False, True):
+        optimizer = MeZO(model, lr=1e-2, defer=defer)
+        optimizer.step(fit(model))
+        passes.clear()
+        for step in range(5):
+            optimizer.step(fit(model, step))
+        counts[defer] = len(passes)
+    assert counts == {False: 15, True: 10}
+    assert [len(seeds) for seeds in passes] == [2, 1] * 5
+
+
+def test_no_step_inside_settled() -> None:
+    model = network()
+    optimizer = MeZO(model, lr=1e-2, defer=True)
+    optimizer.step(fit(model))
+    with pytest.raises(FastpeftError, match="no step inside"), optimizer.settled():
+        optimizer.step(fit(model))
+    optimizer.step(fit(model))
+    assert optimizer.steps_done == 2
+
+
+def test_a_group_that_comes_later_finds_settled_weights() -> None:
+    ours, theirs = network(), network()
+    for model, defer in ((ours, True), (theirs, False)):
+        optimizer = MeZO(model[0].parameters(), lr=0.1, defer=defer)
+        optimizer.step(fit(model))
+        optimizer.add_param_group({"params": model[2].parameters()})
+        optimizer.step(fit(model))
+        optimizer.settle()
+    assert equal(weights(ours), weights(theirs))
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -315,6 +510,13 @@ def test_the_seed_decides_the_noise() -> None:
         ({"lr": math.inf}, "lr is inf"),
         ({"lr": 0.1, "seed": -1}, "seed is -1"),
         ({"lr": 0.1, "seed": 2**63}, "seed is 9223372036854775808"),
+        ({"lr": 0.1, "noise": "uniform"}, "noise is 'uniform'; allowed are gaussian, rademacher"),
+        ({"lr": 0.1, "on_nonfinite": "go on"}, "on_nonfinite is 'go on'; allowed are stop, skip"),
+        ({"lr": 0.1, "estimator": "adam"}, "estimator is 'adam'; allowed are spsa, fzoo"),
+        ({"lr": 0.1, "num_estimates": 0}, "num_estimates is 0; allowed are 1 to 255"),
+        ({"lr": 0.1, "estimator": "fzoo"}, "num_estimates is 1; allowed are 2 to 255"),
+        ({"lr": 0.1, "max_projected_grad": 0.0}, r"max_projected_grad is 0\.0 .* above 0"),
+        ({"lr": 0.1, "estimator": "fzoo", "num_estimates": 2, "max_projected_grad": 1.0}, "for the estimator 'fzoo'"),
     ],
 )
 def test_numbers_out_of_range(options: dict[str, float], message: str) -> None:
@@ -377,6 +579,43 @@ def test_a_loss_that_is_not_finite_stops_with_the_weights_restored(bad_call: int
     optimizer.step(fit(model))  # it can go on
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_step_that_is_not_finite_can_be_skipped(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """With the weights as before, to rounding, the noise of the next step, and a log entry."""
+    model = network()
+    optimizer = MeZO(model, lr=1e-3, on_nonfinite="skip", defer=True, **settings)
+    optimizer.step(fit(model, 0))
+    optimizer.settle()
+    before = weights(model)
+    calls = 0
+
+    def second_is_nan() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return fit(model)() * (math.nan if calls == 2 else 1)
+
+    with caplog.at_level("WARNING", logger="fastpeft"):
+        assert math.isnan(optimizer.step(second_is_nan))
+    assert calls == 2
+    assert optimizer.steps_done == 2
+    assert math.isnan(optimizer.projected_grad)
+    assert close(weights(model), before)
+    (message,) = caplog.messages
+    seeds = [step_seed(0, settings.get("num_estimates", 1) + draw) for draw in (0, 1)]
+    assert re.search(rf"is nan at step 2 \(noise seed ({seeds[0]}|{seeds[1]})\); the step is skipped", message)
+    optimizer.step(fit(model, 2))
+    assert math.isfinite(optimizer.projected_grad)
+
+
+def test_an_update_that_is_not_finite_can_be_skipped() -> None:
+    model = network()
+    before = weights(model)
+    optimizer = MeZO(model, lr=1e300, on_nonfinite="skip")
+    optimizer.step(fit(model))
+    assert close(weights(model), before)
+    assert optimizer.steps_done == 1
+
+
 def test_any_exception_leaves_the_weights_restored() -> None:
     model = network()
     before = weights(model)
@@ -393,7 +632,7 @@ def test_an_update_that_is_not_finite_leaves_every_group_restored() -> None:
     model = network()
     before = weights(model)
     groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters(), "lr": 1e300}]
-    with pytest.raises(FastpeftError, match=r"update of step 1 .* is not finite"):
+    with pytest.raises(FastpeftError, match=r"update is not finite .* at step 1"):
         MeZO(groups, lr=0.1).step(fit(model))
     assert close(weights(model), before)
 
