@@ -45,12 +45,12 @@ def _sync_tree(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 to `path` in one atomic step."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` in one atomic step."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -59,6 +59,11 @@ def write_text(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 to `path` in one atomic step."""
+    write_bytes(path, text.encode())
 
 
 def _umask() -> int:

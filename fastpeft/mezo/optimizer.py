@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.mezo.journal import Journal, Kind, Record, digest
 from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
 from fastpeft.noise import NOISE
 
@@ -62,6 +64,7 @@ class MeZO(torch.optim.Optimizer):
             NaN after a skipped one.
         seed: as given, or as loaded.
         steps_done: updates made so far, skipped ones included.
+        journal: where each step is recorded, see `record`; None where none is.
 
     Raises:
         FastpeftError: nothing to train, an argument out of its range, parameters that share memory.
@@ -116,6 +119,7 @@ class MeZO(torch.optim.Optimizer):
         self.on_nonfinite = on_nonfinite
         self.defer = defer
         self.steps_done = 0
+        self.journal: Journal | None = None
         self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
         self._point = HOME  # where the weights are; not HOME only between estimate and update
         self._points_seen = 0  # of the estimate that no step has applied yet
@@ -139,6 +143,8 @@ class MeZO(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; of its parameters those that require a gradient now are trained."""
+        if self.journal is not None:
+            raise FastpeftError("MeZO: a run with a journal takes no further parameters. Add them before `record`.")
         self.settle()
         group = self.defaults | param_group
         for name, allowed, fits in (
@@ -228,9 +234,10 @@ class MeZO(torch.optim.Optimizer):
         What a deferred step still owes is added, which loses nothing. The perturbation of an estimate that no step has
         applied is taken out, to rounding.
         """
-        self._add(moves(self._point, HOME))
-        self._point = HOME
-        self._points_seen = 0
+        dropped, self._points_seen = self._points_seen, 0
+        self._restore()
+        if dropped:
+            self._write(Kind.DROPPED, dropped)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -249,6 +256,42 @@ class MeZO(torch.optim.Optimizer):
             yield
         finally:
             self._held = before
+
+    def record(self, path: str | Path) -> None:
+        """Begin a journal: from now on each step appends to `path` what it found, 36 bytes where nothing is plural.
+
+        With the weights of now, which it does not hold, it is a checkpoint of every step: `resume`.
+
+        Raises:
+            FastpeftError: there is a file at `path`, or it cannot be written.
+        """
+        self.settle()
+        weights = digest([param for group, _ in self._groups() for param in group["params"]])
+        self.journal = Journal.create(
+            Path(path), {**self._described(), "first_step": self.steps_done, "weights": weights}
+        )
+
+    def resume(self, path: str | Path, weights_at: int | None = None) -> None:
+        """Bring the weights to where the run of a journal stood, to the bit, and go on with both.
+
+        Args:
+            path: of the journal. A last record that was not written to its end is dropped.
+            weights_at: how many steps of that run the weights have behind them, as those of a checkpoint have. None:
+                they are those from which the journal began.
+
+        Raises:
+            FastpeftError: the journal is damaged or of other weights or settings.
+        """
+        self.settle()
+        journal = Journal.open(Path(path))
+        for name, value in self._described().items():
+            if journal.header[name] != value:
+                what = name if name == "groups" else f"{name} {journal.header[name]!r}, not {value!r}"
+                raise FastpeftError(
+                    f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
+                )
+        journal.replay([param for group, _ in self._groups() for param in group["params"]], start=weights_at)
+        self.steps_done, self.journal = journal.steps, journal
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, seed and number of steps: with the weights, which it settles, all that a run is continued from."""
@@ -283,9 +326,43 @@ class MeZO(torch.optim.Optimizer):
             if offsets:
                 yield group, offsets
 
+    def _described(self) -> dict[str, Any]:
+        """What a journal says of the run, but for its beginning."""
+        groups = []
+        for group, offsets in self._groups():
+            names = group.get("param_names") or [str(number) for number in range(len(offsets))]
+            parameters = [
+                {"name": name, "shape": list(param.shape), "dtype": str(param.dtype), "offset": offset}
+                for name, param, offset in zip(names, group["params"], offsets)
+            ]
+            groups.append({"eps": group["eps"], "weight_decay": group["weight_decay"], "parameters": parameters})
+        kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
+        settings = {"seed": self.seed, "noise": self.noise, "estimator": kind, "num_estimates": num_estimates}
+        return {**settings, "groups": groups}
+
+    def _write(self, kind: Kind, points: int) -> None:
+        """Record what became of the present estimate, if there is a journal."""
+        if self.journal is None:
+            return
+        groups = [group for group, _ in self._groups()]
+        for name in ("eps", "weight_decay"):
+            if [group[name] for group in groups] != [group[name] for group in self.journal.header["groups"]]:
+                raise FastpeftError(
+                    f"MeZO: {name} changed, but the journal {self.journal.path} has one for all of its steps. Begin "
+                    "another one with `record`."
+                )
+        slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
+        rates = tuple(float(group["lr"]) for group in groups)
+        self.journal.append(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
+
     def _seeds(self) -> list[int]:
         """The seeds of the noise of the present step, one a draw."""
         return self.estimator.seeds(self.seed, self.steps_done)
+
+    def _restore(self) -> None:
+        """Bring the weights back to theta."""
+        self._add(moves(self._point, HOME))
+        self._point = HOME
 
     def _go(self, point: Point) -> None:
         """Bring the weights to another point of the present step."""
@@ -321,10 +398,12 @@ class MeZO(torch.optim.Optimizer):
             owed.append(([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
         if not self._skip and not all(abs(scale) <= _LARGEST for _, scales, _ in owed for scale in scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
+        self._write(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
         if self._skip:
-            self.settle()
+            self._restore()
         else:
-            self._deferred, self._point, self._points_seen = owed, HOME, 0
+            self._deferred, self._point = owed, HOME
+        self._points_seen = 0
         self.steps_done += 1
         if not self.defer:
             self.settle()

@@ -1,0 +1,305 @@
+"""The journal of a MeZO run: weights made again to the bit, whatever befell the run or the file."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastpeft import FastpeftError, MeZO
+from fastpeft.mezo import Journal, Kind
+from fastpeft.mezo import journal as journal_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS = [
+    {},
+    {"weight_decay": 0.1},
+    {"num_estimates": 3, "noise": "rademacher"},
+    {"estimator": "fzoo", "num_estimates": 4, "noise": "rademacher", "lr": 1e-5},
+]
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def fit(model: nn.Module, step: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(model.parameters()).dtype
+    x, y = torch.randn(6, 5, generator=generator).to(dtype), torch.randn(6, 3, generator=generator).to(dtype)
+    return lambda: F.mse_loss(model(x), y)
+
+
+def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
+    groups = [{"params": model[0].named_parameters("0")}, {"params": model[2].named_parameters("2"), "eps": 2e-3}]
+    return MeZO(groups, **{"lr": 1e-2, **settings})
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def falling(optimizer: MeZO, done: int = 0) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule of which `done` steps are made."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step, last_epoch=done - 1)
+
+
+def trained(path: Path, steps: int = 10, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Any, MeZO]:
+    """A run with a schedule and a journal."""
+    model = network(dtype)
+    optimizer = optimizer_of(model, **settings)
+    optimizer.record(path)
+    schedule = falling(optimizer)
+    for step in range(steps):
+        optimizer.step(fit(model, step))
+        schedule.step()
+    optimizer.settle()
+    return model, optimizer
+
+
+# -- weights made again ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_replay_on_the_base_model_gives_the_bits(
+    tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype, defer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_BLOCK", 12)  # several blocks, the last one smaller, an end within four lanes
+    model, _ = trained(tmp_path / "run", dtype=dtype, defer=defer, **settings)
+    again = network(dtype)
+    Journal.open(tmp_path / "run").replay(again)
+    assert equal(again, model)
+    assert not equal(again, network(dtype))
+
+
+def test_replay_goes_on_from_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    middle, _ = trained(tmp_path / "part", steps=6)
+    whole, _ = trained(tmp_path / "run")
+    Journal.open(tmp_path / "run").replay(middle, start=6)
+    assert equal(middle, whole)
+    early = network()
+    Journal.open(tmp_path / "run").replay(early, stop=6)
+    Journal.open(tmp_path / "run").replay(early, start=6)
+    assert equal(early, whole)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole, _ = trained(tmp_path / "whole", steps=10)
+    trained(tmp_path / "part", steps=4)
+    model = network()
+    optimizer = optimizer_of(model)
+    optimizer.resume(tmp_path / "part")
+    assert optimizer.steps_done == 4
+    schedule = falling(optimizer, 4)
+    for step in range(4, 10):
+        optimizer.step(fit(model, step))
+        schedule.step()
+    assert equal(model, whole)
+    again = network()
+    Journal.open(tmp_path / "part").replay(again)
+    assert equal(again, model)
+
+
+def test_skipped_and_dropped_steps_are_repeated_with_their_roundings(tmp_path: Path) -> None:
+    """In half precision even a step that was not made leaves its trace."""
+    model = network(torch.bfloat16)
+    optimizer = optimizer_of(model, on_nonfinite="skip", num_estimates=2, defer=True)
+    optimizer.record(tmp_path / "run")
+
+    def failing_at(call: int, how: Callable[[], Any]) -> Callable[[], Any]:
+        calls = 0
+
+        def closure() -> Any:
+            nonlocal calls
+            calls += 1
+            return how() if calls == call else fit(model, 0)()
+
+        return closure
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    optimizer.step(fit(model, 0))
+    optimizer.step(failing_at(3, lambda: math.nan))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing_at(2, interrupt))
+    optimizer.step(fit(model, 1))
+    optimizer.estimate(fit(model, 2))
+    optimizer.settle()
+    journal = Journal.open(tmp_path / "run")
+    kinds = [record.kind for record in journal.records()]
+    assert kinds == [Kind.MADE, Kind.SKIPPED, Kind.DROPPED, Kind.MADE, Kind.DROPPED]
+    assert [record.step for record in journal.records()] == [0, 1, 2, 2, 3]
+    assert journal.steps == optimizer.steps_done == 3
+    again = network(torch.bfloat16)
+    journal.replay(again)
+    assert equal(again, model)
+
+
+def test_a_strided_parameter(tmp_path: Path) -> None:
+    def model() -> nn.Parameter:
+        return nn.Parameter(torch.linspace(-1, 1, 30).view(5, 6).t())
+
+    ours, again = model(), model()
+    optimizer = MeZO([ours], lr=1e-2)
+    optimizer.record(tmp_path / "run")
+    for _ in range(3):
+        optimizer.step(lambda: (ours**2).sum())
+    Journal.open(tmp_path / "run").replay([again])
+    assert torch.equal(ours, again)
+
+
+def test_twenty_thousand_steps_are_under_a_megabyte(tmp_path: Path) -> None:
+    _, optimizer = trained(tmp_path / "run", steps=2)
+    before = (tmp_path / "run").stat().st_size
+    optimizer.step(lambda: 1.0)
+    per_step = (tmp_path / "run").stat().st_size - before
+    assert per_step == 44  # two groups; 36 with one
+    assert before + 20_000 * per_step < 2**20
+    record = list(Journal.open(tmp_path / "run").records())[-1]
+    assert (record.step, record.points, record.rates) == (2, 2, (1e-2 * 0.9**2,) * 2)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [1, 20, 43])
+def test_a_torn_last_record_is_dropped_with_a_message(
+    tmp_path: Path, lost: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "run"
+    whole, _ = trained(tmp_path / "whole", steps=4)
+    trained(file, steps=5)
+    content = file.read_bytes()
+    file.write_bytes(content[:-lost])
+    with caplog.at_level("WARNING", logger="fastpeft"):
+        journal = Journal.open(file)
+    assert f"its {44 - lost} bytes are dropped" in caplog.text
+    assert journal.steps == 4
+    model = network()
+    optimizer = optimizer_of(model)
+    optimizer.resume(file)
+    assert equal(model, whole)
+    optimizer.step(fit(model, 4))  # the torn bytes are written over
+    assert len(file.read_bytes()) == len(content)
+    assert Journal.open(file).steps == 5
+
+
+def test_a_last_record_that_was_written_in_part_is_dropped(tmp_path: Path) -> None:
+    """A power cut may leave zeros in the place of what was written."""
+    trained(tmp_path / "run", steps=5)
+    content = (tmp_path / "run").read_bytes()
+    (tmp_path / "run").write_bytes(content[:-30] + bytes(30))
+    assert Journal.open(tmp_path / "run").steps == 4
+
+
+@pytest.mark.parametrize("place", [0, 4, 17, 43])
+def test_a_damaged_record_before_the_last_is_refused_by_number(tmp_path: Path, place: int) -> None:
+    trained(tmp_path / "run", steps=5)
+    content = bytearray((tmp_path / "run").read_bytes())
+    content[len(content) - 3 * 44 + place] ^= 1
+    (tmp_path / "run").write_bytes(content)
+    with pytest.raises(FastpeftError, match="record 3 of 5"):
+        Journal.open(tmp_path / "run")
+
+
+def test_a_record_out_of_its_place_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "run", steps=5)
+    content = (tmp_path / "run").read_bytes()
+    (tmp_path / "run").write_bytes(content[: -3 * 44] + content[-44:] + content[-2 * 44 :])
+    with pytest.raises(FastpeftError, match="record 3 of 5"):
+        Journal.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, None], ids=["empty", "another", "header"])
+def test_what_is_no_journal(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "run"
+    if content is None:
+        trained(file)
+        content = file.read_bytes().replace(b'"seed": 0', b'"seed": 1')
+    file.write_bytes(content)
+    with pytest.raises(FastpeftError, match="is not a journal"):
+        Journal.open(file)
+
+
+def test_what_does_not_fit_the_journal_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    model, optimizer = trained(file)
+    with pytest.raises(FastpeftError, match="does not have the weights"):
+        Journal.open(file).replay(model)  # already trained
+    with pytest.raises(FastpeftError, match=r"no parameter '0\.weight'"):
+        Journal.open(file).replay(nn.Linear(5, 7))
+    with pytest.raises(FastpeftError, match="number, shape or dtype"):
+        Journal.open(file).replay(network(torch.float64))
+    with pytest.raises(FastpeftError, match=r"exists\. Resume"):
+        optimizer_of(network()).record(file)
+    for settings, what in (({"seed": 1}, "seed 0, not 1"), ({"weight_decay": 0.5}, "another groups")):
+        with pytest.raises(FastpeftError, match=what):
+            optimizer_of(network(), **settings).resume(file)
+    with pytest.raises(FastpeftError, match="cannot read the journal"):
+        optimizer_of(network()).resume(tmp_path / "none")
+    with pytest.raises(FastpeftError, match="takes no further parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    optimizer.param_groups[0]["eps"] = 1.0
+    with pytest.raises(FastpeftError, match="eps changed"):
+        optimizer.step(fit(model, 0))
+
+
+# -- a run that is killed ----------------------------------------------------------------------------------------------
+
+_KILLED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from test_journal import fit, network, optimizer_of
+torch.set_num_threads(1)
+model = network(torch.bfloat16)
+optimizer = optimizer_of(model, defer=True)
+file = Path(sys.argv[1])
+optimizer.resume(file) if file.exists() else optimizer.record(file)
+print("ready", flush=True)
+for step in range(optimizer.steps_done, 1_000_000):
+    optimizer.step(fit(model, step))
+"""
+
+
+@pytest.mark.kill
+def test_a_killed_run_is_made_again_to_the_bit(tmp_path: Path) -> None:
+    """Three times in a row, each from where the last kill left the journal."""
+    script = _KILLED.format(folder=str(Path(__file__).parent))
+    steps = 0
+    for delay in (0.2, 0.05, 0.4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        journal = Journal.open(tmp_path / "run")
+        assert journal.steps > steps
+        steps = journal.steps
+    model, again = network(torch.bfloat16), network(torch.bfloat16)
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        optimizer.step(fit(model, step))
+    journal.replay(again)
+    assert equal(again, model)
