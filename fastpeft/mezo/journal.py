@@ -155,7 +155,12 @@ class Journal:
             os.fsync(file.fileno())
 
     def cut(self, steps: int) -> None:
-        """Forget all that came after the first `steps` steps of the run."""
+        """Forget all that came after the first `steps` steps of the run.
+
+        Raises:
+            FastpeftError: the journal does not reach from its beginning to there.
+        """
+        self._check_reach(steps)
         kept = [record for record in self.records() if record.step < steps]
         self.steps = self.header["first_step"]
         self._size = self._start
@@ -168,6 +173,14 @@ class Journal:
     def records(self) -> Iterator[Record]:
         """All records, from the first."""
         return self._parse(self.path.read_bytes()[: self._size])
+
+    def _check_reach(self, steps: int) -> None:
+        if not self.header["first_step"] <= steps <= self.steps:
+            raise FastpeftError(
+                f"the journal {self.path} begins after {self.header['first_step']} steps of the run and ends after "
+                f"{self.steps}, so it cannot lead to or from the weights after {steps}. Resume from a checkpoint "
+                "between these, or train anew."
+            )
 
     def _count(self, record: Record) -> None:
         self._size += self._record_size
@@ -203,7 +216,8 @@ class Journal:
             stop: steps after which to end; None: all.
 
         Raises:
-            FastpeftError: the parameters are not those of the run, or (without `start`) their values are not.
+            FastpeftError: the parameters are not those of the run, or (without `start`) their values are not, or the
+                journal does not hold those steps.
 
         Notes:
             A block of the weights at a time takes all steps while it is in cache; no loss is computed.
@@ -215,6 +229,8 @@ class Journal:
                 "anew, with the same dtype and seed."
             )
         first = self.header["first_step"] if start is None else start
+        for steps in (first, self.steps if stop is None else stop):
+            self._check_reach(steps)
         records = [record for record in self.records() if first <= record.step and (stop is None or record.step < stop)]
         for index, params in enumerate(groups):
             passes = list(self._passes(records, index))

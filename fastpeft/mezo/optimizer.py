@@ -271,13 +271,15 @@ class MeZO(torch.optim.Optimizer):
             Path(path), {**self._described(), "first_step": self.steps_done, "weights": weights}
         )
 
-    def resume(self, path: str | Path, weights_at: int | None = None) -> None:
+    def resume(self, path: str | Path, weights_at: int | None = None, steps: int | None = None) -> None:
         """Bring the weights to where the run of a journal stood, to the bit, and go on with both.
 
         Args:
             path: of the journal. A last record that was not written to its end is dropped.
             weights_at: how many steps of that run the weights have behind them, as those of a checkpoint have. None:
                 they are those from which the journal began.
+            steps: the step of that run after which to go on; what the journal holds of later ones is deleted. None:
+                the last.
 
         Raises:
             FastpeftError: the journal is damaged or of other weights or settings.
@@ -290,7 +292,9 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(
                     f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
                 )
-        journal.replay([param for group, _ in self._groups() for param in group["params"]], start=weights_at)
+        journal.replay([param for group, _ in self._groups() for param in group["params"]], weights_at, steps)
+        if steps is not None:
+            journal.cut(steps)
         self.steps_done, self.journal = journal.steps, journal
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
+from fastpeft import files
 from fastpeft.errors import FastpeftError
+from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 
 logger = logging.getLogger(__name__)
+
+_STATE = "trainer_state.json"  # the name by which the Trainer finds the state of a checkpoint
+_MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -24,15 +37,26 @@ class MeZOConfig(TrainingArguments):
     concerns gradients (`optim`, `max_grad_norm`, `gradient_checkpointing`) has no effect.
 
     Args:
-        eps: size of the perturbation.
+        eps, estimator, num_estimates, noise, max_projected_grad, on_nonfinite: as for `fastpeft.MeZO`.
+        journal: append what each step found to `mezo.journal` in the output folder, some 40 bytes a step. With the
+            base model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one.
+        save_weights: whether checkpoints hold the weights. Without them they hold a copy of the journal, and resuming
+            repeats its steps on the base model.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
             the method's recipe: 1e-6, constant, 16.
 
     Raises:
-        FastpeftError: `fp16` is asked for.
+        FastpeftError: `fp16` is asked for, or checkpoints without weights and without a journal or to load the best.
     """
 
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
+    estimator: str = field(default="spsa", metadata={"help": "How a step estimates: spsa or fzoo."})
+    num_estimates: int = field(default=1, metadata={"help": "Directions a step."})
+    noise: str = field(default="gaussian", metadata={"help": "Noise of the perturbation: gaussian or rademacher."})
+    max_projected_grad: float | None = field(default=None, metadata={"help": "Largest projected gradient."})
+    on_nonfinite: str = field(default="stop", metadata={"help": "After a loss that is not finite: stop or skip."})
+    journal: bool = field(default=False, metadata={"help": "Append each step to mezo.journal in the output folder."})
+    save_weights: bool = field(default=True, metadata={"help": "Whether checkpoints hold weights, or the journal."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the schedule."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the learning rate."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of a batch on each device."})
@@ -42,6 +66,11 @@ class MeZOConfig(TrainingArguments):
             raise FastpeftError(
                 "MeZOConfig: fp16=True scales losses for a backward pass, which MeZO has not. Load the model in half "
                 "precision instead (dtype=torch.float16), or use bf16=True."
+            )
+        if not self.save_weights and (not self.journal or self.load_best_model_at_end):
+            raise FastpeftError(
+                "MeZOConfig: save_weights=False needs journal=True, from which the weights can be made again, and "
+                "load_best_model_at_end=False, which reads weights. Correct these, or let checkpoints hold weights."
             )
         super().__post_init__()
 
@@ -64,7 +93,10 @@ class MeZOTrainer(Trainer):
     Notes:
         The model is in eval mode while it trains. The loss of a step is the mean over its micro-batches, all under the
         same noise; a `compute_loss_func` gets `num_items_in_batch` and divides by it itself, and its results are added
-        up. Callbacks see restored weights, but for `on_pre_optimizer_step`: it comes between a step's two halves.
+        up. A skipped step is logged with the loss of the step before it. The end of a step is left to the next one
+        (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled weights; only `on_pre_optimizer_step`
+        comes between a step's two halves. Callbacks of transformers and of this library do not look at weights, any
+        other costs, at each event that it handles, one pass over the weights more.
         The Trainer of transformers 5.0 itself loses the LayerNorm weights of a whole model that came from
         `from_pretrained` when it resumes (5.24 does not).
 
@@ -88,6 +120,9 @@ class MeZOTrainer(Trainer):
             raise FastpeftError(f"MeZOTrainer: the optimizer is {type(optimizer).__name__}; leave it out or pass MeZO.")
         super().__init__(model, args, **kwargs)
         self._micro_batches: list[dict[str, Any]] = []
+        self._last_loss = 0.0
+        self._start: _Start | None = None  # of a resumed run with a journal
+        self._settle_for_callbacks()
         if not _predicts_words(self.model):
             logger.warning(
                 "MeZO trains %s, which predicts no words: without a prompt, or a head that was trained before, it "
@@ -101,26 +136,149 @@ class MeZOTrainer(Trainer):
         mezo: MeZO = getattr(self.optimizer, "optimizer", self.optimizer)
         return mezo
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. With a journal, `resume_from_checkpoint=True` goes on from its last step.
+
+        That step is made once more, since what follows it, such as its log, may not have happened.
+
+        Raises:
+            FastpeftError: a step cannot be made; or the output folder holds a journal and the run is not resumed, or
+                the journal does not fit the run.
+        """
         try:
-            return super().train(*args, **kwargs)
+            with self._started(resume_from_checkpoint) as checkpoint:
+                return super().train(checkpoint, *args, **kwargs)
         finally:
-            if self.optimizer is not None:
-                self.mezo.settle()  # after an interrupt between the two halves of a step
+            self._settle()  # the last step, or after an interrupt between the two halves of one
+
+    def _settle(self) -> None:
+        if self.optimizer is not None:
+            self.mezo.settle()
+
+    def _settle_for_callbacks(self) -> None:
+        """Settle before events at which a callback may look at the weights."""
+        handler = self.callback_handler
+        call_event = handler.call_event
+
+        def settled(event: str, *args: Any, **kwargs: Any) -> Any:
+            if event != "on_pre_optimizer_step" and any(_may_look(each, event) for each in handler.callbacks):
+                self._settle()
+            return call_event(event, *args, **kwargs)
+
+        handler.call_event = settled  # of this instance
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._settle()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a checkpoint of a run with `save_weights=False` gets the journal instead."""
+        self._settle()
+        journal = None if self.optimizer is None else self.mezo.journal
+        if journal is not None:
+            journal.flush()
+        if journal is None or self.args.save_weights or not _internal_call or output_dir is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(journal.path, Path(output_dir) / FILE_NAME)
+
+    def _load_best_model(self) -> None:
+        self._settle()  # before other weights take the place of those that the last step belongs to
+        super()._load_best_model()
+
+    @contextmanager
+    def _started(self, resume: str | bool | None) -> Iterator[str | bool | None]:
+        """The checkpoint to give to the Trainer; one that stands for the journal's last step exists inside only."""
+        self._start = None
+        if not self.args.journal:
+            yield resume
+            return
+        output = Path(self.args.output_dir)
+        file = output / FILE_NAME
+        if not resume:
+            if file.exists():
+                raise FastpeftError(
+                    f"{file} is the journal of another run. Resume it (resume_from_checkpoint=True), or give another "
+                    "output folder."
+                )
+            yield None
+            return
+        found = get_last_checkpoint(output) if resume is True and output.is_dir() else resume
+        checkpoint = Path(found) if isinstance(found, str) else None
+        state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _STATE))
+        weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
+        weights_at = None if weights is None else state.global_step
+        last = -1
+        if resume is True and file.exists():
+            journal = Journal.open(file)
+            last = max(journal.steps - 1, journal.header["first_step"])
+        if last < 0 or (checkpoint is not None and last <= state.global_step):
+            self._start = _Start(weights, weights_at, state.global_step, checkpoint)
+            yield resume
+            return
+        if self.args.lr_scheduler_type in _MEASURING_SCHEDULES:
+            raise FastpeftError(
+                f"the journal {file} is of more steps than any checkpoint, but the schedule "
+                f"{self.args.lr_scheduler_type!s} follows measured losses, which it does not hold. Resume from a "
+                "checkpoint, by its path."
+            )
+        self._start = _Start(weights, weights_at, last, None)
+        state.global_step = last
+        for name in ("logging_steps", "eval_steps", "save_steps", "train_batch_size"):
+            setattr(state, name, getattr(self.args, name))
+        with tempfile.TemporaryDirectory(prefix=".resumed-", dir=output) as folder:
+            state.save_to_json(str(Path(folder) / _STATE))
+            yield folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights that the journal goes on from, if not those of the base model."""
+        if self._start is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self._start.weights is not None:
+            super()._load_from_checkpoint(str(self._start.weights), model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Bring weights, optimizer and schedule to where the resumed run stood."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        start, file = self._start, Path(self.args.output_dir) / FILE_NAME
+        if checkpoint is None or start is None:
+            return
+        if start.checkpoint is not None and (start.checkpoint / FILE_NAME).exists() and not file.exists():
+            files.write_bytes(file, (start.checkpoint / FILE_NAME).read_bytes())
+        if file.exists():
+            self.mezo.resume(file, start.weights_at, start.steps)
+        if start.checkpoint is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that no step was made: the steps are those of the journal
+                for _ in range(start.steps):
+                    self.lr_scheduler.step()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
             named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-            groups: list[dict[str, Any]] = [{"params": [param for _, param in named]}]
+            groups: list[dict[str, Any]] = [{"params": named}]
             if self.args.weight_decay:
                 decayed = set(self.get_decay_parameter_names(model))
                 groups = [
-                    {"params": [param for name, param in named if name in decayed]},
-                    {"params": [param for name, param in named if name not in decayed], "weight_decay": 0.0},
+                    {"params": [(name, param) for name, param in named if name in decayed]},
+                    {"params": [(name, param) for name, param in named if name not in decayed], "weight_decay": 0.0},
                 ]
             args = self.args
-            self.optimizer = MeZO(groups, args.learning_rate, args.eps, args.weight_decay, args.seed)
+            self.optimizer = MeZO(
+                groups,
+                args.learning_rate,
+                args.eps,
+                args.weight_decay,
+                args.seed,
+                estimator=args.estimator,
+                num_estimates=args.num_estimates,
+                noise=args.noise,
+                max_projected_grad=args.max_projected_grad,
+                on_nonfinite=args.on_nonfinite,
+                defer=True,
+            )
         return self.optimizer
 
     def training_step(
@@ -138,8 +296,13 @@ class MeZOTrainer(Trainer):
         # an epoch that a callback ended early may have left micro-batches of a step that was never made
         batches, self._micro_batches = self._micro_batches[-self.current_gradient_accumulation_steps :], []
         model.eval()
+        if self.args.journal and self.mezo.journal is None:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.mezo.record(Path(self.args.output_dir) / FILE_NAME)
         loss = self.mezo.estimate(lambda: self._loss(model, batches, num_items_in_batch))
-        return torch.tensor(loss, device=self.args.device)
+        if not math.isnan(loss):
+            self._last_loss = loss
+        return torch.tensor(self._last_loss, device=self.args.device)
 
     def _loss(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Tensor | int | None) -> Tensor:
         """The mean loss of `batches`, or the sum of what a user's function has divided already.
@@ -161,6 +324,29 @@ class MeZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs["projected_grad"] = self.mezo.projected_grad
         super().log(logs, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a resumed run with a journal begins.
+
+    Attributes:
+        weights: the checkpoint that holds the weights to begin with; None: those of the base model.
+        weights_at: steps that these have behind them; None: those that the journal began with.
+        steps: steps that are made already.
+        checkpoint: the one that is resumed; None where the journal has more steps.
+    """
+
+    weights: Path | None
+    weights_at: int | None
+    steps: int
+    checkpoint: Path | None
+
+
+def _may_look(callback: TrainerCallback, event: str) -> bool:
+    """Whether a callback handles an event and is not known to leave the weights alone."""
+    handles = getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
+    return handles and type(callback).__module__.partition(".")[0] not in ("transformers", "fastpeft")
 
 
 def _predicts_words(model: nn.Module) -> bool:

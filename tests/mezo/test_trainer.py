@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
+from fastpeft.mezo import Journal
+from fastpeft.mezo import optimizer as optimizer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,6 +241,107 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Pat
         assert logged(resumed, name) == logged(whole, name)
 
 
+def killed(folder: Path, step: int, **changes: Any) -> None:
+    """A run with a journal that ends in step number `step`, after its update and before anything that follows it."""
+    with pytest.raises(KeyboardInterrupt):
+        journaled(folder, Interrupt("on_optimizer_step", step - 1), **changes).train()
+
+
+def journaled(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> MeZOTrainer:
+    options: dict[str, Any] = {
+        "max_steps": 7,
+        "learning_rate": 0.02,
+        "eps": 0.02,  # which moves weights in bfloat16
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.1,
+        "gradient_accumulation_steps": 2,
+        "journal": True,
+        "seed": 3,
+    }
+    arguments = config(folder, **{**options, **changes})
+    model = language_model().to(torch.bfloat16)
+    return MeZOTrainer(model, arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks))
+
+
+def tail(trainer: MeZOTrainer, name: str, steps: int) -> list[float]:
+    return logged(trainer, name)[-steps:]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 5, 7])
+def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) -> None:
+    """Without a single checkpoint, to the bits of the uninterrupted run."""
+    whole = journaled(tmp_path / "whole")
+    whole.train()
+    killed(tmp_path / "broken", killed_at)
+    assert Journal.open(tmp_path / "broken" / "mezo.journal").steps == killed_at
+    resumed = journaled(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.mezo.steps_done == resumed.state.global_step == 7
+    assert equal(weights(resumed.model), weights(whole.model))
+    for name in ("projected_grad", "learning_rate", "loss"):
+        assert logged(resumed, name) == tail(whole, name, 8 - killed_at)
+    both = [(tmp_path / name / "mezo.journal").read_bytes() for name in ("whole", "broken")]
+    assert both[0] == both[1]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["mezo.journal"]
+
+
+@pytest.mark.parametrize("save_weights", [True, False])
+def test_the_journal_leads_on_from_the_newest_checkpoint(tmp_path: Path, save_weights: bool) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_weights": save_weights}
+    whole = journaled(tmp_path / "whole", **saving)
+    whole.train()
+    killed(tmp_path / "broken", 6, **saving)
+    checkpoint = tmp_path / "broken" / "checkpoint-4"
+    assert (checkpoint / "model.safetensors").exists() == save_weights
+    assert (checkpoint / "mezo.journal").exists() != save_weights
+    resumed = journaled(tmp_path / "broken", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert logged(resumed, "projected_grad")[-2:] == tail(whole, "projected_grad", 2)
+
+    again = journaled(tmp_path / "broken", **saving)  # from the checkpoint itself
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert equal(weights(again.model), weights(whole.model))
+    assert logged(again, "projected_grad") == logged(whole, "projected_grad")
+    base = language_model().to(torch.bfloat16)
+    Journal.open(tmp_path / "broken" / "mezo.journal").replay(base)
+    assert equal(weights(base), weights(whole.model))
+
+
+def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole = journaled(tmp_path / "whole", **saving)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        journaled(tmp_path / "late", Interrupt("on_step_end", 4), journal=False, **saving).train()
+    with pytest.raises(KeyboardInterrupt):
+        journaled(tmp_path / "late", Interrupt("on_step_end", 5), **saving).train(resume_from_checkpoint=True)
+    journal = Journal.open(tmp_path / "late" / "mezo.journal")
+    assert (journal.header["first_step"], journal.steps) == (3, 5)
+    resumed = journaled(tmp_path / "late", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+
+
+def test_what_a_journal_refuses(tmp_path: Path) -> None:
+    with pytest.raises(FastpeftError, match="save_weights=False needs journal=True"):
+        config(tmp_path, save_weights=False)
+    killed(tmp_path, 4)
+    with pytest.raises(FastpeftError, match="is the journal of another run"):
+        journaled(tmp_path).train()
+    with pytest.raises(FastpeftError, match="another seed 3, not 4"):
+        journaled(tmp_path, seed=4).train(resume_from_checkpoint=True)
+    with pytest.raises(FastpeftError, match="follows measured losses"):
+        journaled(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1).train(
+            resume_from_checkpoint=True
+        )
+    other = journaled(tmp_path)
+    other.model.lm_head.bias.data += 1
+    with pytest.raises(FastpeftError, match="does not have the weights"):
+        other.train(resume_from_checkpoint=True)
+    assert Journal.open(tmp_path / "mezo.journal").steps == 4  # refusals leave it whole
+
+
 def test_the_best_model_is_kept(tmp_path: Path) -> None:
     arguments = config(
         tmp_path,
@@ -279,6 +382,60 @@ def test_callbacks_evaluation_and_saving_see_restored_weights(tmp_path: Path) ->
     )
     MeZOTrainer(language_model(), arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=[Look()]).train()
     assert set(seen) == {0, 1, 2}
+
+
+def test_the_end_of_a_step_is_left_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    perturb = optimizer_module.mezo_perturb_
+
+    def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
+        passes.append(len(seeds))
+        perturb(params, offsets, seeds, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer_module, "mezo_perturb_", count)
+    MeZOTrainer(language_model(), config(tmp_path), train_dataset=rows()).train()
+    first, second, later, last = 1, 1, [2, 1], 1
+    assert passes[1:] == [first, second, *later * 3, last]  # after the check of the parameters, which adds nothing
+
+
+def test_a_callback_that_looks_at_weights_finds_those_of_the_step(tmp_path: Path) -> None:
+    seen: dict[str, list[list[Tensor]]] = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.setdefault("begin", []).append(weights(model))
+
+        def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.setdefault("log", []).append(weights(model))
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.setdefault("end", []).append(weights(model))
+
+    for callback in (Look(), Keep()):
+        MeZOTrainer(language_model(), config(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
+    assert all(equal(one, other) for one, other in zip(seen["begin"][1:], seen["end"]))
+    assert all(equal(one, other) for one, other in zip(seen["log"], seen["end"]))
+
+
+def test_the_settings_of_the_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(MeZOTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * math.nan if self.is_in_train and self.state.global_step == 2 else loss
+
+    arguments = config(
+        tmp_path, estimator="fzoo", num_estimates=3, noise="rademacher", on_nonfinite="skip", learning_rate=1e-6
+    )
+    trainer = Failing(language_model(), arguments, train_dataset=rows())
+    trainer.train()
+    mezo = trainer.mezo
+    assert (mezo.estimator.kind, mezo.estimator.num_estimates, mezo.noise) == ("fzoo", 3, "rademacher")
+    assert mezo.steps_done == 4
+    assert [math.isnan(g) for g in logged(trainer, "projected_grad")] == [False, False, True, False]
+    losses = logged(trainer, "loss")
+    assert losses[2] == losses[1]
+    assert any("is nan at step 3" in message for message in caplog.messages)
 
 
 def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_path: Path) -> None:
