@@ -72,9 +72,9 @@ class Journal:
     """The file of one run: `create` begins it, `open` reads it, `replay` makes the run's weights again.
 
     Attributes:
-        header: `seed`, `noise`, `estimator` and `num_estimates` as for `MeZO`; `groups`, each with `eps`,
-            `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step`, the steps that
-            had been made when the journal began; `weights`, a digest of the weights at that time.
+        header: `seed`, `noise`, `estimator`, `num_estimates`, `restore` and `rounding` as for `MeZO`; `groups`, each
+            with `eps`, `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step`, the
+            steps that had been made when the journal began; `weights`, a digest of the weights at that time.
         steps: steps made up to the last record, those before the journal included.
     """
 
@@ -232,19 +232,20 @@ class Journal:
         for steps in (first, self.steps if stop is None else stop):
             self._check_reach(steps)
         records = [record for record in self.records() if first <= record.step and (stop is None or record.step < stop)]
+        how = self.header["noise"], self.header["rounding"]
         for index, params in enumerate(groups):
             passes = list(self._passes(records, index))
             for param, described in zip(params, self.header["groups"][index]["parameters"]):
                 offset = described["offset"]
                 for block in param.detach().flatten().split(_BLOCK) if param.is_contiguous() else [param.detach()]:
                     for seeds, scales, decay in passes:
-                        mezo_perturb_([block], [offset], seeds, scales, decay, self.header["noise"])
+                        mezo_perturb_([block], [offset], seeds, scales, decay, *how)
                     offset += block.numel()
 
     def _passes(self, records: Sequence[Record], index: int) -> Iterator[tuple[list[int], list[float], float]]:
         """All that `records` added to the parameters of one group: seeds, scales and the decay with the first."""
         group, first_eps = self.header["groups"][index], self.header["groups"][0]["eps"]
-        eps = group["eps"]
+        eps, in_place = group["eps"], self.header["restore"] == "in_place"
         seeds: list[int] = []
         scales: list[float] = []
         decay = 0.0
@@ -252,6 +253,7 @@ class Journal:
             drawn = self.estimator.seeds(self.header["seed"], record.step)
             at = HOME
             for point in self.estimator.points[: record.points]:
+                point = point if in_place else (point[0], 0)
                 for draw, scale in moves(at, point):
                     seeds.append(drawn[draw])
                     scales.append(scale * eps)

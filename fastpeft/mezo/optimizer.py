@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.mezo.exact import ScratchWeights
 from fastpeft.mezo.journal import Journal, Kind, Record, digest
 from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
 from fastpeft.noise import NOISE
@@ -21,7 +22,12 @@ from fastpeft.noise import NOISE
 logger = logging.getLogger(__name__)
 
 _LARGEST = torch.finfo(torch.float32).max
-_NOT_FINITE = ("stop", "skip")
+_CHOICES = {
+    "noise": tuple(NOISE),
+    "on_nonfinite": ("stop", "skip"),
+    "restore": ("in_place", "exact"),
+    "rounding": ("stochastic", "nearest"),
+}
 
 
 class MeZO(torch.optim.Optimizer):
@@ -55,6 +61,15 @@ class MeZO(torch.optim.Optimizer):
             makes a step that changes nothing, to rounding.
         defer: leave the end of a step to the next one, which then needs one pass over the weights less. Between steps
             the weights are not those of the model until `settle()`, which loses nothing: deferring changes no bit.
+        restore: "in_place" as above, or "exact": perturbed weights exist in a scratch of the size of the largest module
+            alone, filled as the forward reaches each module (of embeddings, only the rows looked up), and the stored
+            ones change only by the update. For half precision, where each pass in place costs a rounding: 10,000 steps
+            at lr 0 and eps 1e-3 moved the weights of a small RoBERTa by 20 % of their root mean square in bfloat16, 4 %
+            in float16, and 4e-6 in float32. Every trained parameter must be read in the forward of its own module; the
+            first step refuses any other by name.
+        rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
+            the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
+        model: the model of the parameters or groups, where these are given.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
     difference of the losses over twice its own.
@@ -72,7 +87,8 @@ class MeZO(torch.optim.Optimizer):
     Notes:
         The noise of a step is `fastpeft.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
         groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
-        the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit.
+        the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit, and a journal
+        (`record`, `resume`) all that is needed to make its weights again from those before it.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -95,12 +111,16 @@ class MeZO(torch.optim.Optimizer):
         max_projected_grad: float | None = None,
         on_nonfinite: str = "stop",
         defer: bool = False,
+        restore: str = "in_place",
+        rounding: str = "stochastic",
+        model: nn.Module | None = None,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise FastpeftError(f"MeZO: seed is {seed}; allowed are 0 to 2^63 - 1.")
-        for name, value, choices in (("noise", noise, tuple(NOISE)), ("on_nonfinite", on_nonfinite, _NOT_FINITE)):
-            if value not in choices:
-                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(choices)}.")
+        given = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
+        for name, value in given.items():
+            if value not in _CHOICES[name]:
+                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(_CHOICES[name])}.")
         self.estimator = Estimator(estimator, num_estimates)
         if max_projected_grad is not None and not (max_projected_grad > 0 and estimator == "spsa"):
             raise FastpeftError(
@@ -109,20 +129,25 @@ class MeZO(torch.optim.Optimizer):
             )
         if isinstance(model_or_params, Tensor):
             raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
-        self._model = model_or_params if isinstance(model_or_params, nn.Module) else None
-        params: list[Any] = list(
-            model_or_params.named_parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-        )
+        if isinstance(model_or_params, nn.Module):
+            model, model_or_params = model_or_params, model_or_params.named_parameters()
+        if restore == "exact" and model is None:
+            raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
+        params = list(model_or_params)
+        self._model = model
         self.seed = seed
         self.noise = noise
         self.max_projected_grad = max_projected_grad
         self.on_nonfinite = on_nonfinite
         self.defer = defer
+        self.restore = restore
+        self.rounding = rounding if restore == "exact" else "nearest"  # of the update
         self.steps_done = 0
         self.journal: Journal | None = None
         self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
         self._point = HOME  # where the weights are; not HOME only between estimate and update
         self._points_seen = 0  # of the estimate that no step has applied yet
+        self._shown: ScratchWeights | None = None  # with restore="exact"
         self._skip = False  # whether that estimate was of no use
         # for each group the terms (seeds, scales) and the decay that the weights still lack to be those of the model
         self._deferred: list[tuple[list[int], list[float], float]] = []
@@ -140,6 +165,11 @@ class MeZO(torch.optim.Optimizer):
     def projected_grad(self) -> float | None:
         """g of the last step, see the class."""
         return None if self._slopes is None else sum(self._slopes)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that `restore="exact"` needs beside the weights, as far as the forwards so far have shown."""
+        return 0 if self._shown is None else self._shown.nbytes
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; of its parameters those that require a gradient now are trained."""
@@ -167,6 +197,9 @@ class MeZO(torch.optim.Optimizer):
         if tensors:  # a perturbation of no terms: its checks of dtypes and of memory, before the first step
             mezo_perturb_(tensors, [0] * len(tensors), seeds=[], scales=[])
         super().add_param_group({**group, "params": list(trained.values())})
+        if self.restore == "exact" and self._model is not None:
+            places = {p: at for group, offsets in self._groups() for p, at in zip(group["params"], offsets)}
+            self._shown = ScratchWeights(self._model, places)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
         """Make one step.
@@ -210,7 +243,7 @@ class MeZO(torch.optim.Optimizer):
         losses: list[float] = []
         self._skip = False
         try:
-            with self._dropout_off():
+            with self._dropout_off(), self._shown.shown(not self._checked) if self._shown else nullcontext():
                 for point in self.estimator.points:
                     self._go(point)
                     loss = self._loss(closure)
@@ -236,7 +269,7 @@ class MeZO(torch.optim.Optimizer):
         """
         dropped, self._points_seen = self._points_seen, 0
         self._restore()
-        if dropped:
+        if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
 
     @contextmanager
@@ -341,8 +374,8 @@ class MeZO(torch.optim.Optimizer):
             ]
             groups.append({"eps": group["eps"], "weight_decay": group["weight_decay"], "parameters": parameters})
         kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
-        settings = {"seed": self.seed, "noise": self.noise, "estimator": kind, "num_estimates": num_estimates}
-        return {**settings, "groups": groups}
+        settings = {name: getattr(self, name) for name in ("seed", "noise", "restore", "rounding")}
+        return {**settings, "estimator": kind, "num_estimates": num_estimates, "groups": groups}
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""
@@ -365,13 +398,22 @@ class MeZO(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Bring the weights back to theta."""
-        self._add(moves(self._point, HOME))
-        self._point = HOME
+        self._move(HOME)
 
     def _go(self, point: Point) -> None:
-        """Bring the weights to another point of the present step."""
+        """Bring the weights to another point of the present step, and count it."""
         self._points_seen += 1
-        self._add(moves(self._point, point))
+        self._move(point)
+
+    def _move(self, point: Point) -> None:
+        """Bring the weights, or with "exact" what the forward sees, to another point of the present step."""
+        if self._shown is None:
+            self._add(moves(self._point, point))
+        else:
+            self._add([])
+            draw, position = point
+            scales = {p: position * group["eps"] for group, _ in self._groups() for p in group["params"]}
+            self._shown.perturb(self._seeds()[draw], scales if position else {}, self.noise)
         self._point = point
 
     def _add(self, terms: list[Term]) -> None:
@@ -383,7 +425,7 @@ class MeZO(torch.optim.Optimizer):
             seeds, scales, decay = self._deferred[index] if self._deferred else ([], [], 0.0)
             seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
             scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
-            mezo_perturb_(group["params"], offsets, seeds, scales, decay, self.noise)
+            mezo_perturb_(group["params"], offsets, seeds, scales, decay, self.noise, self.rounding)
         self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
@@ -393,12 +435,13 @@ class MeZO(torch.optim.Optimizer):
         if not self._points_seen or self._slopes is None:
             raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
         drawn = self._seeds()
+        stored = self._point if self._shown is None else (self._point[0], 0)
         first_eps = self.param_groups[0]["eps"]
         owed: list[tuple[list[int], list[float], float]] = []
         for group, _ in self._groups():
             lr, eps = float(group["lr"]), group["eps"]
             decay = lr * group["weight_decay"]
-            terms = update(self._point, [slope * (first_eps / eps) for slope in self._slopes], lr, eps, decay)
+            terms = update(stored, [slope * (first_eps / eps) for slope in self._slopes], lr, eps, decay)
             owed.append(([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
         if not self._skip and not all(abs(scale) <= _LARGEST for _, scales, _ in owed for scale in scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")

@@ -37,9 +37,11 @@ class MeZOConfig(TrainingArguments):
     concerns gradients (`optim`, `max_grad_norm`, `gradient_checkpointing`) has no effect.
 
     Args:
-        eps, estimator, num_estimates, noise, max_projected_grad, on_nonfinite: as for `fastpeft.MeZO`.
+        eps, estimator, num_estimates, noise, max_projected_grad, on_nonfinite, restore, rounding: as for
+            `fastpeft.MeZO`.
         journal: append what each step found to `mezo.journal` in the output folder, some 40 bytes a step. With the
-            base model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one.
+            base model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. It
+            does not hold what was logged.
         save_weights: whether checkpoints hold the weights. Without them they hold a copy of the journal, and resuming
             repeats its steps on the base model.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
@@ -55,6 +57,8 @@ class MeZOConfig(TrainingArguments):
     noise: str = field(default="gaussian", metadata={"help": "Noise of the perturbation: gaussian or rademacher."})
     max_projected_grad: float | None = field(default=None, metadata={"help": "Largest projected gradient."})
     on_nonfinite: str = field(default="stop", metadata={"help": "After a loss that is not finite: stop or skip."})
+    restore: str = field(default="in_place", metadata={"help": "How perturbed weights return: in_place or exact."})
+    rounding: str = field(default="stochastic", metadata={"help": "With restore exact: stochastic or nearest."})
     journal: bool = field(default=False, metadata={"help": "Append each step to mezo.journal in the output folder."})
     save_weights: bool = field(default=True, metadata={"help": "Whether checkpoints hold weights, or the journal."})
     learning_rate: float = field(default=1e-6, metadata={"help": "Learning rate at the start of the schedule."})
@@ -278,6 +282,9 @@ class MeZOTrainer(Trainer):
                 max_projected_grad=args.max_projected_grad,
                 on_nonfinite=args.on_nonfinite,
                 defer=True,
+                restore=args.restore,
+                rounding=args.rounding,
+                model=model,
             )
         return self.optimizer
 

@@ -486,6 +486,16 @@ def test_a_resumed_run_continues_to_the_bit() -> None:
     assert equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("restore", ["in_place", "exact"])
+def test_the_state_brings_estimator_and_noise(restore: str) -> None:
+    ours, theirs = network(), network()
+    optimizer = MeZO(ours, lr=0.1, num_estimates=3, noise="rademacher", restore=restore)
+    other = MeZO(theirs, lr=0.1, restore=restore)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.step(fit(ours)) == other.step(fit(theirs))
+    assert equal(weights(ours), weights(theirs))
+
+
 def test_the_seed_decides_the_noise() -> None:
     def trained(seed: int) -> list[Tensor]:
         model = network()

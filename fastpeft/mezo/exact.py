@@ -1,0 +1,188 @@
+"""Perturbed weights beside the stored ones: each module meets its own in a scratch, filled as the forward reaches it.
+
+Adding and taking away a perturbation rounds the weights each time; in half precision that drifts. Here a perturbation
+never touches them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpeft.errors import FastpeftError
+from fastpeft.functional import mezo_perturb_
+
+_ALIGNMENT = 64  # bytes
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module that holds them reads them
+
+
+class ScratchWeights:
+    """A model whose forward sees theta + scale * z, while theta stays as it is.
+
+    An embedding is perturbed in the rows looked up alone. A module inside another that has trained parameters of its
+    own needs a scratch beside that of the outer one.
+
+    Args:
+        model: whose forward is meant.
+        offsets: of each trained parameter, where it stands in the noise.
+
+    Raises:
+        FastpeftError: a trained parameter is in no module of the model.
+    """
+
+    def __init__(self, model: nn.Module, offsets: Mapping[Tensor, int]) -> None:
+        self._offsets = offsets
+        self._seed = 0
+        self._noise = "gaussian"
+        self._scales: Mapping[Tensor, float] = {}  # of each parameter; empty where the forward sees theta
+        self._scratch: list[Tensor] = []  # bytes, by how many modules it is inside
+        self._borrowed: list[tuple[nn.Module, str, Tensor]] = []  # what stands in for a parameter, innermost last
+        self._depths: list[int] = []  # how many of these belong to each module whose forward runs
+        self._filling = False
+        self._names: dict[int, str] = {}  # of the trained parameters, by their memory
+        # for each module its trained parameters: what holds one, its name there and the parameter
+        self._owned: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
+        self._paths: dict[Tensor, str] = {}
+        for path, module in model.named_modules():
+            reader = module
+            if isinstance(module, _CONTAINERS):
+                reader = model.get_submodule(path.rpartition(".")[0])
+            for name, param in module._parameters.items():
+                if param is not None and param in offsets:
+                    self._owned.setdefault(reader, []).append((module, name, param))
+                    self._paths.setdefault(param, f"{path}.{name}".lstrip("."))
+        if len(self._paths) < len(offsets):
+            raise FastpeftError(
+                "MeZO: restore='exact' got a trained parameter that is in no module of the model, so its forward "
+                "cannot be shown another. Train parameters of the model only, or use restore='in_place'."
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the scratch so far."""
+        return sum(buffer.numel() for buffer in self._scratch)
+
+    def perturb(self, seed: int, scales: Mapping[Tensor, float], noise: str) -> None:
+        """Show the forward from now on theta + scale * z, with the scale of each parameter; no scales show theta."""
+        self._seed, self._scales, self._noise = seed, scales, noise
+
+    @contextmanager
+    def shown(self, check: bool) -> Iterator[None]:
+        """Inside it the model's forward sees what `perturb` says.
+
+        Args:
+            check: watch for trained parameters that are read outside of their module's forward.
+
+        Raises:
+            FastpeftError: with `check`, there is one; its forward would see theta.
+        """
+        self._names = {p.untyped_storage().data_ptr(): path for p, path in self._paths.items() if p.numel()}
+        handles: list[Any] = []
+        for module in self._owned:
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            with _Watch(self) if check else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            while self._depths:  # after an exception
+                self._give_back()
+
+    def refuse_bare(self, tensors: Any) -> None:
+        """Raise if one of the arguments of an op is a trained parameter itself, though a perturbed one is shown."""
+        if self._filling or not self._scales:
+            return
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                continue
+            if name := self._names.get(tensor.untyped_storage().data_ptr()):
+                raise FastpeftError(
+                    f"MeZO: restore='exact' cannot show the perturbed {name!r} to what reads it outside of its "
+                    "module's forward. Freeze it, or use restore='in_place'."
+                )
+
+    @torch.no_grad()
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put perturbed parameters in the place of a module's own; for an embedding also its new arguments."""
+        self._depths.append(0)
+        if not self._scales:
+            return None
+        self._filling = True
+        try:
+            if type(module) is nn.Embedding and module.max_norm is None:
+                return (self._look_up(module, *args, **kwargs),), {}
+            owned = self._owned[module]
+            views = self._take([(param.shape, param) for _, _, param in owned])
+            for (holder, name, param), view in zip(owned, views):
+                view.copy_(param)
+                mezo_perturb_([view], [self._offsets[param]], [self._seed], [self._scales[param]], noise=self._noise)
+                self._lend(holder, name, param, view)
+            return None
+        finally:
+            self._filling = False
+
+    def _look_up(self, module: nn.Embedding, input: Tensor) -> Tensor:
+        """Perturb the rows that `input` names; returns where they are in what stands in for the weight."""
+        weight, width = module.weight, module.embedding_dim
+        rows, indices = input.unique(return_inverse=True)
+        count = max(rows.numel(), (module.padding_idx or 0) + 1)  # the module insists on a row of that number
+        (stand_in,) = self._take([((count, width), weight)])
+        looked_up = stand_in[: rows.numel()]
+        looked_up.copy_(weight[rows])
+        offsets = [self._offsets[weight] + row * width for row in rows.tolist()]
+        mezo_perturb_(list(looked_up), offsets, [self._seed], [self._scales[weight]], noise=self._noise)
+        self._lend(module, "weight", weight, stand_in)
+        return indices
+
+    def _take(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
+        """Tensors in the scratch of the present depth, of given shapes and of the dtypes and device of others."""
+        sizes = [math.prod(shape) * like.element_size() for shape, like in wanted]
+        starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+        end = starts[-1]
+        depth, device = len(self._depths) - 1, wanted[0][1].device
+        if depth == len(self._scratch):
+            self._scratch.append(torch.empty(0, dtype=torch.uint8))
+        if self._scratch[depth].numel() < end or self._scratch[depth].device != device:
+            self._scratch[depth] = torch.empty(0, dtype=torch.uint8)  # lets the smaller one go first
+            self._scratch[depth] = torch.empty(end, dtype=torch.uint8, device=device)
+        buffer = self._scratch[depth]
+        return [
+            buffer[start : start + size].view(like.dtype).view(shape)
+            for start, size, (shape, like) in zip(starts, sizes, wanted)
+        ]
+
+    def _lend(self, holder: nn.Module, name: str, param: Tensor, view: Tensor) -> None:
+        holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
+        self._borrowed.append((holder, name, param))
+        self._depths[-1] += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Put the parameters of the innermost module back."""
+        for _ in range(self._depths.pop() if self._depths else 0):
+            holder, name, param = self._borrowed.pop()
+            holder._parameters[name] = param  # type: ignore[assignment]
+
+
+class _Watch(TorchDispatchMode):
+    """Looks at the arguments of every op."""
+
+    def __init__(self, weights: ScratchWeights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._weights.refuse_bare((args, kwargs))
+        return func(*args, **(kwargs or {}))

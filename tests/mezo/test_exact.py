@@ -1,0 +1,280 @@
+"""MeZO with weights that no perturbation touches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
+from fastpeft.functional import mezo_perturb, mezo_perturb_
+from fastpeft.mezo import Journal, step_seed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = 1e-2
+
+
+def language_model(dtype: torch.dtype = torch.bfloat16, vocab_size: int = 60) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=20,
+        initializer_range=0.2,
+    )
+    return RobertaForMaskedLM(config).to(dtype).eval()
+
+
+def loss_of(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
+    ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(step))
+    return lambda: model(input_ids=ids, labels=ids.roll(1, 1)).loss
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
+
+
+def fit(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
+    return lambda: model(x).square().mean()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# -- what a step computes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_estimates": 2, "noise": "rademacher"}], ids=str)
+def test_steps_are_those_of_perturbed_copies(settings: dict[str, Any]) -> None:
+    """With tied weights, embeddings and stochastic rounding, bit for bit."""
+    ours, theirs = language_model(), language_model()
+    optimizer = MeZO(ours, lr=1e-3, eps=EPS, weight_decay=0.1, restore="exact", **settings)
+    n, noise = settings.get("num_estimates", 1), settings.get("noise", "gaussian")
+    params = dict(theirs.named_parameters())
+    offsets, end = [], 0
+    for param in params.values():
+        offsets.append(end)
+        end += param.numel()
+
+    for step in range(3):
+        loss = optimizer.step(loss_of(ours, step))
+        seeds = [step_seed(0, step * n + draw) for draw in range(n)]
+        ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(step))
+        slopes, losses = [], []
+        for seed in seeds:
+            for scale in (EPS, -EPS):
+                moved = {
+                    name: mezo_perturb(p, at, [seed], [scale], noise=noise)
+                    for (name, p), at in zip(params.items(), offsets)
+                }
+                with torch.no_grad():
+                    out = functional_call(theirs, moved, kwargs={"input_ids": ids, "labels": ids.roll(1, 1)})
+                losses.append(out.loss.item())
+            slopes.append((losses[-2] - losses[-1]) / (2 * EPS) / n)
+        assert loss == sum(losses) / len(losses)
+        assert optimizer.projected_grad == sum(slopes)
+        order = [n - 1, *range(n - 1)]
+        mezo_perturb_(
+            list(params.values()),
+            offsets,
+            [seeds[draw] for draw in order],
+            [-1e-3 * slopes[draw] for draw in order],
+            1e-3 * 0.1,
+            noise,
+            "stochastic",
+        )
+        assert equal(weights(ours), weights(theirs))
+    assert not equal(weights(ours), weights(language_model()))
+
+
+def test_fzoo_and_deferring() -> None:
+    ours, theirs = language_model(), language_model()
+    for model, defer in ((ours, True), (theirs, False)):
+        optimizer = MeZO(
+            model, lr=1e-6, eps=EPS, restore="exact", estimator="fzoo", num_estimates=3, noise="rademacher", defer=defer
+        )
+        for step in range(3):
+            optimizer.step(loss_of(model, step))
+        optimizer.settle()
+    assert equal(weights(ours), weights(theirs))
+    assert not equal(weights(ours), weights(language_model()))
+
+
+def test_siva_factors_of_a_peft_model() -> None:
+    """They lie in a ParameterDict, which has no forward of its own."""
+    model = peft.get_peft_model(language_model(), SivaConfig(r=2)).bfloat16()
+    optimizer = MeZO(model, lr=0.0, eps=0.5, restore="exact")  # large enough to show in a loss of bfloat16
+    before = weights(model)
+    optimizer.step(loss_of(model))
+    assert optimizer.projected_grad != 0
+    assert equal(weights(model), before)
+
+
+def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
+    """Updates of a hundredth of the spacing of bfloat16 at 1."""
+
+    def mean_after(rounding: str) -> float:
+        layer = nn.Linear(64, 32, bias=False).to(torch.bfloat16)
+        nn.init.ones_(layer.weight)
+        optimizer = MeZO(layer, lr=1.0, eps=2**-6, weight_decay=1e-4, restore="exact", rounding=rounding)
+        for _ in range(100):
+            optimizer.step(lambda: layer(torch.ones(1, 64, dtype=torch.bfloat16)).sum() * 0)
+        return layer.weight.float().mean().item()
+
+    assert mean_after("nearest") == 1
+    assert mean_after("stochastic") == pytest.approx((1 - 1e-4) ** 100, abs=5e-4)
+
+
+# -- what stays as it was ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lr_0_leaves_every_bit_where_in_place_drifts(dtype: torch.dtype) -> None:
+    exact, in_place = network(dtype), network(dtype)
+    before = weights(exact)
+    for model, restore in ((exact, "exact"), (in_place, "in_place")):
+        optimizer = MeZO(model, lr=0.0, restore=restore)
+        for step in range(200):
+            optimizer.step(fit(model, step))
+    assert equal(weights(exact), before)
+    assert not equal(weights(in_place), before)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_at_lr_0_leave_every_bit() -> None:
+    model = network(torch.bfloat16)
+    before = weights(model)
+    optimizer = MeZO(model, lr=0.0, restore="exact")
+    for step in range(10_000):
+        optimizer.step(fit(model, step))
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_exception_in_the_forward_puts_the_parameters_back(call: int) -> None:
+    model = language_model()
+    before, names = weights(model), list(model.state_dict())
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    model.roberta.encoder.layer[1].output.dense.register_forward_pre_hook(fail)
+    optimizer = MeZO(model, lr=0.1, restore="exact")
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(loss_of(model))
+    assert all(
+        isinstance(p, nn.Parameter) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
+    assert equal(weights(model), before)
+    assert list(model.state_dict()) == names
+    assert not any(module._forward_hooks for module in model.modules())
+    optimizer.step(loss_of(model))
+
+
+def test_the_scratch_is_as_large_as_the_largest_module_reached() -> None:
+    """Of 5,000 words only those of the batch are perturbed, where nothing else reads their embeddings."""
+    model = language_model(vocab_size=5_000)
+    model.lm_head.requires_grad_(False)
+    model.lm_head.decoder.weight = nn.Parameter(model.lm_head.decoder.weight.detach().clone(), requires_grad=False)
+    model.roberta.embeddings.word_embeddings.weight.requires_grad_(True)
+    optimizer = MeZO(model, lr=0.0, eps=EPS, restore="exact")
+    optimizer.step(loss_of(model))
+    largest = (32 * 16 + 32) * 2  # bytes of a feed-forward layer, with its bias, in bfloat16
+    assert largest <= optimizer.scratch_bytes <= largest + 128
+
+
+# -- the journal and the Trainer ---------------------------------------------------------------------------------------
+
+
+def test_a_journal_repeats_stochastic_rounding(tmp_path: Path) -> None:
+    model, again = language_model(), language_model()
+    optimizer = MeZO(model, lr=1e-3, eps=EPS, weight_decay=0.1, restore="exact", on_nonfinite="skip", num_estimates=2)
+    optimizer.record(tmp_path / "run")
+    for step in range(4):
+        optimizer.step(loss_of(model, step) if step != 2 else lambda: float("nan"))
+    Journal.open(tmp_path / "run").replay(again)
+    assert equal(weights(again), weights(model))
+
+
+def test_the_trainer(tmp_path: Path) -> None:
+    ids = torch.randint(3, 30, (8, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row.roll(1)} for row in ids]
+    arguments = MeZOConfig(
+        str(tmp_path),
+        restore="exact",
+        max_steps=3,
+        learning_rate=0.0,
+        eps=EPS,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        weight_decay=0.1,
+    )
+    trainer = MeZOTrainer(language_model(), arguments, train_dataset=rows)
+    before = weights(trainer.model)
+    trainer.train()
+    assert equal(weights(trainer.model), before)
+    assert any(entry.get("projected_grad") for entry in trainer.state.log_history)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Borrowing(nn.Module):
+    """Reads the weight of a layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x), self.second.weight)
+
+
+def test_a_parameter_read_outside_of_its_module_is_refused_by_name() -> None:
+    model = Borrowing()
+    before = copy.deepcopy(weights(model))
+    optimizer = MeZO(model, lr=0.1, restore="exact")
+    with pytest.raises(FastpeftError, match=r"'second\.weight' to what reads it outside"):
+        optimizer.step(lambda: model(torch.ones(2, 4)).sum())
+    assert equal(weights(model), before)
+    model.second.requires_grad_(False)
+    MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+
+
+def test_exact_needs_the_model() -> None:
+    model = network(torch.float32)
+    with pytest.raises(FastpeftError, match="needs the model"):
+        MeZO(model.parameters(), lr=0.1, restore="exact")
+    with pytest.raises(FastpeftError, match="in no module of the model"):
+        MeZO([nn.Parameter(torch.zeros(3))], lr=0.1, restore="exact", model=model)
+    with pytest.raises(FastpeftError, match="restore is 'never'; allowed are in_place, exact"):
+        MeZO(model, lr=0.1, restore="never")
+    with pytest.raises(FastpeftError, match="rounding is 'up'"):
+        MeZO(model, lr=0.1, rounding="up")
