@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
@@ -25,7 +24,7 @@ from fastpeft.mezo.optimizer import MeZO
 
 logger = logging.getLogger(__name__)
 
-_STATE = "trainer_state.json"  # the name by which the Trainer finds the state of a checkpoint
+_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint and reads first
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
@@ -208,8 +207,7 @@ class MeZOTrainer(Trainer):
                 )
             yield None
             return
-        found = get_last_checkpoint(output) if resume is True and output.is_dir() else resume
-        checkpoint = Path(found) if isinstance(found, str) else None
+        checkpoint = _newest_checkpoint(output) if resume is True else Path(resume)
         state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _STATE))
         weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
         weights_at = None if weights is None else state.global_step
@@ -219,7 +217,7 @@ class MeZOTrainer(Trainer):
             last = max(journal.steps - 1, journal.header["first_step"])
         if last < 0 or (checkpoint is not None and last <= state.global_step):
             self._start = _Start(weights, weights_at, state.global_step, checkpoint)
-            yield resume
+            yield True if checkpoint is None else str(checkpoint)
             return
         if self.args.lr_scheduler_type in _MEASURING_SCHEDULES:
             raise FastpeftError(
@@ -231,7 +229,7 @@ class MeZOTrainer(Trainer):
         state.global_step = last
         for name in ("logging_steps", "eval_steps", "save_steps", "train_batch_size"):
             setattr(state, name, getattr(self.args, name))
-        with tempfile.TemporaryDirectory(prefix=".resumed-", dir=output) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             state.save_to_json(str(Path(folder) / _STATE))
             yield folder
 
@@ -348,6 +346,12 @@ class _Start:
     weights_at: int | None
     steps: int
     checkpoint: Path | None
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the latest step, but for one that was not written to its end."""
+    whole = [state.parent for state in folder.glob(f"checkpoint-*/{_STATE}")]
+    return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def _may_look(callback: TrainerCallback, event: str) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +310,57 @@ def test_the_journal_leads_on_from_the_newest_checkpoint(tmp_path: Path, save_we
     base = language_model().to(torch.bfloat16)
     Journal.open(tmp_path / "broken" / "mezo.journal").replay(base)
     assert equal(weights(base), weights(whole.model))
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_trainer import journaled
+torch.set_num_threads(1)
+run = journaled(Path({folder!r}), **{options!r})
+run.train(resume_from_checkpoint=Path({folder!r}, "mezo.journal").exists())
+"""
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("save_weights", [True, False])
+def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path, save_weights: bool) -> None:
+    """Killed twice, wherever it was: in a step, in a write, while saving."""
+    options = {"save_strategy": "steps", "save_steps": 3, "save_weights": save_weights, "save_total_limit": 2}
+    options |= {"max_steps": 80, "logging_steps": 50}
+    whole = journaled(tmp_path / "whole", **options)
+    whole.train()
+    folder = tmp_path / "broken"
+    script = _KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), options=options)
+    record = 44  # bytes, with the two groups of a run with weight decay
+    header = (tmp_path / "whole" / "mezo.journal").stat().st_size - 80 * record
+    for steps in (17, 41):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (
+            (folder / "mezo.journal").exists() and (folder / "mezo.journal").stat().st_size >= header + steps * record
+        ):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    resumed = journaled(folder, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+    both = [(tmp_path / name / "mezo.journal").read_bytes() for name in ("whole", "broken")]
+    assert both[0] == both[1]
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = journaled(tmp_path / "whole", **saving)
+    whole.train()
+    killed(tmp_path / "broken", 5, **saving)
+    (tmp_path / "broken" / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = journaled(tmp_path / "broken", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
 
 
 def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
