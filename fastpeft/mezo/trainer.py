@@ -207,7 +207,7 @@ class MeZOTrainer(Trainer):
                 )
             yield None
             return
-        checkpoint = _newest_checkpoint(output) if resume is True else Path(resume)
+        checkpoint = _newest_checkpoint(output) if isinstance(resume, bool) else Path(resume)
         state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _STATE))
         weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
         weights_at = None if weights is None else state.global_step
