@@ -26,7 +26,7 @@ RANK = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A square layer of a RoBERTa and the rows of a batch."""
+    """A square layer of a model, such as its query, and the rows of a batch."""
 
     model: str
     features: int
@@ -38,10 +38,14 @@ class Case:
         return f"{self.model}-{self.rows}-{self.dtype}-{self.work}"
 
 
-def cases(dtypes: tuple[str, ...] = ("float32",)) -> Iterator[Case]:
-    """Demo, base and large at batches of 16 short and 16 long texts."""
+ROBERTA = {"demo": 384, "base": 768, "large": 1024}
+LLAMA = {"llama-8b": 4096}  # too wide for a CPU
+
+
+def cases(models: dict[str, int] = ROBERTA, dtypes: tuple[str, ...] = ("float32",)) -> Iterator[Case]:
+    """Batches of 16 short and 16 long texts."""
     for dtype in dtypes:
-        for model, features in (("demo", 384), ("base", 768), ("large", 1024)):
+        for model, features in models.items():
             for rows in (16 * 32, 16 * 128):
                 for work in ("forward", "training"):
                     yield Case(model, features, rows, dtype, work)
@@ -126,8 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     device = torch.device(parser.parse_args().device)
-    dtypes = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
-    for case in cases(dtypes):
+    on_card = ROBERTA | LLAMA, ("float32", "bfloat16", "float16")
+    for case in cases() if device.type == "cpu" else cases(*on_card):
         measure(FILE, {key: str(value) for key, value in asdict(case).items()}, candidates(case, device), device)
 
 

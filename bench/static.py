@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -28,8 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, write_rows
-from fastpeft.kernels import mezo, siva_linear
-from fastpeft.kernels.tiles import MEZO_PERTURB, SIVA_LINEAR_FWD
+from fastpeft.kernels import mezo, siva_linear, tiles
 
 ROOT = Path(__file__).parent.parent
 FILE, CUDA_FILE = DATA / "static.csv", DATA / "static_cuda.csv"
@@ -37,12 +37,21 @@ TARGETS = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = {"siva_linear_fwd": siva_linear._siva_linear_fwd_kernel, "mezo_perturb": mezo._mezo_perturb_kernel}
+KERNELS = {
+    "siva_linear_fwd": siva_linear._siva_linear_kernel,
+    "siva_linear_bwd_dx": siva_linear._siva_linear_kernel,
+    "siva_linear_bwd_partials": siva_linear._siva_linear_bwd_partials_kernel,
+    "siva_linear_bwd_sum": siva_linear._siva_linear_bwd_sum_kernel,
+    "mezo_perturb": mezo._mezo_perturb_kernel,
+}
 ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
-    "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"}
+    "siva_linear_bwd_partials": {"partial_ptr": "*fp32"},
+    "siva_linear_bwd_sum": {"partial_ptr": "*fp32"},
+    "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"},
 }
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
+ANY = ("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -59,32 +68,49 @@ class Variant:
 
     def key(self) -> dict[str, str]:
         """The columns that name it."""
-        shown = {
-            name: value for name, value in self.constants.items() if name.startswith(("BLOCK_", "PRECISION", "IS_"))
-        }
+        shown = {name: value for name, value in self.constants.items() if name.startswith(("BLOCK_", "P", "IS_"))}
         shown |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
         tile = " ".join(f"{name}={value}" for name, value in shown.items())
         return {"kernel": self.kernel, "arch": self.arch, "dtype": self.dtype, "tile": tile}
 
 
-def siva_linear_fwd_variants(arch: str) -> Iterator[Variant]:
-    """Tiles of the SiVA forward at its smallest and largest rank block; rows of x and of the weights contiguous."""
-    contiguous = dict.fromkeys(("stride_xk", "stride_wk", "stride_ur", "stride_s", "stride_vk", "stride_bias"), 1)
+RANK_BLOCKS = (16, siva_linear.MAX_RANK)  # the smallest and the largest
+# strides of 1 where rows of activations and of parameters are contiguous; for dx the parameters are transposed
+SIVA_LINEAR_CONTIGUOUS = {
+    "siva_linear_fwd": ("stride_xk", "stride_wk", "stride_ur", "stride_s", "stride_vk", "stride_bias"),
+    "siva_linear_bwd_dx": ("stride_xk", "stride_wn", "stride_un", "stride_s", "stride_vr"),
+}
+
+
+def siva_linear_variants(arch: str) -> Iterator[Variant]:
+    """SiVA's kernels: the product in both directions, p inside or before it, and the sums that make dU and dV."""
     for dtype, kind in (("bf16", "half"), ("fp16", "half"), ("fp32", "tf32"), ("fp32", "ieee")):
         if arch == "sm_75" and kind != "ieee":
             continue  # the launcher leaves these to PyTorch there
-        for tile in SIVA_LINEAR_FWD[kind]:
-            for block_r in (16, siva_linear.MAX_RANK):
-                constants = {
-                    "HAS_BIAS": True,
-                    "PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    "BLOCK_M": tile.block_m,
-                    "BLOCK_N": tile.block_n,
-                    "BLOCK_K": tile.block_k,
-                    "BLOCK_R": block_r,
-                    "GROUP_M": siva_linear.GROUP_M,
-                }
-                yield Variant("siva_linear_fwd", arch, dtype, constants | contiguous, tile.num_warps, tile.num_stages)
+        precision = "tf32" if kind == "tf32" else "ieee"
+        ways = [(tile, False, tiles.RANK_STEP) for tile in tiles.siva_linear_tiles(arch, kind)]
+        ways += [(tile, True, r) for tile, _, _ in ways for r in RANK_BLOCKS if r <= tile.max_rank]
+        for (kernel, strides), (tile, project, block_r) in itertools.product(SIVA_LINEAR_CONTIGUOUS.items(), ways):
+            constants = {
+                "HAS_BIAS": kernel == "siva_linear_fwd",
+                "PROJECT": project,
+                "PRECISION": precision,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "BLOCK_R": block_r,
+                "GROUP_M": siva_linear.GROUP_M,
+                **dict.fromkeys(strides, 1),
+            }
+            yield Variant(kernel, arch, dtype, constants, tile.num_warps, tile.num_stages)
+        tile = tiles.SIVA_LINEAR_BWD[kind]
+        for block_r in RANK_BLOCKS:
+            constants = {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": block_r, "PRECISION": precision}
+            constants |= {"stride_dhn": 1, "stride_xk": 1}
+            yield Variant("siva_linear_bwd_partials", arch, dtype, constants, tile.num_warps, tile.num_stages)
+            if kind != "tf32":  # which multiplies otherwise, but adds alike
+                constants = {"BLOCK_C": tiles.SUM_COLUMNS, "BLOCK_R": block_r, "stride_s": 1}
+                yield Variant("siva_linear_bwd_sum", arch, dtype, constants, tiles.SUM_WARPS, num_stages=1)
 
 
 def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
@@ -95,15 +121,15 @@ def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
                 "IS_BF16": dtype == "i16",  # bfloat16 goes as its bits
                 "IS_RADEMACHER": is_rademacher,
                 "IS_STOCHASTIC": dtype in ("i16", "fp16"),
-                "BLOCK_Q": MEZO_PERTURB.block_q,
+                "BLOCK_Q": tiles.MEZO_PERTURB.block_q,
             }
-            yield Variant("mezo_perturb", arch, dtype, constants, MEZO_PERTURB.num_warps, num_stages=3)
+            yield Variant("mezo_perturb", arch, dtype, constants, tiles.MEZO_PERTURB.num_warps, num_stages=3)
 
 
 def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
     for arch in TARGETS:
-        yield from siva_linear_fwd_variants(arch)
+        yield from siva_linear_variants(arch)
     for arch in TARGETS:
         yield from mezo_perturb_variants(arch)
 
@@ -126,8 +152,7 @@ def compile_row(variant: Variant) -> dict[str, str]:
             continue
         default = f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
         signature[name] = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
-        # any number of rows, terms and any rank; widths and places are multiples of 16
-        if name not in ("M", "R", "stride_pm", "num_terms"):
+        if name not in ANY:
             attributes[(position,)] = [["tt.divisibility", SPECIALISED]]
     compiled = triton.compile(
         ASTSource(kernel, signature, variant.constants, attributes),

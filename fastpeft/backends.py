@@ -27,7 +27,7 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear", "cpu"): ("aten",),
     ("siva_linear", "cuda"): ("triton", "aten"),
     ("siva_linear_backward", "cpu"): ("aten",),
-    ("siva_linear_backward", "cuda"): ("aten",),
+    ("siva_linear_backward", "cuda"): ("triton", "aten"),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
@@ -38,6 +38,7 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
 # launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
 _TRITON_LAUNCHERS = {
     "siva_linear": ("siva_linear", "siva_linear_fwd"),
+    "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
     "mezo_perturb_": ("mezo", "mezo_perturb_"),
     "mezo_perturb_replay_": ("mezo", "mezo_perturb_replay_"),
     "mezo_perturb": ("mezo", "mezo_perturb"),

@@ -1,12 +1,19 @@
-"""Tile sizes of the kernels: frozen tables, no timing at run time.
+"""Launch shapes of the kernels: tables for each architecture and a cost model that picks from them, no timing.
 
 Every tile compiles for the architectures of `bench/static.py` that it is shipped to, without spilling; the registers,
 shared memory and matrix instructions of each, and the Triton that made them, are in `bench/data/static.csv`.
+
+The kinds of products: "half" is 16-bit operands and "tf32" float32 rounded to TF32, both on matrix units; "ieee" is
+float32 outside them.
 """
 
 from __future__ import annotations
 
+import math
+from functools import cache, lru_cache
 from typing import NamedTuple
+
+import torch
 
 
 class Tile(NamedTuple):
@@ -17,27 +24,105 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    max_rank: int = 64  # up to which p fits beside h
 
 
-_FEW_ROWS = 256  # up to here small tiles spread the work over more programs
+class SumTile(NamedTuple):
+    """A launch shape of sums over rows: rows a step, columns of dh or x a program, warps and stages."""
 
-# how operands are multiplied -> (tile for few rows, tile for many)
-SIVA_LINEAR_FWD = {
-    "half": (Tile(32, 64, 64, 4, 3), Tile(128, 128, 32, 8, 3)),  # 16-bit, on matrix units
-    "tf32": (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),  # float32 rounded to TF32, on matrix units
-    "ieee": (Tile(32, 64, 16, 4, 2), Tile(64, 64, 16, 8, 2)),  # float32, outside them
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+ANY = "any"  # architecture
+
+
+class Card(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    architecture: str  # as in bench/static.py, "sm_90" or "gfx942"
+    multiprocessors: int
+
+
+class Costs(NamedTuple):
+    """Prices in multiply-adds of one multiprocessor, between those of an A100 and an H100 by their data sheets."""
+
+    cached: int  # loading an element through the second-level cache
+    memory: int  # loading an element from memory, while all multiprocessors do
+    launch: int  # starting one more kernel, some microseconds
+
+
+_SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16)
+_HOPPER = *_SMALL, Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3, max_rank=16)
+SIVA_LINEAR = {  # (architecture, products) -> tiles of the forward and of dx; ANY where an architecture has no line
+    (ANY, "half"): (*_SMALL, Tile(128, 128, 32, 8, 3)),
+    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    (ANY, "ieee"): (Tile(32, 64, 32, 4, 2, max_rank=16), Tile(64, 64, 16, 8, 2, max_rank=16)),
+    ("sm_90", "half"): _HOPPER,
+    ("sm_100", "half"): _HOPPER,
 }
+RANK_STEP = 16  # columns of p a step where it is not computed inside; the least that a matrix instruction takes
+COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), "ieee": Costs(8, 25, 500_000)}
+
+SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
+    "half": SumTile(64, 64, 4, 3),
+    "tf32": SumTile(32, 64, 4, 3),
+    "ieee": SumTile(16, 32, 4, 2),
+}
+SUM_COLUMNS, SUM_WARPS = 32, 4  # of a program that adds partial sums
+_MOST_SPLITS = 32
 
 
-def siva_linear_fwd_tile(rows: int, products: str) -> Tile:
-    """The tile of the SiVA forward for this many rows of x and kind of products."""
-    few, many = SIVA_LINEAR_FWD[products]
-    return few if rows <= _FEW_ROWS else many
+def siva_linear_tiles(architecture: str, products: str) -> tuple[Tile, ...]:
+    """The tiles that `siva_linear` picks from."""
+    return SIVA_LINEAR.get((architecture, products)) or SIVA_LINEAR[ANY, products]
+
+
+@lru_cache(maxsize=1024)
+def siva_linear(m: int, k: int, n: int, rank: int, products: str, card: Card) -> tuple[Tile, bool]:
+    """The tile for h `(m, n)` from x `(m, k)`, and whether its programs also compute p (else a product before them).
+
+    The time of a program is that of its multiply-adds or of its loads, whichever is longer; the programs run in waves
+    of one a multiprocessor; p by a product of its own costs one more reading of x and one more launch.
+    """
+    costs, block_r = COSTS[products], rank_block(rank)
+
+    def time(choice: tuple[Tile, bool]) -> float:
+        tile, project = choice
+        waves = math.ceil(math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n) / card.multiprocessors)
+        multiplying = tile.block_m * (tile.block_n + block_r * project)
+        loading = costs.cached * (tile.block_m + tile.block_n + block_r * project)
+        apart = 0 if project else costs.memory * m * k / card.multiprocessors + costs.launch
+        return waves * k * max(multiplying, loading) + apart
+
+    found = siva_linear_tiles(card.architecture, products)
+    return min([(tile, p) for tile in found for p in (True, False) if rank <= tile.max_rank or not p], key=time)
+
+
+def siva_linear_bwd_rows(m: int, block_r: int) -> int:
+    """Rows that one program of the partial sums adds up, a multiple of 64.
+
+    Enough that the partial sums are few bytes beside the operands. It depends on no card, so neither does the order
+    of the sum.
+    """
+    return 64 * math.ceil(max(256, 8 * block_r, m / _MOST_SPLITS) / 64)
 
 
 def rank_block(rank: int) -> int:
-    """Columns of the tile that holds a rank: a power of two, at least the 16 that a matrix instruction takes."""
-    return max(16, 1 << (rank - 1).bit_length())
+    """Columns of the tile that holds a rank: a power of two, at least `RANK_STEP`."""
+    return max(RANK_STEP, 1 << (rank - 1).bit_length())
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """The card behind `device`; for a CPU, whose tensors Triton's interpreter runs on, some card."""
+    if device.type != "cuda":
+        return Card("interpreter", 108)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return Card(name, properties.multi_processor_count)
 
 
 class Strip(NamedTuple):

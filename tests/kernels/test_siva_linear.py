@@ -1,20 +1,22 @@
-"""The Triton SiVA forward against the reference in float64, with NaN wherever it must not read or leave a value."""
+"""SiVA's Triton kernels against the reference in float64, with NaN wherever they must not read or leave a value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from tolerances import assert_as_accurate
+from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
-from fastpeft import reference
+from fastpeft import aten, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
-from fastpeft.kernels.tiles import rank_block, siva_linear_fwd_tile
+from fastpeft.kernels import tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
@@ -56,17 +58,62 @@ def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bi
     ]
 
 
-def check(*args: Tensor | None) -> None:
+def in_double(args: list[Tensor]) -> list[Tensor]:
+    return [a.double() if isinstance(a, Tensor) else a for a in args]
+
+
+def absolute(args: list[Tensor]) -> list[Tensor]:
+    return [a.abs() if isinstance(a, Tensor) else a for a in args]
+
+
+def check_forward(*args: Tensor | None) -> None:
     """Launch on `args` and compare h and p with the reference in float64."""
     with poisoned_memory():
         actual = kernel.siva_linear_fwd(*args)
-    plain = reference.siva_linear(*args)
-    double = [None if a is None else a.double() for a in args]
-    exact = reference.siva_linear(*double)
-    terms = reference.siva_linear(*(None if a is None else a.abs() for a in double))
-    for ours, *others in zip(actual, plain, exact, terms):
+    double = in_double(args)
+    results = (reference.siva_linear(*some) for some in (args, double, absolute(double)))
+    for ours, *others in zip(actual, *results):
         assert_as_accurate(ours, *others)
         assert ours.is_contiguous()
+
+
+def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (True,) * 4) -> None:
+    """Launch on dh and the forward's `args` and compare the gradients, twice the same bits, with float64."""
+    x, weight, u, s, v, _ = args
+    p = in_nan(reference.siva_linear(*args)[1])
+    args = (dh, x, weight, u, s, v, p, *needs)
+    double = in_double(args)
+    results = [reference.siva_linear_backward(*some) for some in (args, double, absolute(double))]
+    unread = dh.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
+    args = (dh, x if needs[2] else unread, weight, u, s, v, p if needs[1] else unread, *needs)
+    with poisoned_memory():
+        actual, again = kernel.siva_linear_bwd(*args), kernel.siva_linear_bwd(*args)
+    for ours, repeated, need, *others in zip(actual, again, needs, *results):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, repeated)
+        if need:
+            assert_as_accurate(ours, *others, factor=GRADIENT)
+        else:
+            assert ours.shape == (0,)
+
+
+def check(*args: Tensor | None) -> None:
+    """Both directions, with a gradient of h that lies in NaN."""
+    check_forward(*args)
+    x, weight, *_ = args
+    generator = torch.Generator().manual_seed(0)
+    dh = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator).to(x)
+    check_backward(in_nan(dh), *args)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], None]:
+    """Makes every launch use this tile, and compute p inside or not."""
+
+    def launched(tile: tiles.Tile, project: bool) -> None:
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_: (tile, project))
+
+    return launched
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,21 +144,58 @@ def test_every_rank(r, device):
     check(*map(in_nan, operands(19, 67, 71, r, torch.float32, device)))
 
 
-@pytest.mark.parametrize("m", [256, 257], ids=["few-rows", "many-rows"])
+TILES = {
+    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
+    for (_, kind), found in tiles.SIVA_LINEAR.items()
+    for tile in found
+}
+
+
+@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
+def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(
+        tiles.card(torch.device(device, 0)).architecture, kernel.products(dtype, matrix_units=True)
+    ):
+        pytest.skip("not shipped to this card")
+    launched(tile, project)
+    rank = min(tile.max_rank, 33) if project else 33
+    check(*map(in_nan, operands(tile.block_m + 1, tile.block_k + 1, tile.block_n + 1, rank, dtype, device)))
+
+
+def test_more_row_blocks_than_a_group(device, launched):
+    tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
+    launched(tile, True)
+    check(*operands((kernel.GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)), ids=str)
+def test_only_what_is_needed(needs, device):
+    args = operands(23, 35, 29, 3, torch.float32, device)
+    check_backward(args[0].new_ones(23, 29), *args, needs=needs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_tiles_of_a_dtype(m, dtype, device):
-    tile = siva_linear_fwd_tile(m, kernel.products(dtype, matrix_units=True))
-    check(*operands(m, tile.block_k + 1, tile.block_n + 1, 4, dtype, device))
-
-
-def test_more_row_blocks_than_a_group(device):
-    tile = siva_linear_fwd_tile(10_000, "ieee")
-    check(*operands(9 * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
+def test_many_ranges_of_rows(dtype, device):
+    rows = tiles.siva_linear_bwd_rows(1, 16)
+    m = 2 * rows + 5
+    assert tiles.siva_linear_bwd_rows(m, 16) == rows
+    args = operands(m, 70, 5, 4, dtype, device)
+    check_backward(in_nan(torch.randn(m, 5).to(args[0])), *map(in_nan, args))
 
 
 @pytest.mark.parametrize(("m", "k", "n", "r"), [(0, 5, 7, 2), (3, 0, 7, 2), (3, 5, 0, 2), (3, 5, 7, 0), (0, 0, 0, 0)])
 def test_empty_sizes(m, k, n, r, device):
-    check(*operands(m, k, n, r, torch.float32, device))
+    x, weight, u, s, v, bias = args = operands(m, k, n, r, torch.float32, device)
+    check_forward(*args)
+    p, dh = x.new_ones(m, r), x.new_ones(m, n)
+    with poisoned_memory():
+        gradients = kernel.siva_linear_bwd(dh, x, weight, u, s, v, p, True, True, True, True)
+    expected = dh @ weight, torch.zeros_like(u), torch.zeros_like(v), torch.full_like(bias, m)
+    if r > 0:
+        expected = expected[0] + (dh @ u * s) @ v, dh.t() @ p * s, (dh @ u * s).t() @ x, expected[3]
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_no_bias(device):
@@ -136,24 +220,46 @@ def test_strides_are_honoured(device):
     )
     check(x.t().contiguous().t(), weight, u, s, v, bias)
     check(x[:1].expand(9, 33), weight, u, s, v, bias)
+    args = x, weight, u, s, v, bias
+    check_backward(x.new_ones(1, 1).expand(24, 18), *args)  # what `h.sum().backward()` passes
+    check_backward(torch.randn(18, 24).to(x).t(), *args)
 
 
-def test_offsets_pass_32_bits(device):
+@pytest.mark.parametrize("far", ["x", "dh"])
+def test_offsets_pass_32_bits(far, device):
     """The last of 5 rows starts at element 2^31 of a storage of which only these rows are touched."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 5 GB of GPU memory")
+
+    def apart(values: Tensor) -> Tensor:
+        room = torch.empty(2**31 + values.shape[1], dtype=values.dtype, device=device)
+        return room.as_strided(values.shape, (2**29, 1)).copy_(values)
+
     x, *rest = operands(5, 8, 16, 2, torch.float16, device)
-    far = torch.empty(2**31 + 8, dtype=torch.float16, device=device).as_strided((5, 8), (2**29, 1))
-    check(far.copy_(x), *rest)
+    dh = torch.ones(5, 16, dtype=torch.float16, device=device)
+    if far == "x":
+        x = apart(x)
+        check_forward(x, *rest)
+    check_backward(apart(dh) if far == "dh" else dh, x, *rest)
 
 
-def test_what_the_kernel_leaves_to_the_reference(device):
+def test_what_the_kernels_leave_to_aten(device):
     for args in (
         operands(5, 6, 7, 2, torch.float64, device),
         operands(5, 6, 7, kernel.MAX_RANK + 1, torch.float32, device),
     ):
-        for ours, theirs in zip(kernel.siva_linear_fwd(*args), reference.siva_linear(*args)):
+        forward, expected = kernel.siva_linear_fwd(*args), aten.siva_linear(*args)
+        args = (args[0].new_ones(5, 7), *args[:5], expected[1], True, True, True, True)
+        for ours, theirs in zip(
+            forward + kernel.siva_linear_bwd(*args), expected + aten.siva_linear_backward(*args), strict=True
+        ):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "launcher"), [("siva_linear", "fwd"), ("siva_linear_backward", "bwd")])
+def test_launchers_take_what_the_op_passes(name, launcher):
+    launched = inspect.signature(getattr(kernel, f"siva_linear_{launcher}"))
+    assert launched == inspect.signature(getattr(reference, name))
 
 
 def test_products_follow_pytorch_and_the_card():
@@ -173,4 +279,43 @@ def test_products_follow_pytorch_and_the_card():
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
 def test_rank_block(rank, expected):
-    assert rank_block(rank) == expected
+    assert tiles.rank_block(rank) == expected
+
+
+A100, H100 = tiles.Card("sm_80", 108), tiles.Card("sm_90", 132)
+
+
+def test_p_is_computed_inside_until_that_costs_more_than_reading_x_again():
+    inside = {
+        (m, n): tiles.siva_linear(m, 1024, n, rank, "half", A100)[1]
+        for m, n, rank in ((512, 1024, 4), (2048, 1024, 4), (16384, 8192, 4))
+    }
+    assert inside == {(512, 1024): True, (2048, 1024): True, (16384, 8192): False}
+    assert not tiles.siva_linear(8192, 4096, 4096, 64, "half", H100)[1]
+
+
+@pytest.mark.parametrize("card", [A100, H100, tiles.card(torch.device("cpu"))], ids=str)
+@pytest.mark.parametrize("kind", tiles.COSTS)
+def test_few_rows_take_small_tiles_and_many_take_large_ones(kind, card):
+    found = tiles.siva_linear_tiles(card.architecture, kind)
+    few, many = (tiles.siva_linear(m, 1024, 1024, 4, kind, card)[0] for m in (17, 65536))
+    assert few == min(found, key=lambda tile: tile.block_m * tile.block_n)
+    assert many == max(found, key=lambda tile: tile.block_m * tile.block_n)
+
+
+def test_an_architecture_without_a_line_takes_the_tiles_of_any():
+    assert tiles.siva_linear_tiles("sm_89", "half") == tiles.SIVA_LINEAR[tiles.ANY, "half"]
+
+
+def test_p_is_computed_inside_only_where_it_fits():
+    for rank in range(1, kernel.MAX_RANK + 1):
+        tile, inside = tiles.siva_linear(17, 64, 64, rank, "ieee", H100)
+        assert inside == (rank <= tile.max_rank)
+
+
+@pytest.mark.parametrize("block_r", [16, 64])
+def test_ranges_of_rows_are_whole_steps_and_not_too_many(block_r):
+    for m in (0, 1, 255, 257, 8191, 8193, 10**6, 2**31):
+        rows = tiles.siva_linear_bwd_rows(m, block_r)
+        assert all(rows % tile.block_m == 0 for tile in tiles.SIVA_LINEAR_BWD.values())
+        assert m <= 32 * rows
