@@ -14,8 +14,8 @@ Each of its programs owns one BLOCK_M x BLOCK_N tile of h. Where PROJECT says so
 x W^T, from the same tiles of x: x is read once, and p makes no trip through memory before it is used. The price is that
 every column of tiles computes p anew, BLOCK_R / BLOCK_N more multiply-adds (an eighth at rank 16 or less and 128
 columns). The other way is a small product for p, which reads x once more and costs a launch. By the data sheets of an
-A100 or H100 (150 to 300 half-precision multiply-adds in the time of one element from memory) the first pays up to about
-1,600 columns of h at rank 16, and for any width while all extra work is shorter than a launch; the second beyond.
+A100 or H100 (150 or 300 half-precision multiply-adds in the time of one element from memory) the first pays up to 1,200
+or 2,400 columns of h at rank 16, and for any width while all extra work is shorter than a launch; the second beyond.
 `fastpeft.kernels.tiles` makes this estimate for each launch; it is a prediction, not a measurement.
 
 dU and dV sum over rows. Every program adds up a range of rows for some columns of dh or x; the partial sums, in

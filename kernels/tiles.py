@@ -58,7 +58,7 @@ _SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16)
 _HOPPER = *_SMALL, Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3, max_rank=16)
 SIVA_LINEAR = {  # (architecture, products) -> tiles of the forward and of dx; ANY where an architecture has no line
     (ANY, "half"): (*_SMALL, Tile(128, 128, 32, 8, 3)),
-    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, max_rank=16)),
     (ANY, "ieee"): (Tile(32, 64, 32, 4, 2, max_rank=16), Tile(64, 64, 16, 8, 2, max_rank=16)),
     ("sm_90", "half"): _HOPPER,
     ("sm_100", "half"): _HOPPER,
@@ -67,7 +67,7 @@ RANK_STEP = 16  # columns of p a step where it is not computed inside; the least
 COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), "ieee": Costs(8, 25, 500_000)}
 
 SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
-    "half": SumTile(64, 64, 4, 3),
+    "half": SumTile(32, 64, 4, 3),
     "tf32": SumTile(32, 64, 4, 3),
     "ieee": SumTile(16, 32, 4, 2),
 }
@@ -84,8 +84,8 @@ def siva_linear_tiles(architecture: str, products: str) -> tuple[Tile, ...]:
 def siva_linear(m: int, k: int, n: int, rank: int, products: str, card: Card) -> tuple[Tile, bool]:
     """The tile for h `(m, n)` from x `(m, k)`, and whether its programs also compute p (else a product before them).
 
-    The time of a program is that of its multiply-adds or of its loads, whichever is longer; the programs run in waves
-    of one a multiprocessor; p by a product of its own costs one more reading of x and one more launch.
+    The time of a program is that of its multiply-adds and its loads; the programs run in waves of one a
+    multiprocessor; p by a product of its own costs one more reading of x and one more launch.
     """
     costs, block_r = COSTS[products], rank_block(rank)
 
@@ -95,7 +95,7 @@ def siva_linear(m: int, k: int, n: int, rank: int, products: str, card: Card) ->
         multiplying = tile.block_m * (tile.block_n + block_r * project)
         loading = costs.cached * (tile.block_m + tile.block_n + block_r * project)
         apart = 0 if project else costs.memory * m * k / card.multiprocessors + costs.launch
-        return waves * k * max(multiplying, loading) + apart
+        return waves * k * (multiplying + loading) + apart
 
     found = siva_linear_tiles(card.architecture, products)
     return min([(tile, p) for tile in found for p in (True, False) if rank <= tile.max_rank or not p], key=time)

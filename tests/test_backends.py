@@ -34,7 +34,8 @@ def test_every_op_has_a_choice_for_every_device() -> None:
 
 
 def test_the_first_that_is_available_is_taken() -> None:
-    assert backends._choose("siva_linear", "cuda", None, available).backend == "triton"
+    for op in ("siva_linear", "siva_linear_backward"):
+        assert backends._choose(op, "cuda", None, available).backend == "triton"
     without_triton = backends._choose(
         "siva_linear", "cuda", None, lambda name: absent(name) if name == "triton" else ""
     )

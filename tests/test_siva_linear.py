@@ -124,6 +124,21 @@ def test_opcheck_backward() -> None:
         torch.library.opcheck(torch.ops.fastpeft.siva_linear_backward.default, (dh, x, weight, u, s, v, p, *needs))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_gradients_of_the_cpu() -> None:
+    tensors = operands((3, 7), 33, 18, 4, torch.float32)
+    trained = [index for index, tensor in enumerate(tensors) if index not in (1, 3)]
+    gradients = []
+    for device in ("cpu", "cuda"):
+        placed = [tensor.to(device).requires_grad_(index in trained) for index, tensor in enumerate(tensors)]
+        loss = siva_linear(*placed).square().sum()
+        gradients.append([gradient.cpu() for gradient in torch.autograd.grad(loss, [placed[i] for i in trained])])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear.default, tuple(placed))
+
+
 def test_compiles_into_one_graph() -> None:
     tensors = operands((4,), 8, 6, 2, torch.float32)
     for index in (0, 2, 4):
