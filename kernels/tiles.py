@@ -68,7 +68,7 @@ COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), 
 
 SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
     "half": SumTile(32, 64, 4, 3),
-    "tf32": SumTile(32, 64, 4, 3),
+    "tf32": SumTile(32, 32, 4, 3),
     "ieee": SumTile(16, 32, 4, 2),
 }
 SUM_COLUMNS, SUM_WARPS = 32, 4  # of a program that adds partial sums
