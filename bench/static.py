@@ -51,7 +51,7 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit inte
 }
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
-ANY = ("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms")
+ANY = ("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms")  # counts, and rows of R
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
