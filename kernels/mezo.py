@@ -137,7 +137,7 @@ def _round_stochastic(x, word, IS_BF16: tl.constexpr):
         upper = (units - whole.to(tl.float32)) * 65536.0
         lower = (upper - upper.to(tl.int32).to(tl.float32)) * 65536.0
         fraction = (upper.to(tl.int32).to(tl.uint32) << 16) | lower.to(tl.int32).to(tl.uint32)
-        carried = (whole + (fraction > ~word).to(tl.int32)).to(tl.float32) * (1.0 / (1 << 24))
+        carried = (whole + (fraction > (word ^ 0xFFFFFFFF)).to(tl.int32)).to(tl.float32) * (1.0 / (1 << 24))
         signed = (carried.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
         rounded = tl.where(small, signed, rounded)
     return rounded
