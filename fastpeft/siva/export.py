@@ -1,0 +1,97 @@
+"""A SiVA adapter as a plain LoRA, which PEFT loads without this library.
+
+Training changed a layer's weight by `U diag(s) V - U0 diag(s) V0`, a product of rank 2r:
+
+    B A  with  B = [U, -U0] diag([s; s])  (N, 2r)  and  A = [V; V0]  (2r, K)
+
+so a LoRA of rank 2r with `lora_alpha = 2r` (a scaling of 1) on the pretrained weight computes what the adapter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.siva.config import SivaConfig
+from fastpeft.siva.decompose import Factors
+
+_LAYERS = "base_model.model."  # what PEFT puts before the name of a layer
+
+
+def lora_factors(trained: Factors, initial: Factors) -> tuple[Tensor, Tensor]:
+    """A `(2r, K)` and B `(N, 2r)`, float32, of the LoRA that changes a weight as training changed `initial`."""
+    b = torch.cat([trained.u * trained.s, -initial.u * initial.s], 1)
+    return torch.cat([trained.v, initial.v], 0), b
+
+
+def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Save a SiVA adapter as a LoRA of twice its rank, for the base model that it was made from.
+
+    Modules that trained whole, as a classification head, are saved with it.
+
+    Args:
+        model: what PEFT wrapped.
+        folder: where to write `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: the adapter.
+
+    Raises:
+        FastpeftError: the adapter is not SiVA's, or its decomposition left out a part of the weight (`d` below the full
+            rank), so that it does not belong to the base model's weights. Nothing is written then.
+
+    Example:
+        >>> save_as_lora(model, "lora")  # doctest: +SKIP
+        >>> PeftModel.from_pretrained(base, "lora")  # doctest: +SKIP
+    """
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, SivaConfig):
+        raise FastpeftError(
+            f"the adapter {adapter_name!r} is of the type {config.peft_type}; only SiVA's is exported as a LoRA. Use "
+            "its own folder, or merge it into its base model."
+        )
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if any(key.endswith(".siva_residual") for key in state):
+        raise FastpeftError(
+            f"the adapter {adapter_name!r} has d={config.d}, which left out the smallest singular values of the "
+            "weights, so no LoRA on the base model can stand for it. Merge it into its base model instead."
+        )
+    tensors, ranks = _convert(state)
+    most = max(ranks.values())
+    different = {name: rank for name, rank in ranks.items() if rank != most}
+    lora = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        target_modules=sorted(ranks),  # by their whole names
+        rank_pattern=different,
+        alpha_pattern=different,
+        fan_in_fan_out=any(isinstance(model.get_base_model().get_submodule(name).base_layer, Conv1D) for name in ranks),
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(str(folder))
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of a saved SiVA adapter as those of a LoRA, and the rank of each layer."""
+    tensors = {key: tensor.contiguous() for key, tensor in state.items() if ".siva_" not in key}
+    ranks = {}
+    for key in state:
+        layer, separator, _ = key.partition(".siva_u0")
+        if not separator:
+            continue
+        u, s, v, u0, v0 = (state[f"{layer}.siva_{part}"].float() for part in ("u", "s", "v", "u0", "v0"))
+        a, b = lora_factors(Factors(u, s, v), Factors(u0, s, v0))
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = a.contiguous(), b.contiguous()
+        ranks[layer.removeprefix(_LAYERS)] = len(a)
+    return tensors, ranks
