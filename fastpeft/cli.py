@@ -1,4 +1,4 @@
-"""The command line: `fastpeft train | eval | predict | compare | info`."""
+"""The command line: `fastpeft train | eval | predict | compare | export | info`."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def train(
             "--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from where the run in the output has come to.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
@@ -341,6 +343,29 @@ def compare(
 def _items(texts: list[str]) -> list[str]:
     """The items of lists joined by commas."""
     return [item.strip() for text in texts for item in text.split(",")]
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="merged: a plain transformers model; lora: a SiVA adapter as a LoRA of twice its rank, for its base "
+            "model."
+        ),
+    ] = "merged",
+    step: Annotated[
+        int | None, typer.Option(help="Of a run by MeZO: the weights after so many steps, from its journal.")
+    ] = None,
+) -> None:
+    """Write the model of a run as other libraries load it."""
+    from fastpeft import console
+    from fastpeft import export as exporting
+
+    console.quieten(quiet=False)
+    typer.echo(f"saved in {exporting.export(folder, output, to, step)}")
 
 
 @app.command()

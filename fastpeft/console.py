@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from fastpeft.comparison import report
 from fastpeft.comparison.run import Comparison
+from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES
 from fastpeft.trainer import Clock
 
@@ -39,11 +40,14 @@ def quieten(quiet: bool) -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar over the steps of a run, with the latest loss and metric and the speed in samples a second."""
+    """A bar over the steps of a run, with the latest loss and metric and the speed in samples a second.
+
+    By MeZO, with the latest projected gradient too, and the speed in steps a second: its runs have many short ones.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task = progress.add_task("training", total=None, loss="-", metric="", speed="-")
+        self.task = progress.add_task("training", total=None, loss="-", slope="", metric="", speed="")
         self.clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,12 +59,16 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.on_step_end(args, state, control)
-        rows = self.clock.steps * args.train_batch_size * args.gradient_accumulation_steps
-        self.progress.update(self.task, completed=state.global_step, speed=f"{rows / self.clock.seconds:.1f}")
+        speed = self.clock.steps / self.clock.seconds
+        rows = args.train_batch_size * args.gradient_accumulation_steps
+        shown = f"{speed:.1f} steps/s" if isinstance(args, MeZOConfig) else f"{speed * rows:.1f} samples/s"
+        self.progress.update(self.task, completed=state.global_step, speed=shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         if "loss" in logs:
             self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
+        if "projected_grad" in logs:
+            self.progress.update(self.task, slope=f"g {logs['projected_grad']:.3g}")
         measured = [name for name in logs if name.startswith("eval_") and name.removeprefix("eval_") in TITLES]
         for name in measured[:1]:  # a problem's first metric is logged first
             self.progress.update(self.task, metric=f"{TITLES[name.removeprefix('eval_')]} {logs[name]:.3f}")
@@ -72,7 +80,7 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
     if quiet:
         yield []
         return
-    fields = "loss {task.fields[loss]}  {task.fields[metric]}  {task.fields[speed]} samples/s"
+    fields = "loss {task.fields[loss]}  {task.fields[slope]}  {task.fields[metric]}  {task.fields[speed]}"
     progress = Progress(
         TextColumn("training"),
         BarColumn(),

@@ -53,14 +53,14 @@ def load_run(folder: str | Path) -> FinishedRun:
         FastpeftError: the folder holds no finished run, or its files, its base model or the run that it started from
             cannot be loaded.
     """
-    run = _assemble(RunFolder(folder))
+    run = assemble(RunFolder(folder))
     run.classifier.model.to(best_device())
     return run
 
 
-def _assemble(folder: RunFolder) -> FinishedRun:
+def assemble(folder: RunFolder) -> FinishedRun:
     """The run in `folder`, on the CPU: an adapter that is merged next has the bits there that it had in training."""
-    config, labels, prompt, problem = _outline(folder)
+    config, labels, prompt, problem = outline(folder)
     method = get_method(config.method, config.settings)
     if method.adapts or method.ladder:
         folder.check_start()
@@ -74,7 +74,7 @@ def _assemble(folder: RunFolder) -> FinishedRun:
     return FinishedRun(classifier, config, problem, labels, metrics["pairs"], prompt, metrics["max_length"])
 
 
-def _outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None, Problem]:
+def outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None, Problem]:
     """Configuration, classes, prompt and problem of a finished run."""
     metrics = folder.metrics()
     labels, problem = metrics["labels"], get_problem(metrics["problem_type"])
@@ -95,7 +95,7 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
     if config.init_from is None:
         return load_model(config.model, labels, prompt, problem)
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt, earlier_problem = _outline(folder)
+    earlier, earlier_labels, earlier_prompt, earlier_problem = outline(folder)
     if config.values()["model"] != earlier.values()["model"]:
         raise FastpeftError(
             f"the model is {config.model!r}, but the run in {config.init_from!r} trained {earlier.model!r}. Leave the "
@@ -111,7 +111,7 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
             )
         return load_start(earlier, labels, prompt, problem)
     start = load_model(config.model, labels, prompt, problem)
-    trained = _assemble(folder).classifier.model
+    trained = assemble(folder).classifier.model
     if method.adapts:
         trained = trained.merge_and_unload()
     if _same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem)):
@@ -134,7 +134,7 @@ def begin_from_earlier(
     if config.init_from is None:
         return
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt, earlier_problem = _outline(folder)
+    earlier, earlier_labels, earlier_prompt, earlier_problem = outline(folder)
     if (earlier_prompt is None) != (prompt is None):
         given = "a prompt, this one has none" if prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)

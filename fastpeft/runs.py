@@ -3,6 +3,7 @@
 run.json          how the run was started; written first, so it marks a folder as a run's
 checkpoints/      checkpoint-N, each whole from the moment it has its name
 last-good/        the weights before a step that failed
+mezo.journal      what each step of a run by MeZO found: with the model it began from, a checkpoint of every step
 adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md, curves.png      the result
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
@@ -20,6 +21,7 @@ from typing import Any
 
 from fastpeft import __version__, files
 from fastpeft.errors import FastpeftError
+from fastpeft.mezo.journal import FILE_NAME, Journal
 
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
@@ -33,6 +35,7 @@ _WRITTEN = (
     ".staging",
     "checkpoints",
     "last-good",
+    FILE_NAME,
     "adapter_config.json",
     "adapter_model*.safetensors*",
     "config.json",
@@ -74,6 +77,7 @@ class RunFolder:
         self.config_file = self.path / "run.json"
         self.metrics_file = self.path / "metrics.json"
         self.checkpoints = self.path / "checkpoints"
+        self.journal = self.path / FILE_NAME
         self.staging = self.path / ".staging"
 
     @property
@@ -147,6 +151,8 @@ class RunFolder:
             )
         if resume:
             self.check_start()
+            if self.journal.exists():
+                Journal.open(self.journal)  # refuses one that cannot be read
 
     def check_start(self) -> None:
         """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone."""

@@ -20,6 +20,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.loading import begin_from_earlier, load_start, prompt_for
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.models import Classifier
 from fastpeft.problems import CLASSIFICATION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
@@ -55,6 +56,8 @@ _DECIDED = {
     "prediction_loss_only": "metrics are always measured",
     "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
+    "journal": "a run by MeZO always keeps one",
+    "save_weights": "leave save_steps out, and the journal is the only checkpoint",
 }
 
 
@@ -95,14 +98,13 @@ class Task:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
         method = get_method(config.method, config.settings)
-        method_settings, arguments = sort_settings(method, config.settings)
+        _, arguments = sort_settings(method, config.settings)
         for option in OPTIONS:
             if option not in method.options and getattr(config, option) is not None:
                 raise FastpeftError(
                     f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
                     f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
                 )
-        targets = parse_targets(config.targets)
         data = load_data(
             config.data,
             problem_type=config.problem_type,
@@ -114,8 +116,7 @@ class Task:
         data.problem.check_metric(metric)
         prompt = prompt_for(config, data.labels, data.problem)
         check_texts(prompt, data.train)
-        set_seed(config.seed)  # the new head is drawn
-        classifier = load_start(config, data.labels, prompt, data.problem)
+        classifier = draw_start(config, data.labels, prompt, data.problem)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
@@ -125,18 +126,7 @@ class Task:
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
-        preparation = Preparation(
-            head=classifier.head,
-            rank=config.rank,
-            targets=targets,
-            settings=method_settings,
-            head_is_new=classifier.head_is_new,
-            window=config.window,
-            reduction=config.reduction,
-            task_type=data.problem.task_type,
-        )
-        model = method.prepare(classifier.model, preparation)
-        begin_from_earlier(model, config, data.labels, prompt, data.problem)
+        model = prepare(classifier, config, data.labels, prompt, data.problem)
         tokenizer = classifier.tokenizer
         return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
 
@@ -169,6 +159,7 @@ class Task:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
             "report_to": "none",
+            **({"journal": True} if self.method.zeroth_order else {}),
             **self.arguments,
         }
         try:
@@ -193,6 +184,33 @@ class Task:
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
+
+
+def draw_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
+    """What `load_start` loads, with the new head that a run with `config` draws."""
+    set_seed(config.seed)
+    return load_start(config, labels, prompt, problem)
+
+
+def prepare(
+    start: Classifier, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem
+) -> Any:
+    """The module that a run with `config` trains, made of what `draw_start` loaded, as it is before the first step."""
+    method = get_method(config.method, config.settings)
+    settings, _ = sort_settings(method, config.settings)
+    preparation = Preparation(
+        head=start.head,
+        rank=config.rank,
+        targets=parse_targets(config.targets),
+        settings=settings,
+        head_is_new=start.head_is_new,
+        window=config.window,
+        reduction=config.reduction,
+        task_type=problem.task_type,
+    )
+    model = method.prepare(start.model, preparation)
+    begin_from_earlier(model, config, labels, prompt, problem)
+    return model
 
 
 def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
@@ -270,9 +288,13 @@ def total_steps(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of a run over `rows` rows, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))
+
+
+def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of one pass over `rows` rows, as the Trainer counts them."""
     batches = math.ceil(rows / arguments.train_batch_size)
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * per_epoch)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

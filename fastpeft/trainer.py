@@ -25,7 +25,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.problems import LOSS, UNLABELLED, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
-from fastpeft.task import Task, collator, loader_options
+from fastpeft.task import Task, collator, loader_options, steps_per_epoch
 
 _CURVE_POINTS = 5  # of the metric's curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
@@ -68,6 +68,7 @@ class RunTrainer(Trainer):
     """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `FastpeftError`.
 
     Attributes:
+        folder: where it all ends up.
         samples_seen: rows trained on since the start of this process.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
         longest_seen: tokens of the longest batch among them.
@@ -84,6 +85,7 @@ class RunTrainer(Trainer):
         self.longest_seen = 0
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
+        self.folder = folder
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
         curve_rows = task.dev_rows
@@ -99,7 +101,7 @@ class RunTrainer(Trainer):
             data_collator=collator(task.tokenizer, self.problem, multiple),
             compute_metrics=self._score,
             callbacks=[
-                _EpochOfOrder(self.order),
+                _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 _CurvePoints(len(curve_rows)) if self.chosen_by is None else _MeasuredCheckpoints(),
                 _WholeCheckpoints(folder, self.chosen_by),
                 self.clock,
@@ -154,7 +156,17 @@ class RunTrainer(Trainer):
 
 
 class MeZORunTrainer(RunTrainer, MeZOTrainer):
-    """The Trainer of one run by MeZO, which has no gradients to look at and refuses losses that are not finite."""
+    """The Trainer of one run by MeZO, which has no gradients to look at and refuses losses that are not finite.
+
+    Its journal and its checkpoints are those of the run's folder.
+    """
+
+    @property
+    def journal_file(self) -> Path:
+        return self.folder.journal
+
+    def newest_checkpoint(self) -> Path | None:
+        return self.folder.newest_checkpoint()
 
 
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
@@ -167,13 +179,14 @@ def _by_length(rows: list[Row]) -> list[Row]:
 
 
 class _EpochOfOrder(TrainerCallback):
-    """Tells the order of rows which epoch begins."""
+    """Tells the order of rows which epoch begins, by the steps made: a state made of a journal knows no epoch."""
 
-    def __init__(self, order: LengthGroupedOrder) -> None:
+    def __init__(self, order: LengthGroupedOrder, steps: int) -> None:
         self.order = order
+        self.steps = steps  # of an epoch
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.order.epoch = int(state.epoch or 0)
+        self.order.epoch = state.global_step // self.steps
 
 
 class _CurvePoints(TrainerCallback):

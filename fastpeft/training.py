@@ -97,8 +97,8 @@ def train(
 
     Args:
         config: all that decides the run.
-        resume: continue from the newest checkpoint in the folder; with none, or no folder, start from the beginning; a
-            finished run is returned as it is.
+        resume: continue from the newest checkpoint in the folder, by MeZO from the last step in its journal; with
+            neither, or no folder, start from the beginning; a finished run is returned as it is.
         overwrite: replace the run that the folder holds. A folder that holds anything else is left alone.
         callbacks: further Trainer callbacks, as a progress bar.
         command: how the run was started, for `metrics.json`.
@@ -129,7 +129,7 @@ def train(
         folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
         arguments.output_dir = str(folder.staging)
         before = trainer.measure(task.dev_rows)
-        _run(trainer, task, folder, folder.newest_checkpoint() if resume else None)
+        _run(trainer, task, folder, resume)
         chosen = _take_best(trainer, task, folder)
         curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
         after = trainer.measure(task.dev_rows)
@@ -146,17 +146,25 @@ def train(
     return TrainResult(folder.path, metrics)
 
 
-def _run(trainer: RunTrainer, task: Task, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Train from the beginning or from a checkpoint; of a run that cannot go on, keep the last good weights."""
-    if checkpoint is not None:
+def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
+    """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
+    checkpoint = folder.newest_checkpoint() if resume else None
+    start: str | bool | None = None if checkpoint is None else str(checkpoint)
+    if resume and folder.journal.exists():
+        start = True  # the last step in the journal, which leads there from the checkpoint or from the first weights
+        logger.info("continuing from %s", folder.journal)
+    elif checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
-        if not (task.method.adapts or task.method.ladder):
-            # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
-            _load_weights(trainer.model, checkpoint)
+    if checkpoint is not None and not (task.method.adapts or task.method.ladder):
+        # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
+        _load_weights(trainer.model, checkpoint)
     set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except FastpeftError as error:  # a step that cannot be made
+        trainer.train(resume_from_checkpoint=start)
+    except FastpeftError as error:
+        if not trainer.samples_seen:  # a journal that does not fit
+            raise
+        # a step that cannot be made
         raise FastpeftError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
 
 

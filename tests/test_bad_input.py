@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "link": {"method": "lora", "init_from": str(place / "whole")},
         "siva-of-another": {"method": "siva", "model": str(place / "changing")},
         "side-of-another": {"method": "k-lst", "model": str(place / "changing")},
+        "lossy": {"method": "siva", "settings": {"d": 9}},
+        "mezo": {"method": "mezo"},
+        "mezo-of-another": {"method": "mezo", "model": str(place / "changing")},
     }
     for name, values in runs.items():
         train(TrainConfig(output=str(place / name), **{"model": model, "data": data, "max_steps": 1, **values}))
+    for name in ("no-journal", "bad-journal"):
+        shutil.copytree(place / "mezo", place / name)
+        (place / name / "mezo.journal").unlink()
+    (place / "bad-journal" / "mezo.journal").write_bytes(b"dear diary")
+    shutil.copytree(place / "bad-journal", place / "bad-resume")
+    (place / "bad-resume" / "metrics.json").unlink()
     other = AutoModelForMaskedLM.from_pretrained(place / "changing")
     for parameter in other.parameters():
         parameter.data += 0.1
@@ -252,6 +262,11 @@ CASES = [
     (["--method", "mezo", "--set", "eps=small"], ["eps is 'small'", "float"]),
     (["--method", "mezo", "--set", "epz=1"], ["'epz'", "eps", "fastpeft.MeZOConfig"]),
     (["--method", "mezo", "--set", "fp16=true"], ["fp16=True", "MeZO has not"]),
+    (["--method", "mezo", "--set", "journal=false"], ["journal cannot be set", "always keeps one"]),
+    (["--method", "mezo", "--set", "save_weights=false"], ["save_weights cannot be set", "leave save_steps out"]),
+    (["--method", "mezo", "--set", "estimator=adam"], ["estimator is 'adam'", "spsa, fzoo"]),
+    (["--method", "mezo", "--set", "estimator=fzoo"], ["num_estimates is 1", "2 to 255"]),
+    (["--method", "mezo", "--set", "noise=pink"], ["noise is 'pink'", "gaussian, rademacher"]),
     # numbers
     (["--epochs", "-1"], ["epochs is -1", "above 0"]),
     (["--epochs", "nan"], ["epochs is nan"]),
@@ -338,6 +353,29 @@ CASES = [
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
     (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
     (["predict", "unfinished", "a text"], ["not finished"]),
+    (["export"], ["RUN"]),
+    (["export", "run"], ["OUT"]),
+    (["export", "nowhere", "new"], ["'nowhere' is not the folder of a run"]),
+    (["export", "unfinished", "new"], ["'unfinished' is not finished"]),
+    (["export", "empty-metrics", "new"], ["does not hold 'labels'"]),
+    (["export", "cut-run", "new"], ["adapter in 'cut-run'"]),
+    (["export", "run", "whole"], ["'whole' exists", "new folder"]),
+    (["export", "run", "good.csv"], ["'good.csv' exists"]),
+    (["export", "run", "good.csv/new"], ["cannot write to 'good.csv/new'"]),
+    (["export", "--to", "onnx", "run", "new"], ["'onnx'", "merged and lora"]),
+    (["export", "side", "new"], ["'side' trained a side network (k-LST)", "own folder"]),
+    (["export", "--to", "lora", "side", "new"], ["'side' trained a side network"]),
+    (["export", "--to", "lora", "whole", "new"], ["'whole' trained a whole model", "to merged"]),
+    (["export", "--to", "lora", "run", "new"], ["only SiVA's is exported as a LoRA"]),
+    (["export", "--to", "lora", "lossy", "new"], ["d=9", "Merge it"]),
+    (["export", "siva-of-another", "new"], ["another"]),
+    (["export", "--step", "1", "run", "new"], ["step is 1", "was not by MeZO"]),
+    (["export", "--step", "2", "mezo", "new"], ["step is 2", "made 1"]),
+    (["export", "--step", "-1", "mezo", "new"], ["step is -1", "made 1"]),
+    (["export", "--step", "1", "no-journal", "new"], ["cannot read the journal"]),
+    (["export", "--step", "1", "bad-journal", "new"], ["not a journal"]),
+    (["export", "--step", "1", "mezo-of-another", "new"], ["does not have the weights", "base model"]),
+    (["--method", "mezo", "--output", "bad-resume", "--resume", "--max-steps", "1"], ["not a journal"]),
     (["dance"], ["dance"]),
 ]
 

@@ -24,6 +24,7 @@ from fastpeft import Prompt, PromptCollator, backends
 from fastpeft.cli import app
 from fastpeft.data import load_data
 from fastpeft.methods import METHODS
+from fastpeft.mezo import Journal
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import HEADS
 
@@ -273,7 +274,7 @@ def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
 
 
 def test_help_names_methods_and_options() -> None:
-    assert all(command in run("--help").stdout for command in ("train", "eval", "predict", "info"))
+    assert all(command in run("--help").stdout for command in ("train", "eval", "predict", "export", "info"))
     shown = run("train", "--help").stdout
     for option in (
         "targets",
@@ -346,3 +347,50 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, seed: 
     adapters = [(place / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "out")]
     assert adapters[0] == adapters[1]
     assert {path.name for path in (place / "whole").iterdir()} == {path.name for path in (place / "out").iterdir()}
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("options", [(), ("--save-steps", "7", "--metric", "loss"), ("--set", "over=siva")], ids=str)
+def test_a_killed_run_by_mezo_goes_on_from_its_journal(place: Path, options: tuple[str, ...]) -> None:
+    """Ended twice without warning, at random moments of a run of 60 steps, 15 epochs, most of which save nothing."""
+    generator = random.Random(str(options))
+    arguments = (*TRAIN, "--method", "mezo", "--max-steps", "60", "--learning-rate", "1e-3", "--quiet", *options)
+    run(*arguments, "--output", "whole")
+    command = [sys.executable, "-m", "fastpeft", *arguments, "--output", "out", "--resume"]
+    journal = place / "out" / "mezo.journal"
+    for least in (1, 30):
+        wanted = least + generator.randrange(20)
+        process = subprocess.Popen(command, env=ENVIRONMENT)
+        while process.poll() is None and not (journal.exists() and Journal.open(journal).steps >= wanted):
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.02))
+        process.kill()
+        assert process.wait() != 0, "killed too late"
+        assert wanted <= Journal.open(journal).steps < 60
+    run("train", "--output", "out", "--resume", "--quiet")
+    weights = "adapter_model.safetensors" if "over=siva" in options else "model.safetensors"
+    for name in (weights, "mezo.journal"):
+        assert (place / "whole" / name).read_bytes() == (place / "out" / name).read_bytes(), name
+    for name in ("loss", "best_step", "steps"):
+        whole, out = (json.loads((place / folder / "metrics.json").read_text())[name] for folder in ("whole", "out"))
+        assert whole == out, name
+    assert {path.name for path in (place / "whole").iterdir()} == {path.name for path in (place / "out").iterdir()}
+
+
+def test_export(place: Path) -> None:
+    run(*TRAIN, *PROMPT, "--method", "mezo", "--learning-rate", "1e-2", "--output", "out", "--quiet")
+    assert "saved in whole" in run("export", "out", "whole").stdout
+    assert "saved in step" in run("export", "out", "step", "--step", "4").stdout
+    files = [(place / name / "model.safetensors").read_bytes() for name in ("out", "whole", "step")]
+    assert files[0] == files[1] == files[2]
+    run(*TRAIN, "--method", "siva", "--output", "siva", "--quiet")
+    run("export", "--to", "lora", "siva", "lora")
+    assert json.loads((place / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert "accuracy after" in run(*TRAIN, "--method", "head", "--model", "whole", "--output", "next").stdout
+
+
+def test_a_run_by_mezo_shows_its_slope(place: Path) -> None:
+    shown = run(*TRAIN, *PROMPT, "--method", "mezo", "--output", "out").stderr
+    assert " g " in shown
+    assert "steps/s" in shown
+    assert "samples/s" not in shown

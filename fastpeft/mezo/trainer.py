@@ -139,6 +139,16 @@ class MeZOTrainer(Trainer):
         mezo: MeZO = getattr(self.optimizer, "optimizer", self.optimizer)
         return mezo
 
+    @property
+    def journal_file(self) -> Path:
+        """Where steps are recorded, if they are."""
+        return Path(self.args.output_dir) / FILE_NAME
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, but for one that was not written to its end."""
+        whole = [state.parent for state in Path(self.args.output_dir).glob(f"checkpoint-*/{_STATE}")]
+        return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. With a journal, `resume_from_checkpoint=True` goes on from its last step.
 
@@ -197,8 +207,7 @@ class MeZOTrainer(Trainer):
         if not self.args.journal:
             yield resume
             return
-        output = Path(self.args.output_dir)
-        file = output / FILE_NAME
+        file = self.journal_file
         if not resume:
             if file.exists():
                 raise FastpeftError(
@@ -207,7 +216,7 @@ class MeZOTrainer(Trainer):
                 )
             yield None
             return
-        checkpoint = _newest_checkpoint(output) if isinstance(resume, bool) else Path(resume)
+        checkpoint = self.newest_checkpoint() if isinstance(resume, bool) else Path(resume)
         state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _STATE))
         weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
         weights_at = None if weights is None else state.global_step
@@ -243,7 +252,7 @@ class MeZOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Bring weights, optimizer and schedule to where the resumed run stood."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        start, file = self._start, Path(self.args.output_dir) / FILE_NAME
+        start, file = self._start, self.journal_file
         if checkpoint is None or start is None:
             return
         if start.checkpoint is not None and (start.checkpoint / FILE_NAME).exists() and not file.exists():
@@ -302,8 +311,8 @@ class MeZOTrainer(Trainer):
         batches, self._micro_batches = self._micro_batches[-self.current_gradient_accumulation_steps :], []
         model.eval()
         if self.args.journal and self.mezo.journal is None:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.mezo.record(Path(self.args.output_dir) / FILE_NAME)
+            self.journal_file.parent.mkdir(parents=True, exist_ok=True)
+            self.mezo.record(self.journal_file)
         loss = self.mezo.estimate(lambda: self._loss(model, batches, num_items_in_batch))
         if not math.isnan(loss):
             self._last_loss = loss
@@ -346,12 +355,6 @@ class _Start:
     weights_at: int | None
     steps: int
     checkpoint: Path | None
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the latest step, but for one that was not written to its end."""
-    whole = [state.parent for state in folder.glob(f"checkpoint-*/{_STATE}")]
-    return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
 
 
 def _may_look(callback: TrainerCallback, event: str) -> bool:
