@@ -163,6 +163,32 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert resumed.metrics["loss"] == whole.metrics["loss"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 5, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+        {"estimator": "fzoo", "num_estimates": 2, "noise": "rademacher", "over": "k-lst"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("interrupted_at", [1, 5])
+def test_a_run_by_mezo_goes_on_without_a_checkpoint(
+    config: TrainConfig, tmp_path: Path, settings: dict[str, Any], interrupted_at: int
+) -> None:
+    """In the first epoch and, where a step takes five batches of eleven, in the second."""
+    config = replace(config, method="mezo", max_steps=7, learning_rate=1e-3, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(interrupted_at)])
+    assert not (Path(config.output) / "checkpoints").exists()
+    resumed, whole = train(config, resume=True), train(replace(config, output=str(tmp_path / "whole")))
+    for name in ("model.safetensors", "mezo.journal"):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+    train(config, overwrite=True)  # which begins a journal anew
+    assert (resumed.folder / "mezo.journal").read_bytes() == (whole.folder / "mezo.journal").read_bytes()
+
+
 def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_runs: Any) -> None:
     class InterruptAtTheEnd(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
@@ -217,7 +218,13 @@ class MeZOTrainer(Trainer):
             yield None
             return
         checkpoint = self.newest_checkpoint() if isinstance(resume, bool) else Path(resume)
-        state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / _STATE))
+        if checkpoint is None:
+            with_state = [
+                each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)
+            ]
+            state = TrainerState(stateful_callbacks=with_state)  # which the Trainer looks for when it saves
+        else:
+            state = TrainerState.load_from_json(str(checkpoint / _STATE))
         weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
         weights_at = None if weights is None else state.global_step
         last = -1

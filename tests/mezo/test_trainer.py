@@ -363,6 +363,17 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: P
     assert equal(weights(resumed.model), weights(whole.model))
 
 
+def test_a_run_that_goes_on_from_its_journal_alone_saves_checkpoints(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = journaled(tmp_path / "whole", **saving)
+    whole.train()
+    killed(tmp_path / "broken", 3, **saving)
+    journaled(tmp_path / "broken", **saving).train(resume_from_checkpoint=True)
+    again = journaled(tmp_path / "broken", **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-4"))
+    assert equal(weights(again.model), weights(whole.model))
+
+
 def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
     whole = journaled(tmp_path / "whole", **saving)
