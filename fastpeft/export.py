@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,17 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
     if to not in FORMS:
         raise FastpeftError(f"a run is exported to {to!r}; allowed are {' and '.join(FORMS)}. Choose one of these.")
     output = Path(output).expanduser()
-    if output.exists():
+    if os.path.lexists(output):
         raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
     source = RunFolder(folder)
     _check_form(source, to)
     run = assemble(source) if step is None else _replay(source, step)
+    existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary:
             staged = Path(temporary) / output.name
             _save(run, to, staged)
+            output.parent.mkdir(parents=True, exist_ok=True)
             files.publish(staged, output)
     except OSError as error:
         raise FastpeftError(

@@ -189,6 +189,19 @@ def test_a_run_by_mezo_goes_on_without_a_checkpoint(
     assert (resumed.folder / "mezo.journal").read_bytes() == (whole.folder / "mezo.journal").read_bytes()
 
 
+def test_a_journal_of_another_model_is_refused_and_kept(config: TrainConfig, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config = replace(config, method="mezo", model=str(model), max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(2)])
+    before = (Path(config.output) / "mezo.journal").read_bytes()
+    save_tiny_model(model, initializer_range=0.03)
+    with pytest.raises(FastpeftError, match=r"does not have the weights from which the run .* began\..*seed\.$"):
+        train(config, resume=True)
+    assert (Path(config.output) / "mezo.journal").read_bytes() == before
+    assert not (Path(config.output) / "last-good").exists()
+
+
 def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_runs: Any) -> None:
     class InterruptAtTheEnd(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
