@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any
+from typing import IO
 
 from fastpeft import files
 from fastpeft.comparison import report
 from fastpeft.comparison.plan import LOCK, ZERO_SHOT, Cell, CompareConfig, Plan
 from fastpeft.errors import FastpeftError
+from fastpeft.methods import get_method
 
 try:
     import fcntl
@@ -172,10 +173,11 @@ def _mark_failed(log: Path, code: int) -> None:
 
 def _rows(cell: Cell, train_rows: int) -> float:
     """Rows that a cell trains on, of a data set with `train_rows`."""
-    values: dict[str, Any] = cell.values
+    values, settings = cell.values, cell.values["settings"]
     if values["max_steps"] is not None:
-        return float(values["max_steps"] * values["batch_size"])
-    return float((values["epochs"] or 1) * train_rows)
+        return float(values["max_steps"] * values["batch_size"] * settings.get("gradient_accumulation_steps", 1))
+    epochs = values["epochs"] or get_method(cell.method, settings).recipe_for(values["model"]).epochs
+    return float(epochs * train_rows)
 
 
 @contextmanager

@@ -257,8 +257,10 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
         comparison.run()
     assert "head-max_steps=4-batch_size=8-seed0" in terminal.getvalue()
     assert "2 of 2 finished" in terminal.getvalue()
-    more = Comparison(config("head:max_steps=4:batch_size=8:learning_rate=0.1", "lora", "head"))
-    assert more.seconds_left() == 4 * 8 / 8.0 + 5000 / 8.0, "rows by the rows a second of finished cells"
+    steps = "head:max_steps=4:batch_size=8:gradient_accumulation_steps=3"
+    more = Comparison(config(steps, "lora", "mezo", "lora:epochs=0.5", "head"))
+    epochs = 1 + 12 + 0.5  # the first two by their recipes
+    assert more.seconds_left() == (4 * 8 * 3 + epochs * 5000) / 8.0, "rows by the rows a second of finished cells"
 
 
 def test_the_public_name_is_the_function() -> None:
