@@ -59,6 +59,7 @@ class Method:
         recipe: how it trains by default; the bundled model has its own, see `recipe_for`.
         prepare: makes a loaded model ready: sets what trains, and returns the module to train.
         settings: what `--set` may put into the method's configuration, with the type of each.
+        check: raises `FastpeftError` where options or settings cannot be used with any model; `prepare` does too.
         options: which of the options in `OPTIONS` it takes.
         adapts: whether what it saves is a PEFT adapter.
         ladder: whether what it saves is a side network.
@@ -71,6 +72,7 @@ class Method:
     recipe: Recipe
     prepare: Callable[[Any, Preparation], nn.Module]
     settings: Callable[[], dict[str, Any]] = dict
+    check: Callable[[Preparation], Any] = lambda preparation: None
     options: tuple[str, ...] = ()
     adapts: bool = False
     ladder: bool = False
@@ -113,9 +115,9 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
 def _over(method: Method, inner: Method) -> Method:
     """`inner`, trained in the way of `method`: what is prepared and saved is as `inner` does it."""
 
-    def prepare(model: nn.Module, preparation: Preparation) -> nn.Module:
+    def of_inner(preparation: Preparation) -> Preparation:
         own = {name: value for name, value in preparation.settings.items() if name != "over"}
-        return inner.prepare(model, dataclasses.replace(preparation, settings=own))
+        return dataclasses.replace(preparation, settings=own)
 
     return dataclasses.replace(
         inner,
@@ -124,8 +126,9 @@ def _over(method: Method, inner: Method) -> Method:
         description=method.description,
         recipe=method.recipe,
         zeroth_order=True,
-        prepare=prepare,
+        prepare=lambda model, preparation: inner.prepare(model, of_inner(preparation)),
         settings=lambda: {**method.settings(), **inner.settings()},
+        check=lambda preparation: inner.check(of_inner(preparation)),
     )
 
 
@@ -185,20 +188,28 @@ def _ladder_settings() -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
 
 
-def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
-    """A side network beside the model; of a prompted one, beside the masked language model in it."""
-    from fastpeft.ladder import LadderConfig, LadderModel
-    from fastpeft.prompt_model import PromptModel
+def _ladder_config(preparation: Preparation, **defaults: Any) -> Any:
+    from fastpeft.ladder import LadderConfig
 
     given = {"window_size": preparation.window, "reduction_factor": preparation.reduction}
     given = {name: value for name, value in given.items() if value is not None}
-    config = LadderConfig(**{**defaults, **given, **preparation.settings})
+    return LadderConfig(**{**defaults, **given, **preparation.settings})
+
+
+def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
+    """A side network beside the model; of a prompted one, beside the masked language model in it."""
+    from fastpeft.ladder import LadderModel
+    from fastpeft.prompt_model import PromptModel
+
+    config = _ladder_config(preparation, **defaults)
     return (
         model.around(lambda base: LadderModel(base, config))
         if isinstance(model, PromptModel)
         else LadderModel(model, config)
     )
 
+
+_GATED = {"window_size": 1, "fusion": "gated"}  # the original LST
 
 # arguments of a LadderConfig that follow from the model or have an option of their own
 _NOT_SETTINGS = ("causal", "kwargs", "return", "window_size", "reduction_factor")
@@ -320,6 +331,7 @@ METHODS = {
             recipe=_LADDER,
             prepare=_prepare_ladder,
             settings=_ladder_settings,
+            check=_ladder_config,
             options=("window", "reduction"),
             ladder=True,
         ),
@@ -328,8 +340,9 @@ METHODS = {
             title="LST",
             description="a side network reads one feature a block, through a gate",
             recipe=_LADDER,
-            prepare=partial(_prepare_ladder, window_size=1, fusion="gated"),
+            prepare=partial(_prepare_ladder, **_GATED),
             settings=_ladder_settings,
+            check=partial(_ladder_config, **_GATED),
             options=("reduction",),
             ladder=True,
         ),

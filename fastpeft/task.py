@@ -97,14 +97,7 @@ class Task:
         Raises:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
-        method = get_method(config.method, config.settings)
-        _, arguments = sort_settings(method, config.settings)
-        for option in OPTIONS:
-            if option not in method.options and getattr(config, option) is not None:
-                raise FastpeftError(
-                    f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
-                    f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
-                )
+        method, _, arguments = method_options(config)
         data = load_data(
             config.data,
             problem_type=config.problem_type,
@@ -196,17 +189,9 @@ def prepare(
     start: Classifier, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem
 ) -> Any:
     """The module that a run with `config` trains, made of what `draw_start` loaded, as it is before the first step."""
-    method = get_method(config.method, config.settings)
-    settings, _ = sort_settings(method, config.settings)
-    preparation = Preparation(
-        head=start.head,
-        rank=config.rank,
-        targets=parse_targets(config.targets),
-        settings=settings,
-        head_is_new=start.head_is_new,
-        window=config.window,
-        reduction=config.reduction,
-        task_type=problem.task_type,
+    method, given, _ = method_options(config)
+    preparation = dataclasses.replace(
+        given, head=start.head, head_is_new=start.head_is_new, task_type=problem.task_type
     )
     model = method.prepare(start.model, preparation)
     begin_from_earlier(model, config, labels, prompt, problem)
@@ -295,6 +280,32 @@ def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of one pass over `rows` rows, as the Trainer counts them."""
     batches = math.ceil(rows / arguments.train_batch_size)
     return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+
+
+def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, Any]]:
+    """The method that `config` names, what that is given but for the model's part, and fields of TrainingArguments.
+
+    Raises:
+        FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
+    """
+    method = get_method(config.method, config.settings)
+    settings, arguments = sort_settings(method, config.settings)
+    for option in OPTIONS:
+        if option not in method.options and getattr(config, option) is not None:
+            raise FastpeftError(
+                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
+                f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
+            )
+    preparation = Preparation(
+        head=(),
+        rank=config.rank,
+        targets=parse_targets(config.targets),
+        settings=settings,
+        window=config.window,
+        reduction=config.reduction,
+    )
+    method.check(preparation)
+    return method, preparation, arguments
 
 
 def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 from fastpeft import files
 from fastpeft.config import TrainConfig, parse_value
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import METHODS, get_method
+from fastpeft.methods import METHODS
 from fastpeft.runs import RunFolder
-from fastpeft.task import sort_settings
+from fastpeft.task import method_options
 
 ZERO_SHOT = "zero-shot"  # the row with no training
 _ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
@@ -185,7 +185,7 @@ class CompareConfig:
             values = {"model": start.values["model"], **values, "init_from": start.values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
         config = TrainConfig.from_values(values)
-        sort_settings(get_method(config.method, config.settings), config.settings)
+        method_options(config)
         return Cell(name, variant, method, seed, config.values(), None if start is None else start.name)
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:

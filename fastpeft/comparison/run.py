@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import IO
 from fastpeft import files
 from fastpeft.comparison import report
 from fastpeft.comparison.plan import LOCK, ZERO_SHOT, Cell, CompareConfig, Plan
+from fastpeft.data import load_data
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
 
@@ -69,6 +70,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, command: str | None = None) -> None:
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
+        _check_data(self.plan.wanted)
         self.running: Cell | None = None
         self._started = 0.0
 
@@ -131,6 +133,14 @@ class Comparison:
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
             logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), time.monotonic() - self._started)
+
+
+def _check_data(cells: Iterable[Cell]) -> None:
+    """Raise `FastpeftError` where the rows that cells are to run on cannot be loaded: once, and not in every cell."""
+    options = ("data", "problem_type", "text_column", "label_column", "split_seed")
+    wanted = {tuple(cell.values[name] for name in options) for cell in cells if cell.state != "finished"}
+    for values in wanted:
+        load_data(**dict(zip(options, values)))
 
 
 def _command(cell: Cell) -> list[str]:

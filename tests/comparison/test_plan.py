@@ -119,6 +119,12 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva:rank=2:rank=3"]}, "rank has two values"),
         ({"methods": ["siva:rank=0"]}, "the variant 'siva:rank=0' cannot be used: rank is 0"),
         ({"methods": ["siva:ranc=2"]}, "unknown setting 'ranc'"),
+        (
+            {"methods": ["siva", "k-lst:window=4"]},
+            "the variant 'k-lst:window=4' cannot be used: window_size=4; a window",
+        ),
+        ({"methods": ["mezo:over=lst:num_heads=2"]}, "a gate mixes one feature"),
+        ({"methods": ["lora:window=5"]}, "'lora' takes no window"),
         ({"methods": ["siva:seed=2"]}, "seed cannot be given; the number of seeds decides it"),
         ({"methods": ["siva"], "common": {"output": "x"}}, "output cannot be given"),
         ({"methods": ["siva"], "common": {"epochs": -1}}, "epochs is -1"),

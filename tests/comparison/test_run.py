@@ -60,6 +60,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cell.py").write_text(STAND_IN)
     monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
+    monkeypatch.setattr(run, "load_data", lambda **options: None)
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +296,36 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     again = CliRunner().invoke(app, command[3:])
     assert again.exit_code == 0, again.output
     assert {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")} == files
+
+
+def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["compare", "--methods", "head,zero-shot:prompt=sst2", "--data", "reviews.csv", "--output", "out"]
+    for arguments in (command, [*command, "--dry-run"]):
+        shown = CliRunner().invoke(app, arguments)
+        assert (shown.exit_code, shown.stdout) == (2, "")
+        assert "reviews.csv" in shown.stderr
+        assert not Path("out").exists()
+    write_csv(Path("reviews.csv"), reviews(20))
+    assert CliRunner().invoke(app, [*command, "--dry-run"]).exit_code == 0
+    shown = CliRunner().invoke(app, [*command, "--dry-run", "--set", "label_column=stars"])
+    assert (shown.exit_code, "no column 'stars'" in shown.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(config("head"))
+
+    def load_data(**options: Any) -> None:
+        raise FastpeftError(f"{options['data']} is gone.")
+
+    monkeypatch.setattr(run, "load_data", load_data)
+    assert compare(config("head")).failed == {}
+    with pytest.raises(FastpeftError, match="demo is gone"):
+        compare(config("head", "lora"))
+    assert [row["variant"] for row in results()] == ["head"], "nothing was written"
 
 
 @pytest.mark.kill
