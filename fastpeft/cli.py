@@ -273,8 +273,9 @@ def compare(
         list[str],
         typer.Option(
             metavar="VARIANT,...",
-            help="As siva,k-lst:window=5,siva:targets=query+value:rank=8, where + is a comma inside a value; "
-            "zero-shot:prompt=sst2:calibrate=true is not trained; lst:init_from=mezo starts from another variant.",
+            help="As siva,k-lst:window=5,siva:targets=query+value:rank=8, where + is a comma inside a list; "
+            'a value that has a comma goes in "". zero-shot:prompt=sst2:calibrate=true is not trained; '
+            "lst:init_from=mezo starts from another variant.",
         ),
     ],
     output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
@@ -283,7 +284,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="TEMPLATE|NAME|none,...",
-            help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier.",
+            help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier or "
+            "'\"{a}? <mask>, {b}\":label_words=Yes+No'.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="As for train, as are all below.")] = None,
@@ -304,7 +306,7 @@ def compare(
     The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed.
     """
     from fastpeft import console
-    from fastpeft.comparison.plan import CompareConfig
+    from fastpeft.comparison.plan import CompareConfig, split_items
     from fastpeft.comparison.run import Comparison
 
     console.quieten(quiet)
@@ -318,8 +320,8 @@ def compare(
     }
     config = CompareConfig(
         output=output,
-        methods=_items(methods),
-        prompts=_items(prompts or []),
+        methods=[item for text in methods for item in split_items(text)],
+        prompts=[item for text in prompts or [] for item in split_items(text)],
         seeds=seeds,
         common={**_settings(settings or []), **{name: value for name, value in given.items() if value is not None}},
     )
@@ -338,11 +340,6 @@ def compare(
     for name, error in result.failed.items():
         typer.echo(f"{name} failed: {error}", err=True)
     raise typer.Exit(1 if result.failed else 0)
-
-
-def _items(texts: list[str]) -> list[str]:
-    """The items of lists joined by commas."""
-    return [item.strip() for text in texts for item in text.split(",")]
 
 
 @app.command()

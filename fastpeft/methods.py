@@ -209,7 +209,7 @@ def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any)
     )
 
 
-_GATED = {"window_size": 1, "fusion": "gated"}  # the original LST
+_GATED: dict[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
 
 # arguments of a LadderConfig that follow from the model or have an option of their own
 _NOT_SETTINGS = ("causal", "kwargs", "return", "window_size", "reduction_factor")

@@ -21,6 +21,7 @@ _ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "l
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
 _CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
+_LISTS = ("targets", "label_words", "text_column")  # in whose values + is a comma, as in lists of JSON
 _DECIDED = {
     "output": "the comparison's output decides it",
     "method": "it is the first word of a variant",
@@ -90,8 +91,10 @@ class CompareConfig:
     """What to compare.
 
     A variant is a method's name, or `zero-shot`, and what it is to have of its own: `siva:targets=query+value:rank=8`.
-    Its keys are those of `TrainConfig`, or settings of the method or the Trainer; `+` stands for the comma inside a
-    value. `init_from=VARIANT` comes last and names another variant of the comparison: each of its cells starts from the
+    Its keys are those of `TrainConfig`, or settings of the method or the Trainer. In targets, label words, text columns
+    and lists of JSON `+` stands for the comma. A value in double quotes, a text of JSON, is taken as it stands, as in
+    `mezo:prompt="{a}? <mask>, {b}":label_words=Yes+No`.
+    `init_from=VARIANT` comes last and names another variant of the comparison: each of its cells starts from the
     result of that variant with the same seed. `zero-shot` takes a prompt and `calibrate=true`.
 
     Attributes:
@@ -154,7 +157,7 @@ class CompareConfig:
         """The variants as written, each without a prompt of its own combined with every prompt."""
         made = []
         for text in self.methods:
-            own, chain, earlier = text.partition(_CHAIN)
+            own, chain, earlier = _partition_chain(text)
             prompts = () if ":prompt=" in own else self.prompts
             if own.partition(":")[0] == ZERO_SHOT and any(prompt != "none" for prompt in prompts):
                 prompts = [prompt for prompt in prompts if prompt != "none"]
@@ -220,12 +223,12 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
         >>> parse_variant("lst:targets=query+value:rank=8:init_from=mezo:prompt=sst2")
         ('lst', {'targets': 'query,value', 'rank': 8}, 'mezo:prompt=sst2')
     """
-    own, chain, earlier = text.partition(_CHAIN)
-    method, *items = re.split(r":(?=\w+=)", own)
+    own, chain, earlier = _partition_chain(text)
+    method, *items = _split(own, r":(?=\w+=)")
     if method not in (*METHODS, ZERO_SHOT):
         raise FastpeftError(
             f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
-            "siva:targets=query+value:rank=8, where + is a comma inside a value."
+            'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
         )
     if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
         raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")
@@ -234,8 +237,43 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
         name, _, value = item.partition("=")
         if not value or name in values:
             raise FastpeftError(f"{name} has {'two values' if name in values else 'no value'}; give it one.")
-        values[name] = parse_value(value.replace("+", ","))
+        values[name] = _value(name, value)
     return method, values, earlier if chain else None
+
+
+def split_items(text: str) -> list[str]:
+    """Variants or prompts as written on a command line, joined by commas; a comma in double quotes joins nothing.
+
+    Example:
+        >>> split_items('none, "{a}? <mask>, {b}":label_words=Yes+No')
+        ['none', '"{a}? <mask>, {b}":label_words=Yes+No']
+    """
+    return [item.strip() for item in _split(text, ",")]
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a variant's key as written."""
+    if not text.startswith('"') and (name in _LISTS or text.startswith("[")):
+        text = ",".join(_split(text, r"\+"))
+    value = parse_value(text)
+    if text.startswith('"') and value == text:
+        raise FastpeftError(
+            f'{name} is {text}, which is no text of JSON. Close the quotes, and write \\" and \\\\ inside.'
+        )
+    return value
+
+
+def _partition_chain(text: str) -> tuple[str, str, str]:
+    """A variant as written, cut around the first `_CHAIN`, as `str.partition` does."""
+    own, *earlier = _split(text, _CHAIN)
+    return own, _CHAIN if earlier else "", _CHAIN.join(earlier)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text`, cut at the regular expression `separator` where that is not in double quotes, as JSON has them."""
+    bare = re.sub(r'"(\\.|[^"\\])*"', lambda quoted: "_" * len(quoted[0]), text)
+    cuts = [0, *(place for found in re.finditer(separator, bare) for place in found.span()), len(text)]
+    return [text[start:end] for start, end in zip(cuts[::2], cuts[1::2])]
 
 
 def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastpeft import CompareConfig, FastpeftError
-from fastpeft.comparison.plan import Plan, parse_variant
+from fastpeft.comparison.plan import Plan, parse_variant, split_items
 from fastpeft.config import TrainConfig
 
 
@@ -35,6 +35,33 @@ def test_a_variant_as_written() -> None:
         {"window": 5},
         "lst:prompt=sst2:init_from=mezo",
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("prompt={text} A+ <mask>", "{text} A+ <mask>"),
+        ('prompt="{a}? <mask>, {b}:rank=2"', "{a}? <mask>, {b}:rank=2"),
+        ('prompt="a \\" {text}:init_from=b <mask>"', 'a " {text}:init_from=b <mask>'),
+        ("prompt=It's {text} <mask>", "It's {text} <mask>"),
+        ("learning_rate=1e+3", 1e3),
+        ("targets=query+value", "query,value"),
+        ('targets=".*(query|key)+"', ".*(query|key)+"),
+        ('modules_to_save=["a"+"b+c"]', ["a", "b+c"]),
+    ],
+)
+def test_a_value_as_written(written: str, value: Any) -> None:
+    name = written.partition("=")[0]
+    text = f"head:{written}:epochs=2:init_from=mezo"
+    assert parse_variant(text) == ("head", {name: value, "epochs": 2}, "mezo")
+
+
+def test_commas_in_quotes_join_nothing() -> None:
+    prompts = split_items('none, "{a}? <mask>, {b}":label_words=Yes+No,sst2')
+    assert prompts == ["none", '"{a}? <mask>, {b}":label_words=Yes+No', "sst2"]
+    cell = config("mezo", prompts=prompts[1:2]).cells()[0]
+    assert (cell.values["prompt"], cell.values["label_words"]) == ("{a}? <mask>, {b}", "Yes,No")
+    assert cell.name == "mezo-prompt=-a-mask-b-label_words=Yes+No-seed0"
 
 
 def test_cells_of_variants_and_seeds() -> None:
@@ -116,6 +143,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva", "adapterz"]}, "unknown method 'adapterz'; allowed are siva"),
         ({"methods": ["siva:rank"]}, "unknown method 'siva:rank'"),
         ({"methods": ["siva:rank="]}, "rank has no value"),
+        ({"methods": ['siva:targets="query":rank=2', 'siva:targets=".*\\.key"']}, "which is no text of JSON. Close"),
+        ({"methods": ['head:prompt="{text} <mask>:rank=2']}, "which is no text of JSON. Close the quotes"),
         ({"methods": ["siva:rank=2:rank=3"]}, "rank has two values"),
         ({"methods": ["siva:rank=0"]}, "the variant 'siva:rank=0' cannot be used: rank is 0"),
         ({"methods": ["siva:ranc=2"]}, "unknown setting 'ranc'"),

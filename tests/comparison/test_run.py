@@ -247,6 +247,14 @@ def test_on_the_command_line() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_a_template_with_a_comma_on_the_command_line() -> None:
+    prompts = '"{a}? <mask>, {b}":label_words=Yes+No,none'
+    shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--prompts", prompts, "--output", "out"])
+    assert shown.exit_code == 0, shown.output
+    assert [row["variant"] for row in results()] == ['head:prompt="{a}? <mask>, {b}":label_words=Yes+No', "head"]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=120))
