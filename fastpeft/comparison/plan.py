@@ -100,8 +100,9 @@ class CompareConfig:
     Attributes:
         output: folder of the comparison.
         methods: variants.
-        prompts: prompts that each variant without one is combined with: names or templates, with fields of their own
-            as `sst2:prompt_head=classifier`; `none` is no prompt. Empty: each variant as it is.
+        prompts: prompts that each variant without one is combined with, and the variant that it starts from likewise:
+            names or templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty:
+            each variant as it is.
         seeds: every variant runs with the seeds 0 to `seeds - 1`.
         common: keys and values that all cells share.
 
@@ -155,14 +156,12 @@ class CompareConfig:
 
     def _variants(self) -> list[str]:
         """The variants as written, each without a prompt of its own combined with every prompt."""
-        made = []
+        made: list[str] = []
         for text in self.methods:
-            own, chain, earlier = _partition_chain(text)
-            prompts = () if ":prompt=" in own else self.prompts
-            if own.partition(":")[0] == ZERO_SHOT and any(prompt != "none" for prompt in prompts):
+            prompts = () if _has_prompt(text) else self.prompts
+            if text.partition(":")[0] == ZERO_SHOT and any(prompt != "none" for prompt in prompts):
                 prompts = [prompt for prompt in prompts if prompt != "none"]
-            for prompt in prompts or ("none",):
-                made.append(f"{own}{'' if prompt == 'none' else f':prompt={prompt}'}{chain}{earlier}")
+            made += [text if prompt == "none" else _with_prompt(text, prompt) for prompt in prompts or ("none",)]
         return made
 
     def _cells_of(self, variant: str, variants: Sequence[str]) -> list[Cell]:
@@ -170,7 +169,9 @@ class CompareConfig:
         try:
             method, own, earlier = parse_variant(variant)
             if earlier is not None and earlier not in variants:
-                raise FastpeftError(f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}.")
+                raise FastpeftError(
+                    f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
+                )
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
@@ -249,6 +250,19 @@ def split_items(text: str) -> list[str]:
         ['none', '"{a}? <mask>, {b}":label_words=Yes+No']
     """
     return [item.strip() for item in _split(text, ",")]
+
+
+def _has_prompt(variant: str) -> bool:
+    """Whether a variant has a prompt of its own."""
+    return any(item.startswith("prompt=") for item in _split(_partition_chain(variant)[0], ":"))
+
+
+def _with_prompt(variant: str, prompt: str) -> str:
+    """A variant that has no prompt with one; what it starts from, where that has none, is the one with the same."""
+    own, chain, earlier = _partition_chain(variant)
+    if chain and not _has_prompt(earlier):
+        earlier = _with_prompt(earlier, prompt)
+    return f"{own}:prompt={prompt}{chain}{earlier}"
 
 
 def _value(name: str, text: str) -> Any:

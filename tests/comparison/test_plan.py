@@ -108,7 +108,24 @@ def test_prompts_are_combined_with_variants_that_have_none() -> None:
     assert cells[1].values["label_words"] == "bad,good"
 
 
-@pytest.mark.usefixtures("chains")
+def test_a_chain_and_its_start_are_combined_with_one_prompt() -> None:
+    def starts(*methods: str, prompts: list[str]) -> dict[str, str | None]:
+        return {cell.name: cell.after for cell in config(*methods, prompts=prompts).cells()}
+
+    chained = "lst-prompt=sst2-init_from=mezo-prompt=sst2-seed0"
+    found = starts("mezo", "lst:init_from=mezo", prompts=["none", "sst2"])
+    assert found["lst-init_from=mezo-seed0"] == "mezo-seed0"
+    assert found[chained] == "mezo-prompt=sst2-seed0"
+    assert starts("mezo", "lst:init_from=mezo:prompt=sst2", prompts=["sst2"])[chained] == "mezo-prompt=sst2-seed0"
+    own = starts(
+        "mezo:prompt=MR", "lst:init_from=mezo:prompt=MR", "head:prompt=MR:init_from=mezo:prompt=MR", prompts=["sst2"]
+    )
+    assert own["lst-prompt=sst2-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
+    assert own["head-prompt=MR-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
+    with pytest.raises(FastpeftError, match=r"'mezo', but the comparison has mezo:prompt=sst2, .*Name one of them"):
+        config("mezo", "lst:prompt=MR:init_from=mezo", prompts=["sst2"])
+
+
 def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
     chained = config(
         "head:init_from=lst:init_from=mezo",

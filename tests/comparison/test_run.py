@@ -141,7 +141,7 @@ def test_what_failed_is_recorded_and_tried_again() -> None:
     assert list(compare(config(*methods)).failed) == ["head-learning_rate=0.25-seed0"]
 
 
-@pytest.mark.usefixtures("stand_in", "chains")
+@pytest.mark.usefixtures("stand_in")
 def test_a_chain_fails_with_its_start_and_goes_on_with_it() -> None:
     methods = ("lst:init_from=mezo:learning_rate=0.25", "head", "mezo:learning_rate=0.25")
     failed = compare(config(*methods)).failed
