@@ -18,6 +18,13 @@ from fastpeft.task import method_options
 
 ZERO_SHOT = "zero-shot"  # the row with no training
 _ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
+ROWS = (
+    "data",
+    "problem_type",
+    "text_column",
+    "label_column",
+    "split_seed",
+)  # what decides the rows, of all cells alike
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
 _CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
@@ -168,6 +175,11 @@ class CompareConfig:
         """The cells of a variant: one for each seed, or the one of `zero-shot`."""
         try:
             method, own, earlier = parse_variant(variant)
+            for key in own:
+                if key in ROWS:
+                    raise FastpeftError(
+                        f"it has {key}, but all cells share their rows. Give {key} once, for all of them."
+                    )
             if earlier is not None and earlier not in variants:
                 raise FastpeftError(
                     f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
@@ -196,11 +208,10 @@ class CompareConfig:
         calibrate = own.pop("calibrate", False)
         if not isinstance(calibrate, bool):
             raise FastpeftError(f"calibrate is {calibrate!r}; it must be true or false.")
+        allowed = [name for name in _ZERO_SHOT_FIELDS if name not in ROWS]
         for key in own:
-            if key not in _ZERO_SHOT_FIELDS:
-                raise FastpeftError(
-                    f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*_ZERO_SHOT_FIELDS, 'calibrate'))}."
-                )
+            if key not in allowed:
+                raise FastpeftError(f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*allowed, 'calibrate'))}.")
         for key in _CHANGES_DEV_ROWS:
             if key in self.common:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}, which the other cells are given. Leave one out.")
@@ -335,7 +346,8 @@ class Plan:
         """The plan of `config`, in a folder that may hold other cells or finished ones. Writes nothing.
 
         Raises:
-            FastpeftError: the folder holds something else, or a cell of the same name with other values.
+            FastpeftError: the folder holds something else, a cell of the same name with other values, or one of other
+                rows.
         """
         folder = Path(config.output).expanduser()
         cells = config.cells()
@@ -346,6 +358,8 @@ class Plan:
             except FastpeftError as error:
                 raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
         merged = {cell.name: cell for cell in (*earlier, *cells)}
+        for cell in merged.values():
+            _check_rows(cell, cells[0])
         return cls(folder, list(merged.values()), _in_order(cells), list(dict.fromkeys([*commands, command])))
 
     def save(self) -> None:
@@ -379,6 +393,17 @@ def _read(folder: Path) -> tuple[list[Cell], list[str]]:
         return cells, list(saved["commands"])
     except (KeyError, TypeError) as error:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
+
+
+def _check_rows(cell: Cell, other: Cell) -> None:
+    """Refuse two cells of one table that do not have the same rows."""
+    for name in ROWS:
+        before, now = cell.values[name], other.values[name]
+        if before != now and name != "problem_type":  # which zero-shot has of its own
+            raise FastpeftError(
+                f"the cell {cell.name!r} has {name} {before!r}, but {other.name!r} has {now!r}, and one table is about "
+                "the same rows. Give another output folder."
+            )
 
 
 def _in_order(cells: Iterable[Cell]) -> list[Cell]:

@@ -17,7 +17,7 @@ from typing import IO
 
 from fastpeft import files
 from fastpeft.comparison import report
-from fastpeft.comparison.plan import LOCK, ZERO_SHOT, Cell, CompareConfig, Plan
+from fastpeft.comparison.plan import LOCK, ROWS, ZERO_SHOT, Cell, CompareConfig, Plan
 from fastpeft.data import load_data
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
@@ -137,10 +137,9 @@ class Comparison:
 
 def _check_data(cells: Iterable[Cell]) -> None:
     """Raise `FastpeftError` where the rows that cells are to run on cannot be loaded: once, and not in every cell."""
-    options = ("data", "problem_type", "text_column", "label_column", "split_seed")
-    wanted = {tuple(cell.values[name] for name in options) for cell in cells if cell.state != "finished"}
+    wanted = {tuple(cell.values[name] for name in ROWS) for cell in cells if cell.state != "finished"}
     for values in wanted:
-        load_data(**dict(zip(options, values)))
+        load_data(**dict(zip(ROWS, values)))
 
 
 def _command(cell: Cell) -> list[str]:

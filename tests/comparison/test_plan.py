@@ -170,6 +170,9 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             "the variant 'k-lst:window=4' cannot be used: window_size=4; a window",
         ),
         ({"methods": ["mezo:over=lst:num_heads=2"]}, "a gate mixes one feature"),
+        ({"methods": ["siva", "lora:data=other.csv"]}, "it has data, but all cells share their rows"),
+        ({"methods": ["siva:split_seed=3"]}, "it has split_seed, but all cells share"),
+        ({"methods": ["zero-shot:prompt=sst2:label_column=stars"]}, "it has label_column, but all cells share"),
         ({"methods": ["lora:window=5"]}, "'lora' takes no window"),
         ({"methods": ["siva:seed=2"]}, "seed cannot be given; the number of seeds decides it"),
         ({"methods": ["siva"], "common": {"output": "x"}}, "output cannot be given"),
@@ -228,5 +231,8 @@ def test_another_plan_adds_cells_and_changes_none(tmp_path: Path) -> None:
 
     with pytest.raises(FastpeftError, match=r"the cell 'siva-seed0' cannot be run .* max_steps None -> 5"):
         Plan.make(config("siva", output=output, common={"max_steps": 5}), "third")
+    for other in ({"data": "other.csv"}, {"split_seed": 1}):
+        with pytest.raises(FastpeftError, match=r"'siva-seed0' has \w+ .*, but 'bitfit-seed0' has .* another output"):
+            Plan.make(config("bitfit", output=output, common=other), "third")
     changed = Plan.make(config("head", output=output, common={"max_steps": 5}), "fourth")
     assert [cell.values["max_steps"] for cell in changed.cells] == [None, 5], "what has not started may change"
