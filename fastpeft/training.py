@@ -294,6 +294,7 @@ def _metrics(
         "learning_rate": trainer.args.learning_rate,
         "seed": config.seed,
         "device": device_name(device),
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "command": command,
     }

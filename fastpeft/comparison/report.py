@@ -12,6 +12,7 @@ from typing import Any
 from fastpeft import files
 from fastpeft.comparison.plan import ZERO_SHOT, Cell, Plan
 from fastpeft.methods import get_method
+from fastpeft.problems import CLASSIFICATION, get_problem
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,12 @@ def table(cells: Sequence[Cell]) -> list[list[str]]:
 
 
 def _columns(measured: Iterable[Iterable[Mapping[str, Any]]]) -> list[Column]:
-    """The columns of which any cell has a value."""
+    """The columns of which any cell has a value: metrics first, in the order of their problem."""
     runs = [metrics for group in measured for metrics in group]
-    return [column for column in COLUMNS if _values(column, runs)]
+    problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
+    metrics_first = list(dict.fromkeys(name for problem in problems for name in problem.metrics))
+    columns = sorted(COLUMNS, key=lambda column: (*metrics_first, column.key).index(column.key))
+    return [column for column in columns if _values(column, runs)]
 
 
 def _values(column: Column, runs: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -140,17 +144,30 @@ def _report(plan: Plan) -> str:
     for title, items in (("Failed", failed), ("Not run yet", waiting)):
         if items:
             lines += ["", f"## {title}", "", *items]
+    devices = [_device(metrics) for metrics in finished]
     lines += ["", "## Where and how", ""]
     for name, values in (
         ("model", [_text(metrics, "model") for metrics in finished]),
         ("data", [_data(metrics) for metrics in finished]),
-        ("device", [_text(metrics, "device") for metrics in finished]),
+        ("device", devices),
         ("versions", [_versions(metrics) for metrics in finished]),
     ):
         lines += [f"- {name}: {value}" for value in dict.fromkeys(values) if value]
     lines += ["", "```", *plan.commands, "```"]
     seeds = max(sum(cell.variant == other.variant for other in plan.cells) for cell in plan.cells)
     notes = [f"- {column.title}: {column.note}." for column in _columns([finished]) if column.note]
+    chosen = [cell for cell in plan.cells if (cell.metrics() or {}).get("best_step") is not None]
+    if chosen:
+        names = dict.fromkeys(f"{cell.variant} (by {cell.values['metric']})" for cell in chosen)
+        notes.append(
+            "- Of these the best checkpoint was taken, by the dev rows that it is measured on, which makes them look "
+            f"better than on new rows: {', '.join(names)}."
+        )
+    if len(set(filter(None, devices))) > 1:
+        notes.append(
+            "- Not all cells ran on the same device with as many threads: speeds and seconds compare only among those "
+            "that did. `results.csv` has device and threads of each."
+        )
     if seeds > 1:
         notes.append("- ±: the standard deviation of one seed (of a sample) around the mean.")
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
@@ -165,6 +182,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 def _text(metrics: Mapping[str, Any], name: str) -> str:
     value = metrics.get(name)
     return "" if value is None else str(value)
+
+
+def _device(metrics: Mapping[str, Any]) -> str:
+    """Where a cell ran; nothing of a zero-shot row, whose speed is not measured."""
+    threads = metrics.get("threads")
+    return _text(metrics, "device") + ("" if threads is None else f", CPU threads: {threads}")
 
 
 def _data(metrics: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
+from fastpeft.problems import PROBLEMS, Problem
 
 ROOT = Path(fastpeft.__file__).parents[1]
 
@@ -113,6 +114,34 @@ def test_results_and_report() -> None:
     assert "- device: a chip\n- versions: python 3.11, torch 2.10\n" in report
     assert "```\nfastpeft compare ...\n```" in report
     assert "Failed" not in report
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_report_tells_what_does_not_compare() -> None:
+    measured = '"device": "a chip", '
+    chosen = measured + '"threads": 2 + values["seed"], "best_step": values["save_steps"], '
+    Path("cell.py").write_text(STAND_IN.replace(measured, chosen))
+    compare(config("head"))
+    report = Path("out/report.md").read_text()
+    assert "- device: a chip, CPU threads: 2\n" in report
+    assert "best checkpoint" not in report
+    assert "Not all cells" not in report
+
+    compare(config("head", "lora:metric=f1:save_steps=2", seeds=2))
+    report = Path("out/report.md").read_text()
+    assert "- device: a chip, CPU threads: 2\n- device: a chip, CPU threads: 3\n" in report
+    assert "- Not all cells ran on the same device with as many threads" in report
+    assert "look better than on new rows: lora:metric=f1:save_steps=2 (by f1).\n" in report
+    assert [row["threads"] for row in results()] == ["2", "3", "2", "3"]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_metric_to_look_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = Problem("tags", "", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
+    monkeypatch.setitem(PROBLEMS, "tags", tags)
+    Path("cell.py").write_text(STAND_IN.replace('"train_rows"', '"problem_type": "tags", "train_rows"'))
+    compare(config("head"))
+    assert "| method | variant | F1 | accuracy | samples/s | peak memory" in Path("out/report.md").read_text()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -299,6 +328,7 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     assert (trained["state"], asked["state"]) == ("finished", "finished")
     assert all(0 <= float(row["accuracy"]) <= 1 for row in (trained, asked))
     assert (trained["steps"], asked["steps"]) == ("2", "")
+    assert (trained["threads"], asked["threads"]) == ("1", "")
     assert asked["trainable_parameters"] == "0"
     files = {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")}
     again = CliRunner().invoke(app, command[3:])
