@@ -26,6 +26,7 @@ from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
+from fastpeft.methods import get_method
 from fastpeft.problems import PROBLEMS, Problem
 
 ROOT = Path(fastpeft.__file__).parents[1]
@@ -297,7 +298,9 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 of 2 finished" in terminal.getvalue()
     steps = "head:max_steps=4:batch_size=8:gradient_accumulation_steps=3"
     more = Comparison(config(steps, "lora", "mezo", "lora:epochs=0.5", "head"))
-    epochs = 1 + 12 + 0.5  # the first two by their recipes
+    by_recipe = [get_method(method).recipe_for("demo").epochs for method in ("lora", "mezo")]
+    assert len(set(by_recipe)) == 2
+    epochs = sum(by_recipe) + 0.5
     assert more.seconds_left() == (4 * 8 * 3 + epochs * 5000) / 8.0, "rows by the rows a second of finished cells"
 
 
