@@ -31,20 +31,27 @@ def evaluate(
         text_column, label_column: columns of `data`. None: found by their names.
 
     Raises:
-        FastpeftError: the run or the data cannot be loaded, or the data has a class that the run does not know.
+        FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
+            run's own data has other classes than when it was trained.
     """
     run = load_run(folder)
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
         config = run.config
-        dev = load_data(
+        own = load_data(
             config.data,
             problem_type=run.problem.name,
             text_column=config.text_column,
             label_column=config.label_column,
             split_seed=config.split_seed,
-        ).dev
+        )
+        if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "
+                f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
+            )
+        dev = own.dev
     if dev.is_pair != run.is_pair:
         raise FastpeftError(
             f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "

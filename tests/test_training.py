@@ -119,6 +119,17 @@ def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path:
     assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
 
 
+@pytest.mark.parametrize("now", [("a", "b"), ("a", "b", "c")], ids=str)
+def test_a_run_is_not_measured_by_other_classes_than_it_learned(
+    config: TrainConfig, tmp_path: Path, now: tuple[str, ...]
+) -> None:
+    file = write_csv(tmp_path / "rows.csv", [(f"a film {n}", "bc"[n % 2]) for n in range(30)])
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    write_csv(file, [(f"a film {n}", now[n % len(now)]) for n in range(30)])
+    with pytest.raises(FastpeftError, match=f"learned the classes b, c, but its data .* has {', '.join(now)} now"):
+        evaluate(folder)
+
+
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
     """The uninterrupted two-epoch run of each method, each trained once."""
