@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 from fastpeft.errors import FastpeftError
@@ -393,6 +394,12 @@ def _as_score(value: Any, column: str, place: _Place) -> float:
 
 def _as_class(value: Any, column: str, names: Sequence[str] | None, place: _Place) -> str:
     """A class as a name: words as they are, whole numbers by `names` or without a decimal point."""
+    if not isinstance(value, (str, int, float, NoneType)):
+        raise FastpeftError(
+            f"{place} has {value!r} in column {column!r}, but a class is one word or whole number: a text or a word "
+            "has one class, and several at once cannot be learned. Give one, or name another column with "
+            "--label-column."
+        )
     absent = value is None or value != value  # NaN, as some writers mark what is missing
     text = "" if absent else str(value).strip()
     number = _as_number(text)

@@ -94,6 +94,13 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], expected: list[
     assert load_data(str(write_any(tmp_path / "rows.jsonl", rows))).labels == expected
 
 
+@pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
+def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
+    file = write_any(tmp_path / "rows.jsonl", [("a text", label), ("another", 1)] * 6)
+    with pytest.raises(FastpeftError, match=r"row 1 of .* has .* in column 'label', but a class is one word"):
+        load_data(str(file))
+
+
 def test_dev_file_of_a_folder_is_used(tmp_path: Path) -> None:
     for name in ("dev.jsonl", "validation.csv"):
         folder = tmp_path / name
