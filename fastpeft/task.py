@@ -47,6 +47,7 @@ _DECIDED = {
     "save_strategy": "use save_steps in its place",
     "save_total_limit": "the newest checkpoints are kept",
     "eval_strategy": "dev rows are measured a few times a run, or with metric at each checkpoint",
+    "eval_on_start": "dev rows are always measured before the first step",
     "load_best_model_at_end": "use metric in its place",
     "metric_for_best_model": "use metric in its place",
     "greater_is_better": "it follows from metric",

@@ -298,6 +298,7 @@ CASES = [
     (["--set", "report_to=nowhere"], ["'report_to': 'nowhere'"]),
     (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "use metric"]),
     (["--set", "eval_strategy=epoch"], ["eval_strategy cannot be set", "at each checkpoint"]),
+    (["--set", "eval_on_start=true"], ["eval_on_start cannot be set", "always measured before"]),
     (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use metric"]),
     (["--set", "greater_is_better=true"], ["greater_is_better cannot be set", "follows from metric"]),
     (["--set", "dataloader_drop_last=true"], ["dataloader_drop_last cannot be set", "every row"]),
