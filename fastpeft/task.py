@@ -21,7 +21,7 @@ from fastpeft.loading import begin_from_earlier, load_start, prompt_for
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.models import Classifier
-from fastpeft.problems import CLASSIFICATION, UNLABELLED, Problem
+from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
 
@@ -55,6 +55,8 @@ _DECIDED = {
     "train_sampling_strategy": "rows of about one length share a batch",
     "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
     "prediction_loss_only": "metrics are always measured",
+    "label_names": "the model's labels are in the column labels",
+    "resume_from_checkpoint": "use resume in its place",
     "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
     "journal": "a run by MeZO always keeps one",
@@ -161,6 +163,10 @@ class Task:
             first = arguments_class(**values)
             if first.gradient_accumulation_steps < 1:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
+            if first.gradient_checkpointing and not _supports_checkpointing(self.model):
+                raise ValueError(f"{self.method.title} does not go with gradient_checkpointing.")
+            if first.label_smoothing_factor and self.data.problem is REGRESSION:
+                raise ValueError("label_smoothing_factor is for classes, but the data has numbers.")
             # refuses what it cannot do before anything is written
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
@@ -197,6 +203,11 @@ def prepare(
     model = method.prepare(start.model, preparation)
     begin_from_earlier(model, config, labels, prompt, problem)
     return model
+
+
+def _supports_checkpointing(model: Any) -> bool:
+    """Whether activations can be computed again in all of a model, whatever wraps what."""
+    return all(getattr(module, "supports_gradient_checkpointing", True) for module in model.modules())
 
 
 def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:

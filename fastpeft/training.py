@@ -124,11 +124,11 @@ def train(
             try:
                 trainer = trainer_class(task, arguments, folder, callbacks)
                 trainer.create_optimizer()
+                before = trainer.measure(task.dev_rows)
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
         folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
         arguments.output_dir = str(folder.staging)
-        before = trainer.measure(task.dev_rows)
         _run(trainer, task, folder, resume)
         chosen = _take_best(trainer, task, folder)
         curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]

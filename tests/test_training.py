@@ -317,6 +317,22 @@ def test_weights_that_are_spoilt_already_are_not_kept(config: TrainConfig) -> No
     assert not (Path(config.output) / "last-good").exists()
 
 
+def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the head has another shape")
+
+    monkeypatch.setattr("fastpeft.trainer.RunTrainer.measure", fail)
+    with pytest.raises(FastpeftError, match="the head has another shape"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("method", ["siva", "full"])
+def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> None:
+    result = train(replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True}))
+    assert result.metrics["steps"] == 2
+
+
 def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
     result = train(replace(config, method="full", bf16=True, max_steps=2))
     assert {tensor.dtype for tensor in weights(result.folder).values()} == {torch.float32}
