@@ -15,7 +15,7 @@ from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
-from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode
+from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
 
@@ -58,6 +58,7 @@ def evaluate(
             f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
         )
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
+    warn_of_cut_words(dev, rows, run.problem, run.max_length)
     outputs, labels = _outputs(run, rows), [np.array(row["labels"]) for row in rows]
     if run.problem.per_token:
         kept = [label != UNLABELLED for label in labels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from fastpeft.models import Classifier
 from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
@@ -122,6 +125,8 @@ class Task:
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
+        for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
+            warn_of_cut_words(part, rows, data.problem, max_length)
         model = prepare(classifier, config, data.labels, prompt, data.problem)
         tokenizer = classifier.tokenizer
         return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
@@ -267,6 +272,22 @@ def encode(
     return [
         {**{name: column[i] for name, column in encoded.items()}, "labels": label} for i, label in enumerate(labels)
     ]
+
+
+def warn_of_cut_words(examples: Examples, rows: Sequence[Row], problem: Problem, max_length: int) -> None:
+    """Warn of words with tags that `encode` cut off, which are neither learned nor measured."""
+    if not problem.per_token:
+        return
+    words = sum(map(len, examples.texts))
+    read = sum(label != UNLABELLED for row in rows for label in row["labels"])
+    if read < words:
+        logger.warning(
+            "%d of %d words lie beyond the %d tokens that are read of a row, and are left out; a larger max_length "
+            "(of the model at most) or shorter rows keep them",
+            words - read,
+            words,
+            max_length,
+        )
 
 
 def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:

@@ -122,6 +122,24 @@ def test_only_the_first_token_of_a_word_is_labelled() -> None:
     assert [pieces[index][0] for index in starts] == ["\u0120"] * 3, "each begins a word"
 
 
+def test_words_that_are_cut_off_are_told_of(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"tokens": ["the", "film", "end"], "ner_tags": ["O", "B-film", "O"]}] * 18
+    data = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, *[{"tokens": ["a"] * 9, "ner_tags": ["O"] * 9}] * 2]))
+    config = replace(config, data=data, max_length=6, max_steps=1)  # four words and two special tokens
+    folder = train(config).folder
+    counts = [record.args[:3] for record in caplog.records if "words lie beyond" in record.msg]
+    assert sum(cut for cut, _, _ in counts) == 2 * 5
+    assert sum(words for _, words, _ in counts) <= 18 * 3 + 2 * 9
+    caplog.clear()
+    evaluate(folder, data)
+    assert "10 of 72 words lie beyond the 6 tokens" in caplog.text
+    caplog.clear()
+    train(replace(config, output=f"{config.output}-longer", max_length=11))
+    assert "words lie beyond" not in caplog.text
+
+
 def test_of_a_pair_the_longer_text_is_cut(checkpoint: str) -> None:
     tokenizer = load_classifier(checkpoint, LABELS).tokenizer
     examples = Examples([("a film", "the plot is very very very very long story")], [0])
