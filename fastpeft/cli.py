@@ -99,7 +99,7 @@ def train(
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Keep the checkpoint that is best by it, as accuracy, f1, pearson or loss.")
+        str | None, typer.Option(help="Keep the checkpoint that is best by it, as accuracy, f1, word_f1, pearson or loss.")
     ] = None,
     prompt: Annotated[
         str | None,

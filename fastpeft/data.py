@@ -111,6 +111,7 @@ def load_data(
             all whole are scores, all else is classes.
         text_column: name of the column of texts, or two names joined by a comma; None finds it.
         label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
+            Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
         split_seed: decides which rows become the dev part where the data has none.
 
     Raises:

@@ -18,6 +18,7 @@ _LESS_IS_BETTER = (LOSS, "mse")
 TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
+    "word_f1": "F1 of words",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
@@ -118,13 +119,16 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """F1 of words, the mean over the tags that occur but for O; accuracy of words."""
+    """F1 of single words, the mean over the tags that occur but for O; accuracy of words.
+
+    It is not the F1 of whole entities, and tags that are numbers without names have no O: each of them counts.
+    """
     from sklearn.metrics import accuracy_score, f1_score
 
     guesses = outputs.argmax(-1)
     entities = [int(tag) for tag in np.union1d(labels, guesses) if names[tag] != OUTSIDE]
     f1 = f1_score(labels, guesses, labels=entities, average="macro", zero_division=0.0) if entities else 0.0
-    return {"f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}
+    return {"word_f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}
 
 
 CLASSIFICATION = Problem(
@@ -148,7 +152,7 @@ TAGGING = Problem(
     auto_class="AutoModelForTokenClassification",
     task_type="TOKEN_CLS",
     labels="tags",
-    metrics=("f1", "accuracy"),
+    metrics=("word_f1", "accuracy"),
     score=_score_tags,
     per_token=True,
 )

@@ -190,8 +190,8 @@ def test_numbers_and_tags_are_shown(place: Path) -> None:
     assert (name, text) == ("score", "a lovely film")
     float(value)
     shown = run(*options, "--data", "tagged.jsonl", "--output", "tagged")
-    assert "F1 before" in shown.stdout
-    assert "F1 0." in shown.stderr
+    assert "F1 of words before" in shown.stdout
+    assert "F1 of words 0." in shown.stderr
     lines = run("predict", "tagged", "a lovely film", "the end").stdout.splitlines()
     assert [line.split("\t")[2] for line in lines if line] == ["a", "lovely", "film", "the", "end"]
     assert [bool(line) for line in lines] == [True, True, True, False, True, True, False]

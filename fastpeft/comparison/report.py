@@ -36,6 +36,7 @@ class Column:
 COLUMNS = (
     Column("accuracy", "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
+    Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
     Column("matthews", "Matthews", ".3f"),
     Column("pearson", "Pearson", ".3f"),
     Column("spearman", "Spearman", ".3f"),
