@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import transformers
 
+from fastpeft import files
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.ladder.config import LadderConfig
 from fastpeft.problems import CLASSIFICATION, Problem
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def resolve_model(model: str) -> str:
     """What `from_pretrained` takes for `model`: a folder or a hub id.
 
     Raises:
-        FastpeftError: it looks like a path where nothing is.
+        FastpeftError: it looks like a path where nothing is, or holds a part of a model: an adapter, a side network.
     """
     if model == DEMO:
         return str(_DEMO_FOLDER)
@@ -63,6 +65,12 @@ def resolve_model(model: str) -> str:
         raise FastpeftError(
             f"the folder {model!r} holds an adapter, not a whole model. Give the model that it was trained on, or "
             "merge the two (merge_and_unload) and give the folder of the result."
+        )
+    config = folder / "config.json"
+    if config.is_file() and files.read_json(config).get("model_type") == LadderConfig.model_type:
+        raise FastpeftError(
+            f"the folder {model!r} holds a side network, not a whole model. Give the model that it was trained beside, "
+            "or go on with its run by --init-from."
         )
     if folder.is_dir():
         return str(folder.resolve())  # an adapter keeps it, and may be loaded from elsewhere

@@ -152,6 +152,8 @@ CASES = [
     (["--model", "cut-model"], ["'cut-model'"]),
     (["--model", ""], ["model is ''"]),
     (["--model", "run"], ["'run' holds an adapter", "merge_and_unload"]),
+    (["--model", "side"], ["'side' holds a side network", "--init-from"]),
+    (["--model", "side", *PROMPT], ["'side' holds a side network", "--init-from"]),
     (["--model", "other-shape"], ["word_embeddings.weight has another shape than config.json"]),
     (["--model", "too-few-layers"], ["roberta.encoder.layer.2.", "is missing"]),
     # data
