@@ -109,6 +109,7 @@ def model_card(
     data: str | None = None,
     labels: Sequence[str] = (),
     labels_are: str = "classes",
+    chosen_by: str | None = None,
     metrics: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> str:
@@ -122,6 +123,7 @@ def model_card(
         data: what it was trained on, in words.
         labels: names of the model's outputs.
         labels_are: what those are, in one word.
+        chosen_by: the metric by which the checkpoint was chosen; None: it is that of the last step.
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
     """
@@ -136,6 +138,8 @@ def model_card(
         lines.append(f"- Data: {data}")
     if labels:
         lines.append(f"- {labels_are.capitalize()}: {', '.join(labels)}")
+    if chosen_by:
+        lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
     for title, values in (("Results", metrics), ("Settings", settings)):
         if values:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from fastpeft.comparison import report
 from fastpeft.comparison.run import Comparison
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.problems import TITLES
+from fastpeft.problems import TITLES, in_order
 from fastpeft.trainer import Clock
 
 # what is shown are a person's own words and paths, in which brackets and colons mean nothing
@@ -105,11 +105,13 @@ def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of a table: what was measured, and what it was before training where that is known."""
+    """Rows of a table: what was measured, and what it was before training where that is known.
+
+    First comes the metric that the result was chosen by, then those of the problem, the one to look at first.
+    """
     rows = []
-    for name, title in TITLES.items():
-        if name not in metrics:
-            continue
+    for name in in_order(metrics):
+        title = TITLES.get(name, name)
         before = metrics.get(f"{name}_before")
         if before is not None:
             rows.append((f"{title} before", f"{before:.3f}"))

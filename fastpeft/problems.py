@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,12 @@ def best_step(measured: Sequence[tuple[int, float]], metric: str) -> int:
     """The step, the earliest of several, at which `metric` was best, given steps and values."""
     choose = min if metric in _LESS_IS_BETTER else max
     return choose(measured, key=lambda point: point[1])[0]
+
+
+def in_order(metrics: Mapping[str, Any]) -> list[str]:
+    """The names of what was measured, given the values of a `metrics.json` in its order: what was chosen by first."""
+    chosen_by = metrics.get("metric")
+    return sorted((name for name in metrics if name in TITLES or name == chosen_by), key=lambda name: name != chosen_by)
 
 
 def get_problem(name: str) -> Problem:

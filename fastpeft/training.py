@@ -283,6 +283,7 @@ def _metrics(
         "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
         "train_seconds": round(seconds, 2),
         "steps": trainer.state.global_step,
+        "metric": config.metric,
         "best_step": chosen,
         "train_rows": len(task.train_rows),
         "dev_rows": len(task.dev_rows),
@@ -336,6 +337,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         data=task.data.description,
         labels=task.data.labels,
         labels_are=problem.labels,
+        chosen_by=None if metrics["best_step"] is None else TITLES.get(task.metric, task.metric),
         metrics={
             **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
             f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",

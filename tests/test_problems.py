@@ -17,11 +17,13 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.comparison.report import headline
+from fastpeft.console import measured
 from fastpeft.data import Examples
 from fastpeft.evaluation import evaluate, predict
 from fastpeft.methods import METHODS
 from fastpeft.models import load_classifier
-from fastpeft.problems import CLASSIFICATION, PROBLEMS, REGRESSION, TAGGING, UNLABELLED
+from fastpeft.problems import CLASSIFICATION, PROBLEMS, REGRESSION, TAGGING, TITLES, UNLABELLED, in_order
 from fastpeft.task import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,6 +198,16 @@ def test_every_problem_has_metrics_to_choose_by() -> None:
             problem.check_metric("bleu")
 
 
+def test_first_comes_what_was_chosen_by_or_what_a_problem_is_about() -> None:
+    tags = {"train_rows": 3, "word_f1": 0.5, "accuracy": 0.75, "loss": 0.1, "metric": None}
+    assert (in_order(tags), headline(tags)) == (["word_f1", "accuracy"], "F1 of words 0.500")
+    assert [row for row, _ in measured(tags)] == ["F1 of words", "accuracy"]
+    classes = {"accuracy": 0.75, "f1": 0.5, "matthews": 0.25, "loss": 0.1}
+    assert headline({**classes, "metric": "matthews"}) == "Matthews correlation 0.250"
+    assert in_order({**classes, "metric": "loss"}) == ["loss", "accuracy", "f1", "matthews"]
+    assert headline({}) == ""
+
+
 # -- the best checkpoint ---------------------------------------------------------------------------------------------
 
 
@@ -254,6 +266,8 @@ def test_the_best_checkpoint_is_the_result(
     assert all(torch.equal(tensor, best[name]) for name, tensor in saved.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in saved.items())
     assert evaluate(result.folder)["dev_rows"] == 6
+    assert result.metrics["metric"] == metric
+    assert f"the best by {TITLES.get(metric, metric)} on the dev rows" in (result.folder / "README.md").read_text()
 
 
 BEST_AND_LAST = ("checkpoint-4", "checkpoint-10")

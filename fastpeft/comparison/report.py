@@ -12,7 +12,7 @@ from typing import Any
 from fastpeft import files
 from fastpeft.comparison.plan import ZERO_SHOT, Cell, Plan
 from fastpeft.methods import get_method
-from fastpeft.problems import CLASSIFICATION, get_problem
+from fastpeft.problems import CLASSIFICATION, TITLES, get_problem, in_order
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ _OWN_COLUMNS = ("variant", "method", "seed", "state", "error", "versions")
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The first figure of a finished cell, with its name."""
-    column = next((column for column in COLUMNS if column.key in metrics), None)
-    return "" if column is None else f"{column.title} {column.show([metrics[column.key]])}"
+    """The figure to look at of a finished cell, with its name."""
+    names = in_order(metrics)
+    return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
 
 
 def write(plan: Plan) -> None:
