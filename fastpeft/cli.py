@@ -234,7 +234,7 @@ def evaluate(
         )
     console.show_table(
         title,
-        [*console.measured(metrics), ("rows", f"{metrics['dev_rows']:,}")],
+        [*console.measured(metrics), ("loss", f"{metrics['loss']:.3f}"), ("rows", f"{metrics['dev_rows']:,}")],
     )
 
 

@@ -115,8 +115,8 @@ def load_data(
         split_seed: decides which rows become the dev part where the data has none.
 
     Raises:
-        FastpeftError: data is missing, empty or broken, a column is missing, a row has no text or label, there is
-            only one class, or a dev row has a class that training never saw.
+        FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
+            label is missing, there is only one class or number, or a dev row has a class that training never saw.
     """
     given = None if problem_type is None else get_problem(problem_type)
     tables = _load_demo() if data == DEMO else find_tables(data)
@@ -137,6 +137,11 @@ def load_data(
         logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, len(seen), split_seed)
     if problem is REGRESSION:
         labels = [chosen[0].label]
+        if len(scores := {score for _, score in seen}) < 2:
+            raise FastpeftError(
+                f"{data!r} has one number only ({scores.pop():g}) to learn; regression needs at least two. Check the "
+                "label column."
+            )
     else:
         labels = names or _classes(_labels_of(seen))
         _check_classes(labels, sum(1 for _ in _labels_of(seen)), data)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy, mse_loss
 
 from fastpeft.data import Examples, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
-from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
+from fastpeft.problems import CLASSIFICATION, LOSS, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
 from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
@@ -23,7 +24,7 @@ _BATCH_SIZE = 64
 def evaluate(
     folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
 ) -> dict[str, float]:
-    """The metrics of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
+    """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
     Args:
         folder: folder of the run.
@@ -77,7 +78,7 @@ def evaluate_zero_shot(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> dict[str, float]:
-    """Accuracy and F1 of a masked language model by a prompt, with no training, on the dev rows of `data`.
+    """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
 
     Args:
         model: `"demo"`, a folder or a hub id.
@@ -103,7 +104,10 @@ def evaluate_zero_shot(
 def _measure(
     problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], rows: int
 ) -> dict[str, float]:
-    return {**problem.score(outputs, labels, names), "dev_rows": rows}
+    """The metrics of a problem, the loss and the number of rows."""
+    found, expected = torch.from_numpy(outputs), torch.from_numpy(labels)
+    loss = mse_loss(found[:, 0], expected.float()) if problem is REGRESSION else cross_entropy(found, expected)
+    return {**problem.score(outputs, labels, names), LOSS: loss.item(), "dev_rows": rows}
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:

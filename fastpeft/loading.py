@@ -104,10 +104,11 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
     method = get_method(earlier.method, earlier.settings)
     if method.ladder:
         if not get_method(config.method, config.settings).ladder:
+            same = earlier.settings.get("over", earlier.method)
             raise FastpeftError(
                 f"the run in {config.init_from!r} trained a side network and left its backbone as it was, so "
-                f"{config.method!r} has nothing to start from. Choose a method with the same side network, such as "
-                f"{earlier.method}, or leave init_from out."
+                f"{config.method!r} has nothing to start from. Choose a method with the same side network, {same} or "
+                f"mezo with --set over={same}, or leave init_from out."
             )
         return load_start(earlier, labels, prompt, problem)
     start = load_model(config.model, labels, prompt, problem)

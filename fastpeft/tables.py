@@ -23,6 +23,7 @@ _TRAIN = ("train",)
 _DEV = ("dev", "validation", "dev_matched", "validation_matched")
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # owner/name:configuration
 _GLUE = "nyu-mll/glue"
+_OTHER_FILES = ("txt", "json", "xlsx", "gz", "zip")  # what ends so is meant to be a file, though none that can be read
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def find_tables(data: str) -> list[Table]:
 
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
     hub_name = _HUB_NAME.fullmatch(data)
-    if hub_name and not path.exists() and not data.startswith(".") and path.suffix[1:].lower() not in READERS:
+    if hub_name and not path.exists() and not data.startswith(".") and path.suffix[1:].lower() not in (*READERS, *_OTHER_FILES):
         import datasets
 
         owner, configuration = hub_name.groups()

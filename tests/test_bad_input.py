@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "foreign").mkdir()
     (place / "foreign" / "letter.txt").write_text("dear friend")
     write_csv(place / "one-class.csv", [("a", "yes"), ("b", "yes")])
+    write_csv(place / "one-number.csv", [("a", "2.5"), ("b", "2.5")])
     write_csv(place / "one-row.csv", [("a", "yes")])
     write_csv(place / "no-class.csv", [("a", "yes"), ("b", "")])
     write_csv(place / "measures.csv", [("a", "0.25"), ("b", "0.5")])
@@ -173,6 +174,8 @@ CASES = [
     (["--data", "number.jsonl"], ["row 1 of number.jsonl", "must be text"]),
     (["--data", "broken.parquet"], ["broken.parquet is not a readable parquet file"]),
     (["--data", "one-class.csv"], ["one class only ('yes')"]),
+    (["--data", "one-number.csv", "--problem-type", "regression"], ["one number only (2.5)"]),
+    (["--data", "missing/reviews.txt"], ["no data at 'missing/reviews.txt'", "csv, tsv, jsonl, parquet"]),
     (["--data", "one-row.csv"], ["1 labelled row"]),
     (["--data", "no-class.csv"], ["row 2 of no-class.csv has no class"]),
     (["--data", "nan.jsonl"], ["row 2 of nan.jsonl has no class"]),
@@ -220,7 +223,7 @@ CASES = [
     (["--init-from", ""], ["init_from is ''"]),
     (["--init-from", "whole", "--model", "demo"], ["model is 'demo'", "'whole' trained", "Leave the model out"]),
     (["--init-from", "side"], ["'side' trained a side network", "'lora' has nothing to start from", "k-lst"]),
-    (["--init-from", "side", "--method", "mezo"], ["'mezo' has nothing to start from"]),
+    (["--init-from", "side", "--method", "mezo"], ["'mezo' has nothing to start from", "--set over=k-lst"]),
     (["--init-from", "side", "--method", "k-lst"], ["another shape", "window_size is 3, here 9"]),
     (["--init-from", "side", "--method", "lst"], ["another shape", "fusion"]),
     (["--init-from", "whole", *PROMPT, "--label-words", "a,b,c"], ["no word for negative"]),

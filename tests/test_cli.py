@@ -185,7 +185,9 @@ def test_numbers_and_tags_are_shown(place: Path) -> None:
         assert part in shown.stdout
     assert "Pearson correlation" in shown.stderr, "the progress bar has the first metric"
     assert "accuracy" not in shown.output
-    assert "Spearman correlation" in run("eval", "scores").stdout
+    measured = run("eval", "scores").stdout
+    assert "Spearman correlation" in measured
+    assert "loss" in measured
     name, value, text = run("predict", "scores", "a lovely film").stdout.rstrip("\n").split("\t")
     assert (name, text) == ("score", "a lovely film")
     float(value)

@@ -130,7 +130,7 @@ class MeZOTrainer(Trainer):
         if not _predicts_words(self.model):
             logger.warning(
                 "MeZO trains %s, which predicts no words: without a prompt, or a head that was trained before, it "
-                "learns little. Wrap a masked language model in fastpeft.PromptModel.",
+                "learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel).",
                 type(self.model).__name__,
             )
 
