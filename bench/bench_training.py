@@ -17,6 +17,7 @@ import torch
 from bench.harness import DATA, Candidates, measure
 from fastpeft.methods import Preparation, get_method, parse_targets
 from fastpeft.models import load_classifier
+from fastpeft.problems import CLASSIFICATION
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
@@ -49,7 +50,7 @@ CELLS = [
 def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run."""
     torch.manual_seed(0)
-    classifier = load_classifier("demo", ["negative", "positive"])
+    classifier = load_classifier("demo", ["negative", "positive"], CLASSIFICATION)
     preparation = (
         Preparation(classifier.head, RANK, parse_targets(TARGETS[cell.targets]))
         if cell.targets

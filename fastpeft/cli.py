@@ -67,8 +67,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="demo, a csv, tsv, jsonl or parquet file, a folder with train.* and dev.*, or a hub data set as "
-            "nyu-mll/glue:sst2 (default: demo)"
+            help="demo, a csv, tsv, jsonl or parquet file, a folder with train.* and dev.* or saved by datasets, or a "
+            "hub data set as nyu-mll/glue:sst2 (default: demo)"
         ),
     ] = None,
     problem_type: Annotated[str | None, typer.Option(help=f"{', '.join(PROBLEMS)} (default: told by the data)")] = None,
@@ -211,7 +211,7 @@ def evaluate(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="With --model: subtract what the words score for an empty text.")
     ] = False,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts in --data.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of texts in --data, or two joined by a comma.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""

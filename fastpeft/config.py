@@ -80,7 +80,7 @@ class TrainConfig:
     method: str = "siva"
     model: str = None  # type: ignore[assignment]  # always filled in
     init_from: str | None = None
-    data: str = "demo"
+    data: str = DEMO
     problem_type: str | None = None
     targets: str | None = None
     rank: int | None = None

@@ -19,7 +19,7 @@ from fastpeft.tables import READERS, Table, find_tables, read_text
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
+DEMO = "demo"  # these data, and the bundled model too
 _DEMO_SOURCE = "rotten_tomatoes"
 _DEMO_DEV_ROWS = 1_000
 _DEMO_SPLIT_SEED = 0
@@ -90,7 +90,7 @@ class TextData:
     dev: Examples
     labels: list[str]
     description: str
-    problem: Problem = CLASSIFICATION
+    problem: Problem
 
 
 def load_data(
@@ -157,7 +157,7 @@ def load_data(
 def load_rows(
     data: str,
     labels: Sequence[str],
-    problem: Problem = CLASSIFICATION,
+    problem: Problem,
     *,
     text_column: str | None = None,
     label_column: str | None = None,
@@ -239,7 +239,7 @@ def _pick_columns(table: Table, problem: Problem | None, text_column: str | None
     for name in (*texts, *([label_column] if label_column else [])):
         if name not in columns:
             raise FastpeftError(
-                f"{table.name} has no column {name!r}; its columns are {_list(columns)}. Name one of these."
+                f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
 
     def find(usual: Iterable[str], taken: Sequence[str]) -> str | None:
@@ -266,13 +266,13 @@ def _pick_columns(table: Table, problem: Problem | None, text_column: str | None
     for found, option in ((texts, "--text-column (for pairs two, joined by a comma)"), (label, "--label-column")):
         if not found:
             raise FastpeftError(
-                f"cannot tell which column of {table.name} to take; its columns are {_list(columns)}. Name it with "
+                f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
                 f"{option}."
             )
     assert label is not None
     if label in texts:
         raise FastpeftError(
-            f"column {label!r} of {table.name} cannot be both text and class; its columns are {_list(columns)}."
+            f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
         )
     return _Columns(texts, label)
 
@@ -481,10 +481,6 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
         label, count = unknown.most_common(1)[0]
         raise FastpeftError(
             f"{count} rows of {data!r} have the class {label!r}, which is not among the trained ones: "
-            f"{_list(classes)}. Correct the classes, or train on data that has them all."
+            f"{', '.join(classes)}. Correct the classes, or train on data that has them all."
         )
     return Examples(texts, [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part])
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -60,13 +60,9 @@ def evaluate(
         )
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
     warn_of_cut_words(dev, rows, run.problem, run.max_length)
-    outputs, labels = _outputs(run, rows), [np.array(row["labels"]) for row in rows]
-    if run.problem.per_token:
-        kept = [label != UNLABELLED for label in labels]
-        outputs = [output[mask] for output, mask in zip(outputs, kept)]
-        labels = [label[mask] for label, mask in zip(labels, kept)]
-        return _measure(run.problem, np.concatenate(outputs), np.concatenate(labels), run.labels, len(rows))
-    return _measure(run.problem, np.stack(outputs), np.stack(labels), run.labels, len(rows))
+    join = np.concatenate if run.problem.per_token else np.stack
+    outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
+    return _measure(run.problem, outputs, labels, run.labels, len(rows))
 
 
 def evaluate_zero_shot(

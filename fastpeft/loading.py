@@ -118,8 +118,8 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
     if _same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem)):
         start.model.load_state_dict(trained.state_dict())
     else:  # of two kinds of head one may lack a pooler
-        _core(start.model).base_model.load_state_dict(_core(trained).base_model.state_dict(), strict=False)
-    for model in (start.model, _core(start.model)):  # what goes onto it names what it goes onto
+        inside_prompt(start.model).base_model.load_state_dict(inside_prompt(trained).base_model.state_dict(), strict=False)
+    for model in (start.model, inside_prompt(start.model)):  # what goes onto it names what it goes onto
         model.name_or_path = model.config.name_or_path = str(folder.path.resolve())
     return start
 
@@ -140,8 +140,7 @@ def begin_from_earlier(
         given = "a prompt, this one has none" if prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)
     if get_method(earlier.method, earlier.settings).ladder:
-        ladder = model.masked_lm if isinstance(model, PromptModel) else model
-        ladder.take_over(
+        inside_prompt(model).take_over(
             folder.path, head=_same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem))
         )
 
@@ -160,9 +159,9 @@ def _by_words(prompt: Prompt | None) -> bool:
     return prompt is not None and prompt.head == "label_words"
 
 
-def _core(model: Any) -> Any:
-    """The transformers model itself, inside a prompt."""
-    return model.core if isinstance(model, PromptModel) else model
+def inside_prompt(model: Any) -> Any:
+    """What a prompt was put around, or the model itself where there is none."""
+    return model.masked_lm if isinstance(model, PromptModel) else model
 
 
 def load_model(model: str, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:

@@ -14,13 +14,13 @@ import torch
 import transformers
 
 from fastpeft import files
+from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.problems import CLASSIFICATION, Problem
+from fastpeft.problems import Problem
 
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "demo"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _UNLIMITED = 10**9  # tokenizers that know no limit give a larger one
@@ -83,7 +83,7 @@ def resolve_model(model: str) -> str:
     return model
 
 
-def load_classifier(model: str, labels: Sequence[str], problem: Problem = CLASSIFICATION) -> Classifier:
+def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Classifier:
     """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
 
     Weights are read from safetensors only and come in float32 whatever the file holds.

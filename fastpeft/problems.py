@@ -37,7 +37,8 @@ class Problem:
         task_type: what PEFT calls it.
         labels: what the labels are, in words.
         metrics: names of what is measured; the first is the one to look at.
-        score: those metrics of outputs `(N, outputs)` and labels `(N,)`, given the names of the outputs.
+        score: those metrics of outputs `(N, outputs)` and labels `(N,)`, given the names of the outputs; of tokens
+            `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out.
         per_token: whether every word has a label, so that a row's outputs are `(T, outputs)`.
     """
 
@@ -132,7 +133,8 @@ def _score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -
     """
     from sklearn.metrics import accuracy_score, f1_score
 
-    guesses = outputs.argmax(-1)
+    labelled = labels != UNLABELLED
+    labels, guesses = labels[labelled], outputs[labelled].argmax(-1)
     entities = [int(tag) for tag in np.union1d(labels, guesses) if names[tag] != OUTSIDE]
     f1 = f1_score(labels, guesses, labels=entities, average="macro", zero_division=0.0) if entities else 0.0
     return {"word_f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft import files
-from fastpeft.models import DEMO, resolve_model
+from fastpeft.data import DEMO
+from fastpeft.models import resolve_model
 
 _DEMO_FILE = "recipes.json"
 

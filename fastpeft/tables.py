@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastpeft.errors import FastpeftError, first_line
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 # the stems of files and the names of parts, GLUE's own for MNLI among them
 _TRAIN = ("train",)
@@ -37,7 +37,7 @@ class Table:
     """
 
     name: str
-    rows: list[Row]
+    rows: list[Record]
     class_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -75,15 +75,15 @@ def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
     except Exception as error:  # no network, no such name, a broken file: almost any type
         raise FastpeftError(
             f"cannot load the data set {data!r}: {first_line(error)} Give the id of one on the hub, as "
-            f"{_GLUE}:sst2, with a network or after it was loaded once; or the path of a {_list(READERS)} file."
+            f"{_GLUE}:sst2, with a network or after it was loaded once; or the path of a {', '.join(READERS)} file."
         ) from error
     if not isinstance(parts, dict):
         parts = {_TRAIN[0]: parts}
     chosen = [next((name for name in names if name in parts), None) for names in (_TRAIN, _DEV)]
     if chosen[0] is None:
-        raise FastpeftError(f"the data set {data!r} has no part named train, only {_list(parts)}. Choose another.")
+        raise FastpeftError(f"the data set {data!r} has no part named train, only {', '.join(parts)}. Choose another.")
     tables = [
-        Table(f"{data} ({name})", parts[name].to_list(), _class_names(parts[name]))
+        Table(f"{data} ({name})", parts[name].to_list(), _names_of_features(parts[name]))
         for name in chosen
         if name is not None
     ]
@@ -93,7 +93,7 @@ def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
     return tables
 
 
-def _class_names(part: Any) -> dict[str, list[str]]:
+def _names_of_features(part: Any) -> dict[str, list[str]]:
     """The names of the classes in each column that the library datasets knows to hold some, in lists or not."""
     kinds = {column: getattr(kind, "feature", kind) for column, kind in part.features.items()}
     return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
@@ -105,7 +105,7 @@ def _find_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FastpeftError(
-            f"no data at {str(path)!r}; give 'demo', the path of a {_list(READERS)} file or of a folder with train.* "
+            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(READERS)} file or of a folder with train.* "
             f"and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
         )
     parts: list[Path] = []
@@ -114,18 +114,18 @@ def _find_files(path: Path) -> list[Path]:
         if len(found) > 1 or (not found and not parts):
             names = ", ".join(file.name for file in found) or "none"
             raise FastpeftError(
-                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({_list(READERS)}); found: "
+                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({', '.join(READERS)}); found: "
                 f"{names}."
             )
         parts += found
     return parts
 
 
-def _read_rows(file: Path) -> list[Row]:
+def _read_rows(file: Path) -> list[Record]:
     """Every row of a file as a dictionary of its columns."""
     reader = READERS.get(file.suffix[1:].lower())
     if reader is None:
-        raise FastpeftError(f"{file} is of an unknown kind; allowed are {_list(READERS)}. Convert or rename it.")
+        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(READERS)}. Convert or rename it.")
     rows = reader(file)
     if not rows:
         raise FastpeftError(f"{file} is empty: it has no rows. Give a file with a text and a class in each row.")
@@ -146,11 +146,11 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _read_csv(file: Path) -> list[Row]:
+def _read_csv(file: Path) -> list[Record]:
     return _table(file, _parse(file, read_text(file), delimiter=",", strict=True))
 
 
-def _read_tsv(file: Path) -> list[Row]:
+def _read_tsv(file: Path) -> list[Record]:
     """Plain as GLUE's files are, unless its fields do not fit the header so, or all its quotes enclose whole fields."""
     text = read_text(file)
     plain = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -187,23 +187,23 @@ def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
         csv.field_size_limit(limit)
 
 
-def _table(file: Path, lines: list[list[str]]) -> list[Row]:
+def _table(file: Path, lines: list[list[str]]) -> list[Record]:
     """Rows of a file whose first line names the columns."""
     if not lines:
         return []
     header = lines[0]
     if len(set(header)) < len(header):
-        raise FastpeftError(f"{file} names a column twice: {_list(header)}. Give every column its own name.")
+        raise FastpeftError(f"{file} names a column twice: {', '.join(header)}. Give every column its own name.")
     for number, fields in enumerate(lines[1:], start=1):
         if len(fields) != len(header):
             raise FastpeftError(
-                f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({_list(header)}). "
+                f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
                 "Correct the row, or quote fields that hold the separator."
             )
     return [dict(zip(header, fields)) for fields in lines[1:]]
 
 
-def _read_jsonl(file: Path) -> list[Row]:
+def _read_jsonl(file: Path) -> list[Record]:
     rows = []
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
@@ -218,7 +218,7 @@ def _read_jsonl(file: Path) -> list[Row]:
     return rows
 
 
-def _read_parquet(file: Path) -> list[Row]:
+def _read_parquet(file: Path) -> list[Record]:
     import pyarrow
     from pyarrow import parquet
 
@@ -230,13 +230,9 @@ def _read_parquet(file: Path) -> list[Row]:
         ) from None
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[Path], list[Record]]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -22,7 +22,7 @@ from fastpeft.loading import begin_from_earlier, load_start, prompt_for
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.models import Classifier
-from fastpeft.problems import CLASSIFICATION, REGRESSION, UNLABELLED, Problem
+from fastpeft.problems import REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
 
@@ -33,7 +33,7 @@ _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
 # names that `settings` may not touch, with what decides them
-_DECIDED = {
+_DECIDED_ELSEWHERE = {
     "r": "use rank in its place",
     "target_modules": "use targets in its place",
     "window_size": "use window in its place",
@@ -253,9 +253,7 @@ def check_texts(prompt: Prompt | None, examples: Examples) -> None:
         )
 
 
-def encode(
-    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem = CLASSIFICATION
-) -> list[Row]:
+def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
     """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
 
     Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled.
@@ -352,8 +350,8 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
     hints = get_type_hints(arguments_class)
     of_training = {item.name: hints[item.name] for item in dataclasses.fields(arguments_class) if item.init}
     for name, value in settings.items():
-        if name not in of_method and name in _DECIDED:
-            raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED[name]}.")
+        if name not in of_method and name in _DECIDED_ELSEWHERE:
+            raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED_ELSEWHERE[name]}.")
         if name not in of_method and name not in of_training:
             close = difflib.get_close_matches(name, [*of_method, *of_training], 3)
             advice = f" Did you mean {' or '.join(close)}?" if close else ""

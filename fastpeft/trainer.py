@@ -22,7 +22,7 @@ from transformers import (
 
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.trainer import MeZOTrainer
-from fastpeft.problems import LOSS, UNLABELLED, best_step
+from fastpeft.problems import LOSS, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, collator, loader_options, steps_per_epoch
@@ -70,8 +70,8 @@ class RunTrainer(Trainer):
     Attributes:
         folder: where it all ends up.
         samples_seen: rows trained on since the start of this process.
-        chosen_by: the metric by which the best checkpoint is kept, None where none is.
         longest_seen: tokens of the longest batch among them.
+        chosen_by: the metric by which the best checkpoint is kept, None where none is.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
     """
@@ -128,11 +128,7 @@ class RunTrainer(Trainer):
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        outputs, labels = prediction.predictions, prediction.label_ids
-        if self.problem.per_token:
-            kept = labels != UNLABELLED
-            outputs, labels = outputs[kept], labels[kept]
-        return self.problem.score(outputs, labels, self.labels)
+        return self.problem.score(prediction.predictions, prediction.label_ids, self.labels)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, tokens = inputs["input_ids"].shape

@@ -21,10 +21,10 @@ from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
+from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
 from fastpeft.problems import REGRESSION, TITLES, best_step
-from fastpeft.prompt_model import PromptModel
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import MeZORunTrainer, RunTrainer
@@ -181,7 +181,7 @@ def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None
 
 def _load_weights(model: Any, checkpoint: Path) -> None:
     """Give `model` the weights of a checkpoint of its own run."""
-    inside = model.masked_lm if isinstance(model, PromptModel) else model
+    inside = inside_prompt(model)
     if (checkpoint / "adapter_config.json").is_file():
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     elif isinstance(inside, LadderModel):

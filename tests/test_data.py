@@ -137,10 +137,10 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "0")])
-    assert load_rows(str(file), ["negative", "positive"]).labels == [1, 0]
-    assert load_rows(str(file), ["0", "1"]).labels == [1, 0]
+    assert load_rows(str(file), ["negative", "positive"], CLASSIFICATION).labels == [1, 0]
+    assert load_rows(str(file), ["0", "1"], CLASSIFICATION).labels == [1, 0]
     with pytest.raises(FastpeftError, match="'0', which is not among the trained ones: 1, 2"):
-        load_rows(str(file), ["1", "2"])
+        load_rows(str(file), ["1", "2"], CLASSIFICATION)
 
 
 @needs_demo_data
@@ -313,7 +313,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, asked:
     assert (len(data.train), len(data.dev), data.labels) == (20, 4, ["negative", "positive"])
     assert data.dev.labels == [0, 1, 0, 1]
     assert name in data.description or "sst2 (train)" in data.description
-    assert load_rows(name, data.labels).texts == [row["sentence"] for row in SENTENCES[:4]]
+    assert load_rows(name, data.labels, CLASSIFICATION).texts == [row["sentence"] for row in SENTENCES[:4]]
 
 
 def test_hub_parts_without_a_label_or_a_dev_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_hub_parts_without_a_label_or_a_dev_part(monkeypatch: pytest.MonkeyPatch
     assert (len(data.train), len(data.dev)) == (18, 2)
     assert "hidden" not in data.train.texts + data.dev.texts
     with pytest.raises(FastpeftError, match="'some/reviews' has no dev"):
-        load_rows("some/reviews", data.labels)
+        load_rows("some/reviews", data.labels, CLASSIFICATION)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: make_dataset(test=SENTENCES))
     with pytest.raises(FastpeftError, match="'some/reviews' has no part named train, only test"):
         load_data("some/reviews")
@@ -346,4 +346,4 @@ def test_a_saved_data_set_is_a_folder_of_data(tmp_path: Path) -> None:
     both, one = load_data(str(tmp_path / "both")), load_data(str(tmp_path / "one"))
     assert (len(both.train), len(both.dev), both.labels) == (20, 4, ["negative", "positive"])
     assert (len(one.train), len(one.dev), one.labels) == (18, 2, ["negative", "positive"])
-    assert load_rows(str(tmp_path / "both"), both.labels) == both.dev
+    assert load_rows(str(tmp_path / "both"), both.labels, CLASSIFICATION) == both.dev

@@ -12,6 +12,7 @@ from samples import save_tiny_model
 from fastpeft import FastpeftError
 from fastpeft.methods import METHODS, Preparation, get_method, parse_targets
 from fastpeft.models import Classifier, load_classifier
+from fastpeft.problems import CLASSIFICATION
 
 LABELS = ("no", "yes", "perhaps")
 
@@ -24,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def classifier(checkpoint: Path) -> Classifier:
     torch.manual_seed(0)
-    return load_classifier(str(checkpoint), LABELS)
+    return load_classifier(str(checkpoint), LABELS, CLASSIFICATION)
 
 
 def trained(model: Any) -> set[str]:
@@ -94,7 +95,7 @@ def test_pissa_starts_from_singular_vectors(classifier: Classifier) -> None:
 
 def test_modules_that_the_checkpoint_lacks_train_too(tmp_path: Path) -> None:
     # a masked-word checkpoint of BERT has no pooler
-    classifier = load_classifier(str(save_tiny_model(tmp_path, "Bert")), LABELS)
+    classifier = load_classifier(str(save_tiny_model(tmp_path, "Bert")), LABELS, CLASSIFICATION)
     assert classifier.head == ("classifier", "bert.pooler.dense")
     model = get_method("lora").prepare(classifier.model, Preparation(classifier.head, 2))
     assert {"bert.pooler.dense.weight", "classifier.weight"} <= trained(model)
@@ -102,7 +103,7 @@ def test_modules_that_the_checkpoint_lacks_train_too(tmp_path: Path) -> None:
 
 def test_models_load_in_float32_with_named_classes(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path, dtype=torch.float16)
-    model = load_classifier(str(folder), LABELS).model
+    model = load_classifier(str(folder), LABELS, CLASSIFICATION).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.id2label == dict(enumerate(LABELS))
 

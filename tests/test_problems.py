@@ -142,9 +142,9 @@ def test_words_that_are_cut_off_are_told_of(
 
 
 def test_of_a_pair_the_longer_text_is_cut(checkpoint: str) -> None:
-    tokenizer = load_classifier(checkpoint, LABELS).tokenizer
+    tokenizer = load_classifier(checkpoint, LABELS, CLASSIFICATION).tokenizer
     examples = Examples([("a film", "the plot is very very very very long story")], [0])
-    (row,) = encode(tokenizer, examples, 10, None)
+    (row,) = encode(tokenizer, examples, 10, None, CLASSIFICATION)
     assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == [
         *("<s>", "a", "film", "</s>", "</s>", "the", "plot", "is", "very", "</s>")
     ]
