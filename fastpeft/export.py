@@ -70,7 +70,7 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
 
 def _check_form(source: RunFolder, to: str) -> None:
     """Raise `FastpeftError` where the model of a run cannot take the form `to`."""
-    config, *_ = outline(source)
+    config, _ = outline(source)
     method = get_method(config.method, config.settings)
     if method.ladder:
         raise FastpeftError(
@@ -102,7 +102,7 @@ def _save(run: FinishedRun, to: str, folder: Path) -> None:
 
 def _replay(folder: RunFolder, step: int) -> FinishedRun:
     """The run as it was after `step` of its steps."""
-    config, labels, prompt, problem = outline(folder)
+    config, head = outline(folder)
     if not get_method(config.method, config.settings).zeroth_order:
         raise FastpeftError(
             f"step is {step}, but the run in {str(folder.path)!r} was not by MeZO, whose journal alone tells of single "
@@ -118,9 +118,11 @@ def _replay(folder: RunFolder, step: int) -> FinishedRun:
     if not 0 <= step <= journal.steps:
         raise FastpeftError(f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.")
     folder.check_start()
-    start = draw_start(config, labels, prompt, problem)
-    model: Any = prepare(start, config, labels, prompt, problem)
+    start = draw_start(config, head)
+    model: Any = prepare(start, config, head)
     journal.replay(model, stop=step)
     metrics = folder.metrics()
     classifier = Classifier(model.eval(), start.tokenizer, start.head)
-    return FinishedRun(classifier, config, problem, labels, metrics["pairs"], prompt, metrics["max_length"])
+    return FinishedRun(
+        classifier, config, head.problem, head.labels, metrics["pairs"], head.prompt, metrics["max_length"]
+    )

@@ -24,6 +24,51 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Head:
+    """What the head of a model is for.
+
+    Attributes:
+        labels: names of its outputs: classes or tags, or what a number is.
+        prompt: what texts are put into, with its words in the order of `labels`; None for the texts alone.
+        problem: what the labels are.
+    """
+
+    labels: list[str]
+    prompt: Prompt | None
+    problem: Problem
+
+    @property
+    def by_words(self) -> bool:
+        """Whether the label words of a prompt give the outputs, and no head of their own."""
+        return self.prompt is not None and self.prompt.head == "label_words"
+
+    def can_take_over(self, earlier: Head) -> bool:
+        """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
+        if self.by_words or earlier.by_words:
+            return self.by_words and earlier.by_words
+        return self.labels == earlier.labels and self.problem is earlier.problem
+
+    @classmethod
+    def of(cls, config: TrainConfig, labels: Sequence[str], problem: Problem) -> Head:
+        """The head of a run with `config` on data with `labels`.
+
+        Raises:
+            FastpeftError: `problem` does not go with the prompt, or a class has no word.
+        """
+        prompt = config.parse_prompt()
+        if prompt is not None and problem.per_token:
+            raise FastpeftError(
+                f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Leave it out."
+            )
+        if prompt is not None and problem is not CLASSIFICATION and prompt.head == "label_words":
+            raise FastpeftError(
+                f"the prompt {prompt.template!r} answers by label words, which stand for classes, but this is "
+                f"{problem.name}. Add --prompt-head classifier, or leave it out."
+            )
+        return cls(list(labels), None if prompt is None else prompt.for_labels(labels), problem)
+
+
+@dataclass(frozen=True)
 class FinishedRun:
     """A run's model, on the best device there is, with what the run's folder says of it.
 
@@ -60,29 +105,30 @@ def load_run(folder: str | Path) -> FinishedRun:
 
 def assemble(folder: RunFolder) -> FinishedRun:
     """The run in `folder`, on the CPU: an adapter that is merged next has the bits there that it had in training."""
-    config, labels, prompt, problem = outline(folder)
+    config, head = outline(folder)
     method = get_method(config.method, config.settings)
     if method.adapts or method.ladder:
         folder.check_start()
-        base = load_start(config, labels, prompt, problem)
+        base = load_start(config, head)
         load = _load_adapter if method.adapts else _load_ladder
         classifier = Classifier(load(folder.path, base.model), base.tokenizer, base.head)
     else:
-        classifier = load_model(str(folder.path), labels, prompt, problem)
+        classifier = load_model(str(folder.path), head)
     classifier.model.eval()
     metrics = folder.metrics()
-    return FinishedRun(classifier, config, problem, labels, metrics["pairs"], prompt, metrics["max_length"])
+    return FinishedRun(
+        classifier, config, head.problem, head.labels, metrics["pairs"], head.prompt, metrics["max_length"]
+    )
 
 
-def outline(folder: RunFolder) -> tuple[TrainConfig, list[str], Prompt | None, Problem]:
-    """Configuration, classes, prompt and problem of a finished run."""
+def outline(folder: RunFolder) -> tuple[TrainConfig, Head]:
+    """Configuration and head of a finished run."""
     metrics = folder.metrics()
-    labels, problem = metrics["labels"], get_problem(metrics["problem_type"])
     config = TrainConfig.from_values(folder.config())
-    return config, labels, prompt_for(config, labels, problem), problem
+    return config, Head.of(config, metrics["labels"], get_problem(metrics["problem_type"]))
 
 
-def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
+def load_start(config: TrainConfig, head: Head) -> Classifier:
     """Load the model that a run with `config` goes on from, before its method has prepared it.
 
     That is its `model`, with the weights of the run that it starts from: whole ones, or those of a base with its
@@ -93,9 +139,9 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
         FastpeftError: the model or the earlier run cannot be loaded, or the two do not go together.
     """
     if config.init_from is None:
-        return load_model(config.model, labels, prompt, problem)
+        return load_model(config.model, head)
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt, earlier_problem = outline(folder)
+    earlier, earlier_head = outline(folder)
     if config.values()["model"] != earlier.values()["model"]:
         raise FastpeftError(
             f"the model is {config.model!r}, but the run in {config.init_from!r} trained {earlier.model!r}. Leave the "
@@ -110,23 +156,22 @@ def load_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None
                 f"{config.method!r} has nothing to start from. Choose a method with the same side network, {same} or "
                 f"mezo with --set over={same}, or leave init_from out."
             )
-        return load_start(earlier, labels, prompt, problem)
-    start = load_model(config.model, labels, prompt, problem)
+        return load_start(earlier, head)
+    start = load_model(config.model, head)
     trained = assemble(folder).classifier.model
     if method.adapts:
         trained = trained.merge_and_unload()
-    if _same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem)):
+    if head.can_take_over(earlier_head):
         start.model.load_state_dict(trained.state_dict())
     else:  # of two kinds of head one may lack a pooler
-        inside_prompt(start.model).base_model.load_state_dict(inside_prompt(trained).base_model.state_dict(), strict=False)
+        weights = inside_prompt(trained).base_model.state_dict()
+        inside_prompt(start.model).base_model.load_state_dict(weights, strict=False)
     for model in (start.model, inside_prompt(start.model)):  # what goes onto it names what it goes onto
         model.name_or_path = model.config.name_or_path = str(folder.path.resolve())
     return start
 
 
-def begin_from_earlier(
-    model: Any, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem
-) -> None:
+def begin_from_earlier(model: Any, config: TrainConfig, head: Head) -> None:
     """Give a prepared model the side network of the run that `config` starts from, if that trained one.
 
     Raises:
@@ -135,28 +180,12 @@ def begin_from_earlier(
     if config.init_from is None:
         return
     folder = earlier_run(config.init_from)
-    earlier, earlier_labels, earlier_prompt, earlier_problem = outline(folder)
-    if (earlier_prompt is None) != (prompt is None):
-        given = "a prompt, this one has none" if prompt is None else "no prompt, this one has"
+    earlier, earlier_head = outline(folder)
+    if (earlier_head.prompt is None) != (head.prompt is None):
+        given = "a prompt, this one has none" if head.prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)
     if get_method(earlier.method, earlier.settings).ladder:
-        inside_prompt(model).take_over(
-            folder.path, head=_same_head((earlier_labels, earlier_prompt, earlier_problem), (labels, prompt, problem))
-        )
-
-
-_Head = tuple[Sequence[str], Prompt | None, Problem]  # what a head is for
-
-
-def _same_head(earlier: _Head, this: _Head) -> bool:
-    """Whether an earlier run's head can stay: one for words whatever the classes, another for the same classes."""
-    by_words = [_by_words(prompt) for _, prompt, _ in (earlier, this)]
-    (earlier_labels, _, earlier_problem), (labels, _, problem) = earlier, this
-    return all(by_words) or (not any(by_words) and list(earlier_labels) == list(labels) and earlier_problem is problem)
-
-
-def _by_words(prompt: Prompt | None) -> bool:
-    return prompt is not None and prompt.head == "label_words"
+        inside_prompt(model).take_over(folder.path, head=head.can_take_over(earlier_head))
 
 
 def inside_prompt(model: Any) -> Any:
@@ -164,32 +193,11 @@ def inside_prompt(model: Any) -> Any:
     return model.masked_lm if isinstance(model, PromptModel) else model
 
 
-def load_model(model: str, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
-    """Load `model` with the head of `problem` for `labels`, or with the label words of `prompt` for a head."""
-    if prompt is not None and _by_words(prompt):
-        return load_prompted(model, prompt)
-    return load_classifier(model, labels, problem)
-
-
-def prompt_for(config: TrainConfig, labels: Sequence[str], problem: Problem) -> Prompt | None:
-    """The prompt of `config`, with its words in the order of `labels`.
-
-    Raises:
-        FastpeftError: `problem` does not go with it, or a class has no word.
-    """
-    prompt = config.parse_prompt()
-    if prompt is None:
-        return None
-    if problem.per_token:
-        raise FastpeftError(
-            f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Leave it out."
-        )
-    if problem is not CLASSIFICATION and prompt.head == "label_words":
-        raise FastpeftError(
-            f"the prompt {prompt.template!r} answers by label words, which stand for classes, but this is "
-            f"{problem.name}. Add --prompt-head classifier, or leave it out."
-        )
-    return prompt.for_labels(labels)
+def load_model(model: str, head: Head) -> Classifier:
+    """Load `model` with `head`, or with the label words of its prompt for one."""
+    if head.prompt is not None and head.by_words:
+        return load_prompted(model, head.prompt)
+    return load_classifier(model, head.labels, head.problem)
 
 
 def best_device() -> torch.device | str:

@@ -18,7 +18,7 @@ from transformers import DataCollatorForTokenClassification, TrainingArguments, 
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data, texts_in_words
 from fastpeft.errors import FastpeftError
-from fastpeft.loading import begin_from_earlier, load_start, prompt_for
+from fastpeft.loading import Head, begin_from_earlier, load_start
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.models import Classifier
@@ -113,9 +113,10 @@ class Task:
         )
         metric = config.metric or data.problem.primary
         data.problem.check_metric(metric)
-        prompt = prompt_for(config, data.labels, data.problem)
+        head = Head.of(config, data.labels, data.problem)
+        prompt = head.prompt
         check_texts(prompt, data.train)
-        classifier = draw_start(config, data.labels, prompt, data.problem)
+        classifier = draw_start(config, head)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
             raise FastpeftError(
@@ -127,7 +128,7 @@ class Task:
         )
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_cut_words(part, rows, data.problem, max_length)
-        model = prepare(classifier, config, data.labels, prompt, data.problem)
+        model = prepare(classifier, config, head)
         tokenizer = classifier.tokenizer
         return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
 
@@ -191,22 +192,20 @@ class Task:
         )
 
 
-def draw_start(config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem) -> Classifier:
+def draw_start(config: TrainConfig, head: Head) -> Classifier:
     """What `load_start` loads, with the new head that a run with `config` draws."""
     set_seed(config.seed)
-    return load_start(config, labels, prompt, problem)
+    return load_start(config, head)
 
 
-def prepare(
-    start: Classifier, config: TrainConfig, labels: Sequence[str], prompt: Prompt | None, problem: Problem
-) -> Any:
+def prepare(start: Classifier, config: TrainConfig, head: Head) -> Any:
     """The module that a run with `config` trains, made of what `draw_start` loaded, as it is before the first step."""
     method, given, _ = method_options(config)
     preparation = dataclasses.replace(
-        given, head=start.head, head_is_new=start.head_is_new, task_type=problem.task_type
+        given, head=start.head, head_is_new=start.head_is_new, task_type=head.problem.task_type
     )
     model = method.prepare(start.model, preparation)
-    begin_from_earlier(model, config, labels, prompt, problem)
+    begin_from_earlier(model, config, head)
     return model
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
 from fastpeft.evaluation import evaluate
-from fastpeft.loading import load_run, load_start, prompt_for
+from fastpeft.loading import Head, load_run, load_start
 from fastpeft.methods import METHODS
 from fastpeft.problems import CLASSIFICATION
 from fastpeft.prompts import HEADS
@@ -120,9 +120,7 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
         link = replace(config, output=output, init_from=start, **{"prompt": None, "label_words": None, **values})
         if start is not None:
             before = load_run(start)
-            begun = load_start(
-                link, before.labels, prompt_for(link, before.labels, CLASSIFICATION), CLASSIFICATION
-            ).model
+            begun = load_start(link, Head.of(link, before.labels, CLASSIFICATION)).model
             expected = encoder(before.classifier.model)
             assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
         result = train(link)
