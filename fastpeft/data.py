@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,6 @@ LABEL_COLUMNS = (
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
 _LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
-_NO_GOLD = ("gold_label", "-")  # SNLI's rows whose annotators did not agree
 
 T = TypeVar("T")
 
@@ -241,28 +240,12 @@ def _pick_columns(table: Table, problem: Problem | None, text_column: str | None
             raise FastpeftError(
                 f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
-
-    def find(usual: Iterable[str], taken: Sequence[str]) -> str | None:
-        left = {column.strip().lower(): column for column in columns if column not in taken}
-        by_name = next((left[name] for name in usual if name in left), None)
-        return by_name or (next(iter(left.values())) if taken and len(left) == 1 else None)
-
-    def find_texts(taken: Sequence[str]) -> tuple[str, ...]:
-        left = {column.strip().lower(): column for column in columns if column not in taken}
-        pair = next((pair for pair in PAIR_COLUMNS if all(name in left for name in pair)), None)
-        if pair and not tagged:
-            return left[pair[0]], left[pair[1]]
-        name = find(usual_texts, taken)
-        return () if name is None else (name,)
-
-    word_columns = texts or tuple(column for column in columns if column.strip().lower() in WORD_COLUMNS)
-    tagged = problem is TAGGING or (
-        problem is None and any(isinstance(table.rows[0][column], list) for column in word_columns)
-    )
-    usual_texts, usual_labels = (WORD_COLUMNS, TAG_COLUMNS) if tagged else (TEXT_COLUMNS, LABEL_COLUMNS)
-    label = label_column or find(usual_labels, texts)
-    texts = texts or find_texts([label] if label else [])
-    label = label or find(usual_labels, texts)
+    tagged = problem is TAGGING or (problem is None and _has_words(table, texts))
+    label = label_column or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
+    texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=label is not None)
+    left = _left(columns, texts)
+    if label is None and texts and len(left) == 1:
+        (label,) = left.values()
     for found, option in ((texts, "--text-column (for pairs two, joined by a comma)"), (label, "--label-column")):
         if not found:
             raise FastpeftError(
@@ -275,6 +258,32 @@ def _pick_columns(table: Table, problem: Problem | None, text_column: str | None
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
         )
     return _Columns(texts, label)
+
+
+def _has_words(table: Table, texts: Sequence[str]) -> bool:
+    """Whether the columns of texts, named or else by their names those of words, hold lists."""
+    words = texts or [column for column in table.columns if column.strip().lower() in WORD_COLUMNS]
+    return any(isinstance(table.rows[0][column], list) for column in words)
+
+
+def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str, ...]:
+    """The column of texts, or two, among those that `_left` gave; `alone`: the only one is it, whatever its name."""
+    pair = next((pair for pair in PAIR_COLUMNS if all(name in left for name in pair)), None)
+    if pair and not tagged:
+        return left[pair[0]], left[pair[1]]
+    if name := _first_of(WORD_COLUMNS if tagged else TEXT_COLUMNS, left):
+        return (name,)
+    return tuple(left.values()) if alone and len(left) == 1 else ()
+
+
+def _left(columns: Sequence[str], taken: Sequence[str | None]) -> dict[str, str]:
+    """The columns that are not taken, by their names without spaces around and in lower case."""
+    return {column.strip().lower(): column for column in columns if column not in taken}
+
+
+def _first_of(usual: Sequence[str], left: Mapping[str, str]) -> str | None:
+    """The first of the usual names that is left, as the data writes it."""
+    return next((left[name] for name in usual if name in left), None)
 
 
 def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]:
@@ -330,7 +339,8 @@ def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequenc
     part: Labelled = []
     for number, row in enumerate(table.rows, start=1):
         value = row.get(columns.label)
-        if (columns.label, value) == _NO_GOLD or (value == -1 and columns.label in table.class_names):
+        # of SNLI, whose annotators did not agree; or of a hidden test part
+        if (columns.label == "gold_label" and value == "-") or (value == -1 and columns.label in table.class_names):
             continue
         place = _Place(table.name, number)
         if problem.per_token:
