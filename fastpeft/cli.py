@@ -99,7 +99,7 @@ def train(
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Keep the checkpoint that is best by it, as accuracy, f1, word_f1, pearson or loss.")
+        str | None, typer.Option(help="Keep the checkpoint best by it: accuracy, f1, word_f1, pearson, loss ...")
     ] = None,
     prompt: Annotated[
         str | None,
@@ -211,7 +211,9 @@ def evaluate(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="With --model: subtract what the words score for an empty text.")
     ] = False,
-    text_column: Annotated[str | None, typer.Option(help="Column of texts in --data, or two joined by a comma.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of texts in --data, or two joined by a comma for pairs.")
+    ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""

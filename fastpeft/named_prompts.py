@@ -5,8 +5,8 @@ same authors' settings. Their code also drops the last character of a pair's fir
 letter of its second; here texts stay as they are.
 
 Classes carry the names, and stand in the order, of the usual copies on the hub: GLUE, `stanfordnlp/snli`,
-`CogComp/trec`, `cornell-movie-review-data/rotten_tomatoes` (MR), and SetFit's SST-5, CR, MPQA and Subj. Data that only numbers its classes must
-number them in this order; LM-BFF's own files of Subj and TREC do not.
+`CogComp/trec`, `cornell-movie-review-data/rotten_tomatoes` (MR), and SetFit's SST-5, CR, MPQA and
+Subj. Data that only numbers its classes must number them in this order; LM-BFF's own files of Subj and TREC do not.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def find_tables(data: str) -> list[Table]:
 
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
     hub_name = _HUB_NAME.fullmatch(data)
-    if hub_name and not path.exists() and not data.startswith(".") and path.suffix[1:].lower() not in (*READERS, *_OTHER_FILES):
+    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*READERS, *_OTHER_FILES)
+    if hub_name and not path.exists() and not is_file_name:
         import datasets
 
         owner, configuration = hub_name.groups()
@@ -105,8 +106,8 @@ def _find_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FastpeftError(
-            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(READERS)} file or of a folder with train.* "
-            f"and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
+            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(READERS)} file or of a folder with "
+            f"train.* and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
         )
     parts: list[Path] = []
     for stems in (_TRAIN, _DEV):

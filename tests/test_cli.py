@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -20,7 +21,7 @@ from samples import pairs, reviews, save_tiny_model, scores, tagged, write_csv, 
 from typer.testing import CliRunner, Result
 
 import fastpeft
-from fastpeft import Prompt, PromptCollator, backends
+from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig, backends
 from fastpeft.cli import app
 from fastpeft.data import load_data
 from fastpeft.methods import METHODS
@@ -106,6 +107,29 @@ def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     weights.with_suffix(".safetensors").unlink()
     run("train", "--output", "out", "--resume", "--quiet")
     assert weights.with_suffix(".safetensors").read_bytes() == before
+
+
+def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        **{"output": "out", "method": "lst", "model": "m", "init_from": "earlier", "data": "d.csv", "targets": "query"},
+        **{"problem_type": "regression", "metric": "loss", "text_column": "t", "label_column": "l"},
+        **{"prompt": "{text} <mask>", "label_words": "a,b", "prompt_head": "classifier"},
+        **{"rank": 3, "window": 5, "reduction": 2, "max_steps": 7, "batch_size": 4, "max_length": 9, "save_steps": 6},
+        **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
+    }
+    assert given.keys() | {"settings"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    seen = []
+
+    def plan(config: TrainConfig) -> None:
+        seen.append(dataclasses.asdict(config))
+        raise FastpeftError("seen")
+
+    monkeypatch.setattr("fastpeft.training.plan", plan)
+    arguments = []
+    for name, value in given.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
+    assert seen == [{**given, "settings": {"x": 3}}]
 
 
 def test_what_trains_with_label_words(place: Path) -> None:
