@@ -191,7 +191,15 @@ def test_a_killed_cell_is_told() -> None:
     assert [row["state"] for row in results()] == ["failed", "finished"]
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a person's Ctrl-C has it: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("stand_in", "interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_ends_the_cell_and_reports(number: signal.Signals) -> None:
     pids = []
