@@ -111,11 +111,8 @@ class Task:
             label_column=config.label_column,
             split_seed=config.split_seed,
         )
-        metric = config.metric or data.problem.primary
-        data.problem.check_metric(metric)
-        head = Head.of(config, data.labels, data.problem)
-        prompt = head.prompt
-        check_texts(prompt, data.train)
+        head = head_for(config, data)
+        metric, prompt = config.metric or data.problem.primary, head.prompt
         classifier = draw_start(config, head)
         max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
         if max_length > classifier.max_length:
@@ -190,6 +187,19 @@ class Task:
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
+
+
+def head_for(config: TrainConfig, data: TextData) -> Head:
+    """The head of a run with `config` on `data`.
+
+    Raises:
+        FastpeftError: metric, prompt or label words do not go with what the data has.
+    """
+    if config.metric is not None:
+        data.problem.check_metric(config.metric)
+    head = Head.of(config, data.labels, data.problem)
+    check_texts(head.prompt, data.train)
+    return head
 
 
 def draw_start(config: TrainConfig, head: Head) -> Classifier:

@@ -64,6 +64,12 @@ class Cell:
         return RunFolder(self.values["output"])
 
     @property
+    def config(self) -> TrainConfig:
+        """Its configuration; of a `ZERO_SHOT` cell, that of a run with its data and prompt."""
+        own = ("method", "calibrate") if self.method == ZERO_SHOT else ()
+        return TrainConfig.from_values({name: value for name, value in self.values.items() if name not in own})
+
+    @property
     def config_file(self) -> Path:
         """What its process reads."""
         return Path(f"{self.values['output']}.json")

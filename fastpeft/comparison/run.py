@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import IO
+from typing import IO, Any
 
 from fastpeft import files
 from fastpeft.comparison import report
 from fastpeft.comparison.plan import LOCK, ROWS, ZERO_SHOT, Cell, CompareConfig, Plan
-from fastpeft.data import load_data
+from fastpeft.data import TextData, load_data
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
+from fastpeft.task import head_for
 
 try:
     import fcntl
@@ -136,10 +137,18 @@ class Comparison:
 
 
 def _check_data(cells: Iterable[Cell]) -> None:
-    """Raise `FastpeftError` where the rows that cells are to run on cannot be loaded: once, and not in every cell."""
-    wanted = {tuple(cell.values[name] for name in ROWS) for cell in cells if cell.state != "finished"}
-    for values in wanted:
-        load_data(**dict(zip(ROWS, values)))
+    """Raise `FastpeftError` where the rows of cells cannot be loaded, or a cell's prompt or metric is not for them."""
+    loaded: dict[Any, TextData] = {}
+    for cell in cells:
+        if cell.state == "finished":
+            continue
+        rows = tuple(cell.values[name] for name in ROWS)
+        if rows not in loaded:
+            loaded[rows] = load_data(**dict(zip(ROWS, rows)))
+        try:
+            head_for(cell.config, loaded[rows])
+        except FastpeftError as error:
+            raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}") from None
 
 
 def _command(cell: Cell) -> list[str]:

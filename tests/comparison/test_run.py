@@ -26,8 +26,9 @@ from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
+from fastpeft.data import Examples, TextData
 from fastpeft.methods import get_method
-from fastpeft.problems import PROBLEMS, Problem
+from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
 
 ROOT = Path(fastpeft.__file__).parents[1]
 
@@ -62,7 +63,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cell.py").write_text(STAND_IN)
     monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
-    monkeypatch.setattr(run, "load_data", lambda **options: None)
+    rows = Examples(["good", "bad"], [1, 0])
+    data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
+    monkeypatch.setattr(run, "load_data", lambda **options: data)
 
 
 @pytest.fixture(autouse=True)
@@ -286,10 +289,10 @@ def test_on_the_command_line() -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_template_with_a_comma_on_the_command_line() -> None:
-    prompts = '"{a}? <mask>, {b}":label_words=Yes+No,none'
+    prompts = '"{text}, <mask>":label_words=No+Yes,none'
     shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--prompts", prompts, "--output", "out"])
     assert shown.exit_code == 0, shown.output
-    assert [row["variant"] for row in results()] == ['head:prompt="{a}? <mask>, {b}":label_words=Yes+No', "head"]
+    assert [row["variant"] for row in results()] == ['head:prompt="{text}, <mask>":label_words=No+Yes', "head"]
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -363,7 +366,23 @@ def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
     assert (shown.exit_code, "no column 'stars'" in shown.stderr) == (2, True)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("variant", "fault"),
+    [
+        ("head:prompt={a} or {b}? <mask>:label_words=No+Yes", "takes a pair of texts a row, but the data has one text"),
+        ("zero-shot:prompt=mnli", "has no word for negative, positive"),
+        ("head:prompt=trec", "has no word for negative, positive"),
+        ("head:metric=pearson:save_steps=2", "the metric 'pearson' is not measured"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_told_before_the_first_cell(stand_in: None, variant: str, fault: str) -> None:
+    with pytest.raises(FastpeftError) as raised:
+        compare(config("head", variant))
+    assert str(raised.value).startswith(f"the variant '{variant}' cannot be used: ")
+    assert fault in str(raised.value)
+    assert not Path("out").exists()
+
+
 def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config("head"))
 
