@@ -1,0 +1,128 @@
+"""Peak memory of one training step of a RoBERTa-large by each method, simulated: `python -m bench.memory_table`.
+
+Batch 16, weights in bfloat16, activations by autocast in bfloat16, fused AdamW, rank 4: `bench/data/memory.csv`. No
+weight is read, so they are zeros. What a step holds at its peak is told apart: weights, gradients, optimizer state, and
+the rest, which are activations and temporaries.
+
+What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter trains keeps its input for backward
+(2 bytes a value), which query and key share; LoRA also keeps the input in the dtype of its factors, where that is
+another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
+weight back. A side network keeps nothing of the backbone but the features that its blocks still have to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from bench.harness import DATA, put_row
+from fastpeft import LadderConfig, LadderModel, SivaConfig
+from fastpeft.environment import versions
+from fastpeft.memory import MEBIBYTE, MemoryEstimate, fused_adamw, simulate_training_step
+
+FILE = DATA / "memory.csv"
+RANK, BATCH = 4, 16
+LENGTHS = (64, 128, 512)
+LARGE = RobertaConfig(
+    vocab_size=50_265,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    max_position_embeddings=514,
+    type_vocab_size=1,
+)
+TARGETS: dict[str, Any] = {
+    "query+key": ["query", "key"],
+    "key+value": ["key", "value"],
+    "all linear": "all-linear",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, what it adapts, and the dtype of what it trains beside the model."""
+
+    method: str
+    targets: str = ""
+    adapter_dtype: str = ""
+
+
+CASES = [
+    Case("full"),
+    *(Case(m, t, d) for t in TARGETS for d in ("float32", "bfloat16") for m in ("lora", "pissa", "siva")),
+    Case("k-lst", adapter_dtype="float32"),
+    Case("lst", adapter_dtype="float32"),
+    Case("mezo"),
+]
+
+
+def large(config: RobertaConfig) -> Any:
+    """A classifier in bfloat16, all zeros, made without drawing weights first."""
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    return model
+
+
+def prepared(case: Case, config: RobertaConfig) -> nn.Module:
+    """The model that a step of `case` trains."""
+    model = large(config)
+    if case.method in ("full", "mezo"):
+        return model
+    if case.method in ("k-lst", "lst"):
+        gated = LadderConfig(window_size=1, fusion="gated")
+        return LadderModel(model, gated if case.method == "lst" else LadderConfig())
+    common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
+    wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
+    if case.method == "siva":
+        adapted = wrap(model, SivaConfig(**common, init_weights=False))  # not decomposed, but filled in:
+        set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
+        return adapted
+    start = "pissa_niter_1" if case.method == "pissa" else True
+    return wrap(model, LoraConfig(**common, lora_alpha=RANK, init_lora_weights=start))
+
+
+def estimate(case: Case, model: nn.Module, tokens: int) -> MemoryEstimate:
+    """Memory of a step on a batch of `tokens` tokens a row."""
+    ids = torch.zeros(BATCH, tokens, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
+    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = fused_adamw
+    return simulate_training_step(model, batch, None if case.method == "mezo" else optimizer, torch.bfloat16)
+
+
+def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> Iterator[dict[str, str]]:
+    """One row for each case and length."""
+    for case in cases:
+        model = prepared(case, config)
+        for tokens in lengths:
+            found = estimate(case, model, tokens)
+            parts = ("weights", "gradients", "optimizer", "activations", "peak")
+            megabytes = {f"{part}_mb": f"{getattr(found, part) / MEBIBYTE:.1f}" for part in parts}
+            trained = str(sum(p.numel() for p in model.parameters() if p.requires_grad))
+            torch_version = versions()["torch"]
+            yield {**asdict(case), "tokens": str(tokens), "trained": trained, **megabytes, "torch": torch_version}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="METHOD", help="cases of this method only")
+    only = parser.parse_args().only
+    cases = [case for case in CASES if only in (None, case.method)]
+    for row in rows(cases, LARGE, LENGTHS):
+        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "tokens"))
+        print(", ".join(row.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The memory table: every method on a model of two layers."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import RobertaConfig
+
+from bench.memory_table import CASES, Case, rows
+
+TINY = RobertaConfig(
+    vocab_size=999,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=512,
+    type_vocab_size=1,
+)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[tuple[Case, int], dict[str, float]]:
+    made = {}
+    for row in rows(CASES, TINY, (8, 16)):
+        case = Case(row["method"], row["targets"], row["adapter_dtype"])
+        made[case, int(row["tokens"])] = {name: float(row[name]) for name in row if name.endswith("_mb")}
+    return made
+
+
+def test_parts_sum_to_the_peak(table: dict[tuple[Case, int], dict[str, float]]) -> None:
+    assert len(table) == 2 * len(CASES)
+    for figures in table.values():
+        parts = sum(value for name, value in figures.items() if name != "peak_mb")
+        assert abs(parts - figures["peak_mb"]) < 0.3, "each is rounded to a tenth"
+
+
+def test_the_order_of_methods(table: dict[tuple[Case, int], dict[str, float]]) -> None:
+    full, mezo = table[Case("full"), 16], table[Case("mezo"), 16]
+    assert mezo["gradients_mb"] == mezo["optimizer_mb"] == 0
+    assert mezo["peak_mb"] <= min(figures["peak_mb"] for (_, tokens), figures in table.items() if tokens == 16)
+    assert full["optimizer_mb"] == pytest.approx(2 * full["gradients_mb"], abs=0.2)
+    assert full["gradients_mb"] > 1
+    for targets in ("query+key", "all linear"):
+        lora, siva = (table[Case(method, targets, "float32"), 16]["activations_mb"] for method in ("lora", "siva"))
+        assert siva <= lora
