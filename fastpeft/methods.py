@@ -226,6 +226,7 @@ _OWN_FIELDS = (
     "base_model_name_or_path",
     "revision",
     "init_weights",
+    "pissa",
     "base_fingerprints",
 )
 

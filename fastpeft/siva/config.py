@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 
 from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
+from fastpeft.siva.pissa import PissaAdapter
 
 Residual = Literal["frozen", "implicit"]
 
@@ -51,6 +52,7 @@ class SivaConfig(PeftConfig):
         modules_to_save: Further modules that train and are saved whole; a classification head is added by itself.
         init_weights: False makes layers that wait for a saved adapter, with no decomposition. Saved
             configurations hold False.
+        pissa: Folder of a PiSSA adapter whose training goes on here, see `from_pissa`. Saved configurations hold None.
         base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
 
     Raises:
@@ -71,6 +73,7 @@ class SivaConfig(PeftConfig):
     exclude_modules: Collection[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
+    pissa: str | None = None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,17 +97,41 @@ class SivaConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))  # as PEFT's own configurations keep them
 
+    @classmethod
+    def from_pissa(cls, path: str | Path, residual: Residual = "frozen") -> SivaConfig:
+        """The configuration that makes a trained PiSSA adapter of PEFT a SiVA adapter.
+
+        A model that `get_peft_model` makes with it, from the base model that the PiSSA adapter was trained on, computes
+        what that adapter computes; modules that it saved whole, as a classification head, come along. It trains on,
+        saves, merges and exports as any SiVA adapter. The two share their form, in other coordinates:
+        `U = B (c / S0)^1/2`, `V = (c / S0)^1/2 A`, where c is PEFT's scaling and S0 the singular values of the weight.
+
+        Args:
+            path: A local folder that `save_pretrained` wrote.
+            residual: As in `SivaConfig`.
+
+        Raises:
+            FastpeftError: The folder holds no PiSSA adapter, or one that started from a randomised decomposition
+                (`pissa_niter_...`), which cannot be made again, or has what SiVA has not (DoRA, biases). When the
+                model is made: its layers are not those of the adapter.
+
+        Example:
+            >>> model = peft.get_peft_model(base, SivaConfig.from_pissa("pissa-adapter"))  # doctest: +SKIP
+        """
+        return cls(**PissaAdapter.read(path).settings, residual=residual, pissa=str(path))
+
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration and a model card beside a saved adapter, whose factors serve at loading."""
-        made_here, self.init_weights = self.init_weights, False
+        made_from = self.init_weights, self.pissa
+        self.init_weights, self.pissa = False, None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.init_weights = made_here
+            self.init_weights, self.pissa = made_from
         self._write_card(Path(save_directory))
 
     def _write_card(self, folder: Path) -> None:

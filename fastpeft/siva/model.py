@@ -17,6 +17,8 @@ from fastpeft.files import fingerprints_agree
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.layer import SivaLinear, check_kind, original_fingerprint
+from fastpeft.siva.pissa import PissaAdapter
+from fastpeft.siva.progress import progress
 
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
@@ -37,8 +39,16 @@ class SivaModel(BaseTuner):
     tuner_layer_cls = SivaLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
         self._heads, self._adding = head_names(model), adapter_name
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
+        try:
+            with progress("decomposing weights") as self._step:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self._pissa is not None:
+                self._pissa.fill_saved_modules(model, adapter_name)
+        finally:
+            del self._step, self._pissa  # a model is copied and pickled, with neither
 
     def _prepare_adapter_config(self, peft_config: SivaConfig, model_config: dict[str, Any]) -> SivaConfig:
         return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
@@ -67,6 +77,9 @@ class SivaModel(BaseTuner):
         tied = _tied_parameters(model)
         for name in targets:
             _check_target(peft_config, self._adding, name, modules[name], tied)
+        if self._pissa is not None:
+            self._pissa.check_targets(targets)
+        self._number_of_targets = len(targets)
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads or key in self._heads
@@ -88,7 +101,7 @@ class SivaModel(BaseTuner):
             "r": _rank(peft_config, current_key),
             "d": peft_config.d,
             "residual": peft_config.residual,
-            "init_weights": peft_config.init_weights,
+            "init_weights": peft_config.init_weights and self._pissa is None,
         }
         if isinstance(target, SivaLinear):
             layer = target
@@ -98,6 +111,11 @@ class SivaModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+        if self._pissa is not None:
+            stored = layer.base_layer.weight
+            factors = self._pissa.factors(current_key, stored.t() if layer.fan_in_fan_out else stored)
+            layer.load_state_dict({f"{part}.{adapter_name}": value for part, value in factors.items()}, strict=False)
+        self._step(self._number_of_targets)
         if peft_config.init_weights and layer.base_fingerprint is not None:
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
