@@ -1,9 +1,9 @@
 """How the singular triplets that SiVA starts from are best computed: time and error of several ways.
 
-`python -m bench.siva_init` fills `bench/data/siva_init.csv`. The weights are the bundled model's, trained; normal random
-ones, whose leading singular values lie as close as they come; and ones of chosen decay at the sizes of larger models.
-Errors are against the singular value decomposition in float64: of the singular values (relative), of the subspace (sine
-of the largest angle), and of the residual W_r (its spectral norm over the best possible one, less 1).
+`python -m bench.siva_init` fills `bench/data/siva_init.csv`. The weights are the bundled model's, trained; normal
+random ones, whose leading singular values lie as close as they come; and ones of chosen decay at the sizes of larger
+models. Errors are against the singular value decomposition in float64: of the singular values (relative), of the
+subspace (sine of the largest angle), and of the residual W_r (its spectral norm over the best possible one, less 1).
 `python -m bench.siva_init --models` times whole models of RoBERTa-large's shapes.
 """
 
@@ -25,6 +25,7 @@ from fastpeft.siva.decompose import decompose
 
 FILE = DATA / "siva_init.csv"
 ROUNDS = 3
+ERRORS = ("error_s", "error_subspace", "excess_residual")
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
@@ -85,11 +86,8 @@ def errors(weight: Tensor, found: Triplets, true: Triplets, next_value: float) -
     u, s, v = (part.double() for part in found)
     angle = torch.linalg.matrix_norm(v.t() - true[2].t() @ (true[2] @ v.t()), 2)
     residual = torch.linalg.matrix_norm(weight.double() - (u * s) @ v, 2)
-    return {
-        "error_s": float(((s - true[1]) / true[1]).abs().max()),
-        "error_subspace": float(angle),
-        "excess_residual": float(residual) / next_value - 1,
-    }
+    found_errors = ((s - true[1]) / true[1]).abs().max(), angle, residual / next_value - 1
+    return {name: float(value) for name, value in zip(ERRORS, found_errors)}
 
 
 def compare(r: int) -> None:
@@ -121,13 +119,7 @@ def models(r: int) -> None:
                 decompose(weight, r)
                 seconds += time.perf_counter() - begin
             row = {"weight": f"{name}, {kind}", "n": "", "k": "", "r": str(r), "candidate": "fastpeft"}
-            row |= {
-                **machine(torch.device("cpu")),
-                "gap": "",
-                "error_s": "",
-                "error_subspace": "",
-                "excess_residual": "",
-            }
+            row |= machine(torch.device("cpu")) | dict.fromkeys(("gap", *ERRORS), "")
             row |= dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), f"{1e3 * seconds:.4g}")
             put_row(FILE, row, key=("weight", "r", "candidate", "card", "threads"))
 

@@ -346,7 +346,7 @@ def compare(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run or of a PEFT adapter.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     to: Annotated[
         str,
@@ -359,7 +359,7 @@ def export(
         int | None, typer.Option(help="Of a run by MeZO: the weights after so many steps, from its journal.")
     ] = None,
 ) -> None:
-    """Write the model of a run as other libraries load it."""
+    """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
     from fastpeft import console
     from fastpeft import export as exporting
 

@@ -1,4 +1,4 @@
-"""A finished run as what other libraries load: a plain model, or a plain LoRA."""
+"""A finished run, or a saved adapter, as what other libraries load: a plain model, or a plain LoRA."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from fastpeft import files
+from fastpeft.adapters import holds_adapter, load_adapter
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, assemble, outline
 from fastpeft.methods import get_method
@@ -26,13 +27,15 @@ FORMS = ("merged", "lora")
 
 
 def export(folder: str | Path, output: str | Path, to: str = "merged", step: int | None = None) -> Path:
-    """Write the model of a finished run to a new folder, with its tokenizer and its prompt.
+    """Write the model of a finished run, or of a saved adapter, to a new folder, with its tokenizer and its prompt.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run, or one to which `save_pretrained` of PEFT wrote an adapter whose configuration names
+            a base model that can be loaded.
         output: the folder to make.
         to: "merged", a plain transformers model: a whole one as it is, an adapter merged into its base, which may be
             that of a chain of runs; or "lora", the adapter of a SiVA run as a LoRA of twice its rank, for its base.
+            See `fastpeft.siva.export.save_as_lora` for who takes it.
         step: of a run by MeZO, the weights after so many of its steps, made again from its journal. None: those that
             the run left.
 
@@ -52,13 +55,23 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
     if os.path.lexists(output):
         raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
     source = RunFolder(folder)
-    _check_form(source, to)
-    run = assemble(source) if step is None else _replay(source, step)
+    if holds_adapter(source.path) and not source.started:
+        if step is not None:
+            raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
+        (model, tokenizer), prompt = load_adapter(source.path), None
+    else:
+        _check_form(source, to)
+        run = assemble(source) if step is None else _replay(source, step)
+        model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary:
             staged = Path(temporary) / output.name
-            _save(run, to, staged)
+            _save(model, to, staged)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
+            if prompt is not None:
+                prompt.save(staged)
             output.parent.mkdir(parents=True, exist_ok=True)
             files.publish(staged, output)
     except OSError as error:
@@ -86,18 +99,13 @@ def _check_form(source: RunFolder, to: str) -> None:
         logger.info("the LoRA goes onto the model of the run in %s: export that one to merged", config.init_from)
 
 
-def _save(run: FinishedRun, to: str, folder: Path) -> None:
-    """Write model, tokenizer and prompt."""
-    model = run.classifier.model
+def _save(model: Any, to: str, folder: Path) -> None:
     if to == "lora":
         save_as_lora(model, folder, model.active_adapter)
     elif isinstance(model, PeftModel):
         model.merge_and_unload().save_pretrained(folder)
     else:
         model.save_pretrained(folder)
-    run.classifier.tokenizer.save_pretrained(folder)
-    if run.prompt is not None:
-        run.prompt.save(folder)
 
 
 def _replay(folder: RunFolder, step: int) -> FinishedRun:

@@ -1,9 +1,10 @@
 """The singular value decomposition that SiVA starts from.
 
-Only the top r singular triplets of a weight are needed. They come from the Gram matrix of its shorter side, in float64, by
-the randomised method with power iterations (Halko, Martinsson, Tropp 2011) in its form that keeps the earlier powers, a
-block Krylov space (Halko, Martinsson, Shkolnisky, Tygert 2011): it grows from a seeded start until the leading singular
-vectors in it are known to `_ACCURACY`. Where the singular values lie too close for that, all eigenvectors are computed.
+Only the top r singular triplets of a weight are needed. They come from the Gram matrix of its shorter side, in float64,
+by the randomised method with power iterations (Halko, Martinsson, Tropp 2011) in its form that keeps the earlier
+powers, a block Krylov space (Halko, Martinsson, Shkolnisky, Tygert 2011): it grows from a seeded start until the
+leading singular vectors in it are known to `_ACCURACY`. Where the singular values lie too close for that, all
+eigenvectors are computed.
 `bench/data/siva_init.csv` is what these choices were made by.
 """
 

@@ -37,6 +37,10 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
     Modules that trained whole, as a classification head, are saved with it.
 
+    PEFT loads it on any base model. vLLM takes the format for the decoders that it serves, if the adapter has no
+    `modules_to_save` (which a classification head is) and 2r is at most its `max_lora_rank`; ranks may differ between
+    layers, since the scaling is 1 in all of them.
+
     Args:
         model: what PEFT wrapped.
         folder: where to write `adapter_config.json` and `adapter_model.safetensors`.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,6 +51,63 @@ def test_a_lower_rank_keeps_only_the_triplets_up_to_d() -> None:
 def test_d_of_full_rank_loses_nothing() -> None:
     w = weight(12, 20)
     assert decompose(w, 3, d=12).residual.equal(decompose(w, 3).residual)
+
+
+def with_values(values: torch.Tensor, n: int) -> torch.Tensor:
+    """A weight `(n, len(values))` with these singular values."""
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(k, len(values), generator=generator).double()).Q for k in (n, len(values)))
+    return ((u * values) @ v.t()).float()
+
+
+def check_against_svd(w: torch.Tensor, r: int) -> None:
+    factors = decompose(w, r).factors
+    u, s, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    torch.testing.assert_close(factors.s.double(), s[:r], rtol=1e-6, atol=0)
+    torch.testing.assert_close(factors.product().double(), (u[:, :r] * s[:r]) @ vh[:r], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("r", [1, 4, 16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_large_weight_takes_the_fast_way(r: int, wide: bool, caplog: pytest.LogCaptureFixture) -> None:
+    w = with_values(torch.arange(1, 513).double() ** -0.7, 600)
+    with caplog.at_level(logging.INFO, "fastpeft"):
+        check_against_svd(w.t() if wide else w, r)
+    assert not caplog.records
+    assert all(a.equal(b) for a, b in zip(decompose(w, r).factors, decompose(w, r).factors))
+
+
+def test_the_fast_way_looks_at_no_more_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: seen.append(len(matrix)) or eigh(matrix))
+    decompose(with_values(torch.arange(1, 513).double() ** -0.7, 512), 4)
+    assert seen
+    assert max(seen) <= 128
+
+
+def test_where_the_gap_is_too_small_all_are_computed(caplog: pytest.LogCaptureFixture) -> None:
+    values = torch.linspace(1, 0.9, 512).double()
+    with caplog.at_level(logging.INFO, "fastpeft"):
+        factors = decompose(with_values(values, 512), 4, name="layer.3").factors
+    assert "layer.3: singular values 4 and 5 are too close" in caplog.text
+    torch.testing.assert_close(factors.s.double(), values[:4], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("size", [20, 520])
+def test_weights_of_low_rank_have_orthonormal_factors(size: int, rank: int) -> None:
+    values = (torch.arange(size) < rank).double()
+    factors = decompose(with_values(values, size), 5).factors
+    torch.testing.assert_close(factors.s, values[:5].float(), rtol=0, atol=1e-6)
+    for part in (factors.u.t() @ factors.u, factors.v @ factors.v.t()):
+        torch.testing.assert_close(part, torch.eye(5), rtol=0, atol=1e-5)
+
+
+def test_a_weight_on_no_device_gives_shapes() -> None:
+    factors, rest = decompose(torch.empty(6, 4, device="meta", dtype=torch.bfloat16), 2)
+    assert [tuple(part.shape) for part in factors] == [(6, 2), (2,), (2, 4)]
+    assert (factors.u.dtype, rest.dtype, rest.device.type) == (torch.float32, torch.bfloat16, "meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
