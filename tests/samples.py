@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
 
 WORDS = {
     "negative": ("awful", "dull", "clumsy", "tedious"),
@@ -105,3 +106,31 @@ def save_tiny_model(folder: Path, kind: str = "Roberta", head: str = "ForMaskedL
     getattr(transformers, f"{kind}{head}")(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+_TINY = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+
+
+def tiny_classifier(kind: str = "Roberta") -> nn.Module:
+    """A randomly initialised classifier, the same at every call."""
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, f"{kind}ForSequenceClassification")(
+        getattr(transformers, f"{kind}Config")(**_TINY)
+    ).eval()
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    """What a model says of three fixed texts."""
+    ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found: Tensor = model(ids).logits
+    return found

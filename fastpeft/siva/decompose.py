@@ -75,10 +75,9 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
     weight = weight.detach()
     if weight.device.type == "meta":
         n, k = weight.shape
-        sizes = {"dtype": torch.float32, "device": "meta"}
-        factors = Factors(torch.empty(n, r, **sizes), torch.empty(r, **sizes), torch.empty(r, k, **sizes))
+        factors = Factors(*(weight.new_empty(shape, dtype=torch.float32) for shape in ((n, r), (r,), (r, k))))
         return Decomposition(factors, torch.empty_like(weight))
-    if is_lossy(weight, d):
+    if d is not None and is_lossy(weight, d):
         u, s, v = _triplets(weight, d, name)
         rest = (u[:, r:] * s[r:]) @ v[r:]
         factors = _fix_signs(u[:, :r], s[:r], v[:r], weight.device)

@@ -81,8 +81,8 @@ class PissaAdapter:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields that its configuration and SiVA's share."""
-        shared = ("r", "target_modules", "rank_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
-        shared += ("modules_to_save", "task_type", "base_model_name_or_path", "revision")
+        shared = ["r", "target_modules", "rank_pattern", "layers_to_transform", "layers_pattern", "exclude_modules"]
+        shared += ["modules_to_save", "task_type", "base_model_name_or_path", "revision"]
         return {name: getattr(self.config, name) for name in shared}
 
     def check_targets(self, targets: Collection[str]) -> None:
