@@ -34,4 +34,5 @@ def progress(description: str) -> Iterator[Callable[[int], None]]:
     try:
         yield step
     finally:
-        bar.stop()
+        if bar.live.is_started:  # what was never shown would end in an empty line
+            bar.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
 
 import pytest
 from peft import get_peft_model
@@ -21,27 +20,20 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
-    for variable in ("TERM", "NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
-        monkeypatch.delenv(variable, raising=False)
-    screen = Screen()
-    monkeypatch.setattr("sys.stderr", screen)
-    level = logging.getLogger("fastpeft").level
-    yield screen
-    logging.getLogger("fastpeft").setLevel(level)
-
-
 @pytest.mark.parametrize(
     ("patience", "level", "shown"),
     [(0.0, logging.INFO, True), (1e9, logging.INFO, False), (0.0, logging.ERROR, False)],
     ids=["long", "short", "quiet"],
 )
 def test_on_a_terminal(
-    screen: Screen, monkeypatch: pytest.MonkeyPatch, patience: float, level: int, shown: bool
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patience: float, level: int, shown: bool
 ) -> None:
+    for variable in ("TERM", "NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
+        monkeypatch.delenv(variable, raising=False)
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr(module, "PATIENCE_S", patience)
-    logging.getLogger("fastpeft").setLevel(level)
+    caplog.set_level(level, "fastpeft")
     get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))
     assert ("decomposing weights" in screen.getvalue()) == shown
     assert ("4/4" in screen.getvalue()) == shown
