@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
+
+logger = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LOADERS = {
@@ -54,12 +57,12 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
             f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "
             f"{_CONFIG} a base_model_name_or_path that can be loaded."
         ) from error
-    for place in (str(folder), base):
-        try:
-            return model, AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError):  # vision models, and models made by hand, have none
-            continue
-    return model, None
+    place = str(folder) if (folder / "tokenizer_config.json").is_file() else base
+    try:
+        return model, AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, ImportError) as error:  # vision models, and models made by hand, have none
+        logger.info("%s has no tokenizer that can be loaded (%s)", place, str(error).strip().partition("\n")[0])
+        return model, None
 
 
 def _number_of_labels(folder: Path) -> dict[str, int]:
