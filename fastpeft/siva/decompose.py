@@ -65,8 +65,9 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         and the rest in the dtype of `weight`, computed in float32 (float64 for float64) and rounded once.
 
     Notes:
-        On one machine and one number of threads two calls agree bit by bit; elsewhere to rounding, which the gap
-        between two singular values can magnify. The factors may come out of the cache, see `fastpeft.siva.cache`.
+        Two calls on one machine agree bit by bit, as a rule on another number of threads too, since float64 is rounded
+        to float32 last; elsewhere to rounding, which a small gap between singular values magnifies. The factors may
+        come out of the cache, see `fastpeft.siva.cache`.
 
     Raises:
         FastpeftError: the weight is not a finite floating matrix, or r or d is out of range.
