@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all bench wheel clean
+.PHONY: demo install-dev check test test-all native sanitize sanitize-thread bench wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
@@ -26,13 +26,29 @@ check: $(VENV)/dev.stamp
 	ruff format --check .
 	ruff check .
 	mypy
-	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
 
 test: $(VENV)/dev.stamp
 	python -m pytest
 
 test-all: $(VENV)/dev.stamp
 	python -m pytest --full
+
+# the C++ tests of csrc's host code, which need a compiler and nothing else
+NATIVE ?= build/native
+NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/perturb_*.cpp)
+NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc
+run_native = mkdir -p $(NATIVE) && \
+	$(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@ && $(NATIVE)/$@
+
+native:
+	$(call run_native,-O3)
+
+sanitize:
+	$(call run_native,-O1 -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all)
+
+sanitize-thread:
+	$(call run_native,-O1 -fsanitize=thread)
 
 bench: $(VENV)/dev.stamp
 	python -m pytest bench --benchmark-enable --benchmark-only
