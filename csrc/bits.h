@@ -4,11 +4,15 @@
 #include <cstdint>
 #include <cstring>
 
-// Always inlined on the host: a loop over these functions is then compiled for the instruction set of its caller.
+// Always inlined on the host, and compiled for the instruction set of the including file, which may name one in
+// FASTPEFT_TARGET.
 #if defined(__CUDACC__)
 #define FASTPEFT_HD __host__ __device__ __forceinline__
 #else
-#define FASTPEFT_HD __attribute__((always_inline)) inline
+#if !defined(FASTPEFT_TARGET)
+#define FASTPEFT_TARGET
+#endif
+#define FASTPEFT_HD FASTPEFT_TARGET __attribute__((always_inline)) inline
 #endif
 
 namespace fastpeft {

@@ -1,7 +1,10 @@
 // Random words to noise, the same bits as fastpeft/noise.py, which states the contract.
 //
 // Every addition, multiplication and square root is one float32 operation rounded by itself, in the order written:
-// compile with -ffp-contract=off (nvcc: --fmad=false). The coefficients are those of fastpeft/noise.py.
+// compile with -ffp-contract=off (nvcc: --fmad=false). The coefficients are those of fastpeft/noise.py, some times a
+// power of two, which rounds nothing.
+//
+// A Word is a uint32_t, or a type of many that has its operators and the functions up to `select`.
 #pragma once
 
 #include <cmath>
@@ -20,50 +23,56 @@ FASTPEFT_HD float square_root(float x) {
 #endif
 }
 
+// of the word as a signed number
+FASTPEFT_HD float to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+
+// one or the other number, by the upper bit of the word
+FASTPEFT_HD float select(uint32_t word, float set, float clear) { return word >> 31 ? set : clear; }
+
 // sqrt(-2 ln u) with u = ((w >> 8) + 1) 2^-24. u = (1 + t) 2^exponent with 1 + t in [sqrt(1/2), sqrt(2));
 // ln(1 + t) = t + t^2 P(t).
-FASTPEFT_HD float radius(uint32_t word) {
-    const float u = static_cast<float>((word >> 8) + 1) * 0x1p-24f;
-    const int32_t bits = static_cast<int32_t>(to_bits(u));
-    const int32_t exponent = (bits - 0x3F3504F3) >> 23;
-    const float t = from_bits(static_cast<uint32_t>(bits - exponent * (1 << 23))) - 1.0f;
-    float p = 0x1.645e52p-4f;
-    p = p * t + -0x1.242fd0p-3f;
+template <typename Word>
+FASTPEFT_HD auto radius(const Word& word) {
+    constexpr uint32_t kRootOfHalf = 0x3F3504F3u, kFraction = 0x7FFFFFu;
+    const auto above = to_bits(to_float((word >> 8) + 1u)) - (kRootOfHalf + (24u << 23));  // of 2^24 u
+    const auto exponent = to_float(above & ~kFraction);                                    // 2^23 times it
+    const auto t = from_bits((above & kFraction) + kRootOfHalf) - 1.0f;
+    auto p = t * 0x1.645e52p-4f + -0x1.242fd0p-3f;
     p = p * t + 0x1.3172fap-3f;
     p = p * t + -0x1.5382a4p-3f;
     p = p * t + 0x1.98d824p-3f;
     p = p * t + -0x1.000380p-2f;
     p = p * t + 0x1.5556d8p-2f;
     p = p * t + -0.5f;
-    float logarithm = t + (t * t) * p;
-    logarithm = logarithm + static_cast<float>(exponent) * 0x1.62e430p-1f;
+    auto logarithm = t + (t * t) * p;
+    logarithm = logarithm + exponent * 0x1.62e430p-24f;
     return square_root(logarithm * -2.0f);
 }
 
+template <typename Float>
 struct CosSin {
-    float cos, sin;
+    Float cos, sin;
 };
 
 // cos(2 pi v) and sin(2 pi v) with v = (w >> 8) 2^-24: the nearest quadrant, and t in [-1, 1) eighths of a turn from
 // its middle; sin(pi/4 t) = t P(t^2), cos(pi/4 t) = P(t^2).
-FASTPEFT_HD CosSin cos_sin(uint32_t word) {
-    const uint32_t turned = (word >> 8) + (1u << 21);
-    const uint32_t quadrant = (turned >> 22) & 3u;
-    const float t = static_cast<float>(static_cast<int32_t>(turned & 0x3FFFFFu) - (1 << 21)) * 0x1p-21f;
-    const float square = t * t;
-    float sin = -0x1.33198ep-15f;
-    sin = sin * square + 0x1.4680a4p-9f;
+template <typename Word>
+FASTPEFT_HD auto cos_sin(const Word& word) {
+    const auto turned = word + (1u << 29);                                           // the upper two bits: quadrant
+    const auto t = from_bits(((turned & 0x3FFFFF00u) >> 7) | to_bits(2.0f)) - 3.0f;  // from a number in [2, 4)
+    const auto square = t * t;
+    auto sin = square * -0x1.33198ep-15f + 0x1.4680a4p-9f;
     sin = sin * square + -0x1.4abc24p-4f;
     sin = sin * square + 0x1.921fb6p-1f;
     sin = t * sin;
-    float cos = -0x1.4eb112p-12f;
-    cos = cos * square + 0x1.03b18ep-6f;
+    auto cos = square * -0x1.4eb112p-12f + 0x1.03b18ep-6f;
     cos = cos * square + -0x1.3bd3a2p-2f;
     cos = cos * square + 1.0f;
-    const bool swap = quadrant & 1u;
-    const uint32_t cos_bits = to_bits(swap ? sin : cos);
-    const uint32_t sin_bits = to_bits(swap ? cos : sin);
-    return {from_bits(cos_bits ^ (((quadrant + 1u) & 2u) << 30)), from_bits(sin_bits ^ ((quadrant & 2u) << 30))};
+    constexpr uint32_t kUpper = 1u << 31;
+    const auto odd = turned << 1;
+    const auto cos_bits = to_bits(select(odd, sin, cos)) ^ ((turned + (1u << 30)) & kUpper);
+    const auto sin_bits = to_bits(select(odd, cos, sin)) ^ (turned & kUpper);
+    return CosSin<decltype(from_bits(word))>{from_bits(cos_bits), from_bits(sin_bits)};
 }
 
 struct Lanes {
@@ -73,7 +82,7 @@ struct Lanes {
 // z of the flat indices 4q .. 4q + 3 from the words of counter q
 FASTPEFT_HD Lanes box_muller(Words words) {
     const float r0 = radius(words.w[0]), r2 = radius(words.w[2]);
-    const CosSin a1 = cos_sin(words.w[1]), a3 = cos_sin(words.w[3]);
+    const CosSin<float> a1 = cos_sin(words.w[1]), a3 = cos_sin(words.w[3]);
     return {{r0 * a1.cos, r0 * a1.sin, r2 * a3.cos, r2 * a3.sin}};
 }
 

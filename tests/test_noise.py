@@ -96,7 +96,7 @@ HARNESS = """
 extern "C" void every_word(float* radius, float* cos, float* sin) {
     for (uint32_t m = 0; m < (1u << 24); ++m) {
         radius[m] = fastpeft::radius(m << 8);
-        const fastpeft::CosSin angle = fastpeft::cos_sin(m << 8);
+        const auto angle = fastpeft::cos_sin(m << 8);
         cos[m] = angle.cos;
         sin[m] = angle.sin;
     }

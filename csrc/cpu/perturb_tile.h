@@ -4,10 +4,10 @@
 //     FASTPEFT_TARGET         the attribute that makes the compiler use the instruction set ("" for its default)
 //     FASTPEFT_VECTOR_BYTES   the width of its registers
 //
-// Loops over the scalar functions of normal.h and storage.h are left to the compiler, which vectorises them; every
-// lane computes what the scalar code does, so the bits are the same. Only Philox is written with vectors: compilers
-// do not find the instruction that multiplies 32-bit halves of 64-bit lanes. Nothing of the standard library is called
-// here: a copy of one of its functions, compiled for a newer processor, could end up in the code for all.
+// The noise is written with vectors, in several independent chains: a chain of dependent operations by itself leaves
+// most of a processor idle. Loops over the scalar functions of storage.h are left to the compiler, which vectorises
+// them. Every lane computes what the scalar code does, so the bits are the same. Nothing of the standard library is
+// called here: a copy of one of its functions, compiled for a newer processor, could end up in the code for all.
 #include <cstring>
 
 #include "normal.h"
@@ -27,6 +27,9 @@ constexpr int kCounters = kBlock / 4;       // Gaussian: a counter is four eleme
 constexpr int kSignCounters = kTile / 128;  // Rademacher: a counter is 128 elements
 
 typedef uint64_t Wide __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+typedef uint32_t Word __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+typedef int32_t Signed __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+typedef float Float __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
 
 // The products of the lower halves of 64-bit lanes.
 FASTPEFT_TARGET inline Wide multiply(Wide a, Wide b) {
@@ -43,77 +46,256 @@ FASTPEFT_TARGET inline Wide multiply(Wide a, Wide b) {
 #endif
 }
 
-// Word k of the counters q .. q + count - 1 to words[k]; count is a multiple of the 32-bit lanes of a register.
-//
-// A 64-bit lane holds a counter's word in its lower half, and above it what the multiplication left there and the next
-// one ignores. Even and odd counters are two independent chains, which interleave to 32-bit lanes at the end.
-template <int count>
-FASTPEFT_TARGET void draw(uint64_t q, uint64_t seed, Stream stream, uint32_t (&words)[4][count]) {
-    constexpr int kLanes = FASTPEFT_VECTOR_BYTES / 4;
-    static_assert(count % kLanes == 0, "whole registers");
-    Wide key0[kRounds], key1[kRounds], even;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < kRounds; ++round) {
-        key0[round] = Wide{} + k0;
-        key1[round] = Wide{} + k1;
-        k0 += kWeyl0;
-        k1 += kWeyl1;
-    }
-    for (int lane = 0; lane < kLanes / 2; ++lane) even[lane] = 2 * lane;
-    const Wide multiplier0 = Wide{} + kMultiplier0, multiplier1 = Wide{} + kMultiplier1;
+// The upper halves of 64-bit lanes in the lower ones, and anything above. On x86 by a shuffle: shifts would compete
+// with the multiplications.
+FASTPEFT_TARGET inline Wide upper(Wide a) {
+#if FASTPEFT_VECTOR_BYTES == 64
+    return (Wide)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);
+#elif FASTPEFT_VECTOR_BYTES == 32
+    return (Wide)_mm256_shuffle_epi32((__m256i)a, 0xF5);
+#elif defined(__x86_64__)
+    return (Wide)_mm_shuffle_epi32((__m128i)a, 0xF5);
+#else
+    return a >> 32;
+#endif
+}
 
-    for (int i = 0; i < count; i += kLanes) {
-        Wide c[2][4];
-        for (int odd = 0; odd < 2; ++odd) {
-            c[odd][0] = even + (q + i + odd);
-            c[odd][1] = c[odd][0] >> 32;
-            c[odd][2] = Wide{} + static_cast<uint64_t>(stream);
-            c[odd][3] = Wide{};
-        }
+// a ^ b ^ c where `a` comes last: compilers reorder, and would make the chain through `a` an operation longer. AVX-512
+// has one instruction for both.
+FASTPEFT_TARGET inline Wide xor_late(Wide a, Wide b, Wide c) {
+    Wide early = b ^ c;
+#if defined(__x86_64__) && FASTPEFT_VECTOR_BYTES < 64
+    asm("" : "+x"(early));
+#endif
+    return a ^ early;
+}
+
+// The lower halves of 64-bit lanes side by side: in each group of 128 bits two of `a`, then two of `b`.
+FASTPEFT_TARGET inline Word lower(Wide a, Wide b) {
+#if FASTPEFT_VECTOR_BYTES == 64
+    return (Word)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+#elif FASTPEFT_VECTOR_BYTES == 32
+    return (Word)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+#else
+    return Word{(uint32_t)a[0], (uint32_t)a[1], (uint32_t)b[0], (uint32_t)b[1]};
+#endif
+}
+
+// Where among the 32-bit lanes of its register the counter is that comes `index`-th: the four lanes of a 128-bit group
+// are as many counters apart as the register has groups. Unpacking, which stays within groups, then brings a counter's
+// four words together and the counters into order (`in_order`). With one group this is the natural order.
+constexpr int kLanes = FASTPEFT_VECTOR_BYTES / 4, kGroups = kLanes / 4;
+constexpr int place(int index) {
+    const int within = index % kLanes;
+    return index - within + within % kGroups * 4 + within / kGroups;
+}
+
+// Philox's words for one seed and stream, and for counters whose upper half is that of `q`.
+//
+// A 64-bit lane holds a counter's word in its lower half, and above it what an operation left there and the next one
+// ignores; so a register's worth of counters is two chains. What the first rounds compute from numbers that all
+// counters share is computed once.
+class Generator {
+  public:
+    FASTPEFT_TARGET Generator(uint64_t q, uint64_t seed, Stream stream) {
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < kRounds; ++round) {
-            for (auto& counter : c) {
-                const Wide product0 = multiply(counter[0], multiplier0), product1 = multiply(counter[2], multiplier1);
-                counter[0] = (product1 >> 32) ^ counter[1] ^ key0[round];
-                counter[1] = product1;
-                counter[2] = (product0 >> 32) ^ counter[3] ^ key1[round];
-                counter[3] = product0;
+            key0_[round] = Wide{} + k0;
+            key1_[round] = Wide{} + k1;
+            k0 += kWeyl0;
+            k1 += kWeyl1;
+        }
+        // of round 0, whose first product alone differs from counter to counter
+        const uint64_t product = uint64_t{kMultiplier1} * stream;
+        const Wide word0 = key0_[0] ^ ((product >> 32) ^ (q >> 32));
+        // of round 1, whose second alone does
+        word3_ = multiply(word0, Wide{} + kMultiplier0);
+        word2_ = upper(word3_) ^ key1_[1];
+        key0_[1] ^= Wide{} + product;
+    }
+
+    // Word k of counter q + i to words[k][place(i)]; q is a multiple of count.
+    template <int count>
+    FASTPEFT_TARGET inline void draw(uint64_t q, uint32_t (&words)[4][count]) const {
+        constexpr int kAtOnce = 2, kChains = 2 * kAtOnce, kStep = kAtOnce * kLanes;  // registers
+        static_assert(count % kStep == 0, "whole registers");
+        Wide offset[2] = {};
+        for (int i = 0; i < kLanes; ++i) offset[place(i) % 4 / 2][place(i) / 4 * 2 + place(i) % 2] = i;
+        const Wide multiplier0 = Wide{} + kMultiplier0, multiplier1 = Wide{} + kMultiplier1;
+        for (int i = 0; i < count; i += kStep) {
+            Wide c[kChains][4];
+            for (int chain = 0; chain < kChains; ++chain) {
+                const Wide counter = offset[chain % 2] + (static_cast<uint32_t>(q) + (i + chain / 2 * kLanes));
+                const Wide product0 = multiply(counter, multiplier0);
+                const Wide product1 = multiply(upper(product0) ^ key1_[0], multiplier1);
+                c[chain][0] = upper(product1) ^ key0_[1];
+                c[chain][1] = product1;
+                c[chain][2] = word2_ ^ product0;
+                c[chain][3] = word3_;
+            }
+            for (int round = 2; round < kRounds; ++round) {
+                for (auto& word : c) {
+                    const Wide product0 = multiply(word[0], multiplier0), product1 = multiply(word[2], multiplier1);
+                    word[0] = xor_late(upper(product1), word[1], key0_[round]);
+                    word[1] = product1;
+                    word[2] = xor_late(upper(product0), word[3], key1_[round]);
+                    word[3] = product0;
+                }
+            }
+            for (int chain = 0; chain < kChains; chain += 2) {
+                for (int k = 0; k < 4; ++k) {
+                    const Word word = lower(c[chain][k], c[chain + 1][k]);
+                    std::memcpy(&words[k][i + chain / 2 * kLanes], &word, sizeof word);
+                }
             }
         }
-        for (int k = 0; k < 4; ++k) {
-            const Wide interleaved = (c[0][k] & 0xFFFFFFFFu) | (c[1][k] << 32);
-            std::memcpy(&words[k][i], &interleaved, sizeof interleaved);
-        }
     }
+
+  private:
+    Wide key0_[kRounds], key1_[kRounds];
+    Wide word2_, word3_;  // after round 1, the first without the counter's part
+};
+
+// What belongs to word k of counter i, for all i and k, from [k][place(i)] to [4 i + k].
+template <typename Value>
+FASTPEFT_TARGET inline void in_order(const Value (&by_word)[4][kCounters], Value (&ordered)[kBlock]) {
+#if FASTPEFT_VECTOR_BYTES == 16
+    for (int i = 0; i < kCounters; ++i) {
+        for (int k = 0; k < 4; ++k) ordered[4 * i + k] = by_word[k][i];
+    }
+#else
+#if FASTPEFT_VECTOR_BYTES == 64
+#define FASTPEFT_SIMD(name) _mm512_##name
+    using Register = __m512i;
+#else
+#define FASTPEFT_SIMD(name) _mm256_##name
+    using Register = __m256i;
+#endif
+    for (int i = 0; i < kCounters; i += kLanes) {
+        Register word[4], pairs[4];
+        for (int k = 0; k < 4; ++k) std::memcpy(&word[k], &by_word[k][i], sizeof word[k]);
+        for (int k = 0; k < 4; k += 2) {
+            pairs[k] = FASTPEFT_SIMD(unpacklo_epi32)(word[k], word[k + 1]);
+            pairs[k + 1] = FASTPEFT_SIMD(unpackhi_epi32)(word[k], word[k + 1]);
+        }
+        const Register out[] = {
+            FASTPEFT_SIMD(unpacklo_epi64)(pairs[0], pairs[2]), FASTPEFT_SIMD(unpackhi_epi64)(pairs[0], pairs[2]),
+            FASTPEFT_SIMD(unpacklo_epi64)(pairs[1], pairs[3]), FASTPEFT_SIMD(unpackhi_epi64)(pairs[1], pairs[3])};
+        std::memcpy(&ordered[4 * i], out, sizeof out);
+    }
+#undef FASTPEFT_SIMD
+#endif
+}
+
+// Some registers that go through normal.h together.
+template <typename Vector>
+struct Several {
+    static constexpr int kCount = 4;
+    Vector part[kCount];
+};
+
+template <typename Vector>
+FASTPEFT_HD const Vector& part_of(const Several<Vector>& several, int i) {
+    return several.part[i];
+}
+
+template <typename Scalar>
+FASTPEFT_HD Scalar part_of(Scalar same, int) {
+    return same;
+}
+
+#define FASTPEFT_OPERATOR(op)                                                                       \
+    template <typename Vector, typename Other>                                                      \
+    FASTPEFT_HD Several<Vector> operator op(const Several<Vector>& a, const Other& b) {             \
+        Several<Vector> out;                                                                        \
+        for (int i = 0; i < Several<Vector>::kCount; ++i) out.part[i] = a.part[i] op part_of(b, i); \
+        return out;                                                                                 \
+    }
+FASTPEFT_OPERATOR(+)
+FASTPEFT_OPERATOR(-)
+FASTPEFT_OPERATOR(*)
+FASTPEFT_OPERATOR(&)
+FASTPEFT_OPERATOR(|)
+FASTPEFT_OPERATOR(^)
+FASTPEFT_OPERATOR(<<)
+FASTPEFT_OPERATOR(>>)
+#undef FASTPEFT_OPERATOR
+
+FASTPEFT_HD Several<Word> to_bits(const Several<Float>& x) {
+    Several<Word> out;
+    for (int i = 0; i < x.kCount; ++i) out.part[i] = (Word)x.part[i];
+    return out;
+}
+
+FASTPEFT_HD Several<Float> from_bits(const Several<Word>& word) {
+    Several<Float> out;
+    for (int i = 0; i < word.kCount; ++i) out.part[i] = (Float)word.part[i];
+    return out;
+}
+
+FASTPEFT_HD Several<Float> to_float(const Several<Word>& word) {
+    Several<Float> out;
+    for (int i = 0; i < word.kCount; ++i) out.part[i] = __builtin_convertvector((Signed)word.part[i], Float);
+    return out;
+}
+
+FASTPEFT_HD Several<Float> select(const Several<Word>& word, const Several<Float>& set, const Several<Float>& clear) {
+    Several<Float> out;
+    for (int i = 0; i < word.kCount; ++i) out.part[i] = (Signed)word.part[i] < 0 ? set.part[i] : clear.part[i];
+    return out;
+}
+
+FASTPEFT_HD Several<Float> square_root(const Several<Float>& x) {
+    Several<Float> out;
+    for (int i = 0; i < x.kCount; ++i) {
+#if FASTPEFT_VECTOR_BYTES == 64
+        out.part[i] = (Float)_mm512_sqrt_ps((__m512)x.part[i]);
+#elif FASTPEFT_VECTOR_BYTES == 32
+        out.part[i] = (Float)_mm256_sqrt_ps((__m256)x.part[i]);
+#elif defined(__x86_64__)
+        out.part[i] = (Float)_mm_sqrt_ps((__m128)x.part[i]);
+#elif defined(__aarch64__)
+        out.part[i] = (Float)vsqrtq_f32((float32x4_t)x.part[i]);
+#else
+        for (int lane = 0; lane < kLanes; ++lane) out.part[i][lane] = __builtin_sqrtf(x.part[i][lane]);
+#endif
+    }
+    return out;
 }
 
 // z of a block; q is its first counter
-FASTPEFT_TARGET inline void gaussian(uint64_t q, uint64_t seed, float (&z)[kBlock]) {
+FASTPEFT_TARGET inline void gaussian(const Generator& generator, uint64_t q, float (&z)[kBlock]) {
     alignas(64) uint32_t words[4][kCounters];
-    draw(q, seed, kNoise, words);
-    for (int i = 0; i < kCounters; ++i) {
-        const Lanes lanes = box_muller({{words[0][i], words[1][i], words[2][i], words[3][i]}});
-        z[4 * i] = lanes.z[0];
-        z[4 * i + 1] = lanes.z[1];
-        z[4 * i + 2] = lanes.z[2];
-        z[4 * i + 3] = lanes.z[3];
+    alignas(64) float by_word[4][kCounters];
+    generator.draw(q, words);
+    for (int k = 0; k < 4; k += 2) {
+        for (int i = 0; i < kCounters; i += Several<Word>::kCount * kLanes) {
+            Several<Word> of_radius, of_angle;
+            std::memcpy(&of_radius, &words[k][i], sizeof of_radius);
+            std::memcpy(&of_angle, &words[k + 1][i], sizeof of_angle);
+            const Several<Float> r = radius(of_radius);
+            const CosSin<Several<Float>> angle = cos_sin(of_angle);
+            const Several<Float> along = r * angle.cos, across = r * angle.sin;
+            std::memcpy(&by_word[k][i], &along, sizeof along);
+            std::memcpy(&by_word[k + 1][i], &across, sizeof across);
+        }
     }
+    in_order(by_word, z);
 }
 
 // z of block number `block` of a tile, from the tile's counters
 FASTPEFT_TARGET inline void rademacher(const uint32_t (&words)[4][kSignCounters], int block, float (&z)[kBlock]) {
     for (int i = 0; i < kBlock / 32; ++i) {
-        const uint32_t word = words[i % 4][(kBlock / 128) * block + i / 4];
+        const uint32_t word = words[i % 4][place((kBlock / 128) * block + i / 4)];
         for (int bit = 0; bit < 32; ++bit) z[32 * i + bit] = sign(word >> bit);
     }
 }
 
 // The words that round a block's elements, in their order; q is its first counter
-FASTPEFT_TARGET inline void rounding_words(uint64_t q, uint64_t seed, uint32_t (&in_order)[kBlock]) {
+FASTPEFT_TARGET inline void rounding_words(const Generator& generator, uint64_t q, uint32_t (&ordered)[kBlock]) {
     alignas(64) uint32_t words[4][kCounters];
-    draw(q, seed, kRounding, words);
-    for (int i = 0; i < kCounters; ++i) {
-        for (int k = 0; k < 4; ++k) in_order[4 * i + k] = words[k][i];
-    }
+    generator.draw(q, words);
+    in_order(words, ordered);
 }
 
 // count half-precision elements to and from float32
@@ -127,12 +309,17 @@ FASTPEFT_TARGET void store_block(const float* from, int count, T* to) {
     for (int e = 0; e < count; ++e) to[e] = store<T>(from[e]);
 }
 
-#if FASTPEFT_VECTOR_BYTES > 16  // these x86 processors convert float16 themselves
+#if FASTPEFT_VECTOR_BYTES > 16
+// These x86 processors convert float16 themselves.
 template <>
 FASTPEFT_TARGET void load_block(const Float16* from, int count, float* to) {
     int e = 0;
-    for (; e + 8 <= count; e += 8) {
+    for (; e + kLanes <= count; e += kLanes) {
+#if FASTPEFT_VECTOR_BYTES == 64
+        _mm512_storeu_ps(to + e, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + e))));
+#else
         _mm256_storeu_ps(to + e, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + e))));
+#endif
     }
     for (; e < count; ++e) to[e] = load(from[e]);
 }
@@ -140,11 +327,37 @@ FASTPEFT_TARGET void load_block(const Float16* from, int count, float* to) {
 template <>
 FASTPEFT_TARGET void store_block(const float* from, int count, Float16* to) {
     int e = 0;
-    for (; e + 8 <= count; e += 8) {
+    for (; e + kLanes <= count; e += kLanes) {
+#if FASTPEFT_VECTOR_BYTES == 64
+        const __m256i nearest = _mm512_cvtps_ph(_mm512_loadu_ps(from + e), _MM_FROUND_TO_NEAREST_INT);
+#else
         const __m128i nearest = _mm256_cvtps_ph(_mm256_loadu_ps(from + e), _MM_FROUND_TO_NEAREST_INT);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + e), nearest);
+#endif
+        std::memcpy(to + e, &nearest, sizeof nearest);
     }
     for (; e < count; ++e) to[e] = store<Float16>(from[e]);
+}
+
+#endif
+
+#if FASTPEFT_VECTOR_BYTES == 32
+// Packing two registers at a time, which compilers do not find. Any NaN for a NaN: a carry could make it a number.
+template <>
+FASTPEFT_TARGET void store_block(const float* from, int count, BFloat16* to) {
+    int e = 0;
+    for (; e + 2 * kLanes <= count; e += 2 * kLanes) {
+        Word nearest[2];
+        for (int half = 0; half < 2; ++half) {
+            Float x;
+            std::memcpy(&x, from + e + half * kLanes, sizeof x);
+            const Word bits = (Word)x, nan = (Word)(x != x);
+            nearest[half] = ((bits + (0x7FFFu + ((bits >> 16) & 1u))) | nan) >> 16;
+        }
+        const __m256i grouped = _mm256_packus_epi32((__m256i)nearest[0], (__m256i)nearest[1]);
+        const __m256i in_order = _mm256_permute4x64_epi64(grouped, 0xD8);
+        std::memcpy(to + e, &in_order, sizeof in_order);
+    }
+    for (; e < count; ++e) to[e] = store<BFloat16>(from[e]);
 }
 #endif
 
@@ -160,15 +373,17 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
     for (size_t i = 0; i < change.num_terms; ++i) {
         const Term term = change.terms[i];
         const compute_t<T> scale = static_cast<compute_t<T>>(term.scale), keep = static_cast<compute_t<T>>(term.keep);
-        if constexpr (is_rademacher) draw(tile / 128, term.seed, kNoise, signs);
+        const uint64_t counter = tile / (is_rademacher ? 128 : 4);
+        const Generator noise(counter, term.seed, kNoise), of_rounding(tile / 4, term.seed, kRounding);
+        if constexpr (is_rademacher) noise.draw(counter, signs);
         for (int block = first_block; block <= last_block; ++block) {
             const uint64_t start = tile + kBlock * block;
             if constexpr (is_rademacher) {
                 rademacher(signs, block, z);
             } else {
-                gaussian(start / 4, term.seed, z);
+                gaussian(noise, start / 4, z);
             }
-            if constexpr (is_stochastic) rounding_words(start / 4, term.seed, rounding);
+            if constexpr (is_stochastic) rounding_words(of_rounding, start / 4, rounding);
             const int skipped = start < first ? first - start : 0;
             const int stop = end - start < kBlock ? end - start : kBlock;
             const int count = stop - skipped;
