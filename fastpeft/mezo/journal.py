@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.mezo.parallel import local_part, whole
 from fastpeft.mezo.steps import HOME, Estimator, moves, update
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Journal:
         steps: steps made up to the last record, those before the journal included.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], size: int) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], size: int = 0) -> None:
         self.path = path
         self.header = header
         self.estimator = Estimator(header["estimator"], header["num_estimates"])
@@ -236,8 +237,8 @@ class Journal:
         for index, params in enumerate(groups):
             passes = list(self._passes(records, index))
             for param, described in zip(params, self.header["groups"][index]["parameters"]):
-                offset = described["offset"]
-                for block in param.detach().flatten().split(_BLOCK) if param.is_contiguous() else [param.detach()]:
+                part, offset = local_part(param.detach(), described["offset"], described["name"])
+                for block in part.flatten().split(_BLOCK) if part.is_contiguous() else [part]:
                     for seeds, scales, decay in passes:
                         mezo_perturb_([block], [offset], seeds, scales, decay, *how)
                     offset += block.numel()
@@ -297,8 +298,8 @@ class Journal:
 
 
 def digest(params: Sequence[Tensor]) -> str:
-    """A text that two lists of tensors share only where they are bit-equal."""
+    """A text that two lists of tensors share only where they are bit-equal; shards are gathered from all processes."""
     total = hashlib.sha256()
     for param in params:
-        total.update(param.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(whole(param.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.exact import ScratchWeights
 from fastpeft.mezo.journal import Journal, Kind, Record, digest
+from fastpeft.mezo.parallel import Ranks, is_sharded, local_part, local_parts, names_of, reshard
 from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
 from fastpeft.noise import NOISE
 
@@ -70,6 +72,9 @@ class MeZO(torch.optim.Optimizer):
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
         model: the model of the parameters or groups, where these are given.
+        process_group: the processes that train together, each with the loss of its own rows: a step follows the mean of
+            their losses, as gradients are averaged by DistributedDataParallel, in which a model should not be wrapped.
+            None is the default group if `torch.distributed` is initialised, or else this process alone.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
     difference of the losses over twice its own.
@@ -82,13 +87,18 @@ class MeZO(torch.optim.Optimizer):
         journal: where each step is recorded, see `record`; None where none is.
 
     Raises:
-        FastpeftError: nothing to train, an argument out of its range, parameters that share memory.
+        FastpeftError: nothing to train, an argument out of its range, parameters that share memory or are sharded in
+            another way than in their first dimension.
 
     Notes:
         The noise of a step is `fastpeft.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
         groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
         the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit, and a journal
         (`record`, `resume`) all that is needed to make its weights again from those before it.
+        Several processes exchange one float64 each a loss and nothing else; the seed is that of the first of them.
+        They find equal losses, so that they make equal steps, and stop or skip together. The first step raises if their
+        weights or settings differ, as `check_same` does. Parameters may be sharded by `fully_shard` (FSDP2) in their
+        first dimension, evenly or not, which changes no bit; the model must then be given, and `restore` be "in_place".
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -114,6 +124,7 @@ class MeZO(torch.optim.Optimizer):
         restore: str = "in_place",
         rounding: str = "stochastic",
         model: nn.Module | None = None,
+        process_group: Any = None,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise FastpeftError(f"MeZO: seed is {seed}; allowed are 0 to 2^63 - 1.")
@@ -130,12 +141,14 @@ class MeZO(torch.optim.Optimizer):
         if isinstance(model_or_params, Tensor):
             raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
         if isinstance(model_or_params, nn.Module):
+            reshard(model_or_params)
             model, model_or_params = model_or_params, model_or_params.named_parameters()
         if restore == "exact" and model is None:
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
         self._model = model
-        self.seed = seed
+        self._ranks = Ranks(process_group)
+        self.seed = self._ranks.gather(seed)[0]
         self.noise = noise
         self.max_projected_grad = max_projected_grad
         self.on_nonfinite = on_nonfinite
@@ -152,7 +165,7 @@ class MeZO(torch.optim.Optimizer):
         # for each group the terms (seeds, scales) and the decay that the weights still lack to be those of the model
         self._deferred: list[tuple[list[int], list[float], float]] = []
         self._held = False  # inside `settled()`
-        self._checked = False  # whether the closure was seen to repeat its loss
+        self._checked = False  # whether the closure was seen to repeat its loss, and all processes to be the same
         if params:  # torch refuses an empty list in words of its own
             super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         if not params or not any(group["params"] for group in self.param_groups):
@@ -186,14 +199,15 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(f"MeZO: {name} is {group[name]}; allowed is a finite number, {allowed}.")
         given = group["params"]
         trained: dict[int, Any] = {}
-        tensors = [param for other in self.param_groups for param in other["params"]]
+        tensors = [part for other, offsets in self._groups() for part in local_parts(other, offsets)[0]]
         for item in [given] if isinstance(given, Tensor) else given:
-            param = item[1] if isinstance(item, tuple) else item  # torch allows (name, parameter)
+            name, param = item if isinstance(item, tuple) else (str(len(trained)), item)  # as torch allows
             if not isinstance(param, Tensor):
                 raise FastpeftError(f"MeZO trains tensors, but among the parameters is a {type(param).__name__}.")
             if param.requires_grad and id(param) not in trained:
                 trained[id(param)] = item
-                tensors.append(param)
+                self._check_sharding([param])
+                tensors.append(local_part(param, 0, name)[0])
         if tensors:  # a perturbation of no terms: its checks of dtypes and of memory, before the first step
             mezo_perturb_(tensors, [0] * len(tensors), seeds=[], scales=[])
         super().add_param_group({**group, "params": list(trained.values())})
@@ -230,11 +244,12 @@ class MeZO(torch.optim.Optimizer):
             closure: as for `step`.
 
         Returns:
-            The mean of the losses ("fzoo": the loss at theta); NaN where one was not finite and is skipped.
+            The mean of the losses ("fzoo": the loss at theta), over all processes; NaN where one was not finite and is
+            skipped.
 
         Raises:
-            FastpeftError: a loss is not finite, or at the first step two losses at equal weights differ. Here and
-                after any exception in `closure` the weights are those before, to rounding.
+            FastpeftError: a loss is not finite, or at the first step two losses at equal weights differ, or processes
+                do. Here and after any exception in `closure` the weights are those before, to rounding.
         """
         if self._held:
             raise FastpeftError("MeZO: no step inside `with optimizer.settled()`; it would perturb the weights.")
@@ -242,18 +257,21 @@ class MeZO(torch.optim.Optimizer):
             self.settle()
         losses: list[float] = []
         self._skip = False
+        if not self._checked:
+            self.check_same()
         try:
             with self._dropout_off(), self._shown.shown(not self._checked) if self._shown else nullcontext():
                 for point in self.estimator.points:
                     self._go(point)
-                    loss = self._loss(closure)
-                    if not self._checked and math.isfinite(loss):
-                        loss = self._repeated(loss, self._loss(closure))
-                    losses.append(loss)
-                    if not math.isfinite(loss):
-                        where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
-                        self._give_up(f"the loss at {where} is {loss}")
-                        return math.nan
+                    each = self._losses(closure)
+                    if not self._checked and all(map(math.isfinite, each)):
+                        each = self._repeated(each, self._losses(closure))
+                    for rank, loss in enumerate(each):
+                        if not math.isfinite(loss):
+                            where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
+                            self._give_up(f"the loss at {where} is {loss}{self._ranks.on(rank)}")
+                            return math.nan
+                    losses.append(statistics.fmean(each))
         except BaseException:
             self.settle()
             raise
@@ -293,19 +311,22 @@ class MeZO(torch.optim.Optimizer):
     def record(self, path: str | Path) -> None:
         """Begin a journal: from now on each step appends to `path` what it found, 36 bytes where nothing is plural.
 
-        With the weights of now, which it does not hold, it is a checkpoint of every step: `resume`.
+        With the weights of now, which it does not hold, it is a checkpoint of every step: `resume`. Of several
+        processes, all of which must call this, the first writes it.
 
         Raises:
-            FastpeftError: there is a file at `path`, or it cannot be written.
+            FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
         """
-        self.settle()
+        self.check_same()
         weights = digest([param for group, _ in self._groups() for param in group["params"]])
-        self.journal = Journal.create(
-            Path(path), {**self._described(), "first_step": self.steps_done, "weights": weights}
-        )
+        header = {**self._described(), "first_step": self.steps_done, "weights": weights}
+        begin = Journal.create if self._ranks.is_first else Journal
+        self.journal = self._ranks.together(lambda: begin(Path(path), header))
 
     def resume(self, path: str | Path, weights_at: int | None = None, steps: int | None = None) -> None:
         """Bring the weights to where the run of a journal stood, to the bit, and go on with both.
+
+        Of several processes all must call this, and be able to read the file.
 
         Args:
             path: of the journal. A last record that was not written to its end is dropped.
@@ -318,7 +339,15 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: the journal is damaged or of other weights or settings.
         """
         self.settle()
-        journal = Journal.open(Path(path))
+        self._reshard()
+        journal = self._ranks.together(lambda: self._replayed(Path(path), weights_at, steps))
+        if steps is not None and self._ranks.is_first:
+            journal.cut(steps)
+        self.steps_done, self.journal = journal.steps if steps is None else steps, journal
+
+    def _replayed(self, path: Path, weights_at: int | None, steps: int | None) -> Journal:
+        """A journal of this optimizer, of which the weights now have made the steps."""
+        journal = Journal.open(path)
         for name, value in self._described().items():
             if journal.header[name] != value:
                 what = name if name == "groups" else f"{name} {journal.header[name]!r}, not {value!r}"
@@ -326,9 +355,30 @@ class MeZO(torch.optim.Optimizer):
                     f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
                 )
         journal.replay([param for group, _ in self._groups() for param in group["params"]], weights_at, steps)
-        if steps is not None:
-            journal.cut(steps)
-        self.steps_done, self.journal = journal.steps, journal
+        return journal
+
+    def check_same(self) -> None:
+        """Raise if processes that train together differ in a setting or in a bit of what they train.
+
+        All of them must call it. The first step does, and `MeZOTrainer` before it saves.
+
+        Raises:
+            FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
+        """
+        self.settle()
+        self._check_sharding([param for group, _ in self._groups() for param in group["params"]])
+        if self._ranks.size == 1:
+            return
+        rates = [float(group["lr"]) for group in self.param_groups]
+        what = {**self._described(), "steps_done": self.steps_done, "lr": rates}
+        for group, offsets in self._groups():
+            for name, param, offset, part, start in zip(
+                names_of(group), group["params"], offsets, *local_parts(group, offsets)
+            ):
+                if part.numel() < param.numel():  # a shard, which others may have too
+                    name = f"{name} from element {start - offset}"
+                what[f"parameter {name}"] = digest([part])
+        self._ranks.check_same(what)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, seed and number of steps: with the weights, which it settles, all that a run is continued from."""
@@ -367,10 +417,9 @@ class MeZO(torch.optim.Optimizer):
         """What a journal says of the run, but for its beginning."""
         groups = []
         for group, offsets in self._groups():
-            names = group.get("param_names") or [str(number) for number in range(len(offsets))]
             parameters = [
                 {"name": name, "shape": list(param.shape), "dtype": str(param.dtype), "offset": offset}
-                for name, param, offset in zip(names, group["params"], offsets)
+                for name, param, offset in zip(names_of(group), group["params"], offsets)
             ]
             groups.append({"eps": group["eps"], "weight_decay": group["weight_decay"], "parameters": parameters})
         kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
@@ -390,7 +439,8 @@ class MeZO(torch.optim.Optimizer):
                 )
         slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
         rates = tuple(float(group["lr"]) for group in groups)
-        self.journal.append(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
+        if self._ranks.is_first:
+            self.journal.append(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
 
     def _seeds(self) -> list[int]:
         """The seeds of the noise of the present step, one a draw."""
@@ -420,12 +470,13 @@ class MeZO(torch.optim.Optimizer):
         """One pass: what a deferred step owes, then terms of the present step with scales in units of eps."""
         if not (terms or self._deferred):
             return
+        self._reshard()
         drawn = self._seeds()
         for index, (group, offsets) in enumerate(self._groups()):
             seeds, scales, decay = self._deferred[index] if self._deferred else ([], [], 0.0)
             seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
             scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
-            mezo_perturb_(group["params"], offsets, seeds, scales, decay, self.noise, self.rounding)
+            mezo_perturb_(*local_parts(group, offsets), seeds, scales, decay, self.noise, self.rounding)
         self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
@@ -455,23 +506,25 @@ class MeZO(torch.optim.Optimizer):
         if not self.defer:
             self.settle()
 
-    def _loss(self, closure: Callable[[], Any]) -> float:
-        """The loss as a double; a float32 or half precision loss is exact in it."""
+    def _losses(self, closure: Callable[[], Any]) -> list[float]:
+        """The loss of each process as a double; a float32 or half precision loss is exact in it."""
         loss = closure()
         if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
-        return float(loss)
+        return self._ranks.losses(float(loss), self.param_groups[0]["params"][0].device)
 
-    def _repeated(self, first: float, second: float) -> float:
-        """The loss of two calls at equal weights."""
-        if math.isfinite(second) and first != second:
-            raise FastpeftError(
-                f"MeZO: the closure returned {first!r} and then {second!r} for the same weights. A step takes the "
-                "small difference of two losses for a slope, and would take this noise for one too. Turn dropout off "
-                "(pass the model to MeZO, or call model.eval()), let every call see the same batch, and use "
-                "deterministic kernels (torch.use_deterministic_algorithms(True))."
-            )
+    def _repeated(self, first: list[float], second: list[float]) -> list[float]:
+        """The losses of two calls at equal weights."""
+        for rank, (one, other) in enumerate(zip(first, second)):
+            if math.isfinite(other) and one != other:
+                raise FastpeftError(
+                    f"MeZO: the closure returned {one!r} and then {other!r} for the same weights"
+                    f"{self._ranks.on(rank)}. A step takes the small difference of two losses for a slope, and would "
+                    "take this noise for one too. Turn dropout off (pass the model to MeZO, or call model.eval()), let "
+                    "every call see the same batch, and use deterministic kernels "
+                    "(torch.use_deterministic_algorithms(True))."
+                )
         self._checked = True
         return second
 
@@ -484,9 +537,30 @@ class MeZO(torch.optim.Optimizer):
                 f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
                 "data, or skip such steps (on_nonfinite='skip')."
             )
-        logger.warning("%s; the step is skipped", fault)
+        if self._ranks.is_first:
+            logger.warning("%s; the step is skipped", fault)
         self._skip = True
         self._slopes = [math.nan] * self.estimator.num_estimates
+
+    def _check_sharding(self, params: list[Tensor]) -> None:
+        """Raise if some of `params` are sharded and this cannot be."""
+        if not is_sharded(params):
+            return
+        if self.restore == "exact":
+            raise FastpeftError(
+                "MeZO: restore='exact' cannot show a forward other weights where parameters are sharded (DTensor). Use "
+                "restore='in_place'; float32 shards with mixed precision (MixedPrecisionPolicy) hardly drift."
+            )
+        if self._model is None:
+            raise FastpeftError(
+                "MeZO: parameters are sharded (DTensor), so it needs the model, to have each forward gather them anew: "
+                "pass model."
+            )
+
+    def _reshard(self) -> None:
+        """Make what the optimizer changes what the next forward sees."""
+        if self._model is not None and is_sharded([p for group in self.param_groups for p in group["params"]]):
+            reshard(self._model)
 
     def _where(self) -> str:
         return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._point[0]]})"

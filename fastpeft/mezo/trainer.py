@@ -22,6 +22,7 @@ from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
+from fastpeft.mezo.parallel import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class MeZOTrainer(Trainer):
         kwargs: all else as for `Trainer`. With `optimizers` the optimizer must be a `MeZO`.
 
     Raises:
-        FastpeftError: `args` is no `MeZOConfig`, the optimizer no `MeZO`, or there are several processes.
+        FastpeftError: `args` is no `MeZOConfig`, the optimizer no `MeZO`, or FSDP or DeepSpeed is asked for.
 
     Notes:
         The model is in eval mode while it trains. The loss of a step is the mean over its micro-batches, all under the
@@ -101,6 +102,8 @@ class MeZOTrainer(Trainer):
         (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled weights; only `on_pre_optimizer_step`
         comes between a step's two halves. Callbacks of transformers and of this library do not look at weights, any
         other costs, at each event that it handles, one pass over the weights more.
+        Under a launcher (`torchrun`) each process sends its loss, one number a forward, and begins with the weights of
+        the first; the model is not wrapped in DistributedDataParallel. The first writes journal and checkpoints.
         The Trainer of transformers 5.0 itself loses the LayerNorm weights of a whole model that came from
         `from_pretrained` when it resumes (5.24 does not).
 
@@ -115,10 +118,6 @@ class MeZOTrainer(Trainer):
         args = MeZOConfig() if args is None else args
         if not isinstance(args, MeZOConfig):
             raise FastpeftError(f"MeZOTrainer takes its arguments as a MeZOConfig; got a {type(args).__name__}.")
-        if args.world_size > 1:
-            raise FastpeftError(
-                f"MeZOTrainer trains in one process; this is one of {args.world_size}. Start it without a launcher."
-            )
         optimizer = kwargs.get("optimizers", (None, None))[0]
         if not (optimizer is None or isinstance(optimizer, MeZO)):
             raise FastpeftError(f"MeZOTrainer: the optimizer is {type(optimizer).__name__}; leave it out or pass MeZO.")
@@ -133,6 +132,28 @@ class MeZOTrainer(Trainer):
                 "learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel).",
                 type(self.model).__name__,
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Keep the model out of DistributedDataParallel, which has buffers for gradients and sends at each forward.
+
+        What else it does, to give all processes the weights of the first, is done here.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise FastpeftError(
+                f"MeZOTrainer got {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, but it keeps the whole model in "
+                "every process, which for MeZO is all the memory there is to a step. Leave it out; a model that fits "
+                "no device is sharded by torch's fully_shard and trained by fastpeft.MeZO in a loop."
+            )
+        prepare_model = self.accelerator.prepare_model
+
+        def prepared(model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+            ready = prepare_model(model, device_placement, evaluation_mode=True)
+            if not evaluation_mode:
+                Ranks().share(ready)
+            return ready
+
+        self.accelerator.prepare_model = prepared  # of this instance
 
     @property
     def mezo(self) -> MeZO:
@@ -189,11 +210,13 @@ class MeZOTrainer(Trainer):
         """As `Trainer.save_model`; a checkpoint of a run with `save_weights=False` gets the journal instead."""
         self._settle()
         journal = None if self.optimizer is None else self.mezo.journal
-        if journal is not None:
+        if _internal_call and self.optimizer is not None:  # a user may call this in one process
+            self.mezo.check_same()
+        if journal is not None and self.is_world_process_zero():
             journal.flush()
         if journal is None or self.args.save_weights or not _internal_call or output_dir is None:
             super().save_model(output_dir, _internal_call)
-        else:
+        elif self.is_world_process_zero():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(journal.path, Path(output_dir) / FILE_NAME)
 
@@ -262,8 +285,9 @@ class MeZOTrainer(Trainer):
         start, file = self._start, self.journal_file
         if checkpoint is None or start is None:
             return
-        if start.checkpoint is not None and (start.checkpoint / FILE_NAME).exists() and not file.exists():
-            files.write_bytes(file, (start.checkpoint / FILE_NAME).read_bytes())
+        with self.args.main_process_first(local=False):
+            if start.checkpoint is not None and (start.checkpoint / FILE_NAME).exists() and not file.exists():
+                files.write_bytes(file, (start.checkpoint / FILE_NAME).read_bytes())
         if file.exists():
             self.mezo.resume(file, start.weights_at, start.steps)
         if start.checkpoint is None:

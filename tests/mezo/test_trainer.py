@@ -20,6 +20,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -574,6 +575,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             MeZOTrainer(model, config(tmp_path, **changes), train_dataset=rows()).train()
     with pytest.raises(FastpeftError, match="nothing to train"):
         MeZOTrainer(model.requires_grad_(False), config(tmp_path), train_dataset=rows()).train()
-    monkeypatch.setattr(MeZOConfig, "world_size", 2)
-    with pytest.raises(FastpeftError, match="one of 2"):
-        MeZOTrainer(model, config(tmp_path))
+    create = Trainer.create_accelerator_and_postprocess
+    for other, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+        with monkeypatch.context() as patch, pytest.raises(FastpeftError, match=f"got {name}, .*fully_shard"):
+            asked = lambda self, other=other: (create(self), setattr(self, other, True))  # noqa: E731
+            patch.setattr(Trainer, "create_accelerator_and_postprocess", asked)
+            MeZOTrainer(model, config(tmp_path))
