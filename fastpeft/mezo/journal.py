@@ -11,7 +11,6 @@ that a record tells by itself which step it is of.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.parallel import local_part, whole
+from fastpeft.mezo.parallel import digest, local_part
 from fastpeft.mezo.steps import HOME, Estimator, moves, update
 
 logger = logging.getLogger(__name__)
@@ -295,11 +294,3 @@ class Journal:
         for group in self.header["groups"]:
             groups.append([next(rest) for _ in group["parameters"]])
         return groups
-
-
-def digest(params: Sequence[Tensor]) -> str:
-    """A text that two lists of tensors share only where they are bit-equal; shards are gathered from all processes."""
-    total = hashlib.sha256()
-    for param in params:
-        total.update(whole(param.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.exact import ScratchWeights
-from fastpeft.mezo.journal import Journal, Kind, Record, digest
-from fastpeft.mezo.parallel import Ranks, is_sharded, local_part, local_parts, names_of, reshard
+from fastpeft.mezo.journal import Journal, Kind, Record
+from fastpeft.mezo.parallel import (
+    Ranks,
+    check_sharding,
+    digest,
+    fingerprints,
+    is_sharded,
+    local_part,
+    local_parts,
+    names_of,
+    reshard,
+)
 from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
 from fastpeft.noise import NOISE
 
@@ -206,7 +216,7 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(f"MeZO trains tensors, but among the parameters is a {type(param).__name__}.")
             if param.requires_grad and id(param) not in trained:
                 trained[id(param)] = item
-                self._check_sharding([param])
+                check_sharding([param], self.restore, self._model)
                 tensors.append(local_part(param, 0, name)[0])
         if tensors:  # a perturbation of no terms: its checks of dtypes and of memory, before the first step
             mezo_perturb_(tensors, [0] * len(tensors), seeds=[], scales=[])
@@ -366,18 +376,13 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
         """
         self.settle()
-        self._check_sharding([param for group, _ in self._groups() for param in group["params"]])
+        check_sharding([param for group, _ in self._groups() for param in group["params"]], self.restore, self._model)
         if self._ranks.size == 1:
             return
         rates = [float(group["lr"]) for group in self.param_groups]
         what = {**self._described(), "steps_done": self.steps_done, "lr": rates}
         for group, offsets in self._groups():
-            for name, param, offset, part, start in zip(
-                names_of(group), group["params"], offsets, *local_parts(group, offsets)
-            ):
-                if part.numel() < param.numel():  # a shard, which others may have too
-                    name = f"{name} from element {start - offset}"
-                what[f"parameter {name}"] = digest([part])
+            what |= fingerprints(group, offsets)
         self._ranks.check_same(what)
 
     def state_dict(self) -> dict[str, Any]:
@@ -541,21 +546,6 @@ class MeZO(torch.optim.Optimizer):
             logger.warning("%s; the step is skipped", fault)
         self._skip = True
         self._slopes = [math.nan] * self.estimator.num_estimates
-
-    def _check_sharding(self, params: list[Tensor]) -> None:
-        """Raise if some of `params` are sharded and this cannot be."""
-        if not is_sharded(params):
-            return
-        if self.restore == "exact":
-            raise FastpeftError(
-                "MeZO: restore='exact' cannot show a forward other weights where parameters are sharded (DTensor). Use "
-                "restore='in_place'; float32 shards with mixed precision (MixedPrecisionPolicy) hardly drift."
-            )
-        if self._model is None:
-            raise FastpeftError(
-                "MeZO: parameters are sharded (DTensor), so it needs the model, to have each forward gather them anew: "
-                "pass model."
-            )
 
     def _reshard(self) -> None:
         """Make what the optimizer changes what the next forward sees."""

@@ -6,6 +6,7 @@ Each then finds the same slope from the same numbers and makes the same step.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -171,9 +172,40 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
     return group.get("param_names") or [str(number) for number in range(len(group["params"]))]
 
 
-def whole(param: Tensor) -> Tensor:
-    """A parameter with all its elements; of a sharded one a copy, for which all processes must call."""
-    return param.full_tensor() if is_sharded([param]) else param  # type: ignore[attr-defined]
+def digest(params: Sequence[Tensor]) -> str:
+    """A text that two lists of tensors share only where they are bit-equal.
+
+    A sharded tensor counts with all its elements, for which all processes must call.
+    """
+    total = hashlib.sha256()
+    for param in params:
+        whole: Tensor = param.full_tensor() if is_sharded([param]) else param  # type: ignore[attr-defined]
+        total.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def fingerprints(group: Mapping[str, Any], offsets: Sequence[int]) -> dict[str, str]:
+    """A digest of what this process holds of each parameter of a group, by words that name it and where it begins."""
+    return {
+        f"parameter {name} (flat index {start})": digest([part])
+        for name, part, start in zip(names_of(group), *local_parts(group, offsets))
+    }
+
+
+def check_sharding(params: Sequence[Tensor], restore: str, model: nn.Module | None) -> None:
+    """Raise a FastpeftError if some of `params` are sharded, and cannot be trained with these arguments of `MeZO`."""
+    if not is_sharded(params):
+        return
+    if restore == "exact":
+        raise FastpeftError(
+            "MeZO: restore='exact' cannot show a forward other weights where parameters are sharded (DTensor). Use "
+            "restore='in_place'; float32 shards with mixed precision (MixedPrecisionPolicy) hardly drift."
+        )
+    if model is None:
+        raise FastpeftError(
+            "MeZO: parameters are sharded (DTensor), so it needs the model, to have each forward gather them anew: "
+            "pass model."
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
-from fastpeft.mezo.parallel import Ranks
+from fastpeft.mezo.parallel import Ranks, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +139,9 @@ class MeZOTrainer(Trainer):
         What else it does, to give all processes the weights of the first, is done here.
         """
         super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise FastpeftError(
-                f"MeZOTrainer got {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, but it keeps the whole model in "
-                "every process, which for MeZO is all the memory there is to a step. Leave it out; a model that fits "
-                "no device is sharded by torch's fully_shard and trained by fastpeft.MeZO in a loop."
-            )
+        for what, asked in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
+            if asked:
+                raise _sharded(what)
         prepare_model = self.accelerator.prepare_model
 
         def prepared(model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
@@ -299,6 +296,8 @@ class MeZOTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
+            if is_sharded(list(model.parameters())):
+                raise _sharded("a sharded model (DTensor)")
             named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
             groups: list[dict[str, Any]] = [{"params": named}]
             if self.args.weight_decay:
@@ -350,18 +349,29 @@ class MeZOTrainer(Trainer):
         return torch.tensor(self._last_loss, device=self.args.device)
 
     def _loss(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The mean loss of `batches`, or the sum of what a user's function has divided already.
-
-        The Trainer does not average the losses of models that accept `num_items_in_batch`, though many ignore it.
-        Adam hides such a factor, MeZO would take larger steps; so models are not given it.
-        """
-        divided = self.compute_loss_func is not None
+        """The mean loss of `batches`, or the sum of what a user's function has divided already."""
         total = torch.zeros((), device=self.args.device)
         for batch in batches:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch if divided else None)
+                loss = self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
             total = total + loss.mean()  # one loss per device under DataParallel
-        return total if divided else total / len(batches)
+        return total / len(batches) if self.compute_loss_func is None else total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As `Trainer.compute_loss`, but only a user's function is given `num_items_in_batch`, not a model.
+
+        The Trainer takes the losses of models that accept it for divided by it: it does not average them, and
+        multiplies them by the number of processes. Many models ignore it. Adam hides such a factor, MeZO would take
+        larger steps.
+        """
+        divisor = None if self.compute_loss_func is None else num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, divisor)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the projected gradient beside the training loss, in the place of a gradient norm that is always 0."""
@@ -386,6 +396,14 @@ class _Start:
     weights_at: int | None
     steps: int
     checkpoint: Path | None
+
+
+def _sharded(what: str) -> FastpeftError:
+    return FastpeftError(
+        f"MeZOTrainer got {what}, but it keeps and saves the whole model in every process. Leave that out, since MeZO "
+        "needs no memory for gradients; train a model that fits no device by fastpeft.MeZO in a loop, with torch's "
+        "fully_shard."
+    )
 
 
 def _may_look(callback: TrainerCallback, event: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -249,7 +250,7 @@ def train_by_trainer(
     options = {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "seed": 5, **changes}
     config = MeZOConfig(str(folder), report_to="none", disable_tqdm=True, use_cpu=True, **options)
     trainer = MeZOTrainer(
-        model, config, train_dataset=rows, eval_dataset=rows[:6], compute_loss_func=summed if own_loss else None
+        model, config, train_dataset=rows, eval_dataset=rows[:16], compute_loss_func=summed if own_loss else None
     )
     trainer.train(resume_from_checkpoint=resume)
     return {
@@ -259,6 +260,12 @@ def train_by_trainer(
         "model": type(trainer.model_wrapped).__name__,
         "records": trainer.mezo.journal is not None,
     }
+
+
+def shard_for_the_trainer(folder: Path) -> None:
+    model = language_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    MeZOTrainer(model, MeZOConfig(str(folder), report_to="none", use_cpu=True)).create_optimizer()
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
@@ -401,9 +408,16 @@ def test_the_trainer_in_two_processes_resumes(ranks: Run, tmp_path: Path, save_w
     checkpoint = tmp_path / "cut" / "checkpoint-2"
     assert (checkpoint / "model.safetensors").exists() == save_weights
     for resume in (str(checkpoint), True):
+        shutil.rmtree(tmp_path / "cut" / "checkpoint-4")  # as if the run had ended before it
         for result in ranks(train_by_trainer, tmp_path / "cut", changes, False, resume):
             assert equal(result["weights"], whole["weights"])
         assert (tmp_path / "cut" / "mezo.journal").read_bytes() == content
+
+
+def test_the_trainer_refuses_shards(ranks: Run, tmp_path: Path) -> None:
+    for result in ranks(shard_for_the_trainer, tmp_path):
+        assert isinstance(result, FastpeftError)
+        assert re.search(r"got a sharded model \(DTensor\), .*fastpeft.MeZO in a loop", str(result))
 
 
 @pytest.mark.slow

@@ -577,7 +577,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         MeZOTrainer(model.requires_grad_(False), config(tmp_path), train_dataset=rows()).train()
     create = Trainer.create_accelerator_and_postprocess
     for other, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
-        with monkeypatch.context() as patch, pytest.raises(FastpeftError, match=f"got {name}, .*fully_shard"):
-            asked = lambda self, other=other: (create(self), setattr(self, other, True))  # noqa: E731
-            patch.setattr(Trainer, "create_accelerator_and_postprocess", asked)
+        asked = lambda self, other=other: (create(self), setattr(self, other, True))  # noqa: E731
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", asked)
+        with pytest.raises(FastpeftError, match=f"got {name}, .*fully_shard"):
             MeZOTrainer(model, config(tmp_path))
