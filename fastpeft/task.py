@@ -164,11 +164,6 @@ class Task:
         try:
             arguments_class = arguments_of(self.method)
             first = arguments_class(**values)
-            if first.world_size > 1:
-                raise ValueError(
-                    f"a run has one process, but a launcher started {first.world_size}. Start it without; in a script "
-                    "of your own any Trainer takes several, fastpeft.MeZOTrainer too."
-                )
             if first.gradient_accumulation_steps < 1:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
             if first.gradient_checkpointing and not _supports_checkpointing(self.model):

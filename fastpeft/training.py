@@ -121,6 +121,11 @@ def train(
         trainer_class = MeZORunTrainer if task.method.zeroth_order else RunTrainer
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
+            if arguments.world_size > 1:
+                raise FastpeftError(
+                    f"a run has one process, but a launcher started {arguments.world_size}. Start it without; several "
+                    "are for scripts of your own around a Trainer, as fastpeft.MeZOTrainer."
+                )
             try:
                 trainer = trainer_class(task, arguments, folder, callbacks)
                 trainer.create_optimizer()

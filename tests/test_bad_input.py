@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from samples import pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, TrainingArguments
 from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
@@ -408,6 +408,16 @@ def test_bad_input(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list
     assert [part for part in parts if part not in message] == [], message
     assert "Traceback" not in result.output
     assert len(re.findall("Error:|─ Error ─", message)) == 1
+    assert snapshot(place) == before
+
+
+def test_a_run_in_several_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    before = snapshot(place)
+    result = CliRunner().invoke(app, [*TRAIN])
+    assert result.exit_code == 2
+    assert "a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
     assert snapshot(place) == before
 
 
