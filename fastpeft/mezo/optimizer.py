@@ -82,9 +82,10 @@ class MeZO(torch.optim.Optimizer):
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
         model: the model of the parameters or groups, where these are given.
-        process_group: the processes that train together, each with the loss of its own rows: a step follows the mean of
-            their losses, as gradients are averaged by DistributedDataParallel, in which a model should not be wrapped.
-            None is the default group if `torch.distributed` is initialised, or else this process alone.
+        process_group: the processes that train together; all make the optimizer and call its methods, each with the
+            loss of its own rows. A step follows the mean of their losses, as DistributedDataParallel averages
+            gradients; to wrap the model in it only costs. None is the default group if `torch.distributed` is
+            initialised, or else this process alone.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
     difference of the losses over twice its own.

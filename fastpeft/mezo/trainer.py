@@ -207,7 +207,7 @@ class MeZOTrainer(Trainer):
         """As `Trainer.save_model`; a checkpoint of a run with `save_weights=False` gets the journal instead."""
         self._settle()
         journal = None if self.optimizer is None else self.mezo.journal
-        if _internal_call and self.optimizer is not None:  # a user may call this in one process
+        if _internal_call and self.optimizer is not None:  # a user may save in one process alone
             self.mezo.check_same()
         if journal is not None and self.is_world_process_zero():
             journal.flush()

@@ -20,6 +20,7 @@ import pytest
 import ranks as rank_processes
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -126,6 +127,17 @@ def train_alone() -> Any:
     optimizer = MeZO(model, lr=0.1, seed=3, process_group=groups[dist.get_rank()])
     losses = [optimizer.step(lambda s=s: loss_of(model, s, own_rows())) for s in range(STEPS)]
     return outcome(model, optimizer, losses)
+
+
+def train_by_accelerate() -> Any:
+    """A user's loop in which accelerate wraps the model in DistributedDataParallel."""
+    model = network()
+    optimizer = MeZO(model, lr=0.1, seed=3)
+    wrapped, prepared = Accelerator(cpu=True).prepare(model, optimizer)
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    for step in range(STEPS):
+        prepared.step(lambda step=step: loss_of(wrapped, step, own_rows()))
+    return weights(model)
 
 
 def fail_on_rank_1(value: float, call: int, options: dict[str, Any]) -> Any:
@@ -311,6 +323,12 @@ def test_two_ranks_are_one_process_with_twice_the_rows(ranks: Run) -> None:
     for ours, theirs in zip(result["weights"], expected["weights"]):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-12)
+
+
+def test_a_loop_of_accelerate(ranks: Run) -> None:
+    expected = alone(torch.float32, {"lr": 0.1}, mean_of_halves)
+    for result in ranks(train_by_accelerate):
+        assert equal(result, expected["weights"])
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
