@@ -37,6 +37,7 @@ class Case:
     tokens: int = 32  # what the demo data has on average
     model: str = "demo"
     dtype: str = "float32"
+    work: str = "one step"
 
     def __str__(self) -> str:
         return f"{self.estimator}-{self.num_estimates}-{self.noise}"

@@ -1,4 +1,7 @@
-"""`python -m bench.plot` draws each table of `bench/data` beside it: timings as ratios, compiled tiles as registers."""
+"""`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
+
+Timings are drawn as ratios, compiled tiles as registers, and what runs measured on their way as curves.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +73,25 @@ def plot_static(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def plot_curves(rows: list[Row], file: Path) -> None:
+    """Accuracy and loss of the dev rows over the forward passes that were made for them, a curve for each run."""
+    figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, name in zip(all_axes, ("accuracy", "loss")):
+        for (estimator, directions, rate), run in _grouped(
+            rows, ("estimator", "num_estimates", "learning_rate")
+        ).items():
+            places = [int(row["forwards"]) for row in run]
+            style = "o-" if estimator == "spsa" else "s--"
+            label = f"{estimator}, directions {directions}, rate {rate}"
+            axes.plot(places, [float(row[name]) for row in run], style, ms=4, lw=1, label=label)
+        axes.set_xlabel("forward passes")
+        axes.set_ylabel(f"dev {name}")
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
     """Rows by the values of `columns`, in order of appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -96,6 +118,8 @@ def main() -> None:
             plot_static(rows, table.with_suffix(".png"))
         elif rows and "ratio_p50" in rows[0]:
             plot_timings(rows, table.with_suffix(".png"))
+        elif rows and "estimator" in rows[0]:
+            plot_curves(rows, table.with_suffix(".png"))
 
 
 if __name__ == "__main__":
