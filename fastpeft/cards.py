@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import fastpeft
+from fastpeft.problems import TITLES, get_problem
 
 _HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
     "SEQ_CLS": "SequenceClassification",
@@ -22,6 +24,7 @@ def loading_snippet(
     base_model: str,
     task_type: str | None,
     adapter: bool = True,
+    registered: bool = True,
     ladder: bool = False,
     chained: bool = False,
     labels: Sequence[str] = (),
@@ -34,6 +37,7 @@ def loading_snippet(
         base_model: path or hub id of the model under an adapter.
         task_type: one of PEFT's, or None for a model of another kind.
         adapter: whether an adapter was saved, or a whole model.
+        registered: whether PEFT knows the kind of adapter from this library alone.
         ladder: whether the model is a side network beside its base.
         chained: whether the run started from another; what is put on its model finds that through the run's folder.
         labels: names of the classes; where they are known the tokenizer was saved too.
@@ -45,7 +49,7 @@ def loading_snippet(
         return _prompted_snippet(folder, base_model, adapter)
     head = _HEADS.get(task_type or "")
     registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
-    lines = [registers] if adapter or ladder else []
+    lines = [registers] if (adapter and registered) or ladder else []
     if head is None:
         lines.append("from peft import PeftModel")
         call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
@@ -98,6 +102,22 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
 
 def _prompt_line(folder: str) -> str:
     return f"prompt = Prompt.load({folder!r})  # prompt.encode(tokenizer, texts) makes what the model reads"
+
+
+def results(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What a card shows of the values of a `metrics.json`."""
+    problem = get_problem(metrics["problem_type"])
+    return {
+        **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
+        f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
+        "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
+    }
+
+
+def chosen_by(metrics: Mapping[str, Any]) -> str | None:
+    """The metric by which the checkpoint of a `metrics.json` was chosen, in words; None where it is the last."""
+    name = metrics["metric"]
+    return None if metrics["best_step"] is None else TITLES.get(name, name)
 
 
 def model_card(

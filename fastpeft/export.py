@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from peft import PeftModel
 
 from fastpeft import files
 from fastpeft.adapters import holds_adapter, load_adapter
+from fastpeft.cards import chosen_by, loading_snippet, model_card, results
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, assemble, outline
-from fastpeft.methods import get_method
+from fastpeft.methods import METHODS, get_method
 from fastpeft.mezo import Journal
-from fastpeft.models import Classifier
+from fastpeft.models import Classifier, resolve_model
 from fastpeft.runs import RunFolder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.task import draw_start, prepare
@@ -27,7 +29,7 @@ FORMS = ("merged", "lora")
 
 
 def export(folder: str | Path, output: str | Path, to: str = "merged", step: int | None = None) -> Path:
-    """Write the model of a finished run, or of a saved adapter, to a new folder, with its tokenizer and its prompt.
+    """Write the model of a finished run, or of a saved adapter, to a new folder, with tokenizer, prompt and model card.
 
     Args:
         folder: folder of the run, or one to which `save_pretrained` of PEFT wrote an adapter whose configuration names
@@ -59,10 +61,12 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         if step is not None:
             raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
         (model, tokenizer), prompt = load_adapter(source.path), None
+        card = _card_of_adapter(model, output, to, tokenizer is not None)
     else:
         _check_form(source, to)
         run = assemble(source) if step is None else _replay(source, step)
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
+        card = _card_of_run(run, source.metrics(), output, to, step)
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary:
@@ -72,6 +76,7 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
                 tokenizer.save_pretrained(staged)
             if prompt is not None:
                 prompt.save(staged)
+            files.write_text(staged / "README.md", card)
             output.parent.mkdir(parents=True, exist_ok=True)
             files.publish(staged, output)
     except OSError as error:
@@ -106,6 +111,64 @@ def _save(model: Any, to: str, folder: Path) -> None:
         model.merge_and_unload().save_pretrained(folder)
     else:
         model.save_pretrained(folder)
+
+
+def _card_of_adapter(model: PeftModel, output: Path, to: str, has_tokenizer: bool) -> str:
+    config, kind = model.active_peft_config, type(model.get_base_model())
+    adapter, method = to == "lora", config.peft_type.lower()
+    title = METHODS[method].title if method in METHODS else config.peft_type.value
+    labels = getattr(model.config, "id2label", None) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    if config.task_type is None and not adapter:
+        snippet = (
+            f"from {kind.__module__} import {kind.__name__}\n\nmodel = {kind.__name__}.from_pretrained({str(output)!r})"
+        )
+    else:
+        snippet = loading_snippet(
+            str(output),
+            base_model=config.base_model_name_or_path or "the base model",
+            task_type=config.task_type,
+            adapter=adapter,
+            registered=False,
+            labels=list(labels.values()) if labels and has_tokenizer else (),
+        )
+    return model_card(
+        base_model=config.base_model_name_or_path,
+        method=f"{title}, as a LoRA" if adapter else title,
+        snippet=snippet,
+        adapter=adapter,
+    )
+
+
+def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to: str, step: int | None) -> str:
+    """The model card; weights from within a run have no results of their own."""
+    config, adapter = run.config, to == "lora"
+    onto_chain = adapter and config.init_from is not None
+    base = f"the model of the run in {config.init_from}, exported to merged"
+    title = get_method(config.method, config.settings).title
+    shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
+    settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
+    if step is not None:
+        settings["steps"] = f"{step} of {metrics['steps']}"
+    return model_card(
+        base_model=config.model,
+        method=f"{title}, as a LoRA" if adapter else title,
+        snippet=loading_snippet(
+            str(output),
+            base_model=base if onto_chain else resolve_model(config.model),
+            task_type=None if onto_chain else run.problem.task_type,
+            adapter=adapter,
+            registered=False,
+            labels=run.labels,
+            prompt_head=None if run.prompt is None else run.prompt.head,
+        ),
+        adapter=adapter,
+        data=config.data,
+        labels=run.labels,
+        labels_are=run.problem.labels,
+        chosen_by=chosen_by(metrics) if step is None else None,
+        metrics=results(metrics) if step is None else None,
+        settings={name: value for name, value in settings.items() if value is not None},
+    )
 
 
 def _replay(folder: RunFolder, step: int) -> FinishedRun:

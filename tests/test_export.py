@@ -65,6 +65,13 @@ def agree(exported: Any, run: str | Path, folder: Path) -> None:
     torch.testing.assert_close(logits(exported, folder), own, rtol=1e-5, atol=1e-5)
 
 
+def by_the_card(folder: Path, **names: Any) -> Any:
+    """The model that the code in an exported folder's card loads."""
+    card = (folder / "README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    return names["model"]
+
+
 @pytest.mark.parametrize("head", [None, *HEADS])
 @pytest.mark.parametrize("method", MERGED)
 def test_merged(config: TrainConfig, tmp_path: Path, method: str, head: str | None) -> None:
@@ -76,6 +83,11 @@ def test_merged(config: TrainConfig, tmp_path: Path, method: str, head: str | No
     model = loads.from_pretrained(folder)
     agree(model, config.output, folder)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+    agree(by_the_card(folder), config.output, folder)
+    card = (folder / "README.md").read_text()
+    assert f"# {METHODS[method].title} of {config.model}" in card
+    assert "| accuracy | " in card
+    assert "| steps | 3 |" in card
     assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing else is left there"
     if head == "label_words":  # and the plain masked model that is in it
         plain = AutoModelForMaskedLM.from_pretrained(folder).state_dict()
@@ -119,7 +131,11 @@ def test_every_step_of_mezo_is_made_again_from_the_journal(config: TrainConfig, 
     (run / "model.safetensors").unlink()  # which a replay does not need
     loads = PromptModel if prompt else AutoModelForSequenceClassification
     for step in range(4):
-        made = loads.from_pretrained(export(run, tmp_path / f"{step}", step=step)).state_dict()
+        folder = export(run, tmp_path / f"{step}", step=step)
+        card = (folder / "README.md").read_text()
+        assert f"| steps | {step} of 3 |" in card
+        assert "accuracy" not in card, "no results of other weights"
+        made = loads.from_pretrained(folder).state_dict()
         assert all(torch.equal(value, made[name]) for name, value in seen.after[step].items()), step
     assert not all(torch.equal(value, seen.after[2][name]) for name, value in seen.after[3].items())
 
@@ -147,6 +163,8 @@ def test_siva_to_lora(config: TrainConfig, tmp_path: Path, place: Path, prompt: 
     assert model.active_peft_config.peft_type == "LORA"
     assert model.active_peft_config.r == model.active_peft_config.lora_alpha == 4
     agree(model, run, folder)
+    agree(by_the_card(folder), run, folder)
+    assert "registers" not in (folder / "README.md").read_text(), "it needs PEFT alone"
 
 
 def test_a_lora_of_a_chain_says_what_it_goes_onto(
@@ -159,6 +177,8 @@ def test_a_lora_of_a_chain_says_what_it_goes_onto(
     assert f"onto the model of the run in {config.output}" in caplog.text
     base = AutoModelForSequenceClassification.from_pretrained(export(config.output, tmp_path / "base"))
     agree(PeftModel.from_pretrained(base, folder), second, folder)
+    agree(by_the_card(folder, base=base), second, folder)
+    assert f"base: the model of the run in {config.output}, exported" in (folder / "README.md").read_text()
 
 
 def test_a_failed_write_leaves_nothing(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
