@@ -101,6 +101,9 @@ def train(
     metric: Annotated[
         str | None, typer.Option(help="Keep the checkpoint best by it: accuracy, f1, word_f1, pearson, loss ...")
     ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End when the metric was not better for so many checkpoints (default: never)")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEMPLATE|NAME|none", help="As '{text} It was <mask>.' or sst2 (default: none)"),
@@ -151,6 +154,7 @@ def train(
         "split_seed": split_seed,
         "save_steps": save_steps,
         "metric": metric,
+        "patience": patience,
         "prompt": prompt,
         "label_words": label_words,
         "prompt_head": prompt_head,

@@ -59,6 +59,8 @@ class TrainConfig:
         save_steps: a checkpoint every so many steps. None: none.
         metric: the result is the checkpoint that is best by this metric of the dev rows, or by `loss`. None: the
             weights after the last step.
+        patience: the run ends where `metric` was not better than before for so many checkpoints in a row. None: it
+            goes on to its last step.
         prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, or `none`. None: no prompt.
         label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
             those of the named prompt.
@@ -95,6 +97,7 @@ class TrainConfig:
     split_seed: int = 0
     save_steps: int | None = None
     metric: str | None = None
+    patience: int | None = None
     prompt: str | None = None
     label_words: str | None = None
     prompt_head: str | None = None
@@ -123,6 +126,7 @@ class TrainConfig:
             "batch_size": 1,
             "max_length": 2,
             "save_steps": 1,
+            "patience": 1,
         }
         for name, least in whole.items():
             value = getattr(self, name)
@@ -145,6 +149,11 @@ class TrainConfig:
             raise FastpeftError(
                 f"metric is {self.metric!r}, by which the best checkpoint is kept, but there are no checkpoints. Say "
                 "by save_steps how often to save one."
+            )
+        if self.patience is not None and self.metric is None:
+            raise FastpeftError(
+                f"patience is {self.patience}, but there is no metric that could stop getting better. Name one, or "
+                "leave patience out."
             )
         self.parse_prompt()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -26,6 +27,8 @@ from fastpeft.problems import LOSS, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, collator, loader_options, steps_per_epoch
+
+logger = logging.getLogger(__name__)
 
 _CURVE_POINTS = 5  # of the metric's curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
@@ -102,7 +105,7 @@ class RunTrainer(Trainer):
             compute_metrics=self._score,
             callbacks=[
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
-                _CurvePoints(len(curve_rows)) if self.chosen_by is None else _MeasuredCheckpoints(),
+                *self._measuring(len(curve_rows), task.config.patience),
                 _WholeCheckpoints(folder, self.chosen_by),
                 self.clock,
                 self.cuda_peak,
@@ -110,6 +113,13 @@ class RunTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+
+    def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
+        """What decides when the metric is measured, and what follows from it."""
+        if self.chosen_by is None:
+            return [_CurvePoints(rows)]
+        ending = [] if patience is None else [_Patience(self.chosen_by, patience)]
+        return [_MeasuredCheckpoints(), *ending]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self.accelerator.prepare(
@@ -206,6 +216,27 @@ class _MeasuredCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate = control.should_save
+
+
+class _Patience(TrainerCallback):
+    """Ends a run whose metric was not better for as many checkpoints, also one that is resumed after the last of these.
+
+    All that it knows is in the log, which a checkpoint holds.
+    """
+
+    def __init__(self, metric: str, checkpoints: int) -> None:
+        self.metric = metric
+        self.checkpoints = checkpoints
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        measured = _points(state, f"eval_{self.metric}")
+        best = best_step(measured, self.metric) if measured else 0
+        if not control.should_training_stop and sum(step > best for step, _ in measured) >= self.checkpoints:
+            logger.info("ends at step %d: the best %s was that of step %d", state.global_step, self.metric, best)
+            control.should_training_stop = True
 
 
 class _WholeCheckpoints(TrainerCallback):

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft import files
-from fastpeft.cards import loading_snippet, model_card
+from fastpeft.cards import chosen_by, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
@@ -312,6 +312,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
     shown = (
         "problem_type",
         "metric",
+        "patience",
         "prompt",
         "label_words",
         "prompt_head",
@@ -342,12 +343,8 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         data=task.data.description,
         labels=task.data.labels,
         labels_are=problem.labels,
-        chosen_by=None if metrics["best_step"] is None else TITLES.get(task.metric, task.metric),
-        metrics={
-            **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
-            f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
-            "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
-        },
+        chosen_by=chosen_by(metrics),
+        metrics=results(metrics),
         settings={
             **recipe,
             "max_length": task.max_length,

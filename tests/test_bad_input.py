@@ -196,6 +196,8 @@ CASES = [
     (["--data", "no-word.jsonl"], ["row 1 of no-word.jsonl", "none of them empty"]),
     (["--data", "no-tag.jsonl"], ["row 1 of no-tag.jsonl has no class in column 'ner_tags'"]),
     # the best checkpoint
+    (["--patience", "2"], ["patience is 2", "no metric", "leave patience out"]),
+    (["--metric", "loss", "--save-steps", "2", "--patience", "0"], ["patience is 0"]),
     (["--metric", "accuracy"], ["metric is 'accuracy'", "no checkpoints", "save_steps"]),
     (["--metric", "bleu", "--save-steps", "1"], ["'bleu' is not measured", "accuracy, f1, matthews, loss"]),
     (["--metric", "f1", "--save-steps", "1", "--data", "measures.csv"], ["'f1' is not measured in regression"]),

@@ -244,6 +244,32 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+@pytest.mark.parametrize("interrupted_at", [None, 3, 7])
+def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: str, interrupted_at: int | None) -> None:
+    """At a rate that changes nothing the first checkpoint stays the best; also where the run was cut off in between."""
+    settings = {"restore": "exact"} if method == "mezo" else {}
+    config = replace(
+        config, method=method, learning_rate=1e-30, epochs=9, save_steps=2, metric="loss", patience=3, settings=settings
+    )
+    if interrupted_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, callbacks=[Interrupt(interrupted_at)])
+    metrics = train(config, resume=interrupted_at is not None).metrics
+    assert (metrics["steps"], metrics["best_step"]) == (8, 2)
+    assert "| patience | 3 |" in (Path(config.output) / "README.md").read_text()
+
+
+def test_a_run_that_gets_better_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    """Measured on the rows that it learns."""
+    (tmp_path / "data").mkdir()
+    for part in ("train", "dev"):
+        write_csv(tmp_path / "data" / f"{part}.csv", reviews(40))
+    config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3)
+    metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1)).metrics
+    assert metrics["steps"] == metrics["best_step"] == 15
+
+
 def test_overwrite_replaces_a_run_and_nothing_else(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, max_steps=2, save_steps=1)
     folder = train(config).folder

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    EarlyStoppingCallback,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
@@ -407,6 +408,24 @@ def test_what_a_journal_refuses(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match="does not have the weights"):
         other.train(resume_from_checkpoint=True)
     assert Journal.open(tmp_path / "mezo.journal").steps == 4  # refusals leave it whole
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    arguments = config(
+        tmp_path,
+        learning_rate=0.0,
+        restore="exact",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = MeZOTrainer(language_model(), arguments, train_dataset=rows(), eval_dataset=rows(4), callbacks=[stopping])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_global_step == 1
 
 
 def test_the_best_model_is_kept(tmp_path: Path) -> None:
