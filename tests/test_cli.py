@@ -422,7 +422,10 @@ def test_export(place: Path) -> None:
 
 
 def test_a_run_by_mezo_shows_its_slope(place: Path) -> None:
-    shown = run(*TRAIN, *PROMPT, "--method", "mezo", "--output", "out").stderr
+    """Of steps, also where each has two micro-batches, which share one noise."""
+    arguments = ("--method", "mezo", "--batch-size", "4", "--set", "gradient_accumulation_steps=2", "--output", "out")
+    shown = run(*TRAIN, *PROMPT, *arguments).stderr
     assert " g " in shown
     assert "steps/s" in shown
     assert "samples/s" not in shown
+    assert Journal.open(place / "out" / "mezo.journal").steps == 4
