@@ -6,7 +6,8 @@
 
 Each call is one run with the prompt SST-2 and adds its points to `bench/data/mezo_fzoo.csv`, as each is measured; a run
 that was cut off goes on when it is called again. The claim to test (arXiv 2506.09034): FZOO reaches MeZO's accuracy in
-far fewer forwards; the bar here is a quarter.
+far fewer forwards; the bar here is a quarter. The rates in the table are those that were tried, for one seed, and
+the accuracy of 1,000 dev rows has a standard error of 1.5 points, so the losses beside it tell more.
 """
 
 from __future__ import annotations
