@@ -73,6 +73,18 @@ def test_siva(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: s
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", list(AUTO))
+@pytest.mark.parametrize("to", ["merged", "lora"])
+def test_the_card_loads_the_model(base: Path, tmp_path: Path, to: str, task: str | None) -> None:
+    expected = saved(base, tmp_path / "adapter", SivaConfig(r=2, task_type=task))
+    card = (export(tmp_path / "adapter", tmp_path / "out", to) / "README.md").read_text()
+    names: dict[str, Any] = {"base": AutoModelForMaskedLM.from_pretrained(base)} if task is None else {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(logits(names["model"]), expected, rtol=1e-5, atol=1e-5)
+    assert ("tokenizer" in names) == (task is not None)
+    assert ("# SiVA, as a LoRA" if to == "lora" else "# SiVA of") in card
+
+
 def test_lora_is_merged_too(base: Path, tmp_path: Path) -> None:
     expected = saved(base, tmp_path / "adapter", peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     model = AutoModelForSequenceClassification.from_pretrained(export(tmp_path / "adapter", tmp_path / "out"))
