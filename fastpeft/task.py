@@ -330,6 +330,11 @@ def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, 
     """
     method = get_method(config.method, config.settings)
     settings, arguments = sort_settings(method, config.settings)
+    if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
+        raise FastpeftError(
+            "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "
+            "are scaled by the spread of the losses. Give one; 1e-6 serves the bundled model with 8 estimates."
+        )
     for option in OPTIONS:
         if option not in method.options and getattr(config, option) is not None:
             raise FastpeftError(

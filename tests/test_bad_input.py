@@ -272,7 +272,14 @@ CASES = [
     (["--method", "mezo", "--set", "journal=false"], ["journal cannot be set", "always keeps one"]),
     (["--method", "mezo", "--set", "save_weights=false"], ["save_weights cannot be set", "leave save_steps out"]),
     (["--method", "mezo", "--set", "estimator=adam"], ["estimator is 'adam'", "spsa, fzoo"]),
-    (["--method", "mezo", "--set", "estimator=fzoo"], ["num_estimates is 1", "2 to 255"]),
+    (
+        ["--method", "mezo", "--learning-rate", "1e-6", "--set", "estimator=fzoo"],
+        ["num_estimates is 1", "2 to 255"],
+    ),
+    (
+        ["--method", "mezo", "--set", "estimator=fzoo", "--set", "num_estimates=8"],
+        ["no learning rate of its own", "1e-6"],
+    ),
     (["--method", "mezo", "--set", "noise=pink"], ["noise is 'pink'", "gaussian, rademacher"]),
     # numbers
     (["--epochs", "-1"], ["epochs is -1", "above 0"]),
