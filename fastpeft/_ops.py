@@ -8,6 +8,8 @@ Dimension letters: M rows of x (all leading dimensions together), K in_features,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ SCHEMAS = {
     "siva_linear_backward": (
         "(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p, bool need_dx, bool need_du, "
         "bool need_dv, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # layers that read the same x: each h (*, N), and all p^T in one (sum of R, M), which backward needs
+    "siva_linear_group": (
+        "(Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor?[] biases) -> (Tensor[], Tensor)"
+    ),
+    # dx (*, K), each du (N, R), all dv in one (sum of R, K), each dbias (N,)
+    "siva_linear_group_backward": (
+        "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, bool need_dx, "
+        "bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])"
     ),
     # terms (seed, scale) are applied in order; decay goes with the first
     "mezo_perturb_": (
@@ -119,6 +130,99 @@ def _siva_linear_backward(ctx: Any, dh: Tensor | None, _dp: Tensor | None) -> tu
 torch.library.register_autograd(
     f"{NAMESPACE}::siva_linear", _siva_linear_backward, setup_context=_siva_linear_setup_context
 )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear_group")
+def _siva_linear_group_fake(
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    hs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    return hs, x.new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear_group_backward")
+def _siva_linear_group_backward_fake(
+    dhs: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    p: Tensor,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: bool,
+    need_dbias: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    k = weights[0].shape[1]
+    return (
+        x.new_empty((*dhs[0].shape[:-1], k) if need_dx else (0,)),
+        [x.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
+        x.new_empty((sum(v.shape[0] for v in vs), k) if need_dv else (0,)),
+        [x.new_empty((len(w),) if needed else (0,)) for w, needed in zip(weights, need_dbias, strict=True)],
+    )
+
+
+class SivaLinearGroup(torch.autograd.Function):
+    """The autograd formula of `fastpeft::siva_linear_group`: `apply(layers, x, *weights, *us, *ss, *vs, *biases)`.
+
+    Not one of `register_autograd`, which for lists of tensors takes three times as long as the call itself is worth.
+    Weights and s get no gradient; `functional.siva_linear_group` refuses those that require one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layers: int, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        weights, us, ss, vs, biases = _split(operands, layers)
+        hs, p = torch.ops.fastpeft.siva_linear_group(x, weights, us, ss, vs, biases)
+        _, _, *needs = ctx.needs_input_grad
+        _, need_du, _, need_dv, _ = _split(needs, layers)
+        # x is needed for dV and p for dU alone; what no gradient needs is not kept
+        kept = x if any(need_dv) else None, p if any(need_du) else None
+        ctx.layers = layers
+        ctx.save_for_backward(*kept, *weights, *us, *ss, *vs)
+        return tuple(hs)
+
+    @staticmethod
+    def backward(ctx: Any, *dhs: Tensor) -> tuple[Tensor | None, ...]:
+        x, p, *operands = ctx.saved_tensors
+        weights, us, ss, vs = _split(operands, ctx.layers)
+        _, need_dx, *needs = ctx.needs_input_grad
+        _, need_du, _, need_dv, need_dbias = _split(needs, ctx.layers)
+        empty = dhs[0].new_empty(0)
+        dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_group_backward(
+            dhs,
+            x if x is not None else empty,
+            weights,
+            us,
+            ss,
+            vs,
+            p if p is not None else empty,
+            need_dx,
+            need_du,
+            any(need_dv),
+            need_dbias,
+        )
+        dvs = dv.split([len(v) for v in vs]) if any(need_dv) else [None] * ctx.layers
+        frozen = [None] * ctx.layers
+        return (
+            None,
+            dx if need_dx else None,
+            *frozen,
+            *(du if needed else None for du, needed in zip(dus, need_du, strict=True)),
+            *frozen,
+            *(part if needed else None for part, needed in zip(dvs, need_dv, strict=True)),
+            *(dbias if needed else None for dbias, needed in zip(dbiases, need_dbias, strict=True)),
+        )
+
+
+def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Lists of `size`, from one after the other."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 @torch.library.register_fake(f"{NAMESPACE}::mezo_perturb_")

@@ -1,22 +1,27 @@
 """Ops as the fewest fused ATen calls, with no temporary of the output's size: what a CPU runs.
 
 Each product after the first is added to its target by the matrix product itself (`addmm_`), which saves writing it out,
-reading it back and adding. Forms and names are those of `fastpeft.reference`.
+reading it back and adding. Of a product with R rows or columns the layout decides: BLAS is up to seven times slower
+where the narrow operand is not contiguous along the long side, so U is turned to `(R, N)` first, which costs little.
+Forms and names are those of `fastpeft.reference`.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastpeft.reference import as_matrix
 
 
 def siva_linear(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`h = x W^T + b`, then `h += (p * s) U^T` in place, with `p = x V^T`."""
-    rows = x.reshape(-1, weight.shape[1])  # (M, K)
+    """`h = x W^T + b`, then `h += p (U diag(s))^T` in place, with `p = x V^T`."""
+    rows = as_matrix(x)  # (M, K)
     p = F.linear(rows, v)
-    h = F.linear(rows, weight, bias).addmm_(p * s, u.t())
+    h = F.linear(rows, weight, bias).addmm_(p, _scaled(u, s))
     return h.view(*x.shape[:-1], weight.shape[0]), p.view(*x.shape[:-1], v.shape[0])
 
 
@@ -33,17 +38,78 @@ def siva_linear_backward(
     need_dv: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference, with `dx = dh W`, then `dx += dp V` in place."""
-    dx, du, dv, dbias = (dh.new_empty(0) for _ in range(4))
-    rows = dh.reshape(-1, dh.shape[-1])  # (M, N)
-    if need_dx or need_dv:
-        dp = (rows @ u) * s  # (M, R)
-    if need_dx:
-        dx = (rows @ weight).addmm_(dp, v).view(*dh.shape[:-1], weight.shape[1])
-    if need_du:
-        du = rows.t() @ (p.reshape(-1, s.shape[0]) * s)
-    if need_dv:
-        dv = dp.t() @ x.reshape(-1, weight.shape[1])
-    if need_dbias:
-        dbias = rows.sum(0)
+    """Those of a group of one layer."""
+    p = as_matrix(p).t() if need_du else p
+    dx, (du,), dv, (dbias,) = siva_linear_group_backward(
+        [dh], x, [weight], [u], [s], [v], p, need_dx, [need_du], need_dv, [need_dbias]
+    )
     return dx, du, dv, dbias
+
+
+def siva_linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """`p^T = V x^T` for all layers at once; for each `h = x W^T + b`, then `h += p (U diag(s))^T` in place.
+
+    Each layer has its product with W: one with all W below each other is no faster, and they would have to share a
+    storage for it.
+    """
+    rows = as_matrix(x)  # (M, K)
+    p = _stacked(vs) @ rows.t()  # (sum of R, M)
+    ranks = [s.shape[0] for s in ss]
+    hs = [
+        F.linear(rows, weight, bias).addmm_(part.t(), _scaled(u, s)).view(*x.shape[:-1], weight.shape[0])
+        for weight, u, s, bias, part in zip(weights, us, ss, biases, p.split(ranks), strict=True)
+    ]
+    return hs, p
+
+
+def siva_linear_group_backward(
+    dhs: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    p: Tensor,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: bool,
+    need_dbias: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """As the reference, with `dp^T = diag(s) U^T dh^T`, one sum `dx` of all `dh W` and of `dp V`, and one `dV`."""
+    ranks = [s.shape[0] for s in ss]
+    rows = [as_matrix(dh) for dh in dhs]  # (M, N)
+    dx, dv = (rows[0].new_empty(0) for _ in range(2))
+    if need_dx or need_dv:
+        dp = rows[0].new_empty(sum(ranks), rows[0].shape[0])  # (sum of R, M), as p
+        for dh, u, s, part in zip(rows, us, ss, dp.split(ranks), strict=True):
+            torch.mm(_scaled(u, s), dh.t(), out=part)
+    if need_dx:
+        dx = rows[0] @ weights[0]
+        for dh, weight in zip(rows[1:], weights[1:], strict=True):
+            dx.addmm_(dh, weight)
+        dx = dx.addmm_(dp.t(), _stacked(vs)).view(*dhs[0].shape[:-1], dx.shape[1])
+    if need_dv:
+        dv = dp @ as_matrix(x)
+    ps = p.split(ranks) if any(need_du) else [p] * len(ss)
+    dus = [
+        (part @ dh).mul_(s[:, None]).t().contiguous() if needed else dh.new_empty(0)
+        for dh, s, part, needed in zip(rows, ss, ps, need_du, strict=True)
+    ]
+    dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
+    return dx, dus, dv, dbiases
+
+
+def _stacked(vs: list[Tensor]) -> Tensor:
+    return vs[0] if len(vs) == 1 else torch.cat(vs)
+
+
+def _scaled(u: Tensor, s: Tensor) -> Tensor:
+    """`diag(s) U^T`, `(R, N)`, contiguous."""
+    return (u * s).t().contiguous()

@@ -28,6 +28,8 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear", "cuda"): ("triton", "aten"),
     ("siva_linear_backward", "cpu"): ("aten",),
     ("siva_linear_backward", "cuda"): ("triton", "aten"),
+    ("siva_linear_group", "cpu"): ("aten",),
+    ("siva_linear_group_backward", "cpu"): ("aten",),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),

@@ -44,6 +44,65 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         >>> siva_linear(x, w, u, s, v).shape
         torch.Size([3, 5])
     """
+    _check_siva_linear(x, weight, u, s, v, bias)
+    dtype = _siva_dtype(x, weight)
+    h, _ = torch.ops.fastpeft.siva_linear(
+        x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
+    )
+    return h
+
+
+def siva_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    r"""Several `siva_linear` that read the same x, such as the query, key and value of an attention.
+
+    `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`
+
+    Args:
+        x: `(*, in_features)`.
+        weights, us, ss, vs, biases: one of each per layer, as `siva_linear` takes them; ranks and out_features may
+            differ, the weights' dtype not.
+
+    Returns:
+        One `(*, out_features)` per layer, in the order given.
+
+    Raises:
+        FastpeftError: the numbers of operands or the weights' dtypes differ, or as `siva_linear` does.
+
+    Notes:
+        Saved for backward: x once, and `p = x V^T` of all layers in one `(sum of r, rows)`. The gradient of x is summed
+        in one tensor, where autograd would make one for each layer and add them. Where an op has no grouped
+        implementation each layer runs by itself.
+
+    Example:
+        >>> x, w = torch.randn(3, 8), torch.randn(5, 8)
+        >>> u, s, v = torch.randn(5, 2), torch.ones(2), torch.randn(2, 8)
+        >>> query, key = siva_linear_group(x, [w, -w], [u, u], [s, s], [v, v], [None, None])
+        >>> key.shape
+        torch.Size([3, 5])
+    """
+    operands = weights, us, ss, vs, biases
+    if not weights or len({len(each) for each in operands}) > 1 or len({weight.dtype for weight in weights}) > 1:
+        raise FastpeftError(
+            "siva_linear_group takes one weight, u, s, v and bias (or None) for each layer, at least one, with weights "
+            f"of one dtype; got {', '.join(str(len(each)) for each in operands)} of them and weights of "
+            f"{', '.join(sorted({str(weight.dtype) for weight in weights})) or 'no dtype'}."
+        )
+    for layer in zip(*operands, strict=True):
+        _check_siva_linear(x, *layer)
+    dtype = _siva_dtype(x, weights[0])
+    cast = [None if tensor is None else tensor.to(dtype) for each in operands for tensor in each]
+    hs: tuple[Tensor, ...] = _ops.SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
+    return hs
+
+
+def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
     r = s.shape[0] if s.dim() == 1 else -1
     if (
         weight.dim() != 2
@@ -63,13 +122,13 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
             "siva_linear: weight and s are frozen by definition but "
             f"{'weight' if weight.requires_grad else 's'} requires a gradient; call requires_grad_(False) on it."
         )
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    h, _ = torch.ops.fastpeft.siva_linear(
-        x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
-    )
-    return h
+
+
+def _siva_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What `siva_linear` computes in."""
+    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype
 
 
 MAX_WINDOW = 15  # slots that the dropout's counters can tell apart, odd

@@ -7,6 +7,7 @@ H heads, T tokens, D width of a side network, k slots of a window of which S are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,11 @@ from torch.nn import functional as F
 from fastpeft import noise as noise_contract
 
 NOISE_CHUNK = 2**20  # elements whose noise exists at one time
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """`(*, K)` as `(M, K)`; a -1 in its place could not be told where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def siva_linear(
@@ -45,18 +51,59 @@ def siva_linear_backward(
     `dx = dh W + dp V`, `dU = dh^T (p * s)`, `dV = dp^T x`, `db = sum of dh over rows`.
     """
     dx, du, dv, dbias = (dh.new_empty(0) for _ in range(4))
-    rows = dh.reshape(-1, dh.shape[-1])  # (M, N)
+    rows = as_matrix(dh)  # (M, N)
     if need_dx or need_dv:
         dp = (rows @ u) * s  # (M, R)
     if need_dx:
         dx = (rows @ weight + dp @ v).view(*dh.shape[:-1], weight.shape[1])
     if need_du:
-        du = rows.t() @ (p.reshape(-1, s.shape[0]) * s)
+        du = rows.t() @ (as_matrix(p) * s)
     if need_dv:
-        dv = dp.t() @ x.reshape(-1, weight.shape[1])
+        dv = dp.t() @ as_matrix(x)
     if need_dbias:
         dbias = rows.sum(0)
     return dx, du, dv, dbias
+
+
+def siva_linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    biases: list[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """Layers that read the same x, each by itself: their outputs, and all `p^T = V x^T` in one `(sum of R, M)`.
+
+    Each layer runs on what `siva_linear` runs on: a device without a grouped kernel keeps its kernel of one layer.
+    """
+    layers = zip(weights, us, ss, vs, biases, strict=True)
+    found = [torch.ops.fastpeft.siva_linear(x, *operands) for operands in layers]
+    return [h for h, _ in found], torch.cat([as_matrix(p).t() for _, p in found])
+
+
+def siva_linear_group_backward(
+    dhs: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    p: Tensor,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: bool,
+    need_dbias: list[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """Gradients of each layer by itself; those of x are added up, those of V stand below each other."""
+    ranks = [s.shape[0] for s in ss]
+    ps = [part.t() for part in p.split(ranks)] if any(need_du) else [p] * len(ss)
+    found = [
+        torch.ops.fastpeft.siva_linear_backward(dh, x, *operands, need_dx, of_u, need_dv, of_bias)
+        for dh, *operands, of_u, of_bias in zip(dhs, weights, us, ss, vs, ps, need_du, need_dbias, strict=True)
+    ]
+    dxs, dus, dvs, dbiases = zip(*found, strict=True)
+    return sum(dxs[1:], dxs[0]), list(dus), torch.cat(dvs), list(dbiases)
 
 
 def window_attention(
