@@ -2,12 +2,15 @@
 
 `python -m bench.bench_siva_linear` times them side by side into `bench/data/siva_linear.csv`; `pytest bench
 --benchmark-enable --benchmark-only` shows each through pytest-benchmark. Both run what `candidates` returns.
+A case of several layers is one of layers that read the same x, which SiVA runs as one group.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,23 +22,26 @@ from torch import Tensor, nn
 import fastpeft
 from bench.harness import DATA, Candidates, measure
 from fastpeft import reference
+from fastpeft.siva import grouping
 
 FILE = DATA / "siva_linear.csv"
 RANK = 4
+QUERY, ATTENTION = "query", "query, key, value"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A square layer of a model, such as its query, and the rows of a batch."""
+    """A square layer of a model, or several that read the same x, and the rows of a batch."""
 
     model: str
     features: int
     rows: int
     dtype: str
     work: str  # "forward" as in inference, or "training": forward and all gradients, that of x included
+    layers: str = QUERY
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.rows}-{self.dtype}-{self.work}"
+        return f"{self.model}-{self.rows}-{self.dtype}-{self.work}-{self.layers}"
 
 
 ROBERTA = {"demo": 384, "base": 768, "large": 1024}
@@ -47,19 +53,20 @@ def cases(models: dict[str, int] = ROBERTA, dtypes: tuple[str, ...] = ("float32"
     for dtype in dtypes:
         for model, features in models.items():
             for rows in (16 * 32, 16 * 128):
-                for work in ("forward", "training"):
-                    yield Case(model, features, rows, dtype, work)
+                for work, layers in itertools.product(("forward", "training"), (QUERY, ATTENTION)):
+                    yield Case(model, features, rows, dtype, work, layers)
 
 
-class _Holder(nn.Module):
-    """What PEFT needs around a layer."""
+class Layers(nn.Module):
+    """Layers that read the same x, by name; what PEFT needs around them."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.linear = linear
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.children())
 
 
 class _Plain(nn.Module):
@@ -78,45 +85,54 @@ class _Plain(nn.Module):
         return reference.siva_linear(x, self.weight, self.u, self.s, self.v, self.bias)[0]
 
 
-def _through_peft(config: Any) -> Callable[[nn.Linear], nn.Module]:
-    return lambda linear: peft.get_peft_model(_Holder(linear), config).get_base_model().linear
+def _through_peft(make: Callable[..., Any], **settings: Any) -> Callable[[Layers], nn.Module]:
+    def adapt(layers: Layers) -> nn.Module:
+        targets = [name for name, _ in layers.named_children()]
+        return peft.get_peft_model(layers, make(r=RANK, target_modules=targets, **settings)).get_base_model()
+
+    return adapt
 
 
-LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "siva": _through_peft(fastpeft.SivaConfig(r=RANK, target_modules=["linear"])),
-    "siva implicit": _through_peft(fastpeft.SivaConfig(r=RANK, target_modules=["linear"], residual="implicit")),
-    "plain siva": _Plain,
-    "frozen linear": lambda linear: linear.requires_grad_(False),
-    "lora": _through_peft(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"])),
-    "pissa": _through_peft(
-        peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"], init_lora_weights="pissa")
-    ),
+def _siva_alone(layers: Layers) -> nn.Module:
+    model = _through_peft(fastpeft.SivaConfig)(layers)
+    grouping.part(model)
+    return model
+
+
+LAYERS: dict[str, Callable[[Layers], nn.Module]] = {
+    "siva": _through_peft(fastpeft.SivaConfig),
+    "siva implicit": _through_peft(fastpeft.SivaConfig, residual="implicit"),
+    "siva layer by layer": _siva_alone,
+    "plain siva": lambda layers: Layers({name: _Plain(layer) for name, layer in layers.named_children()}),
+    "frozen linear": lambda layers: layers.requires_grad_(False),
+    "lora": _through_peft(peft.LoraConfig, lora_alpha=RANK),
+    "pissa": _through_peft(peft.LoraConfig, lora_alpha=RANK, init_lora_weights="pissa"),
+    "dora": _through_peft(peft.LoraConfig, lora_alpha=RANK, use_dora=True),
 }
 
 
 def candidates(case: Case, device: torch.device) -> Candidates:
-    """Each layer on the same weight and input, ready to run."""
+    """Each form of the same layers on the same input, ready to run."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     x = torch.randn(case.rows, case.features, device=device, dtype=dtype, requires_grad=case.work == "training")
-    dh = torch.randn(case.rows, case.features, device=device, dtype=dtype)
-    weights = nn.Linear(case.features, case.features).state_dict()
+    linears = Layers({name: nn.Linear(case.features, case.features) for name in case.layers.split(", ")})
+    dhs = [torch.randn(case.rows, case.features, device=device, dtype=dtype) for _ in linears.children()]
 
-    def ready(make: Callable[[nn.Linear], nn.Module]) -> Callable[[], object]:
-        linear = nn.Linear(case.features, case.features)
-        linear.load_state_dict(weights)
-        layer = make(linear).to(device, dtype)
+    def ready(make: Callable[[Layers], nn.Module]) -> Callable[[], object]:
+        layers = make(copy.deepcopy(linears)).to(device, dtype)
         if case.work == "training":
-            inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-            return lambda: torch.autograd.grad(layer(x), inputs, dh)
-        return lambda: _infer(layer, x)
+            inputs = [x, *(parameter for parameter in layers.parameters() if parameter.requires_grad)]
+            return lambda: torch.autograd.grad(layers(x), inputs, dhs)
+        return lambda: _infer(layers, x)
 
-    return {name: ready(make) for name, make in LAYERS.items()}
+    grouped = len(dhs) > 1
+    return {name: ready(make) for name, make in LAYERS.items() if grouped or make is not _siva_alone}
 
 
 @torch.no_grad()
-def _infer(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x)
+def _infer(layers: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return layers(x)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -129,9 +145,14 @@ def test_siva_linear(benchmark: Any, case: Case, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    device = torch.device(parser.parse_args().device)
-    on_card = ROBERTA | LLAMA, ("float32", "bfloat16", "float16")
-    for case in cases() if device.type == "cpu" else cases(*on_card):
+    parser.add_argument("--models", help="some of the models only, as demo,base")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    models, dtypes = (
+        (ROBERTA, ("float32",)) if device.type == "cpu" else (ROBERTA | LLAMA, ("float32", "bfloat16", "float16"))
+    )
+    wanted = arguments.models.split(",") if arguments.models else list(models)
+    for case in cases({model: models[model] for model in wanted}, dtypes):
         measure(FILE, {key: str(value) for key, value in asdict(case).items()}, candidates(case, device), device)
 
 

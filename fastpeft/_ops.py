@@ -8,6 +8,7 @@ Dimension letters: M rows of x (all leading dimensions together), K in_features,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -184,18 +185,28 @@ class SivaLinearGroup(torch.autograd.Function):
         # x is needed for dV and p for dU alone; what no gradient needs is not kept
         kept = x if any(need_dv) else None, p if any(need_du) else None
         ctx.layers = layers
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, *weights, *us, *ss, *vs)
         return tuple(hs)
 
     @staticmethod
-    def backward(ctx: Any, *dhs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [i for i, dh in enumerate(dhs) if dh is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+
+        def of_used(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in used]
+
         x, p, *operands = ctx.saved_tensors
-        weights, us, ss, vs = _split(operands, ctx.layers)
+        weights, us, ss, vs = map(of_used, _split(operands, ctx.layers))
         _, need_dx, *needs = ctx.needs_input_grad
-        _, need_du, _, need_dv, need_dbias = _split(needs, ctx.layers)
-        empty = dhs[0].new_empty(0)
+        _, need_du, _, need_dv, need_dbias = map(of_used, _split(needs, ctx.layers))
+        if p is not None and len(used) < ctx.layers:
+            p = torch.cat(of_used(p.split([s.shape[0] for s in _split(operands, ctx.layers)[2]])))
+        empty = weights[0].new_empty(0)
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_group_backward(
-            dhs,
+            of_used(dhs),
             x if x is not None else empty,
             weights,
             us,
@@ -207,17 +218,12 @@ class SivaLinearGroup(torch.autograd.Function):
             any(need_dv),
             need_dbias,
         )
-        dvs = dv.split([len(v) for v in vs]) if any(need_dv) else [None] * ctx.layers
-        frozen = [None] * ctx.layers
-        return (
-            None,
-            dx if need_dx else None,
-            *frozen,
-            *(du if needed else None for du, needed in zip(dus, need_du, strict=True)),
-            *frozen,
-            *(part if needed else None for part, needed in zip(dvs, need_dv, strict=True)),
-            *(dbias if needed else None for dbias, needed in zip(dbiases, need_dbias, strict=True)),
-        )
+        dvs = dv.split([v.shape[0] for v in vs]) if any(need_dv) else [empty] * len(used)
+        gradients: list[list[Tensor | None]] = [[None] * ctx.layers for _ in range(5)]  # weights, us, ss, vs, biases
+        for place, values, needed in ((1, dus, need_du), (3, dvs, need_dv), (4, dbiases, need_dbias)):
+            for i, value, need in zip(used, values, needed, strict=True):
+                gradients[place][i] = value if need else None
+        return None, dx if need_dx else None, *itertools.chain(*gradients)
 
 
 def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -19,10 +19,8 @@ def siva_linear(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`h = x W^T + b`, then `h += p (U diag(s))^T` in place, with `p = x V^T`."""
-    rows = as_matrix(x)  # (M, K)
-    p = F.linear(rows, v)
-    h = F.linear(rows, weight, bias).addmm_(p, _scaled(u, s))
-    return h.view(*x.shape[:-1], weight.shape[0]), p.view(*x.shape[:-1], v.shape[0])
+    p = F.linear(as_matrix(x), v)  # (M, R)
+    return _output(x, weight, u, s, p, bias), p.view(*x.shape[:-1], v.shape[0])
 
 
 def siva_linear_backward(
@@ -59,12 +57,11 @@ def siva_linear_group(
     Each layer has its product with W: one with all W below each other is no faster, and they would have to share a
     storage for it.
     """
-    rows = as_matrix(x)  # (M, K)
-    p = _stacked(vs) @ rows.t()  # (sum of R, M)
-    ranks = [s.shape[0] for s in ss]
+    p = _stacked(vs) @ as_matrix(x).t()  # (sum of R, M)
+    ps = p.split([s.shape[0] for s in ss])
     hs = [
-        F.linear(rows, weight, bias).addmm_(part.t(), _scaled(u, s)).view(*x.shape[:-1], weight.shape[0])
-        for weight, u, s, bias, part in zip(weights, us, ss, biases, p.split(ranks), strict=True)
+        _output(x, weight, u, s, part.t(), bias)
+        for weight, u, s, part, bias in zip(weights, us, ss, ps, biases, strict=True)
     ]
     return hs, p
 
@@ -104,6 +101,18 @@ def siva_linear_group_backward(
     ]
     dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
     return dx, dus, dv, dbiases
+
+
+def _output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
+    """One h; no view of another tensor, for autograd allows no change in place of an output that is one."""
+    h = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, target = as_matrix(x), as_matrix(h)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=target)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=target)
+    target.addmm_(p, _scaled(u, s))
+    return h
 
 
 def _stacked(vs: list[Tensor]) -> Tensor:

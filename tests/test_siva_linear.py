@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fastpeft
 from fastpeft import aten, reference
-from fastpeft.functional import siva_linear
+from fastpeft.functional import siva_linear, siva_linear_group
 
 
 def operands(
@@ -54,11 +55,12 @@ def test_gradcheck(rows: tuple[int, ...], bias: bool) -> None:
 
 @pytest.mark.parametrize("rows", [(0,), (3,), (2, 5), ()])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_calls_equal_the_reference(rows: tuple[int, ...], bias: bool) -> None:
-    x, weight, u, s, v, b = operands(rows, 7, 5, 3, bias=bias)
+@pytest.mark.parametrize(("k", "n", "r"), [(7, 5, 3), (7, 5, 1), (0, 5, 3), (7, 0, 3), (7, 5, 0)])
+def test_fused_calls_equal_the_reference(rows: tuple[int, ...], bias: bool, k: int, n: int, r: int) -> None:
+    x, weight, u, s, v, b = operands(rows, k, n, r, bias=bias)
     found, expected = (module.siva_linear(x, weight, u, s, v, b) for module in (aten, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    dh = torch.randn(*rows, 5, dtype=torch.float64)
+    dh = torch.randn(*rows, n, dtype=torch.float64)
     p = expected[1]
     for needs in itertools.product((True, False), repeat=4):
         found, expected = (
@@ -199,3 +201,136 @@ def test_a_gradient_for_a_frozen_operand_is_refused(index: int, name: str) -> No
     tensors[index].requires_grad_()
     with pytest.raises(fastpeft.FastpeftError, match=f"{name} requires a gradient"):
         siva_linear(*tensors)
+
+
+# -- groups --------------------------------------------------------------------------------------------------------
+
+LAYERS = ((5, 3, True), (4, 1, False), (6, 2, True))  # out_features, rank, bias
+
+
+def group_operands(
+    rows: tuple[int, ...],
+    k: int,
+    layers: tuple[tuple[int, int, bool], ...] = LAYERS,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, list[list[Tensor | None]]]:
+    """x, and for each layer weight, u, s, v and bias."""
+    found = [operands(rows, k, n, r, dtype, bias) for n, r, bias in layers]
+    return found[0][0], [each[1:] for each in found]
+
+
+def trained(x: Tensor, layers: list[list[Tensor | None]]) -> list[Tensor]:
+    return [
+        x,
+        *(t.requires_grad_() for layer in layers for i, t in enumerate(layer) if i in (1, 3, 4) and t is not None),
+    ]
+
+
+def grouped(x: Tensor, layers: list[list[Tensor | None]]) -> tuple[Tensor, ...]:
+    return siva_linear_group(x, *zip(*layers))
+
+
+@pytest.mark.parametrize("implementation", [aten, reference], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("rows", [(0,), (3,), (2, 5), ()])
+@pytest.mark.parametrize("k", [7, 0])
+def test_a_group_gives_what_its_layers_give(implementation: Any, rows: tuple[int, ...], k: int) -> None:
+    x, layers = group_operands(rows, k, (*LAYERS, (0, 2, True), (3, 0, True)))
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
+    hs, p = implementation.siva_linear_group(x, weights, us, ss, vs, biases)
+    singles = [reference.siva_linear(x, *layer) for layer in layers]
+    torch.testing.assert_close(hs, [h for h, _ in singles], **close)
+    dhs = [torch.randn_like(h) for h in hs]
+    for needs in itertools.product((True, False), repeat=4):
+        of_x, of_u, of_v, of_bias = needs
+        some = [of_u and i != 1 for i in range(len(layers))]
+        dx, dus, dv, dbiases = implementation.siva_linear_group_backward(
+            dhs, x, weights, us, ss, vs, p, of_x, some, of_v, [of_bias] * len(layers)
+        )
+        expected = [
+            reference.siva_linear_backward(dh, x, *layer[:4], single[1], of_x, needed, of_v, of_bias)
+            for dh, layer, single, needed in zip(dhs, layers, singles, some)
+        ]
+        dxs, expected_dus, dvs, expected_dbiases = zip(*expected)
+        torch.testing.assert_close(dx, sum(dxs), **close)
+        torch.testing.assert_close(dus, list(expected_dus), **close)
+        torch.testing.assert_close(dv, torch.cat(dvs), **close)
+        torch.testing.assert_close(dbiases, list(expected_dbiases), **close)
+
+
+def test_gradcheck_of_a_group() -> None:
+    x, layers = group_operands((2, 3), 7)
+    inputs = trained(x.requires_grad_(), layers)
+    assert torch.autograd.gradcheck(lambda *_: grouped(x, layers), inputs)
+
+
+def test_a_group_makes_only_requested_gradients_and_none_of_an_unused_output() -> None:
+    x, layers = group_operands((3,), 7)
+    u, v = layers[0][1].requires_grad_(), layers[2][3].requires_grad_()
+    layers[1][1].requires_grad_()
+    first, _, last = grouped(x, layers)
+    expected = torch.autograd.grad(siva_linear(x, *layers[0]).sum() + siva_linear(x, *layers[2]).sum(), [u, v])
+    found = torch.autograd.grad(first.sum() + last.sum(), [u, v])
+    torch.testing.assert_close(found, expected)
+    first, second, _ = grouped(x, layers)
+    assert torch.autograd.grad(first.sum() + second.sum(), [u, v], allow_unused=True)[1] is None
+    assert not grouped(x, [layer[:1] + [t.detach() for t in layer[1:4]] + layer[4:] for layer in layers])[
+        0
+    ].requires_grad
+
+
+def test_a_group_saves_x_once_and_one_projection() -> None:
+    x, layers = group_operands((3,), 7)
+    trained(x, layers)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        grouped(x, layers)
+    known = {t.data_ptr() for layer in layers for t in layer[:4]}
+    activations = [t for t in kept if t.data_ptr() not in known]
+    assert [tuple(t.shape) for t in activations] == [(3, 7), (6, 3)]  # x and p^T, for ranks 3 + 1 + 2
+    assert activations[0].data_ptr() == x.data_ptr()
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    x, layers = group_operands((3,), 7)
+    inputs = trained(x.requires_grad_(), layers)
+    hs = grouped(x, layers)
+    hs[0].mul_(2)
+    loss = sum(h.square().sum() for h in hs)
+    plain = [siva_linear(x, *layer) for layer in layers]
+    expected = (2 * plain[0]).square().sum() + plain[1].square().sum() + plain[2].square().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs))
+    siva_linear(x, *layers[0]).mul_(2).sum().backward()
+
+
+def test_opcheck_of_a_group() -> None:
+    x, layers = group_operands((2, 3), 7, dtype=torch.float32)
+    weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear_group.default, (x, weights, us, ss, vs, biases))
+    hs, p = torch.ops.fastpeft.siva_linear_group(x, weights, us, ss, vs, biases)
+    for needs in [(True, [True] * 3, True, [True] * 3), (False, [False, True, False], False, [False] * 3)]:
+        arguments = (hs, x, weights, us, ss, vs, p, *needs)
+        torch.library.opcheck(torch.ops.fastpeft.siva_linear_group_backward.default, arguments)
+
+
+def test_autocast_of_a_group() -> None:
+    x, layers = group_operands((3,), 7, dtype=torch.float32)
+    trained(x, layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        hs = grouped(x, layers)
+    assert {h.dtype for h in hs} == {torch.bfloat16}
+    sum(h.sum() for h in hs).backward()
+    assert layers[0][1].grad.dtype == torch.float32
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    x, layers = group_operands((3,), 7)
+    weights, us, ss, vs, biases = zip(*layers)
+    for refused, message in (
+        ((weights[:2], us, ss, vs, biases), "got 2, 3, 3, 3, 3 of them"),
+        (((), (), (), (), ()), "at least one"),
+        (((weights[0].float(), *weights[1:]), us, ss, vs, biases), r"torch\.float32, torch\.float64"),
+        ((weights, us[::-1], ss, vs, biases), r"siva_linear takes x .* got x"),
+    ):
+        with pytest.raises(fastpeft.FastpeftError, match=message):
+            siva_linear_group(x, *refused)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint
 from fastpeft.functional import siva_linear
-from fastpeft.siva import weight_decay
+from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
 
@@ -231,11 +231,19 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        taken = grouping.take(self, x)
+        if taken is not None:
+            return taken
+        operands = self.operands()
+        return self.base_layer(x, *args, **kwargs) if operands is None else siva_linear(x, *operands)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:
+        """What `siva_linear` takes beside x, as the layer acts now; None where the base layer acts alone."""
         factors = self._acting()
-        if factors is None:
-            return self.base_layer(x, *args, **kwargs)
         weight = self.base_layer.weight
-        return siva_linear(x, weight.t() if self.fan_in_fan_out else weight, *factors, bias=self.base_layer.bias)
+        if factors is None:
+            return None
+        return (weight.t() if self.fan_in_fan_out else weight, *factors, self.base_layer.bias)
 
     @property
     def weight(self) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprints_agree
+from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.layer import SivaLinear, check_kind, original_fingerprint
@@ -49,6 +50,7 @@ class SivaModel(BaseTuner):
                 self._pissa.fill_saved_modules(model, adapter_name)
         finally:
             del self._step, self._pissa  # a model is copied and pickled, with neither
+        grouping.arrange(model, SivaLinear)
 
     def _prepare_adapter_config(self, peft_config: SivaConfig, model_config: dict[str, Any]) -> SivaConfig:
         return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
@@ -143,6 +145,7 @@ class SivaModel(BaseTuner):
         if not merge:
             for layer in self.layers():
                 layer.check_restorable()  # before the first layer is touched
+        grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model
 

@@ -9,18 +9,19 @@ from bench import bench_siva_linear as bench
 from bench import harness, plot
 
 CPU = torch.device("cpu")
-SMALL = bench.Case("tiny", features=16, rows=8, dtype="float32", work="forward")
 
 
-def test_all_start_from_the_same_layer():
-    outputs = [run() for run in bench.candidates(SMALL, CPU).values()]
+@pytest.mark.parametrize("layers", [bench.QUERY, bench.ATTENTION])
+def test_all_start_from_the_same_layers(layers):
+    case = bench.Case("tiny", features=16, rows=8, dtype="float32", work="forward", layers=layers)
+    outputs = [run() for run in bench.candidates(case, CPU).values()]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("work", ["forward", "training"])
 def test_rows_are_recorded_and_drawn(work, tmp_path, monkeypatch):
-    case = bench.Case("tiny", 16, 8, "float32", work)
+    case = bench.Case("tiny", 16, 8, "float32", work, bench.ATTENTION)
     file = tmp_path / "siva_linear.csv"
     columns = {name: str(value) for name, value in vars(case).items()}
     harness.measure(file, columns, bench.candidates(case, CPU), CPU, rounds=3)
@@ -32,8 +33,10 @@ def test_rows_are_recorded_and_drawn(work, tmp_path, monkeypatch):
 
 def test_training_returns_every_gradient():
     case = bench.Case("tiny", 16, 8, "float32", "training")
+    assert "siva layer by layer" not in bench.candidates(case, CPU)  # a single layer is no group
     gradients = {name: len(run()) for name, run in bench.candidates(case, CPU).items()}
     assert gradients.pop("frozen linear") == 1  # that of x
+    assert gradients.pop("dora") == 4
     assert set(gradients.values()) == {3}
 
 

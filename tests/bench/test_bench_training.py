@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from bench.bench_training import CELLS, Cell, candidates, training_step
+from bench.bench_training import CELLS, LIMIT, Cell, adapters, candidates, training_step
 
 
 def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,8 +16,17 @@ def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch
     assert len(candidates(torch.device("cpu"))) == len(CELLS)
 
 
+def test_siva_is_what_other_adapters_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.bench_training.training_step", lambda cell, device: lambda: None)
+    names = list(adapters("all linear", torch.device("cpu")))
+    assert names[0] == "siva"
+    assert {LIMIT, "lora-compiled", "lora-dora"} < set(names)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell", [*CELLS, Cell(LIMIT, "query, key"), Cell("lora", "all linear", "dora")], ids=lambda cell: cell.name
+)
 def test_a_step_moves_the_trained_parameters(cell: Cell) -> None:
     step = training_step(cell, torch.device("cpu"))
     model = next(value.cell_contents for value in step.__closure__ if isinstance(value.cell_contents, torch.nn.Module))

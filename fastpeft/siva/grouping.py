@@ -1,0 +1,196 @@
+"""Layers that read the same x as one group: the first of them computes the outputs of all.
+
+Query, key and value of an attention are three layers of one input. A `SharedInput` is a pair of hooks on the module
+that holds them. While that module runs, the first of the group to be called computes `siva_linear_group` for all, and
+each of the others takes its output, but only for the same tensor object at the same version, in the same modes of
+autograd and autocast; else it computes for itself. Where layers turn out to read different tensors, as the query of a
+cross-attention does, the group is parted.
+
+Layers hold nothing of this: what is open is kept per thread, and only while the module runs. So copies, replicas and
+pickles need no care, and a layer that is called by itself always computes.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.functional import siva_linear_group
+
+if TYPE_CHECKING:
+    from fastpeft.siva.layer import SivaLinear
+
+# Names of layers of one module that read the same x, architecture by architecture; a query comes first.
+SAME_INPUT = (
+    ("query", "key", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART
+    ("q", "k", "v"),  # T5
+    ("gate_proj", "up_proj"),  # Llama, Mistral, Qwen: the gated feed-forward
+    ("wi_0", "wi_1"),  # T5's
+)
+_CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # whose query reads another sequence
+_ATTRIBUTE = "_siva_shared_input"
+
+
+def arrange(model: nn.Module, kind: type[SivaLinear]) -> None:
+    """Group the layers of `kind` in `model`, in place of the groups that were there."""
+    part(model)
+    for path, module in model.named_modules():
+        groups = []
+        for names in SAME_INPUT:
+            alike = names[1:] if len(names) == 3 and _CROSS_ATTENTION.search(path) else names
+            found = tuple(name for name in alike if isinstance(module._modules.get(name), kind))
+            if len(found) > 1:
+                groups.append(found)
+        if groups:
+            setattr(module, _ATTRIBUTE, SharedInput(module, groups, kind))
+
+
+def part(model: nn.Module) -> None:
+    """Take the groups in `model` apart: every layer computes for itself again."""
+    for module in model.modules():
+        shared = module.__dict__.pop(_ATTRIBUTE, None)
+        if shared is not None:
+            shared.remove()
+
+
+def take(layer: SivaLinear, x: Tensor) -> Tensor | None:
+    """The output of `layer` for x from its group, if it is in one that is open; None: it must compute for itself."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph must not depend on what was open
+        return None
+    group = _open.groups.get(layer)
+    return None if group is None else group.take(layer, x)
+
+
+class SharedInput:
+    """The hooks of a module whose children in each of `groups`, by name, are thought to read the same x."""
+
+    def __init__(self, module: nn.Module, groups: list[tuple[str, ...]], kind: type[SivaLinear]) -> None:
+        self.groups = groups
+        self._kind = kind
+        self._strangers: set[str] = set()  # children that turned out to read another tensor than their group
+        self._handles = [
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        """Open the groups for one run of the module, which may be a replica of the one the hooks were put on."""
+        if torch.compiler.is_compiling():
+            return
+        # not within backward: what checkpointing runs again has to save the same tensors as its first run
+        if self._strangers and torch._C._current_graph_task_id() == -1:
+            self._regroup()
+        for names in self.groups:
+            layers = [layer for _, layer in self._layers(module, names)]
+            group = _Group(layers)
+            _open.groups.update((layer, group) for layer in layers)
+
+    def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Close the groups. No output means that an exception ended the run, and says nothing of what layers read."""
+        if torch.compiler.is_compiling():
+            return
+        for names in self.groups:
+            for name, layer in self._layers(module, names):
+                group = _open.groups.pop(layer, None)
+                if group is not None and output is not None and group.computed_in_vain(layer):
+                    self._strangers.add(name)
+
+    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, SivaLinear]]:
+        """The children of that name which are still adapted layers."""
+        children = ((name, module._modules.get(name)) for name in names)
+        return [(name, child) for name, child in children if isinstance(child, self._kind)]
+
+    def _regroup(self) -> None:
+        """Part each group into the layers that took their output and those that did not."""
+        strangers, self._strangers = self._strangers, set()
+        halves = [
+            tuple(name for name in names if (name in strangers) is strange)
+            for names in self.groups
+            for strange in (False, True)
+        ]
+        self.groups = [names for names in halves if len(names) > 1]
+
+
+class _Group:
+    """The layers of one group during one run: once the first has computed, the outputs that the others may take."""
+
+    def __init__(self, layers: list[SivaLinear]) -> None:
+        self._layers = layers
+        self._computed = False  # at most once a run: what is called again reads something else
+        self._x: Tensor | None = None
+        self._state: tuple[object, ...] = ()
+        self._outputs: dict[SivaLinear, Tensor] = {}
+        self._refused: set[SivaLinear] = set()
+
+    def take(self, layer: SivaLinear, x: Tensor) -> Tensor | None:
+        if x.is_inference():
+            return None  # it has no version by which a change in place could be seen
+        if not self._computed:
+            self._compute(layer, x)
+        output = self._outputs.pop(layer, None)
+        if output is not None and not (x is self._x and _state(x) == self._state):
+            self._refused.add(layer)
+            output = None
+        if not self._outputs:
+            self._x = None
+        return output
+
+    def computed_in_vain(self, layer: SivaLinear) -> bool:
+        """Whether the output of `layer` was there and not taken."""
+        return layer in self._outputs or layer in self._refused
+
+    def _compute(self, layer: SivaLinear, x: Tensor) -> None:
+        """The outputs of all layers that can be computed together with `layer`, if there are any others."""
+        members = {member: found for member in self._layers if (found := _operands(member)) is not None}
+        if layer in members:
+            weight = members[layer][0]
+            members = {member: found for member, found in members.items() if _alike(found[0], weight)}
+        if layer not in members or len(members) == 1:
+            return
+        weights, us, ss, vs, biases = zip(*members.values(), strict=True)
+        outputs = siva_linear_group(x, weights, us, ss, vs, biases)
+        self._outputs = dict(zip(members, outputs, strict=True))
+        self._x, self._state, self._computed = x, _state(x), True
+
+
+class _Open(threading.local):
+    def __init__(self) -> None:
+        self.groups: dict[SivaLinear, _Group] = {}
+
+
+_open = _Open()  # the groups of the modules that this thread is running
+
+
+def _operands(layer: SivaLinear) -> tuple[Any, ...] | None:
+    """What `layer` would compute with; None where its call does more than that.
+
+    A hook before its forward may change x, or bring the layer's weights only then (sharding, offloading), for which
+    other libraries put a function in the place of its forward as well.
+    """
+    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
+
+
+def _alike(weight: Tensor, other: Tensor) -> bool:
+    return weight.dtype is other.dtype and weight.device == other.device and weight.shape[1] == other.shape[1]
+
+
+def _state(x: Tensor) -> tuple[object, ...]:
+    """What must not have changed between computing an output and taking it."""
+    device = x.device.type
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    )
