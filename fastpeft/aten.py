@@ -96,8 +96,8 @@ def siva_linear_group_backward(
         dv = dp @ as_matrix(x)
     ps = p.split(ranks) if any(need_du) else [p] * len(ss)
     dus = [
-        (part @ dh).mul_(s[:, None]).t().contiguous() if needed else dh.new_empty(0)
-        for dh, s, part, needed in zip(rows, ss, ps, need_du, strict=True)
+        torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape)) if needed else dh.new_empty(0)
+        for dh, u, s, part, needed in zip(rows, us, ss, ps, need_du, strict=True)
     ]
     dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
     return dx, dus, dv, dbiases
@@ -121,4 +121,4 @@ def _stacked(vs: list[Tensor]) -> Tensor:
 
 def _scaled(u: Tensor, s: Tensor) -> Tensor:
     """`diag(s) U^T`, `(R, N)`, contiguous."""
-    return (u * s).t().contiguous()
+    return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))

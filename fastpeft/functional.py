@@ -97,21 +97,16 @@ def siva_linear_group(
     for layer in zip(*operands, strict=True):
         _check_siva_linear(x, *layer)
     dtype = _siva_dtype(x, weights[0])
-    cast = [None if tensor is None else tensor.to(dtype) for each in operands for tensor in each]
+    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for each in operands for t in each]
     hs: tuple[Tensor, ...] = _ops.SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
     return hs
 
 
 def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     r = s.shape[0] if s.dim() == 1 else -1
-    if (
-        weight.dim() != 2
-        or x.dim() < 1
-        or x.shape[-1] != weight.shape[1]
-        or u.shape != (weight.shape[0], r)
-        or v.shape != (r, weight.shape[1])
-        or (bias is not None and bias.shape != weight.shape[:1])
-    ):
+    fits = x.dim() > 0 and x.shape[-1] == k and u.shape == (n, r) and v.shape == (r, k)
+    if not fits or (bias is not None and bias.shape != (n,)):
         raise FastpeftError(
             "siva_linear takes x (*, K), weight (N, K), u (N, r), s (r,), v (r, K) and bias (N,) or None; got x "
             f"{tuple(x.shape)}, weight {tuple(weight.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, v "
