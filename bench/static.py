@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, write_rows
-from fastpeft.kernels import mezo, siva_linear, tiles
+from fastpeft.kernels import mezo, siva_linear, tiles, window_attention
 
 ROOT = Path(__file__).parent.parent
 FILE, CUDA_FILE = DATA / "static.csv", DATA / "static_cuda.csv"
@@ -43,15 +43,30 @@ KERNELS = {
     "siva_linear_bwd_partials": siva_linear._siva_linear_bwd_partials_kernel,
     "siva_linear_bwd_sum": siva_linear._siva_linear_bwd_sum_kernel,
     "mezo_perturb": mezo._mezo_perturb_kernel,
+    "window_attention_fwd": window_attention._window_attention_fwd_kernel,
+    "window_attention_bwd_queries": window_attention._window_attention_bwd_queries_kernel,
+    "window_attention_bwd_keys": window_attention._window_attention_bwd_keys_kernel,
 }
 ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
     "siva_linear_bwd_partials": {"partial_ptr": "*fp32"},
     "siva_linear_bwd_sum": {"partial_ptr": "*fp32"},
     "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"},
+    **dict.fromkeys(
+        ("window_attention_fwd", "window_attention_bwd_queries", "window_attention_bwd_keys"),
+        {
+            "mask_ptr": "*i1",
+            **dict.fromkeys(("lse_ptr", "delta_ptr", "dp_ptr"), "*fp32"),
+            **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
+            "scale": "fp32",
+        },
+    ),
 }
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
-ANY = ("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms")  # counts, and rows of R
+ANY = (  # but not counts, rows of R and what does not specialise
+    *("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms"),
+    *("H", "T", "S", "parts", "slots", "absent", "seed", "ordinal", "last_dropped", "scale"),
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -62,7 +77,7 @@ class Variant:
     kernel: str
     arch: str
     dtype: str  # Triton's name of the operands' type
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # of a tuple, None stands for what is none
     num_warps: int
     num_stages: int
 
@@ -126,12 +141,43 @@ def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
             yield Variant("mezo_perturb", arch, dtype, constants, tiles.MEZO_PERTURB.num_warps, num_stages=3)
 
 
+WINDOW_ATTENTION_WIDTHS = (16, 32, 64, 128, 256)
+_ROWS, _KEYS = (None, None, None, 1), (None, 1)  # strides of what is contiguous
+
+
+def window_attention_variants(arch: str) -> Iterator[Variant]:
+    """Window attention with all that it can do: masked, causal, with dropout and absent slots, and every gradient."""
+    for (kernel, kind), of_width in tiles.WINDOW_ATTENTION.items():
+        if arch == "sm_75" and kind != "ieee":
+            continue  # the launcher leaves these to PyTorch there
+        for dtype, width in itertools.product(
+            ("bf16", "fp16") if kind == "half" else ("fp32",), WINDOW_ATTENTION_WIDTHS
+        ):
+            tile = tiles.window_attention(kernel, kind, width)
+            name = f"window_attention_{kernel}"
+            constants = {
+                **dict.fromkeys(("dout_strides", "q_strides", "c_strides"), _ROWS),
+                **dict.fromkeys(("p_strides", "mask_strides"), _KEYS),
+                **dict.fromkeys(("NEED_DQ", "NEED_DC", "NEED_DP"), True),
+                **dict.fromkeys(("HAS_MASK", "HAS_ABSENT", "CAUSAL", "DROPOUT", "IS_ALIGNED"), True),
+                "PRECISION": "tf32" if kind == "tf32" else "ieee",
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_D": tiles.width_block(width),
+            }
+            taken = inspect.signature(KERNELS[name].fn).parameters
+            constants = {key: value for key, value in constants.items() if key in taken}
+            yield Variant(name, arch, dtype, constants, tile.num_warps, tile.num_stages)
+
+
 def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
     for arch in TARGETS:
         yield from siva_linear_variants(arch)
     for arch in TARGETS:
         yield from mezo_perturb_variants(arch)
+    for arch in TARGETS:
+        yield from window_attention_variants(arch)
 
 
 def source_hash(kernel: str) -> str:
@@ -145,17 +191,25 @@ def source_hash(kernel: str) -> str:
 def compile_row(variant: Variant) -> dict[str, str]:
     """Compile `variant` and return its row."""
     kernel = KERNELS[variant.kernel]
-    signature, attributes = {}, {}
+    signature, attributes, constants = {}, {}, {}
     for position, name in enumerate(inspect.signature(kernel.fn).parameters):
+        constant = variant.constants.get(name)
+        if isinstance(constant, tuple):
+            signature[name] = tuple("i32" if item is None else "constexpr" for item in constant)
+            places = {(position, place): item for place, item in enumerate(constant)}
+            constants |= {place: item for place, item in places.items() if item is not None}
+            attributes |= {place: [["tt.divisibility", SPECIALISED]] for place in places.keys() - constants.keys()}
+            continue
         if name in variant.constants:
             signature[name] = "constexpr"
+            constants[(position,)] = constant
             continue
         default = f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
         signature[name] = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
         if name not in ANY:
             attributes[(position,)] = [["tt.divisibility", SPECIALISED]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, variant.constants, attributes),
+        ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[variant.arch],
         options={
             "num_warps": variant.num_warps,

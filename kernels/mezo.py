@@ -12,47 +12,23 @@ Source: MeZO (Malladi et al., 2023, arXiv 2305.17333); Philox (Salmon et al., 20
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastpeft import noise as contract
+from fastpeft.kernels.launch import device_of
+from fastpeft.kernels.philox import in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 
 # a kernel reads numbers of its module only in this form
-_M0, _M1 = (tl.constexpr(number) for number in contract.MULTIPLIERS)
-_K0, _K1 = (tl.constexpr(number) for number in contract.WEYL)
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(number) for number in contract.LOG)
 _S0, _S1, _S2, _S3 = (tl.constexpr(number) for number in contract.SIN)
 _C0, _C1, _C2, _C3 = (tl.constexpr(number) for number in contract.COS)
 _LN2 = tl.constexpr(contract.LN2)
 _SQRT_HALF_BITS = tl.constexpr(contract.SQRT_HALF_BITS)
 _NOISE, _ROUNDING = tl.constexpr(contract.STREAM_NOISE), tl.constexpr(contract.STREAM_ROUNDING)
-
-
-@triton.jit
-def _random_words(q, seed, STREAM: tl.constexpr):
-    """Philox4x32-10 of the counters q (Q,) int64: four tensors (Q,) of uint32."""
-    c0 = (q & 0xFFFFFFFF).to(tl.uint32)
-    c1 = (q >> 32).to(tl.uint32)
-    c2 = tl.full(q.shape, STREAM, tl.uint32)
-    c3 = tl.full(q.shape, 0, tl.uint32)
-    k0 = tl.full(q.shape, 0, tl.uint32) + (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = tl.full(q.shape, 0, tl.uint32) + (seed >> 32).to(tl.uint32)
-    m0 = tl.full(q.shape, _M0, tl.uint32)
-    m1 = tl.full(q.shape, _M1, tl.uint32)
-    w0 = tl.full(q.shape, _K0, tl.uint32)
-    w1 = tl.full(q.shape, _K1, tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(m0, c0), tl.mul(m0, c0, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(m1, c2), tl.mul(m1, c2, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 = tl.add(k0, w0, sanitize_overflow=False)
-        k1 = tl.add(k1, w1, sanitize_overflow=False)
-    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -94,29 +70,23 @@ def _cos_sin(word):
 
 
 @triton.jit
-def _in_order(a, b, c, d):
-    """Four lanes (Q,) of each counter to the elements (E,) they belong to."""
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-
-
-@triton.jit
 def _gaussian(q, seed):
     """z (E,) of the counters q (Q,)."""
-    w0, w1, w2, w3 = _random_words(q, seed, _NOISE)
+    w0, w1, w2, w3 = random_words(q, seed, 0, _NOISE)
     r0, r2 = _radius(w0), _radius(w2)
     cos1, sin1 = _cos_sin(w1)
     cos3, sin3 = _cos_sin(w3)
-    return _in_order(r0 * cos1, r0 * sin1, r2 * cos3, r2 * sin3)
+    return in_order(r0 * cos1, r0 * sin1, r2 * cos3, r2 * sin3)
 
 
 @triton.jit
 def _rademacher(q, seed):
     """z (E,) of the quads q (Q,): four of the 128 bits of counter q // 32."""
-    w0, w1, w2, w3 = _random_words(q >> 5, seed, _NOISE)
+    w0, w1, w2, w3 = random_words(q >> 5, seed, 0, _NOISE)
     place = (q & 31).to(tl.int32)
     word = tl.where(place < 16, tl.where(place < 8, w0, w1), tl.where(place < 24, w2, w3))
     bits = (word >> ((place & 7) * 4).to(tl.uint32)).to(tl.int32)
-    odd = _in_order(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1)
+    odd = in_order(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1)
     return tl.where(odd == 1, -1.0, 1.0)
 
 
@@ -193,8 +163,8 @@ def _mezo_perturb_kernel(
         kept = _widen(p, IS_BF16) * keep
         value = kept + z.to(compute) * scale
         if IS_STOCHASTIC:
-            w0, w1, w2, w3 = _random_words(q, seed, _ROUNDING)
-            value = _round_stochastic(value, _in_order(w0, w1, w2, w3), IS_BF16)
+            w0, w1, w2, w3 = random_words(q, seed, 0, _ROUNDING)
+            value = _round_stochastic(value, in_order(w0, w1, w2, w3), IS_BF16)
         p = _narrow(value, element_type, IS_BF16)
         keep = tl.full((), 1.0, compute)
     tl.store(p_ptr + offs_e, p, mask=mask_e)
@@ -226,7 +196,7 @@ def mezo_perturb_replay_(
             continue
         flat = param.reshape(-1)  # C order of the logical tensor: a view, or a copy that is written back
         quads = (offset + flat.numel() + 3) // 4 - offset // 4
-        with torch.cuda.device_of(param) if param.is_cuda else nullcontext():
+        with device_of(param):
             _mezo_perturb_kernel[(triton.cdiv(quads, MEZO_PERTURB.block_q),)](
                 flat.view(torch.int16) if param.dtype == torch.bfloat16 else flat,
                 seeds,

@@ -29,7 +29,6 @@ Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -39,6 +38,7 @@ from torch.nn import functional as F
 
 from fastpeft import aten
 from fastpeft.kernels import tiles
+from fastpeft.kernels.launch import device_of, precision, products_of
 
 MAX_RANK = 64  # a wider tile of p spills beside the tile of h
 GROUP_M = 8  # row blocks that share the tiles of W in cache
@@ -295,15 +295,6 @@ def _siva_linear_bwd_sum_kernel(
     tl.store(dv_ptr + offs_r[None, :] * K + (offs_c - N)[:, None], acc, mask=(offs_c >= N)[:, None] & mask)
 
 
-def products(dtype: torch.dtype, matrix_units: bool) -> str | None:
-    """How the kernels multiply operands of this dtype: a key of the tile tables; None where they should not."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return "half" if matrix_units else None
-    if dtype is torch.float32:
-        return "tf32" if matrix_units and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    return None
-
-
 def siva_linear_fwd(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -387,10 +378,8 @@ def siva_linear_bwd(
 
 
 def _products(x: Tensor, rank: int) -> str | None:
-    """`products` on the device of x; None for a rank that the kernels do not hold."""
-    if rank > MAX_RANK:
-        return None
-    return products(x.dtype, matrix_units=not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+    """`products_of` x; None for a rank that the kernels do not hold."""
+    return None if rank > MAX_RANK else products_of(x)
 
 
 def _linear(
@@ -405,7 +394,7 @@ def _linear(
     tile, project = tiles.siva_linear(m, k, n, rank, kind, tiles.card(x.device))
     p = x.new_empty(m, rank) if project else F.linear(x, v)
     grid = (triton.cdiv(m, tile.block_m) * max(triton.cdiv(n, tile.block_n), 1),)
-    with _device_of(x):
+    with device_of(x):
         _siva_linear_kernel[grid](
             x,
             weight,
@@ -429,7 +418,7 @@ def _linear(
             rank,
             HAS_BIAS=bias is not None,
             PROJECT=project,
-            PRECISION=_precision(kind),
+            PRECISION=precision(kind),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -458,7 +447,7 @@ def _factors(
     splits = max(triton.cdiv(m, rows), 1)
     partial = s.new_empty(splits, n + k, rank, dtype=torch.float32)
     du, dv = s.new_empty((n, rank) if of_u else 0), s.new_empty((rank, k) if of_v else 0)
-    with _device_of(s):
+    with device_of(s):
         _siva_linear_bwd_partials_kernel[(triton.cdiv(n, tile.block_c) + triton.cdiv(k, tile.block_c), splits)](
             dh,
             p,
@@ -474,7 +463,7 @@ def _factors(
             rank,
             *x.stride(),
             rank,
-            PRECISION=_precision(kind),
+            PRECISION=precision(kind),
             BLOCK_M=tile.block_m,
             BLOCK_C=tile.block_c,
             BLOCK_R=block_r,
@@ -499,13 +488,3 @@ def _factors(
             enable_fp_fusion=True,
         )
     return du, dv
-
-
-def _precision(kind: str) -> str:
-    """What `tl.dot` is told; it matters to float32 operands only."""
-    return "tf32" if kind == "tf32" else "ieee"
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x the current one, on which Triton launches."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()

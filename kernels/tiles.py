@@ -125,6 +125,51 @@ def card(device: torch.device) -> Card:
     return Card(name, properties.multi_processor_count)
 
 
+class WindowTile(NamedTuple):
+    """A launch shape of window attention: queries and keys a program multiplies at a time, warps and stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
+    ("fwd", "half"): {64: WindowTile(64, 64, 4, 2), 128: WindowTile(64, 32, 4, 2), 256: WindowTile(64, 32, 8, 2)},
+    ("fwd", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(32, 32, 4, 2), 256: WindowTile(32, 16, 8, 1)},
+    ("fwd", "ieee"): {64: WindowTile(32, 16, 4, 1), 128: WindowTile(16, 16, 4, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_queries", "half"): {
+        64: WindowTile(64, 32, 4, 2),
+        128: WindowTile(64, 32, 8, 2),
+        256: WindowTile(32, 32, 8, 1),
+    },
+    ("bwd_queries", "tf32"): {
+        64: WindowTile(32, 32, 4, 2),
+        128: WindowTile(32, 16, 4, 1),
+        256: WindowTile(16, 16, 8, 1),
+    },
+    ("bwd_queries", "ieee"): {
+        64: WindowTile(16, 16, 4, 1),
+        128: WindowTile(16, 16, 8, 1),
+        256: WindowTile(16, 16, 8, 1),
+    },
+    ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 2), 128: WindowTile(32, 64, 8, 2), 256: WindowTile(32, 32, 8, 1)},
+    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(16, 32, 4, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+}
+
+
+def window_attention(kernel: str, products: str, width: int) -> WindowTile:
+    """The tile of one of its kernels, "fwd", "bwd_queries" or "bwd_keys", for operands of this width."""
+    found = WINDOW_ATTENTION[kernel, products]
+    return found[min(limit for limit in found if width <= limit)]
+
+
+def width_block(width: int) -> int:
+    """Columns of a tile that holds the width: a power of two, at least the 16 that a matrix instruction takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 class Strip(NamedTuple):
     """One launch shape of an elementwise kernel: counters of the noise a program draws, and warps."""
 

@@ -17,6 +17,7 @@ from fastpeft import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
+from fastpeft.kernels.launch import products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
@@ -160,7 +161,7 @@ TILES = {
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
     if device == "cuda" and tile not in tiles.siva_linear_tiles(
-        tiles.card(torch.device(device, 0)).architecture, kernel.products(dtype, matrix_units=True)
+        tiles.card(torch.device(device, 0)).architecture, products(dtype, matrix_units=True)
     ):
         pytest.skip("not shipped to this card")
     launched(tile, project)
@@ -272,14 +273,14 @@ def test_products_follow_pytorch_and_the_card():
     try:
         for choice, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             torch.backends.cuda.matmul.fp32_precision = choice
-            assert kernel.products(torch.float32, matrix_units=True) == expected
-            assert kernel.products(torch.float32, matrix_units=False) == "ieee"
+            assert products(torch.float32, matrix_units=True) == expected
+            assert products(torch.float32, matrix_units=False) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = setting
     for dtype in (torch.float16, torch.bfloat16):
-        assert kernel.products(dtype, matrix_units=True) == "half"
-        assert kernel.products(dtype, matrix_units=False) is None
-    assert kernel.products(torch.float64, matrix_units=True) is None
+        assert products(dtype, matrix_units=True) == "half"
+        assert products(dtype, matrix_units=False) is None
+    assert products(torch.float64, matrix_units=True) is None
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
