@@ -1,9 +1,9 @@
 """Compile every shipped tile of the Triton kernels offline and record what came out; it needs no GPU.
 
-`python -m bench.static` writes `bench/data/static.csv`: one row per kernel, architecture and tile, with registers,
-stack (where spilled registers go) and shared memory in bytes, and counts of matrix instructions. On NVIDIA they come
-from the `cuobjdump` and `nvdisasm` that Triton carries, on AMD from the assembly. `source` is a hash of the kernel's
-text, by which a test tells whether the file is current.
+`python -m bench.static` writes `bench/data/static.csv`, and with names of kernels only their rows anew: one row per
+kernel, architecture and tile, with registers, stack (where spilled registers go) and shared memory in bytes, and counts
+of matrix instructions. On NVIDIA they come from the `cuobjdump` and `nvdisasm` that Triton carries, on AMD from the
+assembly. `source` is a hash of the kernel's text, by which a test tells whether the file is current.
 
 Where `fastpeft._C_cuda` was built, `bench/data/static_cuda.csv` gets the same of its kernels, with counts of
 instructions: all, loads and stores of 16 bytes a thread, and fused multiply-adds, which only the square root may have.
@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.harness import DATA, write_rows
+from bench.harness import DATA, read_rows, write_rows
 from fastpeft.kernels import mezo, siva_linear, tiles, window_attention
 
 ROOT = Path(__file__).parent.parent
@@ -47,20 +47,19 @@ KERNELS = {
     "window_attention_bwd_queries": window_attention._window_attention_bwd_queries_kernel,
     "window_attention_bwd_keys": window_attention._window_attention_bwd_keys_kernel,
 }
+WINDOW_ATTENTION_TYPES = {
+    **{"mask_ptr": "*i1", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dp_ptr": "*fp32", "scale": "fp32"},
+    **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
+}
 ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
     "siva_linear_bwd_partials": {"partial_ptr": "*fp32"},
     "siva_linear_bwd_sum": {"partial_ptr": "*fp32"},
     "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"},
-    **dict.fromkeys(
-        ("window_attention_fwd", "window_attention_bwd_queries", "window_attention_bwd_keys"),
-        {
-            "mask_ptr": "*i1",
-            **dict.fromkeys(("lse_ptr", "delta_ptr", "dp_ptr"), "*fp32"),
-            **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
-            "scale": "fp32",
-        },
-    ),
+    "window_attention_fwd": WINDOW_ATTENTION_TYPES,
+    "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
+    "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
 }
+KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 ANY = (  # but not counts, rows of R and what does not specialise
@@ -150,9 +149,9 @@ def window_attention_variants(arch: str) -> Iterator[Variant]:
     for (kernel, kind), of_width in tiles.WINDOW_ATTENTION.items():
         if arch == "sm_75" and kind != "ieee":
             continue  # the launcher leaves these to PyTorch there
-        for dtype, width in itertools.product(
-            ("bf16", "fp16") if kind == "half" else ("fp32",), WINDOW_ATTENTION_WIDTHS
-        ):
+        dtypes = ("bf16", "fp16") if kind == "half" else ("fp32",)
+        widths = [width for width in WINDOW_ATTENTION_WIDTHS if width <= max(of_width)]
+        for dtype, width in itertools.product(dtypes, widths):
             tile = tiles.window_attention(kernel, kind, width)
             name = f"window_attention_{kernel}"
             constants = {
@@ -306,7 +305,13 @@ def _by_arch(dump: str) -> list[tuple[str, str]]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.static compiles kernels, and TRITON_INTERPRET=1 replaces the compiler; unset it.")
-    write_rows(FILE, [compile_row(variant) for variant in variants()])
+    named = sys.argv[1:] or list(KERNELS)
+    if unknown := set(named) - KERNELS.keys():
+        sys.exit(
+            f"bench.static knows no kernel {', '.join(sorted(unknown))}; name some of {', '.join(KERNELS)}, or none."
+        )
+    kept = {tuple(row[column] for column in KEY): row for row in read_rows(FILE) if row["kernel"] not in named}
+    write_rows(FILE, [kept.get(tuple(variant.key().values())) or compile_row(variant) for variant in variants()])
     module = ROOT / "fastpeft" / "_C_cuda.abi3.so"
     if module.exists():
         write_rows(CUDA_FILE, cuda_rows(module))

@@ -143,7 +143,7 @@ def kept(count: int, p: float, seed: int, ordinals: Sequence[int], device: torch
     q = torch.arange((count + 3) // 4, device=device).repeat(len(ordinals))
     ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave((count + 3) // 4)
     counter = (q & _MASK, q >> 32, torch.full_like(q, STREAM_DROPOUT), ordinal)
-    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK)).view(len(ordinals), -1)
+    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK)).view(len(ordinals), 4 * ((count + 3) // 4))
     return words[:, :count] >= round(p * 2**32)
 
 

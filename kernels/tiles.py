@@ -134,28 +134,25 @@ class WindowTile(NamedTuple):
     num_stages: int
 
 
+# Outside matrix units a thread holds whole rows of both operands, which spill beyond 128 columns.
 WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
-    ("fwd", "half"): {64: WindowTile(64, 64, 4, 2), 128: WindowTile(64, 32, 4, 2), 256: WindowTile(64, 32, 8, 2)},
-    ("fwd", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(32, 32, 4, 2), 256: WindowTile(32, 16, 8, 1)},
-    ("fwd", "ieee"): {64: WindowTile(32, 16, 4, 1), 128: WindowTile(16, 16, 4, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("fwd", "half"): {64: WindowTile(64, 32, 8, 2), 128: WindowTile(64, 32, 8, 2), 256: WindowTile(32, 32, 8, 2)},
+    ("fwd", "tf32"): {64: WindowTile(32, 32, 8, 2), 128: WindowTile(32, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("fwd", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
     ("bwd_queries", "half"): {
-        64: WindowTile(64, 32, 4, 2),
+        64: WindowTile(64, 32, 8, 2),
         128: WindowTile(64, 32, 8, 2),
-        256: WindowTile(32, 32, 8, 1),
+        256: WindowTile(32, 16, 8, 1),
     },
     ("bwd_queries", "tf32"): {
         64: WindowTile(32, 32, 4, 2),
-        128: WindowTile(32, 16, 4, 1),
-        256: WindowTile(16, 16, 8, 1),
+        128: WindowTile(32, 16, 8, 1),
+        256: WindowTile(16, 16, 4, 1),
     },
-    ("bwd_queries", "ieee"): {
-        64: WindowTile(16, 16, 4, 1),
-        128: WindowTile(16, 16, 8, 1),
-        256: WindowTile(16, 16, 8, 1),
-    },
-    ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 2), 128: WindowTile(32, 64, 8, 2), 256: WindowTile(32, 32, 8, 1)},
-    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(16, 32, 4, 1), 256: WindowTile(16, 16, 8, 1)},
-    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_queries", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 1), 128: WindowTile(64, 32, 8, 1), 256: WindowTile(32, 32, 8, 1)},
+    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
 }
 
 
@@ -163,6 +160,11 @@ def window_attention(kernel: str, products: str, width: int) -> WindowTile:
     """The tile of one of its kernels, "fwd", "bwd_queries" or "bwd_keys", for operands of this width."""
     found = WINDOW_ATTENTION[kernel, products]
     return found[min(limit for limit in found if width <= limit)]
+
+
+def window_attention_width(products: str) -> int:
+    """The widest D that has a tile."""
+    return max(WINDOW_ATTENTION["fwd", products])
 
 
 def width_block(width: int) -> int:

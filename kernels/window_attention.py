@@ -24,7 +24,8 @@ Counted in bytes for each element of C, in half precision, operands of width D a
 
                  here                           composed
     forward      2: C                           17: stack 4, dropout 5, + p 4, keys and values 4
-    backward     6: C twice, dC                 25: keys and values 4, dK and dV 4, their sum 6, dropout 5, dp 2, unstack 4
+    backward     6: C twice, dC                 25: keys and values 4, dK and dV 4, their sum 6, dropout 5, + p 2,
+                                                    unstack 4
     kept         2: C                           3: the window, as keys and as values, and a byte of the mask
 
 Multiply-adds for each element of C and each query of a head: 2 forward here and there, backward 7 here (the scores and
@@ -55,8 +56,6 @@ from fastpeft import reference
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, precision, products_of
 from fastpeft.kernels.philox import in_order, random_words
-
-MAX_WIDTH = 256  # a wider accumulator spills
 
 _SLOT_BITS = tl.constexpr(4)  # of a slot's number, where a list of slots is one integer
 _BLOCK_SLOTS = tl.constexpr(16)  # keys of the tile of absent slots, more than a window has
@@ -98,7 +97,7 @@ def _visible(seen, offs_n, offs_t, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _kept(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
+def _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
     """What dropout multiplies a tile of C by, float32 (BLOCK_N, BLOCK_D): `1 / (1 - dropout)` or 0."""
     seed, ordinal, last_dropped, scale = noise
     first = (b * T + offs_n) * D  # index of each row's first element in the slot's (B, T, D), int64
@@ -139,28 +138,30 @@ def _key_tile(
     c_ptrs += offs_n.to(tl.int64)[:, None] * c_strides[2] + offs_d[None, :] * c_strides[3]
     c = tl.load(c_ptrs, mask=seen[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
     p = tl.load(p_ptr + slot * p_strides[0] + offs_d * p_strides[1], mask=mask_d, other=0.0).to(tl.float32)
-    kept = _kept(noise, b, slot, offs_n, T, D, IS_ALIGNED, BLOCK_D) if DROPOUT else tl.full(c.shape, 1.0, tl.float32)
+    kept = tl.full(c.shape, 1.0, tl.float32)
+    if DROPOUT:
+        kept = _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED, BLOCK_D)
     return c * kept + p[None, :], kept
 
 
 @triton.jit
-def _absent_tile(
-    q,
-    p_ptr,
-    p_strides,
-    mask_ptr,
-    mask_strides,
-    absent,
-    b,
-    offs_t,
-    T,
-    D,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def _number_seen(
+    mask_ptr, mask_strides, b, offs_t, T, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    """How many tokens each query sees, int32 (BLOCK_M,)."""
+    number = tl.zeros(offs_t.shape, dtype=tl.int32)
+    if HAS_MASK:
+        for n in range(0, T, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            seen = _seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
+            number += tl.sum(_visible(seen, offs_n, offs_t, CAUSAL).to(tl.int32), 1)
+    else:
+        number += offs_t + 1 if CAUSAL else T
+    return number
+
+
+@triton.jit
+def _absent_tile(q, p_ptr, p_strides, absent, number, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
     """The absent slots' keys (_BLOCK_SLOTS, BLOCK_D), 0 in rows of other slots, and scores (BLOCK_M, _BLOCK_SLOTS).
 
     A key stands for as many as the query sees tokens.
@@ -170,15 +171,6 @@ def _absent_tile(
     is_absent = ((absent >> offs_k) & 1) != 0
     p_ptrs = p_ptr + offs_k.to(tl.int64)[:, None] * p_strides[0] + offs_d[None, :] * p_strides[1]
     keys = tl.load(p_ptrs, mask=is_absent[:, None] & (offs_d < D)[None, :], other=0.0).to(q.dtype)
-
-    number = tl.zeros(offs_t.shape, dtype=tl.int32)
-    if HAS_MASK:
-        for n in range(0, T, BLOCK_N):
-            offs_n = n + tl.arange(0, BLOCK_N)
-            seen = _seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
-            number += tl.sum(_visible(seen, offs_n, offs_t, CAUSAL).to(tl.int32), 1)
-    else:
-        number += offs_t + 1 if CAUSAL else T
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * _LOG2_E
     scores += tl.log2(tl.maximum(number, 1).to(tl.float32))[:, None]
     return keys, tl.where(is_absent[None, :] & (number > 0)[:, None], scores, -float("inf"))
@@ -248,11 +240,9 @@ def _window_attention_fwd_kernel(
 
     # 2. The absent slots, one key each.
     if HAS_ABSENT:
-        keys, scores = _absent_tile(
-            q, p_ptr, p_strides, mask_ptr, mask_strides, absent, b, offs_t, T, D,
-            HAS_MASK, CAUSAL, PRECISION, BLOCK_N, BLOCK_D
-        )  # fmt: skip
-        acc, highest, total = _online_softmax(acc, highest, total, scores, keys, PRECISION)
+        number = _number_seen(mask_ptr, mask_strides, b, offs_t, T, HAS_MASK, CAUSAL, BLOCK_N)
+        p_keys, p_scores = _absent_tile(q, p_ptr, p_strides, absent, number, D, PRECISION, BLOCK_D)
+        acc, highest, total = _online_softmax(acc, highest, total, p_scores, p_keys, PRECISION)
 
     # 3. The real slots, tile by tile; one loop over all, so that the next tile is on its way across slots too. Of
     #    causal queries none sees beyond the last of the program.
@@ -260,11 +250,11 @@ def _window_attention_fwd_kernel(
     for step in range(0, S * blocks_n):
         row = step // blocks_n
         offs_n = step % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        slot = _slot_of(slots, row)
         seen = _seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
-        keys, _ = _key_tile(
-            c_ptr, c_strides, p_ptr, p_strides, noise, b, row, _slot_of(slots, row), offs_n, seen, T, D,
-            DROPOUT, IS_ALIGNED, BLOCK_D
-        )  # fmt: skip
+        keys, _kept = _key_tile(
+            c_ptr, c_strides, p_ptr, p_strides, noise, b, row, slot, offs_n, seen, T, D, DROPOUT, IS_ALIGNED, BLOCK_D
+        )
         keys = keys.to(q.dtype)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * _LOG2_E
         scores = tl.where(_visible(seen, offs_n, offs_t, CAUSAL), scores, -float("inf"))
@@ -351,15 +341,14 @@ def _window_attention_bwd_queries_kernel(
 
     # 4. The absent slots: their share of dq, and this program's part of their dp.
     if HAS_ABSENT:
-        keys, scores = _absent_tile(
-            q, p_ptr, p_strides, mask_ptr, mask_strides, absent, b, offs_t, T, D,
-            HAS_MASK, CAUSAL, PRECISION, BLOCK_N, BLOCK_D
-        )  # fmt: skip
-        weights, dscores = _dscores(scores, base, dout, keys, delta, PRECISION)
-        dq = tl.dot(dscores.to(q.dtype), keys, dq, input_precision=PRECISION)
+        number = _number_seen(mask_ptr, mask_strides, b, offs_t, T, HAS_MASK, CAUSAL, BLOCK_N)
+        p_keys, p_scores = _absent_tile(q, p_ptr, p_strides, absent, number, D, PRECISION, BLOCK_D)
+        p_weights, p_dscores = _dscores(p_scores, base, dout, p_keys, delta, PRECISION)
+        p_dscores = p_dscores.to(q.dtype)
+        dq = tl.dot(p_dscores, p_keys, dq, input_precision=PRECISION)
         if NEED_DP:
-            dp = tl.dot(tl.trans(weights.to(q.dtype)), dout, input_precision=PRECISION)
-            dp = tl.dot(tl.trans(dscores.to(q.dtype)), q, dp, input_precision=PRECISION)  # (_BLOCK_SLOTS, BLOCK_D)
+            dp = tl.dot(tl.trans(p_weights.to(q.dtype)), dout, input_precision=PRECISION)
+            dp = tl.dot(tl.trans(p_dscores), q, dp, input_precision=PRECISION)  # (_BLOCK_SLOTS, BLOCK_D)
             offs_k = tl.arange(0, _BLOCK_SLOTS)
             is_absent = ((absent >> offs_k) & 1) != 0
             offs_dp = (offs_k.to(tl.int64) * parts + tl.program_id(0))[:, None] * D + offs_d[None, :]
@@ -371,15 +360,29 @@ def _window_attention_bwd_queries_kernel(
         for step in range(0, S * blocks_n):
             row = step // blocks_n
             offs_n = step % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            slot = _slot_of(slots, row)
             seen = _seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
-            keys, _ = _key_tile(
-                c_ptr, c_strides, p_ptr, p_strides, noise, b, row, _slot_of(slots, row), offs_n, seen, T, D,
-                DROPOUT, IS_ALIGNED, BLOCK_D
-            )  # fmt: skip
+            keys, _kept = _key_tile(
+                c_ptr,
+                c_strides,
+                p_ptr,
+                p_strides,
+                noise,
+                b,
+                row,
+                slot,
+                offs_n,
+                seen,
+                T,
+                D,
+                DROPOUT,
+                IS_ALIGNED,
+                BLOCK_D,
+            )
             keys = keys.to(q.dtype)
             scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * _LOG2_E
             scores = tl.where(_visible(seen, offs_n, offs_t, CAUSAL), scores, -float("inf"))
-            _, dscores = _dscores(scores, base, dout, keys, delta, PRECISION)
+            _weights, dscores = _dscores(scores, base, dout, keys, delta, PRECISION)
             dq = tl.dot(dscores.to(q.dtype), keys, dq, input_precision=PRECISION)
         tl.store(dq_ptr + offs_out, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
@@ -493,8 +496,9 @@ def window_attention(
         there; contiguous.
 
     Notes:
-        Tiles of C are multiplied in the dtype of q. The reference serves widths above `MAX_WIDTH`; float64, because
-        the kernels accumulate in float32; and 16-bit operands on cards before compute capability 8.0.
+        Tiles of C are multiplied in the dtype of q. The reference serves widths without a tile, above 256 and above 128
+        for float32 outside matrix units; float64, because the kernels accumulate in float32; and 16-bit operands on
+        cards before compute capability 8.0.
     """
     kind = _products(q)
     if kind is None:
@@ -606,7 +610,8 @@ def window_attention_backward(
 
 def _products(q: Tensor) -> str | None:
     """`products_of` q; None for a width that the kernels do not hold."""
-    return products_of(q) if 0 < q.shape[3] <= MAX_WIDTH else None
+    kind = products_of(q)
+    return kind if kind and 0 < q.shape[3] <= tiles.window_attention_width(kind) else None
 
 
 def _absent(slots: list[int], p: Tensor) -> int:

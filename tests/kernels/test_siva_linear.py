@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from poison import in_nan, poisoned_memory
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
@@ -21,24 +21,6 @@ from fastpeft.kernels.launch import products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are born full of NaN, so an element that no program writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # PyTorch then fills uninitialized memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def in_nan(values: Tensor) -> Tensor:
-    """A view with the same values inside a larger tensor of NaN: reading past an edge shows."""
-    room = torch.full([size + 19 for size in values.shape], torch.nan, dtype=values.dtype, device=values.device)
-    view = room[tuple(slice(3, 3 + size) for size in values.shape)]
-    return view.copy_(values)
 
 
 def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bias: bool = True) -> list[Tensor | None]:
