@@ -29,13 +29,15 @@ Counted in bytes for each element of C, in half precision, operands of width D a
     kept         2: C                           3: the window, as keys and as values, and a byte of the mask
 
 Multiply-adds for each element of C and each query of a head: 2 forward here and there, backward 7 here (the scores and
-dP twice) and 5 there. Philox takes about 100 integer instructions a counter, 25 an element. The dC kernel draws once,
-the other two once for every BLOCK_M rows of H T; a card of the H100's kind runs 64 integer operations a clock and
-multiprocessor, so with BLOCK_M = 64 these outlast the tile's products about two to one: feature dropout bounds training
-where it is on, memory or the launches where it is off and T is short. All of it is a prediction, not a measurement.
+dP twice) and 5 there. Philox takes about 105 instructions a counter (by compiling the forward for sm_80 with dropout and
+without), 26 an element; the kernel over keys draws once, the other two once for every BLOCK_M rows of H T. By the data
+sheets an A100 or H100 issues instructions for 128 threads a clock and multiprocessor, and does 1,024 or 2,048
+half-precision multiply-adds: with BLOCK_M = 64 a tile's words then take 1.6 or 3.3 times as long as its products in the
+forward. Feature dropout bounds training where it is on, memory or the launches where it is off and T is short. All of
+it is a prediction, not a measurement.
 
-The accumulators take BLOCK_M D (out, dq) or BLOCK_N D (dC~) registers of 32 bits over a program's threads: 64 each with
-64 rows, width 128 and 4 warps; `bench/data/static.csv` has what compiling gave.
+The accumulators take BLOCK_M D (out, dq) or BLOCK_N D (dC~) registers of 32 bits over a program's threads: 32 each with
+64 rows, width 128 and 8 warps; `bench/data/static.csv` has what compiling gave.
 
 Source: k-LST as described in `fastpeft.ladder.side`; FlashAttention-2 (Dao, 2023, arXiv 2307.08691) for the online
 softmax and its backward.

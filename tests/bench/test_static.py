@@ -72,6 +72,21 @@ def test_the_cuda_module_neither_spills_nor_fuses():
             assert int(row["wide_stores"]) > 0, row
 
 
+def test_named_kernels_alone_are_compiled_anew(rows, monkeypatch):
+    monkeypatch.setattr(static, "compile_row", lambda variant: variant.key())
+    monkeypatch.setattr(static, "write_rows", lambda file, found: written.append(found))
+    monkeypatch.setattr(static.sys, "argv", ["static", "mezo_perturb"])
+    monkeypatch.setattr(static, "ROOT", static.ROOT / "nowhere")  # has no CUDA module
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    written = []
+    static.main()
+    new = [{column: row[column] for column in static.KEY} for row in rows]
+    assert written == [[one if one["kernel"] == "mezo_perturb" else row for row, one in zip(rows, new, strict=True)]]
+    monkeypatch.setattr(static.sys, "argv", ["static", "mezo"])
+    with pytest.raises(SystemExit, match="knows no kernel mezo; name some of siva_linear_fwd"):
+        static.main()
+
+
 def test_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="unset it"):
