@@ -137,7 +137,7 @@ class WindowTile(NamedTuple):
 # Outside matrix units a thread holds whole rows of both operands, which spill beyond 128 columns.
 WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
     ("fwd", "half"): {64: WindowTile(64, 32, 8, 2), 128: WindowTile(64, 32, 8, 2), 256: WindowTile(32, 32, 8, 2)},
-    ("fwd", "tf32"): {64: WindowTile(32, 32, 8, 2), 128: WindowTile(32, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("fwd", "tf32"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(32, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
     ("fwd", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
     ("bwd_queries", "half"): {
         64: WindowTile(64, 32, 8, 2),
@@ -151,7 +151,7 @@ WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
     },
     ("bwd_queries", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
     ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 1), 128: WindowTile(64, 32, 8, 1), 256: WindowTile(32, 32, 8, 1)},
-    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 2), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 1), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
     ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
 }
 

@@ -29,7 +29,7 @@ Counted in bytes for each element of C, in half precision, operands of width D a
     kept         2: C                           3: the window, as keys and as values, and a byte of the mask
 
 Multiply-adds for each element of C and each query of a head: 2 forward here and there, backward 7 here (the scores and
-dP twice) and 5 there. Philox takes about 105 instructions a counter (by compiling the forward for sm_80 with dropout and
+dP twice) and 5 there. Philox takes about 105 instructions a counter (by compiling the forward for sm_80 with it and
 without), 26 an element; the kernel over keys draws once, the other two once for every BLOCK_M rows of H T. By the data
 sheets an A100 or H100 issues instructions for 128 threads a clock and multiprocessor, and does 1,024 or 2,048
 half-precision multiply-adds: with BLOCK_M = 64 a tile's words then take 1.6 or 3.3 times as long as its products in the
