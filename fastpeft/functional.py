@@ -45,7 +45,7 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         torch.Size([3, 5])
     """
     _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = _siva_dtype(x, weight)
+    dtype = siva_dtype(x, weight)
     h, _ = torch.ops.fastpeft.siva_linear(
         x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
     )
@@ -96,7 +96,7 @@ def siva_linear_group(
         )
     for layer in zip(*operands, strict=True):
         _check_siva_linear(x, *layer)
-    dtype = _siva_dtype(x, weights[0])
+    dtype = siva_dtype(x, weights[0])
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for each in operands for t in each]
     hs: tuple[Tensor, ...] = _ops.SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
     return hs
@@ -119,7 +119,7 @@ def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tenso
         )
 
 
-def _siva_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+def siva_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """What `siva_linear` computes in."""
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftType
 from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.pissa import PissaAdapter
+from fastpeft.siva.quantise import ITERATIONS, Format, check_format
 
 Residual = Literal["frozen", "implicit"]
 
@@ -19,14 +20,21 @@ _OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to k
 _BLANK_CARD = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
 
 
-def check_residual(residual: str, d: int | None) -> None:
-    """Raise `FastpeftError` unless the residual mode exists and can hold a decomposition of rank d."""
+def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> None:
+    """Raise `FastpeftError` unless the residual mode exists and can hold a decomposition of rank d in such a dtype."""
     if residual not in get_args(Residual):
         raise FastpeftError(f"residual={residual!r}; allowed are {' and '.join(map(repr, get_args(Residual)))}.")
     if residual == "implicit" and d is not None:
         raise FastpeftError(
             f"d={d} with residual='implicit': a lower d replaces the weight, which 'implicit' leaves untouched. Use "
             "residual='frozen', or d=None."
+        )
+    check_format(residual_dtype)
+    if residual_dtype is not None and (residual == "implicit" or d is not None):
+        other = "residual='implicit'" if residual == "implicit" else f"d={d}"
+        raise FastpeftError(
+            f"residual_dtype={residual_dtype!r} with {other}: a quantised residual is made of the whole weight and takes "
+            "its place. Use residual='frozen' and d=None, or residual_dtype=None."
         )
 
 
@@ -45,6 +53,11 @@ class SivaConfig(PeftConfig):
             purpose and needs `residual="frozen"`.
         residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and
             subtracts the initial triplets at run time, so that any adapters can share one base model.
+        residual_dtype: `"int8"` or `"nf4"` stores `W_r` in these, at about a half or a quarter of 16 bits a weight, and
+            dequantises it for each product; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). None keeps
+            the dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
+        quant_iterations: With `residual_dtype`, how often the factors are made again to fit what quantising left.
+            0 takes the weight's own triplets, as QPiSSA does.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
         layers_to_transform: Indices of the blocks to adapt; None adapts all.
         layers_pattern: Name of the list of blocks, where it is not the usual one.
@@ -56,7 +69,8 @@ class SivaConfig(PeftConfig):
         base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
 
     Raises:
-        FastpeftError: r below 1, an unknown residual, or d with `residual="implicit"`.
+        FastpeftError: r below 1, an unknown residual or residual_dtype, d or residual_dtype with `residual="implicit"`, d with
+            residual_dtype, or nf4 without bitsandbytes.
 
     Example:
         >>> import fastpeft, peft
@@ -67,6 +81,8 @@ class SivaConfig(PeftConfig):
     target_modules: Collection[str] | str | None = None
     d: int | None = None
     residual: Residual = "frozen"
+    residual_dtype: Format | None = None
+    quant_iterations: int = ITERATIONS
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -91,7 +107,10 @@ class SivaConfig(PeftConfig):
             isinstance(i, int) for i in ([layers] if isinstance(layers, int) else layers)
         ):
             raise FastpeftError(f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers.")
-        check_residual(self.residual, self.d)
+        check_residual(self.residual, self.d, self.residual_dtype)
+        count = self.quant_iterations
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise FastpeftError(f"quant_iterations={count!r}; give a whole number from 0.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -141,6 +160,8 @@ class SivaConfig(PeftConfig):
             return
         base = self.base_model_name_or_path or "the base model"
         settings = {"r": self.r, "d": self.d or "full", "residual": self.residual}
+        if self.residual_dtype is not None:
+            settings |= {"residual_dtype": self.residual_dtype}
         text = model_card(
             base_model=self.base_model_name_or_path,
             method="SiVA",

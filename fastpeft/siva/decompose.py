@@ -83,15 +83,20 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         rest = (u[:, r:] * s[r:]) @ v[r:]
         factors = _fix_signs(u[:, :r], s[:r], v[:r], weight.device)
         return Decomposition(factors, rest.to(weight.dtype).to(weight.device))
+    factors = top_triplets(weight, r, name)
+    return Decomposition(factors, subtract(weight, factors))
+
+
+def top_triplets(weight: Tensor, r: int, name: str = "weight") -> Factors:
+    """The factors that `decompose` splits off a weight of full rank, without the rest."""
     entry = cache.entry(weight, r)
     held = None if entry is None else cache.read(entry)
     if held is not None:
-        factors = Factors(**{part: tensor.to(weight.device) for part, tensor in held.items()})
-    else:
-        factors = _fix_signs(*_triplets(weight, r, name), weight.device)
-        if entry is not None:
-            cache.write(entry, factors._asdict())
-    return Decomposition(factors, subtract(weight, factors))
+        return Factors(**{part: tensor.to(weight.device) for part, tensor in held.items()})
+    factors = _fix_signs(*_triplets(weight, r, name), weight.device)
+    if entry is not None:
+        cache.write(entry, factors._asdict())
+    return factors
 
 
 def _triplets(weight: Tensor, count: int, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,6 +103,8 @@ class SivaModel(BaseTuner):
             "r": _rank(peft_config, current_key),
             "d": peft_config.d,
             "residual": peft_config.residual,
+            "residual_dtype": peft_config.residual_dtype,
+            "quant_iterations": peft_config.quant_iterations,
             "init_weights": peft_config.init_weights and self._pissa is None,
         }
         if isinstance(target, SivaLinear):
@@ -219,7 +221,7 @@ def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: 
     check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
     r, d, residual = _rank(peft_config, key), peft_config.d, peft_config.residual
     if isinstance(target, SivaLinear):
-        target.check_addable(adapter_name, r, d, residual)
+        target.check_addable(adapter_name, r, d, residual, peft_config.residual_dtype)
     else:
         weight = target.weight.data.t() if isinstance(target, Conv1D) else target.weight.data
         check_decomposable(weight, r, d, key)
