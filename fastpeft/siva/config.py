@@ -33,8 +33,8 @@ def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> 
     if residual_dtype is not None and (residual == "implicit" or d is not None):
         other = "residual='implicit'" if residual == "implicit" else f"d={d}"
         raise FastpeftError(
-            f"residual_dtype={residual_dtype!r} with {other}: a quantised residual is made of the whole weight and takes "
-            "its place. Use residual='frozen' and d=None, or residual_dtype=None."
+            f"residual_dtype={residual_dtype!r} with {other}: a quantised residual is made of the whole weight and "
+            "takes its place. Use residual='frozen' and d=None, or residual_dtype=None."
         )
 
 
@@ -69,8 +69,8 @@ class SivaConfig(PeftConfig):
         base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
 
     Raises:
-        FastpeftError: r below 1, an unknown residual or residual_dtype, d or residual_dtype with `residual="implicit"`, d with
-            residual_dtype, or nf4 without bitsandbytes.
+        FastpeftError: r below 1, an unknown residual or residual_dtype, d or residual_dtype with `residual="implicit"`,
+            d with residual_dtype, or nf4 without bitsandbytes.
 
     Example:
         >>> import fastpeft, peft
@@ -117,7 +117,9 @@ class SivaConfig(PeftConfig):
                 setattr(self, name, set(value))  # as PEFT's own configurations keep them
 
     @classmethod
-    def from_pissa(cls, path: str | Path, residual: Residual = "frozen") -> SivaConfig:
+    def from_pissa(
+        cls, path: str | Path, residual: Residual = "frozen", residual_dtype: Format | None = None
+    ) -> SivaConfig:
         """The configuration that makes a trained PiSSA adapter of PEFT a SiVA adapter.
 
         A model that `get_peft_model` makes with it, from the base model that the PiSSA adapter was trained on, computes
@@ -127,7 +129,7 @@ class SivaConfig(PeftConfig):
 
         Args:
             path: A local folder that `save_pretrained` wrote.
-            residual: As in `SivaConfig`.
+            residual, residual_dtype: As in `SivaConfig`. A quantised residual is made from the adapter's own factors.
 
         Raises:
             FastpeftError: The folder holds no PiSSA adapter, or one that started from a randomised decomposition
@@ -137,7 +139,9 @@ class SivaConfig(PeftConfig):
         Example:
             >>> model = peft.get_peft_model(base, SivaConfig.from_pissa("pissa-adapter"))  # doctest: +SKIP
         """
-        return cls(**PissaAdapter.read(path).settings, residual=residual, pissa=str(path))
+        return cls(
+            **PissaAdapter.read(path).settings, residual=residual, residual_dtype=residual_dtype, pissa=str(path)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()

@@ -9,6 +9,7 @@ so a LoRA of rank 2r with `lora_alpha = 2r` (a scaling of 1) on the pretrained w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import Factors
+
+logger = logging.getLogger(__name__)
 
 _LAYERS = "base_model.model."  # what PEFT puts before the name of a layer
 
@@ -43,6 +46,9 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
     In float32 its logits are the adapter's to 1e-5. In bfloat16 the two round in other places: with all linear layers
     of the bundled model adapted, the logits' largest error was 1.1e-3, the adapter's own 1.6e-3, merged 0.9e-3.
+
+    With `residual_dtype` training saw the base model's weights rounded; the LoRA adds the same change to them
+    unrounded, so that its outputs differ by what rounding moved. This is logged.
 
     Args:
         model: what PEFT wrapped.
@@ -68,6 +74,13 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         raise FastpeftError(
             f"the adapter {adapter_name!r} has d={config.d}, which left out the smallest singular values of the "
             "weights, so no LoRA on the base model can stand for it. Merge it into its base model instead."
+        )
+    if config.residual_dtype is not None:
+        logger.warning(
+            "the adapter %r trained with residual_dtype=%r; its LoRA goes onto the base model's weights as they were "
+            "before rounding, so that outputs differ by what that moved",
+            adapter_name,
+            config.residual_dtype,
         )
     tensors, ranks = _convert(state)
     most = max(ranks.values())

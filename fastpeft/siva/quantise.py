@@ -5,10 +5,10 @@
   distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
 
 The factors take the large directions away, so that what is left spans less and is rounded finer (QPiSSA: Meng, Wang,
-Zhang 2024). Given Q, the best factors are the top triplets of `W0 - Q`, and given those the rest is another: the two are
-made in turns, as LoftQ does from factors of zero (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023). A turn ends with
-Q, which is therefore a function of the pretrained weight and of the factors that a file holds, and no file holds it.
-What this gains is in `bench/data/siva_quantised.csv`.
+Zhang 2024). Given Q, the best factors are the top triplets of `W0 - Q`, and given those the rest is another: the two
+are made in turns, as LoftQ does from factors of zero (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023). A turn ends
+with Q, which is therefore a function of the pretrained weight and of the factors that a file holds, and no file holds
+it. What this gains is in `bench/data/siva_quantised.csv`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
@@ -55,17 +56,20 @@ def _dequantise_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: to
 def _quantise_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    codes, state = quantize_4bit(matrix.contiguous(), blocksize=_BLOCK, quant_type="nf4")
+    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % _BLOCK))
+    codes, state = quantize_4bit(whole_blocks, blocksize=_BLOCK, quant_type="nf4")
     return codes, state.absmax
 
 
 def _dequantise_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
+    # As one row: on a CPU bitsandbytes 0.50 mistakes the scales of rows that are not whole blocks
+    row = torch.Size((1, len(scales) * _BLOCK))
     known = torch.float32 if dtype == torch.float64 else dtype
-    state = QuantState(scales, shape=shape, dtype=known, blocksize=_BLOCK, quant_type="nf4")
+    state = QuantState(scales, shape=row, dtype=known, blocksize=_BLOCK, quant_type="nf4")
     weight: Tensor = dequantize_4bit(codes, state)
-    return weight.to(dtype)
+    return weight.flatten()[: shape.numel()].view(shape).to(dtype)
 
 
 _QUANTISE = {"int8": _quantise_int8, "nf4": _quantise_nf4}
