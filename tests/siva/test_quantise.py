@@ -1,0 +1,338 @@
+"""A residual in few bits: formats, the factors that fit it, the layer by itself and through PEFT."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from samples import logits, tiny_classifier
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft import FastpeftError, SivaConfig, SivaLinear
+from fastpeft.functional import siva_linear
+from fastpeft.memory import simulate_training_step
+from fastpeft.siva.decompose import decompose
+from fastpeft.siva.export import save_as_lora
+from fastpeft.siva.quantise import QuantisedWeight, decompose_quantised
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NF4 = pytest.param(
+    "nf4",
+    marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+)
+KINDS = pytest.mark.parametrize("kind", ["int8", NF4])
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ERROR = {"int8": 0.01, "nf4": 0.12}  # relative, of a quantised normal matrix; 0.006 and 0.09 are usual
+
+
+def matrix(n: int = 48, k: int = 32, seed: int = 0) -> Tensor:
+    """Normal values with a few large directions, as pretrained weights have."""
+    generator = torch.Generator().manual_seed(seed)
+    large = torch.randn(n, 3, generator=generator) @ torch.randn(3, k, generator=generator)
+    return torch.randn(n, k, generator=generator) + large
+
+
+def linear(kind: str = "linear") -> nn.Module:
+    layer: Any = Conv1D(48, 32) if kind == "conv1d" else nn.Linear(32, 48)
+    weight = matrix()
+    layer.weight.data = weight.t().contiguous() if kind == "conv1d" else weight
+    return layer
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+
+
+def relative(found: Tensor, true: Tensor) -> float:
+    return float(((found - true).norm() / true.norm()).detach())
+
+
+def move(model: nn.Module) -> Any:
+    """Change what trains."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return model
+
+
+def quantised(kind: str, **arguments: Any) -> Any:
+    return SivaLinear.from_linear(linear(), 4, residual_dtype=kind, **arguments)
+
+
+def adapted(kind: str, **config: Any) -> Any:
+    config = {"r": 2, "task_type": "SEQ_CLS", "residual_dtype": kind} | config
+    return peft.get_peft_model(tiny_classifier(), SivaConfig(**config)).eval()
+
+
+# -- formats -----------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("shape", [(48, 32), (20, 64), (3, 160), (7, 13), (64, 1)])
+def test_a_quantised_weight_is_near(kind: Any, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    held = QuantisedWeight(weight, kind)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        found = held.dequantise(dtype)
+        assert (found.dtype, found.shape) == (dtype, weight.shape)
+        assert relative(found.float(), weight) < ERROR[kind]
+    assert sum(p.numel() * p.element_size() for p in held.parameters()) <= 1.2 * weight.numel() + max(4 * shape[0], 36)
+
+
+def test_int8_is_the_nearest_of_255_steps_of_a_row() -> None:
+    weight = matrix()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    error = (QuantisedWeight(weight, "int8").dequantise(torch.float32) - weight).abs()
+    assert (error <= 0.5001 * step).all()
+
+
+@KINDS
+def test_a_row_of_zeros_stays_zero(kind: Any) -> None:
+    weight = torch.cat([torch.zeros(64, 2), torch.ones(64, 2)], 1).t().contiguous()
+    assert QuantisedWeight(weight, kind).dequantise(torch.float32).equal(weight)
+
+
+@KINDS
+def test_scales_stay_in_float32_in_a_model_of_half_precision(kind: Any) -> None:
+    held = QuantisedWeight(matrix(), kind)
+    before = held.dequantise(torch.float32)
+    assert copy.deepcopy(held).bfloat16().dequantise(torch.float32).equal(before)
+
+
+# -- factors -----------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_residual_is_made_of_the_weight_and_the_factors(kind: Any, dtype: torch.dtype) -> None:
+    weight = matrix().to(dtype)
+    factors, rest = decompose_quantised(weight, 4, kind)
+    again = QuantisedWeight(weight.float() - factors.product(), kind)
+    assert rest.codes.equal(again.codes)
+    assert rest.scales.equal(again.scales)
+
+
+@KINDS
+def test_each_iteration_fits_better_and_none_takes_the_weights_own_triplets(kind: Any) -> None:
+    weight = matrix(64, 64)
+
+    def error(iterations: int) -> float:
+        factors, rest = decompose_quantised(weight, 8, kind, iterations)
+        return relative(rest.dequantise(torch.float32) + factors.product(), weight)
+
+    plain = relative(QuantisedWeight(weight, kind).dequantise(torch.float32), weight)
+    assert plain > error(0) > error(1) > error(5)
+    assert decompose_quantised(weight, 8, kind, 0)[0].u.equal(decompose(weight, 8).factors.u)
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("form", ["linear", "conv1d"])
+def test_starts_near_the_base_layer_and_computes_what_its_weight_says(kind: Any, form: str) -> None:
+    base = linear(form)
+    expected = base(inputs())
+    layer = move(SivaLinear.from_linear(base, 4, residual_dtype=kind))
+    assert layer.base_layer.weight.numel() == 0
+    weight = layer.weight.t() if form == "conv1d" else layer.weight
+    torch.testing.assert_close(layer(inputs()), inputs() @ weight.t() + layer.bias, **CLOSE)
+    layer.enable_adapters(False)
+    assert relative(layer(inputs()), expected) < ERROR[kind]
+
+
+@KINDS
+def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
+    layer = move(quantised(kind))
+    factors = [layer.siva_u["default"], layer.siva_s["default"], layer.siva_v["default"]]
+    x, copied = inputs().requires_grad_(), inputs().requires_grad_()
+    u, s, v = (factor.detach().clone().requires_grad_(factor.requires_grad) for factor in factors)
+    expected = siva_linear(copied, layer.quantised.dequantise(torch.float32), u, s, v, layer.bias)
+    found = layer(x)
+    weights = torch.randn(found.shape)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert found.equal(expected)
+    for gradient, same in ((x.grad, copied.grad), (factors[0].grad, u.grad), (factors[2].grad, v.grad)):
+        torch.testing.assert_close(gradient, same)
+
+
+@KINDS
+def test_backward_keeps_no_dequantised_weight(kind: Any) -> None:
+    layer, saved = quantised(kind), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(inputs().requires_grad_())
+    assert any(tensor.dtype == layer.quantised.codes.dtype for tensor in saved)
+    assert all(tensor.shape != (48, 32) for tensor in saved if tensor.is_floating_point())
+
+
+@KINDS
+def test_autocast_and_half_precision_decide_what_is_computed_in(kind: Any) -> None:
+    layer = quantised(kind)
+    expected = layer(inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer(inputs())
+    assert cast.dtype == torch.bfloat16
+    assert relative(cast.float(), expected) < 0.01
+    half = copy.deepcopy(layer).bfloat16()(inputs().bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert relative(half.float(), expected) < 0.01
+
+
+@KINDS
+def test_merging_gives_a_plain_layer_and_unmerging_the_same_codes(kind: Any) -> None:
+    layer = move(quantised(kind))
+    codes, expected = layer.quantised.codes.clone(), layer(inputs())
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer(inputs()), expected, **CLOSE)
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+    layer.unmerge()
+    assert layer.quantised.codes.equal(codes)
+    assert layer(inputs()).equal(expected)
+
+
+@KINDS
+def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
+    layer = move(quantised(kind))
+    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights=False)
+    blank.load_state_dict(layer.state_dict())
+    assert blank(inputs()).equal(layer(inputs()))
+    assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
+
+
+def test_adapters_share_a_quantised_residual_if_all_have_it() -> None:
+    layer = quantised("int8")
+    expected = layer(inputs())
+    move(layer)
+    layer.update_layer("second", 4, None, "frozen", residual_dtype="int8")
+    layer.set_adapter("second")
+    torch.testing.assert_close(layer(inputs()), expected, **CLOSE)
+    with pytest.raises(FastpeftError, match="residual_dtype=None"):
+        layer.update_layer("third", 4, None, "frozen")
+
+
+def test_the_pretrained_weight_is_not_given_back() -> None:
+    layer = quantised("int8")
+    for action in (layer.restore, lambda: layer.delete_adapter("default")):
+        with pytest.raises(FastpeftError, match=r"residual_dtype='int8'.*Merge"):
+            action()
+
+
+@KINDS
+def test_a_compiled_layer_is_one_graph(kind: Any) -> None:
+    layer = quantised(kind)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, same = inputs().requires_grad_(), inputs().requires_grad_()
+    compiled(x).sum().backward()
+    layer(same).sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+# -- through PEFT ------------------------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_saved_adapter_makes_its_residual_again(tmp_path: Path, kind: Any, iterations: int) -> None:
+    model = move(adapted(kind, quant_iterations=iterations, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert size < 60_000, "factors alone"
+    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    assert logits(loaded).equal(logits(model))
+    assert "residual_dtype" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_another_base_model_is_refused(tmp_path: Path) -> None:
+    adapted("int8").save_pretrained(tmp_path)
+    other = tiny_classifier()
+    with torch.no_grad():
+        other.roberta.encoder.layer[1].attention.self.key.weight.normal_()
+    with pytest.raises(FastpeftError, match="another weight"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_factors_that_do_not_fit_the_codes_in_place_are_refused() -> None:
+    layer = quantised("int8")
+    state = {key: value for key, value in quantised("int8", quant_iterations=0).state_dict().items() if "siva" in key}
+    before = layer(inputs())
+    with pytest.raises(FastpeftError, match="fresh base model"):
+        layer.load_state_dict(state, strict=False)
+    assert layer(inputs()).equal(before)
+
+
+@KINDS
+def test_merged_and_unloaded(kind: Any) -> None:
+    model = move(adapted(kind))
+    expected = logits(model)
+    with pytest.raises(FastpeftError, match="no longer there"):
+        model.unload()
+    assert logits(model).equal(expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_lora_carries_the_change_to_the_exact_weights(tmp_path: Path, caplog: Any) -> None:
+    model = move(adapted("int8", target_modules="all-linear"))
+    with caplog.at_level(logging.WARNING):
+        save_as_lora(model, tmp_path)
+    assert "residual_dtype='int8'" in caplog.text
+    lora = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    assert 0 < relative(logits(lora), logits(model)) < 0.05
+
+
+def test_a_pissa_adapter_can_go_on_with_a_quantised_residual(tmp_path: Path) -> None:
+    pissa = peft.LoraConfig(r=2, init_lora_weights="pissa", task_type="SEQ_CLS", target_modules=["query", "key"])
+    trained = move(peft.get_peft_model(tiny_classifier(), pissa)).eval()
+    trained.save_pretrained(tmp_path)
+    config = SivaConfig.from_pissa(tmp_path, residual_dtype="int8")
+    model = peft.get_peft_model(tiny_classifier(), config).eval()
+    assert 0 < relative(logits(model), logits(trained)) < 0.05
+
+
+@KINDS
+def test_a_simulated_step_counts_the_codes(kind: Any) -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids[:, 0]}
+    few, all_bits = (
+        simulate_training_step(adapted(each, target_modules="all-linear"), batch).weights for each in (kind, None)
+    )
+    assert few < all_bits
+
+
+@contextmanager
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "bitsandbytes" else find(name))
+    yield
+
+
+def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    with without_bitsandbytes(monkeypatch), pytest.raises(FastpeftError, match=r"pip install 'fastpeft\[nf4\]'"):
+        SivaConfig(residual_dtype="nf4")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"residual_dtype": "int4"}, "residual_dtype='int4'; allowed are 'int8' and 'nf4', or None"),
+        ({"residual_dtype": "int8", "residual": "implicit"}, "with residual='implicit'"),
+        ({"residual_dtype": "int8", "d": 8}, "with d=8"),
+        ({"quant_iterations": -1}, "quant_iterations=-1; give a whole number from 0"),
+        ({"quant_iterations": True}, "quant_iterations=True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(FastpeftError, match=words):
+        SivaConfig(**given)
