@@ -172,7 +172,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
                 shown, others = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
                 raise FastpeftError(
                     f"{self.name}: adapter {adapter_name!r} ({shown}) cannot share the layer with {other!r} "
-                    f"({others}): a frozen residual serves only adapters of one decomposition. Use residual='implicit' for all."
+                    f"({others}): a frozen residual serves only adapters of one decomposition. Use residual='implicit' "
+                    "for all."
                 )
             if other not in self._waiting:
                 found = other
