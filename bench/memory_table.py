@@ -7,7 +7,8 @@ the rest, which are activations and temporaries.
 What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter trains keeps its input for backward
 (2 bytes a value), which query and key share; LoRA also keeps the input in the dtype of its factors, where that is
 another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
-weight back. A side network keeps nothing of the backbone but the features that its blocks still have to read.
+weight back. A quantised residual is 1 byte a weight (int8) or 0.5625 (nf4) in place of 2, plus one layer's dequantised
+weight at a time. A side network keeps nothing of the backbone but the features that its blocks still have to read.
 """
 
 from __future__ import annotations
@@ -49,16 +50,18 @@ TARGETS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A method, what it adapts, and the dtype of what it trains beside the model."""
+    """A method, what it adapts, the dtype of what it trains beside the model, and that of SiVA's residual."""
 
     method: str
     targets: str = ""
     adapter_dtype: str = ""
+    residual_dtype: str = ""
 
 
 CASES = [
     Case("full"),
     *(Case(m, t, d) for t in TARGETS for d in ("float32", "bfloat16") for m in ("lora", "pissa", "siva")),
+    *(Case("siva", t, d, q) for t in TARGETS for d in ("float32", "bfloat16") for q in ("int8", "nf4")),
     Case("k-lst", adapter_dtype="float32"),
     Case("lst", adapter_dtype="float32"),
     Case("mezo"),
@@ -86,7 +89,9 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
     wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
     if case.method == "siva":
-        adapted = wrap(model, SivaConfig(**common, init_weights=False))  # not decomposed, but filled in:
+        adapted = wrap(
+            model, SivaConfig(**common, init_weights=False, residual_dtype=case.residual_dtype or None)
+        )  # not decomposed, but filled in:
         set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
         return adapted
     start = "pissa_niter_1" if case.method == "pissa" else True
@@ -120,7 +125,7 @@ def main() -> None:
     only = parser.parse_args().only
     cases = [case for case in CASES if only in (None, case.method)]
     for row in rows(cases, LARGE, LENGTHS):
-        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "tokens"))
+        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "residual_dtype", "tokens"))
         print(", ".join(row.values()), flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from transformers import RobertaConfig
 
@@ -16,18 +18,20 @@ TINY = RobertaConfig(
     type_vocab_size=1,
 )
 
+RUNNABLE = [case for case in CASES if case.residual_dtype != "nf4" or importlib.util.find_spec("bitsandbytes")]
+
 
 @pytest.fixture(scope="module")
 def table() -> dict[tuple[Case, int], dict[str, float]]:
     made = {}
-    for row in rows(CASES, TINY, (8, 16)):
-        case = Case(row["method"], row["targets"], row["adapter_dtype"])
+    for row in rows(RUNNABLE, TINY, (8, 16)):
+        case = Case(row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"])
         made[case, int(row["tokens"])] = {name: float(row[name]) for name in row if name.endswith("_mb")}
     return made
 
 
 def test_parts_sum_to_the_peak(table: dict[tuple[Case, int], dict[str, float]]) -> None:
-    assert len(table) == 2 * len(CASES)
+    assert len(table) == 2 * len(RUNNABLE)
     for figures in table.values():
         parts = sum(value for name, value in figures.items() if name != "peak_mb")
         assert abs(parts - figures["peak_mb"]) < 0.3, "each is rounded to a tenth"
@@ -42,3 +46,11 @@ def test_the_order_of_methods(table: dict[tuple[Case, int], dict[str, float]]) -
     for targets in ("query+key", "all linear"):
         lora, siva = (table[Case(method, targets, "float32"), 16]["activations_mb"] for method in ("lora", "siva"))
         assert siva <= lora
+
+
+def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        cases = [Case("siva", "all linear", dtype, kind) for kind in ("", "int8", "nf4")]
+        weights = [table[case, 16]["weights_mb"] for case in cases if case in RUNNABLE]
+        assert weights == sorted(weights, reverse=True)
+        assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)
