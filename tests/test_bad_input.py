@@ -213,6 +213,8 @@ CASES = [
     (["--method", "siva", "--rank", "17"], ["17", "16"]),
     (["--method", "siva", "--set", "d=17"], ["17", "16"]),
     (["--method", "siva", "--set", "residual=odd"], ["'odd'", "'frozen'", "'implicit'"]),
+    (["--method", "siva", "--set", "residual_dtype=int3"], ["'int3'", "'int8'", "'nf4'"]),
+    (["--method", "siva", "--set", "quant_iterations=-1"], ["-1", "from 0"]),
     (["--targets", "nothing"], ["nothing", "query"]),
     (["--method", "siva", "--targets", "nothing"], ["nothing", "query"]),
     (["--targets", "(query"], ["'(query'", "regular expression"]),

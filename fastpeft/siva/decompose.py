@@ -175,6 +175,13 @@ def add(weight: Tensor, factors: Factors) -> Tensor:
     return subtract(weight, factors._replace(s=-factors.s))
 
 
+def belongs(weight: Tensor, factors: Factors) -> bool:
+    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, as well as its dtype lets them be."""
+    u, s, v = (part.to(weight.device, torch.float32) for part in factors)
+    error = torch.linalg.matrix_norm(weight.float() @ v.t() - u * s)
+    return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
+
+
 def check_decomposable(weight: Tensor, r: int, d: int | None, name: str) -> None:
     """Raise `FastpeftError`, naming the weight, unless `decompose` can split it."""
     if weight.dim() != 2 or not weight.is_floating_point():

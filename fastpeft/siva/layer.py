@@ -15,7 +15,7 @@ from fastpeft.files import fingerprint
 from fastpeft.functional import siva_dtype, siva_linear
 from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
-from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
+from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.quantise import ITERATIONS, Format, QuantisedWeight, decompose_quantised, quantised_siva_linear
 
 
@@ -122,8 +122,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         if sibling is not None:
             initial = self._initial(sibling) if init_weights else self._blank(r)
         elif init_weights and residual_dtype is not None:
-            initial, rest = decompose_quantised(weight, r, residual_dtype, quant_iterations, self.name)
-            self._hold(rest)
+            initial, quantised = decompose_quantised(weight, r, residual_dtype, quant_iterations, self.name)
+            self._hold(quantised)
         elif init_weights:
             initial, rest = decompose(weight, r, d, self.name)
             if residual == "frozen":
@@ -164,16 +164,13 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         for other in self.siva_u:
             if other == adapter_name or (residual == "implicit" and self.residual[other] == "implicit"):
                 continue
-            given, held = (
-                {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype},
-                {name: getattr(self, name)[other] for name in ("r", "d", "residual", "residual_dtype")},
-            )
+            given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
+            held = {name: getattr(self, name)[other] for name in given}
             if given != held:
-                shown, others = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
+                mine, its = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
                 raise FastpeftError(
-                    f"{self.name}: adapter {adapter_name!r} ({shown}) cannot share the layer with {other!r} "
-                    f"({others}): a frozen residual serves only adapters of one decomposition. Use residual='implicit' "
-                    "for all."
+                    f"{self.name}: adapter {adapter_name!r} ({mine}) cannot share the layer with {other!r} ({its}): a "
+                    "frozen residual serves only adapters of one decomposition. Use residual='implicit' for all."
                 )
             if other not in self._waiting:
                 found = other
@@ -273,8 +270,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         taken = grouping.take(self, x)
         if taken is not None:
             return taken
-        factors = None if self.quantised is None else self._acting()
-        if self.quantised is not None and factors is not None:
+        if self.quantised is not None and (factors := self._acting()) is not None:
             dtype = siva_dtype(x, self.base_layer.weight)
             return quantised_siva_linear(x, self.quantised, *factors, bias=self.base_layer.bias, dtype=dtype)
         operands = self.operands()
@@ -393,9 +389,9 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         """Raise `FastpeftError` if the pretrained weight cannot be given back."""
         if self._lossy:
             reason = (
-                f"d={next(d for d in self.d.values() if d is not None)} below the full rank"
-                if self.quantised is None
-                else f"residual_dtype={self.quantised.kind!r}"
+                f"residual_dtype={self.quantised.kind!r}"
+                if self.quantised is not None
+                else f"d={next(d for d in self.d.values() if d is not None)} below the full rank"
             )
             raise FastpeftError(
                 f"{self.name}: with {reason} the pretrained weight is no longer there and cannot be given back. Merge "
@@ -477,7 +473,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             )
         factors = self._low_rank([])
         original = self._weight if factors is None else add(self._weight, factors)
-        if not lossy and not _belongs(original, initial):
+        if not lossy and not belongs(original, initial):
             raise FastpeftError(
                 f"{self.name}: adapter {name!r} was trained on another weight than this model has. Load the base "
                 "model it was made from, unchanged."
@@ -486,13 +482,6 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self._waiting.add(name)
         if frozen and not lossy:  # with d below the full rank its W_r comes along
             self._weight = original
-
-
-def _belongs(weight: Tensor, factors: Factors) -> bool:
-    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, as well as its dtype lets them be."""
-    u, s, v = (part.to(weight.device, torch.float32) for part in factors)
-    error = torch.linalg.matrix_norm(weight.float() @ v.t() - u * s)
-    return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))
 
 
 def check_kind(base_layer: nn.Module, name: str) -> None:
