@@ -294,7 +294,7 @@ def _prepare_peft(
         ) from error
     for name, module in peft_model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            rank, limit = max(module.r.values()), min(module.get_base_layer().weight.shape)
+            rank, limit = max(module.r.values()), min(module.in_features, module.out_features)
             if rank > limit:
                 raise FastpeftError(
                     f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
