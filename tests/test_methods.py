@@ -61,6 +61,13 @@ def test_adapters_train_their_targets_and_the_head(
     assert layers == set(expected)
 
 
+def test_siva_takes_a_quantised_residual_as_a_setting(classifier: Classifier) -> None:
+    preparation = Preparation(classifier.head, settings={"residual_dtype": "int8"})
+    model = get_method("siva").prepare(classifier.model, preparation)
+    assert any(path.endswith("quantised.codes") for path, _ in model.named_parameters())
+    assert HEAD < trained(model)
+
+
 def test_full_trains_all_and_head_only_the_head(classifier: Classifier) -> None:
     everything = {name for name, _ in classifier.model.named_parameters()}
     assert trained(get_method("full").prepare(classifier.model, Preparation(classifier.head))) == everything
