@@ -3,7 +3,8 @@
 Implementations are registered in `fastpeft.backends` (Python, Triton) or by the compiled modules (C++, CUDA), never
 here, so that any of them may be absent. Users call the checked functions of `fastpeft.functional`.
 
-Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank; B batch, H heads,
+T tokens, D width of a side network, k slots of a window of which S are real.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ SCHEMAS = {
         "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, bool need_dx, "
         "bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])"
     ),
+    # out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32. The seed is a SymInt, so
+    # that a compiled model does not compile again for each step's seed
+    "window_attention": (
+        "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, SymInt seed, int block) "
+        "-> (Tensor, Tensor)"
+    ),
+    # dq (B, H, T, D), dc (B, S, T, D), dp (k, D); an output that is not needed is a tensor of 0 elements
+    "window_attention_backward": (
+        "(Tensor dout, Tensor q, Tensor c, Tensor p, Tensor? mask, Tensor out, Tensor lse, int[] slots, bool causal, "
+        "float dropout, SymInt seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)"
+    ),
+    # c (B, S, T, D), whose rows (T, D) are dense
+    "feature_dropout_": "(Tensor(a!) c, int[] slots, float dropout, SymInt seed, int block) -> ()",
     # terms (seed, scale) are applied in order; decay goes with the first
     "mezo_perturb_": (
         "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
@@ -229,6 +243,74 @@ class SivaLinearGroup(torch.autograd.Function):
 def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Lists of `size`, from one after the other."""
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::window_attention")
+def _window_attention_fake(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::window_attention_backward")
+def _window_attention_backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape if need_dq else (0,)),
+        c.new_empty(c.shape if need_dc else (0,)),
+        p.new_empty(p.shape if need_dp else (0,)),
+    )
+
+
+def _window_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, c, p, mask, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, c, p, mask, out, lse)
+
+
+def _window_attention_backward(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.fastpeft.window_attention_backward(
+        dout, *ctx.saved_tensors, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block, *needs
+    )
+    return (*(gradient if need else None for gradient, need in zip(gradients, needs)), *(None,) * 6)
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::window_attention", _window_attention_backward, setup_context=_window_attention_setup_context
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::feature_dropout_")
+def _feature_dropout__fake(c: Tensor, slots: list[int], dropout: float, seed: int, block: int) -> None:
+    return None
 
 
 @torch.library.register_fake(f"{NAMESPACE}::mezo_perturb_")

@@ -1,18 +1,21 @@
 """Ops as the fewest fused ATen calls, with no temporary of the output's size: what a CPU runs.
 
-Each product after the first is added to its target by the matrix product itself (`addmm_`), which saves writing it out,
-reading it back and adding. Of a product with R rows or columns the layout decides: BLAS is up to seven times slower
-where the narrow operand is not contiguous along the long side, so U is turned to `(R, N)` first, which costs little.
-Forms and names are those of `fastpeft.reference`.
+Each product after the first is added to its target by the matrix product itself (`addmm_`, `baddbmm_`), which saves
+writing it out, reading it back and adding; what is elementwise works in place. Of a product with R rows or columns the
+layout decides: BLAS is up to seven times slower where the narrow operand is not contiguous along the long side, so U is
+turned to `(R, N)` first, which costs little. Forms and names are those of `fastpeft.reference`.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.reference import as_matrix
+from fastpeft.reference import absent_slots, as_matrix, visibility
 
 
 def siva_linear(
@@ -122,3 +125,111 @@ def _stacked(vs: list[Tensor]) -> Tensor:
 def _scaled(u: Tensor, s: Tensor) -> Tensor:
     """`diag(s) U^T`, `(R, N)`, contiguous."""
     return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))
+
+
+def window_attention(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """As the reference: one product over all slots for the scores and one for the output, the softmax in place."""
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights, keys).div_(total).view(q.shape)
+    lse = total.log_().add_(top).view(q.shape[:-1])
+    if nothing is not None:
+        out.masked_fill_(nothing[:, None, :, None], 0)
+        lse.masked_fill_(nothing[:, None], -torch.inf)
+    return out.to(q.dtype), lse.to(torch.float32)
+
+
+def window_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, the heads one after the other as rows, so that products add them up."""
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    if nothing is not None:
+        lse = lse.masked_fill(nothing[:, None], torch.inf)  # no weight at all
+    weights = scores.sub_(lse.reshape(*scores.shape[:2], 1)).exp_()  # P
+    rows, drows = _rows(q, keys.dtype), _rows(dout, keys.dtype)
+    delta = (drows * _rows(out, keys.dtype)).sum(-1, keepdim=True)
+    dscores = torch.bmm(drows, keys.mT).sub_(delta).mul_(weights)
+    dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
+    if need_dq:
+        dq = torch.bmm(dscores, keys).view(q.shape).to(q.dtype)
+    if need_dc or need_dp:
+        dkeys = torch.bmm(weights.mT, drows).baddbmm_(dscores.mT, rows)
+        number = len(slots) * c.shape[2]
+        of_real = dkeys[:, :number].unflatten(1, c.shape[1:3])
+        if need_dp:
+            dp = torch.empty_like(p)
+            dp[list(slots)] = of_real.sum((0, 2)).to(p.dtype)
+            dp[absent_slots(p, slots)] = dkeys[:, number:].sum(0).to(p.dtype)
+        if need_dc:
+            if dropout > 0:
+                torch.ops.fastpeft.feature_dropout_(of_real, slots, dropout, seed, block)
+            dc = of_real.to(c.dtype)
+    return dq, dc, dp
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x `(B, H, T, D)` as `(B, H T, D)`."""
+    return x.to(dtype).reshape(x.shape[0], -1, x.shape[3])
+
+
+def _window_keys(
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
+) -> Tensor:
+    """The keys `(B, S T + k - S, D)`, made where they stay; those of absent slots come last."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, real, tokens, width = c.shape
+    absent = absent_slots(p, slots)
+    keys = c.new_empty(batch, real * tokens + len(absent), width, dtype=compute)
+    window = keys[:, : real * tokens].unflatten(1, (real, tokens)).copy_(c)
+    if dropout > 0:
+        torch.ops.fastpeft.feature_dropout_(window, slots, dropout, seed, block)
+    window += p[list(slots), None]
+    if absent:
+        keys[:, real * tokens :] = p[absent]
+    return keys
+
+
+def _window_scores(
+    q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int
+) -> tuple[Tensor, Tensor | None]:
+    """The scores `(B, H T, S T + k - S)`, and which queries see nothing, `(B, T)`, or None where all see all."""
+    batch, heads, tokens, _ = q.shape
+    scores = torch.bmm(_rows(q, keys.dtype), keys.mT)
+    of_real = scores.view(batch, heads, tokens, -1)[..., : real * tokens].unflatten(-1, (real, tokens))
+    of_absent = scores.view(batch, heads, tokens, -1)[..., real * tokens :]
+    if not causal and (mask is None or mask.all()):  # a CPU knows what its masks say
+        of_absent += math.log(tokens)
+        return scores, None
+    hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
+    of_real.masked_fill_(hidden[:, None, :, None], -torch.inf)
+    of_absent += number.to(keys.dtype).log()[:, None, :, None]
+    return scores, nothing

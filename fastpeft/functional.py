@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpeft import _ops, backends, reference  # noqa: F401  (declares ops, registers their implementations)
+from fastpeft import _ops, backends  # noqa: F401  (declares ops, registers their implementations)
 from fastpeft.errors import FastpeftError
 from fastpeft.noise import NOISE
 
@@ -167,8 +167,9 @@ def window_attention(
         FastpeftError: shapes do not fit, or an argument is out of its range.
 
     Notes:
-        Accumulates in float32 (float64 for float64). Differentiable in q, c and p. The dropped elements are a function
-        of (seed, block, slot, position) alone.
+        Accumulates in float32 (float64 for float64). Differentiable in q, c and p. Saved for backward: the operands,
+        the output and a log-sum-exp for each query; neither the T x k T scores nor what is dropped, which backward
+        makes again. The dropped elements are a function of (seed, block, slot, position) alone.
 
     Example:
         >>> q, c, p = torch.randn(2, 1, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(3, 8)
@@ -202,7 +203,7 @@ def window_attention(
     if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
     with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
-        out, _ = reference.window_attention(
+        out, _ = torch.ops.fastpeft.window_attention(
             q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block
         )
     return out

@@ -122,32 +122,107 @@ def window_attention(
     q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
     A slot that is not real has T equal keys `p_i`: one key whose score gains the logarithm of how many are visible.
     """
-    batch, real, tokens, width = c.shape
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, keys, p, dtype = q.to(compute), c.to(compute), p.to(compute), q.dtype
-    if dropout > 0:
-        ordinals = [16 * block + slot for slot in slots]
-        kept = noise_contract.kept(batch * tokens * width, dropout, seed, ordinals, c.device)
-        keys = keys * kept.view(real, batch, tokens, width).transpose(0, 1) / (1 - dropout)
-    keys = (keys + p[list(slots), None]).flatten(1, 2)  # (B, S T, D)
-    absent = p[[slot for slot in range(p.shape[0]) if slot not in slots]]  # (k - S, D)
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    out = (scores.softmax(-1) @ keys).masked_fill(nothing[..., None], 0)
+    return out.to(q.dtype), scores.logsumexp(-1).masked_fill(nothing, -torch.inf).to(torch.float32)
 
+
+def window_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `window_attention`, with the keys `K = C + p`, `P = exp(q K^T - lse)` made again and
+    `dS = P (dout K^T - sum of dout * out over D)`:
+
+    `dq = dS K`, and of `dK = P^T dout + dS^T q`, added up over heads, dC is what dropout kept and dp the sums over
+    sentences and tokens.
+    """
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0)  # P
+    dout, rows = dout.to(keys.dtype), q.to(keys.dtype)
+    dscores = weights * (dout @ keys.mT - (dout * out).sum(-1, keepdim=True))
+    dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
+    if need_dq:
+        dq = (dscores @ keys).to(q.dtype)
+    if need_dc or need_dp:
+        dkeys = (weights.mT @ dout + dscores.mT @ rows).sum(1)  # (B, S T + k - S, D)
+        of_real = dkeys[:, : len(slots) * c.shape[2]].view(c.shape)
+        if need_dp:
+            dp = torch.empty_like(p)
+            dp[list(slots)] = of_real.sum((0, 2)).to(p.dtype)
+            dp[absent_slots(p, slots)] = dkeys[:, len(slots) * c.shape[2] :].sum(0).to(p.dtype)
+        if need_dc:
+            feature_dropout_(of_real, slots, dropout, seed, block)
+            dc = of_real.to(c.dtype)
+    return dq, dc, dp
+
+
+def absent_slots(p: Tensor, slots: Sequence[int]) -> list[int]:
+    """Slots of a window, with a vector each in p `(k, D)`, that are not real."""
+    return [slot for slot in range(p.shape[0]) if slot not in slots]
+
+
+def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Which tokens a query does not see, bool `(B, T, T)`; how many it sees, `(B, T)`; where that is none, `(B, T)`.
+
+    A query that sees none is computed on all tokens, so that its numbers are finite, and set to 0 later.
+    """
     if mask is None:
-        mask = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
     visible = mask[:, None].expand(batch, tokens, tokens)  # (B, T queries, T keys)
     if causal:
         visible = visible.tril()
-    number = visible.sum(-1)  # (B, T)
-    nothing = (number == 0)[:, None]  # (B, 1, T): these rows are computed on everything, then set to 0
-    hidden = ~(visible | nothing.mT)
+    number = visible.sum(-1)
+    nothing = number == 0
+    return ~(visible | nothing[..., None]), number.clamp(min=1), nothing
 
-    of_real = (q @ keys.mT[:, None]).masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
-    of_absent = q @ absent.t() + number.clamp(min=1).to(compute).log()[:, None, :, None]
-    scores = torch.cat((of_real, of_absent), dim=-1)  # (B, H, T, S T + k - S)
-    values = torch.cat((keys, absent.expand(batch, -1, -1)), dim=1)
-    out = (scores.softmax(-1) @ values[:, None]).masked_fill(nothing[..., None], 0)
-    lse = scores.logsumexp(-1).masked_fill(nothing, -torch.inf)
-    return out.to(dtype), lse.to(torch.float32)
+
+def _window_keys(
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
+) -> Tensor:
+    """The keys, which are the values, of all heads: `(B, 1, S T + k - S, D)`, those of absent slots last."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
+    feature_dropout_(real, slots, dropout, seed, block)
+    real += p[list(slots), None]
+    return torch.cat((real.flatten(1, 2), p[absent_slots(p, slots)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
+
+
+def _window_scores(
+    q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int
+) -> tuple[Tensor, Tensor]:
+    """The scores `(B, H, T, S T + k - S)`, and which queries see nothing, `(B, 1, T)`."""
+    batch, _, tokens, _ = q.shape
+    hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
+    scores = q.to(keys.dtype) @ keys.mT
+    of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
+    of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]
+    return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
+
+
+@torch.no_grad()
+def feature_dropout_(c: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> None:
+    """Set dropped elements of c `(B, S, T, D)` to 0 and multiply the others by `1 / (1 - dropout)`, in place."""
+    if dropout > 0:
+        batch, real, tokens, width = c.shape
+        ordinals = [16 * block + slot for slot in slots]
+        kept = noise_contract.kept(batch * tokens * width, dropout, seed, ordinals, c.device)
+        c *= kept.view(real, batch, tokens, width).transpose(0, 1).to(c.dtype) * (1 / (1 - dropout))
 
 
 @torch.no_grad()
