@@ -47,8 +47,8 @@ SCHEMAS = {
         "(Tensor dout, Tensor q, Tensor c, Tensor p, Tensor? mask, Tensor out, Tensor lse, int[] slots, bool causal, "
         "float dropout, SymInt seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)"
     ),
-    # c (B, S, T, D), whose rows (T, D) are dense
-    "feature_dropout_": "(Tensor(a!) c, int[] slots, float dropout, SymInt seed, int block) -> ()",
+    # c (B, S, T, D) in float32 or float64, dense in T and D
+    "feature_dropout_": "(Tensor(a!) c, int[] slots, float dropout, int seed, int block) -> ()",
     # terms (seed, scale) are applied in order; decay goes with the first
     "mezo_perturb_": (
         "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "

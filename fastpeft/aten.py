@@ -182,17 +182,18 @@ def window_attention_backward(
     if need_dq:
         dq = torch.bmm(dscores, keys).view(q.shape).to(q.dtype)
     if need_dc or need_dp:
-        dkeys = torch.bmm(weights.mT, drows).baddbmm_(dscores.mT, rows)
-        number = len(slots) * c.shape[2]
-        of_real = dkeys[:, :number].unflatten(1, c.shape[1:3])
-        if need_dp:
-            dp = torch.empty_like(p)
-            dp[list(slots)] = of_real.sum((0, 2)).to(p.dtype)
-            dp[absent_slots(p, slots)] = dkeys[:, number:].sum(0).to(p.dtype)
-        if need_dc:
-            if dropout > 0:
-                torch.ops.fastpeft.feature_dropout_(of_real, slots, dropout, seed, block)
-            dc = of_real.to(c.dtype)
+        last = len(slots) * c.shape[2]  # of the real keys
+        dreal = torch.bmm(weights[..., :last].mT, drows).baddbmm_(dscores[..., :last].mT, rows).view(c.shape)
+    if need_dp:
+        dp = torch.empty_like(p)
+        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
+        if absent := absent_slots(p, slots):
+            dabsent = weights[..., last:].flatten(0, 1).t() @ drows.flatten(0, 1)
+            dp[absent] = dabsent.addmm_(dscores[..., last:].flatten(0, 1).t(), rows.flatten(0, 1)).to(p.dtype)
+    if need_dc:
+        if dropout > 0:
+            torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, seed, block)
+        dc = dreal.to(c.dtype)
     return dq, dc, dp
 
 

@@ -159,16 +159,17 @@ def window_attention_backward(
     dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
     if need_dq:
         dq = (dscores @ keys).to(q.dtype)
-    if need_dc or need_dp:
-        dkeys = (weights.mT @ dout + dscores.mT @ rows).sum(1)  # (B, S T + k - S, D)
-        of_real = dkeys[:, : len(slots) * c.shape[2]].view(c.shape)
-        if need_dp:
-            dp = torch.empty_like(p)
-            dp[list(slots)] = of_real.sum((0, 2)).to(p.dtype)
-            dp[absent_slots(p, slots)] = dkeys[:, len(slots) * c.shape[2] :].sum(0).to(p.dtype)
-        if need_dc:
-            feature_dropout_(of_real, slots, dropout, seed, block)
-            dc = of_real.to(c.dtype)
+    dkeys = (weights.mT @ dout + dscores.mT @ rows).sum(1)  # (B, S T + k - S, D)
+    dreal, dabsent = dkeys.split((len(slots) * c.shape[2], p.shape[0] - len(slots)), dim=1)
+    dreal = dreal.reshape(c.shape)
+    if need_dp:
+        dp = torch.empty_like(p)
+        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
+        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
+    if need_dc:
+        dc = dreal.contiguous()
+        feature_dropout_(dc, slots, dropout, seed, block)
+        dc = dc.to(c.dtype)
     return dq, dc, dp
 
 

@@ -1,17 +1,21 @@
-"""`window_attention`: against loops over every key of the window, its gradients, its dropout and its checks."""
+"""The op `fastpeft::window_attention`: against loops over every key of the window, its gradients, its dropout, its
+registration and the checks of the function over it."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_as_accurate
+from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
-from fastpeft import FastpeftError, noise, reference
+from fastpeft import FastpeftError, aten, backends, noise, reference
 from fastpeft.functional import window_attention
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -100,6 +104,116 @@ def test_dropout_is_a_function_of_seed_block_slot_and_position() -> None:
         assert not window_attention(q, c, p, dropout=dropout, **(arguments | change)).allclose(found)
 
 
+MASKS = {
+    "none": None,
+    "all": torch.ones(3, 4).bool(),
+    "padding": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool(),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("slots", "dropout"), [([1, 2, 4], 0.0), ([1, 2, 4], 0.3), ([0, 1, 2, 3, 4], 0.3)])
+def test_fused_calls_equal_the_reference(mask: str, causal: bool, slots: list[int], dropout: float) -> None:
+    q, c, p = operands(3, 2, 4, 6, 5, len(slots))
+    c = c.transpose(0, 1).contiguous().transpose(0, 1)  # as slots that are stacked come
+    fixed = (MASKS[mask], slots, causal, dropout, 7, 2)
+    found, expected = (module.window_attention(q, c, p, *fixed) for module in (aten, reference))
+    torch.testing.assert_close(found, expected, **EXACT)
+    dout = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    dout = dout.contiguous().transpose(1, 2)
+    for needs in itertools.product((True, False), repeat=3):
+        arguments = (dout, q, c, p, fixed[0], *expected, *fixed[1:], *needs)
+        found, correct = (module.window_attention_backward(*arguments) for module in (aten, reference))
+        torch.testing.assert_close(found, correct, **EXACT)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_only_requested_gradients_are_made(trained: tuple[int, ...]) -> None:
+    tensors = operands(2, 1, 4, 3, 5, 3)
+    for index in trained:
+        tensors[index].requires_grad_()
+    window_attention(*tensors, slots=[1, 2, 3]).sum().backward()
+    assert [i for i, t in enumerate(tensors) if t.grad is not None] == list(trained)
+
+
+def test_saves_operands_output_and_one_number_for_each_query() -> None:
+    q, c, p = (t.requires_grad_() for t in operands(2, 2, 16, 8, 9, 7))
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        window_attention(q, c, p, torch.ones(2, 16).bool(), slots=range(2, 9), dropout=0.2)
+    assert sorted(shapes) == sorted([(2, 2, 16, 8), (2, 7, 16, 8), (9, 8), (2, 16), (2, 2, 16, 8), (2, 2, 16)])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    q, c, p = (t.float().requires_grad_(requires_grad) for t in operands(3, 2, 4, 6, 5, 3))
+    for mask, causal, dropout in ((None, False, 0.0), (MASKS["padding"], True, 0.3)):
+        arguments = (q, c, p, mask, [1, 2, 4], causal, dropout, 7, 2)
+        torch.library.opcheck(torch.ops.fastpeft.window_attention.default, arguments)
+
+
+def test_opcheck_backward_and_dropout() -> None:
+    q, c, p = (t.float() for t in operands(3, 2, 4, 6, 5, 3))
+    fixed = ([1, 2, 4], False, 0.3, 7, 2)
+    out, lse = reference.window_attention(q, c, p, MASKS["padding"], *fixed)
+    for needs in [(True, True, True), (False, True, False), (True, False, True)]:
+        arguments = (torch.ones_like(q), q, c, p, MASKS["padding"], out, lse, *fixed, *needs)
+        torch.library.opcheck(torch.ops.fastpeft.window_attention_backward.default, arguments)
+    torch.library.opcheck(torch.ops.fastpeft.feature_dropout_.default, (c, [1, 2, 4], 0.3, 7, 2))
+
+
+def test_compiles_into_one_graph() -> None:
+    tensors = [t.float().requires_grad_() for t in operands(2, 1, 4, 8, 5, 3)]
+
+    def loss(q: Tensor, c: Tensor, p: Tensor) -> Tensor:
+        return window_attention(q, c, p, slots=[1, 2, 3], dropout=0.2, seed=5).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(function(*tensors), tensors) for function in (compiled, loss))
+    torch.testing.assert_close(found, expected)
+
+
+def supported_instructions() -> list[str]:
+    """What FASTPEFT_SIMD can name here; nothing without the compiled module."""
+    if not any(choice.op == "feature_dropout_" and choice.backend == "cpp" for choice in backends.choices()):
+        return []
+    with mock.patch.dict(os.environ, FASTPEFT_SIMD="none"), pytest.raises(RuntimeError) as refused:
+        torch.ops.fastpeft.feature_dropout_(torch.ones(1, 1, 1, 1), [0], 0.5, 0, 0)
+    return str(refused.value).partition("are ")[2].partition(". Correct")[0].split(", ")
+
+
+@pytest.mark.parametrize("instructions", supported_instructions())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 7), (33, 16), (3, 700), (1, 256), (0, 8)])
+def test_compiled_dropout_has_the_bits_of_the_reference(
+    instructions: str, dtype: torch.dtype, tokens: int, width: int
+) -> None:
+    wide = torch.randn(3, 3 * tokens + 1, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for dropout, seed, block in ((0.2, 2**62 + 5, 3), (0.5, 1, 2**27), (1 - 2**-53, 9, 0), (2**-40, 9, 0)):
+        found, expected = (x[:, : 3 * tokens].unflatten(1, (3, tokens)) for x in (wide.clone(), wide.clone()))
+        with mock.patch.dict(os.environ, FASTPEFT_SIMD=instructions):
+            torch.ops.fastpeft.feature_dropout_(found, [0, 4, 14], dropout, seed, block)
+        reference.feature_dropout_(expected, [0, 4, 14], dropout, seed, block)
+        assert found.equal(expected)
+
+
+@pytest.mark.skipif(not supported_instructions(), reason="needs the compiled module")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c": torch.ones(2, 3, 4, 5).bfloat16()}, "takes float32 and float64"),
+        ({"c": torch.ones(2, 3, 4)}, "takes c"),
+        ({"slots": [0, 1]}, "S slots"),
+        ({"c": torch.ones(2, 3, 5, 4).mT}, "dense in its last two"),
+    ],
+)
+def test_compiled_dropout_refuses_what_it_cannot_do(change: dict[str, object], message: str) -> None:
+    arguments = {"c": torch.ones(2, 3, 4, 5), "slots": [0, 1, 2], "dropout": 0.5, "seed": 0, "block": 0}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastpeft.feature_dropout_(**(arguments | change))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
 def test_dropout_keeps_its_share(p: float) -> None:
     count = 200_001
@@ -118,6 +232,18 @@ def test_is_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
     keys = (c + p[:, None]).flatten(1, 2)[:, None]
     plain = (q @ keys.mT).softmax(-1) @ keys
     assert_as_accurate(window_attention(q, c, p), plain, window_attention(*exact), exact[1].abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_as_accurate_as_plain_pytorch(dtype: torch.dtype) -> None:
+    exact = [t.requires_grad_() for t in operands(2, 2, 16, 8, 3, 3)]
+    low, plain = ([t.detach().to(dtype).requires_grad_() for t in exact] for _ in range(2))
+    dout = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(3))
+    keys = (plain[1] + plain[2][:, None]).flatten(1, 2)[:, None]
+    by_formula = torch.autograd.grad((plain[0] @ keys.mT).softmax(-1) @ keys, plain, dout.to(dtype))
+    ours, correct = (torch.autograd.grad(window_attention(*t), t, dout.to(t[0].dtype)) for t in (low, exact))
+    for found, formula, expected in zip(ours, by_formula, correct):
+        assert_as_accurate(found, formula, expected, expected.abs().max(), GRADIENT)
 
 
 def test_autocast_rounds_the_operands_and_nothing_inside() -> None:

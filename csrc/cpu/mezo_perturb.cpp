@@ -3,12 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "choose.h"
 #include "pass.h"
 
 namespace fastpeft {
@@ -17,21 +17,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which another thread costs more than it saves
-
-// The fastest that this processor runs, or the one that FASTPEFT_SIMD names. It is read at every call, so that tests
-// and benches compare variants in one process.
-Perturb* choose_variant() {
-    static const std::vector<Variant> all = variants();
-    const char* wanted = std::getenv("FASTPEFT_SIMD");
-    std::string allowed;
-    for (const Variant& variant : all) {
-        if (!variant.supported) continue;
-        if (wanted == nullptr || wanted == variant.name) return variant.perturb;
-        allowed.append(allowed.empty() ? "" : ", ").append(variant.name);
-    }
-    STD_TORCH_CHECK(false, "FASTPEFT_SIMD is '", wanted, "'; allowed on this processor are ", allowed,
-                    ". Correct or unset it.");
-}
 
 // A tensor without gaps, in C order, is one row, whatever its shape.
 Elements elements_of(const Tensor& tensor) {
@@ -53,7 +38,7 @@ void run_all(std::vector<Task> tasks, const std::vector<int64_t>& seeds, const s
         terms.push_back({static_cast<uint64_t>(seeds[i]), scales[i], i == 0 ? 1.0 - decay : 1.0});
     }
     const Change change = {terms.data(), terms.size(), options.rademacher, options.stochastic};
-    const Pass pass(std::move(tasks), change, choose_variant());
+    const Pass pass(std::move(tasks), change, choose_variant().perturb);
     torch::stable::parallel_for(0, pass.numel(), kGrain, [&](int64_t begin, int64_t end) { pass.run(begin, end); });
 }
 

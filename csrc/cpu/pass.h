@@ -18,6 +18,7 @@ namespace fastpeft {
 struct Variant {
     std::string_view name;
     Perturb* perturb;
+    Drop* drop;
     bool supported;
 };
 
@@ -27,10 +28,11 @@ inline std::vector<Variant> variants() {
 #if defined(__x86_64__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    found.push_back({"avx512", avx512::perturb, avx512});
-    found.push_back({"avx2", avx2::perturb, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")});
+    found.push_back({"avx512", avx512::perturb, avx512::drop, avx512});
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    found.push_back({"avx2", avx2::perturb, avx2::drop, avx2});
 #endif
-    found.push_back({"baseline", baseline::perturb, true});
+    found.push_back({"baseline", baseline::perturb, baseline::drop, true});
     return found;
 }
 

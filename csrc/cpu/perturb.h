@@ -1,4 +1,4 @@
-// What mezo_perturb does to a stretch of memory, and the instruction sets it is compiled for.
+// What mezo_perturb and feature_dropout_ do to a stretch of memory, and the instruction sets they are compiled for.
 #pragma once
 
 #include <cstddef>
@@ -26,16 +26,29 @@ constexpr uint64_t kTile = 4096;  // elements that go through all terms before t
 // p[i] <- round(fl(fl(keep p[i]) + fl(scale z(seed, first + i)))) for i < count, term after term
 using Perturb = void(void* p, Format format, uint64_t first, uint64_t count, const Change& change);
 
+struct Dropout {
+    uint64_t seed;
+    uint32_t ordinal;    // counter word 3: 16 * block + slot
+    uint32_t threshold;  // words from here on keep their element
+    double scale;        // of what is kept
+};
+
+// x[i] <- x[i] * (word(first + i) >= threshold ? scale : 0) for i < count; float32 and float64
+using Drop = void(void* x, Format format, uint64_t first, uint64_t count, const Dropout& dropout);
+
 namespace baseline {
 Perturb perturb;
-}
+Drop drop;
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 Perturb perturb;
-}
+Drop drop;
+}  // namespace avx2
 namespace avx512 {
 Perturb perturb;
-}
+Drop drop;
+}  // namespace avx512
 #endif
 
 }  // namespace fastpeft

@@ -90,14 +90,14 @@ constexpr int place(int index) {
     return index - within + within % kGroups * 4 + within / kGroups;
 }
 
-// Philox's words for one seed and stream, and for counters whose upper half is that of `q`.
+// Philox's words for one seed, stream and ordinal, and for counters whose upper half is that of `q`.
 //
 // A 64-bit lane holds a counter's word in its lower half, and above it what an operation left there and the next one
 // ignores; so a register's worth of counters is two chains. What the first rounds compute from numbers that all
 // counters share is computed once.
 class Generator {
   public:
-    FASTPEFT_TARGET Generator(uint64_t q, uint64_t seed, Stream stream) {
+    FASTPEFT_TARGET Generator(uint64_t q, uint64_t seed, Stream stream, uint32_t ordinal = 0) {
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < kRounds; ++round) {
             key0_[round] = Wide{} + k0;
@@ -105,6 +105,7 @@ class Generator {
             k0 += kWeyl0;
             k1 += kWeyl1;
         }
+        key1_[0] ^= Wide{} + ordinal;
         // of round 0, whose first product alone differs from counter to counter
         const uint64_t product = uint64_t{kMultiplier1} * stream;
         const Wide word0 = key0_[0] ^ ((product >> 32) ^ (q >> 32));
@@ -291,8 +292,8 @@ FASTPEFT_TARGET inline void rademacher(const uint32_t (&words)[4][kSignCounters]
     }
 }
 
-// The words that round a block's elements, in their order; q is its first counter
-FASTPEFT_TARGET inline void rounding_words(const Generator& generator, uint64_t q, uint32_t (&ordered)[kBlock]) {
+// The words of a block's elements, in their order; q is its first counter
+FASTPEFT_TARGET inline void words_in_order(const Generator& generator, uint64_t q, uint32_t (&ordered)[kBlock]) {
     alignas(64) uint32_t words[4][kCounters];
     generator.draw(q, words);
     in_order(words, ordered);
@@ -383,7 +384,7 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
             } else {
                 gaussian(noise, start / 4, z);
             }
-            if constexpr (is_stochastic) rounding_words(of_rounding, start / 4, rounding);
+            if constexpr (is_stochastic) words_in_order(of_rounding, start / 4, rounding);
             const int skipped = start < first ? first - start : 0;
             const int stop = end - start < kBlock ? end - start : kBlock;
             const int count = stop - skipped;
@@ -426,7 +427,28 @@ FASTPEFT_TARGET void perturb_as(void* p, uint64_t first, uint64_t count, const C
     }
 }
 
+template <typename T>
+FASTPEFT_TARGET void drop_as(void* x, uint64_t first, uint64_t count, const Dropout& dropout) {
+    T* __restrict elements = static_cast<T*>(x);
+    const T scale = static_cast<T>(dropout.scale);
+    alignas(64) uint32_t words[kBlock];
+    for (const uint64_t end = first + count; first < end;) {
+        const uint64_t start = first / kBlock * kBlock, stop = start + kBlock < end ? start + kBlock : end;
+        words_in_order(Generator(start / 4, dropout.seed, kDropout, dropout.ordinal), start / 4, words);
+        const uint32_t* __restrict word = words + (first - start);
+        const int length = stop - first;
+        for (int e = 0; e < length; ++e) elements[e] *= word[e] >= dropout.threshold ? scale : T{0};
+        elements += length;
+        first = stop;
+    }
+}
+
 }  // namespace
+
+FASTPEFT_TARGET void drop(void* x, Format format, uint64_t first, uint64_t count, const Dropout& dropout) {
+    return format == Format::kFloat64 ? drop_as<double>(x, first, count, dropout)
+                                      : drop_as<float>(x, first, count, dropout);
+}
 
 FASTPEFT_TARGET void perturb(void* p, Format format, uint64_t first, uint64_t count, const Change& change) {
     switch (format) {

@@ -1,0 +1,57 @@
+// fastpeft::feature_dropout_ on CPU tensors: each sentence's part of each slot is a stretch of that slot's noise.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "choose.h"
+
+namespace fastpeft {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 1 << 13;  // elements below which another thread costs more than it saves
+
+void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int64_t seed, int64_t block) {
+    const auto type = c.scalar_type();
+    const bool is_double = type == torch::headeronly::ScalarType::Double;
+    STD_TORCH_CHECK(is_double || type == torch::headeronly::ScalarType::Float,
+                    "feature_dropout_ takes float32 and float64");
+    STD_TORCH_CHECK(c.dim() == 4 && c.size(1) == static_cast<int64_t>(slots.size()),
+                    "feature_dropout_ takes c (B, S, T, D) and S slots");
+    const int64_t batch = c.size(0), real = c.size(1), tokens = c.size(2), width = c.size(3), row = tokens * width;
+    STD_TORCH_CHECK((width == 1 || c.stride(3) == 1) && (tokens == 1 || c.stride(2) == width),
+                    "feature_dropout_ takes a tensor that is dense in its last two dimensions");
+    if (row == 0) return;
+    const double threshold = std::nearbyint(dropout * 4294967296.0);  // at most 2^32, where nothing is kept
+    const bool nothing = threshold > 4294967295.0;
+    const uint32_t first_kept = nothing ? 0 : static_cast<uint32_t>(threshold);
+    const double scale = nothing ? 0.0 : 1.0 / (1.0 - dropout);
+
+    Drop* const drop = choose_variant().drop;
+    const Format format = is_double ? Format::kFloat64 : Format::kFloat32;
+    char* const data = static_cast<char*>(c.mutable_data_ptr());
+    const int64_t itemsize = static_cast<int64_t>(c.element_size()), stride_b = c.stride(0), stride_s = c.stride(1);
+    const int64_t grain = std::max<int64_t>(1, kGrain / row);
+    torch::stable::parallel_for(0, batch * real, grain, [&](int64_t begin, int64_t end) {
+        const DefaultArithmetic arithmetic;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / real, s = i % real;
+            const Dropout change = {static_cast<uint64_t>(seed), static_cast<uint32_t>(16 * block + slots[s]),
+                                    first_kept, scale};
+            drop(data + (b * stride_b + s * stride_s) * itemsize, format, b * row, row, change);
+        }
+    });
+}
+
+}  // namespace
+
+// implementations only: the schemas are declared once, in fastpeft/_ops.py
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) { m.impl("feature_dropout_", TORCH_BOX(&feature_dropout_)); }
+
+}  // namespace fastpeft
