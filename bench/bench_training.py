@@ -74,16 +74,20 @@ def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:
     model = method.prepare(classifier.model, preparation).to(device).train()
     if cell.method == LIMIT:
         pass_gradients(model, targets)
+    compiled = cell.variant == "compiled"
+    return step_of(torch.compile(model) if compiled else model, method.recipe.weight_decay, device)
+
+
+def step_of(model: nn.Module, weight_decay: float, device: torch.device) -> Callable[[], object]:
+    """A step of `model`, whose output has a loss, on random text."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=method.recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=weight_decay, fused=True)
     ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
-    run = torch.compile(model) if cell.variant == "compiled" else model
-
     def step() -> None:
         optimizer.zero_grad()
-        run(**batch).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
 
     return step

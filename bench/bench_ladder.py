@@ -1,0 +1,112 @@
+"""A whole training step of k-LST, and what it is to be compared with, side by side.
+
+`python -m bench.bench_ladder` writes `bench/data/ladder.csv`; `pytest bench --benchmark-enable --benchmark-only` shows
+each step through pytest-benchmark. Text is random: only the shape of the batch matters.
+
+The forward pass of the backbone alone, without gradients, is the bound: no side network makes a step cheaper.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import RobertaForSequenceClassification
+
+from bench.bench_training import BATCH_SIZE, CASE, TOKENS, step_of
+from bench.direct_ladder import DirectLadder
+from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.memory_table import LARGE
+from fastpeft import LadderConfig, LadderModel
+from fastpeft.methods import Preparation, get_method
+from fastpeft.models import load_classifier
+from fastpeft.problems import CLASSIFICATION
+
+FILE = DATA / "ladder.csv"
+RANK = 4
+
+
+def demo() -> nn.Module:
+    """The bundled model, 6 layers of 384."""
+    return load_classifier("demo", ["negative", "positive"], CLASSIFICATION).model
+
+
+def large() -> nn.Module:
+    """A RoBERTa-large of zeros, 24 layers of 1024: what it takes does not depend on the weights."""
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(LARGE)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    return model
+
+
+MODELS = {"demo": demo, "large": large}
+
+
+def prepared(model: str, method: str) -> nn.Module:
+    """`model` with what `method` trains."""
+    torch.manual_seed(0)
+    base = MODELS[model]()
+    if method.startswith("9-lst"):
+        ladder = LadderModel(base, LadderConfig(window_size=9))
+        return DirectLadder(ladder) if method.endswith("direct") else ladder
+    targets = ["query", "key"] if method == "lora" else None
+    return get_method(method).prepare(base, Preparation(["classifier"], RANK, targets))
+
+
+def training_step(model: str, method: str, device: torch.device) -> Callable[[], object]:
+    """Forward, backward and AdamW of one batch, ready to run."""
+    return step_of(prepared(model, method).to(device).train(), weight_decay=0.0, device=device)
+
+
+def backbone_forward(model: str, device: torch.device) -> Callable[[], object]:
+    """The model's forward pass as in inference."""
+    base = MODELS[model]().to(device).eval()
+    ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
+
+    @torch.no_grad()
+    def run() -> None:
+        base(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    return run
+
+
+METHODS = ("9-lst", "lora", "lst", "9-lst direct")
+FORWARD = "backbone forward"
+
+
+def candidates(model: str, device: torch.device, methods: tuple[str, ...] = METHODS) -> Candidates:
+    """The steps of all methods, k-LST first, and the bound."""
+    steps = {method: training_step(model, method, device) for method in methods}
+    return {**steps, FORWARD: backbone_forward(model, device)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ladder(benchmark: Any, method: str) -> None:
+    benchmark(training_step("demo", method, torch.device("cpu")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--methods", default=",".join(METHODS), help="the first is what ratios are taken to")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}; the large model takes seconds each")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    measure(
+        FILE,
+        {**CASE, "model": given.model},
+        candidates(given.model, device, tuple(given.methods.split(","))),
+        device,
+        given.rounds,
+    )
+
+
+if __name__ == "__main__":
+    main()
