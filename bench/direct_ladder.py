@@ -1,8 +1,9 @@
 """k-LST written directly from its equations: the peer that `bench_ladder` times the library's against.
 
 Each side block projects its k features one by one, drops out, adds positions, concatenates them along the tokens to a
-window, makes keys and values of it and attends to all k * T of them; a slot outside the backbone is T zeros. The
-backbone keeps all its features until the side network runs. What comes after the attention is the library's.
+window, makes keys and values of it and attends to all k * T of them, by PyTorch's fused attention; a feature outside
+the backbone is zeros, projected like the others. The backbone keeps all its features until the side network runs. What
+comes after the attention is the library's.
 """
 
 from __future__ import annotations
@@ -23,35 +24,26 @@ class DirectFusion(nn.Module):
 
     Args:
         fusion: the library's, whose weights it takes over.
-        weights: `D_i` `(D, d)` for each slot of the window, None outside the backbone.
+        weights: `D_i` `(D, d)` for each slot of the window.
     """
 
-    def __init__(self, fusion: WindowFusion, weights: Sequence[Tensor | None]) -> None:
+    def __init__(self, fusion: WindowFusion, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.query, self.key, self.value = fusion.query, fusion.key, fusion.value
         self.positions, self.dropout = fusion.positions, fusion.dropout
-        self.projections = nn.ModuleList(_linear(weight) for weight in weights)
+        self.projections = nn.ParameterList(weight.detach().clone() for weight in weights)
 
-    def forward(self, theta: Tensor, window: list[Tensor | None], mask: Tensor | None, seed: int) -> Tensor:
-        """theta `(B, T, D)`, k features `(B, T, d)` -> `(B, T, D)`; torch draws the dropout, so the seed is not used."""
-        slots = []
-        for project, feature, position in zip(self.projections, window, self.positions):
-            if feature is None:
-                c = torch.zeros_like(theta)
-            else:
-                c = F.dropout(project(feature), self.dropout, self.training)
-            slots.append(c + position)
-        c = torch.cat(slots, dim=1)  # (B, k T, D)
-        visible = None if mask is None else mask.repeat(1, len(slots))[:, None]  # (B, 1, k T)
+    def forward(self, theta: Tensor, window: list[Tensor], mask: Tensor, seed: int) -> Tensor:
+        """theta `(B, T, D)`, k features `(B, T, d)` -> `(B, T, D)`; PyTorch draws the dropout, without the seed."""
+        c = torch.cat(
+            [
+                F.dropout(F.linear(feature, weight), self.dropout, self.training) + position
+                for feature, weight, position in zip(window, self.projections, self.positions)
+            ],
+            dim=1,
+        )  # (B, k T, D)
+        visible = mask.repeat(1, len(window))[:, None]  # (B, 1, k T)
         return F.scaled_dot_product_attention(self.query(theta), self.key(c), self.value(c), attn_mask=visible)
-
-
-def _linear(weight: Tensor | None) -> nn.Module:
-    if weight is None:
-        return nn.Identity()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight.detach().clone())
-    return linear
 
 
 class DirectLadder(nn.Module):
@@ -59,19 +51,21 @@ class DirectLadder(nn.Module):
 
     Args:
         model: of one head, without residual and not causal. It is taken over.
+        backbone_in_training: whether `train()` reaches the backbone, whose own dropout then works, as it does where
+            nobody sees to it.
     """
 
-    def __init__(self, model: LadderModel) -> None:
+    def __init__(self, model: LadderModel, backbone_in_training: bool = False) -> None:
         super().__init__()
-        self.base, self.side = model.base, model.side
+        self.base, self.side, self.backbone_in_training = model.base, model.side, backbone_in_training
         for number, block in enumerate(self.side.blocks, 1):
             block.fusion = DirectFusion(block.fusion, _weights(self.side, number))
         self.side.projections = nn.ModuleDict()
 
     def train(self, mode: bool = True) -> DirectLadder:
-        """Set the side network and the head to training mode; the backbone stays in evaluation mode."""
+        """Set the side network, the head and, where that is asked for, the backbone to training mode."""
         super().train(mode)
-        self.base.base_model.eval()
+        self.base.base_model.train(mode and self.backbone_in_training)
         return self
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
@@ -85,20 +79,20 @@ class DirectLadder(nn.Module):
         block: SideBlock
         for number, block in enumerate(self.side.blocks, 1):
             layers = range(number - reach, number + reach + 1)
-            window = [features[layer] if 0 <= layer < len(features) else None for layer in layers]
+            window = [features[n] if 0 <= n < len(features) else torch.zeros_like(features[0]) for n in layers]
             theta = block(theta, window, mask, visible, 0)
         logits = self.base.classifier(self.side.up(theta))
         return SequenceClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
 
 
-def _weights(side: SideNetwork, block: int) -> list[Tensor | None]:
-    """`D_{block, i}` for each slot i, None outside the backbone."""
-    found: list[Tensor | None] = []
+def _weights(side: SideNetwork, block: int) -> list[Tensor]:
+    """`D_{block, i}` for each slot i; any for a feature of zeros."""
+    found = []
     for slot in range(side.config.window_size):
         layer = block - side.config.window_size // 2 + slot
         if 0 <= layer <= side.num_layers:
             row = side.readers[layer].index((block, slot)) * side.width
             found.append(side.projections[str(layer)].weight[row : row + side.width])
         else:
-            found.append(None)
+            found.append(torch.zeros(side.width, side.up.out_features))
     return found

@@ -10,7 +10,7 @@
 
 namespace fastpeft {
 
-enum Stream : uint32_t { kNoise = 0, kRounding = 1, kDropout = 2 };
+enum Stream : uint32_t { kNoise = 0, kRounding = 1 };
 
 constexpr int kRounds = 10;
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;

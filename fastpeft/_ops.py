@@ -3,8 +3,8 @@
 Implementations are registered in `fastpeft.backends` (Python, Triton) or by the compiled modules (C++, CUDA), never
 here, so that any of them may be absent. Users call the checked functions of `fastpeft.functional`.
 
-Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank; B batch, H heads,
-T tokens, D width of a side network, k slots of a window of which S are real.
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank; B batch,
+H heads, T tokens, D width of a side network, k slots of a window of which S are real.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SCHEMAS = {
         "(Tensor[] dhs, Tensor x, Tensor[] weights, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor p, bool need_dx, "
         "bool[] need_du, bool need_dv, bool[] need_dbias) -> (Tensor, Tensor[], Tensor, Tensor[])"
     ),
-    # out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32. The seed is a SymInt, so
-    # that a compiled model does not compile again for each step's seed
+    # out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is a SymInt,
+    # so that a compiled model does not compile again for each step's seed
     "window_attention": (
         "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, SymInt seed, int block) "
         "-> (Tensor, Tensor)"

@@ -204,9 +204,7 @@ def _window_keys(
     return torch.cat((real.flatten(1, 2), p[absent_slots(p, slots)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
 
 
-def _window_scores(
-    q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int
-) -> tuple[Tensor, Tensor]:
+def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int) -> tuple[Tensor, Tensor]:
     """The scores `(B, H, T, S T + k - S)`, and which queries see nothing, `(B, 1, T)`."""
     batch, _, tokens, _ = q.shape
     hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "philox.h"
 #include "storage.h"
 
 namespace fastpeft {
@@ -25,6 +26,8 @@ constexpr uint64_t kTile = 4096;  // elements that go through all terms before t
 
 // p[i] <- round(fl(fl(keep p[i]) + fl(scale z(seed, first + i)))) for i < count, term after term
 using Perturb = void(void* p, Format format, uint64_t first, uint64_t count, const Change& change);
+
+constexpr Stream kDropout{2};  // on a card, Triton draws it
 
 struct Dropout {
     uint64_t seed;

@@ -27,8 +27,9 @@ class WindowFusion(nn.Module):
 
     `X = softmax((theta Wq) (C~ Wk)^T / sqrt(head_dim)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
 
-    Wk is applied to the queries and Wv to the result, so that keys and values are never made. With several heads an
-    output projection follows, with `residual` a sum with theta and a LayerNorm.
+    Queries are `theta (Wq Wk^T)`, one small matrix for each head, and Wv is applied to the result, so that keys and
+    values are never made. With several heads an output projection follows, with `residual` a sum with theta and a
+    LayerNorm.
 
     Args:
         config: of the side network.
@@ -54,10 +55,11 @@ class WindowFusion(nn.Module):
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
         heads, head_dim = self.num_heads, width // self.num_heads
-        q = self.query(theta).view(batch, tokens, heads, head_dim).transpose(1, 2)  # (B, H, T, D / H)
-        q = (q * head_dim**-0.5) @ self.key.weight.view(heads, head_dim, width)  # (B, H, T, D)
+        query, key, value = (part.weight.view(heads, head_dim, width) for part in (self.query, self.key, self.value))
+        folded = (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)  # (H D, D): Wk^T Wq, head after head
+        q = F.linear(theta, folded).view(batch, tokens, heads, width)
         attended = window_attention(
-            q,
+            q.transpose(1, 2),  # (B, H, T, D)
             window,
             self.positions,
             mask,
@@ -67,10 +69,10 @@ class WindowFusion(nn.Module):
             seed=seed,
             block=self.block,
         )
-        x = attended @ self.value.weight.view(heads, head_dim, width).mT  # (B, H, T, D / H)
-        x = x.transpose(1, 2).reshape(batch, tokens, width)
-        if self.output is not None:
-            x = self.output(x)
+        if self.output is None:
+            x = self.value(attended[:, 0])
+        else:
+            x = self.output((attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
         return x if self.norm is None else self.norm(theta + x)
 
 

@@ -284,6 +284,24 @@ void test_copy(const Variant& variant) {
     check(same, std::string(variant.name) + ": a copy in another layout");
 }
 
+// Dropout of stretches that begin and end anywhere, past 2^34 elements too, where a counter's upper half comes in.
+template <typename T>
+void test_drop(const Variant& variant, Format format) {
+    const Dropout dropout = {0x123456789ABCDEFull, 16 * 5 + 3, 0x33333333u, 1.25};
+    for (uint64_t first : {uint64_t{0}, uint64_t{1}, uint64_t{255}, (uint64_t{1} << 34) - 300}) {
+        for (uint64_t count : {1, 5, 256, 257, 1000}) {
+            std::vector<T> x(count, T{3}), expected(count);
+            for (uint64_t i = 0; i < count; ++i) {
+                const Words words = random_words((first + i) / 4, dropout.seed, kDropout, dropout.ordinal);
+                expected[i] = words.w[(first + i) % 4] >= dropout.threshold ? T{3.75} : T{0};
+            }
+            variant.drop(x.data(), format, first, count, dropout);
+            check(x == expected, std::string(variant.name) + " " + name_of(format) + ": dropout of " +
+                                     std::to_string(count) + " elements from " + std::to_string(first));
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -298,6 +316,8 @@ int main() {
             for (int num_threads : {1, 2, 3, 8}) test_threads(variant, change, num_threads);
         }
         test_copy(variant);
+        test_drop<float>(variant, Format::kFloat32);
+        test_drop<double>(variant, Format::kFloat64);
     }
     if (failures > 0) return 1;
     std::printf("passed:%s\n", names.c_str());
