@@ -48,7 +48,7 @@ def large() -> nn.Module:
 
 
 FORWARD = "backbone forward"
-DIRECT_AS_TRAINED = "9-lst direct, backbone's dropout on"
+DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
 MODELS = {"demo": demo, "large": large}
 
 

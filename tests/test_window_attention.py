@@ -174,6 +174,23 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_new_seed_does_not_compile_again() -> None:
+    tensors = [t.float() for t in operands(2, 1, 4, 8, 5, 3)]
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def drop(seed: int) -> Tensor:
+        return window_attention(*tensors, slots=[1, 2, 3], dropout=0.2, seed=seed)
+
+    compiled = torch.compile(drop, fullgraph=True, backend=count)
+    for seed in (5, 2**62 + 1, 7, 2**40):
+        torch.testing.assert_close(compiled(seed), drop(seed))
+    assert len(graphs) <= 2  # one that knows its seed, one for all others
+
+
 def supported_instructions() -> list[str]:
     """What FASTPEFT_SIMD can name here; nothing without the compiled module."""
     if not any(choice.op == "feature_dropout_" and choice.backend == "cpp" for choice in backends.choices()):
