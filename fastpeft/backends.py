@@ -31,7 +31,9 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear_group", "cpu"): ("aten",),
     ("siva_linear_group_backward", "cpu"): ("aten",),
     ("window_attention", "cpu"): ("aten",),
+    ("window_attention", "cuda"): ("triton", "aten"),
     ("window_attention_backward", "cpu"): ("aten",),
+    ("window_attention_backward", "cuda"): ("triton", "aten"),
     ("feature_dropout_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
@@ -44,6 +46,8 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
 _TRITON_LAUNCHERS = {
     "siva_linear": ("siva_linear", "siva_linear_fwd"),
     "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
+    "window_attention": ("window_attention", "window_attention"),
+    "window_attention_backward": ("window_attention", "window_attention_backward"),
     "mezo_perturb_": ("mezo", "mezo_perturb_"),
     "mezo_perturb_replay_": ("mezo", "mezo_perturb_replay_"),
     "mezo_perturb": ("mezo", "mezo_perturb"),

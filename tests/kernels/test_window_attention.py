@@ -307,8 +307,9 @@ def test_what_the_kernels_leave_to_the_reference(width, dtype, device, monkeypat
     assert kernel.window_attention_backward(*args) == args
 
 
-def test_the_launcher_takes_what_the_op_passes():
-    taken = [list(inspect.signature(module.window_attention).parameters) for module in (kernel, reference)]
+@pytest.mark.parametrize("name", ["window_attention", "window_attention_backward"])
+def test_the_launcher_takes_what_the_op_passes(name):
+    taken = [list(inspect.signature(getattr(module, name)).parameters) for module in (kernel, reference)]
     assert taken[0] == taken[1]
 
 
