@@ -1,0 +1,290 @@
+"""SiVA inside PyTorch's engines: compilation, export, autocast, checkpointing, and several processes.
+
+Functions passed to `ranks` run in both processes of `tests/ranks.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import ranks as rank_processes
+import torch
+import torch.distributed as dist
+from samples import tiny_classifier
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from fastpeft import SivaConfig, SivaLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RESIDUALS = ("frozen", "implicit")
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+Run = Callable[..., list[Any]]
+Gradients = dict[str, Tensor]
+
+
+def adapted(residual: str = "frozen", **config: Any) -> peft.PeftModel:
+    """A classifier whose adapter and head have trained a little, the same at every call.
+
+    At the scale of a new model's weights attention is uniform, and queries and keys get no gradient to speak of.
+    """
+    base = tiny_classifier()
+    for weight in base.parameters():
+        weight.data *= 10 if weight.dim() == 2 else 1
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"r": 3, "target_modules": ["query", "key", "dense"], "task_type": "SEQ_CLS"} | config
+    model = peft.get_peft_model(base, SivaConfig(residual=residual, **settings)).eval()
+    for parameter in trained(model).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def batch(rows: int = 4, tokens: int = 9) -> dict[str, Tensor]:
+    """Texts of different lengths, with labels."""
+    generator = torch.Generator().manual_seed(10 * rows + tokens)
+    mask = (torch.arange(tokens) < torch.arange(rows)[:, None] % 3 + tokens - 2).long()
+    ids = torch.randint(3, 50, (rows, tokens), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(rows) % 2}
+
+
+def step(model: nn.Module, rows: dict[str, Tensor]) -> tuple[Tensor, Gradients]:
+    """The loss and the gradients of what trains."""
+    model.zero_grad()
+    loss = model(**rows).loss
+    loss.backward()
+    gradients = {name.removeprefix("_orig_mod."): parameter.grad for name, parameter in trained(model).items()}
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+def assert_close(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], **tolerance: float) -> None:
+    tolerance = tolerance or CLOSE
+    torch.testing.assert_close(found[0], expected[0], **tolerance)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(found[1][name], gradient, **tolerance)
+
+
+# -- compilation -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counter() -> Iterator[CompileCounterWithBackend]:
+    """A backend that counts the graphs and traces their backward too."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_layer_compiles_once_for_all_shapes(residual: str, counter: CompileCounterWithBackend) -> None:
+    torch.manual_seed(0)
+    layer = SivaLinear.from_linear(nn.Linear(20, 12), 4, residual=residual)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((3, 9, 20), (4, 7, 20), (2, 11, 20)):
+        x = torch.randn(shape)
+        found, expected = (
+            torch.autograd.grad(f(x).square().sum(), list(trained(layer).values())) for f in (compiled, layer)
+        )
+        torch.testing.assert_close(found, expected, **CLOSE)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_a_model_compiles_whole(residual: str, counter: CompileCounterWithBackend) -> None:
+    model = adapted(residual)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for rows, tokens in ((4, 9), (3, 7), (5, 12)):
+        assert_close(step(compiled, batch(rows, tokens)), step(model, batch(rows, tokens)))
+    graphs = counter.frame_count
+    step(compiled, batch(6, 10))
+    assert counter.frame_count == graphs  # the sizes are symbols by now
+
+
+def test_a_compiled_model_follows_its_adapters(counter: CompileCounterWithBackend) -> None:
+    """What is compiled is compiled again where the layers act in another way, never used as it was."""
+    model = adapted("implicit")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def assert_followed() -> Tensor:
+        with torch.no_grad():
+            expected = model(**batch()).logits
+            torch.testing.assert_close(compiled(**batch()).logits, expected, **CLOSE)
+        return expected
+
+    first = assert_followed()
+    with model.disable_adapter():
+        assert not torch.allclose(assert_followed(), first)
+    model.add_adapter("other", SivaConfig(r=2, target_modules=["query"], residual="implicit", task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    assert not torch.allclose(assert_followed(), first)
+    model.set_adapter("default")
+    model.merge_adapter()
+    torch.testing.assert_close(assert_followed(), first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_training_step() -> None:
+    model = adapted()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True)
+    assert_close(step(compiled, batch()), step(model, batch()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_exports_with_a_free_batch_size(residual: str, strict: bool) -> None:
+    model = adapted(residual)
+    size = torch.export.Dim("batch", min=2, max=64)
+    example = batch(3)
+    program = torch.export.export(
+        model.base_model.model,
+        (example["input_ids"], example["attention_mask"]),
+        dynamic_shapes=({0: size}, {0: size}),
+        strict=strict,
+    )
+    assert torch.ops.fastpeft.siva_linear.default in {node.target for node in program.graph.nodes}
+    rows = batch(7)
+    found = program.module()(rows["input_ids"], rows["attention_mask"]).logits
+    torch.testing.assert_close(found, model(**rows).logits, **CLOSE)
+
+
+# -- autocast and checkpointing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_autocast_computes_in_its_dtype_and_trains_in_float32(residual: str) -> None:
+    layer = adapted(residual).base_model.model.roberta.encoder.layer[0].attention.self.query
+    x = torch.randn(5, 7, 16, requires_grad=True)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        plain = F.linear(x, layer.weight, layer.base_layer.bias)
+    assert out.dtype == torch.bfloat16
+    assert not out.float().equal(exact)
+    allowed = 2 * (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (out - exact).abs().max() <= allowed
+    out.float().square().sum().backward()
+    assert {t.grad.dtype for t in (x, *trained(layer).values())} == {torch.float32}
+
+
+def test_a_model_trains_under_autocast() -> None:
+    model = adapted()
+    loss, gradients = step(model, batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, of_autocast = step(model, batch())
+    torch.testing.assert_close(found.float(), loss, rtol=0.02, atol=0.02)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(of_autocast[name], gradient, rtol=0.1, atol=0.1 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_checkpointing_changes_no_gradient(residual: str, use_reentrant: bool) -> None:
+    model = adapted(residual, target_modules=["query", "key", "value", "dense"]).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = step(model, batch())
+    calls = []
+    model.base_model.model.roberta.encoder.layer[0].attention.self.query.register_forward_hook(
+        lambda *_: calls.append(torch.is_grad_enabled())
+    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()  # the reentrant kind needs an input with a gradient
+    found = step(model, batch())
+    assert len(calls) == 2  # it did run again
+    assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with rank_processes.started(tmp_path_factory.mktemp("ranks")) as run:
+        yield run
+
+
+def own_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.chunk(2)[dist.get_rank()] for name, tensor in rows.items()}
+
+
+def sgd_step(model: nn.Module, rows: dict[str, Tensor], passes: int = 1) -> dict[str, Tensor]:
+    """Train one step, `passes` forwards before the backward, and return what trained, whole."""
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.5)
+    torch.stack([model(**rows).loss for _ in range(passes)]).sum().backward()
+    optimizer.step()
+    whole = {name.removeprefix("module."): parameter.detach() for name, parameter in trained(model).items()}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in whole.items()}
+
+
+def ddp_step(residual: str, passes: int) -> dict[str, Tensor]:
+    return sgd_step(DistributedDataParallel(adapted(residual)), own_rows(batch()), passes)
+
+
+def fsdp_step(residual: str, half: bool) -> dict[str, Tensor]:
+    model = adapted(residual)
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None)
+    for block in model.base_model.model.roberta.encoder.layer:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return sgd_step(model, own_rows(batch()))
+
+
+def assert_same(
+    found: list[dict[str, Tensor]], expected: dict[str, Tensor], start: dict[str, Tensor], **tolerance: float
+) -> None:
+    for of_rank in found:
+        assert of_rank.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (tensor - start[name]).abs().max() > 1e-4, name
+            torch.testing.assert_close(of_rank[name], tensor, **(tolerance or CLOSE))
+
+
+@needs_gloo
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_ddp_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
+    model = adapted(residual)
+    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    assert_same(ranks(ddp_step, residual, passes), sgd_step(model, batch(), passes), start)
+
+
+@needs_gloo
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
+    model = adapted(residual)
+    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    assert_same(ranks(fsdp_step, residual, False), sgd_step(model, batch()), start)
+
+
+@needs_gloo
+def test_fsdp2_gathers_in_half_precision(ranks: Run) -> None:
+    model = adapted()
+    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    found = ranks(fsdp_step, "frozen", True)
+    expected = sgd_step(model, batch())
+    change, error = (
+        torch.cat([(after[name] - before[name]).flatten() for name in expected]).norm()
+        for before, after in ((start, expected), (expected, found[0]))
+    )
+    assert 1e-4 * change < error < 0.1 * change  # bfloat16 was there, and did no more than it must
