@@ -49,6 +49,17 @@ SCHEMAS = {
     ),
     # c (B, S, T, D) in float32 or float64, dense in T and D
     "feature_dropout_": "(Tensor(a!) c, int[] slots, float dropout, int seed, int block) -> ()",
+    # rows of x that take different factors: `sizes[i]` of them take the i-th, in the order that the permutation `order`
+    # (B,) brings them to, None where they stand in it. h (B, *, N) in the order of x, and each p^T (R, M)
+    "siva_linear_mixed": (
+        "(Tensor x, Tensor weight, Tensor[] us, Tensor[] ss, Tensor[] vs, int[] sizes, Tensor? order, Tensor? bias) -> "
+        "(Tensor, Tensor[])"
+    ),
+    # dx (B, *, K), each du (N, R), each dv (R, K), dbias (N,)
+    "siva_linear_mixed_backward": (
+        "(Tensor dh, Tensor x, Tensor weight, Tensor[] us, Tensor[] ss, Tensor[] vs, Tensor[] ps, int[] sizes, Tensor? "
+        "order, bool need_dx, bool[] need_du, bool[] need_dv, bool need_dbias) -> (Tensor, Tensor[], Tensor[], Tensor)"
+    ),
     # terms (seed, scale) are applied in order; decay goes with the first
     "mezo_perturb_": (
         "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
@@ -238,6 +249,98 @@ class SivaLinearGroup(torch.autograd.Function):
             for i, value, need in zip(used, values, needed, strict=True):
                 gradients[place][i] = value if need else None
         return None, dx if need_dx else None, *itertools.chain(*gradients)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear_mixed")
+def _siva_linear_mixed_fake(
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    tokens = math.prod(x.shape[1:-1])
+    ps = [x.new_empty((v.shape[0], size * tokens)) for v, size in zip(vs, sizes, strict=True)]
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), ps
+
+
+@torch.library.register_fake(f"{NAMESPACE}::siva_linear_mixed_backward")
+def _siva_linear_mixed_backward_fake(
+    dh: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    ps: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: list[bool],
+    need_dbias: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    return (
+        dh.new_empty((*dh.shape[:-1], weight.shape[1]) if need_dx else (0,)),
+        [u.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
+        [v.new_empty(v.shape if needed else (0,)) for v, needed in zip(vs, need_dv, strict=True)],
+        dh.new_empty((weight.shape[0],) if need_dbias else (0,)),
+    )
+
+
+class SivaLinearMixed(torch.autograd.Function):
+    """The autograd formula of `fastpeft::siva_linear_mixed`: `apply(sizes, order, x, weight, bias, *us, *ss, *vs)`.
+
+    A function for the reason of `SivaLinearGroup`; s and the weight get no gradient here either.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, sizes: list[int], order: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Any
+    ) -> Tensor:
+        us, ss, vs = _split(factors, len(sizes))
+        h, ps = torch.ops.fastpeft.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
+        need_du, _, need_dv = _split(ctx.needs_input_grad[5:], len(sizes))
+        # x is needed for dV and a p for its dU alone; what no gradient needs is not kept
+        kept = [p if needed else None for p, needed in zip(ps, need_du, strict=True)]
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if any(need_dv) else None, order, weight, *factors, *kept)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, order, weight, *rest = ctx.saved_tensors
+        us, ss, vs, ps = _split(rest, len(ctx.sizes))
+        _, _, need_dx, _, need_dbias, *needs = ctx.needs_input_grad
+        need_du, need_ds, need_dv = _split(needs, len(ctx.sizes))
+        empty = dh.new_empty(0)
+        dx, dus, dvs, dbias = torch.ops.fastpeft.siva_linear_mixed_backward(
+            dh,
+            x if x is not None else empty,
+            weight,
+            us,
+            ss,
+            vs,
+            [p if p is not None else empty for p in ps],
+            ctx.sizes,
+            order,
+            need_dx,
+            need_du,
+            need_dv,
+            need_dbias,
+        )
+        return (
+            *(None, None, dx if need_dx else None, None, dbias if need_dbias else None),
+            *(du if needed else None for du, needed in zip(dus, need_du, strict=True)),
+            *(None for _ in need_ds),
+            *(dv if needed else None for dv, needed in zip(dvs, need_dv, strict=True)),
+        )
 
 
 def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

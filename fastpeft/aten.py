@@ -106,15 +106,87 @@ def siva_linear_group_backward(
     return dx, dus, dv, dbiases
 
 
-def _output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
-    """One h; no view of another tensor, for autograd allows no change in place of an output that is one."""
+def siva_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`h = x W^T + b` over all rows, then `h += p (U diag(s))^T` in place on the rows of each adapter, a slice of h.
+
+    Rows in another order are brought into it before, and h back after: two copies, and none where they stand in it.
+    """
+    x = _sorted(x, order)
+    h, ps = _product(x, weight, bias), []
+    for part, target, u, s, v in zip(x.split(sizes), h.split(sizes), us, ss, vs, strict=True):
+        ps.append(v @ as_matrix(part).t())  # (R, M)
+        as_matrix(target).addmm_(ps[-1].t(), _scaled(u, s))
+    return _unsorted(h, order), ps
+
+
+def siva_linear_mixed_backward(
+    dh: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    ps: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: list[bool],
+    need_dbias: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """As the reference on sorted rows, with `dp^T = diag(s) U^T dh^T`, and `dx = dh W`, then `dx += dp V` in place."""
+    dh = _sorted(dh, order)
+    x = _sorted(x, order) if any(need_dv) else dh  # of which no row is read then
+    rows = as_matrix(dh)  # (M, N)
+    dx = (rows @ weight).view(*dh.shape[:-1], weight.shape[1]) if need_dx else dh
+    dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
+    parts = zip(dh.split(sizes), x.split(sizes), dx.split(sizes), us, ss, vs, ps, strict=True)
+    for i, (of_h, of_x, target, u, s, v, p) in enumerate(parts):
+        own = as_matrix(of_h)
+        if need_dx or need_dv[i]:
+            dp = _scaled(u, s) @ own.t()  # (R, M)
+        if need_dx:
+            as_matrix(target).addmm_(dp.t(), v)
+        if need_du[i]:
+            dus[i] = torch.mul((p @ own).t(), s, out=u.new_empty(u.shape))
+        if need_dv[i]:
+            dvs[i] = dp @ as_matrix(of_x)
+    dbias = rows.sum(0) if need_dbias else dh.new_empty(0)
+    return _unsorted(dx, order) if need_dx else dh.new_empty(0), dus, dvs, dbias
+
+
+def _sorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(0, order)
+
+
+def _unsorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`; no view of another tensor, for autograd allows no change in place of an output that is one."""
     h = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, target = as_matrix(x), as_matrix(h)
     if bias is None:
         torch.mm(rows, weight.t(), out=target)
     else:
         torch.addmm(bias, rows, weight.t(), out=target)
-    target.addmm_(p, _scaled(u, s))
+    return h
+
+
+def _output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
+    """One h."""
+    h = _product(x, weight, bias)
+    as_matrix(h).addmm_(p, _scaled(u, s))
     return h
 
 

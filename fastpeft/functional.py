@@ -102,6 +102,61 @@ def siva_linear_group(
     return hs
 
 
+def siva_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    us: Sequence[Tensor],
+    ss: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    sizes: Sequence[int],
+    order: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""`siva_linear` for a batch whose rows take different factors, as where they belong to different adapters.
+
+    `h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b`, where row b of the batch takes the factors i
+
+    Args:
+        x: `(B, *, in_features)`.
+        weight, bias: as `siva_linear` takes them.
+        us, ss, vs: one of each per adapter, as `siva_linear` takes them; ranks may differ, and be 0.
+        sizes: how many rows take the factors of each adapter, B together.
+        order: int64 `(B,)`, the permutation that brings the rows into the order of the adapters:
+            `order[:sizes[0]]` are the numbers of the rows of the first, and so on. None where they stand in it.
+
+    Returns:
+        `(B, *, out_features)`, in the order of x.
+
+    Raises:
+        FastpeftError: the numbers of operands or of rows do not fit, or as `siva_linear` does.
+
+    Notes:
+        The product with the weight runs once over all rows, those of rank r over the rows of one adapter after the
+        other. Rows in another order than the adapters' cost a copy of x and one of h. Saved for backward: x, and p of
+        each adapter that trains. Gradients are deterministic.
+
+    Example:
+        >>> x, w = torch.randn(3, 8), torch.randn(5, 8)
+        >>> u, s, v = torch.randn(5, 2), torch.ones(2), torch.randn(2, 8)
+        >>> siva_linear_mixed(x, w, [u, -u], [s, s], [v, v], sizes=[1, 2], order=torch.tensor([2, 0, 1])).shape
+        torch.Size([3, 5])
+    """
+    factors, rows = (us, ss, vs), x.shape[0] if x.dim() > 1 else -1
+    fits = bool(us) and {len(each) for each in factors} == {len(sizes)} and sum(sizes) == rows and min(sizes) >= 0
+    if not fits or (order is not None and (order.shape != (rows,) or order.dtype != torch.int64)):
+        raise FastpeftError(
+            "siva_linear_mixed takes x (B, *, K), one u, s, v and number of rows for each adapter, at least one, whose "
+            f"sum is B, and an int64 order (B,) or None; got x {tuple(x.shape)}, {len(us)} u, {len(ss)} s, {len(vs)} "
+            f"v, sizes {list(sizes)} and {'no order' if order is None else (order.dtype, tuple(order.shape))}."
+        )
+    for u, s, v in zip(*factors, strict=True):
+        _check_siva_linear(x, weight, u, s, v, bias)
+    dtype = _siva_dtype(x, weight)
+    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias, *us, *ss, *vs)]
+    h: Tensor = _ops.SivaLinearMixed.apply(list(sizes), order, *cast)
+    return h
+
+
 def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     r = s.shape[0] if s.dim() == 1 else -1

@@ -106,6 +106,60 @@ def siva_linear_group_backward(
     return sum(dxs[1:], dxs[0]), list(dus), torch.cat(dvs), list(dbiases)
 
 
+def siva_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b` for the rows b of each i, and each `p_i^T = V_i x[b]^T`."""
+    h, ps = F.linear(x, weight, bias), []
+    for rows, u, s, v in zip(_rows(x, sizes, order), us, ss, vs, strict=True):
+        p = F.linear(x[rows], v)
+        h[rows] += F.linear(p * s, u)
+        ps.append(as_matrix(p).t())
+    return h, ps
+
+
+def siva_linear_mixed_backward(
+    dh: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    us: list[Tensor],
+    ss: list[Tensor],
+    vs: list[Tensor],
+    ps: list[Tensor],
+    sizes: list[int],
+    order: Tensor | None,
+    need_dx: bool,
+    need_du: list[bool],
+    need_dv: list[bool],
+    need_dbias: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """For each i the gradients of `siva_linear` over its rows alone; dx of all."""
+    dx = dh @ weight if need_dx else dh.new_empty(0)
+    dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
+    for i, (rows, u, s, v) in enumerate(zip(_rows(dh, sizes, order), us, ss, vs, strict=True)):
+        own = as_matrix(dh[rows])  # (M, N)
+        dp = (own @ u) * s  # (M, R)
+        if need_dx:
+            dx[rows] += (dp @ v).view(dx[rows].shape)
+        if need_du[i]:
+            dus[i] = own.t() @ (ps[i].t() * s)
+        if need_dv[i]:
+            dvs[i] = dp.t() @ as_matrix(x[rows])
+    return dx, dus, dvs, as_matrix(dh).sum(0) if need_dbias else dh.new_empty(0)
+
+
+def _rows(x: Tensor, sizes: list[int], order: Tensor | None) -> tuple[Tensor, ...]:
+    """The indices of the rows of x that take each of the factors."""
+    return (torch.arange(len(x), device=x.device) if order is None else order).split(sizes)
+
+
 def window_attention(
     q: Tensor,
     c: Tensor,

@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint
-from fastpeft.functional import siva_dtype, siva_linear
+from fastpeft.functional import siva_dtype, siva_linear, siva_linear_mixed
 from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.quantise import ITERATIONS, Format, QuantisedWeight, decompose_quantised, quantised_siva_linear
+from fastpeft.siva.rows import Rows
 
 
 class SivaLinear(nn.Module, BaseTunerLayer):
@@ -52,6 +53,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("siva_u", "siva_v")
     other_param_names = ("siva_s", "siva_u0", "siva_v0", "siva_residual", "r", "d", "residual", "residual_dtype")
+    rows: Rows | None = None  # while the model runs with an adapter for each row of the batch
 
     def __init__(
         self,
@@ -267,6 +269,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.rows is not None and not self.disable_adapters:
+            return self._mixed(x, self.rows.of(x, self.name))
         taken = grouping.take(self, x)
         if taken is not None:
             return taken
@@ -275,6 +279,14 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             return quantised_siva_linear(x, self.quantised, *factors, bias=self.base_layer.bias, dtype=dtype)
         operands = self.operands()
         return self.base_layer(x, *args, **kwargs) if operands is None else siva_linear(x, *operands)
+
+    def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
+        """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""
+        factors = [self._low_rank([name] if name in self.siva_u else []) or self._blank(0) for name in rows.sizes]
+        us, ss, vs = zip(*factors, strict=True)
+        weight = self.base_layer.weight.t() if self.fan_in_fan_out else self.base_layer.weight
+        order = None if rows.order is None else rows.order.to(x.device)
+        return siva_linear_mixed(x, weight, us, ss, vs, list(rows.sizes.values()), order, self.base_layer.bias)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:
         """What `siva_linear` takes beside x, as the layer acts now; None where it takes nothing.
@@ -292,7 +304,15 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         """The weight by which the layer acts, differentiable in the factors, in the layout of the base layer's.
 
         Modules such as `nn.MultiheadAttention` read it instead of calling the layer.
+
+        Raises:
+            FastpeftError: Each row of the batch has an adapter of its own.
         """
+        if self.rows is not None and not self.disable_adapters:
+            raise FastpeftError(
+                f"{self.name}: adapter_names needs layers that are called, but a module reads this one's weight. Run "
+                "the model once for each adapter."
+            )
         factors = self._acting()
         if factors is None:
             merged: Tensor = self.base_layer.weight

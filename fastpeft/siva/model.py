@@ -20,6 +20,7 @@ from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.layer import SivaLinear, check_kind, original_fingerprint
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import progress
+from fastpeft.siva.rows import BASE, Rows, acting
 
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
@@ -34,7 +35,13 @@ FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 
 
 class SivaModel(BaseTuner):
-    """A model whose chosen linear layers are `SivaLinear`; made by `peft.get_peft_model` from a `SivaConfig`."""
+    """A model whose chosen linear layers are `SivaLinear`; made by `peft.get_peft_model` from a `SivaConfig`.
+
+    PEFT's `adapter_names=[...]`, an argument of the model's forward and of `generate`, gives each row of a batch an
+    adapter of its own, in training too. What trains is what requires a gradient: `model.set_requires_grad([...])` adds
+    the adapters beside the active one. Blocks may be checkpointed by transformers' own switch alone: other checkpoints
+    inside the model run again, in backward, without knowing the rows.
+    """
 
     prefix: str = "siva_"
     tuner_layer_cls = SivaLinear
@@ -159,12 +166,37 @@ class SivaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        """Where PEFT's `adapter_names` gives a name for each row of the batch, let each row take that adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        device = next(self.layers()).base_layer.weight.device
+        with acting(self.model, SivaLinear, Rows(names, device, _copies(kwargs))):
+            yield
+
+    def _check_adapter_names(self, names: Any) -> None:
+        """Raise `FastpeftError` unless each is an adapter, or `BASE`, and the stored weights are free of adapters."""
+        known = [*self.peft_config, BASE]
+        if not isinstance(names, (list, tuple)) or not names or not all(name in known for name in names):
             raise FastpeftError(
-                "adapter_names: SiVA runs one set of adapters for a whole batch. Split the batch by adapter and call "
-                "set_adapter before each part."
+                f"adapter_names={names!r}; give a list with a name for each row of the batch, each one of "
+                f"{', '.join(map(repr, known))}, where {BASE!r} is the pretrained model."
             )
-        yield
+        merged = sorted({name for layer in self.layers() for name in layer.merged_adapters})
+        if merged:
+            raise FastpeftError(
+                f"adapter_names cannot be given while {', '.join(map(repr, merged))} is merged into the weights, which "
+                "then act on every row. Call unmerge_adapter() first."
+            )
+
+
+def _copies(arguments: dict[str, Any]) -> int:
+    """How often `generate`, called with these arguments, repeats each row of its input."""
+    settings = arguments.get("generation_config")
+    wanted = (arguments.get(name) or getattr(settings, name, None) for name in ("num_beams", "num_return_sequences"))
+    return max((number for number in wanted if isinstance(number, int)), default=1)
 
 
 def query_and_key(model: nn.Module) -> set[str]:

@@ -435,11 +435,6 @@ def test_output_layers_and_shared_weights() -> None:
     torch.testing.assert_close(model(x), expected, **CLOSE)
 
 
-def test_adapter_names_are_refused() -> None:
-    with pytest.raises(FastpeftError, match="adapter_names"):
-        adapted(r=3)(ids(), adapter_names=["default"] * 3)
-
-
 def test_registration_is_idempotent() -> None:
     from peft.utils import PeftType
 

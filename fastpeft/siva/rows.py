@@ -1,0 +1,111 @@
+"""Batches whose rows belong to different adapters: PEFT's `adapter_names`.
+
+While a model runs with a name for each row, every adapted layer of it holds the `Rows` and takes the factors of each
+row's adapter. Modules that adapters save whole, as classification heads, run once for each adapter on its rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+
+if TYPE_CHECKING:
+    from fastpeft.siva.layer import SivaLinear
+
+BASE = "__base__"  # PEFT's name for rows without an adapter
+_CHECKPOINT = "_gradient_checkpointing_func"  # what modules of transformers that can be checkpointed call
+
+
+class Rows:
+    """The adapter of each row of a batch.
+
+    Args:
+        names: One a row.
+        device: Where the layers are.
+        copies: How often `generate` repeats each row of its input, as for beams.
+
+    Attributes:
+        sizes: Number of rows of each adapter, in the order of the adapters' names.
+        order: int64 `(B,)`, which brings the rows into that order; None where they stand in it.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, copies: int = 1) -> None:
+        self._names = list(names)
+        self._repeated = Rows([name for name in names for _ in range(copies)], device) if copies > 1 else None
+        order = sorted(range(len(names)), key=self._names.__getitem__)
+        self.sizes: dict[str, int] = dict(Counter(self._names[row] for row in order))
+        self.order = None if order == list(range(len(names))) else torch.tensor(order, device=device)
+
+    def of(self, x: Tensor, reader: str) -> Rows:
+        """The rows of x `(B, *, K)`, which `reader` reads: these, or these repeated.
+
+        Raises:
+            FastpeftError: x has another number of rows.
+        """
+        for rows in (self, self._repeated):
+            if rows is not None and x.dim() > 1 and len(x) == len(rows._names):
+                return rows
+        raise FastpeftError(
+            f"adapter_names has {len(self._names)} names, but {reader} reads an input of shape {tuple(x.shape)}. Give "
+            "one name for each row of the batch; a model whose layers do not keep the batch as their first dimension "
+            "must run once for each adapter instead."
+        )
+
+
+@contextmanager
+def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[None]:
+    """Let the layers of `kind` in `model`, and modules that adapters saved whole, take each row by its adapter.
+
+    What transformers checkpoints meanwhile takes the same rows when backward runs it again.
+    """
+    changes: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, kind):
+            changes.append((module, "rows", rows))
+        elif isinstance(module, ModulesToSaveWrapper):
+            changes.append((module, "forward", partial(_run_saved, module, rows)))
+        if _CHECKPOINT in module.__dict__:
+            function = partial(_checkpoint, module.__dict__[_CHECKPOINT], module, kind, rows)
+            changes.append((module, _CHECKPOINT, function))
+    before = [module.__dict__.get(name) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(changes, before, strict=True):
+            if value is None:
+                delattr(module, name)  # the class has its own
+            else:
+                setattr(module, name, value)
+
+
+def _checkpoint(
+    function: Callable[..., Any], module: nn.Module, kind: type[SivaLinear], rows: Rows, run: Any, *args: Any
+) -> Any:
+    """`function(run, *args)`, where `run` is called now and in backward, when the model holds no rows any more."""
+
+    def run_by_rows(*args: Any, **kwargs: Any) -> Any:
+        with acting(module, kind, rows):
+            return run(*args, **kwargs)
+
+    return function(run_by_rows, *args)
+
+
+def _run_saved(wrapper: ModulesToSaveWrapper, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Each row of x by the module that its adapter saved, by the pretrained one where it saved none."""
+    rows = rows.of(x, f"a {type(wrapper.original_module).__name__}")
+    parts = (x if rows.order is None else x[rows.order]).split(list(rows.sizes.values()))
+    saved = {} if wrapper.disable_adapters else dict(wrapper.modules_to_save.items())
+    modules = [saved.get(name, wrapper.original_module) for name in rows.sizes]
+    found = torch.cat([module(part, *args, **kwargs) for module, part in zip(modules, parts, strict=True)])
+    return found if rows.order is None else found[rows.order.argsort()]

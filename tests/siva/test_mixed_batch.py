@@ -1,0 +1,403 @@
+"""PEFT's `adapter_names`: an adapter for each row of a batch, in training as in inference."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from samples import tiny_classifier
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, SivaConfig, aten, reference
+from fastpeft.functional import siva_linear, siva_linear_mixed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RESIDUALS = ("frozen", "implicit")
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+BASE = "__base__"
+
+# -- the op --------------------------------------------------------------------------------------------------------
+
+RANKS = (3, 0, 2, 1)
+SIZES = [[2, 1, 0, 2], [0, 5, 0, 0], [1, 1, 1, 2]]
+
+
+def operands(tokens: Sequence[int] = (3,), dtype: torch.dtype = torch.float64, bias: bool = True) -> list[Any]:
+    """x of five rows, weight, the factors of four adapters, and a bias."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    us, ss, vs = ([draw(*shape(r)) for r in RANKS] for shape in (lambda r: (6, r), lambda r: (r,), lambda r: (r, 7)))
+    return [draw(5, *tokens, 7), draw(6, 7), us, ss, vs, draw(6) if bias else None]
+
+
+def orders() -> list[Tensor | None]:
+    return [None, torch.tensor([3, 0, 4, 1, 2])]
+
+
+def by_rows(
+    x: Tensor, weight: Tensor, us: Any, ss: Any, vs: Any, bias: Tensor | None, sizes: list[int], order: Tensor | None
+) -> Tensor:
+    """Each row by itself."""
+    adapter = [i for i, size in enumerate(sizes) for _ in range(size)]
+    places = range(5) if order is None else order.tolist()
+    found = {b: siva_linear(x[b], weight, us[i], ss[i], vs[i], bias) for b, i in zip(places, adapter)}
+    return torch.stack([found[b] for b in range(5)])
+
+
+@pytest.mark.parametrize("tokens", [(), (3,), (0,), (2, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("implementation", [aten, reference], ids=lambda module: module.__name__)
+def test_rows_give_what_they_give_by_themselves(implementation: Any, tokens: tuple[int, ...], bias: bool) -> None:
+    x, weight, us, ss, vs, b = operands(tokens, bias=bias)
+    dh = torch.randn(5, *tokens, 6, dtype=torch.float64)
+    for sizes, order in itertools.product(SIZES, orders()):
+        h, ps = implementation.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, b)
+        leaves = [
+            t.clone().requires_grad_() for t in (x, *us, *vs, torch.zeros(6, dtype=torch.float64) if b is None else b)
+        ]
+        expected = by_rows(leaves[0], weight, leaves[1:5], ss, leaves[5:9], leaves[9], sizes, order)
+        torch.testing.assert_close(h, expected.detach())
+        of_x, *of_factors, of_bias = torch.autograd.grad(expected, leaves, dh, materialize_grads=True)
+        for need_dx, need_dbias, some in itertools.product((True, False), (True, False), range(3)):
+            need_du, need_dv = [some < 2] * 4, [some != 1, some == 0, True, some == 2]
+            dx, dus, dvs, dbias = implementation.siva_linear_mixed_backward(
+                dh, x, weight, us, ss, vs, ps, sizes, order, need_dx, need_du, need_dv, need_dbias
+            )
+            needs = [need_dx, *need_du, *need_dv, need_dbias]
+            for found, exact, needed in zip([dx, *dus, *dvs, dbias], [of_x, *of_factors, of_bias], needs):
+                torch.testing.assert_close(found, exact if needed else exact.new_empty(0))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("order", orders())
+def test_gradcheck(sizes: list[int], order: Tensor | None) -> None:
+    x, weight, us, ss, vs, bias = operands()
+    leaves = [t.requires_grad_() for t in (x, bias, *us, *vs)]
+
+    def run(x: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        return siva_linear_mixed(x, weight, factors[:4], ss, factors[4:], sizes, order, bias)
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("order", orders())
+def test_opcheck(order: Tensor | None) -> None:
+    x, weight, us, ss, vs, bias = operands(dtype=torch.float32)
+    arguments = (x, weight, us, ss, vs, SIZES[0], order, bias)
+    torch.library.opcheck(torch.ops.fastpeft.siva_linear_mixed.default, arguments)
+    h, ps = torch.ops.fastpeft.siva_linear_mixed(*arguments)
+    for needs in [(True, [True] * 4, [True] * 4, True), (False, [False, True] * 2, [False] * 4, False)]:
+        arguments = (h, x, weight, us, ss, vs, ps, SIZES[0], order, *needs)
+        torch.library.opcheck(torch.ops.fastpeft.siva_linear_mixed_backward.default, arguments)
+
+
+def test_saves_x_and_the_projections_of_what_trains() -> None:
+    x, weight, us, ss, vs, _ = operands()
+    us[0].requires_grad_()
+    vs[0].requires_grad_()
+    known = {t.data_ptr() for t in (weight, *us, *ss, *vs)}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        siva_linear_mixed(x, weight, us, ss, vs, SIZES[0], orders()[1])
+    shapes = [tuple(t.shape) for t in kept if t.data_ptr() not in known and t.dtype != torch.int64]
+    assert shapes == [(5, 3, 7), (3, 6)]  # x as it is, and p^T of rank 3 for two rows of three tokens
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    x, weight, us, ss, vs, _ = operands()
+    for refused, message in (
+        ((x, weight, us, ss, vs[:3], SIZES[0]), "4 u, 4 s, 3 v"),
+        ((x, weight, us, ss, vs, [2, 2, 2, 2]), r"whose sum is B.*sizes \[2, 2, 2, 2\]"),
+        ((x, weight, us, ss, vs, [6, -1, 0, 0]), r"sizes \[6, -1, 0, 0\]"),
+        ((x, weight, [], [], [], []), "at least one"),
+        ((x[0, 0], weight, us, ss, vs, SIZES[0]), r"x \(B, \*, K\)"),
+        ((x, weight, us, ss, vs, SIZES[0], torch.zeros(4, dtype=torch.int64)), r"int64, \(4,\)"),
+        ((x, weight, us, ss, vs, SIZES[0], torch.zeros(5)), r"float32, \(5,\)"),
+        ((x, weight, us[::-1], ss, vs, SIZES[0]), r"siva_linear takes x .* got x"),
+    ):
+        with pytest.raises(FastpeftError, match=message):
+            siva_linear_mixed(*refused)
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+NAMES = ["second", BASE, "default", "second", "default", BASE, "third"]
+
+
+def train_a_little(model: nn.Module) -> None:
+    """Move whatever an adapter could train, so that no two adapters agree."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "siva_" in name or "modules_to_save" in name:
+            parameter.data += 0.3 * parameter.std().nan_to_num(1.0) * torch.randn(parameter.shape, generator=generator)
+
+
+def classifier(residual: str = "frozen") -> peft.PeftModel:
+    """Three adapters on a RoBERTa, each with its head; the second and the third have other layers than the first."""
+    base = tiny_classifier()
+    for weight in base.parameters():  # else attention is uniform, and queries and keys matter little
+        weight.data *= 10 if weight.dim() == 2 else 1
+    settings: dict[str, Any] = {"r": 3, "residual": residual, "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(base, SivaConfig(target_modules=["query", "key"], **settings))
+    model.add_adapter("second", SivaConfig(target_modules=["query", "dense"], **settings))
+    if residual == "implicit":
+        settings["r"] = 2
+    model.add_adapter("third", SivaConfig(target_modules=["key"], **settings))
+    train_a_little(model)
+    return model.eval()
+
+
+def ids(rows: int = len(NAMES)) -> Tensor:
+    return torch.randint(3, 50, (rows, 9), generator=torch.Generator().manual_seed(2))
+
+
+def of_adapter(model: peft.PeftModel, name: str, inputs: Tensor) -> Tensor:
+    """The logits of a batch that belongs to one adapter."""
+    if name == BASE:
+        with model.disable_adapter():
+            return model(inputs).logits
+    before = model.active_adapter
+    model.set_adapter(name)
+    logits = model(inputs).logits
+    model.set_adapter(before)
+    return logits
+
+
+def one_by_one(model: peft.PeftModel, names: Sequence[str], inputs: Tensor) -> Tensor:
+    """The logits of a mixed batch, by a run for each adapter over its rows alone."""
+    found: dict[int, Tensor] = {}
+    for name in set(names):
+        rows = [row for row, own in enumerate(names) if own == name]
+        found |= dict(zip(rows, of_adapter(model, name, inputs[rows])))
+    return torch.stack([found[row] for row in range(len(names))])
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("names", [NAMES, sorted(NAMES), NAMES[::-1], ["second"] * 7, [BASE] * 7])
+def test_a_mixed_batch_equals_a_batch_for_each_adapter(residual: str, names: list[str]) -> None:
+    model = classifier(residual)
+    with torch.no_grad():
+        expected = one_by_one(model, names, ids())
+        torch.testing.assert_close(model(ids(), adapter_names=names).logits, expected, **CLOSE)
+        assert len(set(names)) == 1 or not torch.allclose(model(ids()).logits, expected, atol=0.01)
+    assert all(layer.rows is None for layer in model.base_model.layers())
+
+
+def gradients(model: peft.PeftModel, logits: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train_all(model: peft.PeftModel) -> None:
+    model.set_requires_grad(["default", "second", "third"])
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_gradients_are_those_of_a_batch_for_each_adapter(residual: str) -> None:
+    model = classifier(residual).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    total: dict[str, Tensor] = {}
+    for name in set(NAMES) - {BASE}:
+        model.set_adapter(name)
+        train_all(model)
+        rows = [row for row, own in enumerate(NAMES) if own == name]
+        for key, gradient in gradients(model, model(ids()[rows]).logits).items():
+            total[key] = total.get(key, 0) + gradient
+    model.set_adapter("default")
+    train_all(model)
+    found = gradients(model, model(ids(), adapter_names=NAMES).logits)
+    assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for key, gradient in found.items():
+        assert gradient.abs().max() > 1e-3, key
+        torch.testing.assert_close(gradient, total[key], rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    model = classifier()
+    model.set_adapter("second")
+    found = gradients(model, model(ids(), adapter_names=NAMES).logits)
+    assert found
+    assert all(".second" in name for name in found)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_remembers_the_rows_of_each_run(use_reentrant: bool) -> None:
+    """Two runs with different names before one backward, in which the blocks run again."""
+    model = classifier("implicit").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    train_all(model)
+    model.enable_input_require_grads()
+
+    def both() -> Tensor:
+        return torch.cat([model(ids(), adapter_names=names).logits for names in (NAMES, NAMES[::-1])])
+
+    expected = gradients(model, both())
+    calls: list[object] = []
+    query = model.base_model.model.roberta.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda layer, *_: calls.append(layer.rows))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    kept = dict(query.__dict__)
+    found = gradients(model, both())
+    assert len(calls) == 4  # twice forward, twice in backward
+    assert None not in calls
+    assert query.__dict__ == kept
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=0)
+
+
+def test_an_exception_leaves_no_rows_behind() -> None:
+    model = classifier()
+    with torch.no_grad():
+        expected = model(ids()).logits
+        handle = model.base_model.model.roberta.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids(), adapter_names=NAMES)
+        handle.remove()
+        assert model(ids()).logits.equal(expected)
+
+
+def test_disabled_adapters_disable_those_of_rows() -> None:
+    model = classifier()
+    with torch.no_grad(), model.disable_adapter():
+        assert model(ids(), adapter_names=NAMES).logits.equal(model(ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["default", "fourth", *NAMES[2:]], "'default', 'second', 'third', '__base__'"),
+        ("default", "give a list with a name for each row"),
+        ([], "give a list"),
+        ([["default"]] * 7, "give a list"),
+        (NAMES[:3], r"adapter_names has 3 names, but .*query reads an input of shape \(7, 9, 16\)"),
+    ],
+)
+def test_wrong_names_are_refused(names: Any, message: str) -> None:
+    model = classifier()
+    with pytest.raises(FastpeftError, match=message):
+        model(ids(), adapter_names=names)
+    assert all(layer.rows is None for layer in model.base_model.layers())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_merged_adapters_are_refused(training: bool) -> None:
+    model = classifier().train(training)
+    model.merge_adapter()
+    with pytest.raises(FastpeftError, match=r"'default' is merged .* unmerge_adapter\(\)"):
+        model(ids(), adapter_names=NAMES)
+    model.unmerge_adapter()
+    model(ids(), adapter_names=NAMES)
+
+
+def test_a_weight_that_is_read_cannot_differ_by_row() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    model = peft.get_peft_model(Attention().eval(), SivaConfig(r=2, target_modules=["out_proj"]))
+    x = torch.randn(2, 5, 16)
+    model(x)
+    with pytest.raises(FastpeftError, match=r"out_proj: adapter_names needs layers that are called"):
+        model(x, adapter_names=["default", BASE])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv1d_and_half_precision(dtype: torch.dtype) -> None:
+    config = transformers.GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(transformers.GPT2Model(config).to(dtype), SivaConfig(r=2, target_modules=["c_attn"]))
+    model.add_adapter("second", SivaConfig(r=2, target_modules=["c_attn"]))
+    train_a_little(model)
+    model.eval()
+    with torch.no_grad():
+        found = model(ids(3), adapter_names=["second", "default", "second"]).last_hidden_state
+        expected = []
+        for row, name in enumerate(["second", "default", "second"]):
+            model.set_adapter(name)
+            expected.append(model(ids(3)[row : row + 1]).last_hidden_state)
+    assert found.dtype is dtype
+    tolerance = CLOSE if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found, torch.cat(expected), **tolerance)
+
+
+def causal() -> peft.PeftModel:
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    settings = {"r": 4, "residual": "implicit", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), SivaConfig(**settings))
+    model.add_adapter("second", SivaConfig(**settings))
+    train_a_little(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generates_by_row(beams: int) -> None:
+    model = causal()
+    prompt, settings = ids(4)[:, :5], {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    names = ["second", "default", BASE, "second"]
+    mask = torch.ones_like(prompt)
+    found = model.generate(input_ids=prompt, attention_mask=mask, adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        one, of_one = prompt[row : row + 1], mask[:1]
+        if name == BASE:
+            with model.disable_adapter():
+                alone = model.generate(input_ids=one, attention_mask=of_one, **settings)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=one, attention_mask=of_one, **settings)
+        width = alone.shape[1]
+        assert found[row, :width].equal(alone[0])
+    assert not found[0].equal(found[3])
+
+
+def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
+    model = classifier("implicit")
+    with torch.no_grad():
+        expected = model(ids(), adapter_names=NAMES).logits
+        assert copy.deepcopy(model)(ids(), adapter_names=NAMES).logits.equal(expected)
+        model.save_pretrained(tmp_path)
+        base = tiny_classifier()
+        for weight in base.parameters():
+            weight.data *= 10 if weight.dim() == 2 else 1
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        for name in ("second", "third"):
+            loaded.load_adapter(tmp_path / name, name)
+        assert loaded.eval()(ids(), adapter_names=NAMES).logits.equal(expected)
+
+
+def test_compiles_into_one_graph() -> None:
+    model = classifier("implicit")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for names in (NAMES, NAMES[::-1]):
+            found = compiled(ids(), adapter_names=names).logits
+            torch.testing.assert_close(found, model(ids(), adapter_names=names).logits, **CLOSE)
+    torch._dynamo.reset()
