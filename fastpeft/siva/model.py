@@ -196,7 +196,7 @@ def _copies(arguments: dict[str, Any]) -> int:
     """How often `generate`, called with these arguments, repeats each row of its input."""
     settings = arguments.get("generation_config")
     wanted = (arguments.get(name) or getattr(settings, name, None) for name in ("num_beams", "num_return_sequences"))
-    return max((number for number in wanted if isinstance(number, int)), default=1)
+    return max([1, *(number for number in wanted if isinstance(number, int))])
 
 
 def query_and_key(model: nn.Module) -> set[str]:

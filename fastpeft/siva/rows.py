@@ -84,7 +84,7 @@ def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[Non
     finally:
         for (module, name, _), value in zip(changes, before, strict=True):
             if value is None:
-                delattr(module, name)  # the class has its own
+                module.__dict__.pop(name)  # the class has its own
             else:
                 setattr(module, name, value)
 

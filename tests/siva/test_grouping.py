@@ -334,8 +334,17 @@ def test_several_adapters(sizes: list[int]) -> None:
     model.base_model.set_adapter(["default", "second"])
     assert_same(model)
     assert sizes == [3, 2, 2, 3]
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(inputs(), adapter_names=["default", "second"])
+
+
+def test_rows_of_different_adapters_are_no_group(sizes: list[int]) -> None:
+    model, _ = adapted(residual="implicit")
+    model.add_adapter("second", SivaConfig(r=3, target_modules=["query", "key"], residual="implicit"))
+    with torch.no_grad():
+        found = model(inputs(), adapter_names=["second", "default"])
+        assert sizes == []
+        expected = model(inputs())[1]
+        model.set_adapter("second")
+        torch.testing.assert_close(found, torch.stack([model(inputs())[0], expected]))
 
 
 def test_hooks_on_layers() -> None:
