@@ -142,7 +142,7 @@ def siva_linear_mixed(
         torch.Size([3, 5])
     """
     factors, rows = (us, ss, vs), x.shape[0] if x.dim() > 1 else -1
-    fits = bool(us) and {len(each) for each in factors} == {len(sizes)} and sum(sizes) == rows and min(sizes) >= 0
+    fits = len(us) > 0 and {len(each) for each in factors} == {len(sizes)} and sum(sizes) == rows and min(sizes) >= 0
     if not fits or (order is not None and (order.shape != (rows,) or order.dtype != torch.int64)):
         raise FastpeftError(
             "siva_linear_mixed takes x (B, *, K), one u, s, v and number of rows for each adapter, at least one, whose "
