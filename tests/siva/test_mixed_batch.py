@@ -113,6 +113,21 @@ def test_saves_x_and_the_projections_of_what_trains() -> None:
     assert shapes == [(5, 3, 7), (3, 6)]  # x as it is, and p^T of rank 3 for two rows of three tokens
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("order", orders())
+def test_a_gpu_gives_the_gradients_of_the_cpu(order: Tensor | None) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        x, weight, *factors, bias = operands(dtype=torch.float32)
+        us, ss, vs = ([t.to(device) for t in each] for each in factors)
+        leaves = [t.requires_grad_() for t in (x.to(device), bias.to(device), *us, *vs)]
+        placed = None if order is None else order.to(device)
+        h = siva_linear_mixed(leaves[0], weight.to(device), us, ss, vs, SIZES[0], placed, leaves[1])
+        found.append([gradient.cpu() for gradient in torch.autograd.grad(h.square().sum(), leaves)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_do_not_fit_are_refused() -> None:
     x, weight, us, ss, vs, _ = operands()
     for refused, message in (
@@ -375,6 +390,26 @@ def test_generates_by_row(beams: int) -> None:
         width = alone.shape[1]
         assert found[row, :width].equal(alone[0])
     assert not found[0].equal(found[3])
+
+
+def test_an_encoder_reads_each_row_once_and_a_decoder_every_beam() -> None:
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        transformers.T5ForConditionalGeneration(config), SivaConfig(r=2, task_type="SEQ_2_SEQ_LM")
+    )
+    model.add_adapter("second", SivaConfig(r=2, task_type="SEQ_2_SEQ_LM"))
+    train_a_little(model)
+    model.eval()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    names = ["second", "default", "second"]
+    found = model.generate(input_ids=ids(3), attention_mask=torch.ones(3, 9), adapter_names=names, **settings)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = model.generate(input_ids=ids(3)[row : row + 1], attention_mask=torch.ones(1, 9), **settings)
+        assert found[row].equal(alone[0])
 
 
 def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
