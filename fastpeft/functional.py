@@ -151,7 +151,7 @@ def siva_linear_mixed(
         )
     for u, s, v in zip(*factors, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = _siva_dtype(x, weight)
+    dtype = siva_dtype(x, weight)
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias, *us, *ss, *vs)]
     h: Tensor = _ops.SivaLinearMixed.apply(list(sizes), order, *cast)
     return h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -283,6 +284,13 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""
         factors = [self._low_rank([name] if name in self.siva_u else []) or self._blank(0) for name in rows.sizes]
+        if self.quantised is not None:  # one adapter after the other: the weight is there for one product at a time
+            shared = {
+                "rest": self.quantised,
+                "bias": self.base_layer.bias,
+                "dtype": siva_dtype(x, self.base_layer.weight),
+            }
+            return rows.each(x, [partial(quantised_siva_linear, **shared, **each._asdict()) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
         weight = self.base_layer.weight.t() if self.fan_in_fan_out else self.base_layer.weight
         order = None if rows.order is None else rows.order.to(x.device)

@@ -7,7 +7,7 @@ row's adapter. Modules that adapters save whole, as classification heads, run on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,12 @@ class Rows:
             "must run once for each adapter instead."
         )
 
+    def each(self, x: Tensor, functions: Iterable[Callable[..., Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        """What `functions`, one for each adapter, make of the adapters' rows of x, in the order of x."""
+        parts = (x if self.order is None else x[self.order]).split(list(self.sizes.values()))
+        found = torch.cat([function(part, *args, **kwargs) for function, part in zip(functions, parts, strict=True)])
+        return found if self.order is None else found[self.order.argsort()]
+
 
 @contextmanager
 def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[None]:
@@ -104,8 +110,6 @@ def _checkpoint(
 def _run_saved(wrapper: ModulesToSaveWrapper, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Each row of x by the module that its adapter saved, by the pretrained one where it saved none."""
     rows = rows.of(x, f"a {type(wrapper.original_module).__name__}")
-    parts = (x if rows.order is None else x[rows.order]).split(list(rows.sizes.values()))
     saved = {} if wrapper.disable_adapters else dict(wrapper.modules_to_save.items())
-    modules = [saved.get(name, wrapper.original_module) for name in rows.sizes]
-    found = torch.cat([module(part, *args, **kwargs) for module, part in zip(modules, parts, strict=True)])
-    return found if rows.order is None else found[rows.order.argsort()]
+    modules = (saved.get(name, wrapper.original_module) for name in rows.sizes)
+    return rows.each(x, modules, *args, **kwargs)

@@ -240,6 +240,24 @@ def test_gradients_are_those_of_a_batch_for_each_adapter(residual: str) -> None:
         torch.testing.assert_close(gradient, total[key], rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+def test_rows_of_a_quantised_residual() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    settings: dict[str, Any] = {"r": 3, "target_modules": ["0", "2"], "residual_dtype": "int8"}
+    model = peft.get_peft_model(base, SivaConfig(**settings))
+    model.add_adapter("second", SivaConfig(**settings))
+    train_a_little(model)
+    x, names = torch.randn(4, 64), ["second", "default", BASE, "second"]
+    model.set_requires_grad(["default", "second"])
+    found = gradients(model, model(x, adapter_names=names))
+    assert len(found) == 8
+    with torch.no_grad():
+        out = model(x, adapter_names=names)
+        for row, name in ((0, "second"), (1, "default"), (3, "second")):
+            model.set_adapter(name)
+            torch.testing.assert_close(out[row], model(x)[row], **CLOSE)
+
+
 def test_only_what_requires_a_gradient_gets_one() -> None:
     model = classifier()
     model.set_adapter("second")
