@@ -24,12 +24,12 @@ VARIABLE = "FASTPEFT_BACKEND"
 
 # (op, device) -> backends that implement it, best first. The reference covers every op on every device.
 IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
-    ("siva_linear", "cpu"): ("aten",),
+    ("siva_linear", "cpu"): ("cpp", "aten"),
     ("siva_linear", "cuda"): ("triton", "aten"),
-    ("siva_linear_backward", "cpu"): ("aten",),
+    ("siva_linear_backward", "cpu"): ("cpp", "aten"),
     ("siva_linear_backward", "cuda"): ("triton", "aten"),
-    ("siva_linear_group", "cpu"): ("aten",),
-    ("siva_linear_group_backward", "cpu"): ("aten",),
+    ("siva_linear_group", "cpu"): ("cpp", "aten"),
+    ("siva_linear_group_backward", "cpu"): ("cpp", "aten"),
     ("window_attention", "cpu"): ("aten",),
     ("window_attention", "cuda"): ("triton", "aten"),
     ("window_attention_backward", "cpu"): ("aten",),
@@ -150,6 +150,10 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         library.impl(choice.op, getattr(module, function), choice.device.upper())
     elif choice.backend == "aten":
         library.impl(choice.op, getattr(aten, choice.op), choice.device.upper())
+    elif choice.backend == "cpp" and hasattr(aten, choice.op):
+        # what the compiled module calls for the dtypes and ranks that it leaves to ATen
+        library.define(f"{choice.op}_aten{SCHEMAS[choice.op]}")
+        library.impl(f"{choice.op}_aten", getattr(aten, choice.op), choice.device.upper())
     elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
         # a compiled module may have been loaded for another op; put the reference back over this one
         library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())
@@ -163,7 +167,7 @@ def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | No
             reasons[name] = _PROBES[name]()
         return reasons[name]
 
-    library = torch.library.Library(NAMESPACE, "IMPL")
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
     try:
         wanted = _overrides(os.environ.get(VARIABLE, ""))
         found = [_choose(op, device, wanted.get(op), why_not) for op in SCHEMAS for device in ("cpu", "cuda")]

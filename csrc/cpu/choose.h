@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "pass.h"
+#include "variants.h"
 
 namespace fastpeft {
 

@@ -1,10 +1,9 @@
-// A pass over all tensors at once, as parts that any threads may run: where the elements lie, which instruction sets
-// there are, and the arithmetic that the bits need. Nothing of torch, so the C++ tests run it by itself.
+// A pass over all tensors at once, as parts that any threads may run: where the elements lie, and the arithmetic that
+// the bits need. Nothing of torch, so the C++ tests run it by itself.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -14,27 +13,6 @@
 #endif
 
 namespace fastpeft {
-
-struct Variant {
-    std::string_view name;
-    Perturb* perturb;
-    Drop* drop;
-    bool supported;
-};
-
-// Fastest first.
-inline std::vector<Variant> variants() {
-    std::vector<Variant> found;
-#if defined(__x86_64__)
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    found.push_back({"avx512", avx512::perturb, avx512::drop, avx512});
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-    found.push_back({"avx2", avx2::perturb, avx2::drop, avx2});
-#endif
-    found.push_back({"baseline", baseline::perturb, baseline::drop, true});
-    return found;
-}
 
 // Subnormals are kept and rounding is to nearest while this lives, whatever the thread was set to.
 class DefaultArithmetic {

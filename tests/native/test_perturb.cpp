@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/pass.h"
+#include "cpu/variants.h"
 #include "normal.h"
 #include "philox.h"
 #include "storage.h"

@@ -1,0 +1,211 @@
+// The products of low_rank.h, compiled once for each instruction set: the including file defines
+//
+//     FASTPEFT_ISA            the namespace that this copy lives in
+//     FASTPEFT_TARGET         the attribute that makes the compiler use the instruction set ("" for its default)
+//     FASTPEFT_VECTOR_BYTES   the width of its registers
+//
+// Each product keeps a block of sums in registers while it runs along the long side once: x and out are read or written
+// once for all ranks of a block. Nothing of the standard library is called here: a copy of one of its functions,
+// compiled for a newer processor, could end up in the code for all.
+#include <cstring>
+
+#include "low_rank.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fastpeft {
+namespace FASTPEFT_ISA {
+namespace {
+
+typedef float Float __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+
+constexpr int kLanes = FASTPEFT_VECTOR_BYTES / sizeof(float);
+// AVX-512 has 32 registers, the others 16 (NEON's 32 are half as wide as AVX2's): blocks are as large as they allow
+constexpr int kRows = FASTPEFT_VECTOR_BYTES == 64 ? 4 : 2;     // rows that share what is loaded of factors
+constexpr int kVectors = FASTPEFT_VECTOR_BYTES == 64 ? 4 : 2;  // registers side by side along the columns
+
+FASTPEFT_TARGET inline Float multiply_add(Float a, Float b, Float c) {
+#if FASTPEFT_VECTOR_BYTES == 64
+    return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTPEFT_VECTOR_BYTES == 32
+    return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+FASTPEFT_TARGET inline Float broadcast(float x) { return x - Float{}; }  // not +, which would make 0 of -0
+
+// A register, or its first `count` lanes with zeros after them
+FASTPEFT_TARGET inline Float load(const float* from, int count = kLanes) {
+    Float x = {};
+    if (count == kLanes) {
+        std::memcpy(&x, from, sizeof x);
+    } else {
+        std::memcpy(&x, from, count * sizeof(float));
+    }
+    return x;
+}
+
+FASTPEFT_TARGET inline void store(Float x, float* to, int count = kLanes) {
+    if (count == kLanes) {
+        std::memcpy(to, &x, sizeof x);
+    } else {
+        std::memcpy(to, &x, count * sizeof(float));
+    }
+}
+
+FASTPEFT_TARGET inline float sum_of_lanes(Float x) {
+    float lane[kLanes];
+    std::memcpy(lane, &x, sizeof lane);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    }
+    return lane[0];
+}
+
+// Adds the products of `count` columns of kRankBlock ranks with those of the rows.
+template <int kCount>
+FASTPEFT_TARGET inline void project_columns(const float* x, int64_t stride, const float* factors, int64_t columns,
+                                            int count, Float (&sums)[kCount][kRankBlock]) {
+    Float factor[kRankBlock];
+    for (int r = 0; r < kRankBlock; ++r) factor[r] = load(factors + r * columns, count);
+    for (int m = 0; m < kCount; ++m) {
+        const Float value = load(x + m * stride, count);
+        for (int r = 0; r < kRankBlock; ++r) sums[m][r] = multiply_add(value, factor[r], sums[m][r]);
+    }
+}
+
+template <int kCount>
+FASTPEFT_TARGET inline void project_rows(const float* x, int64_t stride, Factors factors, float* out,
+                                         int64_t out_stride) {
+    for (int64_t r = 0; r < factors.ranks; r += kRankBlock) {
+        const float* block = factors.data + r * factors.columns;
+        Float sums[kCount][kRankBlock] = {};
+        int64_t k = 0;
+        for (; k + kLanes <= factors.columns; k += kLanes) {
+            project_columns<kCount>(x + k, stride, block + k, factors.columns, kLanes, sums);
+        }
+        if (k < factors.columns) {
+            project_columns<kCount>(x + k, stride, block + k, factors.columns, factors.columns - k, sums);
+        }
+        for (int m = 0; m < kCount; ++m) {
+            for (int i = 0; i < kRankBlock; ++i) out[m * out_stride + r + i] = sum_of_lanes(sums[m][i]);
+        }
+    }
+}
+
+FASTPEFT_TARGET void project(Rows x, Factors factors, Rows coefficients) {
+    int64_t m = 0;
+    for (; m + kRows <= x.count; m += kRows) {
+        project_rows<kRows>(x.data + m * x.stride, x.stride, factors, coefficients.data + m * coefficients.stride,
+                            coefficients.stride);
+    }
+    for (; m < x.count; ++m) {
+        project_rows<1>(x.data + m * x.stride, x.stride, factors, coefficients.data + m * coefficients.stride,
+                        coefficients.stride);
+    }
+}
+
+// kWidth registers side by side of each row, the last of them `count` lanes
+template <int kCount, int kWidth>
+FASTPEFT_TARGET inline void expand_columns(const float* coefficients, int64_t stride, const float* factors,
+                                           Factors shape, const float* start, int count, float* out,
+                                           int64_t out_stride) {
+    Float sums[kCount][kWidth] = {};
+    if (start != nullptr) {
+        for (int m = 0; m < kCount; ++m) {
+            for (int i = 0; i < kWidth; ++i) sums[m][i] = load(start + i * kLanes, count);
+        }
+    }
+    for (int64_t r = 0; r < shape.ranks; ++r) {
+        Float factor[kWidth];
+        for (int i = 0; i < kWidth; ++i) factor[i] = load(factors + r * shape.columns + i * kLanes, count);
+        for (int m = 0; m < kCount; ++m) {
+            const Float coefficient = broadcast(coefficients[m * stride + r]);
+            for (int i = 0; i < kWidth; ++i) sums[m][i] = multiply_add(coefficient, factor[i], sums[m][i]);
+        }
+    }
+    for (int m = 0; m < kCount; ++m) {
+        for (int i = 0; i < kWidth; ++i) store(sums[m][i], out + m * out_stride + i * kLanes, count);
+    }
+}
+
+template <int kCount>
+FASTPEFT_TARGET inline void expand_rows(const float* coefficients, int64_t stride, Factors factors, const float* start,
+                                        float* out, int64_t out_stride) {
+    int64_t n = 0;
+    for (; n + kVectors * kLanes <= factors.columns; n += kVectors * kLanes) {
+        expand_columns<kCount, kVectors>(coefficients, stride, factors.data + n, factors,
+                                         start == nullptr ? nullptr : start + n, kLanes, out + n, out_stride);
+    }
+    while (n < factors.columns) {
+        const int count = factors.columns - n < kLanes ? factors.columns - n : kLanes;
+        expand_columns<kCount, 1>(coefficients, stride, factors.data + n, factors,
+                                  start == nullptr ? nullptr : start + n, count, out + n, out_stride);
+        n += count;
+    }
+}
+
+FASTPEFT_TARGET void expand(Rows coefficients, Factors factors, const float* start, Rows out) {
+    int64_t m = 0;
+    for (; m + kRows <= out.count; m += kRows) {
+        expand_rows<kRows>(coefficients.data + m * coefficients.stride, coefficients.stride, factors, start,
+                           out.data + m * out.stride, out.stride);
+    }
+    for (; m < out.count; ++m) {
+        expand_rows<1>(coefficients.data + m * coefficients.stride, coefficients.stride, factors, start,
+                       out.data + m * out.stride, out.stride);
+    }
+}
+
+// The sums of kWidth registers side by side, the last of them `count` lanes, for kRankBlock ranks
+template <int kWidth>
+FASTPEFT_TARGET inline void reduce_columns(Rows coefficients, Rows x, int64_t columns, int count, float* out) {
+    Float sums[kRankBlock][kWidth] = {};
+    for (int64_t m = 0; m < x.count; ++m) {
+        Float value[kWidth];
+        for (int i = 0; i < kWidth; ++i) value[i] = load(x.data + m * x.stride + i * kLanes, count);
+        for (int r = 0; r < kRankBlock; ++r) {
+            const Float coefficient = broadcast(coefficients.data[m * coefficients.stride + r]);
+            for (int i = 0; i < kWidth; ++i) sums[r][i] = multiply_add(coefficient, value[i], sums[r][i]);
+        }
+    }
+    for (int r = 0; r < kRankBlock; ++r) {
+        for (int i = 0; i < kWidth; ++i) {
+            float* sum = out + r * columns + i * kLanes;
+            store(load(sum, count) + sums[r][i], sum, count);
+        }
+    }
+}
+
+FASTPEFT_TARGET void reduce(Rows coefficients, Rows x, int64_t ranks, int64_t columns, float* sums) {
+    int64_t k = 0;
+    while (k < columns) {
+        const bool wide = k + kVectors * kLanes <= columns;
+        const int count = columns - k < kLanes ? columns - k : kLanes;
+        const Rows part = {x.data + k, x.count, x.stride};
+        for (int64_t r = 0; r < ranks; r += kRankBlock) {
+            const Rows block = {coefficients.data + r, coefficients.count, coefficients.stride};
+            float* out = sums + r * columns + k;
+            if (wide) {
+                reduce_columns<kVectors>(block, part, columns, kLanes, out);
+            } else {
+                reduce_columns<1>(block, part, columns, count, out);
+            }
+        }
+        k += wide ? kVectors * kLanes : count;
+    }
+}
+
+}  // namespace
+
+const LowRank low_rank = {project, expand, reduce};
+
+}  // namespace FASTPEFT_ISA
+}  // namespace fastpeft
