@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpeft import aten, reference
 from fastpeft._ops import NAMESPACE, SCHEMAS
@@ -152,11 +154,21 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         library.impl(choice.op, getattr(aten, choice.op), choice.device.upper())
     elif choice.backend == "cpp" and hasattr(aten, choice.op):
         # what the compiled module calls for the dtypes and ranks that it leaves to ATen
-        library.define(f"{choice.op}_aten{SCHEMAS[choice.op]}")
-        library.impl(f"{choice.op}_aten", getattr(aten, choice.op), choice.device.upper())
+        library.define(f"{choice.op}_aten{SCHEMAS[choice.op].partition('->')[0]}-> Tensor[]")
+        library.impl(f"{choice.op}_aten", _flat(getattr(aten, choice.op)), choice.device.upper())
     elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
         # a compiled module may have been loaded for another op; put the reference back over this one
         library.impl(choice.op, getattr(reference, choice.op), choice.device.upper())
+
+
+def _flat(implementation: Callable[..., tuple[Any, ...]]) -> Callable[..., list[Tensor]]:
+    """`implementation` with its results, tensors and lists of tensors, in one list."""
+
+    def call(*arguments: Any) -> list[Tensor]:
+        found = implementation(*arguments)
+        return [tensor for each in found for tensor in (each if isinstance(each, list) else [each])]
+
+    return call
 
 
 def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | None]:

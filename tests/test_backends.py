@@ -67,7 +67,7 @@ def test_a_backend_that_an_op_does_not_have_is_refused() -> None:
 
 
 def test_a_setting_leaves_devices_alone_that_it_does_not_fit() -> None:
-    assert backends._choose("siva_linear", "cpu", "triton", available).backend == "aten"
+    assert backends._choose("siva_linear", "cpu", "triton", available).backend == "cpp"
 
 
 def test_several_settings() -> None:

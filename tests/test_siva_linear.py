@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastpeft
-from fastpeft import aten, reference
+from fastpeft import aten, backends, reference
 from fastpeft.functional import siva_linear, siva_linear_group
 
 
@@ -334,3 +335,144 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(fastpeft.FastpeftError, match=message):
             siva_linear_group(x, *refused)
+
+
+# -- the compiled module -------------------------------------------------------------------------------------------
+
+compiled = pytest.mark.skipif(
+    not any((choice.op, choice.backend) == ("siva_linear", "cpp") for choice in backends.choices()),
+    reason="needs the compiled module",
+)
+RAGGED = [(1, 1, 1), (15, 17, 63), (63, 65, 15), (65, 63, 17), (17, 15, 65), (200, 97, 130)]  # rows, K, N
+EMPTY = [(0, 7, 5), (5, 0, 7), (5, 7, 0)]
+ALL = (True, True, True, True)
+
+
+def single_and_gradients(implementation: Any, tensors: list[Tensor | None], dh: Tensor) -> list[Tensor]:
+    h, p = implementation.siva_linear(*tensors)
+    return [h, p, *implementation.siva_linear_backward(dh, *tensors[:5], p, *ALL)]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@compiled
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("simd", ["", "avx2", "baseline"])
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 5, 16, 33, 64])
+def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
+    monkeypatch: pytest.MonkeyPatch, simd: str, rank: int
+) -> None:
+    if simd:
+        monkeypatch.setenv("FASTPEFT_SIMD", simd)
+    for (rows, k, n), bias in itertools.product(RAGGED + EMPTY, (True, False)):
+        exact = operands((rows,), k, n, rank, bias=bias)
+        tensors = [None if t is None else t.float() for t in exact]
+        dh = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows))
+        found = single_and_gradients(torch.ops.fastpeft, tensors, dh)
+        plain = single_and_gradients(reference, tensors, dh)
+        doubles = [None if t is None else t.double() for t in tensors]
+        for ours, theirs, true in zip(found, plain, single_and_gradients(reference, doubles, dh.double())):
+            assert ours.shape == true.shape
+            assert ours.dtype is torch.float32
+            if true.numel():
+                rounding = torch.finfo(torch.float32).eps * true.abs().max()
+                assert (ours - true).abs().max() <= 3 * (theirs - true).abs().max() + rounding
+
+
+@compiled
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)))
+def test_the_compiled_module_makes_only_what_is_needed(needs: tuple[bool, ...]) -> None:
+    x, *layer, _ = operands((70,), 33, 18, 5, torch.float32)
+    dh, p, empty = torch.randn(70, 18), torch.randn(70, 5), torch.empty(0)
+    of_x, of_u, of_v, _ = needs
+    call = torch.ops.fastpeft.siva_linear_backward
+    found = call(dh, x if of_v else empty, *layer, p if of_u else empty, *needs)
+    for ours, whole, needed in zip(found, call(dh, x, *layer, p, *ALL), needs):
+        assert torch.equal(ours, whole) if needed else ours.numel() == 0
+
+
+@compiled
+def test_the_compiled_module_takes_any_strides() -> None:
+    x, weight, u, s, v, b = operands((6, 11), 33, 18, 5, torch.float32)
+    dh = torch.randn(6, 11, 18)
+    expected = single_and_gradients(reference, [x, weight, u, s, v, b], dh)
+    wide = torch.full((6, 11, 40), torch.nan)
+    wide[..., :33] = x
+    strided = [weight.t().contiguous().t(), u.t().contiguous().t(), s.repeat_interleave(2)[::2]]
+    strided += [v.t().contiguous().t(), b.repeat_interleave(3)[::3]]
+    for other in (wide[..., :33], x.transpose(0, 2).contiguous().transpose(0, 2)):
+        found = single_and_gradients(torch.ops.fastpeft, [other, *strided], dh.transpose(0, 1).contiguous().transpose(0, 1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    one = torch.ones(()).expand(6, 11, 18)  # what a sum passes back
+    found, expected = (single_and_gradients(m, [x, *strided], one) for m in (torch.ops.fastpeft, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+def test_repeats_and_threads_of_the_compiled_module_are_bit_equal() -> None:
+    tensors = operands((4200,), 65, 33, 5, torch.float32)  # more than one tile of rows in a chunk
+    dh = torch.randn(4200, 33)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(single_and_gradients(torch.ops.fastpeft, tensors, dh))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(run[i], runs[0][i]) for i in (1, 3, 4))  # p, dU, dV; h and dx hold a product by BLAS
+    assert all(map(torch.equal, runs[1], runs[3]))
+
+
+@compiled
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float64, 3), (torch.bfloat16, 3), (torch.float32, 65)])
+def test_the_compiled_module_leaves_other_dtypes_and_high_ranks_to_aten(dtype: torch.dtype, rank: int) -> None:
+    tensors, dh = operands((3,), 80, 70, rank, dtype), torch.randn(3, 70).to(dtype)
+    found, expected = (single_and_gradients(m, tensors, dh) for m in (torch.ops.fastpeft, aten))
+    assert all(map(torch.equal, found, expected))
+    x, layers = group_operands((3,), 80, ((70, rank, True), (6, 2, False)), dtype)
+    weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
+    pairs = []
+    for module in (torch.ops.fastpeft, aten):
+        hs, p = module.siva_linear_group(x, weights, us, ss, vs, biases)
+        dx, dus, dv, dbiases = module.siva_linear_group_backward(
+            hs, x, weights, us, ss, vs, p, True, [True, False], True, [False, True]
+        )
+        pairs.append([*hs, p, dx, *dus, dv, *dbiases])
+    assert all(map(torch.equal, *pairs))
+
+
+@compiled
+@pytest.mark.parametrize("rows", [(0,), (3,), (2, 65), ()])
+@pytest.mark.parametrize("k", [37, 0])
+@pytest.mark.usefixtures("poisoned")
+def test_a_compiled_group_gives_what_its_layers_give(rows: tuple[int, ...], k: int) -> None:
+    layers_of = (*LAYERS, (0, 2, True), (30, 0, True), (19, 17, False))
+    x, layers = group_operands(rows, k, layers_of, torch.float32)
+    weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
+    results = []
+    for module in (torch.ops.fastpeft, aten):
+        hs, p = module.siva_linear_group(x, weights, us, ss, vs, biases)
+        dhs = [torch.ones_like(h) for h in hs]
+        some = [i != 1 for i in range(len(layers))]
+        dx, dus, dv, dbiases = module.siva_linear_group_backward(
+            dhs, x, weights, us, ss, vs, p, True, some, True, some[::-1]
+        )
+        results.append([*hs, p, dx, *dus, dv, *dbiases])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize(("change", "shape"), [(0, (3, 7)), (2, (5, 3)), (4, (2, 5)), (5, (6,)), (1, (5,))])
+def test_the_compiled_module_refuses_shapes_that_do_not_fit(change: int, shape: tuple[int, ...]) -> None:
+    tensors = operands((3,), 6, 5, 2, torch.float32)
+    tensors[change] = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match="shapes fit together"):
+        torch.ops.fastpeft.siva_linear(*tensors)

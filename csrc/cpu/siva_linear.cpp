@@ -35,10 +35,10 @@ using Tensors = std::vector<Tensor>;
 using Biases = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
 
-constexpr int64_t kMaxRank = 64;     // of one layer; for more of them BLAS is as good
-constexpr int64_t kTile = 64;        // rows that are worked on at one time
-constexpr int64_t kMaxChunks = 64;   // of rows with sums of their own
-constexpr int64_t kWork = 1 << 17;   // multiply-adds below which another thread costs more than it saves
+constexpr int64_t kMaxRank = 64;    // of one layer; for more of them BLAS is as good
+constexpr int64_t kTile = 64;       // rows that are worked on at one time
+constexpr int64_t kMaxChunks = 64;  // of rows with sums of their own
+constexpr int64_t kWork = 1 << 17;  // multiply-adds below which another thread costs more than it saves
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankBlock) * kRankBlock; }
@@ -56,17 +56,13 @@ StableIValue box(const Flags& flags) {  // whose elements have no address
     return torch::stable::detail::from(torch::headeronly::HeaderOnlyArrayRef<bool>(copy.get(), flags.size()));
 }
 
-template <typename Result, size_t... I>
-Result unbox(const StableIValue* stack, std::index_sequence<I...>) {
-    return {torch::stable::detail::to<std::tuple_element_t<I, Result>>(stack[I])...};
-}
-
-// The same op by ATen's calls (fastpeft/aten.py, put there by fastpeft/backends.py).
-template <typename Result, typename... Arguments>
-Result by_aten(const char* op, const Arguments&... arguments) {
+// The results of the same op by ATen's calls (fastpeft/aten.py, put there by fastpeft/backends.py) as one list: torch
+// takes the types of several results in the wrong order.
+template <typename... Arguments>
+Tensors by_aten(const char* op, const Arguments&... arguments) {
     std::array<StableIValue, sizeof...(Arguments)> stack{box(arguments)...};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    return unbox<Result>(stack.data(), std::make_index_sequence<std::tuple_size_v<Result>>());
+    return torch::stable::detail::to<Tensors>(stack[0]);
 }
 
 bool is_for_here(const Tensor& x, const Tensors& ss) {
@@ -120,8 +116,7 @@ Tensor new_rows(const Tensor& like, int64_t columns) {
 // out += a b, by BLAS
 void add_product(const Matrix& out, const Matrix& a, const Tensor& b) {
     AtenTensorHandle target = out.tensor().get();
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(target, target, a.tensor().get(), b.get(), 1.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target, target, a.tensor().get(), b.get(), 1.0, 1.0));
 }
 
 using Buffer = std::unique_ptr<float[]>;
@@ -257,9 +252,8 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, cons
     };
     parallel_chunks(ceil_div(rows.rows(), kTile), kTile * packed.multiply_adds(), [&](int64_t begin, int64_t end) {
         const Buffer projected = new_buffer(kTile * ranks.total);
-        each_tile(begin * kTile, std::min(end * kTile, rows.rows()), [&](int64_t first, int64_t count) {
-            tile(first, count, {projected.get(), count, ranks.total});
-        });
+        each_tile(begin * kTile, std::min(end * kTile, rows.rows()),
+                  [&](int64_t first, int64_t count) { tile(first, count, {projected.get(), count, ranks.total}); });
     });
     for (size_t i = 0; i < weights.size(); ++i) {
         add_product(targets[i], rows, torch::stable::transpose(weights[i], 0, 1));
@@ -270,7 +264,8 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, cons
 std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v,
                                        std::optional<Tensor> bias) {
     if (!is_for_here(x, {s})) {
-        return by_aten<std::tuple<Tensor, Tensor>>("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
+        const Tensors found = by_aten("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
+        return {found[0], found[1]};
     }
     check(x.dim() > 0);
     Tensor p = new_rows(x, s.numel());
@@ -282,8 +277,8 @@ std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor
 std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors us, Tensors ss, Tensors vs,
                                               Biases biases) {
     if (!is_for_here(x, ss)) {
-        return by_aten<std::tuple<Tensors, Tensor>>("fastpeft::siva_linear_group_aten", x, weights, us, ss, vs,
-                                                    biases);
+        Tensors found = by_aten("fastpeft::siva_linear_group_aten", x, weights, us, ss, vs, biases);
+        return {Tensors(found.begin(), found.end() - 1), found.back()};
     }
     check(x.dim() > 0);
     const int64_t sum = Ranks(ss).sum, m = Matrix(x).rows();
@@ -421,9 +416,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siva_linear_backward(Tensor dh, Tenso
                                                                 Tensor v, Tensor p, bool need_dx, bool need_du,
                                                                 bool need_dv, bool need_dbias) {
     if (!is_for_here(dh, {s})) {
-        return by_aten<std::tuple<Tensor, Tensor, Tensor, Tensor>>("fastpeft::siva_linear_backward_aten", dh, x,
-                                                                   weight, u, s, v, p, need_dx, need_du, need_dv,
-                                                                   need_dbias);
+        const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx,
+                                      need_du, need_dv, need_dbias);
+        return {found[0], found[1], found[2], found[3]};
     }
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
@@ -439,14 +434,15 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
                                                                         Flags need_dbias) {
     check(!dhs.empty());
     if (!is_for_here(dhs[0], ss)) {
-        return by_aten<std::tuple<Tensor, Tensors, Tensor, Tensors>>("fastpeft::siva_linear_group_backward_aten", dhs,
-                                                                     x, weights, us, ss, vs, p, need_dx, need_du,
-                                                                     need_dv, need_dbias);
+        const Tensors found = by_aten("fastpeft::siva_linear_group_backward_aten", dhs, x, weights, us, ss, vs, p,
+                                      need_dx, need_du, need_dv, need_dbias);
+        const auto dv = found.begin() + 1 + us.size();
+        return {found[0], Tensors(found.begin() + 1, dv), *dv, Tensors(dv + 1, found.end())};
     }
     const bool any_du = std::find(need_du.begin(), need_du.end(), true) != need_du.end();
     check(!any_du || is_matrix(p, Ranks(ss).sum, Matrix(dhs[0]).rows()));
-    Gradients found = backward(dhs, x, weights, us, ss, vs, any_du ? by_rows(p) : View{},
-                               {need_dx, need_du, need_dv, need_dbias});
+    Gradients found =
+        backward(dhs, x, weights, us, ss, vs, any_du ? by_rows(p) : View{}, {need_dx, need_du, need_dv, need_dbias});
     return {found.dx, found.du, found.dv, found.dbias};
 }
 
