@@ -36,7 +36,7 @@ test-all: $(VENV)/dev.stamp
 
 # the C++ tests of csrc's host code, which need a compiler and nothing else
 NATIVE ?= build/native
-NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/perturb_*.cpp)
+NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/perturb_*.cpp csrc/cpu/low_rank_*.cpp)
 NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc
 run_native = mkdir -p $(NATIVE) && \
 	$(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@ && $(NATIVE)/$@

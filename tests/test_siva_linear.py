@@ -371,18 +371,18 @@ def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
     if simd:
         monkeypatch.setenv("FASTPEFT_SIMD", simd)
     for (rows, k, n), bias in itertools.product(RAGGED + EMPTY, (True, False)):
-        exact = operands((rows,), k, n, rank, bias=bias)
-        tensors = [None if t is None else t.float() for t in exact]
+        tensors = operands((rows,), k, n, rank, torch.float32, bias)
         dh = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows))
         found = single_and_gradients(torch.ops.fastpeft, tensors, dh)
         plain = single_and_gradients(reference, tensors, dh)
         doubles = [None if t is None else t.double() for t in tensors]
-        for ours, theirs, true in zip(found, plain, single_and_gradients(reference, doubles, dh.double())):
+        exact = single_and_gradients(reference, doubles, dh.double())
+        for factor, ours, theirs, true in zip((2, 2, 3, 3, 3, 3), found, plain, exact):
             assert ours.shape == true.shape
             assert ours.dtype is torch.float32
             if true.numel():
                 rounding = torch.finfo(torch.float32).eps * true.abs().max()
-                assert (ours - true).abs().max() <= 3 * (theirs - true).abs().max() + rounding
+                assert (ours - true).abs().max() <= factor * (theirs - true).abs().max() + rounding
 
 
 @compiled
@@ -390,7 +390,7 @@ def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
 def test_the_compiled_module_makes_only_what_is_needed(needs: tuple[bool, ...]) -> None:
     x, *layer, _ = operands((70,), 33, 18, 5, torch.float32)
     dh, p, empty = torch.randn(70, 18), torch.randn(70, 5), torch.empty(0)
-    of_x, of_u, of_v, _ = needs
+    _, of_u, of_v, _ = needs
     call = torch.ops.fastpeft.siva_linear_backward
     found = call(dh, x if of_v else empty, *layer, p if of_u else empty, *needs)
     for ours, whole, needed in zip(found, call(dh, x, *layer, p, *ALL), needs):
@@ -407,7 +407,9 @@ def test_the_compiled_module_takes_any_strides() -> None:
     strided = [weight.t().contiguous().t(), u.t().contiguous().t(), s.repeat_interleave(2)[::2]]
     strided += [v.t().contiguous().t(), b.repeat_interleave(3)[::3]]
     for other in (wide[..., :33], x.transpose(0, 2).contiguous().transpose(0, 2)):
-        found = single_and_gradients(torch.ops.fastpeft, [other, *strided], dh.transpose(0, 1).contiguous().transpose(0, 1))
+        found = single_and_gradients(
+            torch.ops.fastpeft, [other, *strided], dh.transpose(0, 1).contiguous().transpose(0, 1)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     one = torch.ones(()).expand(6, 11, 18)  # what a sum passes back
     found, expected = (single_and_gradients(m, [x, *strided], one) for m in (torch.ops.fastpeft, reference))

@@ -305,7 +305,10 @@ void test_drop(const Variant& variant, Format format) {
 
 }  // namespace
 
+int low_rank_failures();  // test_low_rank.cpp
+
 int main() {
+    failures += low_rank_failures();
     test_philox_known_answers();
     test_normal();
     std::string names;
