@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "choose.h"
+#include "pass.h"
 
 namespace fastpeft {
 namespace {
