@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.mezo.interrupts import uninterrupted
 
 _ALIGNMENT = 64  # bytes
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module that holds them reads them
@@ -47,6 +48,7 @@ class ScratchWeights:
         self._borrowed: list[tuple[nn.Module, str, Tensor]] = []  # what stands in for a parameter, innermost last
         self._depths: list[int] = []  # how many of these belong to each module whose forward runs
         self._filling = False
+        self._handles: list[Any] = []  # of the hooks that do all this
         self._names: dict[int, str] = {}  # of the trained parameters, by their memory
         # for each module its trained parameters: what holds one, its name there and the parameter
         self._owned: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
@@ -85,18 +87,27 @@ class ScratchWeights:
             FastpeftError: with `check`, there is one; its forward would see theta.
         """
         self._names = {p.untyped_storage().data_ptr(): path for p, path in self._paths.items() if p.numel()}
-        handles: list[Any] = []
-        for module in self._owned:
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
+            self._begin()
             with _Watch(self) if check else nullcontext():
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
-            while self._depths:  # after an exception
-                self._give_back()
+            self.end()
+
+    @uninterrupted()
+    def _begin(self) -> None:
+        for module in self._owned:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    @uninterrupted()
+    def end(self) -> None:
+        """Leave no hook on the model, and each parameter in its place, wherever an exception ended a forward."""
+        for handle in self._handles:
+            handle.remove()
+        for holder, name, param in reversed(self._borrowed):
+            holder._parameters[name] = param  # type: ignore[assignment]
+        self._handles, self._borrowed, self._depths = [], [], []
 
     def refuse_bare(self, tensors: Any) -> None:
         """Raise if one of the arguments of an op is a trained parameter itself, though a perturbed one is shown."""
@@ -162,8 +173,8 @@ class ScratchWeights:
         ]
 
     def _lend(self, holder: nn.Module, name: str, param: Tensor, view: Tensor) -> None:
+        self._borrowed.append((holder, name, param))  # first, so that an interrupt finds it there
         holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
-        self._borrowed.append((holder, name, param))
         self._depths[-1] += 1
 
     def _leave(self, *_: Any) -> None:
@@ -172,8 +183,9 @@ class ScratchWeights:
     def _give_back(self) -> None:
         """Put the parameters of the innermost module back."""
         for _ in range(self._depths.pop() if self._depths else 0):
-            holder, name, param = self._borrowed.pop()
+            holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
+            self._borrowed.pop()
 
 
 class _Watch(TorchDispatchMode):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.exact import ScratchWeights
+from fastpeft.mezo.interrupts import uninterrupted
 from fastpeft.mezo.journal import Journal, Kind, Record
 from fastpeft.mezo.parallel import (
     Ranks,
@@ -241,8 +242,12 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: as `estimate`, or there is no closure and no estimate, or the update is not finite; the
                 weights are then those before the step, to rounding.
         """
-        loss = None if closure is None else self.estimate(closure)
-        self._finish()
+        try:
+            loss = None if closure is None else self.estimate(closure)
+            self._finish()
+        except BaseException:
+            self.settle()
+            raise
         return loss
 
     @torch.no_grad()
@@ -290,6 +295,7 @@ class MeZO(torch.optim.Optimizer):
         return losses[0] if self.estimator.kind == "fzoo" else sum(losses) / len(losses)
 
     @torch.no_grad()
+    @uninterrupted()
     def settle(self) -> None:
         """Make the weights those of the model.
 
@@ -298,6 +304,8 @@ class MeZO(torch.optim.Optimizer):
         """
         dropped, self._points_seen = self._points_seen, 0
         self._restore()
+        if self._shown is not None:
+            self._shown.end()
         if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
 
@@ -456,6 +464,7 @@ class MeZO(torch.optim.Optimizer):
         """Bring the weights back to theta."""
         self._move(HOME)
 
+    @uninterrupted()
     def _go(self, point: Point) -> None:
         """Bring the weights to another point of the present step, and count it."""
         self._points_seen += 1
@@ -487,6 +496,7 @@ class MeZO(torch.optim.Optimizer):
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
     @torch.no_grad()
+    @uninterrupted()
     def _finish(self) -> None:
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
@@ -560,10 +570,11 @@ class MeZO(torch.optim.Optimizer):
     def _dropout_off(self) -> Iterator[None]:
         """The model, if one was given, in eval mode; afterwards each module is as it was."""
         training = [] if self._model is None else [module for module in self._model.modules() if module.training]
-        if self._model is not None:
-            self._model.eval()
         try:
+            if self._model is not None:
+                self._model.eval()
             yield
         finally:
-            for module in training:
-                module.training = True  # not train(), which would change the modules below it as well
+            with uninterrupted():
+                for module in training:
+                    module.training = True  # not train(), which would change the modules below it as well

@@ -1,0 +1,143 @@
+"""Real signals at any moment: no weight is left where it should not be, and nothing is lost."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastpeft import MeZO
+from fastpeft.mezo import Journal
+from fastpeft.mezo.interrupts import uninterrupted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Alarm(BaseException):
+    """As KeyboardInterrupt, which pytest would take for its own."""
+
+
+def ring(*_: Any) -> None:
+    raise Alarm
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """The handler of SIGALRM raises, as that of Ctrl-C does."""
+    before = signal.signal(signal.SIGALRM, ring)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def interrupted(work: Callable[[], Any], seconds: float) -> None:
+    """Repeat `work` until a signal ends it after this time."""
+    with pytest.raises(Alarm):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        while True:
+            work()
+
+
+# -- uninterrupted -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alarm")
+def test_a_signal_waits_for_the_end() -> None:
+    done = []
+    with pytest.raises(Alarm):
+        with uninterrupted():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGALRM)
+                done.append("inside")
+            done.append("between")
+        done.append("after")  # pragma: no cover
+    assert done == ["inside", "between"]
+    assert signal.getsignal(signal.SIGALRM) is ring
+
+
+@pytest.mark.usefixtures("alarm")
+def test_each_signal_that_came_is_handled_though_another_raises() -> None:
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        with pytest.raises(Alarm), uninterrupted():
+            for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert not came
+        assert came == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is note
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_other_threads_are_left_alone() -> None:
+    done = []
+
+    @uninterrupted()
+    def work() -> None:
+        done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [signal.getsignal(signal.SIGINT)]
+
+
+# -- MeZO --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alarm")
+@pytest.mark.parametrize("defer", [False, True])
+def test_weights_are_whole_after_an_interrupt_at_any_moment(defer: bool, tmp_path: Path) -> None:
+    """Three groups, so that a pass has moments between them; and the journal knows each bit of what happened."""
+    chance = random.Random(0)
+    params = [nn.Parameter(torch.randn(3_000)) for _ in range(3)]
+    before = [p.detach().clone() for p in params]
+    optimizer = MeZO([{"params": [p]} for p in params], lr=0.0, eps=1.0, defer=defer)
+    optimizer.record(tmp_path / "run")
+    loss = lambda: params[0].double().sum()  # noqa: E731
+    for _ in range(200):
+        interrupted(lambda: optimizer.step(loss), chance.uniform(1e-4, 4e-3))
+        optimizer.settle()
+        # eps is 1, and the roundings of all steps stay far below it
+        assert max((p - q).abs().max() for p, q in zip(params, before)) < 0.05
+    again = [q.clone() for q in before]
+    Journal.open(tmp_path / "run").replay(again)
+    assert all(torch.equal(p, q) for p, q in zip(params, again))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x).tanh())
+
+
+@pytest.mark.usefixtures("alarm")
+def test_exact_puts_every_parameter_back_after_an_interrupt_at_any_moment() -> None:
+    chance = random.Random(0)
+    model, x = Two(), torch.ones(4, 8)
+    params = dict(model.named_parameters())
+    before = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = MeZO(model, lr=0.0, restore="exact")
+    for _ in range(200):
+        interrupted(lambda: optimizer.step(lambda: model(x).square().mean()), chance.uniform(1e-4, 4e-3))
+        optimizer.settle()
+        now = dict(model.named_parameters())
+        assert all(now[name] is p and torch.equal(p, before[name]) for name, p in params.items())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
