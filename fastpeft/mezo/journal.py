@@ -259,12 +259,10 @@ class Journal:
                     scales.append(scale * eps)
                 at = point
             if record.kind == Kind.MADE:
-                lr = record.rates[index]
-                if lr * group["weight_decay"]:
+                terms, decays = update(at, record.slopes, first_eps, record.rates[index], eps, group["weight_decay"])
+                if decays:
                     yield seeds, scales, decay
-                    seeds, scales, decay = [], [], lr * group["weight_decay"]
-                slopes = [slope * (first_eps / eps) for slope in record.slopes]
-                terms = update(at, slopes, lr, eps, lr * group["weight_decay"])
+                    seeds, scales, decay = [], [], decays
             else:
                 terms = [(draw, scale * eps) for draw, scale in moves(at, HOME)]
             seeds += [drawn[draw] for draw, _ in terms]

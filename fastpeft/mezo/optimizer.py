@@ -64,12 +64,16 @@ class MeZO(torch.optim.Optimizer):
         seed: of the noise, 0 to 2^63 - 1.
         estimator: "spsa" as above, or "fzoo" (Dang et al., 2025, arXiv 2506.09034): with l_0 the loss at theta, l_i
             those at theta + eps z_i and sigma the standard deviation of l_1 .. l_n, the update subtracts
-            `lr / (n eps sigma) * sum (l_i - l_0) z_i`. Whatever the slope, each weight moves by about
-            `lr / (eps sqrt(n))`: its rates are not those of "spsa". The authors use it with noise "rademacher".
+            `lr / (n eps sigma) * sum (l_i - l_0) z_i`. Where the slope outweighs the curvature over eps, each weight
+            moves by about `lr / (eps sqrt(n))`, so that its rates are not those of "spsa". Near a minimum sigma
+            vanishes and l_i - l_0 does not: such a step has no bound but `max_projected_grad`. The authors use it with
+            noise "rademacher".
         num_estimates: directions a step, n: "spsa" averages over them, at 2 n forward passes; "fzoo", which needs two
             or more, makes n + 1.
         noise: "gaussian" or "rademacher" (+1 or -1).
-        max_projected_grad: g is cut to this size, above 0; None leaves it. Not for "fzoo", whose steps have one.
+        max_projected_grad: g, of each direction and group, is cut to this size, above 0; None leaves it. With "fzoo" g
+            is `(l_i - l_0) / (eps sigma)`, usually at most a few times 1 / eps: with 10 / eps and noise "rademacher" no
+            weight moves by more than `10 lr / eps` a step.
         on_nonfinite: what follows a loss or an update that is not finite: "stop" raises, "skip" logs a warning and
             makes a step that changes nothing, to rounding.
         defer: leave the end of a step to the next one, which then needs one pass over the weights less. Between steps
@@ -89,7 +93,7 @@ class MeZO(torch.optim.Optimizer):
             initialised, or else this process alone.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
-    difference of the losses over twice its own.
+    difference of the losses over twice its own; a limit that one of them meets scales all.
 
     Attributes:
         projected_grad: g of the last step (of the first group; the mean over the directions), None before the first,
@@ -291,11 +295,14 @@ class MeZO(torch.optim.Optimizer):
         except BaseException:
             self.settle()
             raise
-        self._slopes = self.estimator.slopes(losses, self.param_groups[0]["eps"], self.max_projected_grad)
+        epses, limit = self._epses(), self.max_projected_grad
+        if limit is not None:
+            limit *= min(epses) / epses[0]  # the g of the group with the smallest eps is the largest
+        self._slopes = self.estimator.slopes(losses, epses[0], limit)
         return losses[0] if self.estimator.kind == "fzoo" else sum(losses) / len(losses)
 
-    @torch.no_grad()
     @uninterrupted()
+    @torch.no_grad()
     def settle(self) -> None:
         """Make the weights those of the model.
 
@@ -337,7 +344,7 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
         """
         self.check_same()
-        weights = digest([param for group, _ in self._groups() for param in group["params"]])
+        weights = digest(self._params())
         header = {**self._described(), "first_step": self.steps_done, "weights": weights}
         begin = Journal.create if self._ranks.is_first else Journal
         self.journal = self._ranks.together(lambda: begin(Path(path), header))
@@ -373,7 +380,7 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(
                     f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
                 )
-        journal.replay([param for group, _ in self._groups() for param in group["params"]], weights_at, steps)
+        journal.replay(self._params(), weights_at, steps)
         return journal
 
     def check_same(self) -> None:
@@ -385,7 +392,7 @@ class MeZO(torch.optim.Optimizer):
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
         """
         self.settle()
-        check_sharding([param for group, _ in self._groups() for param in group["params"]], self.restore, self._model)
+        check_sharding(self._params(), self.restore, self._model)
         if self._ranks.size == 1:
             return
         rates = [float(group["lr"]) for group in self.param_groups]
@@ -426,6 +433,13 @@ class MeZO(torch.optim.Optimizer):
                 offset += param.numel()
             if offsets:
                 yield group, offsets
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _epses(self) -> list[float]:
+        """The eps of each group with parameters; losses are taken over that of the first."""
+        return [group["eps"] for group, _ in self._groups()]
 
     def _described(self) -> dict[str, Any]:
         """What a journal says of the run, but for its beginning."""
@@ -495,20 +509,19 @@ class MeZO(torch.optim.Optimizer):
         self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 
-    @torch.no_grad()
     @uninterrupted()
+    @torch.no_grad()
     def _finish(self) -> None:
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
             raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
         drawn = self._seeds()
         stored = self._point if self._shown is None else (self._point[0], 0)
-        first_eps = self.param_groups[0]["eps"]
+        first_eps = self._epses()[0]
         owed: list[tuple[list[int], list[float], float]] = []
         for group, _ in self._groups():
-            lr, eps = float(group["lr"]), group["eps"]
-            decay = lr * group["weight_decay"]
-            terms = update(stored, [slope * (first_eps / eps) for slope in self._slopes], lr, eps, decay)
+            lr = float(group["lr"])
+            terms, decay = update(stored, self._slopes, first_eps, lr, group["eps"], group["weight_decay"])
             owed.append(([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
         if not self._skip and not all(abs(scale) <= _LARGEST for _, scales, _ in owed for scale in scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
@@ -528,7 +541,7 @@ class MeZO(torch.optim.Optimizer):
         if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
-        return self._ranks.losses(float(loss), self.param_groups[0]["params"][0].device)
+        return self._ranks.losses(float(loss), self._params()[0].device)
 
     def _repeated(self, first: list[float], second: list[float]) -> list[float]:
         """The losses of two calls at equal weights."""
@@ -560,7 +573,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _reshard(self) -> None:
         """Make what the optimizer changes what the next forward sees."""
-        if self._model is not None and is_sharded([p for group in self.param_groups for p in group["params"]]):
+        if self._model is not None and is_sharded(self._params()):
             reshard(self._model)
 
     def _where(self) -> str:

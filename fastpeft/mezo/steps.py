@@ -79,17 +79,19 @@ class Estimator:
     def slopes(self, losses: Sequence[float], eps: float, limit: float | None) -> list[float]:
         """The factor of each z in the estimated gradient, from the losses at `points`.
 
-        "spsa": `g_i / n` with g_i the difference of the two losses over 2 eps, at most `limit` in size. "fzoo":
-        `(l_i - l_0) / (eps n sigma)` with the sample standard deviation sigma of l_1 .. l_n; all 0 where sigma is 0.
+        It is `g_i / n`, with g_i at most `limit` in size. "spsa": g_i is the difference of the two losses over 2 eps.
+        "fzoo": `(l_i - l_0) / (eps sigma)` with the sample standard deviation sigma of l_1 .. l_n; all 0 where sigma is
+        0. What curvature adds to each l_i stays in that difference when the slope, and sigma with it, vanishes.
         """
         n = self.num_estimates
+        bound = math.inf if limit is None else limit
         if self.kind == "fzoo":
             at_home, *beside = losses
-            spread = statistics.stdev(beside)
-            return [(loss - at_home) / (eps * n * spread) if spread else 0.0 for loss in beside]
-        bound = math.inf if limit is None else limit
-        slopes = [(losses[2 * draw] - losses[2 * draw + 1]) / (2 * eps) for draw in range(n)]
-        return [max(-bound, min(bound, g)) / n for g in slopes]
+            scale = eps * statistics.stdev(beside)
+            found = [(loss - at_home) / scale if scale else 0.0 for loss in beside]
+        else:
+            found = [(losses[2 * draw] - losses[2 * draw + 1]) / (2 * eps) for draw in range(n)]
+        return [max(-bound, min(bound, g)) / n for g in found]
 
 
 def moves(start: Point, end: Point) -> list[Term]:
@@ -104,11 +106,23 @@ def moves(start: Point, end: Point) -> list[Term]:
     return terms
 
 
-def update(point: Point, slopes: Sequence[float], lr: float, eps: float, decay: float) -> list[Term]:
-    """The terms that lead from `point` to `(1 - decay) theta - lr sum slope_i z_i`, the first with that decay.
+def update(
+    point: Point, slopes: Sequence[float], first_eps: float, lr: float, eps: float, weight_decay: float
+) -> tuple[list[Term], float]:
+    """The terms that lead a group from `point` to `(1 - decay) theta - lr sum slope_i z_i`, the first with that decay.
 
     They restore theta and update it in one pass.
+
+    Args:
+        point: where the weights are.
+        slopes: those of the first group that has parameters, in which the losses were taken over `first_eps`.
+        first_eps, lr, eps, weight_decay: of that group and of this one.
+
+    Returns:
+        The terms, and `decay = lr * weight_decay`.
     """
     draw, position = point
-    first = (draw, -position * (1 - decay) * eps - lr * slopes[draw])
-    return [first, *((other, -lr * slope) for other, slope in enumerate(slopes) if other != draw)]
+    decay = lr * weight_decay
+    own = [slope * (first_eps / eps) for slope in slopes]
+    first = (draw, -position * (1 - decay) * eps - lr * own[draw])
+    return [first, *((other, -lr * slope) for other, slope in enumerate(own) if other != draw)], decay
