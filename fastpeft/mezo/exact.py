@@ -49,7 +49,8 @@ class ScratchWeights:
         self._depths: list[int] = []  # how many of these belong to each module whose forward runs
         self._filling = False
         self._handles: list[Any] = []  # of the hooks that do all this
-        self._names: dict[int, str] = {}  # of the trained parameters, by their memory
+        # of each storage the bytes that are trained parameters (begin, end) and the names of these
+        self._names: dict[int, list[tuple[int, int, str]]] = {}
         # for each module its trained parameters: what holds one, its name there and the parameter
         self._owned: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
         self._paths: dict[Tensor, str] = {}
@@ -86,7 +87,10 @@ class ScratchWeights:
         Raises:
             FastpeftError: with `check`, there is one; its forward would see theta.
         """
-        self._names = {p.untyped_storage().data_ptr(): path for p, path in self._paths.items() if p.numel()}
+        self._names = {}
+        for param, path in self._paths.items():
+            if param.numel():
+                self._names.setdefault(param.untyped_storage().data_ptr(), []).append((*_span(param), path))
         try:
             self._begin()
             with _Watch(self) if check else nullcontext():
@@ -114,13 +118,15 @@ class ScratchWeights:
         if self._filling or not self._scales:
             return
         for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.numel():
                 continue
-            if name := self._names.get(tensor.untyped_storage().data_ptr()):
-                raise FastpeftError(
-                    f"MeZO: restore='exact' cannot show the perturbed {name!r} to what reads it outside of its "
-                    "module's forward. Freeze it, or use restore='in_place'."
-                )
+            begin, end = _span(tensor)
+            for first, last, name in self._names.get(tensor.untyped_storage().data_ptr(), ()):
+                if begin < last and first < end:
+                    raise FastpeftError(
+                        f"MeZO: restore='exact' cannot show the perturbed {name!r} to what reads it outside of its "
+                        "module's forward. Freeze it, or use restore='in_place'."
+                    )
 
     @torch.no_grad()
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -186,6 +192,13 @@ class ScratchWeights:
             holder, name, param = self._borrowed[-1]
             holder._parameters[name] = param  # type: ignore[assignment]
             self._borrowed.pop()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from a tensor's first element to its last one."""
+    last = sum(int(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    begin = int(tensor.storage_offset()) * tensor.element_size()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 class _Watch(TorchDispatchMode):

@@ -34,6 +34,7 @@ from fastpeft.noise import NOISE
 
 logger = logging.getLogger(__name__)
 
+_WATCH_EVERY = 100  # steps; to look at the arguments of each op would cost every step a good part of a forward
 _LARGEST = torch.finfo(torch.float32).max
 _CHOICES = {
     "noise": tuple(NOISE),
@@ -83,7 +84,8 @@ class MeZO(torch.optim.Optimizer):
             ones change only by the update. For half precision, where each pass in place costs a rounding: 10,000 steps
             at lr 0 and eps 1e-3 moved the weights of a small RoBERTa's attention by 34 % of their root mean square in
             bfloat16, 5 % in float16, and 6e-6 in float32 (`bench/mezo_drift.py`); exact left every bit. Every trained
-            parameter must be read in the forward of its own module; the first step refuses any other by name.
+            parameter must be read in the forward of its own module: any other is refused by name, by the first step,
+            each hundredth, and the one that follows a g of 0. Between those such a read is of theta itself.
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
         model: the model of the parameters or groups, where these are given.
@@ -280,7 +282,8 @@ class MeZO(torch.optim.Optimizer):
         if not self._checked:
             self.check_same()
         try:
-            with self._dropout_off(), self._shown.shown(not self._checked) if self._shown else nullcontext():
+            watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
+            with self._dropout_off(), self._shown.shown(watch) if self._shown else nullcontext():
                 for point in self.estimator.points:
                     self._go(point)
                     each = self._losses(closure)

@@ -268,6 +268,40 @@ def test_a_parameter_read_outside_of_its_module_is_refused_by_name() -> None:
     MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
 
 
+@pytest.mark.parametrize("nothing_else", [True, False])
+def test_a_parameter_read_outside_of_its_module_later_is_refused(nothing_else: bool) -> None:
+    """At the step after one that found a slope of 0, or at the hundredth."""
+    model, x = Borrowing(), torch.ones(2, 4)
+    read = [model.second]
+    model.first.requires_grad_(not nothing_else)
+    optimizer = MeZO(model, lr=0.0, restore="exact")
+
+    def loss() -> Tensor:
+        return read[0](model.first(x)).sum() if read else model(x).sum()
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.step(loss)
+
+    train(1)
+    read.clear()
+    with pytest.raises(FastpeftError, match=r"'second\.weight' to what reads it outside"):
+        train(100)
+    assert optimizer.steps_done == (2 if nothing_else else 100)
+
+
+def test_a_frozen_weight_in_the_memory_of_a_trained_one_can_be_read() -> None:
+    memory = torch.randn(32)
+    model = Borrowing()
+    model.first.weight = nn.Parameter(memory[:16].view(4, 4))
+    model.second.weight = nn.Parameter(memory[16:].view(4, 4), requires_grad=False)
+    model.second.bias.requires_grad_(False)
+    MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+    model.second.weight = nn.Parameter(memory[15:31].view(4, 4), requires_grad=False)
+    with pytest.raises(FastpeftError, match=r"'first\.weight' to what reads it outside"):
+        MeZO(model, lr=0.1, restore="exact").step(lambda: model(torch.ones(2, 4)).sum())
+
+
 def test_exact_needs_the_model() -> None:
     model = network(torch.float32)
     with pytest.raises(FastpeftError, match="needs the model"):
