@@ -308,7 +308,7 @@ def mezo_perturb_(
     """
     if isinstance(seeds, Tensor) or isinstance(scales, Tensor):
         _check_terms_on_device(params, seeds, scales)
-        _check_perturbation(params, offsets, [], [], decay, noise, rounding)
+        _check_perturbation(params, offsets, [0] * len(seeds), [0.0] * len(scales), decay, noise, rounding)
         perturb, terms = torch.ops.fastpeft.mezo_perturb_replay_, (seeds, scales)
     else:
         _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
@@ -376,6 +376,11 @@ def _check_perturbation(
                 f"mezo_perturb: a scale or decay is {number}; allowed are finite float32 numbers. A loss that is not "
                 "finite gives such a step: skip it or lower the learning rate."
             )
+    if decay and not seeds:
+        raise FastpeftError(
+            f"mezo_perturb: decay is {decay} and there is no term, with the first of which it goes. Give a term; one "
+            "of scale 0 adds nothing."
+        )
     if noise not in NOISE:
         raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")
     if rounding not in _ROUNDINGS:
