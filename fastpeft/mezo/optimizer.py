@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -42,6 +44,10 @@ _CHOICES = {
     "restore": ("in_place", "exact"),
     "rounding": ("stochastic", "nearest"),
 }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class MeZO(torch.optim.Optimizer):
@@ -144,18 +150,20 @@ class MeZO(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: Any = None,
     ) -> None:
-        if not 0 <= seed < 2**63:
-            raise FastpeftError(f"MeZO: seed is {seed}; allowed are 0 to 2^63 - 1.")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise FastpeftError(f"MeZO: seed is {seed!r}; allowed are whole numbers from 0 to 2^63 - 1.")
         given = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
         for name, value in given.items():
             if value not in _CHOICES[name]:
                 raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(_CHOICES[name])}.")
         self.estimator = Estimator(estimator, num_estimates)
-        if max_projected_grad is not None and not (max_projected_grad > 0 and estimator == "spsa"):
+        if max_projected_grad is not None and not (_is_number(max_projected_grad) and max_projected_grad > 0):
             raise FastpeftError(
-                f"MeZO: max_projected_grad is {max_projected_grad} for the estimator {estimator!r}; allowed is a "
-                "number above 0 for 'spsa'. Leave it out."
+                f"MeZO: max_projected_grad is {max_projected_grad!r}; allowed are a number above 0 and None, which "
+                "sets no limit."
             )
+        if not (model is None or isinstance(model, nn.Module)):
+            raise FastpeftError(f"MeZO: model is a {type(model).__name__}; pass the module that has the parameters.")
         if isinstance(model_or_params, Tensor):
             raise FastpeftError("MeZO got one tensor; pass a model, a list of parameters or a list of groups.")
         if isinstance(model_or_params, nn.Module):
@@ -209,12 +217,15 @@ class MeZO(torch.optim.Optimizer):
         self.settle()
         group = self.defaults | param_group
         for name, allowed, fits in (
-            ("lr", "0 or more", group["lr"] >= 0),
-            ("eps", "above 0", group["eps"] > 0),
-            ("weight_decay", "0 or more", group["weight_decay"] >= 0),
+            ("lr", "0 or more", operator.ge),
+            ("eps", "above 0", operator.gt),
+            ("weight_decay", "0 or more", operator.ge),
         ):
-            if not (fits and math.isfinite(group[name])):
-                raise FastpeftError(f"MeZO: {name} is {group[name]}; allowed is a finite number, {allowed}.")
+            value = group[name]
+            if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:  # as torch allows
+                value = value.item()
+            if not (_is_number(value) and fits(value, 0) and math.isfinite(value)):
+                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed is a finite number, {allowed}.")
         given = group["params"]
         trained: dict[int, Any] = {}
         tensors = [part for other, offsets in self._groups() for part in local_parts(other, offsets)[0]]
@@ -224,6 +235,11 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(f"MeZO trains tensors, but among the parameters is a {type(param).__name__}.")
             if param.requires_grad and id(param) not in trained:
                 trained[id(param)] = item
+                if param.is_meta:
+                    raise FastpeftError(
+                        f"MeZO: parameter {name!r} is on the meta device, so it has no values to train. Load the "
+                        "model's weights first."
+                    )
                 check_sharding([param], self.restore, self._model)
                 tensors.append(local_part(param, 0, name)[0])
         if tensors:  # a perturbation of no terms: its checks of dtypes and of memory, before the first step

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, noise
+from fastpeft.mezo import Journal, step_seed
 from fastpeft.mezo import optimizer as optimizer_module
-from fastpeft.mezo import step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,6 +140,37 @@ def test_each_group_has_the_gradient_of_its_own_eps() -> None:
     assert optimizer.projected_grad == pytest.approx(0.1 * z.sum().item(), rel=1e-3)  # of the first group
 
 
+def test_a_limit_holds_for_the_group_of_the_smallest_eps() -> None:
+    one, other = (torch.ones(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = MeZO(
+        [{"params": [one], "eps": 1e-1}, {"params": [other], "eps": 1e-3}], lr=1.0, max_projected_grad=1e-2
+    )
+    optimizer.step(lambda: 1e3 * (one.sum() + other.sum()))
+    z = noise.gaussian(0, 16, step_seed(0, 0)).double()
+    sign = math.copysign(1, optimizer.projected_grad)
+    for param, own, size in ((one, z[:8], 1e-4), (other, z[8:], 1e-2)):
+        torch.testing.assert_close(param.detach(), 1 - sign * size * own, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("first", [[], [torch.zeros(3)]], ids=["empty", "frozen"])
+def test_a_first_group_without_parameters_changes_nothing(first: list[Tensor], tmp_path: Path) -> None:
+    """Whatever its eps: the losses are taken over that of the first group with parameters, also in the journal."""
+    ours, theirs, again = network(), network(), network()
+    rest = lambda model: [  # noqa: E731
+        {"params": model[0].parameters(), "weight_decay": 0.1},
+        {"params": model[2].parameters(), "eps": 2e-3},
+    ]
+    optimizer = MeZO([{"params": first, "eps": 1.0}, *rest(ours)], lr=1e-2)
+    optimizer.record(tmp_path / "run")
+    plain = MeZO(rest(theirs), lr=1e-2)
+    for step in range(3):
+        assert optimizer.step(fit(ours, step)) == plain.step(fit(theirs, step))
+        assert optimizer.projected_grad == plain.projected_grad
+    assert equal(weights(ours), weights(theirs))
+    Journal.open(tmp_path / "run").replay(list(again.parameters()))
+    assert equal(weights(again), weights(ours))
+
+
 def test_lr_0_returns_to_within_rounding() -> None:
     model = network()
     before = weights(model)
@@ -249,6 +281,20 @@ def test_fzoo_steps_do_not_depend_on_the_scale_of_the_loss() -> None:
 
     for one, other in zip(trained(1.0), trained(1000.0)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_fzoo_near_a_minimum_is_bounded_by_its_limit_only() -> None:
+    """There sigma vanishes, but not what the curvature adds to each loss."""
+
+    def moved(limit: float | None) -> float:
+        theta = torch.full((1000,), 1e-6, dtype=torch.float64, requires_grad=True)
+        before = theta.detach().clone()
+        settings = {"estimator": "fzoo", "num_estimates": 8, "noise": "rademacher", "max_projected_grad": limit}
+        MeZO([theta], lr=1e-6, seed=1, **settings).step(lambda: 0.5 * (theta**2).sum())
+        return (theta.detach() - before).abs().max().item()
+
+    assert moved(10 / 1e-3) <= 10 * 1e-6 / 1e-3 * 1.001
+    assert moved(None) > 1
 
 
 def test_fzoo_makes_no_step_where_the_losses_are_equal() -> None:
@@ -525,8 +571,12 @@ def test_the_seed_decides_the_noise() -> None:
         ({"lr": 0.1, "estimator": "adam"}, "estimator is 'adam'; allowed are spsa, fzoo"),
         ({"lr": 0.1, "num_estimates": 0}, "num_estimates is 0; allowed are 1 to 255"),
         ({"lr": 0.1, "estimator": "fzoo"}, "num_estimates is 1; allowed are 2 to 255"),
-        ({"lr": 0.1, "max_projected_grad": 0.0}, r"max_projected_grad is 0\.0 .* above 0"),
-        ({"lr": 0.1, "estimator": "fzoo", "num_estimates": 2, "max_projected_grad": 1.0}, "for the estimator 'fzoo'"),
+        ({"lr": 0.1, "max_projected_grad": 0.0}, r"max_projected_grad is 0\.0; .* above 0"),
+        ({"lr": 0.1, "max_projected_grad": "1"}, "max_projected_grad is '1'; .* above 0"),
+        ({"lr": 0.1, "seed": 1.5}, r"seed is 1\.5; allowed are whole numbers"),
+        ({"lr": None}, "lr is None"),
+        ({"lr": 0.1, "eps": "1e-3"}, "eps is '1e-3'"),
+        ({"lr": 0.1, "model": 3}, "model is a int"),
     ],
 )
 def test_numbers_out_of_range(options: dict[str, float], message: str) -> None:
@@ -560,6 +610,7 @@ def tensor_in_two_groups() -> list[dict]:
         (tensor_in_two_groups, "share memory"),
         (lambda: [torch.zeros(3, dtype=torch.complex64, requires_grad=True)], "complex64"),
         (lambda: [{"params": [torch.zeros(3, requires_grad=True)], "eps": 0}], "eps is 0"),
+        (lambda: nn.Linear(3, 3, device="meta"), "'weight' is on the meta device"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
