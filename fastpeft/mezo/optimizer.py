@@ -36,7 +36,7 @@ from fastpeft.noise import NOISE
 
 logger = logging.getLogger(__name__)
 
-_WATCH_EVERY = 100  # steps; to look at the arguments of each op would cost every step a good part of a forward
+_WATCH_EVERY = 100  # steps; while each op is looked at, nothing that torch.compile made runs
 _LARGEST = torch.finfo(torch.float32).max
 _CHOICES = {
     "noise": tuple(NOISE),
@@ -119,6 +119,8 @@ class MeZO(torch.optim.Optimizer):
         groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
         the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit, and a journal
         (`record`, `resume`) all that is needed to make its weights again from those before it.
+        A Ctrl-C, or another signal whose handler raises, is put off to the end of a pass over the weights: with
+        `settle()` they are then those before the step or after it, as `steps_done` says, and so they are in a journal.
         Several processes exchange one float64 each a loss and nothing else; the seed is that of the first of them.
         They find equal losses, so that they make equal steps, and stop or skip together. The first step raises if their
         weights or settings differ, as `check_same` does. Parameters may be sharded by `fully_shard` (FSDP2) in their

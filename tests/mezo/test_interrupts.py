@@ -54,21 +54,25 @@ def interrupted(work: Callable[[], Any], seconds: float) -> None:
 # -- uninterrupted -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("alarm")
-def test_a_signal_waits_for_the_end() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
+def test_a_signal_waits_for_the_end(number: signal.Signals) -> None:
     done = []
 
     @uninterrupted()
     def outer() -> None:
         with uninterrupted():
-            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(number)
             done.append("inside")
         done.append("between")
 
-    with pytest.raises(Alarm):
-        outer()
-    assert done == ["inside", "between"]
-    assert signal.getsignal(signal.SIGALRM) is ring
+    before = signal.signal(number, ring)
+    try:
+        with pytest.raises(Alarm):
+            outer()
+        assert done == ["inside", "between"]
+        assert signal.getsignal(number) is ring
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.usefixtures("alarm")
