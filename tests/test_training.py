@@ -180,6 +180,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
         {},
         {"gradient_accumulation_steps": 5, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
         {"estimator": "fzoo", "num_estimates": 2, "noise": "rademacher", "over": "k-lst"},
+        {"over": "bitfit", "weight_decay": 0.1},  # of which nothing decays
     ],
     ids=str,
 )

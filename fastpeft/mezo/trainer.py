@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ logger = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint and reads first
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# callbacks that leave the weights alone, or that save them by the Trainer, which settles; those of trackers may not
+_NOT_LOOKING = {
+    f"transformers.{name}"
+    for name in (
+        "DefaultFlowCallback",
+        "EarlyStoppingCallback",
+        "JITCheckpointCallback",
+        "NotebookProgressCallback",
+        "PrinterCallback",
+        "ProgressCallback",
+        "TensorBoardCallback",
+    )
+}
 
 
 @dataclass
@@ -90,7 +103,8 @@ class MeZOTrainer(Trainer):
 
     Args:
         model, args: the model and its `MeZOConfig`.
-        kwargs: all else as for `Trainer`. With `optimizers` the optimizer must be a `MeZO`.
+        kwargs: all else as for `Trainer`. With `optimizers` the optimizer must be a `MeZO`, whose settings stand: what
+            `args` set otherwise brings a warning.
 
     Raises:
         FastpeftError: `args` is no `MeZOConfig`, the optimizer no `MeZO`, or FSDP or DeepSpeed is asked for.
@@ -100,8 +114,9 @@ class MeZOTrainer(Trainer):
         same noise; a `compute_loss_func` gets `num_items_in_batch` and divides by it itself, and its results are added
         up. A skipped step is logged with the loss of the step before it. The end of a step is left to the next one
         (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled weights; only `on_pre_optimizer_step`
-        comes between a step's two halves. Callbacks of transformers and of this library do not look at weights, any
-        other costs, at each event that it handles, one pass over the weights more.
+        comes between a step's two halves. A callback costs, at each event that it handles, one pass over the weights
+        more, but for those known not to look at them: this library's, and of transformers the progress bars, the
+        early stopping, the saving at a signal and TensorBoard.
         Under a launcher (`torchrun`) each process sends its loss, one number a forward, and begins with the weights of
         the first; the model is not wrapped in DistributedDataParallel. The first writes journal and checkpoints.
         The Trainer of transformers 5.0 itself loses the LayerNorm weights of a whole model that came from
@@ -121,6 +136,8 @@ class MeZOTrainer(Trainer):
         optimizer = kwargs.get("optimizers", (None, None))[0]
         if not (optimizer is None or isinstance(optimizer, MeZO)):
             raise FastpeftError(f"MeZOTrainer: the optimizer is {type(optimizer).__name__}; leave it out or pass MeZO.")
+        if optimizer is not None:
+            _warn_of_unused(args, optimizer)
         super().__init__(model, args, **kwargs)
         self._micro_batches: list[dict[str, Any]] = []
         self._last_loss = 0.0
@@ -193,7 +210,8 @@ class MeZOTrainer(Trainer):
         call_event = handler.call_event
 
         def settled(event: str, *args: Any, **kwargs: Any) -> Any:
-            if event != "on_pre_optimizer_step" and any(_may_look(each, event) for each in handler.callbacks):
+            looked_at = event == "on_train_end" or any(_may_look(each, event) for each in handler.callbacks)
+            if looked_at and event != "on_pre_optimizer_step":
                 self._settle()
             return call_event(event, *args, **kwargs)
 
@@ -306,6 +324,7 @@ class MeZOTrainer(Trainer):
                     {"params": [(name, param) for name, param in named if name in decayed]},
                     {"params": [(name, param) for name, param in named if name not in decayed], "weight_decay": 0.0},
                 ]
+                groups = [group for group in groups if group["params"]]  # factors all decay, biases none
             args = self.args
             self.optimizer = MeZO(
                 groups,
@@ -398,6 +417,22 @@ class _Start:
     checkpoint: Path | None
 
 
+def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
+    """Name what `args` set and an optimizer of the user's own has otherwise."""
+    mine = {name: getattr(optimizer, name) for name in ("seed", "noise", "max_projected_grad", "on_nonfinite")}
+    mine |= {"estimator": optimizer.estimator.kind, "num_estimates": optimizer.estimator.num_estimates}
+    mine |= {name: optimizer.defaults[name] for name in ("eps", "weight_decay")}
+    mine |= {"learning_rate": optimizer.defaults["lr"], "restore": optimizer.restore}
+    defaults = {each.name: each.default for each in fields(args)}
+    unused = [
+        f"{name} {getattr(args, name)!r} (it has {value!r})"
+        for name, value in mine.items()
+        if getattr(args, name) not in (value, defaults[name])
+    ]
+    if unused:
+        logger.warning("MeZOTrainer got an optimizer, so these settings have no effect: %s.", ", ".join(unused))
+
+
 def _sharded(what: str) -> FastpeftError:
     return FastpeftError(
         f"MeZOTrainer got {what}, but it keeps and saves the whole model in every process. Leave that out, since MeZO "
@@ -409,7 +444,8 @@ def _sharded(what: str) -> FastpeftError:
 def _may_look(callback: TrainerCallback, event: str) -> bool:
     """Whether a callback handles an event and is not known to leave the weights alone."""
     handles = getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
-    return handles and type(callback).__module__.partition(".")[0] not in ("transformers", "fastpeft")
+    package, name = type(callback).__module__.partition(".")[0], type(callback).__name__
+    return handles and package != "fastpeft" and f"{package}.{name}" not in _NOT_LOOKING
 
 
 def _predicts_words(model: nn.Module) -> bool:

@@ -110,14 +110,14 @@ def test_it_descends_a_quadratic() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fifty_steps_are_those_of_a_plain_loop(dtype: torch.dtype) -> None:
+def test_a_hundred_steps_are_those_of_a_plain_loop(dtype: torch.dtype) -> None:
     """Bit for bit: the same noise, the same roundings, decay before the step, two groups, a schedule."""
     ours, theirs = network(dtype), network(dtype)
     settings = ({"lr": 3e-2, "weight_decay": 0.1}, {"lr": 1e-2})
     optimizer = MeZO([{"params": layer.parameters(), **s} for layer, s in zip((ours[0], ours[2]), settings)], lr=1.0)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
     start = weights(ours)
-    for step in range(50):
+    for step in range(100):
         groups = [
             {"weight_decay": 0.0, "eps": 1e-3, **s, "params": list(layer.parameters()), "lr": group["lr"]}
             for layer, s, group in zip((theirs[0], theirs[2]), settings, optimizer.param_groups)
@@ -127,7 +127,7 @@ def test_fifty_steps_are_those_of_a_plain_loop(dtype: torch.dtype) -> None:
         assert optimizer.projected_grad == plain_step(groups, fit(theirs, step), step_seed(0, step))
         assert equal(weights(ours), weights(theirs))
     assert not any(torch.equal(a, b) for a, b in zip(start, weights(ours)))
-    assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-2 * 0.98**50)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-2 * 0.98**100)
 
 
 def test_each_group_has_the_gradient_of_its_own_eps() -> None:

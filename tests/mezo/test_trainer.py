@@ -193,6 +193,16 @@ def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
     assert {p.dim() for p in spared["params"]} == {1}
 
 
+@pytest.mark.parametrize(("ending", "decay"), [(".bias", 0.0), (".dense.weight", 0.1)])
+def test_weight_decay_where_all_or_none_of_what_trains_decays(tmp_path: Path, ending: str, decay: float) -> None:
+    model = language_model()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name.endswith(ending))
+    trainer = MeZOTrainer(model, config(tmp_path, weight_decay=0.1), train_dataset=rows())
+    trainer.train()
+    assert [group["weight_decay"] for group in trainer.mezo.param_groups] == [decay]
+
+
 def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     trainer = MeZOTrainer(language_model(), config(tmp_path, bf16=True, eps=1e-2), train_dataset=rows())
     before = weights(trainer.model)
@@ -504,6 +514,25 @@ def test_a_callback_that_looks_at_weights_finds_those_of_the_step(tmp_path: Path
     assert all(equal(one, other) for one, other in zip(seen["log"], seen["end"]))
 
 
+@pytest.mark.parametrize("event", ["on_train_end", "on_log"])
+def test_a_tracker_that_saves_the_model_finds_settled_weights(tmp_path: Path, event: str) -> None:
+    """As WandbCallback and DVCLiveCallback do, which are of transformers."""
+    seen: list[list[Tensor]] = []
+
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            setattr(self, event, lambda *args, model, optimizer, **kwargs: self._save(model, optimizer))
+
+        def _save(self, model: nn.Module, optimizer: Any) -> None:
+            seen.append(weights(model))
+            optimizer.optimizer.settle()  # inside accelerate's wrapper
+            assert equal(seen[-1], weights(model))
+
+    Tracker.__module__ = "transformers.integrations.integration_utils"
+    MeZOTrainer(language_model(), config(tmp_path, eps=1e-2), train_dataset=rows(), callbacks=[Tracker()]).train()
+    assert seen
+
+
 def test_the_settings_of_the_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(MeZOTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -535,11 +564,14 @@ def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_p
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
-def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+def test_an_optimizer_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = language_model()
-    optimizer = MeZO(model.lm_head.parameters(), lr=0.1)
+    optimizer = MeZO(model.lm_head.parameters(), lr=0.1, noise="rademacher")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    MeZOTrainer(model, config(tmp_path), train_dataset=rows(), optimizers=(optimizer, None)).train()
+    arguments = config(tmp_path, eps=1e-2, noise="rademacher", learning_rate=0.1)
+    MeZOTrainer(model, arguments, train_dataset=rows(), optimizers=(optimizer, None)).train()
+    (warning,) = [message for message in caplog.messages if "have no effect" in message]
+    assert warning.endswith("no effect: eps 0.01 (it has 0.001).")
     assert optimizer.steps_done == 4
     changed = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {id(p) for p in model.lm_head.parameters()}
