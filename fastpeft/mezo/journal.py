@@ -11,6 +11,7 @@ that a record tells by itself which step it is of.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "mezo.journal"
 
 _MAGIC = b"MeZOjrn\x01"
+Position = tuple[int, int]  # in a run: steps made, and estimates dropped since the last of them
 _BLOCK = 2**16  # elements on which all steps are repeated before the next ones: 256 KiB in float32 stay in cache
 
 
@@ -73,16 +75,23 @@ class Journal:
 
     Attributes:
         header: `seed`, `noise`, `estimator`, `num_estimates`, `restore` and `rounding` as for `MeZO`; `groups`, each
-            with `eps`, `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step`, the
-            steps that had been made when the journal began; `weights`, a digest of the weights at that time.
+            with `eps`, `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step` and
+            `dropped`, the position at which the journal began; `weights`, a digest of the weights at that time.
+        begins_at: that position.
         steps: steps made up to the last record, those before the journal included.
+        dropped: estimates that were dropped after the last of these.
+
+    Notes:
+        A position in a run is a pair of such numbers. Where a number of steps is given for it, what was dropped of the
+        next one is not behind it.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], size: int = 0) -> None:
         self.path = path
         self.header = header
         self.estimator = Estimator(header["estimator"], header["num_estimates"])
-        self.steps: int = header["first_step"]
+        self.begins_at: Position = header["first_step"], header.get("dropped", 0)
+        self.steps, self.dropped = self.begins_at
         self._layout = struct.Struct(f"<IBxHQ{self.estimator.num_estimates + len(header['groups'])}d")
         self._record_size = self._layout.size + 4
         self._start = size  # of the records
@@ -123,7 +132,7 @@ class Journal:
             raise FastpeftError(f"{path} is not a journal of this version of MeZO, or its header is damaged.")
         journal = cls(path, json.loads(text), fixed + length + 4)
         for record in journal._parse(content):
-            journal._count(record)
+            journal.count(record)
         if rest := len(content) - journal._size:
             logger.warning("the last record of %s was not written to its end; its %d bytes are dropped", path, rest)
         return journal
@@ -131,14 +140,24 @@ class Journal:
     def append(self, record: Record) -> None:
         """Add a record to the file; it outlives the process, and after `flush` a power cut.
 
+        What the file holds behind the position where the journal stands is lost with the first record after it only.
+
         Raises:
-            FastpeftError: it cannot be written; the file then ends with the record before.
+            FastpeftError: the record is of another step than the next one; or it cannot be written, and the file then
+                ends with the record before.
         """
+        if record.step != self.steps:
+            raise FastpeftError(
+                f"the journal {self.path} stands after {self.steps} steps, so it takes no record of a step after "
+                f"{record.step}. Resume from it (MeZO.resume), or begin another one."
+            )
         packed = self._layout.pack(record.step, record.kind, record.points, record.seed, *record.slopes, *record.rates)
         packed += struct.pack("<I", zlib.crc32(packed))
         try:
             with open(self.path, "r+b", buffering=0) as file:
-                file.truncate(self._size)  # of what was not written to its end
+                if file.seek(0, os.SEEK_END) > self._size:  # what was not written to its end, or is made anew
+                    file.truncate(self._size)
+                    os.fsync(file.fileno())  # or a power cut may join the new record to old ones
                 file.seek(self._size)
                 if file.write(packed) != len(packed):
                     raise OSError(0, "no space left")
@@ -147,48 +166,67 @@ class Journal:
                 f"the journal {self.path} cannot be written ({error.strerror}); it ends with step {self.steps}. Make "
                 "room and resume."
             ) from None
-        self._count(record)
+        self.count(record)
+
+    def count(self, record: Record) -> None:
+        """Take a record for written, as it is by another process."""
+        self._size += self._record_size
+        self.steps, self.dropped = _after((self.steps, self.dropped), record)
 
     def flush(self) -> None:
         """Wait until the file is on the disk."""
         with open(self.path, "rb+") as file:
             os.fsync(file.fileno())
 
-    def cut(self, steps: int) -> None:
-        """Forget all that came after the first `steps` steps of the run.
+    def rewind(self, at: int | Position) -> None:
+        """Go back to a position; the file keeps what follows it until the next record is added.
 
         Raises:
             FastpeftError: the journal does not reach from its beginning to there.
         """
-        self._check_reach(steps)
-        kept = [record for record in self.records() if record.step < steps]
-        self.steps = self.header["first_step"]
-        self._size = self._start
-        for record in kept:
-            self._count(record)
-        with open(self.path, "rb+") as file:
-            file.truncate(self._size)
-            os.fsync(file.fileno())
+        number = self.find(at)
+        self.steps, self.dropped = self._positions()[number]
+        self._size = self._start + number * self._record_size
+
+    def content(self) -> bytes:
+        """The file up to where the journal stands."""
+        return self.path.read_bytes()[: self._size]
+
+    def find(self, at: int | Position) -> int:
+        """The number of records before a position.
+
+        Raises:
+            FastpeftError: the journal does not reach from its beginning to there.
+        """
+        for number, position in enumerate(self._positions()):
+            if at in (position, position[0]):
+                return number
+        first, steps = self.begins_at[0], at if isinstance(at, int) else at[0]
+        raise FastpeftError(
+            f"the journal {self.path} begins after {first} steps of the run and ends after {self.steps}, so it cannot "
+            f"lead to or from the weights after {steps}. Resume from a checkpoint between these, or move the journal "
+            "away and resume from a checkpoint with weights, where another one then begins."
+        )
+
+    def check_weights(self, found: str) -> None:
+        """Raise a FastpeftError unless `found` is the digest of the weights with which the journal began."""
+        if found != self.header["weights"]:
+            raise FastpeftError(
+                f"the model does not have the weights from which the run of {self.path} began. Load its base model "
+                "anew, with the same dtype and seed."
+            )
 
     def records(self) -> Iterator[Record]:
         """All records, from the first."""
-        return self._parse(self.path.read_bytes()[: self._size])
+        return self._parse(self.content())
 
-    def _check_reach(self, steps: int) -> None:
-        if not self.header["first_step"] <= steps <= self.steps:
-            raise FastpeftError(
-                f"the journal {self.path} begins after {self.header['first_step']} steps of the run and ends after "
-                f"{self.steps}, so it cannot lead to or from the weights after {steps}. Resume from a checkpoint "
-                "between these, or train anew."
-            )
-
-    def _count(self, record: Record) -> None:
-        self._size += self._record_size
-        self.steps += record.kind != Kind.DROPPED
+    def _positions(self) -> list[Position]:
+        """Where the run stood before each record, and at last."""
+        return list(itertools.accumulate(self.records(), _after, initial=self.begins_at))
 
     def _parse(self, content: bytes) -> Iterator[Record]:
         """The records in a journal's bytes, up to one that ends the file and is not whole."""
-        n, step = self.estimator.num_estimates, self.header["first_step"]
+        n, position = self.estimator.num_estimates, self.begins_at
         total = (len(content) - self._start) // self._record_size
         for number in range(1, total + 1):
             end = self._start + number * self._record_size
@@ -197,41 +235,52 @@ class Journal:
             whole = checksum == struct.pack("<I", zlib.crc32(packed))
             if not whole and end == len(content):
                 return
-            if not whole or fields[0] != step or fields[3] != self.estimator.seeds(self.header["seed"], step)[0]:
+            seed = self.estimator.seeds(self.header["seed"], position[0])[0]
+            if not whole or (fields[0], fields[3]) != (position[0], seed):
                 raise FastpeftError(
                     f"record {number} of {total} in the journal {self.path} is damaged, so nothing after it can be "
-                    "repeated. Restore the file, or resume from a checkpoint with weights."
+                    "repeated. Restore the file, or move it away and resume from a checkpoint with weights, where "
+                    "another journal then begins."
                 )
             record = Record(fields[0], Kind(fields[1]), fields[2], fields[3], fields[4 : 4 + n], fields[4 + n :])
-            step += record.kind != Kind.DROPPED
+            position = _after(position, record)
             yield record
 
     @torch.no_grad()
-    def replay(self, model: nn.Module | Sequence[Tensor], start: int | None = None, stop: int | None = None) -> None:
+    def replay(
+        self,
+        model: nn.Module | Sequence[Tensor],
+        start: int | Position | None = None,
+        stop: int | Position | None = None,
+    ) -> None:
         """Make the weights of the run: repeat on those before it all that its steps did, bit for bit.
 
         Args:
             model: with the weights before the run, in the run's dtype; or its trained parameters in their order.
-            start: steps that the weights have behind them; None: those they had when the journal began.
-            stop: steps after which to end; None: all.
+            start: the position of the weights; None: where the journal began.
+            stop: the position at which to end; None: where it ends.
 
         Raises:
             FastpeftError: the parameters are not those of the run, or (without `start`) their values are not, or the
-                journal does not hold those steps.
+                journal does not hold those steps, or a number of steps does not tell where the weights stand.
 
         Notes:
             A block of the weights at a time takes all steps while it is in cache; no loss is computed.
         """
         groups = self._match(model)
-        if start is None and digest([param for group in groups for param in group]) != self.header["weights"]:
+        if start is None:
+            self.check_weights(digest([param for group in groups for param in group]))
+            start = self.begins_at
+        at, end = self.find(start), len(list(self.records())) if stop is None else self.find(stop)
+        if sum(steps == start for steps, _ in self._positions()) > 1:
             raise FastpeftError(
-                f"the model does not have the weights from which the run of {self.path} began. Load its base model "
-                "anew, with the same dtype and seed."
+                f"the journal {self.path} holds estimates that were dropped after {start} steps and left their "
+                "roundings, so this number does not tell which weights were saved. Give the optimizer's state that "
+                "was saved with them (MeZO.resume), or their position."
             )
-        first = self.header["first_step"] if start is None else start
-        for steps in (first, self.steps if stop is None else stop):
-            self._check_reach(steps)
-        records = [record for record in self.records() if first <= record.step and (stop is None or record.step < stop)]
+        if at > end:
+            raise FastpeftError(f"the weights are at {start}, behind {stop}, to which they are to be brought.")
+        records = list(self.records())[at:end]
         how = self.header["noise"], self.header["rounding"]
         for index, params in enumerate(groups):
             passes = list(self._passes(records, index))
@@ -292,3 +341,9 @@ class Journal:
         for group in self.header["groups"]:
             groups.append([next(rest) for _ in group["parameters"]])
         return groups
+
+
+def _after(position: Position, record: Record) -> Position:
+    """Where a run stands after a record."""
+    steps, dropped = position
+    return (steps, dropped + 1) if record.kind == Kind.DROPPED else (steps + 1, 0)

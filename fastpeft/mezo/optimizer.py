@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ class MeZO(torch.optim.Optimizer):
         self.rounding = rounding if restore == "exact" else "nearest"  # of the update
         self.steps_done = 0
         self.journal: Journal | None = None
+        self._dropped = 0  # estimates since the last step of which settle() left the roundings
         self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
         self._point = HOME  # where the weights are; not HOME only between estimate and update
         self._points_seen = 0  # of the estimate that no step has applied yet
@@ -336,6 +337,7 @@ class MeZO(torch.optim.Optimizer):
             self._shown.end()
         if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
+            self._dropped += 1
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -366,34 +368,46 @@ class MeZO(torch.optim.Optimizer):
         """
         self.check_same()
         weights = digest(self._params())
-        header = {**self._described(), "first_step": self.steps_done, "weights": weights}
+        begun = {"first_step": self.steps_done, "dropped": self._dropped, "weights": weights}
+        header = {**self._described(), **begun}
         begin = Journal.create if self._ranks.is_first else Journal
         self.journal = self._ranks.together(lambda: begin(Path(path), header))
 
-    def resume(self, path: str | Path, weights_at: int | None = None, steps: int | None = None) -> None:
+    def resume(
+        self, path: str | Path, weights_at: int | Mapping[str, Any] | None = None, steps: int | None = None
+    ) -> None:
         """Bring the weights to where the run of a journal stood, to the bit, and go on with both.
 
         Of several processes all must call this, and be able to read the file.
 
         Args:
             path: of the journal. A last record that was not written to its end is dropped.
-            weights_at: how many steps of that run the weights have behind them, as those of a checkpoint have. None:
-                they are those from which the journal began.
-            steps: the step of that run after which to go on; what the journal holds of later ones is deleted. None:
-                the last.
+            weights_at: the `state_dict` of the optimizer that was saved with the weights, or how many steps of that run
+                they have behind them, which suffices if no exception ended a step there. None: they are those from
+                which the journal began.
+            steps: the step of that run after which to go on; what the journal holds of later ones is deleted by the
+                next step. None: the last.
 
         Raises:
-            FastpeftError: the journal is damaged or of other weights or settings.
+            FastpeftError: the journal is damaged or of other weights or settings, or does not hold those steps.
         """
         self.settle()
         self._reshard()
-        journal = self._ranks.together(lambda: self._replayed(Path(path), weights_at, steps))
-        if steps is not None and self._ranks.is_first:
-            journal.cut(steps)
-        self.steps_done, self.journal = journal.steps if steps is None else steps, journal
+        start = (weights_at["steps_done"], weights_at["dropped"]) if isinstance(weights_at, Mapping) else weights_at
+        stop = start if isinstance(start, tuple) and start[0] == steps else steps
+        journal = self._ranks.together(lambda: self._opened(Path(path)))
+        params = self._params()
+        if start is None:
+            found = digest(params)  # of shards this is a call of all, so nothing of one alone may end it
+            self._ranks.together(lambda: journal.check_weights(found))
+            start = journal.begins_at
+        self._ranks.together(lambda: journal.replay(params, start, stop))
+        if stop is not None:
+            journal.rewind(stop)
+        self.steps_done, self._dropped, self.journal = journal.steps, journal.dropped, journal
 
-    def _replayed(self, path: Path, weights_at: int | None, steps: int | None) -> Journal:
-        """A journal of this optimizer, of which the weights now have made the steps."""
+    def _opened(self, path: Path) -> Journal:
+        """A journal of a run with the settings of this optimizer."""
         journal = Journal.open(path)
         for name, value in self._described().items():
             if journal.header[name] != value:
@@ -401,7 +415,6 @@ class MeZO(torch.optim.Optimizer):
                 raise FastpeftError(
                     f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
                 )
-        journal.replay(self._params(), weights_at, steps)
         return journal
 
     def check_same(self) -> None:
@@ -429,19 +442,36 @@ class MeZO(torch.optim.Optimizer):
         self.settle()
         own = {name: getattr(self, name) for name in ("seed", "steps_done", "noise")}
         kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
-        return {**super().state_dict(), **own, "estimator": kind, "num_estimates": num_estimates}
+        own |= {"dropped": self._dropped, "estimator": kind, "num_estimates": num_estimates}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer of `state_dict` stood; its groups, seed, noise and estimator replace those
-        given."""
+        given. A journal goes back to there.
+
+        Raises:
+            FastpeftError: another optimizer wrote it; or there is a journal, of other settings or of other steps.
+        """
         if not {"seed", "steps_done", "noise", "estimator", "num_estimates"} <= state_dict.keys():
             raise FastpeftError(
                 f"MeZO: the state has {', '.join(map(str, state_dict))} but not seed, steps_done, noise and estimator, "
                 "so another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         self.settle()
+        position = state_dict["steps_done"], state_dict.get("dropped", 0)
+        if self.journal is not None:
+            for name in ("seed", "noise", "estimator", "num_estimates"):
+                if state_dict[name] != self.journal.header[name]:
+                    raise FastpeftError(
+                        f"MeZO: the state has {name} {state_dict[name]!r}, but the journal {self.journal.path} is of a "
+                        f"run with {self.journal.header[name]!r}. Load it into an optimizer without a journal."
+                    )
+            self.journal.find(position)
         super().load_state_dict(state_dict)
-        self.seed, self.steps_done, self.noise = (state_dict[name] for name in ("seed", "steps_done", "noise"))
+        if self.journal is not None:
+            self.journal.rewind(position)
+        self.seed, self.noise = state_dict["seed"], state_dict["noise"]
+        self.steps_done, self._dropped = position
         self.estimator = Estimator(state_dict["estimator"], state_dict["num_estimates"])
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
@@ -488,8 +518,8 @@ class MeZO(torch.optim.Optimizer):
                 )
         slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
         rates = tuple(float(group["lr"]) for group in groups)
-        if self._ranks.is_first:
-            self.journal.append(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
+        keep = self.journal.append if self._ranks.is_first else self.journal.count
+        keep(Record(self.steps_done, kind, points, self._seeds()[0], slopes, rates))
 
     def _seeds(self) -> list[int]:
         """The seeds of the noise of the present step, one a draw."""
@@ -552,7 +582,7 @@ class MeZO(torch.optim.Optimizer):
         else:
             self._deferred, self._point = owed, HOME
         self._points_seen = 0
-        self.steps_done += 1
+        self.steps_done, self._dropped = self.steps_done + 1, 0
         if not self.defer:
             self.settle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -151,6 +152,94 @@ def test_skipped_and_dropped_steps_are_repeated_with_their_roundings(tmp_path: P
     again = network(torch.bfloat16)
     journal.replay(again)
     assert equal(again, model)
+
+
+def interrupted(optimizer: MeZO, model: nn.Module) -> None:
+    """An exception in the second loss of a step, which is restored to rounding."""
+    calls: list[int] = []
+
+    def closure() -> Any:
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(model, 0)()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+
+
+def test_weights_saved_before_and_after_dropped_estimates_are_told_apart(tmp_path: Path) -> None:
+    """All of these are of step 3."""
+    model, optimizer = trained(tmp_path / "run", steps=3, dtype=torch.bfloat16, weight_decay=0.1)
+    saved = []
+    for _ in range(3):
+        saved.append((copy.deepcopy(model), optimizer.state_dict()))
+        interrupted(optimizer, model)
+    assert not equal(saved[0][0], saved[2][0])
+    for step in range(3, 6):
+        optimizer.step(fit(model, step))
+    for again, state in saved:
+        resumed = optimizer_of(again, weight_decay=0.1)
+        resumed.resume(tmp_path / "run", weights_at=state)
+        assert equal(again, model)
+    with pytest.raises(FastpeftError, match=r"dropped after 3 steps .* Give the optimizer's state"):
+        optimizer_of(saved[1][0], weight_decay=0.1).resume(tmp_path / "run", weights_at=3)
+    with pytest.raises(FastpeftError, match="weights are at 4, behind 3"):
+        optimizer_of(saved[1][0], weight_decay=0.1).resume(tmp_path / "run", weights_at=4, steps=3)
+
+
+def test_a_journal_may_begin_after_a_dropped_estimate(tmp_path: Path) -> None:
+    model = network(torch.bfloat16)
+    optimizer = optimizer_of(model)
+    interrupted(optimizer, model)
+    before, state = copy.deepcopy(model), optimizer.state_dict()
+    optimizer.record(tmp_path / "run")
+    interrupted(optimizer, model)
+    optimizer.step(fit(model, 0))
+    optimizer_of(before).resume(tmp_path / "run", weights_at=state)
+    assert equal(before, model)
+
+
+def test_a_loaded_state_takes_the_journal_back_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    model, optimizer = trained(file, steps=3)
+    before, state, content = copy.deepcopy(model.state_dict()), optimizer.state_dict(), file.read_bytes()
+    for step in range(3, 6):
+        optimizer.step(fit(model, step))
+    model.load_state_dict(before)
+    optimizer.load_state_dict(state)
+    assert Journal.open(file).steps == 6  # nothing has taken the place of those
+    assert optimizer.journal.content() == content
+    optimizer.step(fit(model, 7))
+    assert Journal.open(file).steps == optimizer.journal.steps == optimizer.steps_done == 4
+    again = network()
+    Journal.open(file).replay(again)
+    assert equal(again, model)
+
+
+def test_a_state_that_the_journal_cannot_follow_is_refused(tmp_path: Path) -> None:
+    _, ahead = trained(tmp_path / "ahead", steps=3)
+    _, other = trained(tmp_path / "other", steps=1, num_estimates=2)
+    model, optimizer = trained(tmp_path / "run", steps=1)
+    for state, message in ((ahead.state_dict(), "ends after 1"), (other.state_dict(), "num_estimates 2, but")):
+        with pytest.raises(FastpeftError, match=message):
+            optimizer.load_state_dict(state)
+    optimizer.step(fit(model, 1))
+    optimizer.steps_done = 5
+    with pytest.raises(FastpeftError, match="stands after 2 steps, so it takes no record of a step after 5"):
+        optimizer.step(fit(model, 1))
+    assert Journal.open(tmp_path / "run").steps == 2
+
+
+def test_resuming_earlier_loses_nothing_before_the_next_step(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    trained(file, steps=5)
+    content, model = file.read_bytes(), network()
+    optimizer = optimizer_of(model)
+    optimizer.resume(file, steps=2)
+    assert file.read_bytes() == content
+    optimizer.step(fit(model, 2))
+    assert Journal.open(file).steps == 3
 
 
 def test_a_strided_parameter(tmp_path: Path) -> None:

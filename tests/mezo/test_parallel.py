@@ -120,6 +120,10 @@ def resume(dtype: torch.dtype, sharding: str | None, options: dict[str, Any], jo
     return outcome(model, optimizer, losses)
 
 
+def resume_what_one_cannot_read(sharding: str | None, journal: Path) -> Any:
+    resume(torch.float32, sharding, {"lr": 0.1}, journal if dist.get_rank() == 0 else journal / "none", 2)
+
+
 def train_alone() -> Any:
     """Each process in a group of its own."""
     groups = [dist.new_group([rank]) for rank in range(2)]
@@ -381,6 +385,15 @@ def test_the_journal_of_two_ranks_is_that_of_one(ranks: Run, tmp_path: Path, sha
         assert result["losses"] == before["losses"][2:]
         assert result["steps"] == STEPS
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("sharding", [None, "rows"])
+def test_a_journal_that_one_cannot_read_stops_all(ranks: Run, tmp_path: Path, sharding: str | None) -> None:
+    """Before any of them calls the others to gather a shard."""
+    ranks(train, torch.float32, sharding, OPTIONS["plain"], tmp_path / "run")
+    for result in ranks(resume_what_one_cannot_read, sharding, tmp_path / "run"):
+        assert isinstance(result, FastpeftError)
+        assert "cannot read the journal" in str(result)
 
 
 def test_a_journal_that_one_cannot_write_stops_all(ranks: Run, tmp_path: Path) -> None:
