@@ -199,9 +199,13 @@ class RunFolder:
                 "written."
             ) from error
 
+    def all_checkpoints(self) -> list[Path]:
+        """The checkpoints in the order of their steps."""
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
+
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step."""
-        return max(self.checkpoints.glob("checkpoint-*"), key=_step, default=None)
+        return next(reversed(self.all_checkpoints()), None)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -213,7 +217,7 @@ class RunFolder:
         target = self.checkpoints / staged.name
         files.discard(target, self.staging)
         files.publish(staged, target)
-        for old in sorted(self.checkpoints.glob("checkpoint-*"), key=_step)[:-_KEPT_CHECKPOINTS]:
+        for old in self.all_checkpoints()[:-_KEPT_CHECKPOINTS]:
             if _step(old) != best_step:
                 files.discard(old, self.staging)
 

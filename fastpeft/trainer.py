@@ -171,8 +171,8 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
     def journal_file(self) -> Path:
         return self.folder.journal
 
-    def newest_checkpoint(self) -> Path | None:
-        return self.folder.newest_checkpoint()
+    def checkpoints(self) -> list[Path]:
+        return self.folder.all_checkpoints()
 
 
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:

@@ -129,7 +129,10 @@ class Journal:
         length = struct.unpack_from("<I", content, len(_MAGIC))[0] if len(content) >= fixed else 0
         text, checksum = content[fixed : fixed + length], content[fixed + length : fixed + length + 4]
         if content[: len(_MAGIC)] != _MAGIC or checksum != struct.pack("<I", zlib.crc32(text)):
-            raise FastpeftError(f"{path} is not a journal of this version of MeZO, or its header is damaged.")
+            raise FastpeftError(
+                f"{path} is not a journal of this version of MeZO, or its header is damaged. Restore the file, or move "
+                "it away and resume from a checkpoint with weights."
+            )
         journal = cls(path, json.loads(text), fixed + length + 4)
         for record in journal._parse(content):
             journal.count(record)

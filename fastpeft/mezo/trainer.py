@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -23,10 +22,10 @@ from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.parallel import Ranks, is_sharded
+from fastpeft.mezo.resuming import STATE_FILE, Checkpoint, Start, where_to_begin
 
 logger = logging.getLogger(__name__)
 
-_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint and reads first
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # callbacks that leave the weights alone, or that save them by the Trainer, which settles; those of trackers may not
 _NOT_LOOKING = {
@@ -57,7 +56,7 @@ class MeZOConfig(TrainingArguments):
             base model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. It
             does not hold what was logged.
         save_weights: whether checkpoints hold the weights. Without them they hold a copy of the journal, and resuming
-            repeats its steps on the base model.
+            repeats its steps on the base model, or on the newest that does.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
             the method's recipe: 1e-6, constant, 16.
 
@@ -141,7 +140,7 @@ class MeZOTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self._micro_batches: list[dict[str, Any]] = []
         self._last_loss = 0.0
-        self._start: _Start | None = None  # of a resumed run with a journal
+        self._start: Start | None = None  # of a resumed run with a journal
         self._settle_for_callbacks()
         if not _predicts_words(self.model):
             logger.warning(
@@ -180,10 +179,10 @@ class MeZOTrainer(Trainer):
         """Where steps are recorded, if they are."""
         return Path(self.args.output_dir) / FILE_NAME
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the latest step, but for one that was not written to its end."""
-        whole = [state.parent for state in Path(self.args.output_dir).glob(f"checkpoint-*/{_STATE}")]
-        return max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints in the order of their steps, but for one that was not written to its end."""
+        whole = [state.parent for state in Path(self.args.output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+        return sorted(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. With a journal, `resume_from_checkpoint=True` goes on from its last step.
@@ -233,7 +232,7 @@ class MeZOTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         elif self.is_world_process_zero():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(journal.path, Path(output_dir) / FILE_NAME)
+            files.write_bytes(Path(output_dir) / FILE_NAME, journal.content())
 
     def _load_best_model(self) -> None:
         self._settle()  # before other weights take the place of those that the last step belongs to
@@ -255,23 +254,20 @@ class MeZOTrainer(Trainer):
                 )
             yield None
             return
-        checkpoint = self.newest_checkpoint() if isinstance(resume, bool) else Path(resume)
-        if checkpoint is None:
-            with_state = [
-                each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)
-            ]
-            state = TrainerState(stateful_callbacks=with_state)  # which the Trainer looks for when it saves
-        else:
-            state = TrainerState.load_from_json(str(checkpoint / _STATE))
-        weights = None if checkpoint is None or (checkpoint / FILE_NAME).exists() else checkpoint
-        weights_at = None if weights is None else state.global_step
-        last = -1
-        if resume is True and file.exists():
-            journal = Journal.open(file)
-            last = max(journal.steps - 1, journal.header["first_step"])
-        if last < 0 or (checkpoint is not None and last <= state.global_step):
-            self._start = _Start(weights, weights_at, state.global_step, checkpoint)
-            yield True if checkpoint is None else str(checkpoint)
+        saved = [Checkpoint.read(path) for path in self.checkpoints()]
+        given = None if isinstance(resume, bool) else Checkpoint.read(Path(resume))
+        copies = [each.path / FILE_NAME for each in ([given] if given else saved[-1:]) if not each.weights]
+        journal = next((Journal.open(path) for path in (file, *copies) if path.exists()), None)
+        start = where_to_begin(saved, given, None if journal is None else (journal.header["first_step"], journal.steps))
+        begins = start.steps if journal is None else journal.header["first_step"]
+        if begins and not self.args.save_weights:
+            raise FastpeftError(
+                f"save_weights=False, but the journal in {file.parent} begins after {begins} steps of the run, so it "
+                "does not lead from the base model to what follows. Let checkpoints hold weights (save_weights=True)."
+            )
+        self._start = start
+        if start.at_checkpoint or journal is None:
+            yield True if start.newest is None else str(start.newest.path)
             return
         if self.args.lr_scheduler_type in _MEASURING_SCHEDULES:
             raise FastpeftError(
@@ -279,12 +275,18 @@ class MeZOTrainer(Trainer):
                 f"{self.args.lr_scheduler_type!s} follows measured losses, which it does not hold. Resume from a "
                 "checkpoint, by its path."
             )
-        self._start = _Start(weights, weights_at, last, None)
-        state.global_step = last
+        if start.newest is None:
+            with_state = [
+                each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)
+            ]
+            state = TrainerState(stateful_callbacks=with_state)  # which the Trainer looks for when it saves
+        else:
+            state = TrainerState.load_from_json(str(start.newest.path / STATE_FILE))
+        state.global_step = start.steps
         for name in ("logging_steps", "eval_steps", "save_steps", "train_batch_size"):
             setattr(state, name, getattr(self.args, name))
         with tempfile.TemporaryDirectory() as folder:
-            state.save_to_json(str(Path(folder) / _STATE))
+            state.save_to_json(str(Path(folder) / STATE_FILE))
             yield folder
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -292,7 +294,7 @@ class MeZOTrainer(Trainer):
         if self._start is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self._start.weights is not None:
-            super()._load_from_checkpoint(str(self._start.weights), model)
+            super()._load_from_checkpoint(str(self._start.weights.path), model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Bring weights, optimizer and schedule to where the resumed run stood."""
@@ -300,12 +302,13 @@ class MeZOTrainer(Trainer):
         start, file = self._start, self.journal_file
         if checkpoint is None or start is None:
             return
-        with self.args.main_process_first(local=False):
-            if start.checkpoint is not None and (start.checkpoint / FILE_NAME).exists() and not file.exists():
-                files.write_bytes(file, (start.checkpoint / FILE_NAME).read_bytes())
+        if start.newest is not None and not start.newest.weights:
+            with self.args.main_process_first(local=False):
+                if not file.exists():
+                    files.write_bytes(file, (start.newest.path / FILE_NAME).read_bytes())
         if file.exists():
-            self.mezo.resume(file, start.weights_at, start.steps)
-        if start.checkpoint is None:
+            self.mezo.resume(file, None if start.weights is None else start.weights.position(), start.steps)
+        if not start.at_checkpoint:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that no step was made: the steps are those of the journal
                 for _ in range(start.steps):
@@ -398,23 +401,6 @@ class MeZOTrainer(Trainer):
             logs.pop("grad_norm", None)
             logs["projected_grad"] = self.mezo.projected_grad
         super().log(logs, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a resumed run with a journal begins.
-
-    Attributes:
-        weights: the checkpoint that holds the weights to begin with; None: those of the base model.
-        weights_at: steps that these have behind them; None: those that the journal began with.
-        steps: steps that are made already.
-        checkpoint: the one that is resumed; None where the journal has more steps.
-    """
-
-    weights: Path | None
-    weights_at: int | None
-    steps: int
-    checkpoint: Path | None
 
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
 from fastpeft.mezo import Journal
 from fastpeft.mezo import optimizer as optimizer_module
+from fastpeft.mezo.resuming import Checkpoint, Start, where_to_begin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,6 +399,119 @@ def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
     assert (journal.header["first_step"], journal.steps) == (3, 5)
     resumed = journaled(tmp_path / "late", **saving)
     resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "reach", "expected"),  # checkpoints as steps, negative where they hold the journal
+    [
+        ([], None, (0, 5), (None, 4, None)),
+        ([], None, (0, 0), (None, 0, None)),
+        ([2, 4], None, (0, 6), (4, 5, 4)),
+        ([2, 4], None, (0, 5), (4, 4, 4)),
+        ([2, 4], None, (0, 4), (4, 4, 4)),
+        ([2, 4], None, None, (4, 4, 4)),
+        ([2, 4, 6, 8], None, (0, 3), (2, 2, 2)),
+        ([2, 6, 8], None, (4, 5), (None, 4, None)),
+        ([-2, -4], None, (0, 6), (None, 5, -4)),
+        ([2, -4], None, (2, 6), (2, 5, -4)),
+        ([2, -4], None, (0, 4), (2, 4, -4)),
+        ([2, 4, 6], 4, (0, 6), (4, 4, 4)),
+        ([2, 4, 6], 4, None, (4, 4, 4)),
+        ([2, -4, 6], -4, (0, 6), (2, 4, -4)),
+        ([-2, -4], -4, (0, 6), (None, 4, -4)),
+    ],
+    ids=str,
+)
+def test_where_a_resumed_run_begins(
+    saved: list[int], given: int | None, reach: tuple[int, int] | None, expected: tuple[int | None, int, int | None]
+) -> None:
+    """Weights, steps made, checkpoint with the log."""
+
+    def checkpoint(step: int | None) -> Any:
+        return None if step is None else Checkpoint(Path(str(abs(step))), abs(step), step > 0)
+
+    start = where_to_begin([checkpoint(step) for step in saved], checkpoint(given), reach)
+    assert start == Start(checkpoint(expected[0]), expected[1], checkpoint(expected[2]))
+
+
+def test_a_run_that_went_back_and_was_ended_at_once_can_still_go_on(tmp_path: Path) -> None:
+    """From all that it had before its first new step, and after it from what belongs to that."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = journaled(tmp_path, **saving)
+    whole.train()
+    file = tmp_path / "mezo.journal"
+    content = file.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        journaled(tmp_path, Interrupt("on_step_begin", 2), **saving).train(str(tmp_path / "checkpoint-2"))
+    assert file.read_bytes() == content
+    with pytest.raises(KeyboardInterrupt):
+        journaled(tmp_path, Interrupt("on_optimizer_step", 2), **saving).train(str(tmp_path / "checkpoint-2"))
+    assert Journal.open(file).steps == 3
+    resumed = journaled(tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+    assert file.read_bytes() == content
+
+
+def test_a_checkpoint_after_a_dropped_estimate(tmp_path: Path) -> None:
+    """Estimates that are dropped before step 3 leave their roundings in the weights that are saved then."""
+
+    class Drop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                mezo = whole.mezo
+                for _ in range(3):
+                    mezo.estimate(lambda: model(input_ids=rows()[0]["input_ids"][None]).logits.float().mean())
+                    mezo.settle()
+                whole._save_checkpoint(model, trial=None)
+
+    saving = {"save_strategy": "no", "gradient_accumulation_steps": 1, "max_steps": 5, "lr_scheduler_type": "constant"}
+    whole = journaled(tmp_path, Drop(), **saving)
+    whole.train()
+    assert len(list(Journal.open(tmp_path / "mezo.journal").records())) == 5 + 3
+    resumed = journaled(tmp_path, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert equal(weights(resumed.model), weights(whole.model))
+
+
+def test_the_advice_for_a_damaged_journal(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = journaled(tmp_path, **saving)
+    whole.train()
+    file = tmp_path / "mezo.journal"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    for resume in (True, str(tmp_path / "checkpoint-4")):
+        with pytest.raises(FastpeftError, match="move it away and resume from a checkpoint with weights"):
+            journaled(tmp_path, **saving).train(resume)
+    file.rename(tmp_path / "away")
+    resumed = journaled(tmp_path, **saving)
+    resumed.train(str(tmp_path / "checkpoint-4"))
+    assert equal(weights(resumed.model), weights(whole.model))
+    journal = Journal.open(file)
+    assert (journal.header["first_step"], journal.steps) == (4, 6)
+
+
+def test_checkpoints_without_weights_need_a_journal_from_the_beginning(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = journaled(tmp_path / "whole", **saving)
+    whole.train()
+    folder = tmp_path / "late"
+    with pytest.raises(KeyboardInterrupt):
+        journaled(folder, Interrupt("on_step_end", 3), journal=False, **saving).train()
+    with pytest.raises(FastpeftError, match="begins after 2 steps of the run"):
+        journaled(folder, save_weights=False, **saving).train(True)
+    with pytest.raises(KeyboardInterrupt):
+        journaled(folder, Interrupt("on_step_end", 5), **saving).train(True)
+    for name in ("model.safetensors", "config.json"):  # as what was begun without this check left it
+        (folder / "checkpoint-4" / name).unlink()
+    (folder / "checkpoint-4" / "mezo.journal").write_bytes((folder / "mezo.journal").read_bytes())
+    with pytest.raises(FastpeftError, match="begins after 2 steps of the run"):
+        journaled(folder, save_weights=False, **saving).train(True)
+    resumed = journaled(folder, **saving)
+    resumed.train(True)
     assert equal(weights(resumed.model), weights(whole.model))
 
 
