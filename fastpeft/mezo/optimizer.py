@@ -19,7 +19,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.exact import ScratchWeights
 from fastpeft.mezo.interrupts import uninterrupted
-from fastpeft.mezo.journal import Journal, Kind, Record
+from fastpeft.mezo.journal import Journal, Kind, Position, Record
 from fastpeft.mezo.parallel import (
     Ranks,
     check_sharding,
@@ -393,7 +393,7 @@ class MeZO(torch.optim.Optimizer):
         """
         self.settle()
         self._reshard()
-        start = (weights_at["steps_done"], weights_at["dropped"]) if isinstance(weights_at, Mapping) else weights_at
+        start = _position(weights_at) if isinstance(weights_at, Mapping) else weights_at
         stop = start if isinstance(start, tuple) and start[0] == steps else steps
         journal = self._ranks.together(lambda: self._opened(Path(path)))
         params = self._params()
@@ -458,7 +458,7 @@ class MeZO(torch.optim.Optimizer):
                 "so another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         self.settle()
-        position = state_dict["steps_done"], state_dict.get("dropped", 0)
+        position = _position(state_dict)
         if self.journal is not None:
             for name in ("seed", "noise", "estimator", "num_estimates"):
                 if state_dict[name] != self.journal.header[name]:
@@ -642,3 +642,8 @@ class MeZO(torch.optim.Optimizer):
             with uninterrupted():
                 for module in training:
                     module.training = True  # not train(), which would change the modules below it as well
+
+
+def _position(state: Mapping[str, Any]) -> Position:
+    """Where in its run an optimizer stood, by its `state_dict`; the first versions did not count what was dropped."""
+    return state["steps_done"], state.get("dropped", 0)
