@@ -350,8 +350,9 @@ def test_a_backend_that_cannot_be_had_is_one_message() -> None:
     command = [sys.executable, "-m", "fastpeft", "info"]
     refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("Error: FASTPEFT_BACKEND has 'siva_linear=fast'")
-    assert len(refused.stderr.splitlines()) == 1
+    said = [line for line in refused.stderr.splitlines() if "gemm_4bit_forward" not in line]  # bitsandbytes, at import
+    assert len(said) == 1
+    assert said[0].startswith("Error: FASTPEFT_BACKEND has 'siva_linear=fast'")
 
 
 @pytest.mark.kill
