@@ -28,7 +28,11 @@ def plot_timings(rows: list[Row], file: Path) -> None:
     figure, all_axes = plt.subplots(*shape, figsize=(6 * shape[1], 5 * shape[0]), squeeze=False, layout="constrained")
     for line_axes, (title, line) in zip(all_axes, lines.items()):
         for axes, work in zip(line_axes, works):
-            _plot_ratios(axes, [row for row in line if row["work"] == work])
+            chosen = [row for row in line if row["work"] == work]
+            if not chosen:  # not every work is measured in every dtype
+                axes.axis("off")
+                continue
+            _plot_ratios(axes, chosen)
             axes.set_title(", ".join((*title, work)), fontsize=9)
     figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=130)
