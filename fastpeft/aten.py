@@ -1,5 +1,6 @@
-"""Ops as the fewest fused ATen calls, with no temporary of the output's size: what a CPU runs
-where the compiled module is not, or leaves it to them.
+"""Ops as the fewest fused ATen calls, with no temporary of the output's size.
+
+They are what a CPU runs where the compiled module is not, or leaves an op to them.
 
 Each product after the first is added to its target by the matrix product itself (`addmm_`, `baddbmm_`), which saves
 writing it out, reading it back and adding; what is elementwise works in place. Of a product with R rows or columns the

@@ -45,7 +45,7 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         torch.Size([3, 5])
     """
     _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = siva_dtype(x, weight)
+    dtype = compute_dtype(x, weight)
     h, _ = torch.ops.fastpeft.siva_linear(
         x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
     )
@@ -96,7 +96,7 @@ def siva_linear_group(
         )
     for layer in zip(*operands, strict=True):
         _check_siva_linear(x, *layer)
-    dtype = siva_dtype(x, weights[0])
+    dtype = compute_dtype(x, weights[0])
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for each in operands for t in each]
     hs: tuple[Tensor, ...] = _ops.SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
     return hs
@@ -151,7 +151,7 @@ def siva_linear_mixed(
         )
     for u, s, v in zip(*factors, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
-    dtype = siva_dtype(x, weight)
+    dtype = compute_dtype(x, weight)
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias, *us, *ss, *vs)]
     h: Tensor = _ops.SivaLinearMixed.apply(list(sizes), order, *cast)
     return h
@@ -174,8 +174,8 @@ def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tenso
         )
 
 
-def siva_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What `siva_linear` computes in."""
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What an op on x computes in: the dtype of `weight`, under autocast (but for float64) that of autocast."""
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
@@ -254,9 +254,7 @@ def window_attention(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "
             "0 <= seed < 2^63 and 0 <= block < 2^28."
         )
-    dtype = q.dtype
-    if torch.is_autocast_enabled(q.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = compute_dtype(q, q)
     with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
         out, _ = torch.ops.fastpeft.window_attention(
             q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint
-from fastpeft.functional import siva_dtype, siva_linear, siva_linear_mixed
+from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
@@ -276,7 +276,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         if taken is not None:
             return taken
         if self.quantised is not None and (factors := self._acting()) is not None:
-            dtype = siva_dtype(x, self.base_layer.weight)
+            dtype = compute_dtype(x, self.base_layer.weight)
             return quantised_siva_linear(x, self.quantised, *factors, bias=self.base_layer.bias, dtype=dtype)
         operands = self.operands()
         return self.base_layer(x, *args, **kwargs) if operands is None else siva_linear(x, *operands)
@@ -288,7 +288,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             shared = {
                 "rest": self.quantised,
                 "bias": self.base_layer.bias,
-                "dtype": siva_dtype(x, self.base_layer.weight),
+                "dtype": compute_dtype(x, self.base_layer.weight),
             }
             return rows.each(x, [partial(quantised_siva_linear, **shared, **each._asdict()) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
