@@ -53,6 +53,7 @@ class Backbone:
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "
                 "AutoModelForSequenceClassification or another class with a head."
             )
+        self._returns_tuple: bool | None = None  # of layers; learnt when one runs
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
 
     # -- layers --------------------------------------------------------------------------------------------------
@@ -184,6 +185,38 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def skip_layers(self, output: Tensor) -> Iterator[None]:
+        """While the block runs, the layers compute nothing and the last one's output is `output`, `(B, T, d)`.
+
+        What remains of the model's pass is its embeddings and its head. The first time, the first layer runs
+        too, to learn whether layers return a tensor or a tuple.
+        """
+        last = self.layers[-1]
+
+        def forward_of(layer: nn.Module) -> Callable[..., Any]:
+            computed = layer.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if self._returns_tuple is None:
+                    with torch.no_grad():
+                        self._returns_tuple = isinstance(computed(*args, **kwargs), tuple)
+                hidden = output if layer is last else args[0] if args else kwargs["hidden_states"]
+                return (hidden,) if self._returns_tuple else hidden
+
+            return forward
+
+        before = [vars(layer).get("forward") for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = forward_of(layer)
+            yield
+        finally:
+            for layer, own in zip(self.layers, before):
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

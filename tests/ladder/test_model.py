@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from backbones import IDS, MASK, labels, ladder, logits, tiny
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model
 from torch import Tensor, nn
@@ -22,54 +23,6 @@ from fastpeft.ladder import SideNetwork
 from fastpeft.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "num_labels": 3,
-}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2}
-OWN_SHAPE = {
-    "DistilBert": {"dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, **TINY},
-    "ModernBert": {**TINY, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2},
-    "GPT2": {**TINY, **SPECIAL},
-    "Electra": {**TINY, "embedding_size": 12},
-}
-IDS = torch.randint(3, 30, (3, 9), generator=torch.Generator().manual_seed(2))
-MASK = torch.ones(3, 9, dtype=torch.long)
-MASK[0, 6:] = 0
-IDS[MASK == 0] = 0
-
-
-def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **changes: Any) -> Any:
-    """A randomly initialised model, the same at every call."""
-    config = getattr(transformers, f"{kind}Config")(**{**OWN_SHAPE.get(kind, TINY), **changes})
-    torch.manual_seed(0)
-    return getattr(transformers, f"{kind}{head}")(config).eval()
-
-
-def ladder(base: nn.Module | None = None, **config: Any) -> LadderModel:
-    base = tiny() if base is None else base
-    torch.manual_seed(1)
-    return LadderModel(base, LadderConfig(**{"window_size": 3, "reduction_factor": 2, **config}))
-
-
-def labels(head: str) -> dict[str, Tensor]:
-    if head == "ForQuestionAnswering":
-        return {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([2, 4, 5])}
-    if head == "ForSequenceClassification":
-        return {"labels": torch.tensor([0, 1, 2])}
-    return {"labels": IDS % 3 if head == "ForTokenClassification" else IDS}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, attention_mask=MASK).logits
 
 
 def weights(model: LadderModel) -> dict[str, Tensor]:
