@@ -28,11 +28,15 @@ check: $(VENV)/dev.stamp
 	mypy
 	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
 
+# a worker holds about 1.5 GB
+TEST_WORKERS ?= 2
+PYTEST := python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
+
 test: $(VENV)/dev.stamp
-	python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/dev.stamp
-	python -m pytest --full
+	$(PYTEST) --full
 
 # the C++ tests of csrc's host code, which need a compiler and nothing else
 NATIVE ?= build/native
