@@ -22,39 +22,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import RobertaForSequenceClassification
 
+from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, step_of
 from bench.direct_ladder import DirectLadder
 from bench.harness import DATA, ROUNDS, Candidates, measure
-from bench.memory_table import LARGE
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.methods import Preparation, get_method
-from fastpeft.models import load_classifier
-from fastpeft.problems import CLASSIFICATION
 
 FILE = DATA / "ladder.csv"
 RANK = 4
-
-
-def demo() -> nn.Module:
-    """The bundled model, 6 layers of 384."""
-    return load_classifier("demo", ["negative", "positive"], CLASSIFICATION).model
-
-
-def large() -> nn.Module:
-    """A RoBERTa-large of zeros, 24 layers of 1024: what it takes does not depend on the weights."""
-    with torch.device("meta"):
-        model = RobertaForSequenceClassification(LARGE)
-    model.to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.zero_()
-    return model
-
-
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
-MODELS = {"demo": demo, "large": large}
 
 
 def prepared(model: str, method: str) -> nn.Module:

@@ -10,12 +10,14 @@ dU, dV), 19 million operations beside the 604 million of their 4 products with W
 16 kB of p are stored a block, and one addition of two dx (2.4 MB moved) is saved. All linears: 2 to 3 % of products.
 As six small products by BLAS these cost more than their operations, 0.1 ms a product within the step; on a CPU the
 compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the profiler.
+
+`--model base` and `--model large` take RoBERTa's shapes, `--candidates` some of the rows, `--rounds` fewer rounds.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import DATA, Candidates, measure
+from bench.backbones import MODELS
+from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft.methods import Preparation, get_method, parse_targets
-from fastpeft.models import load_classifier
-from fastpeft.problems import CLASSIFICATION
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
@@ -59,18 +60,27 @@ CELLS = [
 
 
 LIMIT = "limit"  # not a method: the targeted layers are frozen, and the gradient passes through all of them
-ADAPTERS = (("siva", ""), (LIMIT, ""), ("lora", ""), ("lora", "compiled"), ("pissa", ""), ("lora", "dora"))
+ADAPTERS = {
+    "-".join(filter(None, (method, variant))): (method, variant)
+    for method, variant in (
+        ("siva", ""),
+        (LIMIT, ""),
+        ("lora", ""),
+        ("lora", "compiled"),
+        ("pissa", ""),
+        ("lora", "dora"),
+    )
+}
 
 
-def training_step(cell: Cell, device: torch.device) -> Callable[[], object]:
+def training_step(cell: Cell, device: torch.device, model_name: str = "demo") -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run."""
     torch.manual_seed(0)
-    classifier = load_classifier("demo", ["negative", "positive"], CLASSIFICATION)
     targets = parse_targets(TARGETS[cell.targets]) if cell.targets else None
     settings = {"use_dora": True} if cell.variant == "dora" else {}
-    preparation = Preparation(classifier.head, RANK if cell.targets else None, targets, settings)
+    preparation = Preparation(["classifier"], RANK if cell.targets else None, targets, settings)
     method = get_method("head" if cell.method == LIMIT else cell.method)
-    model = method.prepare(classifier.model, preparation).to(device).train()
+    model = method.prepare(MODELS[model_name](), preparation).to(device).train()
     if cell.method == LIMIT:
         pass_gradients(model, targets)
     compiled = cell.variant == "compiled"
@@ -111,10 +121,12 @@ def candidates(device: torch.device) -> Candidates:
     return {cell.name: training_step(cell, device) for cell in default_first}
 
 
-def adapters(targets: str, device: torch.device) -> Candidates:
-    """SiVA, the limit and other adapters on the same layers."""
-    cells = [Cell(method, targets, variant) for method, variant in ADAPTERS]
-    return {"-".join(filter(None, (cell.method, cell.variant))): training_step(cell, device) for cell in cells}
+def adapters(
+    targets: str, device: torch.device, model: str = "demo", names: Sequence[str] = tuple(ADAPTERS)
+) -> Candidates:
+    """SiVA, the limit and other adapters on the same layers: those of `names`."""
+    cells = {name: Cell(method, targets, variant) for name, (method, variant) in ADAPTERS.items()}
+    return {name: training_step(cells[name], device, model) for name in names}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
@@ -126,13 +138,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--adapters", action="store_true", help="SiVA, its limit and other adapters of the same layers")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if not arguments.adapters:
-        measure(FILE, CASE, candidates(device), device)
+    parser.add_argument("--model", choices=MODELS, default="demo", help="with --adapters")
+    parser.add_argument("--targets", default="query, key;all linear", help="with --adapters")
+    parser.add_argument("--candidates", default=",".join(ADAPTERS), help="with --adapters; siva comes first")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    if not given.adapters:
+        measure(FILE, CASE, candidates(device), device, given.rounds)
         return
-    for targets in ("query, key", "all linear"):
-        measure(ADAPTERS_FILE, {**CASE, "targets": targets}, adapters(targets, device), device)
+    for targets in given.targets.split(";"):
+        case = {**CASE, "model": given.model, "targets": targets}
+        steps = adapters(targets, device, given.model, given.candidates.split(","))
+        measure(ADAPTERS_FILE, case, steps, device, given.rounds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from bench.backbones import LARGE
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 from fastpeft.environment import versions
@@ -32,15 +33,6 @@ from fastpeft.memory import MEBIBYTE, MemoryEstimate, fused_adamw, simulate_trai
 FILE = DATA / "memory.csv"
 RANK, BATCH = 4, 16
 LENGTHS = (64, 128, 512)
-LARGE = RobertaConfig(
-    vocab_size=50_265,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    max_position_embeddings=514,
-    type_vocab_size=1,
-)
 TARGETS: dict[str, Any] = {
     "query+key": ["query", "key"],
     "key+value": ["key", "value"],

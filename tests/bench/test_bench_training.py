@@ -11,13 +11,13 @@ from bench.bench_training import CELLS, LIMIT, Cell, adapters, candidates, train
 
 
 def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.bench_training.training_step", lambda cell, device: lambda: None)
+    monkeypatch.setattr("bench.bench_training.training_step", lambda *_: lambda: None)
     assert next(iter(candidates(torch.device("cpu")))) == "siva-query-key"
     assert len(candidates(torch.device("cpu"))) == len(CELLS)
 
 
 def test_siva_is_what_other_adapters_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.bench_training.training_step", lambda cell, device: lambda: None)
+    monkeypatch.setattr("bench.bench_training.training_step", lambda *_: lambda: None)
     names = list(adapters("all linear", torch.device("cpu")))
     assert names[0] == "siva"
     assert {LIMIT, "lora-compiled", "lora-dora"} < set(names)

@@ -1,0 +1,20 @@
+"""Models to measure beside the bundled one: RoBERTa's two shapes, with random weights, which decide no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from fastpeft.models import load_classifier
+from fastpeft.problems import CLASSIFICATION
+
+_COMMON: dict[str, Any] = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
+BASE = RobertaConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, **_COMMON)
+LARGE = RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, **_COMMON)
+MODELS: dict[str, Callable[[], Any]] = {
+    "demo": lambda: load_classifier("demo", ["negative", "positive"], CLASSIFICATION).model,  # 6 layers of 384
+    "base": lambda: RobertaForSequenceClassification(BASE),
+    "large": lambda: RobertaForSequenceClassification(LARGE),
+}
