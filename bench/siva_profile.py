@@ -2,8 +2,8 @@
 
 Milliseconds of a step of the bundled model by kind of operation, and how often a step calls it, by PyTorch's profiler
 (which itself adds about a microsecond a call): `bench/data/siva_profile.csv`. Times are of an operation without those
-that it calls, so the matrix products inside a fused layer count as such, and the layer's own are its low-rank pass and
-its dispatch. "between operations" is the rest of the step: Python, autograd's own work and waiting.
+that it calls. A layer of SiVA is one of them, with its products with the frozen weight: to be compared with the limit's
+"matrix products". "between operations" is the rest of the step: Python, autograd's own work and waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STEPS = 20
 CANDIDATES = ("siva", "limit", "lora")
 KINDS = {  # what an operation's name holds, by what it is for; the first that fits decides
     "optimizer": ("_fused_adamw", "zero_grad"),
-    "layers of fastpeft": ("fastpeft::",),
+    "layers of SiVA": ("fastpeft", "SivaLinear"),
     "matrix products": ("aten::addmm", "aten::mm", "aten::bmm"),
     "attention": ("attention",),
     "norms, activations, dropout": ("layer_norm", "gelu", "dropout", "bernoulli", "tanh", "softmax"),
@@ -46,7 +46,7 @@ def spent(step: Callable[[], object], steps: int) -> dict[str, tuple[float, floa
         whole = 1e3 * (time.perf_counter() - begin) / steps
     sums = {kind: [0.0, 0] for kind in (*KINDS, OTHERS)}
     for event in recorded.key_averages():
-        if "::" in event.key and not event.key.startswith("autograd::"):
+        if "::" in event.key or kind_of(event.key) != OTHERS:
             total = sums[kind_of(event.key)]
             total[0] += event.self_cpu_time_total / 1e3
             total[1] += event.count

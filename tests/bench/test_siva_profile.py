@@ -11,7 +11,8 @@ from bench.siva_profile import BETWEEN, OTHERS, kind_of, spent
 @pytest.mark.parametrize(
     ("operation", "kind"),
     [
-        ("fastpeft::siva_linear", "layers of fastpeft"),
+        ("fastpeft::siva_linear", "layers of SiVA"),
+        ("GeneratedBackwardFor_fastpeft_siva_linear_default", "layers of SiVA"),
         ("aten::addmm", "matrix products"),
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::add_", "sums, products, copies"),
