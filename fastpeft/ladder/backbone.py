@@ -53,7 +53,7 @@ class Backbone:
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "
                 "AutoModelForSequenceClassification or another class with a head."
             )
-        self._returns_tuple: bool | None = None  # of layers; learnt when one runs
+        self._tuple_size: int | None = None  # of what layers return, 0 for a tensor; learnt when one runs
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
 
     # -- layers --------------------------------------------------------------------------------------------------
@@ -199,11 +199,12 @@ class Backbone:
             computed = layer.forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if self._returns_tuple is None:
+                if self._tuple_size is None:
                     with torch.no_grad():
-                        self._returns_tuple = isinstance(computed(*args, **kwargs), tuple)
+                        returned = computed(*args, **kwargs)
+                    self._tuple_size = len(returned) if isinstance(returned, tuple) else 0
                 hidden = output if layer is last else args[0] if args else kwargs["hidden_states"]
-                return (hidden,) if self._returns_tuple else hidden
+                return (hidden, *[None] * (self._tuple_size - 1)) if self._tuple_size else hidden
 
             return forward
 

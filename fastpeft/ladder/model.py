@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.cache import CacheDtype, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.side import SideNetwork, SideRun
 
@@ -84,6 +85,7 @@ class LadderModel(PreTrainedModel):
         self.backbone = backbone  # the base taken apart
         self.base = base
         self.side = side.to(backbone.core.device)
+        self.feature_cache: FeatureCache | None = None
         head = backbone.head_parameters()
         base.requires_grad_(False)
         for parameter in head.values():
@@ -195,7 +197,15 @@ class LadderModel(PreTrainedModel):
                     after_layers.enter_context(torch.autocast(kind, dtype))  # the head is float32
                 return run.output().to(feature)
 
-            with self.backbone.listen(feed, replace):
+            if self.feature_cache is not None and can_cache(input_ids):
+                names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache")
+                features = self.feature_cache.features({n: given[n] for n in names if given[n] is not None})
+                for layer, feature in enumerate(features):
+                    feed(layer, feature)
+                around_base = self.backbone.skip_layers(replace(features[-1]))
+            else:
+                around_base = self.backbone.listen(feed, replace)
+            with around_base:
                 outputs = self.base(**{k: v for k, v in given.items() if v is not None}, return_dict=True)
         if output_hidden_states:
             outputs["hidden_states"] = tuple(run.states)
@@ -208,6 +218,41 @@ class LadderModel(PreTrainedModel):
         if not self.training or self.config.dropout == 0:
             return 0
         return int(torch.randint(2**63 - 1, (), device="cpu").item())
+
+    def cache_features(
+        self,
+        folder: str | os.PathLike[str] | None,
+        dtype: CacheDtype = "bfloat16",
+        max_bytes: int | None = None,
+    ) -> FeatureCache | None:
+        """From now on read the backbone's features from a folder, and run it on rows that are not there yet.
+
+        Training and evaluation are as before but for the rounding of features to `dtype`, which all rows get, those
+        that were computed too: a run is the same whatever the folder held before. A pass on `inputs_embeds` does
+        without the cache.
+
+        Args:
+            folder: made if need be, and shared: by side networks, backbones, runs and processes; None ends caching.
+            dtype: `"bfloat16"`, `"float32"` or `"int8"`, in which each token of a layer has a scale.
+            max_bytes: what the folder may take; what does not fit is computed anew each time. None is half of what it
+                takes and its disk has free.
+
+        Returns:
+            The cache, whose `hits` and `misses` count rows; None where caching ended. A `PromptModel`'s is that of its
+            `masked_lm`.
+
+        Raises:
+            FastpeftError: an argument cannot be used, the folder cannot be written, or the base has trained tokens.
+
+        Notes:
+            A token takes `(L + 1) d` values. Changed weights of the backbone have features of their own; a change by
+            `.data` alone goes unseen. A record that is damaged is computed anew.
+
+        Example:
+            >>> model.cache_features("features")  # doctest: +SKIP
+        """
+        self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
+        return self.feature_cache
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,352 @@
+"""Features of a frozen backbone, kept on disk row by row: epochs after the first read them, and its layers do not run.
+
+What a row's features are is decided by the backbone and by the row. The backbone's part names a folder: its weights,
+buffers and active adapters, its configuration, which of its layers are read, and the version of transformers. The row's
+part is the key of a record there: token ids, token types and positions from the first token to the last that is not
+padding, and the dtype of autocast. So batches of any composition and padding share what they have of rows, and so do
+runs, seeds and processes.
+
+Features are rounded to the cache's dtype when they are made, not when they are read: a row has the same ones whether
+they were there, were computed or found no room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.store import KEY_BYTES, Record, RecordStore, bytes_below
+
+logger = logging.getLogger(__name__)
+
+CacheDtype = Literal["bfloat16", "float32", "int8"]
+DTYPES: tuple[str, ...] = get_args(CacheDtype)
+
+_FORMAT = 1  # to be raised when the same backbone and row come to give another record
+_GIB = 2**30
+
+# of a model's configuration, what says nothing of its features: those of one body under any head are shared
+_NOT_OF_FEATURES = (
+    "_name_or_path",
+    "architectures",
+    "classifier_dropout",
+    "dtype",  # the weights have one
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+class FeatureCache:
+    """The features `B_0 .. B_L` of a backbone, read from a folder where it has them and else computed and kept there.
+
+    A record is a row's features one token after another, `(n, (L + 1) d)`. In int8 each vector of d values has a scale,
+    its largest magnitude / 127; those lie before the values, `(n, L + 1)` in float32.
+
+    Args:
+        backbone: whose features they are.
+        folder: shared by any number of backbones, dtypes, runs and processes; made if need be. It can be deleted at
+            any time.
+        dtype: what features are rounded to.
+        max_bytes: what the folder may take. None is half of what it takes and the disk has free.
+
+    Attributes:
+        hits: rows read.
+        misses: rows computed.
+
+    Raises:
+        FastpeftError: an argument cannot be used, or the backbone is given more than tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        folder: str | os.PathLike[str],
+        dtype: CacheDtype = "bfloat16",
+        max_bytes: int | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+        if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+            raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
+        if isinstance(backbone.model, PeftModel) and backbone.model.active_peft_config.is_prompt_learning:
+            raise FastpeftError(
+                "the base has trained tokens or prefixes of PEFT, which its layers get beside a row's tokens, so its "
+                "features cannot be cached. Merge nothing and leave cache_features out, or use another base."
+            )
+        self._arguments = (backbone, folder, dtype, max_bytes)
+        self.hits = self.misses = 0
+        self._backbone = backbone
+        self._root = Path(folder).expanduser().absolute()
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._widths = [backbone.hidden_size] * (len(backbone.layers) + 1)
+        self._stamp: list[Any] = []
+        self._refused: dict[bytes, int] | None = {}  # bytes of rows that found no room; None once that was told
+        self._broken = False
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._max_bytes = _default_limit(self._root) if max_bytes is None else max_bytes
+            self._store = self._current_store()
+        except OSError as error:
+            raise FastpeftError(
+                f"cannot keep features in {str(folder)!r} ({error.strerror}). Give a folder that can be written."
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has files of its own, as another process has."""
+        return FeatureCache, self._arguments
+
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Features of a batch, as the backbone would give them, but for zeros at padding.
+
+        Args:
+            inputs: what the backbone is given: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and
+                `position_ids`.
+
+        Returns:
+            `B_0 .. B_L`, each `(B, T, d)`, in the backbone's dtype on the device of its last layer.
+        """
+        self._store = self._current_store()
+        rows = _Rows(inputs)
+        records = self._store.get(rows.keys)
+        if len(records) < len(set(rows.keys)):
+            self._store.refresh()  # another process may have been there
+            records = self._store.get(rows.keys)
+        absent = {key: row for row, key in enumerate(rows.keys) if key not in records}
+        made = self._compute(rows, absent)
+        self._keep(made)
+        self.hits += len(rows.keys) - len(made)
+        self.misses += len(made)
+        return self._unpack(rows, records | made)
+
+    def _compute(self, rows: _Rows, chosen: Mapping[bytes, int]) -> dict[bytes, Record]:
+        """Run the backbone on the chosen rows, and no more of their padding than it takes."""
+        if not chosen:
+            return {}
+        spans = [rows.spans[row] for row in chosen.values()]
+        part = rows.select(list(chosen.values()), max(end for _, end in spans))
+        features: list[Tensor] = []
+        with self._backbone.listen(lambda _, feature: features.append(feature), lambda feature: feature):
+            self._backbone.body(**part)
+        expected = (*part["input_ids"].shape, self._backbone.hidden_size)
+        for layer, feature in enumerate(features):
+            if feature.shape != expected:
+                raise FastpeftError(
+                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; to be cached it must be (B, "
+                    f"T, d), here {expected}. Load the base with attn_implementation='sdpa', which keeps padding."
+                )
+        device = features[-1].device
+        values, scales = self._round([feature.to(device) for feature in features])
+        columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
+        return {
+            key: np.concatenate([column[index, start:end].reshape(-1) for column in columns])
+            for index, (key, (start, end)) in enumerate(zip(chosen, spans))
+        }
+
+    def _round(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Features side by side in the cache's dtype, `(B, T, (L + 1) d)`, and in int8 their scales `(B, T, L + 1)`."""
+        if self._dtype is not torch.int8:
+            return torch.cat([feature.to(self._dtype) for feature in features], dim=-1), None
+        scales = torch.stack([feature.float().abs().amax(-1) for feature in features], dim=-1) / 127
+        divisors = scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1).unbind(-2)
+        codes = [(feature / divisor).round().to(torch.int8) for feature, divisor in zip(features, divisors)]
+        return torch.cat(codes, dim=-1), scales
+
+    def _unpack(self, rows: _Rows, records: Mapping[bytes, Record]) -> list[Tensor]:
+        """The features in records, each at its row's place in the batch."""
+        shape, device = rows.ids.shape, next(self._backbone.layers[-1].parameters()).device
+        pinned = device.type == "cuda"
+        values = torch.zeros(*shape, sum(self._widths), dtype=self._dtype, pin_memory=pinned)
+        scales = torch.zeros(*shape, len(self._widths), pin_memory=pinned) if self._dtype is torch.int8 else None
+        columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
+        for row, (key, (start, end)) in enumerate(zip(rows.keys, rows.spans)):
+            at = 0
+            for column in columns:
+                place = column[row, start:end].reshape(-1)  # a view
+                place[:] = records[key][at : at + len(place)]
+                at += len(place)
+        dtype = self._backbone.core.dtype
+        values = values.to(device, non_blocking=True)
+        if scales is None:
+            return list(values.to(dtype).split(self._widths, dim=-1))
+        factors = scales.to(device, non_blocking=True).unsqueeze(-1).unbind(-2)
+        return [(codes * factor).to(dtype) for codes, factor in zip(values.split(self._widths, dim=-1), factors)]
+
+    # -- the store -----------------------------------------------------------------------------------------------
+
+    def _current_store(self) -> RecordStore:
+        """That of the backbone as it is now: weights may have changed since, or moved, or an adapter may be off."""
+        stamp = _stamp(self._backbone)
+        if stamp == self._stamp:
+            return self._store
+        self._stamp = stamp
+        name = f"{self._dtype}-{_identity(self._backbone)}".removeprefix("torch.")
+        return RecordStore(self._root, name, self._max_bytes)
+
+    def _keep(self, records: Mapping[bytes, Record]) -> None:
+        """Keep what there is room for. A folder that cannot be written costs no run its result."""
+        if self._broken or not records:
+            return
+        try:
+            refused = self._store.append(records)
+        except OSError as error:
+            logger.warning("cannot keep features in %s (%s); they are computed anew", self._root, error.strerror)
+            self._broken = True
+            return
+        if self._refused is None:
+            return
+        if self._refused.keys().isdisjoint(refused):
+            self._refused |= {key: len(records[key]) for key in refused}
+            return
+        # rows come a second time, so all of them were seen, and it is known what they take
+        logger.warning(
+            "the features of %d rows do not fit into the %.3g GiB that %s may take, and are computed anew each time; "
+            "all rows seen so far need %.3g GiB. Give a larger max_bytes, a folder on a larger disk, or int8",
+            len(self._refused),
+            self._max_bytes / _GIB,
+            self._root,
+            (bytes_below(self._root) + sum(self._refused.values())) / _GIB,
+        )
+        self._refused = None
+
+
+class _Rows:
+    """A batch as the cache sees it.
+
+    Attributes:
+        ids: `input_ids` `(B, T)`.
+        spans: of each row the first token that is not padding, and where those end.
+        keys: what each row is known by.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self._inputs = inputs
+        self.ids: Tensor = inputs["input_ids"]
+        types, positions, mask = (inputs.get(name) for name in ("token_type_ids", "position_ids", "attention_mask"))
+        columns = [
+            self.ids,
+            torch.zeros_like(self.ids) if types is None else types.expand_as(self.ids),
+            (torch.arange(self.ids.shape[1]) if positions is None else positions).to(self.ids).expand_as(self.ids),
+            torch.ones_like(self.ids) if mask is None else mask,
+        ]
+        table = torch.stack([column.long() for column in columns], dim=-1).cpu().numpy()  # (B, T, 4)
+        visible = table[..., 3] != 0
+        tokens = visible.shape[1]
+        starts, ends = visible.argmax(1), tokens - visible[:, ::-1].argmax(1)
+        self.spans = [(start, end) for start, end in zip(starts.tolist(), ends.tolist())]
+        kind = self.ids.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        context = f"{autocast} {positions is not None}".encode()
+        self.keys = [
+            hashlib.blake2b(context + row[start:end].tobytes(), digest_size=KEY_BYTES).digest()
+            for row, (start, end) in zip(table, self.spans)
+        ]
+
+    def select(self, rows: Sequence[int], end: int) -> dict[str, Any]:
+        """What the backbone is given for some rows, cut at `end` tokens."""
+        return {
+            name: value.expand_as(self.ids)[rows, :end] if isinstance(value, Tensor) else value
+            for name, value in self._inputs.items()
+        }
+
+
+def can_cache(input_ids: Tensor | None) -> bool:
+    """Whether there are tokens to know rows by: embeddings have none, and fake tensors no values."""
+    return input_ids is not None and not isinstance(input_ids, FakeTensor)
+
+
+def _default_limit(root: Path) -> int:
+    return (bytes_below(root) + shutil.disk_usage(root).free) // 2
+
+
+# -- what identifies a backbone ----------------------------------------------------------------------------------
+
+
+def _identity(backbone: Backbone) -> str:
+    """32 hex digits of all that decides the features of a row: they differ where any weight does in a bit."""
+    names = {module: name for name, module in backbone.body.named_modules()}
+    config = backbone.core.config.to_dict()
+    about = {
+        "format": _FORMAT,
+        "transformers": transformers.__version__,  # whose code the backbone is
+        "class": type(backbone.body).__name__,
+        "layers": [names.get(layer) for layer in backbone.layers],
+        "config": {name: value for name, value in config.items() if name not in _NOT_OF_FEATURES},
+        "adapters": _switches(backbone.body),
+    }
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    body, trained = backbone.body, _trained(backbone)
+    # some buffers are not in the state, some of a quantised weight's parts are there alone
+    for name, tensor in sorted({**dict(body.named_buffers()), **body.state_dict(keep_vars=True)}.items()):
+        if id(tensor) not in trained:
+            for part in _plain(tensor.detach()):
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+                digest.update(_bytes(part.flatten()))
+    return digest.hexdigest()[:32]
+
+
+def _stamp(backbone: Backbone) -> list[Any]:
+    """What changes with the weights, told in no time: a write to a tensor's `.data` alone goes unseen."""
+    trained = _trained(backbone)
+    tensors = chain(backbone.body.parameters(), backbone.body.buffers())
+    return [
+        (id(tensor), _address(tensor), 0 if tensor.is_inference() else tensor._version)
+        for tensor in tensors
+        if id(tensor) not in trained
+    ] + _switches(backbone.body)
+
+
+def _trained(backbone: Backbone) -> set[int]:
+    """Parts of the body that train, and come after the layers."""
+    return {id(tensor) for pooler in backbone.poolers for tensor in chain(pooler.parameters(), pooler.buffers())}
+
+
+def _switches(body: nn.Module) -> list[Any]:
+    """What decides beside their weights what PEFT's adapters compute."""
+    return [
+        (name, tuple(module.active_adapters), module.disable_adapters, dict(getattr(module, "scaling", {})))
+        for name, module in body.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values are; 0 for one that is made of others, whose identity has to do."""
+    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of, as a quantised one of torchao is of codes and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes, uint8 of its shape but for the last dimension; of one on the CPU they are the tensor's own."""
+    viewed: np.ndarray = tensor.contiguous().view(torch.uint8).cpu().numpy()
+    return viewed

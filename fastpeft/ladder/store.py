@@ -1,0 +1,165 @@
+"""Records under keys in one folder: appended by any number of processes, read through a memory map.
+
+ROOT/lock            held while a process appends to any store below ROOT
+ROOT/NAME/records    the records' bytes, each from a multiple of 64
+ROOT/NAME/index      for each record a line: its key, where it is, and checksums of its bytes and of the line
+
+The bytes of a record come first and its line after them, so whatever moment a process is killed at, what the index names
+is there; half a line is overwritten by the next. After a power cut the disk may hold the line and not the bytes, or bytes
+may change later: every record is checked when a process reads it for the first time, and a wrong one counts as absent.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that append at once may there lose records of each other
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+Record = np.ndarray  # uint8 (length,)
+
+KEY_BYTES = 16
+_ENTRY = struct.Struct(f"<{KEY_BYTES}sQQI")  # key, offset, length, checksum of the bytes
+_SEAL = struct.Struct("<I")  # checksum of the entry
+_LINE_BYTES = _ENTRY.size + _SEAL.size
+_ALIGNMENT = 64
+
+
+class RecordStore:
+    """Records of bytes, each under a key of 16 bytes, in the folder `root / name`, which is made if need be.
+
+    Args:
+        root: the folder that holds this store and perhaps others.
+        name: of the folder of this one.
+        max_bytes: what all files below `root` may take together.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, root: Path, name: str, max_bytes: int) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records, self._index = (_open(folder / part) for part in ("records", "index"))
+        self._mapped = np.empty(0, np.uint8)
+        # offset, length, and the checksum until the bytes were found to have it
+        self._places: dict[bytes, tuple[int, int, int | None]] = {}
+        self._lines_end = 0  # of the index, as far as it was read
+        self._records_end = 0
+        self._told = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take note of what any process has appended since."""
+        size = os.fstat(self._index.fileno()).st_size
+        end = size - size % _LINE_BYTES
+        self._index.seek(self._lines_end)
+        lines = memoryview(self._index.read(max(0, end - self._lines_end)))
+        for start in range(0, len(lines), _LINE_BYTES):
+            entry = lines[start : start + _ENTRY.size]
+            if _SEAL.unpack_from(lines, start + _ENTRY.size) == (zlib.crc32(entry),):
+                key, offset, length, checksum = _ENTRY.unpack(entry)
+                self._places[key] = (offset, length, checksum)
+                self._records_end = max(self._records_end, offset + length)
+        self._lines_end += len(lines)
+
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, Record]:
+        """The records under `keys`, read-only, in the memory map; without those that are absent or damaged."""
+        found = ((key, self._read(key)) for key in keys if key in self._places)
+        return {key: record for key, record in found if record is not None}
+
+    def _read(self, key: bytes) -> Record | None:
+        offset, length, checksum = self._places[key]
+        if offset + length > len(self._mapped):
+            self._map()
+        record = self._mapped[offset : offset + length]
+        if checksum is not None:
+            if len(record) < length or zlib.crc32(record) != checksum:
+                del self._places[key]
+                self._tell_damage()
+                return None
+            self._places[key] = (offset, length, None)
+        return record
+
+    def append(self, records: Mapping[bytes, Record]) -> list[bytes]:
+        """Keep records, but for those whose key another process has used already.
+
+        Returns:
+            The keys of those that the limit left no room for.
+
+        Raises:
+            OSError: the disk is full or the folder is no longer there.
+        """
+        refused, lines = [], []
+        with self._lock():
+            self.refresh()
+            room = self.max_bytes - bytes_below(self.root)
+            end = self._records_end
+            for key, record in records.items():
+                if key in self._places:
+                    continue
+                offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+                needed = offset - end + len(record) + _LINE_BYTES
+                if needed > room:
+                    refused.append(key)
+                    continue
+                content = memoryview(record)
+                _write(self._records, offset, content)
+                entry = _ENTRY.pack(key, offset, len(record), zlib.crc32(content))
+                lines.append(entry + _SEAL.pack(zlib.crc32(entry)))
+                room, end = room - needed, offset + len(record)
+            _write(self._index, self._lines_end, b"".join(lines))
+            self.refresh()
+        return refused
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.root / "lock").open("ab") as lock:  # closing it unlocks
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _map(self) -> None:
+        """Map the file of records as long as it is now."""
+        if size := os.fstat(self._records.fileno()).st_size:
+            self._mapped = np.frombuffer(mmap.mmap(self._records.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
+
+    def _tell_damage(self) -> None:
+        if not self._told:
+            logger.warning("%s holds damaged records, which are computed anew", self._records.name)
+            self._told = True
+
+
+def bytes_below(root: Path) -> int:
+    """What the files of all stores below `root` take."""
+    return sum(file.stat().st_size for file in root.glob("*/*"))
+
+
+def _open(file: Path) -> BinaryIO:
+    """A file to read and write anywhere in, without a buffer; made if need be."""
+    file.touch()
+    return file.open("r+b", buffering=0)
+
+
+def _write(file: BinaryIO, offset: int, content: bytes | memoryview) -> None:
+    """Write all of `content` at `offset`; one call may write a part."""
+    file.seek(offset)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
