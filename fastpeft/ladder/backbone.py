@@ -19,7 +19,7 @@ from fastpeft.files import fingerprint, fingerprints_agree
 logger = logging.getLogger(__name__)
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
-_POOLER = "pooler"
+POOLER = "pooler"  # the name of a module inside the body that comes after the layers, and trains
 
 
 class Backbone:
@@ -117,7 +117,7 @@ class Backbone:
     @property
     def poolers(self) -> list[nn.Module]:
         """Poolers inside the body: they come after the layers, and train."""
-        return [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == _POOLER]
+        return [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == POOLER]
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """What trains of the model: its head and poolers, except a decoder to the vocabulary. Names are the model's."""

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
@@ -286,21 +285,21 @@ def _default_limit(root: Path) -> int:
 
 def _identity(backbone: Backbone) -> str:
     """32 hex digits of all that decides the features of a row: they differ where any weight does in a bit."""
-    names = {module: name for name, module in backbone.body.named_modules()}
+    modules = list(backbone.body.named_modules())
+    names = {module: name for name, module in modules}
     config = backbone.core.config.to_dict()
     about = {
         "format": _FORMAT,
         "transformers": transformers.__version__,  # whose code the backbone is
         "class": type(backbone.body).__name__,
-        "layers": [names.get(layer) for layer in backbone.layers],
+        "layers": [names[layer] for layer in backbone.layers],
         "config": {name: value for name, value in config.items() if name not in _NOT_OF_FEATURES},
-        "adapters": _switches(backbone.body),
+        "adapters": [switch for name, module in modules for switch in _switches(name, module)],
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    body, trained = backbone.body, _trained(backbone)
-    # some buffers are not in the state, some of a quantised weight's parts are there alone
-    for name, tensor in sorted({**dict(body.named_buffers()), **body.state_dict(keep_vars=True)}.items()):
-        if id(tensor) not in trained:
+    # some buffers are not in the state, some parts of a quantised weight are there alone
+    for name, tensor in sorted({**dict(backbone.body.named_buffers()), **backbone.body.state_dict()}.items()):
+        if not _is_trained(name):
             for part in _plain(tensor.detach()):
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(_bytes(part.flatten()))
@@ -308,28 +307,30 @@ def _identity(backbone: Backbone) -> str:
 
 
 def _stamp(backbone: Backbone) -> list[Any]:
-    """What changes with the weights, told in no time: a write to a tensor's `.data` alone goes unseen."""
-    trained = _trained(backbone)
-    tensors = chain(backbone.body.parameters(), backbone.body.buffers())
-    return [
-        (id(tensor), _address(tensor), 0 if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-        if id(tensor) not in trained
-    ] + _switches(backbone.body)
+    """What changes with the features' identity, told in no time: but a write to a tensor's `.data` goes unseen."""
+    stamp: list[Any] = []
+    for name, module in backbone.body.named_modules():
+        if _is_trained(name):
+            continue
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                stamp.append((id(tensor), _address(tensor), version))
+        stamp += _switches(name, module)
+    return stamp
 
 
-def _trained(backbone: Backbone) -> set[int]:
-    """Parts of the body that train, and come after the layers."""
-    return {id(tensor) for pooler in backbone.poolers for tensor in chain(pooler.parameters(), pooler.buffers())}
+def _is_trained(name: str) -> bool:
+    """Whether a module or tensor of the body, by its name there, comes after the layers."""
+    return POOLER in name.split(".")
 
 
-def _switches(body: nn.Module) -> list[Any]:
-    """What decides beside their weights what PEFT's adapters compute."""
-    return [
-        (name, tuple(module.active_adapters), module.disable_adapters, dict(getattr(module, "scaling", {})))
-        for name, module in body.named_modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    ]
+def _switches(name: str, module: nn.Module) -> list[Any]:
+    """What decides beside its weights what an adapter of PEFT computes; of another module nothing."""
+    if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return []
+    scaling = dict(getattr(module, "scaling", {}))
+    return [(name, tuple(module.active_adapters), module.disable_adapters, scaling)]
 
 
 def _address(tensor: Tensor) -> int:
