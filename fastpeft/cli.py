@@ -112,6 +112,16 @@ def train(
         str | None, typer.Option(help="terrible,great or negative=terrible,positive=great (default: the prompt's)")
     ] = None,
     prompt_head: Annotated[str | None, typer.Option(help="label_words or classifier (default: label_words)")] = None,
+    cache_features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Keep the backbone's features there, for all runs of k-lst and lst (default: nowhere)"
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(help="What kept features are rounded to: bfloat16, float32 or int8 (default: bfloat16)"),
+    ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
     text_column: Annotated[
@@ -158,6 +168,8 @@ def train(
         "prompt": prompt,
         "label_words": label_words,
         "prompt_head": prompt_head,
+        "cache_features": cache_features,
+        "cache_dtype": cache_dtype,
         "bf16": bf16,
         "deterministic": deterministic,
         "text_column": text_column,

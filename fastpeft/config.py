@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import get_method
+from fastpeft.methods import Method, get_method
 from fastpeft.named_prompts import parse_prompt
 from fastpeft.problems import get_problem
 from fastpeft.prompts import HEADS, Prompt
@@ -65,6 +65,10 @@ class TrainConfig:
         label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
             those of the named prompt.
         prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.
+        cache_features: folder in which a frozen backbone's features are kept, for methods with a side network: rows
+            found there are not computed again, in any run. None: they are computed in every epoch.
+        cache_dtype: what features are rounded to, `bfloat16`, `float32` or `int8`. None: `bfloat16`. Rounding decides
+            the result, so a run is resumed with the values it was started with; what the folder holds does not.
         bf16: compute in bfloat16 by autocast; weights stay in float32.
         deterministic: only deterministic kernels.
         text_column, label_column: columns of the data, of pairs of texts two joined by a comma. None: found by name.
@@ -101,6 +105,8 @@ class TrainConfig:
     prompt: str | None = None
     label_words: str | None = None
     prompt_head: str | None = None
+    cache_features: str | None = None
+    cache_dtype: str | None = None
     bf16: bool = False
     deterministic: bool = False
     text_column: str | None = None
@@ -108,9 +114,9 @@ class TrainConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check(
-            "init_from", isinstance(self.init_from, (str, NoneType)) and self.init_from != "", "a folder's name"
-        )
+        for name in ("init_from", "cache_features"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, (str, NoneType)) and value != "", "a folder's name")
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
             object.__setattr__(self, "model", model)
@@ -142,7 +148,7 @@ class TrainConfig:
         for name in ("bf16", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
-        get_method(self.method, self.settings)
+        self._check_cache(get_method(self.method, self.settings))
         if self.problem_type is not None:
             get_problem(self.problem_type)
         if self.metric is not None and self.save_steps is None:
@@ -160,6 +166,22 @@ class TrainConfig:
     def _check(self, name: str, fits: bool, allowed: str) -> None:
         if not fits:
             raise FastpeftError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    def _check_cache(self, method: Method) -> None:
+        from fastpeft.ladder.cache import DTYPES  # heavy
+
+        self._check("cache_dtype", self.cache_dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
+        if self.cache_features is not None and not method.ladder:
+            raise FastpeftError(
+                f"cache_features is {self.cache_features!r}, but the method {self.method!r} has no frozen features to "
+                "keep: what its layers compute changes as it trains, or is trained through. Leave it out, or choose "
+                "k-lst, lst, or mezo over one of them."
+            )
+        if self.cache_dtype is not None and self.cache_features is None:
+            raise FastpeftError(
+                f"cache_dtype is {self.cache_dtype!r}, but no features are cached. Name a folder by cache_features, or "
+                "leave cache_dtype out."
+            )
 
     def parse_prompt(self) -> Prompt | None:
         """The prompt, with its words as written; None where there is none.
@@ -194,8 +216,11 @@ class TrainConfig:
 
     def values(self) -> dict[str, Any]:
         """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
-        start = None if self.init_from is None else str(Path(self.init_from).expanduser().resolve())
-        paths = {"model": _anchored(self.model), "data": _anchored(self.data), "init_from": start}
+        folders = {
+            name: None if (folder := getattr(self, name)) is None else str(Path(folder).expanduser().resolve())
+            for name in ("init_from", "cache_features")
+        }
+        paths = {"model": _anchored(self.model), "data": _anchored(self.data), **folders}
         return dataclasses.asdict(self) | paths
 
 

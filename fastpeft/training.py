@@ -21,6 +21,7 @@ from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
+from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
@@ -118,6 +119,8 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     with _determinism(config.deterministic):
         task = Task.load(config)
+        if config.cache_features is not None:
+            inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         trainer_class = MeZORunTrainer if task.method.zeroth_order else RunTrainer
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
@@ -269,7 +272,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """What `metrics.json` holds."""
     config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
-    problem = task.data.problem
+    problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = _count_parameters(trainer.model)
     if device.type == "cuda":
         peak: float | None = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
@@ -297,6 +300,7 @@ def _metrics(
         "peak_memory_mb": peak,
         "peak_memory_source": "CUDA allocator" if device.type == "cuda" else "simulated",
         "peak_rss_mb": round(peak_rss_mb(), 1),
+        "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
         "seed": config.seed,
         "device": device_name(device),
@@ -322,6 +326,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         "rank",
         "window",
         "reduction",
+        "cache_dtype",
         "seed",
         "bf16",
     )

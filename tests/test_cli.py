@@ -116,7 +116,7 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
         **{"prompt": "{text} <mask>", "label_words": "a,b", "prompt_head": "classifier"},
         **{"rank": 3, "window": 5, "reduction": 2, "max_steps": 7, "batch_size": 4, "max_length": 9, "save_steps": 6},
         **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
-        **{"patience": 8},
+        **{"patience": 8, "cache_features": "features", "cache_dtype": "int8"},
     }
     assert given.keys() | {"settings"} == {field.name for field in dataclasses.fields(TrainConfig)}
     seen = []
@@ -309,6 +309,7 @@ def test_help_names_methods_and_options() -> None:
         "window",
         "reduction",
         "init-from",
+        "cache-features",
         "epochs",
         "max-steps",
         "config",

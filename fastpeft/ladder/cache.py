@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +37,7 @@ from fastpeft.ladder.store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
 
-CacheDtype = Literal["bfloat16", "float32", "int8"]
-DTYPES: tuple[str, ...] = get_args(CacheDtype)
+DTYPES = ("bfloat16", "float32", "int8")  # the default first
 
 _FORMAT = 1  # to be raised when the same backbone and row come to give another record
 _GIB = 2**30
@@ -83,7 +82,7 @@ class FeatureCache:
         self,
         backbone: Backbone,
         folder: str | os.PathLike[str],
-        dtype: CacheDtype = "bfloat16",
+        dtype: str = DTYPES[0],
         max_bytes: int | None = None,
     ) -> None:
         if dtype not in DTYPES:
@@ -287,6 +286,11 @@ def _identity(backbone: Backbone) -> str:
     """32 hex digits of all that decides the features of a row: they differ where any weight does in a bit."""
     modules = list(backbone.body.named_modules())
     names = {module: name for name, module in modules}
+    if not names.keys() >= set(backbone.layers):
+        raise FastpeftError(
+            "feature_modules names layers outside of the model's body, whose features cannot be cached. Name layers "
+            "of the body, or do without the cache."
+        )
     config = backbone.core.config.to_dict()
     about = {
         "format": _FORMAT,
@@ -302,7 +306,7 @@ def _identity(backbone: Backbone) -> str:
         if not _is_trained(name):
             for part in _plain(tensor.detach()):
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-                digest.update(_bytes(part.flatten()))
+                digest.update(_bytes(part.flatten()).data)
     return digest.hexdigest()[:32]
 
 

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.cache import CacheDtype, FeatureCache, can_cache
+from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.side import SideNetwork, SideRun
 
@@ -222,7 +222,7 @@ class LadderModel(PreTrainedModel):
     def cache_features(
         self,
         folder: str | os.PathLike[str] | None,
-        dtype: CacheDtype = "bfloat16",
+        dtype: str = DTYPES[0],
         max_bytes: int | None = None,
     ) -> FeatureCache | None:
         """From now on read the backbone's features from a folder, and run it on rows that are not there yet.

@@ -4,9 +4,10 @@ ROOT/lock            held while a process appends to any store below ROOT
 ROOT/NAME/records    the records' bytes, each from a multiple of 64
 ROOT/NAME/index      for each record a line: its key, where it is, and checksums of its bytes and of the line
 
-The bytes of a record come first and its line after them, so whatever moment a process is killed at, what the index names
-is there; half a line is overwritten by the next. After a power cut the disk may hold the line and not the bytes, or bytes
-may change later: every record is checked when a process reads it for the first time, and a wrong one counts as absent.
+The bytes of a record come first and its line after them, so whatever moment a process is killed at, what the index
+names is there; half a line is overwritten by the next. After a power cut the disk may hold the line and not the bytes,
+or bytes may change later: a record is checked when a process reads it for the first time, and a wrong one counts as
+absent.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class RecordStore:
             self._map()
         record = self._mapped[offset : offset + length]
         if checksum is not None:
-            if len(record) < length or zlib.crc32(record) != checksum:
+            if len(record) < length or zlib.crc32(record.data) != checksum:
                 del self._places[key]
                 self._tell_damage()
                 return None
@@ -119,7 +120,7 @@ class RecordStore:
                 if needed > room:
                     refused.append(key)
                     continue
-                content = memoryview(record)
+                content = record.data
                 _write(self._records, offset, content)
                 entry = _ENTRY.pack(key, offset, len(record), zlib.crc32(content))
                 lines.append(entry + _SEAL.pack(zlib.crc32(entry)))

@@ -14,7 +14,7 @@ from fastpeft.ladder.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "GPT2")
+KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
 
 
 def last_feature(model: Any) -> Tensor:

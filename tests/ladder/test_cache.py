@@ -1,0 +1,341 @@
+"""The feature cache gives what the backbone would, for the backbone and the rows that are asked for, and no others."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from backbones import IDS, MASK, labels, ladder, logits, tiny
+from samples import save_tiny_model
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
+from fastpeft.ladder.cache import DTYPES, FeatureCache
+from fastpeft.memory import simulate_training_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Runs = list[int]
+
+
+def counted(model: LadderModel) -> Runs:
+    """Rows of each run of the last layer from now on."""
+    runs: Runs = []
+    model.backbone.layers[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: runs.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    return runs
+
+
+def cached(folder: Path, base: nn.Module | None = None, dtype: str = "bfloat16", **arguments: Any) -> LadderModel:
+    model = ladder(base).eval()
+    model.cache_features(folder, dtype, **arguments)
+    return model
+
+
+def counts(model: LadderModel) -> tuple[int, int]:
+    assert model.feature_cache is not None
+    return model.feature_cache.hits, model.feature_cache.misses
+
+
+def features(model: LadderModel, **inputs: Tensor) -> list[Tensor]:
+    assert model.feature_cache is not None
+    with torch.no_grad():
+        return model.feature_cache.features({"input_ids": IDS, "attention_mask": MASK, **inputs})
+
+
+# -- what it gives -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("Roberta", "ForSequenceClassification"),
+        ("Bert", "ForSequenceClassification"),
+        ("DebertaV2", "ForMaskedLM"),
+        ("DistilBert", "ForTokenClassification"),
+        ("ModernBert", "ForMaskedLM"),
+        ("GPT2", "ForSequenceClassification"),
+    ],
+)
+def test_float32_features_are_those_of_the_backbone(tmp_path: Path, kind: str, head: str) -> None:
+    """To rounding, 1e-7 of these models' features of up to 4, which other padding changes."""
+    model = ladder(tiny(kind, head)).eval()
+    expected = logits(model)
+    model.cache_features(tmp_path, "float32")
+    real = MASK.bool() if expected.dim() == 3 else slice(None)  # at padding logits mean nothing
+    for _ in range(2):
+        torch.testing.assert_close(logits(model)[real], expected[real], rtol=1e-5, atol=1e-6)
+    assert counts(model) == (3, 3)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2**-8), ("int8", 1 / 253)])
+def test_rounding_is_that_of_the_dtype(tmp_path: Path, dtype: str, bound: float) -> None:
+    exact = features(cached(tmp_path, dtype="float32"))
+    for first, second in zip(exact, features(cached(tmp_path, dtype=dtype)), strict=True):
+        scale = first.abs() if dtype == "bfloat16" else first.abs().amax(-1, keepdim=True)
+        assert ((first - second).abs() <= bound * scale).all()
+        assert not first.equal(second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_there_needs_no_layer_and_has_the_bits_it_had(tmp_path: Path, dtype: str) -> None:
+    model = cached(tmp_path, dtype=dtype)
+    first = logits(model)
+    runs = counted(model)
+    assert logits(model).equal(first)
+    assert logits(cached(tmp_path, dtype=dtype)).equal(first)
+    assert runs == []
+
+
+def test_batches_of_other_composition_and_padding_share_rows(tmp_path: Path) -> None:
+    model = cached(tmp_path)
+    expected = logits(model)
+    runs = counted(model)
+    wide = torch.nn.functional.pad(IDS, (0, 4)), torch.nn.functional.pad(MASK, (0, 4))
+    order = [2, 0, 1, 0]
+    with torch.no_grad():
+        torch.testing.assert_close(model(wide[0][order], attention_mask=wide[1][order]).logits, expected[order])
+        torch.testing.assert_close(model(IDS[:1, :6]).logits, expected[:1])
+        assert runs == []
+        model(torch.cat([IDS, IDS.flip(0) + 1, IDS + 1]))  # one new row is new twice
+    assert runs == [4]  # row 0 without its mask too
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_padding_before_and_inside_a_row(tmp_path: Path, kind: str) -> None:
+    """Such models count positions from the first token, padding or not."""
+    mask = torch.ones_like(MASK)
+    mask[0, :3] = mask[1, 4] = 0
+    model = ladder(tiny(kind, pad_token_id=0)).eval()
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+        model.cache_features(tmp_path, "float32")
+        logits(model)
+        for _ in range(2):
+            torch.testing.assert_close(model(IDS, attention_mask=mask).logits, expected, rtol=1e-5, atol=1e-6)
+    assert counts(model) == (4, 5)  # only row 2 is as it was with the mask of before
+
+
+def test_all_that_decides_features_is_in_the_key(tmp_path: Path) -> None:
+    model = cached(tmp_path, tiny("Bert"))
+    features(model)
+    features(model, token_type_ids=torch.zeros_like(IDS))
+    assert counts(model) == (3, 3)
+    features(model, token_type_ids=torch.ones_like(IDS))
+    features(model, position_ids=torch.arange(9)[None])  # given or counted may differ, as with RoBERTa
+    features(model, position_ids=torch.arange(9).flip(0)[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        features(model)
+    assert counts(model) == (3, 15)
+
+
+# -- the backbone's part -----------------------------------------------------------------------------------------
+
+
+def test_changed_weights_are_not_served_old_features(tmp_path: Path) -> None:
+    model = cached(tmp_path, dtype="float32")
+    before = logits(model)
+    weight = model.base.roberta.encoder.layer[1].output.dense.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    changed = logits(model)
+    assert not changed.equal(before)
+    torch.testing.assert_close(changed, logits(ladder(copy.deepcopy(model.base)).eval()), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert logits(model).equal(before)
+    assert counts(model) == (3, 6)
+    model.base.half()
+    features(model)
+    assert counts(model) == (3, 9)
+
+
+def test_what_comes_after_the_layers_has_no_part_in_it(tmp_path: Path) -> None:
+    """One body under any head: training a pooler or a head, and a model for masked words, change nothing."""
+    model = cached(tmp_path, tiny("Bert", num_labels=2))
+    features(model)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(1.0)
+    features(model)
+    assert counts(model) == (3, 3)
+    other = tiny("Bert", "ForMaskedLM")
+    other.bert.load_state_dict(model.base.bert.state_dict(), strict=False)
+    other = cached(tmp_path, other)
+    features(other)
+    assert counts(other) == (3, 0)
+
+
+def test_a_configuration_or_a_version_may_change_what_weights_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features(cached(tmp_path))
+    for other in (cached(tmp_path, tiny(hidden_act="relu")), cached(tmp_path, tiny(layer_norm_eps=1e-3))):
+        features(other)
+        assert counts(other) == (0, 3)
+    monkeypatch.setattr(transformers, "__version__", "0")
+    assert cached(tmp_path).feature_cache is not None
+    assert len(list(tmp_path.glob("*/index"))) == 4
+
+
+def test_adapters_in_the_backbone(tmp_path: Path) -> None:
+    def adapted(**changes: Any) -> Any:
+        torch.manual_seed(5)
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False, **changes)
+        return peft.get_peft_model(tiny(), config).eval()
+
+    model = ladder(adapted()).eval()
+    expected = logits(model)
+    model.cache_features(tmp_path, "float32")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+    with model.base.disable_adapter():
+        assert not logits(model).equal(expected)
+    assert counts(model) == (0, 6)
+    logits(model)
+    assert counts(model) == (3, 6)
+    stronger = cached(tmp_path, adapted(lora_alpha=80), "float32")  # of the same weights
+    logits(stronger)
+    assert counts(stronger) == (0, 3)
+    prefixed = peft.get_peft_model(tiny(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(FastpeftError, match="trained tokens or prefixes"):
+        ladder(prefixed).cache_features(tmp_path)
+
+
+# -- models around and copies of it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_is_the_same_whatever_was_there_and_close_to_that_without(tmp_path: Path, dtype: str) -> None:
+    """Dropout in the side network and the head included."""
+
+    def trained(folder: Path | None) -> list[Tensor]:
+        model = ladder(feature_dropout=0.2).train()
+        model.cache_features(folder, dtype)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        torch.manual_seed(7)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(IDS, attention_mask=MASK, **labels("ForSequenceClassification")).loss.backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    cold, warm, without = trained(tmp_path), trained(tmp_path), trained(None)
+    assert all(first.equal(second) for first, second in zip(cold, warm))
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    for first, second in zip(cold, without):
+        torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbone(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = cached(tmp_path, tiny().to(dtype)).train()
+    assert {feature.dtype for feature in features(model)} == {dtype}
+    output = model(IDS, attention_mask=MASK, **labels("ForSequenceClassification"))
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_inside_a_prompt(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    masked_lm = ladder(transformers.AutoModelForMaskedLM.from_pretrained(folder)).eval()
+    prompt = Prompt("{text} is <mask>", {0: "awful", 1: "lovely"})
+    model = PromptModel(masked_lm, tokenizer, prompt).eval()
+    texts = ["the film", "a very brilliant story", "end"]
+    expected = model.predict_logits(texts)
+    masked_lm.cache_features(tmp_path / "features", "float32")
+    for _ in range(2):
+        torch.testing.assert_close(model.predict_logits(texts), expected, rtol=1e-5, atol=1e-6)
+    assert counts(masked_lm) == (3, 3)
+
+
+def test_passes_without_tokens_do_without(tmp_path: Path) -> None:
+    model = cached(tmp_path)
+    embeddings = model.base.roberta.embeddings.word_embeddings(IDS)
+    with torch.no_grad():
+        model(inputs_embeds=embeddings, attention_mask=MASK)
+    simulate_training_step(model, {"input_ids": IDS, "attention_mask": MASK, **labels("ForSequenceClassification")})
+    assert counts(model) == (0, 0)
+    model.cache_features(None)
+    logits(model)
+    assert model.feature_cache is None
+
+
+def test_a_copy_has_its_own_files(tmp_path: Path) -> None:
+    model = cached(tmp_path)
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    assert copied.feature_cache._backbone is copied.backbone
+    assert logits(copied).equal(expected)
+    assert counts(copied) == (3, 0)
+
+
+# -- limits and faults -------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_computed_each_time_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(cached(tmp_path / "all"))
+    limit = 2 * 9 * 4 * 16 * 2  # two rows of 9 tokens and not the lines of their index
+    model = cached(tmp_path / "some", max_bytes=limit)
+    with caplog.at_level(logging.WARNING, "fastpeft"):
+        assert logits(model).equal(expected)
+        assert "do not fit" not in caplog.text
+        for _ in range(2):
+            assert logits(model).equal(expected)
+    assert counts(model) == (4, 5)  # row 0, of 6 tokens, and one of 9
+    assert caplog.text.count("do not fit") == 1
+    assert sum(file.stat().st_size for file in (tmp_path / "some").glob("*/*")) <= limit
+
+
+def test_damaged_features_are_computed_anew(tmp_path: Path) -> None:
+    expected = logits(cached(tmp_path))
+    (file,) = tmp_path.glob("*/records")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    model = cached(tmp_path)
+    assert logits(model).equal(expected)
+    assert counts(model) == (2, 1)
+
+
+def test_a_folder_that_can_no_longer_be_written_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(cached(tmp_path / "sound"))
+    model = cached(tmp_path / "full")
+
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastpeft.ladder.store._write", no_space)
+    with caplog.at_level(logging.WARNING, "fastpeft"):
+        for _ in range(2):
+            assert logits(model).equal(expected)
+    assert caplog.text.count("No space left on device") == 1
+    assert counts(model) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float64"}, "'float64'; choose one of bfloat16, float32, int8"),
+        ({"max_bytes": 0}, "max_bytes is 0"),
+        ({"folder": "file/inside"}, "cannot keep features in"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    (tmp_path / "file").write_text("")
+    given = {"folder": "new", **arguments}
+    with pytest.raises(FastpeftError, match=message):
+        FeatureCache(ladder().backbone, **{**given, "folder": tmp_path / given["folder"]})
+    assert not (tmp_path / "new").exists()
