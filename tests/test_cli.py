@@ -292,6 +292,32 @@ def test_quiet_says_nothing(place: Path) -> None:
     assert (place / "runs" / "head-reviews" / "metrics.json").is_file(), "the default output"
 
 
+@pytest.mark.parametrize("extra", [(), ("--prompt", "{text} is <mask>", "--label-words", "awful,lovely")])
+def test_runs_share_cached_features(place: Path, extra: tuple[str, ...]) -> None:
+    """The second reads all of them, and has the bits of the first all the same."""
+    arguments = (*TRAIN, "--method", "lst", "--max-steps", "8", "--cache-features", "kept", "--quiet", *extra)
+    run(*arguments, "--output", "first")
+    run(*arguments, "--output", "second")
+    run("train", "--config", "first/run.json", "--seed", "1", "--output", "third", "--quiet")
+    first, *others = (json.loads((place / name / "metrics.json").read_text()) for name in ("first", "second", "third"))
+    assert first["feature_cache"]["misses"] > 0
+    assert [metrics["feature_cache"]["misses"] for metrics in others] == [0, 0]
+    assert all(metrics["peak_memory_mb"] for metrics in (first, *others))
+    one, two = ((place / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert one == two
+    assert json.loads((place / "first" / "run.json").read_text())["cache_features"] == str(place / "kept")
+
+
+def test_a_run_is_resumed_with_the_rounding_it_began_with(place: Path) -> None:
+    arguments = (*TRAIN, "--method", "mezo", "--set", "over=k-lst", "--output", "out", "--quiet")
+    run(*arguments, "--cache-features", "kept", "--cache-dtype", "int8")
+    (place / "out" / "metrics.json").unlink()
+    refused = CliRunner().invoke(app, [*arguments, "--cache-features", "kept", "--cache-dtype", "float32", "--resume"])
+    assert "cache_dtype 'int8' -> 'float32'" in refused.stderr
+    run(*arguments, "--resume")
+    assert json.loads((place / "out" / "metrics.json").read_text())["feature_cache"]["misses"] == 0
+
+
 def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
     result = CliRunner().invoke(app, [*TRAIN, "--method", "full", "--output", "out", "--learning-rate", "1e30"])
     assert result.exit_code == 2
