@@ -18,10 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from bench.bench_ladder import demo
+from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft import LadderConfig, LadderModel
@@ -32,22 +30,10 @@ BATCHES = 32  # so many that no feature is still in the processor's caches when 
 UNCACHED = "uncached"
 
 
-def base() -> nn.Module:
-    """A RoBERTa-base, 12 layers of 768, with random weights."""
-    torch.manual_seed(0)
-    return RobertaForSequenceClassification(
-        RobertaConfig(vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1)
-    )
-
-
-MODELS = {"demo": demo, "base": base}
-
-
 def training_step(model: str, dtype: str | None, folder: Path, device: torch.device) -> Callable[[], object]:
     """Forward, backward and AdamW of the next batch, with features cached in `dtype`; None computes them."""
-    backbone = MODELS[model]()
     torch.manual_seed(0)
-    ladder = LadderModel(backbone, LadderConfig(window_size=9)).to(device).train()
+    ladder = LadderModel(MODELS[model](), LadderConfig(window_size=9)).to(device).train()
     trained = [p for p in ladder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
     batches = torch.randint(5, 8_000, (BATCHES, BATCH_SIZE, TOKENS), device=device)
