@@ -25,9 +25,10 @@ Runs = list[int]
 
 
 def counted(model: LadderModel) -> Runs:
-    """Rows of each run of the last layer from now on."""
+    """Rows of each run of the last layer from now on: of its attention, for hooks of a skipped layer run too."""
     runs: Runs = []
-    model.backbone.layers[-1].register_forward_pre_hook(
+    attention = model.backbone.layers[-1].attention
+    attention.register_forward_pre_hook(
         lambda _, args, kwargs: runs.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
     )
     return runs
