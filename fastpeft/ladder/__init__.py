@@ -17,5 +17,6 @@ for _auto in (
     transformers.AutoModelForTokenClassification,
     transformers.AutoModelForMaskedLM,
     transformers.AutoModelForQuestionAnswering,
+    transformers.AutoModelForImageClassification,
 ):
     _auto.register(LadderConfig, LadderModel, exist_ok=True)

@@ -188,6 +188,12 @@ class Backbone:
             if id(parameter) not in frozen and ".original_module." not in name
         }
 
+    def head_buffers(self) -> list[str]:
+        """What its head keeps beside parameters, as the running statistics of a norm. Names are the model's."""
+        frozen = {id(buffer) for module in self.frozen for buffer in module.buffers(recurse=False)}
+        kept = self.model.state_dict().keys()
+        return [name for name, buffer in self.model.named_buffers() if id(buffer) not in frozen and name in kept]
+
     # -- fingerprints --------------------------------------------------------------------------------------------
 
     def fingerprints(self) -> dict[str, str]:

@@ -88,7 +88,7 @@ class LadderConfig(PretrainedConfig):
         self.share_projections = share_projections
         self.output_mix = output_mix
         self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
-        self.feature_sizes = feature_sizes if feature_sizes is None else list(feature_sizes)
+        self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
         self.causal = causal
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
@@ -131,5 +131,10 @@ class LadderConfig(PretrainedConfig):
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
+        sizes = self.feature_sizes
+        if sizes is not None and not (
+            isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+        ):
+            raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
         if self.feature_modules is not None and not self.feature_modules:
             raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")

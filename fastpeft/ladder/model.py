@@ -109,7 +109,8 @@ class LadderModel(PreTrainedModel):
         for parameter in head.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        self._trained = {f"base.{name}" for name in head} | {f"side.{name}" for name in side.state_dict()}
+        self._trained = {f"base.{name}" for name in (*head, *backbone.head_buffers())}
+        self._trained |= {f"side.{name}" for name in side.state_dict()}
         self._describe_base()
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names

@@ -33,8 +33,8 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
     """Set the weights of `side` to those of `backbone`, pruned.
 
     Every projection and `down` select the D channels that stay, `up` puts them back in their places. Block j takes over
-    layer j; its cross-attention has that layer's queries and keys, and for values what that layer's values become by its
-    output matrix. Norms, positions and gates start as they always do.
+    layer j; its cross-attention has that layer's queries and keys, and for values what that layer's values become by
+    its output matrix. Norms, positions and gates start as they always do.
 
     Raises:
         FastpeftError: a layer does not consist of the six matrices of a plain encoder block, or they are quantised.

@@ -125,8 +125,8 @@ class SideNetwork(nn.Module):
     blocks share are the rows of `projections["shared"]`, the last slot's first: those that read one feature then lie
     side by side. A slot outside `B_0 .. B_L` has no projection.
 
-    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). What trains is
-    `side_share = 1 - lambda`, from 0 on: the start is the backbone, and weight decay leads back to it.
+    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). What trains
+    is `side_share = 1 - lambda`, from 0 on: the start is the backbone, and weight decay leads back to it.
 
     Args:
         config: what it is made of.
