@@ -236,7 +236,8 @@ class Backbone:
         """
 
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            feed(0, _as_tokens(args[0] if args else kwargs.get("hidden_states", *kwargs.values()), 0))
+            given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+            feed(0, _as_tokens(given, 0))
 
         def after(index: int) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -76,7 +76,7 @@ class Texts(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids) * self.scale
         for block in self.blocks:
-            x = block(x)
+            x = block(src=x, is_causal=False)
         logits: Tensor = self.head(x[:, 0])
         return logits
 
