@@ -122,6 +122,8 @@ class LadderModel(PreTrainedModel):
         """Nothing: the base comes initialised, and the side network's layers do it themselves."""
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.backbone.plain:
+            raise NotImplementedError(f"a {type(self.backbone.core).__name__} names no input embeddings")
         embeddings: nn.Module = self.backbone.core.get_input_embeddings()
         return embeddings
 
