@@ -212,8 +212,11 @@ class LadderModel(PreTrainedModel):
                     f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
                     f"{expected}. {_CURE_OF_TEXT if text is not None else _CURE}"
                 )
+            feature = feature.detach()
+            if self.backbone.plain:
+                feature = feature.clone()  # an activation in place may follow
             with torch.set_grad_enabled(gradients):
-                run.feed(layer, feature.detach().to(device))
+                run.feed(layer, feature.to(device))
 
         with torch.no_grad(), contextlib.ExitStack() as after_layers:
 

@@ -178,6 +178,18 @@ def test_a_perceptron_computes_what_its_parts_do() -> None:
     torch.testing.assert_close(run(model, "perceptron").logits, expected)
 
 
+def test_activations_in_place_change_no_feature() -> None:
+    def gradients(inplace: bool) -> list[Tensor]:
+        base = perceptron()
+        base[1], base[3] = nn.ReLU(inplace), nn.ReLU(inplace)
+        model = ladder(base, feature_modules=["0", "2"], output_mix=True).train()
+        model.side.side_share.data.fill_(0.5)
+        model(inputs=X, labels=LABELS).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    assert all(one.equal(other) for one, other in zip(gradients(False), gradients(True), strict=True))
+
+
 def test_convolutions_compute_what_their_parts_do() -> None:
     model = made("convolutions").eval()
     first = model.base[0](IMAGES)
