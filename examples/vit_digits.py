@@ -68,12 +68,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
 
     set_seed(options.seed)
-    width, layers, epochs = (32, 2, 4) if options.tiny else (64, 4, 15)
+    width, layers, epochs = (32, 2, 8) if options.tiny else (64, 4, 15)
     shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": width, "intermediate_size": 4 * width}
     pretrained = ViTForImageClassification(
         ViTConfig(**shape, num_hidden_layers=layers, num_attention_heads=4, num_labels=5)
     )
-    first = trainer(pretrained, digits(0), options.output / "trainer", epochs, 2e-3)
+    first = trainer(pretrained, digits(0), options.output / "trainer", epochs, 4e-3)
     first.train()
     known = first.evaluate()["eval_accuracy"]
     pretrained.save_pretrained(options.output / "base")
@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     base = AutoModelForImageClassification.from_pretrained(
         options.output / "base", id2label={place: str(digit) for place, digit in enumerate(range(5, 10))}
     )
-    model = LadderModel(base, LadderConfig(window_size=options.window, reduction_factor=2))
-    second = trainer(model, digits(5), options.output / "trainer", 2 * epochs, 5e-3)
+    model = LadderModel(base, LadderConfig(window_size=options.window, reduction_factor=2, residual=True))
+    second = trainer(model, digits(5), options.output / "trainer", epochs, 1e-2)
     before = second.evaluate()["eval_accuracy"]
     second.train()
     after = second.evaluate()["eval_accuracy"]

@@ -54,7 +54,7 @@ class Backbone:
             )
         self.model = model
         self.core: Any = core
-        self.body: nn.Module = core if self.plain else core.base_model
+        self.body: nn.Module = self.core if self.plain else self.core.base_model
         if self.body is core and not self.plain:
             raise FastpeftError(
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "

@@ -279,8 +279,17 @@ class LadderModel(PreTrainedModel):
         if card.exists():
             return
         config = self.config
-        shown = ("window_size", "reduction_factor", "fusion", "num_heads", "residual", "init", "layer_drop")
-        shown += ("share_projections", "output_mix")
+        shown = (
+            "window_size",
+            "reduction_factor",
+            "fusion",
+            "num_heads",
+            "residual",
+            "init",
+            "layer_drop",
+            "share_projections",
+            "output_mix",
+        )
         text = model_card(
             base_model=config.base_model_name_or_path or "the base model",
             method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",

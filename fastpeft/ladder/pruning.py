@@ -7,7 +7,7 @@ of the backbone's query, key and value, M neurons of its feed-forward part.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,14 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
     layers = [_take_apart(layer, side) for layer in backbone.layers]
     channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
     selection = torch.eye(side.feature_sizes[0], device=channels.device)[channels]  # (D, d)
-    for projection in (side.down, *side.projections.values()):
+    projections: list[Any] = [side.down, *side.projections.values()]
+    for projection in projections:
         projection.weight.copy_(selection.repeat(len(projection.weight) // side.width, 1))
         if projection.bias is not None:
             projection.bias.zero_()
     side.up.weight.copy_(selection.mT)
     side.up.bias.zero_()
+    block: Any
     for block, layer in zip(side.blocks, layers):
         _prune_block(block, layer, channels)
 

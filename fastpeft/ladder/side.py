@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +214,7 @@ class SideNetwork(nn.Module):
         if not readers:
             return ()
         if self.config.share_projections:
-            shared = self.projections["shared"]
+            shared: Any = self.projections["shared"]
             first = self._shared_rows[readers[0][1]]  # slots go down as blocks go up
             rows = slice(first, first + len(readers) * self.width)
             projected = F.linear(feature, shared.weight[rows], None if shared.bias is None else shared.bias[rows])
@@ -255,7 +256,7 @@ class SideRun:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
-        self._theta: Tensor | None = None
+        self._theta: Tensor  # the last state, from the first feature on
         self._last_feature: Tensor | None = None  # B_L, where it is mixed into the output
         self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
@@ -304,9 +305,8 @@ class SideRun:
                 "layers in feature_modules."
             )
         output: Tensor = self.side.up(self._theta)
-        if self._last_feature is None:
-            return output
-        return self._last_feature + self.side.side_share * (output - self._last_feature)
+        last, share = self._last_feature, self.side.side_share
+        return output if last is None or share is None else last + share * (output - last)
 
 
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
