@@ -44,7 +44,7 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
-        core = model.get_base_model() if isinstance(model, PeftModel) else model
+        core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.plain = not isinstance(core, PreTrainedModel)
         if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
             raise FastpeftError(
@@ -53,8 +53,8 @@ class Backbone:
                 "nn.Module, name the layers in feature_modules."
             )
         self.model = model
-        self.core: Any = core
-        self.body: nn.Module = self.core if self.plain else self.core.base_model
+        self.core = core
+        self.body: nn.Module = core if self.plain else core.base_model
         if self.body is core and not self.plain:
             raise FastpeftError(
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "
