@@ -7,6 +7,7 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
+
+if TYPE_CHECKING:
+    from fastpeft.ladder.stack import SelectedSides
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
@@ -207,19 +211,21 @@ class SideNetwork(nn.Module):
 
 
 class SideRun:
-    """One pass of a side network over features as the backbone makes them.
+    """One pass of a side network, or of a `SelectedSides`, over features as the backbone makes them.
 
     Each feature is projected as it comes and each block runs as soon as its window is complete, so that without
     gradients the projections of at most k layers are alive, and no feature.
 
     Args:
-        side: the side network.
+        side: the side network; of G stacked ones every operand has a dimension in front, `(G, B, T, ...)`.
         mask: bool `(B, T)`, or None.
         seed: of the feature dropout's noise.
         keep_states: whether to keep every side state in `states`.
     """
 
-    def __init__(self, side: SideNetwork, mask: Tensor | None, seed: int, keep_states: bool = False) -> None:
+    def __init__(
+        self, side: SideNetwork | SelectedSides, mask: Tensor | None, seed: int, keep_states: bool = False
+    ) -> None:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
@@ -240,7 +246,7 @@ class SideRun:
         if not torch.is_autocast_enabled(feature.device.type):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            self._visible = _visibility(self.mask, feature.shape[1], side.causal, feature.device)
+            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
             self._advance(side.down(feature))
         readers = side.readers.get(layer, [])
         if readers:
@@ -250,7 +256,7 @@ class SideRun:
         reach = side.config.window_size // 2
         last = layer - reach if layer < side.num_layers else side.num_layers
         for block in range(max(1, layer - reach), last + 1):
-            window = torch.stack(self._windows.pop(block), dim=1)
+            window = torch.stack(self._windows.pop(block), dim=-3)
             self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _advance(self, theta: Tensor) -> None:
@@ -280,7 +286,7 @@ def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.de
     if causal:
         visible = visible.tril()
     if mask is not None:
-        visible = visible & mask[:, None, None, :]
+        visible = visible & mask[..., None, None, :]
     return visible | torch.eye(tokens, dtype=torch.bool, device=device)
 
 

@@ -1,0 +1,101 @@
+"""Side networks of one shape, computed as one network with a dimension more."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastpeft.ladder.model import SHAPE
+from fastpeft.ladder.side import SideNetwork
+
+_STACKED = ("down", "projections", "blocks", "up")  # the parts of a side network that are computed for all at once
+
+
+def shape_of(side: SideNetwork) -> Hashable:
+    """What two side networks must have in common to be stacked; equal to itself alone where one cannot be."""
+    if any(name.partition(".")[0] not in _STACKED for name, _ in side.named_parameters()):
+        return id(side)
+    settings = tuple(repr(getattr(side.config, name)) for name in SHAPE)
+    return settings, tuple((name, p.shape, p.dtype) for name, p in side.named_parameters())
+
+
+class SideStack:
+    """G side networks of one `shape_of`, each weight of theirs a slice of one tensor `(G, ...)`.
+
+    The slices are their parameters' own memory: nothing is held twice, and what an optimizer or `load_state_dict`
+    writes to a network is seen here. Moving a network to another device or dtype parts it from its stack.
+
+    Args:
+        sides: the networks; their weights are copied once, to where they lie together. One alone stays where it is.
+    """
+
+    def __init__(self, sides: Sequence[SideNetwork]) -> None:
+        self.sides = list(sides)
+        self._weights: dict[int, Tensor] = {}  # by the id of the first network's parameter
+        if len(sides) > 1:
+            for parameters in zip(*(side.parameters() for side in sides)):
+                stacked = torch.stack([parameter.detach() for parameter in parameters])
+                for parameter, part in zip(parameters, stacked):
+                    parameter.data = part
+                self._weights[id(parameters[0])] = stacked
+
+    def select(self, places: Sequence[int]) -> SideNetwork | SelectedSides:
+        """The networks at `places`; weights are copied unless it is one of them or all in their order."""
+        if len(places) == 1:
+            return self.sides[places[0]]
+        if list(places) == list(range(len(self.sides))):
+            return SelectedSides(self.sides[0], self._weights)
+        index = torch.tensor(places, device=next(iter(self._weights.values())).device)
+        return SelectedSides(self.sides[0], {key: weight[index] for key, weight in self._weights.items()})
+
+
+class SelectedSides:
+    """What a `SideRun` needs of a side network, for some of a stack: operands and results are `(G, B, T, ...)`.
+
+    Args:
+        side: one of them, whose code runs.
+        weights: the stacked weights, by the id of `side`'s parameter.
+    """
+
+    def __init__(self, side: SideNetwork, weights: Mapping[int, Tensor]) -> None:
+        def stacked(module: nn.Module) -> StackedModule:
+            named = module.named_parameters(remove_duplicate=False)
+            return StackedModule(module, {name: weights[id(parameter)] for name, parameter in named})
+
+        self.config, self.causal = side.config, side.causal
+        self.num_layers, self.readers = side.num_layers, side.readers
+        self.down, self.up = stacked(side.down), stacked(side.up)
+        self.projections = {layer: stacked(module) for layer, module in side.projections.items()}
+        self.blocks = [stacked(block) for block in side.blocks]
+
+
+class StackedModule:
+    """G modules as one: the g-th slice of each operand meets the g-th module's weights.
+
+    Args:
+        module: one of them, whose code runs.
+        weights: by name, `(G, ...)`.
+    """
+
+    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        self._module, self._weights = module, weights
+
+    @property
+    def weight(self) -> Tensor:
+        """Of linear layers."""
+        return self._weights["weight"]
+
+    def __call__(self, *operands: Any) -> Tensor:
+        """Tensors `(G, ...)` are taken apart, anything else goes to every module."""
+        in_dims = (0, *(0 if isinstance(operand, Tensor) else None for operand in operands))
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be stacked on a CPU
+            result: Tensor = vmap(self._call, in_dims=in_dims)(self._weights, *operands)
+        return result
+
+    def _call(self, weights: dict[str, Tensor], *operands: Any) -> Any:
+        return functional_call(self._module, weights, operands)
