@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -36,29 +37,32 @@ class SideStack:
 
     def __init__(self, sides: Sequence[SideNetwork]) -> None:
         self.sides = list(sides)
-        self._weights: dict[int, Tensor] = {}  # by the id of the first network's parameter
-        if len(sides) > 1:
-            for parameters in zip(*(side.parameters() for side in sides)):
-                stacked = torch.stack([parameter.detach() for parameter in parameters])
-                for parameter, part in zip(parameters, stacked):
-                    parameter.data = part
-                self._weights[id(parameters[0])] = stacked
+        if len(sides) == 1:
+            return
+        own = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in sides[0].parameters()}
+        self._code = copy.deepcopy(sides[0], dict(own)).eval()  # weights come and go in it, which no thread must see
+        self._weights: dict[int, Tensor] = {}  # by the id of the parameter of `_code`
+        for parameters in zip(*(side.parameters() for side in sides)):
+            stacked = torch.stack([parameter.detach() for parameter in parameters])
+            for parameter, part in zip(parameters, stacked):
+                parameter.data = part
+            self._weights[id(own[id(parameters[0])])] = stacked
 
     def select(self, places: Sequence[int]) -> SideNetwork | SelectedSides:
         """The networks at `places`; weights are copied unless it is one of them or all in their order."""
         if len(places) == 1:
             return self.sides[places[0]]
         if list(places) == list(range(len(self.sides))):
-            return SelectedSides(self.sides[0], self._weights)
+            return SelectedSides(self._code, self._weights)
         index = torch.tensor(places, device=next(iter(self._weights.values())).device)
-        return SelectedSides(self.sides[0], {key: weight[index] for key, weight in self._weights.items()})
+        return SelectedSides(self._code, {key: weight[index] for key, weight in self._weights.items()})
 
 
 class SelectedSides:
     """What a `SideRun` needs of a side network, for some of a stack: operands and results are `(G, B, T, ...)`.
 
     Args:
-        side: one of them, whose code runs.
+        side: whose code runs.
         weights: the stacked weights, by the id of `side`'s parameter.
     """
 
@@ -78,7 +82,7 @@ class StackedModule:
     """G modules as one: the g-th slice of each operand meets the g-th module's weights.
 
     Args:
-        module: one of them, whose code runs.
+        module: whose code runs.
         weights: by name, `(G, ...)`.
     """
 
