@@ -7,7 +7,6 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,6 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
-
-if TYPE_CHECKING:
-    from fastpeft.ladder.stack import SelectedSides
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
@@ -211,21 +207,19 @@ class SideNetwork(nn.Module):
 
 
 class SideRun:
-    """One pass of a side network, or of a `SelectedSides`, over features as the backbone makes them.
+    """One pass of a side network over features as the backbone makes them.
 
     Each feature is projected as it comes and each block runs as soon as its window is complete, so that without
     gradients the projections of at most k layers are alive, and no feature.
 
     Args:
-        side: the side network; of G stacked ones every operand has a dimension in front, `(G, B, T, ...)`.
+        side: the side network; of a `SideStack` every tensor has one dimension more in front.
         mask: bool `(B, T)`, or None.
         seed: of the feature dropout's noise.
         keep_states: whether to keep every side state in `states`.
     """
 
-    def __init__(
-        self, side: SideNetwork | SelectedSides, mask: Tensor | None, seed: int, keep_states: bool = False
-    ) -> None:
+    def __init__(self, side: SideNetwork, mask: Tensor | None, seed: int, keep_states: bool = False) -> None:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states

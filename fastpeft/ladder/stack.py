@@ -48,53 +48,41 @@ class SideStack:
                 parameter.data = part
             self._weights[id(own[id(parameters[0])])] = stacked
 
-    def select(self, places: Sequence[int]) -> SideNetwork | SelectedSides:
-        """The networks at `places`; weights are copied unless it is one of them or all in their order."""
+    def select(self, places: Sequence[int]) -> SideNetwork:
+        """The networks at `places` as one, whose operands and results are `(G, B, T, ...)`; a single one as it is.
+
+        Weights are copied for some of the networks, and not for all in their order.
+        """
         if len(places) == 1:
             return self.sides[places[0]]
-        if list(places) == list(range(len(self.sides))):
-            return SelectedSides(self._code, self._weights)
-        index = torch.tensor(places, device=next(iter(self._weights.values())).device)
-        return SelectedSides(self._code, {key: weight[index] for key, weight in self._weights.items()})
+        weights = self._weights
+        if list(places) != list(range(len(self.sides))):
+            index = torch.tensor(places, device=self.sides[0].up.weight.device)
+            weights = {key: weight[index] for key, weight in weights.items()}
+        code = self._code
+        parts = (code.down, *code.projections.values(), *code.blocks, code.up)
+        return copy.deepcopy(code, {id(part): StackedModule(part, weights) for part in parts})
 
 
-class SelectedSides:
-    """What a `SideRun` needs of a side network, for some of a stack: operands and results are `(G, B, T, ...)`.
-
-    Args:
-        side: whose code runs.
-        weights: the stacked weights, by the id of `side`'s parameter.
-    """
-
-    def __init__(self, side: SideNetwork, weights: Mapping[int, Tensor]) -> None:
-        def stacked(module: nn.Module) -> StackedModule:
-            named = module.named_parameters(remove_duplicate=False)
-            return StackedModule(module, {name: weights[id(parameter)] for name, parameter in named})
-
-        self.config, self.causal = side.config, side.causal
-        self.num_layers, self.readers = side.num_layers, side.readers
-        self.down, self.up = stacked(side.down), stacked(side.up)
-        self.projections = {layer: stacked(module) for layer, module in side.projections.items()}
-        self.blocks = [stacked(block) for block in side.blocks]
-
-
-class StackedModule:
+class StackedModule(nn.Module):
     """G modules as one: the g-th slice of each operand meets the g-th module's weights.
 
     Args:
-        module: whose code runs.
-        weights: by name, `(G, ...)`.
+        code: a module like them, whose own weights are not used.
+        weights: the stacked weights `(G, ...)`, by the id of the parameter of `code`.
     """
 
-    def __init__(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        self._module, self._weights = module, weights
+    def __init__(self, code: nn.Module, weights: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._code = code
+        self._weights = {name: weights[id(p)] for name, p in code.named_parameters(remove_duplicate=False)}
 
     @property
     def weight(self) -> Tensor:
         """Of linear layers."""
         return self._weights["weight"]
 
-    def __call__(self, *operands: Any) -> Tensor:
+    def forward(self, *operands: Any) -> Tensor:
         """Tensors `(G, ...)` are taken apart, anything else goes to every module."""
         in_dims = (0, *(0 if isinstance(operand, Tensor) else None for operand in operands))
         with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be stacked on a CPU
@@ -102,4 +90,4 @@ class StackedModule:
         return result
 
     def _call(self, weights: dict[str, Tensor], *operands: Any) -> Any:
-        return functional_call(self._module, weights, operands)
+        return functional_call(self._code, weights, operands)

@@ -116,7 +116,7 @@ def test_answers_of_tasks_differ() -> None:
 def test_side_networks_of_one_shape_are_computed_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of(tiny(), {}, {}, {})
     passes, bodies = [], []
-    monkeypatch.setattr(stack.StackedModule, "__call__", counted(stack.StackedModule.__call__, passes))
+    monkeypatch.setattr(stack.StackedModule, "forward", counted(stack.StackedModule.forward, passes))
     pool.backbone.layers[0].register_forward_hook(lambda *_: bodies.append(None))
     pool(BATCH, ["2", "0", "1"])
     assert len(bodies) == 1
