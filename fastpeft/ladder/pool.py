@@ -128,7 +128,7 @@ class LadderPool:
         Args:
             name: of its task.
             side: what `LadderModel.save_pretrained` wrote (a folder or a hub id); or a model, which may have another
-                head than the pool's base, and whose backbone's weights become the pool's where they are others' equal;
+                head than the pool's base, and whose backbone's weights, which must be equal, give way to the pool's;
                 or the configuration of a new side network, whose head starts as that of the pool's base.
 
         Returns:
@@ -139,28 +139,14 @@ class LadderPool:
                 of head, its head is another member's too, or nothing of this kind is there.
         """
         self._check_free(name)
-        if isinstance(side, LadderModel):
-            model = side
-            self._check_layers(model)
-            self._share_backbone(model)
-        elif isinstance(side, LadderConfig):
-            config = copy.copy(side)
-            config.feature_modules = side.feature_modules or self._feature_modules
-            model = LadderModel(self._twin(), config)
-            self._check_layers(model)
-        else:
-            config = read_config(os.fspath(side), {})
-            if config.base_class != (own := type(self.backbone.core).__name__):
-                raise FastpeftError(
-                    f"{os.fspath(side)!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it "
-                    f"by LadderModel.from_pretrained, which brings its head along, and add that."
-                )
-            model = LadderModel.from_pretrained(side, base=self._twin(config))
-            self._check_layers(model)
-        model.eval()
+        model = side if isinstance(side, LadderModel) else self._beside_a_twin(side)
+        self._check_layers(model)
         with self._changing:
             self._check_free(name)
             self._check_own_head(model)
+            if model is side:
+                self._share_backbone(model)
+            model.eval()
             self._members = self._members.with_(name, model)
         return model
 
@@ -179,6 +165,25 @@ class LadderPool:
             for parameter in model.side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
         return model
+
+    def _beside_a_twin(self, side: str | os.PathLike[str] | LadderConfig) -> LadderModel:
+        """A saved or a new side network, on the pool's backbone."""
+        if isinstance(side, LadderConfig):
+            config = copy.copy(side)
+            config.feature_modules = side.feature_modules or self._feature_modules
+            return LadderModel(self._twin(), config)
+        if not isinstance(side, str | os.PathLike):
+            raise FastpeftError(
+                f"a pool takes a folder, a LadderModel or a LadderConfig, not a {type(side).__name__}. Give one of "
+                "these; of a PromptModel its masked_lm, which answers with the logits of the vocabulary."
+            )
+        config = read_config(os.fspath(side), {})
+        if config.base_class != (own := type(self.backbone.core).__name__):
+            raise FastpeftError(
+                f"{os.fspath(side)!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
+                "LadderModel.from_pretrained, which brings its head along, and add that."
+            )
+        return LadderModel.from_pretrained(side, base=self._twin(config))
 
     def _check_free(self, name: str) -> None:
         if name in self._members.models:
@@ -314,7 +319,7 @@ class LadderPool:
             FastpeftError: a task is not in the pool, or batches have unknown entries.
         """
         members = self._members
-        by_task = all(isinstance(value, Mapping) for value in batch.values())
+        by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
         names = list(tasks if tasks is not None else batch if by_task else members.models)
         models = {name: _look_up(members, name) for name in names}
         passed = self._features({name: batch[name] if by_task else batch for name in names})
@@ -385,6 +390,8 @@ class LadderPool:
 
     def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:
         """One pass over all batches: for each its features `B_0 .. B_L` and what of it the models take."""
+        if not batches:
+            return {}
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
         features: list[Tensor] = []
         joined, places = _joined(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)

@@ -226,6 +226,7 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
             tmp_path / "tags",
         ),
         "cannot load a side network": ("b", tmp_path / "nowhere"),
+        "a LadderModel or a LadderConfig, not a Linear": ("b", nn.Linear(2, 2)),
         "reads 2 layers": ("b", ladder(feature_modules=[f"roberta.encoder.layer.{i}" for i in range(2)])),
     }
     for message, (name, side) in refused.items():
@@ -405,6 +406,9 @@ def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
     (name, output), *rest = pool.outputs({"1": batch})
     assert name == "1"
     assert not rest
+    assert not list(pool.outputs(batch, tasks=[]))
+    with pytest.raises(FastpeftError, match="has no entries"):
+        list(pool.outputs({}))
 
 
 def test_joint_training_refuses_what_does_not_go_together() -> None:
