@@ -14,21 +14,19 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, join, source_of, steps_of
 from fastpeft.ladder.model import LadderModel, read_config, task_fields
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.stack import SideStack, shape_of
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _LABELS = ("labels", "start_positions", "end_positions")
 
-Batch: TypeAlias = Mapping[str, Tensor]
 Stop: TypeAlias = Callable[[str, int, float], bool]
 
 
@@ -254,8 +252,8 @@ class LadderPool:
         """
         members = self._members
         batch = self._check_batch(batch)
-        if len(tasks) != len(_source(batch)):
-            raise FastpeftError(f"the batch has {len(_source(batch))} rows, but {len(tasks)} tasks were given.")
+        if len(tasks) != len(source_of(batch)):
+            raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
         if labels := [name for name in _LABELS if name in batch]:
             raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train by outputs or fit.")
         rows: dict[str, list[int]] = {}
@@ -273,7 +271,7 @@ class LadderPool:
 
     def _encode(self, members: _Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """What every task's side network makes of its rows, `(its rows, T, d)` in the backbone's dtype."""
-        source = _source(batch)
+        source = source_of(batch)
         mask = batch.get("attention_mask")
         seen = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if mask is None else mask.bool()
         runs: list[tuple[list[str], Tensor, SideRun]] = []
@@ -343,7 +341,7 @@ class LadderPool:
                 seed); or `{task: batches}` (many tasks), where a member whose batches end is done.
             optimizers: for every member that trains its optimizer, or a pair with its scheduler, stepped once a step.
             epochs: how often to go through `data`.
-            seed: of what is drawn in training (dropout), for all or by task.
+            seed: of what is drawn in training (dropout), for all or by task, 0 for one that is not named.
             max_grad_norm: where to clip each member's gradient norm; None does not.
             stop: called as `stop(task, step, loss)` after every step, from 1; True ends that member's training.
 
@@ -360,18 +358,20 @@ class LadderPool:
         members = self._members
         models = {name: _look_up(members, name) for name in optimizers}
         stepping = {name: given if isinstance(given, tuple) else (given, None) for name, given in optimizers.items()}
-        seeds = {name: seed[name] if isinstance(seed, Mapping) else seed for name in models}
-        streams = {name: _RandomStream(seeds[name], self.backbone.core.device) for name in models}
+        seeds = {name: seed.get(name, 0) if isinstance(seed, Mapping) else seed for name in models}
+        streams = {name: RandomStream(seeds[name], self.backbone.core.device) for name in models}
         losses: dict[str, list[float]] = {name: [] for name in models}
         stopped: set[str] = set()
         for model in models.values():
             model.train()
         try:
-            for batches in _steps(data, tuple(models), epochs, stopped):
+            for batches in steps_of(data, tuple(models), epochs, stopped):
                 for name, passed in self._features(batches).items():
                     optimizer, scheduler = stepping[name]
                     with streams[name]:
                         loss = self._train_pass(models[name], *passed).loss
+                        if loss is None:
+                            raise FastpeftError(f"a batch for {name!r} has no labels. Give {', '.join(_LABELS)}.")
                         loss.backward()
                         if max_grad_norm is not None:
                             trained = [parameter for parameter in models[name].parameters() if parameter.requires_grad]
@@ -394,7 +394,7 @@ class LadderPool:
             return {}
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
         features: list[Tensor] = []
-        joined, places = _joined(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
+        joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
         with self._passing, torch.no_grad():
             self._pass(joined, lambda layer, feature: features.append(feature), lambda feature: feature)
         passed = {key: ([feature[places[key]] for feature in features], batch) for key, batch in distinct.items()}
@@ -413,12 +413,12 @@ class LadderPool:
     def _pass(self, batch: Batch, feed: Callable[[int, Tensor], None], end: Callable[[Tensor], Tensor]) -> None:
         """The backbone's pass over the inputs of `batch`, without its head; `feed` and `end` as of `listen`."""
         body = self.backbone.body
-        given: dict[str, Any] = {name: batch[name] for name in _INPUTS if name in batch}
+        given: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
         if "use_cache" in inspect.signature(body.forward).parameters:
             given["use_cache"] = False
 
         def checked(layer: int, feature: Tensor) -> None:
-            expected = (*_source(batch).shape[:2], self.backbone.hidden_size)
+            expected = (*source_of(batch).shape[:2], self.backbone.hidden_size)
             if feature.shape != expected:
                 raise FastpeftError(
                     f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
@@ -432,11 +432,17 @@ class LadderPool:
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the backbone's device, without token types where the base knows none."""
-        unknown = batch.keys() - {*_INPUTS, *_LABELS}
+        unknown = batch.keys() - {*INPUTS, *_LABELS}
         if unknown or not ("input_ids" in batch or "inputs_embeds" in batch):
             raise FastpeftError(
                 f"the batch has {', '.join(batch) or 'no entries'}; a pool takes input_ids or inputs_embeds, and "
-                f"beside them {', '.join(_INPUTS[1:4])}, and to train {', '.join(_LABELS)}."
+                f"beside them {', '.join(INPUTS[1:4])}, and to train {', '.join(_LABELS)}."
+            )
+        mask, shape = batch.get("attention_mask"), source_of(batch).shape[:2]
+        if mask is not None and mask.shape != shape:
+            raise FastpeftError(
+                f"attention_mask has the shape {tuple(mask.shape)}; a pool takes (B, T), here {tuple(shape)}, 1 for "
+                "tokens and 0 for padding."
             )
         accepted = inspect.signature(self.backbone.core.forward).parameters
         device = self.backbone.core.device
@@ -498,87 +504,3 @@ def _relabel(core: Any, fields: Mapping[str, Any]) -> None:
         if shapes.get(name, parameter.shape) != parameter.shape:
             module, _, key = name.rpartition(".")
             setattr(core.get_submodule(module), key, nn.Parameter(parameter.new_empty(shapes[name])))
-
-
-# -- batches -------------------------------------------------------------------------------------------------------
-
-
-def _source(batch: Batch) -> Tensor:
-    return batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-
-
-def _joined(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[Batch, dict[int, Any]]:
-    """The inputs of batches below each other, padded on the right, and where each is: its rows and its tokens."""
-    if len(batches) == 1:
-        return next(iter(batches.values())), dict.fromkeys(batches, ...)
-    shapes = {name: _source(batch).shape[:2] for name, batch in batches.items()}
-    longest = max(tokens for _, tokens in shapes.values())
-    ends = list(itertools.accumulate(rows for rows, _ in shapes.values()))
-    places = {
-        name: (slice(end - rows, end), slice(tokens)) for end, (name, (rows, tokens)) in zip(ends, shapes.items())
-    }
-    keys = {key for batch in batches.values() for key in _INPUTS if key in batch}
-    if any(tokens != longest for _, tokens in shapes.values()):
-        keys.add("attention_mask")
-    joined = {}
-    for key in keys:
-        parts = []
-        for name, batch in batches.items():
-            part = batch.get(key)
-            if part is None and key in ("attention_mask", "token_type_ids"):
-                part = _source(batch).new_full(shapes[name], int(key == "attention_mask"), dtype=torch.long)
-            if part is None:
-                raise FastpeftError(f"some of the batches have {key} and others have not. Give it to all or none.")
-            widths = (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])
-            parts.append(F.pad(part, widths, value=pad_token_id if key == "input_ids" else 0))
-        joined[key] = torch.cat(parts)
-    return joined, places
-
-
-def _steps(
-    data: Iterable[Batch] | Mapping[str, Iterable[Batch]], names: Sequence[str], epochs: int, stopped: set[str]
-) -> Iterator[dict[str, Batch]]:
-    """The batch of every member that still trains, step by step; `stopped` grows meanwhile."""
-    by_task = data if isinstance(data, Mapping) else None
-    if by_task is None:
-        for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
-            active = [name for name in names if name not in stopped]
-            if not active:
-                return
-            yield dict.fromkeys(active, batch)
-        return
-    if missing := [name for name in names if name not in by_task]:
-        raise FastpeftError(f"there are no batches for {', '.join(map(repr, missing))}. Give some for every optimizer.")
-    left = {name: itertools.chain.from_iterable(itertools.repeat(by_task[name], epochs)) for name in names}
-    while True:
-        batches = {name: batch for name in names if name not in stopped for batch in itertools.islice(left[name], 1)}
-        if not batches:
-            return
-        yield batches
-
-
-class _RandomStream:
-    """While entered, torch draws from a stream of its own, which goes on from one time to the next.
-
-    Args:
-        seed: as of `torch.manual_seed` before the first time.
-        device: on which drawing is covered, beside the CPU.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            self._generators.append(torch.cuda.default_generators[device.index])
-        self._states = [torch.Generator(each.device).manual_seed(seed).get_state() for each in self._generators]
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *error: object) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
-        states = [each.get_state() for each in self._generators]
-        for each, state in zip(self._generators, self._states):
-            each.set_state(state)
-        self._states = states

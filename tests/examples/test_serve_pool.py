@@ -194,7 +194,7 @@ def test_what_a_client_is_refused(server: Server, pool: LadderPool, folder: Path
         ("PUT", "/tasks/new", outside, 400, "below the folder of runs"),
         ("PUT", "/tasks/new", {"path": str(folder / "base")}, 400, "below the folder of runs"),
         ("PUT", "/tasks/new", {"path": "nowhere"}, 400, "no folder 'nowhere'"),
-        ("PUT", "/tasks/new", {"path": "."}, 400, "cannot load a side network"),
+        ("PUT", "/tasks/new", {"path": "."}, 400, "not a side network"),
         ("PUT", "/tasks/a", {"path": "b"}, 409, "there is a task 'a'"),
         ("DELETE", "/tasks/x", None, 404, "no task 'x'"),
     ):

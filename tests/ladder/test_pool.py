@@ -243,6 +243,7 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
         "takes no labels": ({**BATCH, "labels": MASK[:, 0]}, ["a"] * 3),
         "a pool takes input_ids": ({**BATCH, "texts": MASK}, ["a"] * 3),
         "has no entries": ({}, []),
+        "attention_mask has the shape": ({**BATCH, "attention_mask": MASK[:, :4]}, ["a"] * 3),
     }.items():
         with pytest.raises(FastpeftError, match=message.replace("'", ".")):
             pool(batch, tasks)
@@ -294,10 +295,16 @@ def new_pool() -> LadderPool:
     return pool
 
 
-def trained_apart(name: str, batches: list[dict[str, Tensor]], seed: int) -> tuple[LadderModel, list[float]]:
-    """The same member on its own, in a plain loop."""
+def new_member(name: str) -> LadderModel:
+    """The same member without a pool."""
+    base = tiny()
     torch.manual_seed(3)
-    model = LadderModel(tiny(), LadderConfig(**CONFIGS[name])).train()
+    return LadderModel(base, LadderConfig(**CONFIGS[name]))
+
+
+def trained_apart(name: str, batches: list[dict[str, Tensor]], seed: int) -> tuple[LadderModel, list[float]]:
+    """A member on its own, in a plain loop."""
+    model = new_member(name).train()
     optimizer, scheduler = optimizer_of(model, name)
     losses = []
     torch.manual_seed(seed)
@@ -359,8 +366,7 @@ def test_tasks_with_batches_of_their_own_train_as_separate_runs() -> None:
         alone, expected = trained_apart(name, data[name], 4)
         torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(expected), rtol=1e-4, atol=1e-5)
         moved = sum((p - q).norm() for p, q in zip(trained(pool[name]).values(), trained(alone).values()))
-        start = LadderModel(tiny(), LadderConfig(**CONFIGS[name]))
-        whole = sum((p - q).norm() for p, q in zip(trained(start).values(), trained(alone).values()))
+        whole = sum((p - q).norm() for p, q in zip(trained(new_member(name)).values(), trained(alone).values()))
         assert moved < 1e-2 * whole
 
 
@@ -419,6 +425,8 @@ def test_joint_training_refuses_what_does_not_go_together() -> None:
     embedded = [{"inputs_embeds": torch.randn(2, 4, 16), "labels": torch.tensor([0, 1])}]
     with pytest.raises(FastpeftError, match="some of the batches have"):
         pool.fit({"slow": batches(), "fast": embedded}, optimizers)
+    with pytest.raises(FastpeftError, match="a batch for 'slow' has no labels"):
+        pool.fit([BATCH], optimizers)
     with pytest.raises(FastpeftError, match="no task 'b'"):
         pool.fit(batches(), {"b": optimizers["slow"]})
 
