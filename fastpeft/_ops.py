@@ -431,10 +431,11 @@ def _window_attention_vmap(
     """
     if dropout > 0:
         raise NotImplementedError("window_attention: torch.vmap takes no dropout. Set the networks to eval().")
-    q, c, p, mask = (
-        None if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((q, c, p, mask), in_dims)
-    )
+
+    def stacked(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    q, c, p = (stacked(x, dim) for x, dim in zip((q, c, p), in_dims))
     groups, batch, _, tokens, width = q.shape
     number = p.shape[1]
     window = p[:, None, :, None].expand(groups, batch, number, tokens, width).clone()
@@ -443,7 +444,7 @@ def _window_attention_vmap(
         q.flatten(0, 1),
         window.flatten(0, 1),
         torch.zeros_like(p[0]),
-        None if mask is None else mask.flatten(0, 1),
+        None if mask is None else stacked(mask, in_dims[3]).flatten(0, 1),
         list(range(number)),
         causal,
         0.0,

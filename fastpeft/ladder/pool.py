@@ -317,10 +317,11 @@ class LadderPool:
             FastpeftError: a task is not in the pool, or batches have unknown entries.
         """
         members = self._members
+        given: Any = batch
         by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
         names = list(tasks if tasks is not None else batch if by_task else members.models)
         models = {name: _look_up(members, name) for name in names}
-        passed = self._features({name: batch[name] if by_task else batch for name in names})
+        passed = self._features({name: given[name] if by_task else given for name in names})
         for name, model in models.items():
             yield name, self._train_pass(model, *passed[name])
 
