@@ -42,7 +42,7 @@ class _Members:
     models: Mapping[str, LadderModel]
     stacks: Sequence[tuple[tuple[str, ...], SideStack]]
 
-    def with_(self, name: str, model: LadderModel) -> _Members:
+    def with_member(self, name: str, model: LadderModel) -> _Members:
         return self._changed({**self.models, name: model}, shape_of(model.side))
 
     def without(self, name: str) -> _Members:
@@ -145,7 +145,7 @@ class LadderPool:
             if model is side:
                 self._share_backbone(model)
             model.eval()
-            self._members = self._members.with_(name, model)
+            self._members = self._members.with_member(name, model)
         return model
 
     def remove(self, name: str) -> LadderModel:
