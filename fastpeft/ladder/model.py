@@ -29,7 +29,7 @@ from fastpeft.ladder.side import SideNetwork, SideRun
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 # what of a configuration decides which weights there are and what they mean
-_SHAPE = (
+SHAPE = (
     "window_size",
     "reduction_factor",
     "fusion",
@@ -199,7 +199,7 @@ class LadderModel(PreTrainedModel):
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         gradients = torch.is_grad_enabled()
-        run = SideRun(self.side, mask, self._draw_seed(), keep_states=bool(output_hidden_states))
+        run = SideRun(self.side, mask, self.draw_seed(), keep_states=bool(output_hidden_states))
 
         def feed(layer: int, feature: Tensor) -> None:
             nonlocal tokens
@@ -239,7 +239,7 @@ class LadderModel(PreTrainedModel):
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _draw_seed(self) -> int:
+    def draw_seed(self) -> int:
         """A seed for what one pass drops, from torch's random state; 0 where nothing is dropped."""
         if not self.training or self.config.dropout == self.config.layer_drop == 0:
             return 0
@@ -253,7 +253,7 @@ class LadderModel(PreTrainedModel):
         config.base_class = type(core).__name__
         if self.backbone.plain:
             return
-        for name, value in _task_fields(core.config).items():
+        for name, value in task_fields(core.config).items():
             setattr(config, name, value)
         config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
         config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
@@ -327,7 +327,7 @@ class LadderModel(PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None:
-            config = _read_config(source, hub)
+            config = read_config(source, hub)
         weights = _read_weights(source, hub)
         if base is None:
             base = _load_base(config, kwargs)
@@ -353,8 +353,8 @@ class LadderModel(PreTrainedModel):
             FastpeftError: nothing of this kind is there, or its shape or its backbone is another.
         """
         name = os.fspath(source)
-        saved = _read_config(name, {})
-        different = [item for item in _SHAPE if getattr(saved, item) != getattr(self.config, item)]
+        saved = read_config(name, {})
+        different = [item for item in SHAPE if getattr(saved, item) != getattr(self.config, item)]
         if different:
             there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
             here = ", ".join(repr(getattr(self.config, item)) for item in different)
@@ -427,7 +427,8 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
     return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten()), logits=logits)
 
 
-def _read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
+def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
+    """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
     try:
         values, _ = LadderConfig.get_config_dict(source, **hub)
     except Exception as error:  # a broken file surfaces as almost any type
@@ -463,7 +464,7 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     arguments = {
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
-        **_task_fields(config),
+        **task_fields(config),
         **arguments,
     }
     try:
@@ -476,7 +477,7 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     return base
 
 
-def _task_fields(config: Any) -> dict[str, Any]:
+def task_fields(config: Any) -> dict[str, Any]:
     """What the configuration of a model with a head says of its task."""
     names = ("id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}

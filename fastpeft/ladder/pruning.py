@@ -42,7 +42,8 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
     layers = [_take_apart(layer, side) for layer in backbone.layers]
     channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
     selection = torch.eye(side.feature_sizes[0], device=channels.device)[channels]  # (D, d)
-    projections: list[Any] = [side.down, *side.projections.values()]
+    shared = [] if side.shared_projection is None else [side.shared_projection]
+    projections: list[Any] = [side.down, *shared, *side.projections.values()]
     for projection in projections:
         projection.weight.copy_(selection.repeat(len(projection.weight) // side.width, 1))
         if projection.bias is not None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,7 +121,7 @@ class SideNetwork(nn.Module):
 
     Block j reads the k features centred at `B_j`, each by a projection of its own; those of all blocks that read one
     feature are the rows of one matrix, `projections[layer]`, so that each feature is read once. Projections that the
-    blocks share are the rows of `projections["shared"]`, the last slot's first: those that read one feature then lie
+    blocks share are the rows of `shared_projection`, the last slot's first: those that read one feature then lie
     side by side. A slot outside `B_0 .. B_L` has no projection.
 
     With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). What trains
@@ -187,14 +185,15 @@ class SideNetwork(nn.Module):
         self.down = nn.Linear(self.feature_sizes[0], self.width)
         slots = sorted({slot for window in windows.values() for slot in window}, reverse=True)
         self._shared_rows = {slot: row * self.width for row, slot in enumerate(slots)}  # slot -> its first row
-        if config.share_projections:
-            projections = {"shared": (widest, len(slots))}
-        else:
-            projections = {
-                str(layer): (self.feature_sizes[layer], len(readers)) for layer, readers in sorted(self.readers.items())
-            }
+        self.shared_projection = (
+            nn.Linear(widest, len(slots) * self.width, bias=gated) if config.share_projections else None
+        )
         self.projections = nn.ModuleDict(
-            {name: nn.Linear(size, parts * self.width, bias=gated) for name, (size, parts) in projections.items()}
+            {
+                str(layer): nn.Linear(self.feature_sizes[layer], len(readers) * self.width, bias=gated)
+                for layer, readers in sorted(self.readers.items())
+                if not config.share_projections
+            }
         )
         self.blocks = nn.ModuleList(
             SideBlock(
@@ -213,8 +212,8 @@ class SideNetwork(nn.Module):
         readers = self.readers.get(layer, [])
         if not readers:
             return ()
-        if self.config.share_projections:
-            shared: Any = self.projections["shared"]
+        shared = self.shared_projection
+        if shared is not None:
             first = self._shared_rows[readers[0][1]]  # slots go down as blocks go up
             rows = slice(first, first + len(readers) * self.width)
             projected = F.linear(feature, shared.weight[rows], None if shared.bias is None else shared.bias[rows])
@@ -246,7 +245,7 @@ class SideRun:
     gradients the projections of at most k layers are alive, and no feature.
 
     Args:
-        side: the side network.
+        side: the side network; of a `SideStack` every tensor has one dimension more in front.
         mask: bool `(B, T)`, or None.
         seed: decides, in training, which features and blocks are dropped.
         keep_states: whether to keep every side state in `states`.
@@ -276,7 +275,7 @@ class SideRun:
         if not torch.is_autocast_enabled(feature.device.type):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            self._visible = _visibility(self.mask, feature.shape[1], side.causal, feature.device)
+            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
             self._advance(side.down(feature))
         if layer == side.num_layers and side.side_share is not None:
             self._last_feature = feature
@@ -289,7 +288,7 @@ class SideRun:
             if block in self._dropped:
                 self._advance(self._theta)
             else:
-                window = torch.stack(parts, dim=1)
+                window = torch.stack(parts, dim=-3)
                 self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _advance(self, theta: Tensor) -> None:
@@ -320,7 +319,7 @@ def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.de
     if causal:
         visible = visible.tril()
     if mask is not None:
-        visible = visible & mask[:, None, None, :]
+        visible = visible & mask[..., None, None, :]
     return visible | torch.eye(tokens, dtype=torch.bool, device=device)
 
 

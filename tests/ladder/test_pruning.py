@@ -113,8 +113,8 @@ def test_at_full_width_a_side_block_is_the_backbones_layer() -> None:
 
 def test_gated_and_shared_projections_select_too() -> None:
     gated = ladder(uneven(), init="pruned", window_size=1, fusion="gated", share_projections=True)
-    assert gated.side.projections["shared"].weight.equal(torch.eye(16)[KEPT])
-    assert not gated.side.projections["shared"].bias.any()
+    assert gated.side.shared_projection.weight.equal(torch.eye(16)[KEPT])
+    assert not gated.side.shared_projection.bias.any()
     assert gated(IDS).logits.isfinite().all()
 
 

@@ -43,7 +43,7 @@ def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
     if side.config.share_projections:
         slots = sorted({slot for readers in side.readers.values() for _, slot in readers}, reverse=True)
         row = slots.index(slot) * NARROW
-        return side.projections["shared"].weight[row : row + NARROW]
+        return side.shared_projection.weight[row : row + NARROW]
     row = side.readers[layer].index((block, slot)) * NARROW
     return side.projections[str(layer)].weight[row : row + NARROW]
 
@@ -176,11 +176,12 @@ def test_slots_outside_the_backbone_have_no_projection() -> None:
 
 def test_shared_projections_are_one_for_each_slot_that_reads() -> None:
     for window, slots in ((1, 1), (3, 3), (9, 6)):  # of 9 slots around layers 1 to 3, three never reach into 0 .. 3
-        projections = network(window_size=window, share_projections=True).projections
-        assert {name: tuple(p.weight.shape) for name, p in projections.items()} == {"shared": (slots * NARROW, WIDTH)}
+        side = network(window_size=window, share_projections=True)
+        assert side.shared_projection.weight.shape == (slots * NARROW, WIDTH)
+        assert not side.projections
     gated = network(window_size=1, fusion="gated", share_projections=True)
     (projected,) = gated.project(2, features()[2])
-    torch.testing.assert_close(projected, gated.projections["shared"](features()[2]), **EXACT)
+    torch.testing.assert_close(projected, gated.shared_projection(features()[2]), **EXACT)
 
 
 def test_a_mix_starts_as_the_backbone() -> None:
