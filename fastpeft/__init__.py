@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpeft import functional
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder import LadderConfig, LadderModel
+from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
 from fastpeft.siva import SivaConfig, SivaLinear
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "FastpeftError",
     "LadderConfig",
     "LadderModel",
+    "LadderPool",
     "MeZO",
     "MeZOConfig",
     "MeZOTrainer",

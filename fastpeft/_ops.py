@@ -411,6 +411,49 @@ torch.library.register_autograd(
 )
 
 
+@torch.library.register_vmap(f"{NAMESPACE}::window_attention")
+def _window_attention_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """G attentions are one over G B rows, where every slot is a real one that has its own p added.
+
+    An absent slot is T equal keys. The noise of dropout depends on a row's place in the batch, so there must be none.
+    """
+    if dropout > 0:
+        raise NotImplementedError("window_attention: torch.vmap takes no dropout. Set the networks to eval().")
+
+    def stacked(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    q, c, p = (stacked(x, dim) for x, dim in zip((q, c, p), in_dims))
+    groups, batch, _, tokens, width = q.shape
+    number = p.shape[1]
+    window = p[:, None, :, None].expand(groups, batch, number, tokens, width).clone()
+    window[:, :, slots] += c
+    out, lse = torch.ops.fastpeft.window_attention(
+        q.flatten(0, 1),
+        window.flatten(0, 1),
+        torch.zeros_like(p[0]),
+        None if mask is None else stacked(mask, in_dims[3]).flatten(0, 1),
+        list(range(number)),
+        causal,
+        0.0,
+        seed,
+        block,
+    )
+    return (out.unflatten(0, (groups, batch)), lse.unflatten(0, (groups, batch))), (0, 0)
+
+
 @torch.library.register_fake(f"{NAMESPACE}::feature_dropout_")
 def _feature_dropout__fake(c: Tensor, slots: list[int], dropout: float, seed: int, block: int) -> None:
     return None

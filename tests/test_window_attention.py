@@ -77,6 +77,27 @@ def test_no_mask_is_a_mask_of_ones() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_vmap_is_a_loop(causal: bool, masked: bool) -> None:
+    """Over networks with weights of their own, which differ in p too, and over others that share theirs."""
+    q, c, p = (torch.stack(parts) for parts in zip(*(operands(3, 2, 4, 3, 5, 3, seed) for seed in range(4))))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool().expand(4, 3, 4) if masked else None
+
+    def function(q: Tensor, c: Tensor, p: Tensor, mask: Tensor | None) -> Tensor:
+        return window_attention(q, c, p, mask, slots=[1, 2, 4], causal=causal)
+
+    in_dims = (0, 0, 0, 0 if masked else None)
+    loop = [function(q[i], c[i], p[i], None if mask is None else mask[i]) for i in range(4)]
+    torch.testing.assert_close(torch.vmap(function, in_dims)(q, c, p, mask), torch.stack(loop), **EXACT)
+    shared = [function(q[i], c[i], p[0], None if mask is None else mask[i]) for i in range(4)]
+    in_dims = (2, 0, None, in_dims[3])
+    out = torch.vmap(function, in_dims)(q.movedim(0, 2), c, p[0], mask)
+    torch.testing.assert_close(out, torch.stack(shared), **EXACT)
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        torch.vmap(lambda q: window_attention(q, c[0], p[0], slots=[1, 2, 4], dropout=0.1))(q)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck_with_padding_and_a_row_of_nothing_else(causal: bool, dropout: float) -> None:
     operators = [t.requires_grad_() for t in operands(3, 2, 4, 3, 5, 3)]

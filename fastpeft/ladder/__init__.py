@@ -7,9 +7,10 @@ import transformers
 
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.model import LadderModel
+from fastpeft.ladder.pool import LadderPool
 from fastpeft.ladder.side import SideNetwork
 
-__all__ = ["LadderConfig", "LadderModel", "SideNetwork"]
+__all__ = ["LadderConfig", "LadderModel", "LadderPool", "SideNetwork"]
 
 transformers.AutoConfig.register(LadderConfig.model_type, LadderConfig, exist_ok=True)
 for _auto in (
@@ -17,5 +18,6 @@ for _auto in (
     transformers.AutoModelForTokenClassification,
     transformers.AutoModelForMaskedLM,
     transformers.AutoModelForQuestionAnswering,
+    transformers.AutoModelForImageClassification,
 ):
     _auto.register(LadderConfig, LadderModel, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,13 +26,17 @@ POOLER = "pooler"  # the name of a module inside the body that comes after the l
 class Backbone:
     """A model with a head, taken apart. It holds references and changes nothing.
 
+    Any module will do whose layers are named. The head of one that is no transformers model is what comes after the
+    last of its layers in the order of its `modules()`, which of an `nn.Sequential` is the order in which they run.
+
     Args:
-        model: a transformers model with a head, or PEFT's wrapper of one.
-        feature_modules: names of its layers, or None to find them.
+        model: a transformers model with a head, another module, or PEFT's wrapper of one.
+        feature_modules: names of its layers, or None to find them in a transformers model.
 
     Attributes:
-        core: the transformers model itself.
-        body: its part without the head.
+        core: the model without PEFT's wrapper.
+        plain: whether it is no transformers model.
+        body: the part of a transformers model without the head; of another module, all of it.
         layers: the L modules whose outputs are the features `B_1 .. B_L`; the first one's input is `B_0`.
 
     Raises:
@@ -39,16 +44,18 @@ class Backbone:
     """
 
     def __init__(self, model: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
-        core = model.get_base_model() if isinstance(model, PeftModel) else model
-        if not isinstance(core, PreTrainedModel):
+        core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.plain = not isinstance(core, PreTrainedModel)
+        if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
             raise FastpeftError(
                 f"the base is a {type(core).__name__}; a side network goes beside a transformers model, or one that "
-                "PEFT wraps. Load it with AutoModelForSequenceClassification or another class with a head."
+                "PEFT wraps: load it with AutoModelForSequenceClassification or another class with a head. Of another "
+                "nn.Module, name the layers in feature_modules."
             )
         self.model = model
-        self.core: Any = core
-        self.body: nn.Module = core.base_model
-        if self.body is core:
+        self.core = core
+        self.body: nn.Module = core if self.plain else core.base_model
+        if self.body is core and not self.plain:
             raise FastpeftError(
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "
                 "AutoModelForSequenceClassification or another class with a head."
@@ -100,13 +107,52 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
+        """Of a transformers model."""
         size: int = self.core.config.hidden_size
         return size
+
+    def feature_sizes(self, given: Sequence[int] | None = None) -> list[int]:
+        """Widths of `B_0 .. B_L`: those given, the configuration's, or those of the first and last matrix of a layer.
+
+        Raises:
+            FastpeftError: more or fewer are given, or the layers hold no matrices.
+        """
+        count = len(self.layers) + 1
+        if given is not None:
+            if len(given) != count:
+                raise FastpeftError(
+                    f"feature_sizes names {len(given)} widths of {count} features: the input of the first layer and "
+                    "the output of each. Give one for each, or None."
+                )
+            return list(given)
+        if not self.plain and hasattr(self.core.config, "hidden_size"):
+            return count * [self.hidden_size]
+        matrices = [[p.shape for p in layer.parameters() if p.ndim > 1] for layer in self.layers]
+        if not matrices[0]:
+            raise FastpeftError(
+                f"the widths of the features are not found: the first of feature_modules, a "
+                f"{type(self.layers[0]).__name__}, holds no matrix. Give them in feature_sizes."
+            )
+        sizes = [matrices[0][0][1]]
+        for shapes in matrices:
+            sizes.append(shapes[-1][0] if shapes else sizes[-1])
+        return sizes
+
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.core.parameters()), torch.device("cpu"))
+
+    @property
+    def input_name(self) -> str:
+        """What `LadderModel.forward` calls the input."""
+        name: str = "inputs" if self.plain else self.core.main_input_name
+        return name
 
     @property
     def activation(self) -> str:
         """The name of its activation function, GELU where it names none that transformers knows."""
-        named = (getattr(self.core.config, name, None) for name in _ACTIVATIONS)
+        config = getattr(self.core, "config", None)
+        named = (getattr(config, name, None) for name in _ACTIVATIONS)
         return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
 
     @property
@@ -116,14 +162,23 @@ class Backbone:
 
     @property
     def poolers(self) -> list[nn.Module]:
-        """Poolers inside the body: they come after the layers, and train."""
+        """Poolers inside the body of a transformers model: they come after the layers and belong to the head."""
         return [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == POOLER]
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The modules that are no part of the head: they stay in evaluation mode, and nothing of them trains."""
+        modules = list(self.body.modules())
+        if self.plain:
+            places = {id(module): place for place, module in enumerate(modules)}
+            return modules[: 1 + max(places[id(module)] for module in self.layers[-1].modules())]
+        pooled = {id(module) for pooler in self.poolers for module in pooler.modules()}
+        return [module for module in modules if id(module) not in pooled]
+
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains of the model: its head and poolers, except a decoder to the vocabulary. Names are the model's."""
-        pooled = {id(parameter) for pooler in self.poolers for parameter in pooler.parameters()}
-        frozen = {id(parameter) for parameter in self.body.parameters()} - pooled
-        decoder = self.core.get_output_embeddings()
+        """What trains of the model: its head, except a decoder to the vocabulary. Names are the model's."""
+        frozen = {id(parameter) for module in self.frozen for parameter in module.parameters(recurse=False)}
+        decoder = None if self.plain else self.core.get_output_embeddings()
         if isinstance(decoder, nn.Linear) and decoder.out_features == getattr(self.core.config, "vocab_size", None):
             frozen |= {id(parameter) for parameter in decoder.parameters()}
         return {
@@ -133,10 +188,23 @@ class Backbone:
             if id(parameter) not in frozen and ".original_module." not in name
         }
 
+    def head_buffers(self) -> list[str]:
+        """What its head keeps beside parameters, as the running statistics of a norm. Names are the model's."""
+        frozen = {id(buffer) for module in self.frozen for buffer in module.buffers(recurse=False)}
+        kept = self.model.state_dict().keys()
+        return [name for name, buffer in self.model.named_buffers() if id(buffer) not in frozen and name in kept]
+
     # -- fingerprints --------------------------------------------------------------------------------------------
 
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none."""
+        """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none.
+
+        Of a module that is no transformers model there is one of all that is frozen, buffers included.
+        """
+        if self.plain:
+            own = [(module.parameters(recurse=False), module.buffers(recurse=False)) for module in self.frozen]
+            kept = [tensor for tensors in own for tensor in itertools.chain(*tensors) if tensor.is_floating_point()]
+            return {"layers": fingerprint(_joined(kept))} if kept else {}
         parts = {"embedding": self.core.get_input_embeddings(), "first layer": self.layers[0]}
         parts["last layer"] = self.layers[-1]
         weights = {name: list(module.parameters()) for name, module in parts.items()}
@@ -162,19 +230,24 @@ class Backbone:
 
     @contextlib.contextmanager
     def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output."""
+        """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output.
+
+        Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as convolutions make it.
+        """
 
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            feed(0, args[0] if args else kwargs["hidden_states"])
+            given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+            feed(0, _as_tokens(given, 0))
 
         def after(index: int) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-                feature = output if isinstance(output, Tensor) else output[0]
-                feed(index, feature)
+                feature = output[0] if isinstance(output, tuple) else output
+                tokens = _as_tokens(feature, index)
+                feed(index, tokens)
                 if index < len(self.layers):
                     return None
-                replaced = replace(feature)
-                return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+                replaced = _from_tokens(replace(tokens), feature.shape)
+                return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
             return hook
 
@@ -192,7 +265,15 @@ class Backbone:
 
         What remains of the model's pass is its embeddings and its head. The first time, the first layer runs
         too, to learn whether layers return a tensor or a tuple.
+
+        Raises:
+            FastpeftError: the model is no transformers model, so what is between its layers is not known.
         """
+        if self.plain:
+            raise FastpeftError(
+                f"a pass without its layers is for transformers models; the base is a {type(self.core).__name__}. Run "
+                "it whole: give it a LadderModel of its own, without a cache."
+            )
         last = self.layers[-1]
 
         def forward_of(layer: nn.Module) -> Callable[..., Any]:
@@ -218,6 +299,29 @@ class Backbone:
                 del layer.forward
                 if own is not None:
                     layer.forward = own
+
+
+def _as_tokens(feature: Any, layer: int) -> Tensor:
+    """A feature as `(B, T, d)`; see `Backbone.listen`."""
+    if isinstance(feature, Tensor) and feature.is_floating_point():
+        if feature.ndim == 2:
+            return feature[:, None]
+        if feature.ndim == 3:
+            return feature
+        if feature.ndim == 4:
+            return feature.flatten(2).mT
+    found = f"{feature.dtype} {tuple(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
+    raise FastpeftError(
+        f"the feature of layer {layer} is {found.removeprefix('torch.')}; allowed are floating-point (B, T, d), (B, d) "
+        "and (B, C, H, W). Name in feature_modules layers that read and make such."
+    )
+
+
+def _from_tokens(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_as_tokens`, for a feature that had `shape`."""
+    if len(shape) == 2:
+        return tokens[:, 0]
+    return tokens if len(shape) == 3 else tokens.mT.reshape(shape)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -60,11 +60,12 @@ _NOT_OF_FEATURES = (
 class FeatureCache:
     """The features `B_0 .. B_L` of a backbone, read from a folder where it has them and else computed and kept there.
 
-    A record is a row's features one token after another, `(n, (L + 1) d)`. In int8 each vector of d values has a scale,
-    its largest magnitude / 127; those lie before the values, `(n, L + 1)` in float32.
+    A record is a row's features one token after another, `(n, (L + 1) d)`. In int8 each of a token's vectors has a
+    scale, its largest magnitude / 127; those lie before the values, `(n, L + 1)` in float32.
 
     Args:
         backbone: whose features they are.
+        sizes: their widths.
         folder: shared by any number of backbones, dtypes, runs and processes; made if need be. It can be deleted at
             any time.
         dtype: what features are rounded to.
@@ -75,12 +76,13 @@ class FeatureCache:
         misses: rows computed.
 
     Raises:
-        FastpeftError: an argument cannot be used, or the backbone is given more than tokens.
+        FastpeftError: an argument cannot be used, or the backbone reads something else than tokens.
     """
 
     def __init__(
         self,
         backbone: Backbone,
+        sizes: Sequence[int],
         folder: str | os.PathLike[str],
         dtype: str = DTYPES[0],
         max_bytes: int | None = None,
@@ -89,17 +91,22 @@ class FeatureCache:
             raise FastpeftError(f"the feature cache's dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
             raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
+        if backbone.input_name != "input_ids":
+            raise FastpeftError(
+                f"a {type(backbone.core).__name__} reads {backbone.input_name}; rows are known by their tokens, so "
+                "only the features of a model that reads input_ids can be cached. Leave cache_features out."
+            )
         if isinstance(backbone.model, PeftModel) and backbone.model.active_peft_config.is_prompt_learning:
             raise FastpeftError(
                 "the base has trained tokens or prefixes of PEFT, which its layers get beside a row's tokens, so its "
-                "features cannot be cached. Merge nothing and leave cache_features out, or use another base."
+                "features cannot be cached. Leave cache_features out, or use another base."
             )
-        self._arguments = (backbone, folder, dtype, max_bytes)
+        self._arguments = (backbone, sizes, folder, dtype, max_bytes)
         self.hits = self.misses = 0
         self._backbone = backbone
         self._root = Path(folder).expanduser().absolute()
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._widths = [backbone.hidden_size] * (len(backbone.layers) + 1)
+        self._widths = list(sizes)
         self._stamp: list[Any] = []
         self._refused: dict[bytes, int] | None = {}  # bytes of rows that found no room; None once that was told
         self._broken = False
@@ -148,8 +155,8 @@ class FeatureCache:
         features: list[Tensor] = []
         with self._backbone.listen(lambda _, feature: features.append(feature), lambda feature: feature):
             self._backbone.body(**part)
-        expected = (*part["input_ids"].shape, self._backbone.hidden_size)
-        for layer, feature in enumerate(features):
+        for layer, (feature, width) in enumerate(zip(features, self._widths, strict=True)):
+            expected = (*part["input_ids"].shape, width)
             if feature.shape != expected:
                 raise FastpeftError(
                     f"the feature of layer {layer} has the shape {tuple(feature.shape)}; to be cached it must be (B, "

@@ -11,6 +11,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import MAX_WINDOW
 
 Fusion = Literal["cross_attention", "gated"]
+Init = Literal["random", "pruned"]
 
 _WIDE_WINDOW = 9  # slots from which the report drops features
 _WIDE_WINDOW_DROPOUT = 0.2
@@ -29,8 +30,16 @@ class LadderConfig(PretrainedConfig):
         num_heads: Heads of the cross-attention; above 1 it has an output projection.
         residual: Whether the cross-attention's output is added to the side state, and normalised. The report's is not.
         side_heads: Self-attention heads of a side block. None is one per 64 of its width, at least 1.
+        init: What the side network starts from: `"random"` weights, or the backbone's own, `"pruned"` to the channels
+            and neurons of the largest magnitude.
+        layer_drop: Probability with which a side block is left out of a training pass; the state then goes on as it is.
+        share_projections: Whether a slot has one projection for all side blocks, in place of one for each.
+        output_mix: Whether what goes on to the head is a trained mix of the side network's output and the backbone's,
+            which alone it is at the start.
         feature_modules: Names in the model of the backbone's layers, in the order in which they run, or of the one
-            `ModuleList` that holds them. None finds them.
+            `ModuleList` that holds them. None finds them in a transformers model; of another module they are needed.
+        feature_sizes: Widths of the L + 1 features, the first of which is the input of the first layer. None takes
+            that of the model's configuration, or those of the layers' matrices where it has none.
         causal: Whether tokens see only those before them. None takes over what the backbone does.
         base_model_name_or_path, base_revision, base_class: Filled in: what the side network was trained on.
         base_fingerprints: Filled in when saving: what some weights of the backbone were.
@@ -54,7 +63,12 @@ class LadderConfig(PretrainedConfig):
         num_heads: int = 1,
         residual: bool = False,
         side_heads: int | None = None,
+        init: Init = "random",
+        layer_drop: float = 0.0,
+        share_projections: bool = False,
+        output_mix: bool = False,
         feature_modules: Sequence[str] | str | None = None,
+        feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
@@ -69,7 +83,12 @@ class LadderConfig(PretrainedConfig):
         self.num_heads = num_heads
         self.residual = residual
         self.side_heads = side_heads
+        self.init = init
+        self.layer_drop = layer_drop
+        self.share_projections = share_projections
+        self.output_mix = output_mix
         self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
+        self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
         self.causal = causal
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
@@ -101,13 +120,21 @@ class LadderConfig(PretrainedConfig):
             raise FastpeftError(
                 f"feature_dropout={self.feature_dropout!r}; give a probability from 0 to below 1, or None."
             )
-        if self.fusion not in get_args(Fusion):
-            raise FastpeftError(f"fusion={self.fusion!r}; allowed are {' and '.join(map(repr, get_args(Fusion)))}.")
+        if not 0 <= self.layer_drop < 1:
+            raise FastpeftError(f"layer_drop={self.layer_drop!r}; give a probability from 0 to below 1.")
+        for name, values in (("fusion", get_args(Fusion)), ("init", get_args(Init))):
+            if getattr(self, name) not in values:
+                raise FastpeftError(f"{name}={getattr(self, name)!r}; allowed are {' and '.join(map(repr, values))}.")
         if self.fusion == "gated" and (self.window_size != 1 or self.num_heads != 1 or self.residual):
             raise FastpeftError(
                 f"fusion='gated' with window_size={self.window_size}, num_heads={self.num_heads} and "
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
+        sizes = self.feature_sizes
+        if sizes is not None and not (
+            isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+        ):
+            raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
         if self.feature_modules is not None and not self.feature_modules:
             raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")

@@ -13,7 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from fastpeft.cards import model_card
@@ -21,20 +23,24 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 # what of a configuration decides which weights there are and what they mean
-_SHAPE = (
+SHAPE = (
     "window_size",
     "reduction_factor",
     "fusion",
     "num_heads",
     "residual",
     "side_heads",
+    "share_projections",
+    "output_mix",
     "feature_modules",
+    "feature_sizes",
     "causal",
 )
 
@@ -46,8 +52,14 @@ class LadderModel(PreTrainedModel):
     The side network trains, and of the model's own head all but a decoder to the vocabulary, in float32 whatever the
     backbone's dtype. All of it is what `save_pretrained` writes; the backbone is named, and recognised when loading.
 
+    The base may be any module whose layers `feature_modules` names, in the order in which they run. Its head is then
+    what comes after the last of them in the order of `base.modules()`, and trains. `forward` gives it `inputs`, its one
+    argument, and takes the tensor that it returns for logits. It has no name to be loaded by: pass it as
+    `from_pretrained(..., base=module)`.
+
     Args:
-        base: a transformers model with a head, or PEFT's wrapper of one. It is taken over: its backbone is frozen.
+        base: a transformers model with a head, another module, or PEFT's wrapper of one. It is taken over: its backbone
+            is frozen.
         config: what the side network is made of; it is copied.
 
     Raises:
@@ -63,6 +75,10 @@ class LadderModel(PreTrainedModel):
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
         >>> model = fastpeft.LadderModel(base, fastpeft.LadderConfig(window_size=9))  # doctest: +SKIP
+        >>> layers = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
+        >>> config = LadderConfig(window_size=3, reduction_factor=4, feature_modules=["0", "2"])
+        >>> LadderModel(layers, config)(inputs=torch.randn(5, 8)).logits.shape
+        torch.Size([5, 3])
     """
 
     config_class = LadderConfig
@@ -80,18 +96,23 @@ class LadderModel(PreTrainedModel):
         if config.base_fingerprints:
             backbone.check(config.base_fingerprints, config.base_model_name_or_path)
         config.causal = backbone.causal if config.causal is None else config.causal
-        side = SideNetwork(config, backbone.hidden_size, len(backbone.layers), backbone.activation, config.causal)
+        sizes = backbone.feature_sizes(config.feature_sizes)
+        side = SideNetwork(config, sizes, len(backbone.layers), backbone.activation, config.causal)
+        if config.init == "pruned":
+            prune(side, backbone)
         super().__init__(config)
         self.backbone = backbone  # the base taken apart
         self.base = base
-        self.side = side.to(backbone.core.device)
+        self.main_input_name = backbone.input_name
+        self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
         head = backbone.head_parameters()
         base.requires_grad_(False)
         for parameter in head.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        self._trained = {f"base.{name}" for name in head} | {f"side.{name}" for name in side.state_dict()}
+        self._trained = {f"base.{name}" for name in (*head, *backbone.head_buffers())}
+        self._trained |= {f"side.{name}" for name in side.state_dict()}
         self._describe_base()
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
@@ -103,15 +124,16 @@ class LadderModel(PreTrainedModel):
         """Nothing: the base comes initialised, and the side network's layers do it themselves."""
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.backbone.plain:
+            raise NotImplementedError(f"a {type(self.backbone.core).__name__} names no input embeddings")
         embeddings: nn.Module = self.backbone.core.get_input_embeddings()
         return embeddings
 
     def train(self, mode: bool = True) -> LadderModel:
         """Set the side network and the head to training mode; the backbone stays in evaluation mode."""
         super().train(mode)
-        self.backbone.body.eval()
-        for pooler in self.backbone.poolers:
-            pooler.train(mode)
+        for module in self.backbone.frozen:
+            module.training = False  # its children may belong to the head
         return self
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -123,6 +145,8 @@ class LadderModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs: Tensor | None = None,
         labels: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -132,10 +156,13 @@ class LadderModel(PreTrainedModel):
         """What the base model returns: `loss` where labels are given, and `logits`.
 
         Args:
-            input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`.
-            attention_mask: `(B, T)`, 1 for tokens and 0 for padding.
+            input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`; of a vision model `pixel_values`, as it takes them; of
+                a module that is no transformers model `inputs`, its one argument.
+            attention_mask: `(B, T)`, 1 for tokens and 0 for padding; for `inputs` it concerns the side network alone.
             token_type_ids, position_ids: `(B, T)`; the former is dropped where the base knows no token types.
-            labels, start_positions, end_positions: as the base takes them.
+            labels, start_positions, end_positions: as the base takes them. Beside a module that is no transformers
+                model, integer labels are classes, for the cross-entropy, and others are numbers in the shape of the
+                logits, for the mean squared error.
             output_hidden_states: whether to return the side network's states `theta_0 .. theta_L`, each `(B, T, D)`,
                 as `hidden_states`.
             return_dict: False for a tuple.
@@ -143,14 +170,13 @@ class LadderModel(PreTrainedModel):
         Raises:
             FastpeftError: the features do not have the shape of the input, or the base was copied or replaced.
         """
-        source = input_ids if input_ids is not None else inputs_embeds
-        if source is None:
-            raise FastpeftError("LadderModel got neither input_ids nor inputs_embeds. Give one of them.")
-        if attention_mask is not None and attention_mask.shape != source.shape[:2]:
-            raise FastpeftError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
-                f"{tuple(source.shape[:2])}, with 1 for tokens and 0 for padding."
-            )
+        text = input_ids if input_ids is not None else inputs_embeds
+        if (inputs if self.backbone.plain else text if text is not None else pixel_values) is None:
+            names = "inputs" if self.backbone.plain else "input_ids, inputs_embeds or pixel_values"
+            raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
+        tokens = None if text is None else text.shape[:2]  # (B, T); of other inputs, those of the first feature
+        if tokens is not None:
+            _check_mask(attention_mask, tokens)
         if self.backbone.model is not self.base:
             raise FastpeftError(
                 "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
@@ -163,6 +189,7 @@ class LadderModel(PreTrainedModel):
             "token_type_ids": token_type_ids if "token_type_ids" in accepted else None,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
             "labels": labels,
             "start_positions": start_positions,
             "end_positions": end_positions,
@@ -174,18 +201,24 @@ class LadderModel(PreTrainedModel):
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         gradients = torch.is_grad_enabled()
-        run = SideRun(self.side, mask, self._draw_seed(), keep_states=bool(output_hidden_states))
+        run = SideRun(self.side, mask, self.draw_seed(), keep_states=bool(output_hidden_states))
 
         def feed(layer: int, feature: Tensor) -> None:
-            expected = (*source.shape[:2], self.backbone.hidden_size)
+            nonlocal tokens
+            if tokens is None:
+                tokens = feature.shape[:2]
+                _check_mask(attention_mask, tokens)
+            expected = (*tokens, self.side.feature_sizes[layer])
             if feature.shape != expected:
                 raise FastpeftError(
                     f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
-                    f"{expected}. Load the base with attn_implementation='sdpa', which keeps padding, without virtual "
-                    "tokens, and name in feature_modules only layers of the backbone's width."
+                    f"{expected}. {_CURE_OF_TEXT if text is not None else _CURE}"
                 )
+            feature = feature.detach()
+            if self.backbone.plain:
+                feature = feature.clone()  # an activation in place may follow
             with torch.set_grad_enabled(gradients):
-                run.feed(layer, feature.detach().to(device))
+                run.feed(layer, feature.to(device))
 
         with torch.no_grad(), contextlib.ExitStack() as after_layers:
 
@@ -198,24 +231,27 @@ class LadderModel(PreTrainedModel):
                 return run.output().to(feature)
 
             if self.feature_cache is not None and can_cache(input_ids):
-                names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache")
-                features = self.feature_cache.features({n: given[n] for n in names if given[n] is not None})
+                read = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache")
+                features = self.feature_cache.features({k: given[k] for k in read if given[k] is not None})
                 for layer, feature in enumerate(features):
                     feed(layer, feature)
                 around_base = self.backbone.skip_layers(replace(features[-1]))
             else:
                 around_base = self.backbone.listen(feed, replace)
             with around_base:
-                outputs = self.base(**{k: v for k, v in given.items() if v is not None}, return_dict=True)
+                if self.backbone.plain:
+                    outputs = _with_loss(self.base(inputs), labels)
+                else:
+                    outputs = self.base(**{k: v for k, v in given.items() if v is not None}, return_dict=True)
         if output_hidden_states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _draw_seed(self) -> int:
-        """A seed for one pass's feature dropout, from torch's random state; 0 where nothing is dropped."""
-        if not self.training or self.config.dropout == 0:
+    def draw_seed(self) -> int:
+        """A seed for what one pass drops, from torch's random state; 0 where nothing is dropped."""
+        if not self.training or self.config.dropout == self.config.layer_drop == 0:
             return 0
         return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
@@ -242,16 +278,18 @@ class LadderModel(PreTrainedModel):
             `masked_lm`.
 
         Raises:
-            FastpeftError: an argument cannot be used, the folder cannot be written, or the base has trained tokens.
+            FastpeftError: an argument cannot be used, or the folder cannot be written, or the base has other input.
 
         Notes:
-            A token takes `(L + 1) d` values. Changed weights of the backbone have features of their own; a change by
-            `.data` alone goes unseen. A record that is damaged is computed anew.
+            A token takes as many values as all features are wide, `(L + 1) d`. Changed weights of the backbone have
+            features of their own; a change by `.data` alone goes unseen. A record that is damaged is computed anew.
 
         Example:
             >>> model.cache_features("features")  # doctest: +SKIP
         """
-        self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
+        self.feature_cache = None
+        if folder is not None:
+            self.feature_cache = FeatureCache(self.backbone, self.side.feature_sizes, folder, dtype, max_bytes)
         return self.feature_cache
 
     # -- files ---------------------------------------------------------------------------------------------------
@@ -259,9 +297,11 @@ class LadderModel(PreTrainedModel):
     def _describe_base(self) -> None:
         """Copy into the configuration what names the base and its task."""
         core, config = self.backbone.core, self.config
-        for name, value in _task_fields(core.config).items():
-            setattr(config, name, value)
         config.base_class = type(core).__name__
+        if self.backbone.plain:
+            return
+        for name, value in task_fields(core.config).items():
+            setattr(config, name, value)
         config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
         config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
 
@@ -286,7 +326,17 @@ class LadderModel(PreTrainedModel):
         if card.exists():
             return
         config = self.config
-        shown = ("window_size", "reduction_factor", "fusion", "num_heads", "residual")
+        shown = (
+            "window_size",
+            "reduction_factor",
+            "fusion",
+            "num_heads",
+            "residual",
+            "init",
+            "layer_drop",
+            "share_projections",
+            "output_mix",
+        )
         text = model_card(
             base_model=config.base_model_name_or_path or "the base model",
             method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
@@ -324,7 +374,7 @@ class LadderModel(PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None:
-            config = _read_config(source, hub)
+            config = read_config(source, hub)
         weights = _read_weights(source, hub)
         if base is None:
             base = _load_base(config, kwargs)
@@ -332,7 +382,10 @@ class LadderModel(PreTrainedModel):
             raise FastpeftError(
                 f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
             )
-        model = cls(base, config)
+        unpruned = copy.deepcopy(config)
+        unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
+        model = cls(base, unpruned)
+        model.config.init = config.init
         model._take_in(weights, source)
         return model.eval()
 
@@ -347,8 +400,8 @@ class LadderModel(PreTrainedModel):
             FastpeftError: nothing of this kind is there, or its shape or its backbone is another.
         """
         name = os.fspath(source)
-        saved = _read_config(name, {})
-        different = [item for item in _SHAPE if getattr(saved, item) != getattr(self.config, item)]
+        saved = read_config(name, {})
+        different = [item for item in SHAPE if getattr(saved, item) != getattr(self.config, item)]
         if different:
             there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
             here = ", ".join(repr(getattr(self.config, item)) for item in different)
@@ -379,7 +432,50 @@ class LadderModel(PreTrainedModel):
         self.load_state_dict(weights, strict=False)
 
 
-def _read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
+_CURE_OF_TEXT = (
+    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
+    "feature_modules only layers of the backbone's width."
+)
+_CURE = (
+    "Name in feature_modules layers between which the number of tokens stays, H W for (B, C, H, W), and give in "
+    "feature_sizes their widths where they were not found."
+)
+
+
+def _check_mask(attention_mask: Tensor | None, tokens: torch.Size) -> None:
+    if attention_mask is not None and attention_mask.shape != tokens:
+        raise FastpeftError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
+            f"{tuple(tokens)}, with 1 for tokens and 0 for padding."
+        )
+
+
+def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
+    """What a module that is no transformers model returned, as transformers' models do."""
+    if not isinstance(logits, Tensor):
+        raise FastpeftError(
+            f"the base returned a {type(logits).__name__}; beside a side network a module returns its logits, a "
+            "tensor. Wrap it in one that does."
+        )
+    if labels is None:
+        return SequenceClassifierOutput(logits=logits)
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise FastpeftError(
+                f"labels have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}. Give numbers in "
+                "the shape of the logits, or classes as integers."
+            )
+        return SequenceClassifierOutput(loss=F.mse_loss(logits, labels), logits=logits)
+    if labels.shape != logits.shape[:-1]:
+        raise FastpeftError(
+            f"labels have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}, whose last dimension "
+            "is the classes. Give a class for each of the others."
+        )
+    return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten()), logits=logits)
+
+
+def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
+    """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
     try:
         values, _ = LadderConfig.get_config_dict(source, **hub)
     except Exception as error:  # a broken file surfaces as almost any type
@@ -415,7 +511,7 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     arguments = {
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
-        **_task_fields(config),
+        **task_fields(config),
         **arguments,
     }
     try:
@@ -428,7 +524,7 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     return base
 
 
-def _task_fields(config: Any) -> dict[str, Any]:
+def task_fields(config: Any) -> dict[str, Any]:
     """What the configuration of a model with a head says of its task."""
     names = ("id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}

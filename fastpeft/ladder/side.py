@@ -6,6 +6,7 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -120,18 +121,22 @@ class SideNetwork(nn.Module):
     r"""What trains beside a frozen backbone of L layers: `theta_0 = down(B_0)`, L side blocks, an up-projection.
 
     Block j reads the k features centred at `B_j`, each by a projection of its own; those of all blocks that read one
-    feature are the rows of one matrix, `projections[layer]`, so that each feature is read once. A slot outside
-    `B_0 .. B_L` has no projection.
+    feature are the rows of one matrix, `projections[layer]`, so that each feature is read once. Projections that the
+    blocks share are the rows of `shared_projection`, the last slot's first: those that read one feature then lie
+    side by side. A slot outside `B_0 .. B_L` has no projection.
+
+    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). What trains
+    is `side_share = 1 - lambda`, from 0 on: the start is the backbone, and weight decay leads back to it.
 
     Args:
         config: what it is made of.
-        hidden_size: d.
+        hidden_size: d, or where the L + 1 features differ in width, that of each; D is a part of the widest.
         num_layers: L.
         activation: of the feed-forward parts, by its name in transformers.
         causal: whether tokens see only those before them.
 
     Raises:
-        FastpeftError: the widths do not divide.
+        FastpeftError: the widths do not divide, or projections are to be shared by features of different widths.
 
     Example:
         >>> side = SideNetwork(LadderConfig(window_size=3), hidden_size=64, num_layers=2)
@@ -142,7 +147,7 @@ class SideNetwork(nn.Module):
     def __init__(
         self,
         config: LadderConfig,
-        hidden_size: int,
+        hidden_size: int | Sequence[int],
         num_layers: int,
         activation: str = "gelu",
         causal: bool = False,
@@ -150,7 +155,14 @@ class SideNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.num_layers, self.causal = num_layers, causal
-        self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", hidden_size)
+        self.feature_sizes = (num_layers + 1) * [hidden_size] if isinstance(hidden_size, int) else list(hidden_size)
+        if config.share_projections and len(set(self.feature_sizes)) > 1:
+            raise FastpeftError(
+                f"share_projections=True with features of the widths {', '.join(map(str, self.feature_sizes))}: one "
+                "matrix reads one width. Leave it out, or name in feature_modules layers of one width."
+            )
+        widest = max(self.feature_sizes)
+        self.width = _divide("reduction_factor", config.reduction_factor, "the backbone's width", widest)
         side_heads = config.side_heads or max(1, self.width // _HEAD_WIDTH)
         _divide("num_heads", config.num_heads, "the side network's width", self.width)
         if config.side_heads is not None:
@@ -171,11 +183,17 @@ class SideNetwork(nn.Module):
                     windows.setdefault(block, []).append(slot)
 
         gated = config.fusion == "gated"  # has no position vector, so its projection keeps a bias
-        self.down = nn.Linear(hidden_size, self.width)
+        self.down = nn.Linear(self.feature_sizes[0], self.width)
+        slots = sorted({slot for window in windows.values() for slot in window}, reverse=True)
+        self._shared_rows = {slot: row * self.width for row, slot in enumerate(slots)}  # slot -> its first row
+        self.shared_projection = (
+            nn.Linear(widest, len(slots) * self.width, bias=gated) if config.share_projections else None
+        )
         self.projections = nn.ModuleDict(
             {
-                str(layer): nn.Linear(hidden_size, len(readers) * self.width, bias=gated)
+                str(layer): nn.Linear(self.feature_sizes[layer], len(readers) * self.width, bias=gated)
                 for layer, readers in sorted(self.readers.items())
+                if not config.share_projections
             }
         )
         self.blocks = nn.ModuleList(
@@ -187,7 +205,22 @@ class SideNetwork(nn.Module):
             )
             for block in range(1, num_layers + 1)
         )
-        self.up = nn.Linear(self.width, hidden_size)
+        self.up = nn.Linear(self.width, self.feature_sizes[-1])
+        self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix else None
+
+    def project(self, layer: int, feature: Tensor) -> Sequence[Tensor]:
+        """The projections of `B_layer`, `(B, T, d)`, by one product: a `(B, T, D)` for each of `readers[layer]`."""
+        readers = self.readers.get(layer, [])
+        if not readers:
+            return ()
+        shared = self.shared_projection
+        if shared is not None:
+            first = self._shared_rows[readers[0][1]]  # slots go down as blocks go up
+            rows = slice(first, first + len(readers) * self.width)
+            projected = F.linear(feature, shared.weight[rows], None if shared.bias is None else shared.bias[rows])
+        else:
+            projected = self.projections[str(layer)](feature)
+        return projected.chunk(len(readers), dim=-1)
 
     def forward(self, features: Sequence[Tensor], mask: Tensor | None = None, seed: int = 0) -> Tensor:
         """The output for all features at once.
@@ -195,7 +228,7 @@ class SideNetwork(nn.Module):
         Args:
             features: `B_0 .. B_L`, each `(B, T, d)`.
             mask: bool `(B, T)`, True for tokens and False for padding; None is all True.
-            seed: of the feature dropout's noise.
+            seed: decides, in training, which features and blocks are dropped.
 
         Returns:
             `(B, T, d)`.
@@ -213,9 +246,9 @@ class SideRun:
     gradients the projections of at most k layers are alive, and no feature.
 
     Args:
-        side: the side network.
+        side: the side network; of a `SideStack` every tensor has one dimension more in front.
         mask: bool `(B, T)`, or None.
-        seed: of the feature dropout's noise.
+        seed: decides, in training, which features and blocks are dropped.
         keep_states: whether to keep every side state in `states`.
     """
 
@@ -223,10 +256,13 @@ class SideRun:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
-        self._theta: Tensor | None = None
+        self._theta: Tensor  # the last state, from the first feature on
+        self._last_feature: Tensor | None = None  # B_L, where it is mixed into the output
         self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
+        share, draw = side.config.layer_drop if side.training else 0.0, random.Random(seed)
+        self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < share}
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""
@@ -240,18 +276,21 @@ class SideRun:
         if not torch.is_autocast_enabled(feature.device.type):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            self._visible = _visibility(self.mask, feature.shape[1], side.causal, feature.device)
+            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
             self._advance(side.down(feature))
-        readers = side.readers.get(layer, [])
-        if readers:
-            projected = side.projections[str(layer)](feature).chunk(len(readers), dim=-1)
-            for (block, _), part in zip(readers, projected):
-                self._windows.setdefault(block, []).append(part)
+        if layer == side.num_layers and side.side_share is not None:
+            self._last_feature = feature
+        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
+            self._windows.setdefault(block, []).append(part)
         reach = side.config.window_size // 2
         last = layer - reach if layer < side.num_layers else side.num_layers
         for block in range(max(1, layer - reach), last + 1):
-            window = torch.stack(self._windows.pop(block), dim=1)
-            self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
+            parts = self._windows.pop(block)
+            if block in self._dropped:
+                self._advance(self._theta)
+            else:
+                window = torch.stack(parts, dim=-3)
+                self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _advance(self, theta: Tensor) -> None:
         self._theta = theta
@@ -259,14 +298,15 @@ class SideRun:
             self.states.append(theta)
 
     def output(self) -> Tensor:
-        """The up-projection of the last state, `(B, T, d)`."""
+        """The up-projection of the last state, `(B, T, d)`, mixed with `B_L` where the side network does so."""
         if self._next != self.side.num_layers + 1:
             raise FastpeftError(
                 f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
                 "layers in feature_modules."
             )
         output: Tensor = self.side.up(self._theta)
-        return output
+        last, share = self._last_feature, self.side.side_share
+        return output if last is None or share is None else last + share * (output - last)
 
 
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
@@ -280,7 +320,7 @@ def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.de
     if causal:
         visible = visible.tril()
     if mask is not None:
-        visible = visible & mask[:, None, None, :]
+        visible = visible & mask[..., None, None, :]
     return visible | torch.eye(tokens, dtype=torch.bool, device=device)
 
 

@@ -16,7 +16,7 @@ from samples import save_tiny_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
-from fastpeft.ladder.cache import DTYPES, FeatureCache
+from fastpeft.ladder.cache import DTYPES
 from fastpeft.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -326,6 +326,13 @@ def test_a_folder_that_can_no_longer_be_written_costs_nothing(
     assert counts(model) == (0, 6)
 
 
+def test_rows_without_tokens_are_refused(tmp_path: Path) -> None:
+    shape = {"image_size": 4, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=32, num_channels=1)
+    with pytest.raises(FastpeftError, match="reads pixel_values"):
+        ladder(transformers.ViTForImageClassification(config)).cache_features(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -338,5 +345,5 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
     (tmp_path / "file").write_text("")
     given = {"folder": "new", **arguments}
     with pytest.raises(FastpeftError, match=message):
-        FeatureCache(ladder().backbone, **{**given, "folder": tmp_path / given["folder"]})
+        ladder().cache_features(**{**given, "folder": tmp_path / given["folder"]})
     assert not (tmp_path / "new").exists()

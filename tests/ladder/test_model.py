@@ -517,7 +517,7 @@ def test_layers_named_out_of_order_are_refused() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "neither input_ids nor inputs_embeds"),
+        ({}, "got no input_ids, inputs_embeds or pixel_values"),
         ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"attention_mask has the shape \(3, 1, 1, 9\)"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask has the shape \(3, 8\)"),
     ],

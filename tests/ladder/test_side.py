@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import FastpeftError, LadderConfig
+from fastpeft.config import parse_value
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
+from fastpeft.methods import get_method
+from fastpeft.task import sort_settings
 
 LAYERS, WIDTH, NARROW = 3, 16, 8
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -33,8 +38,12 @@ def features(batch: int = 3, tokens: int = 5) -> list[Tensor]:
 
 
 def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
-    """`D_{block, slot}`, `(NARROW, WIDTH)`, out of the matrix of the layer that it reads."""
+    """`D_{block, slot}`, `(NARROW, WIDTH)`, out of the matrix of the layer that it reads, or the shared one."""
     layer = block - side.config.window_size // 2 + slot
+    if side.config.share_projections:
+        slots = sorted({slot for readers in side.readers.values() for _, slot in readers}, reverse=True)
+        row = slots.index(slot) * NARROW
+        return side.shared_projection.weight[row : row + NARROW]
     row = side.readers[layer].index((block, slot)) * NARROW
     return side.projections[str(layer)].weight[row : row + NARROW]
 
@@ -58,7 +67,7 @@ def encoder_block(block: SideBlock, x: Tensor, visible: list[list[int]]) -> Tens
     return block.feed_forward_norm(x + block.feed_forward_out(F.gelu(block.feed_forward_in(x))))
 
 
-def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor) -> Tensor:
+def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dropped: Collection[int] = ()) -> Tensor:
     """The up-projected output `(B, T, WIDTH)` for features `B_0 .. B_L`; a padding token's is not defined (NaN)."""
     config, reach = side.config, side.config.window_size // 2
     batch, tokens, _ = layers[0].shape
@@ -68,6 +77,8 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor) ->
         before = {t: [s for s in real if not side.causal or s <= t] for t in real}
         theta = side.down(layers[0][b, real])
         for j in range(1, side.num_layers + 1):
+            if j in dropped:
+                continue
             fusion = side.blocks[j - 1].fusion
             keys = []  # C~, the slots one after the other along the tokens
             for i in range(config.window_size):
@@ -91,13 +102,18 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor) ->
                 x = fusion.norm(theta + x)
             theta = encoder_block(side.blocks[j - 1], x, [[index[s] for s in before[t]] for t in real])
         output[b, real] = side.up(theta)
+    if side.side_share is not None:
+        mix = 1 - side.side_share.item()
+        return mix * layers[-1] + (1 - mix) * output
     return output
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 9])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_heads": 2, "side_heads": 4}, {"residual": True}], ids=["plain", "heads", "residual"]
+    "options",
+    [{}, {"num_heads": 2, "side_heads": 4}, {"residual": True}, {"share_projections": True}, {"output_mix": True}],
+    ids=["plain", "heads", "residual", "shared", "mix"],
 )
 def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
     side = network(causal, window_size=window, **options)
@@ -158,8 +174,66 @@ def test_slots_outside_the_backbone_have_no_projection() -> None:
     assert [block.fusion.slots for block in side.blocks] == [[3, 4, 5, 6], [2, 3, 4, 5], [1, 2, 3, 4]]
 
 
+def test_shared_projections_are_one_for_each_slot_that_reads() -> None:
+    for window, slots in ((1, 1), (3, 3), (9, 6)):  # of 9 slots around layers 1 to 3, three never reach into 0 .. 3
+        side = network(window_size=window, share_projections=True)
+        assert side.shared_projection.weight.shape == (slots * NARROW, WIDTH)
+        assert not side.projections
+    gated = network(window_size=1, fusion="gated", share_projections=True)
+    (projected,) = gated.project(2, features()[2])
+    torch.testing.assert_close(projected, gated.shared_projection(features()[2]), **EXACT)
+
+
+def test_a_mix_starts_as_the_backbone() -> None:
+    torch.manual_seed(0)
+    side = SideNetwork(LadderConfig(reduction_factor=2, window_size=3, output_mix=True), WIDTH, LAYERS).double()
+    assert side(features()).equal(features()[-1])
+    side.side_share.data.fill_(1)
+    share, side.side_share = side.side_share, None
+    alone = side(features())
+    side.side_share = share
+    torch.testing.assert_close(side(features()), alone, **EXACT)
+
+
+def test_dropped_blocks_pass_the_state_on_in_training_only() -> None:
+    side = network(window_size=3, layer_drop=0.5)
+    whole, mask = from_the_equations(side, features(), MASK), MASK
+    for _ in range(2):
+        torch.testing.assert_close(side(features(), mask, seed=3)[mask], whole[mask], **EXACT)
+    side.train()
+    for seed in range(8):
+        run = SideRun(side, mask, seed, keep_states=True)
+        for layer, feature in enumerate(features()):
+            run.feed(layer, feature)
+        dropped = [j for j in range(1, LAYERS + 1) if run.states[j] is run.states[j - 1]]
+        expected = from_the_equations(side, features(), mask, dropped)
+        torch.testing.assert_close(run.output()[mask], expected[mask], **EXACT)
+        assert run.output().equal(side(features(), mask, seed=seed))
+
+
+def test_blocks_are_dropped_as_often_as_asked() -> None:
+    side = network(window_size=1, fusion="gated", layer_drop=0.3).train()
+    runs = [SideRun(side, None, seed)._dropped for seed in range(2000)]
+    for block in range(1, LAYERS + 1):
+        assert abs(sum(block in dropped for dropped in runs) / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+    assert len(set(map(frozenset, runs))) == 2**LAYERS  # each by itself
+
+
+def test_features_of_unequal_widths() -> None:
+    sizes = [6, 16, 10, 12]
+    side = SideNetwork(LadderConfig(reduction_factor=2, window_size=3), sizes, LAYERS)
+    layers = [torch.randn(2, 5, size) for size in sizes]
+    assert side.width == 8
+    assert side(layers).shape == (2, 5, 12)
+    with pytest.raises(FastpeftError, match="share_projections=True with features of the widths 6, 16, 10, 12"):
+        SideNetwork(LadderConfig(reduction_factor=2, share_projections=True), sizes, LAYERS)
+
+
 def test_every_parameter_trains() -> None:
-    for config in ({"window_size": 9, "num_heads": 2, "residual": True}, {"window_size": 1, "fusion": "gated"}):
+    for config in (
+        {"window_size": 9, "num_heads": 2, "residual": True, "share_projections": True, "output_mix": True},
+        {"window_size": 1, "fusion": "gated"},
+    ):
         side = network(**config)
         side(features(), MASK)[MASK].square().sum().backward()
         assert [name for name, p in side.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -174,6 +248,29 @@ def test_feature_dropout_follows_its_seed_in_training_only() -> None:
     assert first.equal(side(features(), MASK, seed=1))
     assert not first.allclose(side(features(), MASK, seed=2))
     assert not first.allclose(evaluated)
+
+
+def test_options_are_settings_of_the_command_line() -> None:
+    written = {"init": "pruned", "layer_drop": "0.1", "share_projections": "true", "output_mix": "true"}
+    given = {name: parse_value(text) for name, text in written.items()}
+    for method in ("k-lst", "lst"):
+        assert sort_settings(get_method(method), given) == (given, {})
+    for name, value in (("init", 3), ("layer_drop", "often"), ("share_projections", 1), ("output_mix", "yes")):
+        with pytest.raises(FastpeftError, match=f"the setting {name} is {value!r}; it must be of the type"):
+            sort_settings(get_method("k-lst"), {name: value})
+
+
+def test_options_are_saved_and_loaded(tmp_path: Path) -> None:
+    options = {
+        "init": "pruned",
+        "layer_drop": 0.1,
+        "share_projections": True,
+        "output_mix": True,
+        "feature_sizes": [16, 16, 16, 16],
+    }
+    LadderConfig(**options).save_pretrained(tmp_path)
+    loaded = LadderConfig.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in options} == options
 
 
 def test_defaults_of_the_report() -> None:
@@ -203,11 +300,15 @@ def test_features_out_of_order_are_refused() -> None:
         ({"reduction_factor": 2.0}, r"reduction_factor=2\.0"),
         ({"num_heads": 0}, "num_heads=0"),
         ({"side_heads": -1}, "side_heads=-1"),
+        ({"layer_drop": 1.0}, r"layer_drop=1\.0; give a probability from 0 to below 1\."),
+        ({"init": "zero"}, "init='zero'; allowed are 'random' and 'pruned'"),
         ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
         ({"fusion": "gated"}, "fusion='gated' with window_size=9"),
         ({"fusion": "gated", "window_size": 1, "residual": True}, "a gate mixes one feature"),
         ({"feature_modules": []}, "feature_modules is empty"),
+        ({"feature_sizes": 16}, "feature_sizes=16; give a list of whole numbers"),
+        ({"feature_sizes": [16, 0]}, r"feature_sizes=\[16, 0\]; give a list of whole numbers"),
     ],
 )
 def test_bad_configurations_are_refused(config: dict[str, object], message: str) -> None:

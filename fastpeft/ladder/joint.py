@@ -1,0 +1,98 @@
+"""What training many side networks together takes: batches below each other, steps, and streams of random numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpeft.errors import FastpeftError
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+Batch: TypeAlias = Mapping[str, Tensor]
+
+
+def source_of(batch: Batch) -> Tensor:
+    """What its rows and tokens are counted by."""
+    return batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
+
+
+def join(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[Batch, dict[int, Any]]:
+    """The inputs of batches below each other, padded on the right, and where each is: its rows and its tokens."""
+    if len(batches) == 1:
+        return next(iter(batches.values())), dict.fromkeys(batches, ...)
+    shapes = {name: source_of(batch).shape[:2] for name, batch in batches.items()}
+    longest = max(tokens for _, tokens in shapes.values())
+    ends = list(itertools.accumulate(rows for rows, _ in shapes.values()))
+    places = {
+        name: (slice(end - rows, end), slice(tokens)) for end, (name, (rows, tokens)) in zip(ends, shapes.items())
+    }
+    keys = {key for batch in batches.values() for key in INPUTS if key in batch}
+    if any(tokens != longest for _, tokens in shapes.values()):
+        keys.add("attention_mask")
+    joined = {}
+    for key in keys:
+        parts = []
+        for name, batch in batches.items():
+            part = batch.get(key)
+            if part is None and key in ("attention_mask", "token_type_ids"):
+                part = source_of(batch).new_full(shapes[name], int(key == "attention_mask"), dtype=torch.long)
+            if part is None:
+                raise FastpeftError(f"some of the batches have {key} and others have not. Give it to all or none.")
+            widths = (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])
+            parts.append(F.pad(part, widths, value=pad_token_id if key == "input_ids" else 0))
+        joined[key] = torch.cat(parts)
+    return joined, places
+
+
+def steps_of(
+    data: Iterable[Batch] | Mapping[str, Iterable[Batch]], names: Sequence[str], epochs: int, stopped: set[str]
+) -> Iterator[dict[str, Batch]]:
+    """The batch of every member that still trains, step by step; `stopped` grows meanwhile."""
+    if not isinstance(data, Mapping):
+        for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
+            active = [name for name in names if name not in stopped]
+            if not active:
+                return
+            yield dict.fromkeys(active, batch)
+        return
+    if missing := [name for name in names if name not in data]:
+        raise FastpeftError(f"there are no batches for {', '.join(map(repr, missing))}. Give some for every optimizer.")
+    left = {name: itertools.chain.from_iterable(itertools.repeat(data[name], epochs)) for name in names}
+    while True:
+        batches = {name: batch for name in names if name not in stopped for batch in itertools.islice(left[name], 1)}
+        if not batches:
+            return
+        yield batches
+
+
+class RandomStream:
+    """While entered, torch draws from a stream of its own, which goes on from one time to the next.
+
+    Args:
+        seed: as of `torch.manual_seed` before the first time.
+        device: on which drawing is covered, beside the CPU.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
+        self._states = [torch.Generator(each.device).manual_seed(seed).get_state() for each in self._generators]
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *error: object) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        states = [each.get_state() for each in self._generators]
+        for each, state in zip(self._generators, self._states):
+            each.set_state(state)
+        self._states = states

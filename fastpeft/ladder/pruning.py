@@ -1,0 +1,125 @@
+"""A side network that starts from its backbone: the weights of the largest magnitude, cut down to the side's width.
+
+After LST (arXiv 2206.06522): what stays of a matrix are the rows of the largest L1 norm, of the next matrix the columns
+that go with them, and along the residual stream the same channels everywhere. Dimension letters as in `side.py`; N rows
+of the backbone's query, key and value, M neurons of its feed-forward part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.side import SideBlock, SideNetwork, WindowFusion
+
+
+class _Layer(NamedTuple):
+    """The linear layers of one block of the backbone, in the order in which transformers' encoders hold them."""
+
+    query: nn.Linear  # (N, d), as key and value
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear  # (d, N)
+    feed_forward_in: nn.Linear  # (M, d)
+    feed_forward_out: nn.Linear  # (d, M)
+
+
+@torch.no_grad()
+def prune(side: SideNetwork, backbone: Backbone) -> None:
+    """Set the weights of `side` to those of `backbone`, pruned.
+
+    Every projection and `down` select the D channels that stay, `up` puts them back in their places. Block j takes over
+    layer j; its cross-attention has that layer's queries and keys, and for values what that layer's values become by
+    its output matrix. Norms, positions and gates start as they always do.
+
+    Raises:
+        FastpeftError: a layer does not consist of the six matrices of a plain encoder block, or they are quantised.
+    """
+    layers = [_take_apart(layer, side) for layer in backbone.layers]
+    channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
+    selection = torch.eye(side.feature_sizes[0], device=channels.device)[channels]  # (D, d)
+    shared = [] if side.shared_projection is None else [side.shared_projection]
+    projections: list[Any] = [side.down, *shared, *side.projections.values()]
+    for projection in projections:
+        projection.weight.copy_(selection.repeat(len(projection.weight) // side.width, 1))
+        if projection.bias is not None:
+            projection.bias.zero_()
+    side.up.weight.copy_(selection.mT)
+    side.up.bias.zero_()
+    block: Any
+    for block, layer in zip(side.blocks, layers):
+        _prune_block(block, layer, channels)
+
+
+def _prune_block(block: SideBlock, layer: _Layer, channels: Tensor) -> None:
+    """Set the matrices of a side block to those of `layer`, between the channels that stay."""
+    query, key, value, inner = (_weight(part)[:, channels] for part in (*layer[:3], layer.feed_forward_in))
+    output, outer = (_weight(part)[channels] for part in (layer.output, layer.feed_forward_out))
+    width, neurons = len(channels), min(block.feed_forward_in.out_features, len(inner))
+    # a query's row is worth something with its key's, a value's row with the output's column that reads it
+    scored = _largest(query.abs().sum(1) + key.abs().sum(1), width)
+    carried = _largest(value.abs().sum(1) + output.abs().sum(0), width)
+    firing = _largest(inner.abs().sum(1) + outer.abs().sum(0), neurons)
+    query, key, value, output = query[scored], key[scored], value[carried], output[:, carried]  # each (D, D)
+
+    block.qkv.weight.copy_(torch.cat([query, key, value]))
+    biases = ((layer.query, scored), (layer.key, scored), (layer.value, carried))
+    block.qkv.bias.copy_(torch.cat([_bias(part)[rows] for part, rows in biases]))
+    block.attention_output.weight.copy_(output)
+    block.attention_output.bias.copy_(_bias(layer.output)[channels])
+    block.feed_forward_in.weight[:neurons] = inner[firing]
+    block.feed_forward_in.bias[:neurons] = _bias(layer.feed_forward_in)[firing]
+    block.feed_forward_out.weight[:, :neurons] = outer[:, firing]
+    block.feed_forward_out.bias.copy_(_bias(layer.feed_forward_out)[channels])
+
+    fusion = block.fusion
+    if isinstance(fusion, WindowFusion):
+        fusion.query.weight.copy_(query)
+        fusion.key.weight.copy_(key)
+        if fusion.output is None:
+            fusion.value.weight.copy_(output @ value)
+        else:
+            fusion.value.weight.copy_(value)
+            fusion.output.weight.copy_(output)
+            fusion.output.bias.copy_(_bias(layer.output)[channels])
+
+
+def _take_apart(layer: nn.Module, side: SideNetwork) -> _Layer:
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    shapes = [tuple(linear.weight.shape) for linear in linears]
+    if len(linears) == len(_Layer._fields):
+        (rows, width), (neurons, _) = shapes[0], shapes[4]
+        expected = [*3 * [(rows, width)], (width, rows), (neurons, width), (width, neurons)]
+        fits = shapes == expected and rows >= side.width and set(side.feature_sizes) == {width}
+        if fits and all(linear.weight.is_floating_point() for linear in linears):
+            return _Layer(*linears)
+    found = ", ".join(f"{linear.weight.dtype} {shape}".removeprefix("torch.") for linear, shape in zip(linears, shapes))
+    raise FastpeftError(
+        "init='pruned' takes over layers of six linear ones, query, key, value, output and the two of the feed-forward "
+        f"part, between features of one width and not quantised; a {type(layer).__name__} has {found or 'none'}. Give "
+        "init='random'."
+    )
+
+
+def _stream_importance(layer: _Layer) -> Tensor:
+    """The L1 norm of all that reads and writes each channel of the residual stream, `(d,)`."""
+    readers, writers = (*layer[:3], layer.feed_forward_in), (layer.output, layer.feed_forward_out)
+    norms = [_weight(part).abs().sum(0) for part in readers] + [_weight(part).abs().sum(1) for part in writers]
+    return torch.stack(norms).sum(0)
+
+
+def _largest(importance: Tensor, count: int) -> Tensor:
+    """Where the `count` largest are, in their order of place."""
+    return importance.topk(count).indices.sort().values
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    return linear.weight.float()
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias

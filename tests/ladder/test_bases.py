@@ -1,0 +1,359 @@
+"""Backbones other than language models: a vision transformer, and modules that are no transformers model."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from backbones import ladder
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, LadderModel
+from fastpeft.ladder.backbone import Backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LABELS = torch.tensor([0, 1, 2])
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def vit() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def perceptron() -> nn.Sequential:
+    """Features of the widths 8, 24 and 16, one token each."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 3)).eval()
+
+
+def convolutions(**arguments: Any) -> nn.Sequential:
+    """Features of 1, 8 and 16 channels, 64 tokens each; a norm with running statistics is in between."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 3, **{"padding": 1, **arguments}),
+        nn.BatchNorm2d(16),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    ).eval()
+
+
+class Texts(nn.Module):
+    """A module whose layers run in a loop, with a parameter of its own, that reads tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.embedding = nn.Embedding(50, 16)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) * self.scale
+        for block in self.blocks:
+            x = block(src=x, is_causal=False)
+        logits: Tensor = self.head(x[:, 0])
+        return logits
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+TEXTS = torch.randint(3, 30, (3, 6), generator=torch.Generator().manual_seed(1))
+BASES: dict[str, tuple[Callable[[], Any], Any, dict[str, Any], list[str]]] = {
+    "vit": (vit, IMAGES, {}, ["classifier.weight", "classifier.bias"]),
+    "perceptron": (perceptron, X, {"feature_modules": ["0", "2"]}, ["4.weight", "4.bias"]),
+    "convolutions": (
+        convolutions,
+        IMAGES,
+        {"feature_modules": ["0", "2"]},
+        ["3.weight", "3.bias", "6.weight", "6.bias"],
+    ),
+    "texts": (Texts().eval, TEXTS, {"feature_modules": "blocks"}, ["head.weight", "head.bias"]),
+}
+
+
+class Pair(nn.Sequential):
+    """A module that returns more than its logits."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+def made(kind: str, **changes: Any) -> LadderModel:
+    make, _, config, _ = BASES[kind]
+    return ladder(copy.deepcopy(make()), **{**config, **changes})
+
+
+def run(model: LadderModel, kind: str, **arguments: Any) -> Any:
+    return model(**{model.main_input_name: BASES[kind][1]}, **arguments)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_what_trains_and_what_stays(kind: str) -> None:
+    model = made(kind).train()
+    before = copy.deepcopy(model.base.state_dict())
+    trained = [name.removeprefix("base.") for name, p in model.named_parameters() if p.requires_grad]
+    assert [name for name in trained if not name.startswith("side.")] == BASES[kind][3]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        output = run(model, kind, labels=LABELS)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+    state = model.base.state_dict()
+    changed = {name for name, tensor in state.items() if not tensor.equal(before[name])}
+    statistics = {f"3.{name}" for name in STATISTICS} if kind == "convolutions" else set()
+    assert changed == set(BASES[kind][3]) | statistics
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(
+    "options", [{}, {"window_size": 1, "fusion": "gated"}, {"output_mix": True, "layer_drop": 0.5}]
+)
+def test_save_and_load_to_the_bit(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    model = made(kind, **options).train()
+    run(model, kind)  # moves running statistics of the head
+    model.eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.save_pretrained(tmp_path)
+    loaded = LadderModel.from_pretrained(tmp_path, base=copy.deepcopy(BASES[kind][0]()))
+    with torch.no_grad():
+        assert run(loaded, kind).logits.equal(run(model, kind).logits)
+    kept = {f"base.3.{name}" for name in STATISTICS} if kind == "convolutions" else set()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert load_file(tmp_path / "model.safetensors").keys() == trained | kept
+
+
+def test_a_vision_model_by_its_name(tmp_path: Path) -> None:
+    vit().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    model = ladder(base).eval()
+    model.save_pretrained(tmp_path / "ladder")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "ladder")
+    assert isinstance(loaded, LadderModel)
+    with torch.no_grad():
+        assert loaded(pixel_values=IMAGES).logits.equal(model(pixel_values=IMAGES).logits)
+
+
+def test_a_perceptron_computes_what_its_parts_do() -> None:
+    model = made("perceptron").eval()
+    zero, one, two, three, four = model.base
+    first = zero(X)
+    second = two(one(first))
+    features = [feature[:, None] for feature in (X, first, second)]
+    assert model.side.feature_sizes == [8, 24, 16]
+    assert model.side.width == 12
+    expected = four(three(model.side(features)[:, 0]))
+    torch.testing.assert_close(run(model, "perceptron").logits, expected)
+
+
+def test_activations_in_place_change_no_feature() -> None:
+    def gradients(inplace: bool) -> list[Tensor]:
+        base = perceptron()
+        base[1], base[3] = nn.ReLU(inplace), nn.ReLU(inplace)
+        model = ladder(base, feature_modules=["0", "2"], output_mix=True).train()
+        model.side.side_share.data.fill_(0.5)
+        model(inputs=X, labels=LABELS).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    assert all(one.equal(other) for one, other in zip(gradients(False), gradients(True), strict=True))
+
+
+def test_convolutions_compute_what_their_parts_do() -> None:
+    model = made("convolutions").eval()
+    first = model.base[0](IMAGES)
+    second = model.base[2](model.base[1](first))
+    features = [torch.stack([image.flatten(1).t() for image in feature]) for feature in (IMAGES, first, second)]
+    output = model.side(features)  # (B, 64, 16)
+    image = torch.stack([tokens.t().reshape(16, 8, 8) for tokens in output])
+    torch.testing.assert_close(run(model, "convolutions").logits, model.base[3:](image))
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_mix_starts_as_the_base_alone(kind: str) -> None:
+    model = made(kind, output_mix=True).eval()
+    with torch.no_grad():
+        base = copy.deepcopy(BASES[kind][0]())
+        expected = base(BASES[kind][1])
+        expected = expected if isinstance(expected, Tensor) else expected.logits
+        torch.testing.assert_close(run(model, kind).logits, expected)
+
+
+def test_padding_of_a_plain_module_is_kept_from_the_side_network() -> None:
+    model, mask = made("texts").eval(), torch.ones(3, 6, dtype=torch.long)
+    with torch.no_grad():
+        whole = model(inputs=TEXTS).logits
+        assert model(inputs=TEXTS, attention_mask=mask).logits.equal(whole)
+        mask[0, 4:] = 0
+        masked = model(inputs=TEXTS, attention_mask=mask).logits
+    torch.testing.assert_close(masked[1:], whole[1:])
+    assert not masked[0].allclose(whole[0])
+    with pytest.raises(FastpeftError, match=r"attention_mask has the shape \(3, 5\).* here \(3, 6\)"):
+        model(inputs=TEXTS, attention_mask=mask[:, 1:])
+
+
+@pytest.mark.parametrize("kind", ["vit", "perceptron"])
+def test_trainer(tmp_path: Path, kind: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    model = made(kind, layer_drop=0.2)
+    name = model.main_input_name
+    inputs = torch.randn(48, *BASES[kind][1].shape[1:], generator=generator)
+    rows = [{name: x, "labels": int(x.mean() > 0)} for x in inputs]
+
+    def trainer(model: LadderModel, folder: str) -> transformers.Trainer:
+        settings = transformers.TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=40,
+            save_steps=20,
+            eval_steps=20,
+            eval_strategy="steps",
+            logging_steps=1,
+            per_device_train_batch_size=8,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        return transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+
+    whole = trainer(model, "whole")
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < 0.7 * before
+    resumed = trainer(made(kind, layer_drop=0.2), "parts")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-20"))  # what is dropped follows the seed
+    expected = dict(model.named_parameters())
+    assert all(p.equal(expected[name]) for name, p in resumed.model.named_parameters())
+
+
+def test_over_a_peft_model_of_a_plain_module() -> None:
+    torch.manual_seed(0)
+    base = peft.get_peft_model(perceptron(), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model = ladder(base, feature_modules=["0", "2"]).train()
+    run(model, "perceptron", labels=LABELS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("side.")}
+    assert trained == {"base.base_model.model.4.weight", "base.base_model.model.4.bias"}
+
+
+def test_losses_beside_a_plain_module() -> None:
+    model = made("perceptron").eval()
+    logits = run(model, "perceptron").logits
+    classes = run(model, "perceptron", labels=LABELS)
+    torch.testing.assert_close(classes.loss, -logits.log_softmax(-1).diagonal().mean())
+    numbers = run(model, "perceptron", labels=torch.ones(3, 3))
+    torch.testing.assert_close(numbers.loss, (logits - 1).square().mean())
+    as_tuple = run(model, "perceptron", labels=LABELS, return_dict=False, output_hidden_states=True)
+    assert [part.shape for part in as_tuple[:2]] == [(), (3, 3)]
+    assert [state.shape for state in as_tuple[2]] == [(3, 1, 12)] * 3
+    for labels, message in (
+        (torch.ones(3), r"\(3,\) and the logits \(3, 3\)\. Give numbers in the shape"),
+        (torch.ones(3, 3).long(), r"\(3, 3\) and the logits \(3, 3\), whose last dimension is the classes"),
+    ):
+        with pytest.raises(FastpeftError, match=message):
+            run(model, "perceptron", labels=labels)
+
+
+def test_another_plain_module_is_refused(tmp_path: Path) -> None:
+    made("convolutions").save_pretrained(tmp_path)
+    for change in ("0.weight", "1.running_mean", "1.bias"):
+        base = convolutions()
+        base.state_dict()[change][0] += 1e-3
+        with pytest.raises(FastpeftError, match="trained on another backbone: weights of the layers differ"):
+            LadderModel.from_pretrained(tmp_path, base=base)
+    base = convolutions()
+    base[6].weight.data += 1  # of the head, which is loaded
+    LadderModel.from_pretrained(tmp_path, base=base)
+    with pytest.raises(FastpeftError, match=r"a base without a name of class Sequential.* base=model"):
+        LadderModel.from_pretrained(tmp_path)
+
+
+def test_a_plain_module_has_no_pass_without_layers() -> None:
+    with (
+        pytest.raises(FastpeftError, match="for transformers models; the base is a Sequential"),
+        Backbone(perceptron(), ["0", "2"]).skip_layers(torch.zeros(3, 1, 16)),
+    ):
+        pass
+
+
+def test_widths_that_are_not_found_are_asked_for() -> None:
+    layers = ["1", "3"]
+    with pytest.raises(FastpeftError, match=r"a Tanh, holds no matrix\. Give them in feature_sizes"):
+        made("perceptron", feature_modules=layers)
+    with pytest.raises(FastpeftError, match="feature_sizes names 2 widths of 3 features"):
+        made("perceptron", feature_modules=layers, feature_sizes=[24, 16])
+    model = made("perceptron", feature_modules=layers, feature_sizes=[24, 24, 16])
+    assert run(model, "perceptron").logits.shape == (3, 3)
+    wrong = made("perceptron", feature_modules=layers, feature_sizes=[24, 16, 16])
+    with pytest.raises(FastpeftError, match=r"layer 1 has the shape \(3, 1, 24\).* here \(3, 1, 16\).* feature_sizes"):
+        run(wrong, "perceptron")
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "given", "message"),
+    [
+        (lambda: convolutions(stride=2), {"feature_modules": ["0", "2"]}, IMAGES, r"layer 2 .*\(3, 16, 16\).*H W"),
+        (Texts, {"feature_modules": ["embedding", "blocks.0"]}, TEXTS, r"layer 0 is int64 \(3, 6\); allowed are float"),
+        (
+            lambda: Pair(nn.Linear(8, 8)),
+            {"feature_modules": ["0"]},
+            X,
+            r"the base returned a tuple; .* a tensor\. Wrap",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(base: Any, config: dict[str, Any], given: Tensor, message: str) -> None:
+    model = ladder(base(), **config)
+    with pytest.raises(FastpeftError, match=message):
+        model(inputs=given)
+
+
+def test_inputs_under_another_name_are_refused() -> None:
+    with pytest.raises(FastpeftError, match="beside a Sequential got no inputs"):
+        made("perceptron")(input_ids=X)
+    with pytest.raises(
+        FastpeftError, match="beside a ViTForImageClassification got no input_ids, inputs_embeds or pix"
+    ):
+        made("vit")(inputs=IMAGES)
+
+
+def test_the_vit_example_learns(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("vit_digits", EXAMPLES / "vit_digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["vit_digits"] = example
+    spec.loader.exec_module(example)
+    accuracy = example.main(["--tiny", "--output", str(tmp_path)])
+    assert accuracy["after"] > accuracy["before"] + 0.3
+    assert (tmp_path / "model.safetensors").is_file()

@@ -1,0 +1,179 @@
+"""A side network that starts from its backbone: which weights it takes over, and what it does with them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from backbones import IDS, ladder, logits, tiny
+from samples import save_tiny_model
+from torch import Tensor, nn
+
+from fastpeft import FastpeftError, LadderModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KEPT = [1, 2, 5, 6, 8, 11, 12, 15]  # channels of 16
+
+
+def parts(model: LadderModel, layer: int) -> list[nn.Linear]:
+    """Query, key, value, output and the two of the feed-forward part of a RoBERTa's layer."""
+    block = model.base.roberta.encoder.layer[layer]
+    attention = block.attention.self
+    return [
+        attention.query,
+        attention.key,
+        attention.value,
+        block.attention.output.dense,
+        block.intermediate.dense,
+        block.output.dense,
+    ]
+
+
+def uneven(head: str = "ForSequenceClassification") -> Any:
+    """A RoBERTa whose channels in `KEPT` have much larger weights than the others, and rows of all sizes."""
+    base = tiny("Roberta", head)
+    scale = torch.full((16,), 0.01)
+    scale[KEPT] = 1.0
+    generator = torch.Generator().manual_seed(3)
+    for module in base.roberta.encoder.modules():
+        if isinstance(module, nn.Linear):
+            n, k = module.weight.shape
+            module.weight.data.mul_(torch.rand(n, 1, generator=generator)).mul_(torch.rand(1, k, generator=generator))
+            module.bias.data.normal_(generator=generator)
+    for layer in base.roberta.encoder.layer:
+        attention = layer.attention.self
+        for reader in (attention.query, attention.key, attention.value, layer.intermediate.dense):
+            reader.weight.data.mul_(scale)
+        for writer in (layer.attention.output.dense, layer.output.dense):
+            writer.weight.data.mul_(scale[:, None])
+    return base
+
+
+def largest(first: Tensor, second: Tensor, count: int) -> list[int]:
+    """The rows of `first` that are largest together with the columns of `second`, one by one."""
+    sums = [float(first[i].abs().sum() + second[:, i].abs().sum()) for i in range(len(first))]
+    return sorted(sorted(range(len(sums)), key=lambda i: -sums[i])[:count])
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@torch.no_grad()
+def test_the_largest_channels_rows_and_neurons_stay(heads: int) -> None:
+    model = ladder(uneven(), init="pruned", num_heads=heads)
+    selection = torch.eye(16)[KEPT]
+    assert model.side.down.weight.equal(selection)
+    assert model.side.up.weight.equal(selection.mT)
+    assert not model.side.down.bias.any()
+    assert not model.side.up.bias.any()
+    for projection in model.side.projections.values():
+        assert all(part.equal(selection) for part in projection.weight.split(8))
+    for number, block in enumerate(model.side.blocks):
+        layers = parts(model, number)
+        q, k, v, o, inner, outer = (layer.weight for layer in layers)
+        q, k, v, inner, o, outer = q[:, KEPT], k[:, KEPT], v[:, KEPT], inner[:, KEPT], o[KEPT], outer[KEPT]
+        scored, carried, firing = largest(q, k.mT, 8), largest(v, o, 8), largest(inner, outer, 32)
+        assert block.qkv.weight.equal(torch.cat([q[scored], k[scored], v[carried]]))
+        biases = [layers[0].bias[scored], layers[1].bias[scored], layers[2].bias[carried]]
+        assert block.qkv.bias.equal(torch.cat(biases))
+        assert block.attention_output.weight.equal(o[:, carried])
+        assert block.attention_output.bias.equal(layers[3].bias[KEPT])
+        assert block.feed_forward_in.weight.equal(inner[firing])
+        assert block.feed_forward_in.bias.equal(layers[4].bias[firing])
+        assert block.feed_forward_out.weight.equal(outer[:, firing])
+        assert block.feed_forward_out.bias.equal(layers[5].bias[KEPT])
+        assert block.fusion.query.weight.equal(q[scored])
+        assert block.fusion.key.weight.equal(k[scored])
+        carry = block.fusion.value.weight if heads == 1 else block.fusion.output.weight @ block.fusion.value.weight
+        torch.testing.assert_close(carry, o[:, carried] @ v[carried])
+
+
+@torch.no_grad()
+def test_at_full_width_a_side_block_is_the_backbones_layer() -> None:
+    """But for the norms, which start as new ones: those of a new backbone too."""
+    base = tiny(intermediate_size=64)
+    for layer in base.roberta.encoder.layer:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data.mul_(10)
+                module.bias.data.normal_()
+            elif isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+    model = ladder(base, reduction_factor=1, side_heads=2, init="pruned").eval()
+    x = torch.randn(3, 5, 16)
+    for block, layer in zip(model.side.blocks, base.roberta.encoder.layer):
+        block.fusion.forward = lambda theta, window, mask, seed: theta
+        expected = layer(x)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        torch.testing.assert_close(block(x, x[:, None], None, None, 0), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gated_and_shared_projections_select_too() -> None:
+    gated = ladder(uneven(), init="pruned", window_size=1, fusion="gated", share_projections=True)
+    assert gated.side.shared_projection.weight.equal(torch.eye(16)[KEPT])
+    assert not gated.side.shared_projection.bias.any()
+    assert gated(IDS).logits.isfinite().all()
+
+
+def test_neurons_that_the_backbone_lacks_stay_random() -> None:
+    torch.manual_seed(1)
+    model = ladder(tiny(intermediate_size=8), init="pruned")
+    block = model.side.blocks[0]
+    inner = model.base.roberta.encoder.layer[0].intermediate.dense.weight
+    assert all(any(row.equal(other) for row in block.feed_forward_in.weight[:8]) for other in inner[:, channels(model)])
+    assert block.feed_forward_in.weight[8:].ne(0).all()
+
+
+def channels(model: LadderModel) -> list[int]:
+    return model.side.down.weight.argmax(dim=1).tolist()
+
+
+def test_layers_without_biases() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        qkv_bias=False,
+    )
+    side = ladder(transformers.ViTForImageClassification(config), init="pruned").side
+    assert not side.blocks[0].qkv.bias.any()
+    assert side.blocks[0].qkv.weight.any()
+
+
+def test_what_is_loaded_is_not_pruned_again(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model = ladder(base, init="pruned")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model.eval().save_pretrained(tmp_path / "ladder")
+    loaded = LadderModel.from_pretrained(tmp_path / "ladder")
+    assert logits(loaded).equal(logits(model))
+    assert loaded.config.init == "pruned"
+    quantised = copy.deepcopy(base)
+    linear = quantised.roberta.encoder.layer[0].output.dense
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    LadderModel.from_pretrained(tmp_path / "ladder", base=quantised)
+    with pytest.raises(FastpeftError, match=r"not quantised; a RobertaLayer has .*int8 \(16, 32\)"):
+        ladder(quantised, init="pruned")
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "message"),
+    [
+        (lambda: tiny("GPT2"), {}, "a GPT2Block has none"),
+        (lambda: tiny("ModernBert"), {}, r"a ModernBertEncoderLayer has float32 \(48, 16\)"),
+        (lambda: nn.Sequential(nn.Linear(16, 16)), {"feature_modules": ["0"]}, r"a Linear has float32 \(16, 16\)"),
+    ],
+)
+def test_layers_of_another_make_are_refused(base: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(FastpeftError, match=f"init='pruned' takes over layers of six .*{message}.* init='random'"):
+        ladder(base(), init="pruned", **config)
