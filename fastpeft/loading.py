@@ -14,8 +14,8 @@ from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
 from fastpeft.methods import get_method
-from fastpeft.models import Classifier, load_classifier
-from fastpeft.problems import CLASSIFICATION, Problem, get_problem
+from fastpeft.models import Classifier, load_classifier, load_for_masked_words
+from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
 from fastpeft.prompt_model import PromptModel, load_prompted
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder, earlier_run
@@ -28,7 +28,7 @@ class Head:
     """What the head of a model is for.
 
     Attributes:
-        labels: names of its outputs: classes or tags, or what a number is.
+        labels: names of its outputs: classes or tags, or what a number is; none where they are the vocabulary.
         prompt: what texts are put into, with its words in the order of `labels`; None for the texts alone.
         problem: what the labels are.
     """
@@ -39,8 +39,8 @@ class Head:
 
     @property
     def by_words(self) -> bool:
-        """Whether the label words of a prompt give the outputs, and no head of their own."""
-        return self.prompt is not None and self.prompt.head == "label_words"
+        """Whether it is the head of a masked language model: its words, or label words among them, are the outputs."""
+        return self.problem is MASKED_WORDS or (self.prompt is not None and self.prompt.head == "label_words")
 
     def can_take_over(self, earlier: Head) -> bool:
         """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
@@ -162,7 +162,7 @@ def load_start(config: TrainConfig, head: Head) -> Classifier:
     if method.adapts:
         trained = trained.merge_and_unload()
     if head.can_take_over(earlier_head):
-        start.model.load_state_dict(trained.state_dict())
+        inside_prompt(start.model).load_state_dict(inside_prompt(trained).state_dict())
     else:  # of two kinds of head one may lack a pooler
         weights = inside_prompt(trained).base_model.state_dict()
         inside_prompt(start.model).base_model.load_state_dict(weights, strict=False)
@@ -181,7 +181,7 @@ def begin_from_earlier(model: Any, config: TrainConfig, head: Head) -> None:
         return
     folder = earlier_run(config.init_from)
     earlier, earlier_head = outline(folder)
-    if (earlier_head.prompt is None) != (head.prompt is None):
+    if earlier_head.problem is head.problem and (earlier_head.prompt is None) != (head.prompt is None):
         given = "a prompt, this one has none" if head.prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)
     if get_method(earlier.method, earlier.settings).ladder:
@@ -194,7 +194,9 @@ def inside_prompt(model: Any) -> Any:
 
 
 def load_model(model: str, head: Head) -> Classifier:
-    """Load `model` with `head`, or with the label words of its prompt for one."""
+    """Load `model` with `head`: one of its own, that of masked words, or the label words of its prompt."""
+    if head.problem is MASKED_WORDS:
+        return load_for_masked_words(model)
     if head.prompt is not None and head.by_words:
         return load_prompted(model, head.prompt)
     return load_classifier(model, head.labels, head.problem)

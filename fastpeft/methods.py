@@ -45,7 +45,7 @@ class Preparation:
     head_is_new: bool = True
     window: int | None = None
     reduction: int | None = None
-    task_type: str = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
 
 
 @dataclass(frozen=True)
