@@ -1,6 +1,6 @@
-"""What a side network gains by masked words learned first, by itself or jointly with the backbone, and by SiVA beside it.
+"""What a side network gains by masked words learned first, alone or jointly with the backbone, and by SiVA beside it.
 
-`python -m bench.ladder_pretraining runs/pretraining [CELL ...]` trains 9-LST on 2,000 training rows of the demo data and
+`python -m bench.ladder_pretraining runs/pretraining [CELL ...]` trains 9-LST on 2,000 training rows of the demo data,
 measures it on 1,000 others (the slice that `bench.slices` makes, so nothing is chosen by the dev rows), each cell after
 the one that it starts from, and fills `bench/data/ladder_pretraining.csv`. Masked words are learned on all the training
 texts that are not in the slice. Cut off, the same command goes on where it was.
@@ -41,7 +41,7 @@ COUNTED = ("trainable_parameters", "peak_memory_mb")
 
 
 def write_texts(folder: Path) -> None:
-    """Write the slice, and `texts/train.csv` and `texts/dev.csv`: other training texts, and those of the slice's dev."""
+    """Write the slice, and `texts/train.csv` and `texts/dev.csv`: all other training texts, and the slice's dev texts."""
     write_slice("demo", folder / "slice", rows=2_000, dev_rows=1_000)
     parts = {}
     for name in ("train", "dev"):

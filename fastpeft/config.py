@@ -175,7 +175,7 @@ class TrainConfig:
         """Raise `FastpeftError` unless there is such an objective, and nothing that is for labels."""
         if self.objective not in OBJECTIVES:
             raise FastpeftError(
-                f"objective is {self.objective!r}; it must be {', '.join(OBJECTIVES)}. Leave it out to learn the labels."
+                f"objective is {self.objective!r}; it must be {', '.join(OBJECTIVES)}. Leave it out to learn labels."
             )
         for name in FOR_LABELS:
             if (value := getattr(self, name)) is not None:

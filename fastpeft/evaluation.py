@@ -125,8 +125,8 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
 
     Raises:
-        FastpeftError: as `load_run`; or the run learned masked words, not to label texts; or `texts` is one text, whose characters would be taken for texts; or one of them
-            is not what the run reads.
+        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text; or
+            `texts` is one text, whose characters would be taken for texts; or one of them is not what the run reads.
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")

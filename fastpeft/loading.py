@@ -165,8 +165,8 @@ def load_start(config: TrainConfig, head: Head) -> Classifier:
             return start
         if wanted is not None:
             raise FastpeftError(
-                f"{SIVA_LAYERS} is {wanted}, but the run in {config.init_from!r} had {adapted}. Give that, or leave it out "
-                "to merge what it trained into the backbone."
+                f"{SIVA_LAYERS} is {wanted}, but the run in {config.init_from!r} had {adapted}. Give that, or leave it "
+                "out to merge what was trained into the backbone."
             )
         return _merge_adapter(start, folder.path)
     start = load_model(config.model, head)

@@ -80,8 +80,8 @@ class Task:
         data: texts and labels.
         prompt: what texts are put into, with its words in the order of the classes; None for the texts alone.
         metric: the metric to look at while training, and to choose by where that is wanted.
-        train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, hidden in the dev rows and
-            not yet in the others.
+        train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
+            dev rows and not yet in the others.
         max_length: where texts were cut, in tokens.
         arguments: fields of TrainingArguments that the configuration sets beside its own.
     """

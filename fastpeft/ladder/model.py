@@ -365,7 +365,7 @@ class LadderModel(PreTrainedModel):
     def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
         """Go on from a saved side network of the same shape on the same backbone.
 
-        An adapter that was trained with it is taken over by one that trains here; else the backbone must have it merged.
+        An adapter that trained with it is taken over by one that trains here; else the backbone must have it merged.
 
         Args:
             source: a folder or a hub id.
