@@ -150,7 +150,12 @@ def load_for_masked_words(model: str) -> Classifier:
 
 
 def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
-    """Names in `model` of the layers in the head of its `masked_lm` but for the vocabulary's: the dense one, the norm."""
+    """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
+
+    Args:
+        masked_lm: the model that has the head.
+        model: what the names are in: the same, or what wraps it.
+    """
     children = [child for name, child in masked_lm.named_children() if name != masked_lm.base_model_prefix]
     outside = {module for child in children for module in child.modules()}
     layers = [(name, module) for name, module in model.named_modules() if module in outside]
