@@ -195,8 +195,9 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(rows), _BATCH_SIZE):
-        chosen = order[start : start + _BATCH_SIZE]
+    size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):

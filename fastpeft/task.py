@@ -140,7 +140,8 @@ class Task:
         values: dict[str, Any] = {
             "output_dir": output,
             "per_device_train_batch_size": config.batch_size,
-            "per_device_eval_batch_size": _EVAL_BATCH_SIZE,
+            # outputs over the whole vocabulary fit where a batch to train on does
+            "per_device_eval_batch_size": _EVAL_BATCH_SIZE if self.data.problem.digest is None else config.batch_size,
             "learning_rate": learning_rate,
             "weight_decay": recipe.weight_decay,
             **schedule,
