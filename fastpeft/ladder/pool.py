@@ -188,6 +188,11 @@ class LadderPool:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
     def _check_layers(self, model: LadderModel) -> None:
+        if model.adapters:
+            raise FastpeftError(
+                "the side network trained together with an adapter inside the backbone, so its features are its own. Use "
+                "it by itself, or train one without train_adapters (siva_layers)."
+            )
         own, others = _layer_names(self.backbone), _layer_names(model.backbone)
         if own != others:
             raise FastpeftError(

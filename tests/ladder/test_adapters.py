@@ -15,7 +15,7 @@ from samples import reviews, save_tiny_model, write_csv
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel, SivaConfig, TrainConfig, train
+from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
 from fastpeft.evaluation import evaluate
 from fastpeft.loading import load_run
 from fastpeft.memory import simulate_training_step
@@ -126,6 +126,11 @@ def test_memory_grows_by_the_adapted_layers_alone() -> None:
     none, one, two, four = (activations(list(range(4 - count, 4))) for count in (0, 1, 2, 4))
     assert 0 < one - none < two - one + 0.2 * (two - none)
     assert two - one == pytest.approx((four - two) / 2, rel=0.25)
+
+
+def test_a_pool_refuses_it() -> None:
+    with pytest.raises(FastpeftError, match="trained together with an adapter inside the backbone"):
+        LadderPool(tiny()).add("one", beside([2]))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
