@@ -128,9 +128,15 @@ def test_memory_grows_by_the_adapted_layers_alone() -> None:
     assert two - one == pytest.approx((four - two) / 2, rel=0.25)
 
 
-def test_a_pool_refuses_it() -> None:
-    with pytest.raises(FastpeftError, match="trained together with an adapter inside the backbone"):
-        LadderPool(tiny()).add("one", beside([2]))
+def test_a_pool_refuses_it_and_keeps_its_backbone(tmp_path: Path) -> None:
+    model = beside([2])
+    model.save_pretrained(tmp_path)
+    pool = LadderPool(tiny())
+    before = {name: value.clone() for name, value in pool.base.state_dict().items()}
+    for side in (model, tmp_path):
+        with pytest.raises(FastpeftError, match="trained together with an adapter inside the backbone"):
+            pool.add("one", side)
+    assert all(value.equal(before[name]) for name, value in pool.base.state_dict().items())
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
