@@ -34,11 +34,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     data = load_data(options.data)
     name = resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    limit = 64 if options.tiny else None
     train, dev = (
         [
             {**tokenizer(text, truncation=True, max_length=128), "labels": label}
-            for text, label in zip(part.texts, part.labels)
-        ][: 64 if options.tiny else None]
+            for text, label in zip(part.texts[:limit], part.labels[:limit])
+        ]
         for part in (data.train, data.dev)
     )
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(data.labels), dtype="float32")

@@ -29,7 +29,7 @@ def measure(model: LadderModel, batches: DataLoader) -> float:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, save and load a side network; returns the loss on the dev rows before and after."""
+    """Train, save and load a side network; returns the loss on the training rows before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="name on the hub, or folder, of an encoder (default: bundled)")
     parser.add_argument("--data", default="demo", help="a table of texts and classes, or whatever fastpeft train takes")
@@ -44,12 +44,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     data = load_data(options.data)
     name = resolve_model(options.model)
     tokenizer = AutoTokenizer.from_pretrained(name)
+    limit = 64 if options.tiny else None
     train, dev = (
         DataLoader(
             [
                 {**tokenizer(text, truncation=True, max_length=128), "labels": label}
-                for text, label in zip(part.texts, part.labels)
-            ][: 64 if options.tiny else None],
+                for text, label in zip(part.texts[:limit], part.labels[:limit])
+            ],
             batch_size=16,
             shuffle=part is data.train,
             collate_fn=DataCollatorWithPadding(tokenizer),
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=options.epochs * len(train))
 
-    before = measure(model, dev)
+    before = measure(model, train)
     for epoch in range(options.epochs):
         model.train()
         for batch in train:
@@ -71,10 +72,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        print(f"epoch {epoch + 1}: dev loss {measure(model, dev):.3f}, {before:.3f} before training")
+        print(
+            f"epoch {epoch + 1}: loss {measure(model, train):.3f} on training rows, {measure(model, dev):.3f} on others"
+        )
 
     model.save_pretrained(options.output)
-    return {"before": before, "after": measure(LadderModel.from_pretrained(options.output), dev)}
+    return {"before": before, "after": measure(LadderModel.from_pretrained(options.output), train)}
 
 
 if __name__ == "__main__":
