@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # somebody who has the base model needs the journal alone, some 40 bytes a step
     start.eval()
-    MeZO(start, lr=trainer.args.learning_rate).resume(trainer.journal_file)
+    MeZO(start, lr=trainer.args.learning_rate, seed=trainer.args.seed).resume(trainer.journal_file)
     same = all(torch.equal(one, other) for one, other in zip(start.parameters(), model.parameters()))
     print(f"held-out loss {before:.3f} before, {after:.3f} after; the replayed weights are equal: {same}")
     return {"before": before, "after": after, "replayed": same}
