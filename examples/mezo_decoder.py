@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--model", help="name on the hub, or folder, of a causal language model")
     parser.add_argument("--tiny", action="store_true", help="a small random model in place of --model")
     parser.add_argument("--text", type=Path, default=Path(__file__), help="file to learn from; its end is held out")
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-6, with --tiny 3e-3")
-    parser.add_argument("--steps", type=int, help="default: 2,000, with --tiny 200")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-6, with --tiny 1e-2")
+    parser.add_argument("--steps", type=int, help="default: 2,000, with --tiny 500")
     parser.add_argument("--output", type=Path, required=True, help="folder for the journal, which must hold none")
     options = parser.parse_args(arguments)
     if options.tiny is (options.model is not None):
@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model,
         MeZOConfig(
             str(options.output),
-            learning_rate=options.learning_rate or (3e-3 if options.tiny else 1e-6),
-            max_steps=options.steps or (200 if options.tiny else 2_000),
+            learning_rate=options.learning_rate or (1e-2 if options.tiny else 1e-6),
+            max_steps=options.steps or (500 if options.tiny else 2_000),
             journal=True,
             save_strategy="no",
             report_to="none",
