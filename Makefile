@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all native sanitize sanitize-thread bench wheel clean
+.PHONY: demo install-dev check test test-all docs native sanitize sanitize-thread bench wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
@@ -37,6 +37,11 @@ test: $(VENV)/dev.stamp
 
 test-all: $(VENV)/dev.stamp
 	$(PYTEST) --full
+
+# into build/docs, offline; tables come from bench/data
+docs: $(VENV)/dev.stamp
+	python docs/tables.py
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 # the C++ tests of csrc's host code, which need a compiler and nothing else
 NATIVE ?= build/native

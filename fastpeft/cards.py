@@ -29,6 +29,7 @@ def loading_snippet(
     chained: bool = False,
     labels: Sequence[str] = (),
     prompt_head: str | None = None,
+    masked_words: bool = False,
 ) -> str:
     """Python code that loads what was saved in `folder`.
 
@@ -42,28 +43,31 @@ def loading_snippet(
         chained: whether the run started from another; what is put on its model finds that through the run's folder.
         labels: names of the classes; where they are known the tokenizer was saved too.
         prompt_head: head of the prompt that was saved too, None where there was none.
+        masked_words: whether the model predicts masked words; its tokenizer was saved too.
     """
     if chained and (adapter or ladder):
         return _chained_snippet(folder, prompt_head)
     if prompt_head == "label_words":
         return _prompted_snippet(folder, base_model, adapter)
-    head = _HEADS.get(task_type or "")
+    head = "MaskedLM" if masked_words else _HEADS.get(task_type or "")
     registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
     lines = [registers] if (adapter and registered) or ladder else []
     if head is None:
         lines.append("from peft import PeftModel")
         call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
     else:
-        name = f"AutoPeftModelFor{head}" if adapter else f"AutoModelFor{head}"
+        adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
+        name = adapted if adapter else f"AutoModelFor{head}"
         known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
         lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
         call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
-    if labels and lines[-1].startswith("from transformers"):
+    with_tokenizer = labels or masked_words
+    if with_tokenizer and lines[-1].startswith("from transformers"):
         lines[-1] += ", AutoTokenizer"
-    elif labels:
+    elif with_tokenizer:
         lines.append("from transformers import AutoTokenizer")
     lines += ["", f"model = {call}"]
-    if labels:
+    if with_tokenizer:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
     if prompt_head is not None:
         lines.insert(0, "from fastpeft import Prompt")

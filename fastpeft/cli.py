@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from fastpeft import backends
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS
-from fastpeft.problems import PROBLEMS
+from fastpeft.problems import OBJECTIVES, PROBLEMS
 
 # the heavy imports are in the commands, so that `fastpeft --help` answers at once
 
@@ -69,6 +69,12 @@ def train(
         typer.Option(
             help="demo, a csv, tsv, jsonl or parquet file, a folder with train.* and dev.* or saved by datasets, or a "
             "hub data set as nyu-mll/glue:sst2 (default: demo)"
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(OBJECTIVES)}: learn masked words of texts, for --init-from (default: the labels)"
         ),
     ] = None,
     problem_type: Annotated[str | None, typer.Option(help=f"{', '.join(PROBLEMS)} (default: told by the data)")] = None,
@@ -149,6 +155,7 @@ def train(
         "model": model,
         "init_from": init_from,
         "data": data,
+        "objective": objective,
         "problem_type": problem_type,
         "output": output,
         "targets": targets,

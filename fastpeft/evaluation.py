@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from fastpeft.data import Examples, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
-from fastpeft.problems import CLASSIFICATION, LOSS, REGRESSION, UNLABELLED, Problem
+from fastpeft.masking import Masker
+from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
 from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
@@ -60,6 +61,8 @@ def evaluate(
         )
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
     warn_of_cut_words(dev, rows, run.problem, run.max_length)
+    if run.problem is MASKED_WORDS:
+        rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = np.concatenate if run.problem.per_token else np.stack
     outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
     return _measure(run.problem, outputs, labels, run.labels, len(rows))
@@ -101,9 +104,12 @@ def _measure(
     problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], rows: int
 ) -> dict[str, float]:
     """The metrics of a problem, the loss and the number of rows."""
-    found, expected = torch.from_numpy(outputs), torch.from_numpy(labels)
-    loss = mse_loss(found[:, 0], expected.float()) if problem is REGRESSION else cross_entropy(found, expected)
-    return {**problem.score(outputs, labels, names), LOSS: loss.item(), "dev_rows": rows}
+    scores = problem.score(outputs, labels, names)
+    if LOSS not in scores:
+        found, expected = torch.from_numpy(outputs), torch.from_numpy(labels)
+        loss = mse_loss(found[:, 0], expected.float()) if problem is REGRESSION else cross_entropy(found, expected)
+        scores[LOSS] = loss.item()
+    return {**scores, "dev_rows": rows}
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
@@ -119,12 +125,17 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
 
     Raises:
-        FastpeftError: as `load_run`; or `texts` is one text, whose characters would be taken for texts; or one of them
-            is not what the run reads.
+        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text; or
+            `texts` is one text, whose characters would be taken for texts; or one of them is not what the run reads.
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
     run = load_run(folder)
+    if run.problem is MASKED_WORDS:
+        raise FastpeftError(
+            f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
+            f"labelled texts: --init-from {folder}."
+        )
     given = [_as_input(text, run) for text in texts]
     if not given:
         return []
@@ -179,19 +190,23 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
 
 @torch.inference_mode()
 def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
-    """The model's outputs for each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
+    """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(rows), _BATCH_SIZE):
-        chosen = order[start : start + _BATCH_SIZE]
+    size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
         batch = collate([rows[i] for i in chosen]).to(model.device)
-        batch.pop("labels")
+        labels = batch.pop("labels")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):
-            logits = model(**batch).logits.float().cpu().numpy()
+            logits = model(**batch).logits
+        if run.problem.digest is not None:
+            logits = run.problem.digest(logits, labels)
+        outputs = logits.float().cpu().numpy()
         masks = batch["attention_mask"].bool().cpu().numpy()
         found |= {
-            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, logits, masks)
+            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
         }
     return [found[i] for i in range(len(rows))]

@@ -19,6 +19,7 @@ from fastpeft.loading import FinishedRun, assemble, outline
 from fastpeft.methods import METHODS, get_method
 from fastpeft.mezo import Journal
 from fastpeft.models import Classifier, resolve_model
+from fastpeft.problems import MASKED_WORDS
 from fastpeft.runs import RunFolder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.task import draw_start, prepare
@@ -160,6 +161,7 @@ def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to:
             registered=False,
             labels=run.labels,
             prompt_head=None if run.prompt is None else run.prompt.head,
+            masked_words=run.problem is MASKED_WORDS and not onto_chain,
         ),
         adapter=adapter,
         data=config.data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import torch
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
-from fastpeft.methods import get_method
-from fastpeft.models import Classifier, load_classifier
-from fastpeft.problems import CLASSIFICATION, Problem, get_problem
+from fastpeft.ladder.model import load_adapter
+from fastpeft.methods import SIVA_LAYERS, get_method
+from fastpeft.models import Classifier, load_classifier, load_for_masked_words
+from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
 from fastpeft.prompt_model import PromptModel, load_prompted
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder, earlier_run
@@ -28,7 +30,7 @@ class Head:
     """What the head of a model is for.
 
     Attributes:
-        labels: names of its outputs: classes or tags, or what a number is.
+        labels: names of its outputs: classes or tags, or what a number is; none where they are the vocabulary.
         prompt: what texts are put into, with its words in the order of `labels`; None for the texts alone.
         problem: what the labels are.
     """
@@ -39,8 +41,8 @@ class Head:
 
     @property
     def by_words(self) -> bool:
-        """Whether the label words of a prompt give the outputs, and no head of their own."""
-        return self.prompt is not None and self.prompt.head == "label_words"
+        """Whether it is the head of a masked language model: its words, or label words among them, are the outputs."""
+        return self.problem is MASKED_WORDS or (self.prompt is not None and self.prompt.head == "label_words")
 
     def can_take_over(self, earlier: Head) -> bool:
         """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
@@ -132,8 +134,9 @@ def load_start(config: TrainConfig, head: Head) -> Classifier:
     """Load the model that a run with `config` goes on from, before its method has prepared it.
 
     That is its `model`, with the weights of the run that it starts from: whole ones, or those of a base with its
-    adapter merged. A side network left its backbone as it was; `begin_from_earlier` puts it back. The head is that
-    run's where it is of the same kind and for the same classes.
+    adapter merged. A side network left its backbone as it was; `begin_from_earlier` puts it back. An adapter that
+    trained beside it is merged, unless it is to train on. The head is that run's where it is of the same kind and for
+    the same classes.
 
     Raises:
         FastpeftError: the model or the earlier run cannot be loaded, or the two do not go together.
@@ -156,19 +159,44 @@ def load_start(config: TrainConfig, head: Head) -> Classifier:
                 f"{config.method!r} has nothing to start from. Choose a method with the same side network, {same} or "
                 f"mezo with --set over={same}, or leave init_from out."
             )
-        return load_start(earlier, head)
+        start = load_start(earlier, head)
+        adapted, wanted = (run.settings.get(SIVA_LAYERS) for run in (earlier, config))
+        if adapted is None or adapted == wanted:
+            return start
+        if wanted is not None:
+            raise FastpeftError(
+                f"{SIVA_LAYERS} is {wanted}, but the run in {config.init_from!r} had {adapted}. Give that, or leave it "
+                "out to merge what was trained into the backbone."
+            )
+        return _merge_adapter(start, folder.path)
     start = load_model(config.model, head)
     trained = assemble(folder).classifier.model
     if method.adapts:
         trained = trained.merge_and_unload()
     if head.can_take_over(earlier_head):
-        start.model.load_state_dict(trained.state_dict())
+        inside_prompt(start.model).load_state_dict(inside_prompt(trained).state_dict())
     else:  # of two kinds of head one may lack a pooler
         weights = inside_prompt(trained).base_model.state_dict()
         inside_prompt(start.model).base_model.load_state_dict(weights, strict=False)
-    for model in (start.model, inside_prompt(start.model)):  # what goes onto it names what it goes onto
-        model.name_or_path = model.config.name_or_path = str(folder.path.resolve())
+    _name_after(start.model, folder.path)
     return start
+
+
+def _merge_adapter(start: Classifier, folder: Path) -> Classifier:
+    """`start` with the adapter that was trained beside a side network in `folder` merged into it."""
+
+    def merged(base: Any) -> Any:
+        return load_adapter(base, str(folder)).merge_and_unload()
+
+    model = start.model.around(merged) if isinstance(start.model, PromptModel) else merged(start.model)
+    _name_after(model, folder)
+    return dataclasses.replace(start, model=model)
+
+
+def _name_after(start: Any, folder: Path) -> None:
+    """Name a model after the run whose weights it has: what goes onto it names what it goes onto."""
+    for model in (start, inside_prompt(start)):
+        model.name_or_path = model.config.name_or_path = str(folder.resolve())
 
 
 def begin_from_earlier(model: Any, config: TrainConfig, head: Head) -> None:
@@ -181,7 +209,7 @@ def begin_from_earlier(model: Any, config: TrainConfig, head: Head) -> None:
         return
     folder = earlier_run(config.init_from)
     earlier, earlier_head = outline(folder)
-    if (earlier_head.prompt is None) != (head.prompt is None):
+    if earlier_head.problem is head.problem and (earlier_head.prompt is None) != (head.prompt is None):
         given = "a prompt, this one has none" if head.prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", config.init_from, given)
     if get_method(earlier.method, earlier.settings).ladder:
@@ -194,7 +222,9 @@ def inside_prompt(model: Any) -> Any:
 
 
 def load_model(model: str, head: Head) -> Classifier:
-    """Load `model` with `head`, or with the label words of its prompt for one."""
+    """Load `model` with `head`: one of its own, that of masked words, or the label words of its prompt."""
+    if head.problem is MASKED_WORDS:
+        return load_for_masked_words(model)
     if head.prompt is not None and head.by_words:
         return load_prompted(model, head.prompt)
     return load_classifier(model, head.labels, head.problem)

@@ -18,6 +18,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.recipes import Recipe
 
 OPTIONS = ("targets", "rank", "window", "reduction")  # of a run, for some methods only
+SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA trains
 
 # layer names to train on, a regular expression that whole names must match, or a name that PEFT knows
 Targets = list[str] | str | None
@@ -45,7 +46,7 @@ class Preparation:
     head_is_new: bool = True
     window: int | None = None
     reduction: int | None = None
-    task_type: str = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def _ladder_settings() -> dict[str, Any]:
     from fastpeft.ladder import LadderConfig
 
     hints = get_type_hints(LadderConfig.__init__)
-    return {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
+    own = {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
+    return {**own, SIVA_LAYERS: int}
 
 
 def _ladder_config(preparation: Preparation, **defaults: Any) -> Any:
@@ -193,26 +195,46 @@ def _ladder_config(preparation: Preparation, **defaults: Any) -> Any:
 
     given = {"window_size": preparation.window, "reduction_factor": preparation.reduction}
     given = {name: value for name, value in given.items() if value is not None}
-    return LadderConfig(**{**defaults, **given, **preparation.settings})
+    own = {name: value for name, value in preparation.settings.items() if name != SIVA_LAYERS}
+    return LadderConfig(**{**defaults, **given, **own}, train_adapters=SIVA_LAYERS in preparation.settings)
 
 
 def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
-    """A side network beside the model; of a prompted one, beside the masked language model in it."""
+    """A side network beside the model; of a prompted one, beside the masked language model in it.
+
+    With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it.
+    """
     from fastpeft.ladder import LadderModel
     from fastpeft.prompt_model import PromptModel
 
     config = _ladder_config(preparation, **defaults)
-    return (
-        model.around(lambda base: LadderModel(base, config))
-        if isinstance(model, PromptModel)
-        else LadderModel(model, config)
-    )
+
+    def beside(base: Any) -> LadderModel:
+        if config.train_adapters:
+            base = _with_siva(base, preparation.settings[SIVA_LAYERS], config.feature_modules)
+        return LadderModel(base, config)
+
+    return model.around(beside) if isinstance(model, PromptModel) else beside(model)
+
+
+def _with_siva(model: Any, count: int, feature_modules: Sequence[str] | None) -> Any:
+    """The model with SiVA in the last `count` layers, whose weights it leaves as they are: side networks know them."""
+    from peft import get_peft_model
+
+    from fastpeft.ladder.backbone import Backbone
+    from fastpeft.siva import SivaConfig
+
+    layers = len(Backbone(model, feature_modules).layers)
+    if not 1 <= count <= layers:
+        raise FastpeftError(f"{SIVA_LAYERS} is {count}; the model has {layers} layers. Give a number from 1 to that.")
+    chosen = list(range(layers - count, layers))
+    return get_peft_model(model, SivaConfig(layers_to_transform=chosen, residual="implicit"))
 
 
 _GATED: dict[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
 
 # arguments of a LadderConfig that follow from the model or have an option of their own
-_NOT_SETTINGS = ("causal", "kwargs", "return", "window_size", "reduction_factor")
+_NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor")
 
 # fields of a PEFT configuration that have an option of their own or that are filled in when it is saved
 _OWN_FIELDS = (

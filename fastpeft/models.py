@@ -134,8 +134,38 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
         if all(key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]):
             return loaded, tokenizer
     raise FastpeftError(
-        f"the model {model!r} has no masked-word head, which label words need. Give a model that predicts masked "
-        "words, or let the prompt have a classification head (--prompt-head classifier)."
+        f"the model {model!r} has no masked-word head, which label words and the objective mlm need. Give a model that "
+        "predicts masked words; a prompt can have a classification head instead (--prompt-head classifier)."
+    )
+
+
+def load_for_masked_words(model: str) -> Classifier:
+    """Load `model` to predict masked words with the head that it has.
+
+    Raises:
+        FastpeftError: as `load_masked_lm`.
+    """
+    loaded, tokenizer = load_masked_lm(model)
+    return Classifier(loaded, tokenizer, masked_word_layers(loaded, loaded), head_is_new=False)
+
+
+def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
+
+    Args:
+        masked_lm: the model that has the head.
+        model: what the names are in: the same, or what wraps it.
+    """
+    children = [child for name, child in masked_lm.named_children() if name != masked_lm.base_model_prefix]
+    outside = {module for child in children for module in child.modules()}
+    layers = [(name, module) for name, module in model.named_modules() if module in outside]
+    # the vocabulary's layer is told by its size: DeBERTa names its dense layer as its output embeddings
+    return tuple(
+        name
+        for name, layer in layers
+        if not [*layer.children()]
+        and [*layer.parameters()]
+        and all(len(parameter) != masked_lm.config.vocab_size for parameter in layer.parameters())
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastpeft.errors import FastpeftError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OUTSIDE = "O"  # the tag of words that belong to nothing
 UNLABELLED = -100  # the label of tokens that no loss and no metric looks at
 LOSS = "loss"
-_LESS_IS_BETTER = (LOSS, "mse")
+_LESS_IS_BETTER = (LOSS, "mse", "perplexity")
 
 # what is measured beside the loss, by the names in `metrics.json`, in words
 TITLES = {
@@ -24,6 +27,8 @@ TITLES = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
     "mse": "mean squared error",
+    "masked_accuracy": "accuracy of masked words",
+    "perplexity": "perplexity",
 }
 
 
@@ -34,21 +39,25 @@ class Problem:
     Attributes:
         name: as given to `--problem-type`.
         auto_class: the class of transformers that loads a model with the head it needs.
-        task_type: what PEFT calls it.
+        task_type: what PEFT calls it; None where it has no word for it.
         labels: what the labels are, in words.
         metrics: names of what is measured; the first is the one to look at.
         score: those metrics of outputs `(N, outputs)` and labels `(N,)`, given the names of the outputs; of tokens
-            `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out.
-        per_token: whether every word has a label, so that a row's outputs are `(T, outputs)`.
+            `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out. A loss among them is in
+            place of the mean over batches.
+        per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
+        digest: makes the outputs that `score` takes of logits `(B, T, words)` and labels `(B, T)`, where logits are too
+            many to be kept. None: they are the logits.
     """
 
     name: str
     auto_class: str
-    task_type: str
+    task_type: str | None
     labels: str
     metrics: tuple[str, ...]
     score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
     per_token: bool = False
+    digest: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def primary(self) -> str:
@@ -78,11 +87,13 @@ def in_order(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def get_problem(name: str) -> Problem:
-    """The problem called `name`.
+    """The problem called `name`, that of an objective among them.
 
     Raises:
         FastpeftError: there is none.
     """
+    if name == MASKED_WORDS.name:
+        return MASKED_WORDS
     if name not in PROBLEMS:
         raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
     return PROBLEMS[name]
@@ -140,6 +151,22 @@ def _score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -
     return {"word_f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}
 
 
+def _digest_words(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of every token the loss and whether the most likely word is the hidden one: `(B, T, 2)`, float32."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    losses = cross_entropy(logits.float().mT, labels, ignore_index=UNLABELLED, reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=-1)
+
+
+def _score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Accuracy of hidden words, the mean of their losses, and its exponential."""
+    losses, hits = outputs[labels != UNLABELLED].astype(np.float64).T
+    loss = float(losses.mean())
+    return {"masked_accuracy": float(hits.mean()), "perplexity": float(np.exp(loss)), LOSS: loss}
+
+
 CLASSIFICATION = Problem(
     name="single_label_classification",
     auto_class="AutoModelForSequenceClassification",
@@ -165,4 +192,15 @@ TAGGING = Problem(
     score=_score_tags,
     per_token=True,
 )
-PROBLEMS = {problem.name: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING)}
+MASKED_WORDS = Problem(
+    name="masked_words",
+    auto_class="AutoModelForMaskedLM",
+    task_type=None,
+    labels="masked words",
+    metrics=("masked_accuracy", "perplexity"),
+    score=_score_words,
+    per_token=True,
+    digest=_digest_words,
+)
+PROBLEMS = {problem.name: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING)}  # what labels may be
+OBJECTIVES = {"mlm": MASKED_WORDS}  # what is learned without labels

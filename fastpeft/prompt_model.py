@@ -20,7 +20,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.models import Classifier, load_masked_lm
+from fastpeft.models import Classifier, load_masked_lm, masked_word_layers
 from fastpeft.prompts import PROMPT_FILE, Prompt, Row, Text
 
 
@@ -208,18 +208,7 @@ class PromptModel(PreTrainedModel):
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Names of the masked-word head's layers without the vocabulary's: the dense layer and the norm."""
-        core = self.core
-        children = [child for name, child in core.named_children() if name != core.base_model_prefix]
-        outside = {module for child in children for module in child.modules()}
-        layers = [(name, module) for name, module in self.named_modules() if module in outside]
-        # the vocabulary's layer is told by its size: DeBERTa names its dense layer as its output embeddings
-        return tuple(
-            name
-            for name, layer in layers
-            if not [*layer.children()]
-            and [*layer.parameters()]
-            and all(len(parameter) != core.config.vocab_size for parameter in layer.parameters())
-        )
+        return masked_word_layers(self.core, self)
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.core.get_input_embeddings()

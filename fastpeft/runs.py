@@ -5,6 +5,7 @@ checkpoints/      checkpoint-N, each whole from the moment it has its name
 last-good/        the weights before a step that failed
 mezo.journal      what each step of a run by MeZO found: with the model it began from, a checkpoint of every step
 adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md, curves.png      the result
+adapter/          a part of the result: the adapter that trained beside a side network
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
 
@@ -41,6 +42,7 @@ _WRITTEN = (
     "config.json",
     "generation_config.json",
     "model*.safetensors*",
+    "adapter",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -224,6 +226,8 @@ class RunFolder:
     def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
         """Move the result's files to their places, then mark the run as finished."""
         for file in sorted(staged.iterdir()):
+            if file.is_dir():  # takes no other's place, as that of a run that was cut off here
+                files.discard(self.path / file.name, self.staging)
             files.publish(file, self.path / file.name)
         _delete(self.staging)
         files.write_json(self.metrics_file, dict(metrics))

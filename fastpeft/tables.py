@@ -17,6 +17,7 @@ from fastpeft.errors import FastpeftError, first_line
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+Reader = Callable[[Path], list[Record]]
 
 # the stems of files and the names of parts, GLUE's own for MNLI among them
 _TRAIN = ("train",)
@@ -45,19 +46,24 @@ class Table:
         return list(self.rows[0])
 
 
-def find_tables(data: str) -> list[Table]:
+def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[Table]:
     """The rows to train on and, where `data` has them, the rows to measure on.
+
+    Args:
+        data: a file or folder, or a data set of the hub.
+        readers: kinds of files; None: `READERS`.
 
     Raises:
         FastpeftError: nothing is there, or it cannot be read.
     """
+    readers = READERS if readers is None else readers
     path = Path(data).expanduser()
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
     hub_name = _HUB_NAME.fullmatch(data)
-    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*READERS, *_OTHER_FILES)
+    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)
     if hub_name and not path.exists() and not is_file_name:
         import datasets
 
@@ -66,7 +72,7 @@ def find_tables(data: str) -> list[Table]:
             owner, configuration = _GLUE, data.removeprefix("glue/")
         logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
         return _load_parts(data, lambda: datasets.load_dataset(owner, configuration))
-    return [Table(str(file), _read_rows(file)) for file in _find_files(path)]
+    return [Table(str(file), _read_rows(file, readers)) for file in _find_files(path, readers)]
 
 
 def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
@@ -100,36 +106,37 @@ def _names_of_features(part: Any) -> dict[str, list[str]]:
     return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
 
 
-def _find_files(path: Path) -> list[Path]:
+def _find_files(path: Path, readers: Mapping[str, Reader]) -> list[Path]:
     """The training file and, where there is one, the dev file behind `path`."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FastpeftError(
-            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(READERS)} file or of a folder with "
+            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(readers)} file or of a folder with "
             f"train.* and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
         )
     parts: list[Path] = []
     for stems in (_TRAIN, _DEV):
-        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in READERS)
+        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in readers)
         if len(found) > 1 or (not found and not parts):
             names = ", ".join(file.name for file in found) or "none"
             raise FastpeftError(
-                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({', '.join(READERS)}); found: "
+                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({', '.join(readers)}); found: "
                 f"{names}."
             )
         parts += found
     return parts
 
 
-def _read_rows(file: Path) -> list[Record]:
+def _read_rows(file: Path, readers: Mapping[str, Reader]) -> list[Record]:
     """Every row of a file as a dictionary of its columns."""
-    reader = READERS.get(file.suffix[1:].lower())
+    reader = readers.get(file.suffix[1:].lower())
     if reader is None:
-        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(READERS)}. Convert or rename it.")
+        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(readers)}. Convert or rename it.")
     rows = reader(file)
     if not rows:
-        raise FastpeftError(f"{file} is empty: it has no rows. Give a file with a text and a class in each row.")
+        what = "a text" if "txt" in readers else "a text and a class"
+        raise FastpeftError(f"{file} is empty: it has no rows. Give a file with {what} in each row.")
     return rows
 
 
@@ -231,9 +238,14 @@ def _read_parquet(file: Path) -> list[Record]:
         ) from None
 
 
-READERS: dict[str, Callable[[Path], list[Record]]] = {
+def _read_txt(file: Path) -> list[Record]:
+    return [{"text": line} for line in read_text(file).splitlines() if line.strip()]
+
+
+READERS: dict[str, Reader] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }
+TEXT_READERS = {**READERS, "txt": _read_txt}  # for texts alone

@@ -19,10 +19,11 @@ from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import Head, begin_from_earlier, load_start
+from fastpeft.masking import Masker
 from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.models import Classifier
-from fastpeft.problems import REGRESSION, UNLABELLED, Problem
+from fastpeft.problems import MASKED_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
 
@@ -79,7 +80,8 @@ class Task:
         data: texts and labels.
         prompt: what texts are put into, with its words in the order of the classes; None for the texts alone.
         metric: the metric to look at while training, and to choose by where that is wanted.
-        train_rows, dev_rows: the texts as tokens, not padded.
+        train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
+            dev rows and not yet in the others.
         max_length: where texts were cut, in tokens.
         arguments: fields of TrainingArguments that the configuration sets beside its own.
     """
@@ -104,13 +106,7 @@ class Task:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
         method, _, arguments = method_options(config)
-        data = load_data(
-            config.data,
-            problem_type=config.problem_type,
-            text_column=config.text_column,
-            label_column=config.label_column,
-            split_seed=config.split_seed,
-        )
+        data = data_for(config)
         head = head_for(config, data)
         metric, prompt = config.metric or data.problem.primary, head.prompt
         classifier = draw_start(config, head)
@@ -125,6 +121,8 @@ class Task:
         )
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_cut_words(part, rows, data.problem, max_length)
+        if data.problem is MASKED_WORDS:
+            dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         model = prepare(classifier, config, head)
         tokenizer = classifier.tokenizer
         return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
@@ -142,7 +140,8 @@ class Task:
         values: dict[str, Any] = {
             "output_dir": output,
             "per_device_train_batch_size": config.batch_size,
-            "per_device_eval_batch_size": _EVAL_BATCH_SIZE,
+            # outputs over the whole vocabulary fit where a batch to train on does
+            "per_device_eval_batch_size": _EVAL_BATCH_SIZE if self.data.problem.digest is None else config.batch_size,
             "learning_rate": learning_rate,
             "weight_decay": recipe.weight_decay,
             **schedule,
@@ -187,6 +186,21 @@ class Task:
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
         )
+
+
+def data_for(config: TrainConfig) -> TextData:
+    """The rows of a run with `config`.
+
+    Raises:
+        FastpeftError: as `load_data`.
+    """
+    return load_data(
+        config.data,
+        problem_type=config.problem_type if config.objective is None else OBJECTIVES[config.objective].name,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        split_seed=config.split_seed,
+    )
 
 
 def head_for(config: TrainConfig, data: TextData) -> Head:
@@ -265,14 +279,31 @@ def check_texts(prompt: Prompt | None, examples: Examples) -> None:
 def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
     """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
 
-    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled.
+    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
+    words are learned, rows have no labels yet but `special_tokens_mask`, and rows without a word are left out.
+
+    Raises:
+        FastpeftError: no row has a word that could be hidden.
     """
     if prompt is not None:
         return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
     texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
+    unlabelled = problem is MASKED_WORDS
     encoded = tokenizer(
-        *map(list, texts), truncation=True, max_length=max_length, is_split_into_words=problem.per_token
+        *map(list, texts),
+        truncation=True,
+        max_length=max_length,
+        is_split_into_words=problem.per_token and not unlabelled,
+        return_special_tokens_mask=unlabelled,
     )
+    if unlabelled:
+        rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
+        rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+        if not rows:
+            raise FastpeftError(
+                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger max_length."
+            )
+        return rows
     labels = examples.labels
     if problem.per_token:
         labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
@@ -283,7 +314,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
 
 def warn_of_cut_words(examples: Examples, rows: Sequence[Row], problem: Problem, max_length: int) -> None:
     """Warn of words with tags that `encode` cut off, which are neither learned nor measured."""
-    if not problem.per_token:
+    if not problem.per_token or problem is MASKED_WORDS:
         return
     words = sum(map(len, examples.texts))
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from fastpeft.errors import FastpeftError
+from fastpeft.masking import MaskedRows
 from fastpeft.mezo.trainer import MeZOTrainer
-from fastpeft.problems import LOSS, best_step
+from fastpeft.problems import LOSS, MASKED_WORDS, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, collator, loader_options, steps_per_epoch
@@ -34,24 +35,31 @@ _CURVE_POINTS = 5  # of the metric's curve, with its last
 _CURVE_ROWS = 1_000  # dev rows behind an inner point
 
 
-class LengthGroupedOrder(Sampler[int]):
+class LengthGroupedOrder(Sampler[Any]):
     """A random order of rows in which each batch holds rows of about one length, so that little is padded.
 
     The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met.
+
+    Args:
+        lengths: of the rows, in tokens.
+        batch_size: rows a batch.
+        seed: of the run.
+        with_epoch: whether to name rows by (epoch, index), for rows that differ from one epoch to the next.
     """
 
     _BATCHES_SORTED_TOGETHER = 50
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, with_epoch: bool = False) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.with_epoch = with_epoch
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         generator = random.Random(f"{self.seed}:{self.epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
@@ -64,7 +72,7 @@ class LengthGroupedOrder(Sampler[int]):
             batches += [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
         generator.shuffle(batches)
         for batch in (*batches, last):
-            yield from batch
+            yield from ((self.epoch, row) for row in batch) if self.with_epoch else batch
 
 
 class RunTrainer(Trainer):
@@ -83,7 +91,8 @@ class RunTrainer(Trainer):
         self, task: Task, arguments: TrainingArguments, folder: RunFolder, callbacks: Iterable[TrainerCallback]
     ) -> None:
         lengths = [len(row["input_ids"]) for row in task.train_rows]
-        self.order = LengthGroupedOrder(lengths, arguments.train_batch_size, task.config.seed)
+        masked = task.data.problem is MASKED_WORDS
+        self.order = LengthGroupedOrder(lengths, arguments.train_batch_size, task.config.seed, with_epoch=masked)
         self.samples_seen = 0
         self.longest_seen = 0
         self.clock = Clock()
@@ -98,11 +107,12 @@ class RunTrainer(Trainer):
         super().__init__(
             model=task.model,
             args=arguments,
-            train_dataset=task.train_rows,
+            train_dataset=MaskedRows(task.train_rows, task.tokenizer, task.config.seed) if masked else task.train_rows,
             eval_dataset=_by_length(curve_rows),
             processing_class=task.tokenizer,
             data_collator=collator(task.tokenizer, self.problem, multiple),
             compute_metrics=self._score,
+            preprocess_logits_for_metrics=self.problem.digest,
             callbacks=[
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),

@@ -25,7 +25,7 @@ from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
-from fastpeft.problems import REGRESSION, TITLES, best_step
+from fastpeft.problems import MASKED_WORDS, REGRESSION, TITLES, best_step
 from fastpeft.runs import RunFolder
 from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import MeZORunTrainer, RunTrainer
@@ -314,6 +314,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
     """The model card of the run."""
     config, problem = task.config, task.data.problem
     shown = (
+        "objective",
         "problem_type",
         "metric",
         "patience",
@@ -343,6 +344,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
             chained=config.init_from is not None,
             labels=task.data.labels,
             prompt_head=None if task.prompt is None else task.prompt.head,
+            masked_words=problem is MASKED_WORDS,
         ),
         adapter=task.method.adapts,
         data=task.data.description,

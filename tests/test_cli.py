@@ -118,7 +118,8 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
         **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
         **{"patience": 8, "cache_features": "features", "cache_dtype": "int8"},
     }
-    assert given.keys() | {"settings"} == {field.name for field in dataclasses.fields(TrainConfig)}
+    alone = {"output": "out", "objective": "mlm"}  # with a problem or a prompt, it is refused
+    assert given.keys() | alone.keys() | {"settings"} == {field.name for field in dataclasses.fields(TrainConfig)}
     seen = []
 
     def plan(config: TrainConfig) -> None:
@@ -126,11 +127,13 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
         raise FastpeftError("seen")
 
     monkeypatch.setattr("fastpeft.training.plan", plan)
-    arguments = []
-    for name, value in given.items():
-        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
-    assert seen == [{**given, "settings": {"x": 3}}]
+    for values in (given, alone):
+        arguments = []
+        for name, value in values.items():
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
+        expected = TrainConfig.from_values({**values, "settings": {"x": 3}})
+        assert seen.pop() == dataclasses.asdict(expected)
 
 
 def test_what_trains_with_label_words(place: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft import files
-from fastpeft.config import TrainConfig, parse_value
+from fastpeft.config import FOR_LABELS, TrainConfig, parse_value
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS
 from fastpeft.runs import RunFolder
@@ -201,6 +201,8 @@ class CompareConfig:
         method, own, earlier = parse_variant(variant)
         name = f"{_folder_name(variant)}-seed{seed}"
         shared = {key: value for key, value in self.common.items() if not (key == "max_steps" and "epochs" in own)}
+        if "objective" in own:
+            shared = {key: value for key, value in shared.items() if key not in FOR_LABELS}
         values = _train_values({**shared, **own})
         start = None if earlier is None else self._trained_cell(earlier, seed)
         if start is not None:
@@ -270,8 +272,8 @@ def split_items(text: str) -> list[str]:
 
 
 def _has_prompt(variant: str) -> bool:
-    """Whether a variant has a prompt of its own."""
-    return any(item.startswith("prompt=") for item in _split(_partition_chain(variant)[0], ":"))
+    """Whether a variant has a prompt of its own, or an objective, which has none."""
+    return any(item.startswith(("prompt=", "objective=")) for item in _split(_partition_chain(variant)[0], ":"))
 
 
 def _with_prompt(variant: str, prompt: str) -> str:
@@ -403,9 +405,11 @@ def _read(folder: Path) -> tuple[list[Cell], list[str]]:
 
 def _check_rows(cell: Cell, other: Cell) -> None:
     """Refuse two cells of one table that do not have the same rows."""
+    objective = cell.values.get("objective") or other.values.get("objective")
+    excused = FOR_LABELS if objective else ("problem_type",)  # which zero-shot has of its own
     for name in ROWS:
         before, now = cell.values[name], other.values[name]
-        if before != now and name != "problem_type":  # which zero-shot has of its own
+        if before != now and name not in excused:
             raise FastpeftError(
                 f"the cell {cell.name!r} has {name} {before!r}, but {other.name!r} has {now!r}, and one table is about "
                 "the same rows. Give another output folder."

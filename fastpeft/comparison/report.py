@@ -41,6 +41,8 @@ COLUMNS = (
     Column("pearson", "Pearson", ".3f"),
     Column("spearman", "Spearman", ".3f"),
     Column("mse", "MSE", ".3g"),
+    Column("masked_accuracy", "accuracy of masked words", ".3f", "of the words hidden in the dev texts"),
+    Column("perplexity", "perplexity", ".3g", "of the same words"),
     Column(
         "samples_per_second",
         "samples/s",

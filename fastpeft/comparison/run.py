@@ -18,10 +18,10 @@ from typing import IO, Any
 from fastpeft import files
 from fastpeft.comparison import report
 from fastpeft.comparison.plan import LOCK, ROWS, ZERO_SHOT, Cell, CompareConfig, Plan
-from fastpeft.data import TextData, load_data
+from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
-from fastpeft.task import head_for
+from fastpeft.task import data_for, head_for
 
 try:
     import fcntl
@@ -142,11 +142,12 @@ def _check_data(cells: Iterable[Cell]) -> None:
     for cell in cells:
         if cell.state == "finished":
             continue
-        rows = tuple(cell.values[name] for name in ROWS)
+        config = cell.config
+        rows = (config.objective, *(getattr(config, name) for name in ROWS))
         if rows not in loaded:
-            loaded[rows] = load_data(**dict(zip(ROWS, rows)))
+            loaded[rows] = data_for(config)
         try:
-            head_for(cell.config, loaded[rows])
+            head_for(config, loaded[rows])
         except FastpeftError as error:
             raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -194,29 +194,67 @@ class Backbone:
         kept = self.model.state_dict().keys()
         return [name for name, buffer in self.model.named_buffers() if id(buffer) not in frozen and name in kept]
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What the active adapter of PEFT adds to the layers. Names are the model's.
+
+        Raises:
+            FastpeftError: there is none.
+        """
+        prefix = getattr(getattr(self.model, "base_model", None), "prefix", None)  # of a tuner: "siva_", "lora_"
+        found = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if prefix and f".{prefix}" in name and self.model.active_adapter in name.split(".")
+        }
+        if not found:
+            raise FastpeftError(
+                f"train_adapters=True, but the base, a {type(self.model).__name__}, has no adapter in its layers. Wrap "
+                "it by peft.get_peft_model with a SivaConfig or another, or leave train_adapters out."
+            )
+        return found
+
+    def layer_of(self, parameters: Iterable[nn.Parameter]) -> int:
+        """The first layer, from 1, that holds one of `parameters`; 0 where one lies before the layers."""
+        left = {id(parameter) for parameter in parameters}
+        first = len(self.layers) + 1
+        for number in range(len(self.layers), 0, -1):
+            inside = {id(parameter) for parameter in self.layers[number - 1].parameters()} & left
+            first, left = (number, left - inside) if inside else (first, left)
+        return 0 if left else first
+
     # -- fingerprints --------------------------------------------------------------------------------------------
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self, trained: Iterable[nn.Parameter] = (), *, whole: bool = False) -> dict[str, str]:
         """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none.
+
+        Args:
+            trained: parameters that change, as of an adapter, and are left out.
+            whole: whether to leave out the parts that hold such too, for whose weights the adapter itself vouches.
 
         Of a module that is no transformers model there is one of all that is frozen, buffers included.
         """
+        changing = {id(parameter) for parameter in trained}
         if self.plain:
             own = [(module.parameters(recurse=False), module.buffers(recurse=False)) for module in self.frozen]
             kept = [tensor for tensors in own for tensor in itertools.chain(*tensors) if tensor.is_floating_point()]
-            return {"layers": fingerprint(_joined(kept))} if kept else {}
+            kept = [tensor for tensor in kept if id(tensor) not in changing]
+            return {"layers": fingerprint(_joined(kept))} if kept and not (whole and changing) else {}
         parts = {"embedding": self.core.get_input_embeddings(), "first layer": self.layers[0]}
         parts["last layer"] = self.layers[-1]
-        weights = {name: list(module.parameters()) for name, module in parts.items()}
+        weights = {
+            name: [p for p in module.parameters() if id(p) not in changing]
+            for name, module in parts.items()
+            if not (whole and any(id(p) in changing for p in module.parameters()))
+        }
         return {
             name: fingerprint(_joined(tensors))
             for name, tensors in weights.items()
             if all(tensor.is_floating_point() for tensor in tensors)
         }
 
-    def check(self, expected: Mapping[str, str], source: str | None) -> None:
-        """Raise `FastpeftError` where a fingerprint that was kept is not of this model's weights."""
-        found = self.fingerprints()
+    def check(self, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter] = ()) -> None:
+        """Raise `FastpeftError` where a fingerprint that was kept is not of this model's weights without `trained`."""
+        found = self.fingerprints(trained)
         different = [name for name, text in expected.items() if not fingerprints_agree(text, found.get(name, text))]
         if different:
             raise FastpeftError(

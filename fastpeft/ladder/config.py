@@ -41,6 +41,9 @@ class LadderConfig(PretrainedConfig):
         feature_sizes: Widths of the L + 1 features, the first of which is the input of the first layer. None takes
             that of the model's configuration, or those of the layers' matrices where it has none.
         causal: Whether tokens see only those before them. None takes over what the backbone does.
+        train_adapters: Whether the active adapter of a base that PEFT wraps trains beside the side network, through the
+            features that it changes. The layers before the first that it adapts run without gradients all the same,
+            so that one in the last layers keeps most of the memory that is saved.
         base_model_name_or_path, base_revision, base_class: Filled in: what the side network was trained on.
         base_fingerprints: Filled in when saving: what some weights of the backbone were.
 
@@ -70,6 +73,7 @@ class LadderConfig(PretrainedConfig):
         feature_modules: Sequence[str] | str | None = None,
         feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
+        train_adapters: bool = False,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_class: str | None = None,
@@ -90,6 +94,7 @@ class LadderConfig(PretrainedConfig):
         self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
         self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
         self.causal = causal
+        self.train_adapters = train_adapters
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.base_class = base_class

@@ -6,11 +6,13 @@ import contextlib
 import copy
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +27,8 @@ from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
+
+ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -56,6 +60,10 @@ class LadderModel(PreTrainedModel):
     what comes after the last of them in the order of `base.modules()`, and trains. `forward` gives it `inputs`, its one
     argument, and takes the tensor that it returns for logits. It has no name to be loaded by: pass it as
     `from_pretrained(..., base=module)`.
+
+    With `train_adapters` an adapter that PEFT put into the base trains too: the features of its layers reach the side
+    network with their gradients, and back-propagation ends at the first of them. It is saved with the side network,
+    and in the folder `adapter` as PEFT saves and reads it.
 
     Args:
         base: a transformers model with a head, another module, or PEFT's wrapper of one. It is taken over: its backbone
@@ -93,8 +101,9 @@ class LadderModel(PreTrainedModel):
             )
         config = copy.deepcopy(config)
         backbone = Backbone(base, config.feature_modules)
+        adapters = backbone.adapter_parameters() if config.train_adapters else {}
         if config.base_fingerprints:
-            backbone.check(config.base_fingerprints, config.base_model_name_or_path)
+            backbone.check(config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         config.causal = backbone.causal if config.causal is None else config.causal
         sizes = backbone.feature_sizes(config.feature_sizes)
         side = SideNetwork(config, sizes, len(backbone.layers), backbone.activation, config.causal)
@@ -108,10 +117,13 @@ class LadderModel(PreTrainedModel):
         self.feature_cache: FeatureCache | None = None
         head = backbone.head_parameters()
         base.requires_grad_(False)
-        for parameter in head.values():
+        self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
+        # the layer from which on gradients flow through the backbone; L + 1 where through none
+        self._gradients_from = backbone.layer_of(adapters.values())
+        for parameter in (*head.values(), *adapters.values()):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        self._trained = {f"base.{name}" for name in (*head, *backbone.head_buffers())}
+        self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
         self._describe_base()
         self.post_init()
@@ -214,17 +226,21 @@ class LadderModel(PreTrainedModel):
                     f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
                     f"{expected}. {_CURE_OF_TEXT if text is not None else _CURE}"
                 )
-            feature = feature.detach()
-            if self.backbone.plain:
-                feature = feature.clone()  # an activation in place may follow
+            if layer < self._gradients_from:
+                feature = feature.detach()
             with torch.set_grad_enabled(gradients):
+                if self.backbone.plain:
+                    feature = feature.clone()  # an activation in place may follow
                 run.feed(layer, feature.to(device))
+            if layer == self._gradients_from - 1:
+                frozen.close()
 
-        with torch.no_grad(), contextlib.ExitStack() as after_layers:
+        with contextlib.ExitStack() as after_layers, contextlib.ExitStack() as frozen:
+            if self._gradients_from > 0:
+                frozen.enter_context(torch.no_grad())
 
             def replace(feature: Tensor) -> Tensor:
-                """From here on the base computes its head, with gradients."""
-                after_layers.enter_context(torch.set_grad_enabled(gradients))
+                """From here on the base computes its head."""
                 kind, dtype = feature.device.type, feature.dtype
                 if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
                     after_layers.enter_context(torch.autocast(kind, dtype))  # the head is float32
@@ -314,9 +330,11 @@ class LadderModel(PreTrainedModel):
         """
         self._describe_base()
         if not self.config.base_fingerprints:
-            self.config.base_fingerprints = self.backbone.fingerprints()
+            self.config.base_fingerprints = self.backbone.fingerprints(self.adapters.values(), whole=True)
         if kwargs.get("is_main_process", True):
             self._write_card(Path(save_directory))
+            if self.adapters:
+                self.base.save_pretrained(Path(save_directory) / ADAPTER_FOLDER)  # type: ignore[operator]
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _write_card(self, folder: Path) -> None:
@@ -359,8 +377,8 @@ class LadderModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id.
-            base: the base model, as it was before the side network was put beside it; None loads it by its id, with
-                the revision, dtype and labels it had.
+            base: the base model, as it was before the side network was put beside it, with or without the adapter that
+                trained too; None loads it by its id, with the revision, dtype and labels it had.
             config: in place of the saved configuration.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` of what was
                 saved; all others, as `dtype` or `device_map`, go to the base's `from_pretrained`.
@@ -382,6 +400,8 @@ class LadderModel(PreTrainedModel):
             raise FastpeftError(
                 f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
             )
+        if config.train_adapters and not isinstance(base, PeftModel):
+            base = load_adapter(base, source, hub)
         unpruned = copy.deepcopy(config)
         unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
         model = cls(base, unpruned)
@@ -391,6 +411,8 @@ class LadderModel(PreTrainedModel):
 
     def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
         """Go on from a saved side network of the same shape on the same backbone.
+
+        An adapter that trained with it is taken over by one that trains here; else the backbone must have it merged.
 
         Args:
             source: a folder or a hub id.
@@ -408,11 +430,20 @@ class LadderModel(PreTrainedModel):
             raise FastpeftError(
                 f"the side network in {name!r} has another shape: its {there}, here {here}. Give the same values."
             )
-        self.backbone.check(saved.base_fingerprints, saved.base_model_name_or_path)
+        self.backbone.check(saved.base_fingerprints, saved.base_model_name_or_path, self.adapters.values())
         own = self.state_dict()
-        weights = _read_weights(name, {})
-        kept = {item: own[item] for item in self._trained if not (head or item.startswith("side."))}
-        self._take_in({item: weights[item] for item in weights if head or item.startswith("side.")} | kept, name)
+        weights = {_without_wrapper(item): tensor for item, tensor in _read_weights(name, {}).items()}
+        taken = {}
+        for item in self._trained:
+            wanted = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
+            found = weights.pop(_without_wrapper(item), None)
+            if not wanted:
+                taken[item] = own[item]
+            elif found is not None:
+                taken[item] = found
+        if head and saved.train_adapters == self.config.train_adapters:
+            taken |= weights  # nothing must be left
+        self._take_in(taken, name)
 
     def _take_in(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, all that train and no others."""
@@ -472,6 +503,29 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
             "is the classes. Give a class for each of the others."
         )
     return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten()), logits=logits)
+
+
+def load_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
+    """Put the adapter that was trained beside a saved side network onto its base.
+
+    Raises:
+        FastpeftError: it cannot be read or put there.
+    """
+    hub = {} if hub is None else hub
+    place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
+    try:
+        return PeftModel.from_pretrained(base, source, is_trainable=True, **place)
+    except FastpeftError:
+        raise
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(
+            f"cannot load the adapter beside the side network in {source!r}: {first_line(error)} Train it anew."
+        ) from error
+
+
+def _without_wrapper(name: str) -> str:
+    """The name of a weight, the same whether PEFT wraps the base or not."""
+    return name.replace("base.base_model.model.", "base.", 1)
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:

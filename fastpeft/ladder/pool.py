@@ -176,6 +176,7 @@ class LadderPool:
                 "these; of a PromptModel its masked_lm, which answers with the logits of the vocabulary."
             )
         config = read_config(os.fspath(side), {})
+        _refuse_adapter(config)  # before it is put into the twin, whose weights are the pool's
         if config.base_class != (own := type(self.backbone.core).__name__):
             raise FastpeftError(
                 f"{os.fspath(side)!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
@@ -188,6 +189,7 @@ class LadderPool:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
     def _check_layers(self, model: LadderModel) -> None:
+        _refuse_adapter(model.config)
         own, others = _layer_names(self.backbone), _layer_names(model.backbone)
         if own != others:
             raise FastpeftError(
@@ -468,6 +470,15 @@ def _by_row(output: Any) -> list[Any]:
     """An output of B rows as B outputs."""
     fields = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     return [type(output)(**dict(zip(fields, row))) for row in zip(*fields.values())]
+
+
+def _refuse_adapter(config: LadderConfig) -> None:
+    """Raise `FastpeftError` where an adapter changes the features that a side network reads."""
+    if config.train_adapters:
+        raise FastpeftError(
+            "the side network trained together with an adapter inside the backbone, so its features are its own. Use "
+            "it by itself, or train one without train_adapters (siva_layers)."
+        )
 
 
 def _look_up(members: _Members, name: str) -> LadderModel:

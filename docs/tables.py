@@ -1,0 +1,276 @@
+"""The tables of the pages, from the measurements in bench/data: `python docs/tables.py` writes them anew.
+
+A page has a table between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; a test compares what stands
+there with what the CSV files say.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+DATA = DOCS.parent / "bench" / "data"
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?s:.*?)(<!-- end of table -->)")
+
+Row = dict[str, str]
+
+NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "pissa": "PiSSA",
+    "siva": "**SiVA**",
+    "k-lst": "**9-LST**",
+    "lst": "LST",
+    "last-n": "last 3 layers",
+    "bitfit": "BitFit",
+    "head": "head only",
+    "mezo": "**MeZO**",
+    "zero-shot": "no training",
+}
+LAYERS = {"": "query, key", "key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
+ADAPTERS = ("lora", "pissa", "siva")
+
+
+def rows(file: str) -> list[Row]:
+    with (DATA / file).open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def settings(variant: str) -> dict[str, str]:
+    """What follows the method in `siva:targets=all-linear:rank=4`."""
+    return dict(part.partition("=")[::2] for part in variant.split(":")[1:])
+
+
+def whole(number: str) -> str:
+    return f"{float(number):,.0f}" if number else "-"
+
+
+def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
+    """Runs of a comparison, least memory first; what was not trained has none."""
+    kept = [row for row in rows(file) if keep(row)]
+    return sorted(kept, key=lambda row: float(row["peak_memory_mb"] or 0))
+
+
+def _layers(row: Row) -> str:
+    return LAYERS[settings(row["variant"]).get("targets", "")] if row["method"] in ADAPTERS else "-"
+
+
+def demo() -> str:
+    """Every method on the demo data, without a prompt."""
+    plain = {"targets", "rank", "learning_rate"}
+    found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
+    milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
+    body = []
+    for row in found:
+        layers = _layers(row)
+        timed = row["method"] + ("" if layers == "-" else f"-{layers.replace(', ', '-').replace(' ', '-')}")
+        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds else "-"
+        accuracy = f"{float(row['accuracy']):.3f}"
+        body.append(
+            [
+                NAMES[row["method"]],
+                layers,
+                whole(row["peak_memory_mb"]),
+                accuracy,
+                speed,
+                whole(row["trainable_parameters"]),
+            ]
+        )
+    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trained parameters"], body)
+
+
+def sst2() -> str:
+    found = results("compare_sst2.csv", lambda row: row["method"] != "zero-shot")
+    return table(
+        ["method", "peak memory, MB", "accuracy", "F1", "learning rate"],
+        (
+            [NAMES[row["method"]], whole(row["peak_memory_mb"]), *_scores(row), f"{float(row['learning_rate']):g}"]
+            for row in found
+        ),
+    )
+
+
+def _scores(row: Row) -> list[str]:
+    return [f"{float(row[name]):.3f}" for name in ("accuracy", "f1")]
+
+
+def prompts() -> str:
+    """What a prompt does on the demo data: label words, or a template for a head."""
+
+    def keep(row: Row) -> bool:
+        given = settings(row["variant"])
+        return "prompt" in given and "init_from" not in given and "max_steps" not in given
+
+    body = []
+    for row in results("compare_demo.csv", keep):
+        given = settings(row["variant"])
+        answer = "label words" if given.get("prompt_head") != "classifier" else "classifier"
+        name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
+        body.append([name, answer, whole(row["peak_memory_mb"]), *_scores(row)])
+    return table(["method", "answer", "peak memory, MB", "accuracy", "F1"], body)
+
+
+LARGE = {  # rows of bench/data/memory.csv by what tells them apart: method, targets, adapter and residual dtype
+    ("mezo", "", "", ""): "**MeZO**",
+    ("lst", "", "float32", ""): "LST",
+    ("k-lst", "", "float32", ""): "**9-LST**",
+    ("siva", "all linear", "float32", "nf4"): "**SiVA**, all linear, nf4",
+    ("siva", "query+key", "float32", ""): "**SiVA**, query and key",
+    ("lora", "query+key", "float32", ""): "LoRA or PiSSA, query and key",
+    ("siva", "all linear", "float32", ""): "**SiVA**, all linear",
+    ("lora", "all linear", "float32", ""): "LoRA or PiSSA, all linear",
+    ("full", "", "", ""): "full fine-tuning, bfloat16 throughout",
+}
+LENGTHS = ("64", "128", "512")
+
+
+def memory() -> str:
+    """Peaks of a RoBERTa-large, by method and length."""
+    peaks: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
+    for row in rows("memory.csv"):
+        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"]
+        if case in LARGE:
+            peaks[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
+    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks.items())
+    return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
+
+
+def _ratios(found: Iterable[Row], names: dict[str, str]) -> list[list[str]]:
+    return [
+        [names[row["candidate"]], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in found
+        if row["candidate"] in names
+    ]
+
+
+ADAPTER_STEPS = {
+    "siva": "**SiVA**",
+    "lora": "LoRA",
+    "lora-compiled": "LoRA under `torch.compile`",
+    "lora-dora": "DoRA",
+    "pissa": "PiSSA",
+    "limit": "frozen layers that pass gradients (the bound)",
+}
+
+
+def _adapters(targets: str) -> str:
+    found = (row for row in rows("siva_training.csv") if row["targets"] == targets)
+    return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
+
+
+def siva_speed() -> str:
+    return _adapters("query, key")
+
+
+def siva_speed_all() -> str:
+    return _adapters("all linear")
+
+
+LADDER_STEPS = {
+    "9-lst": "**9-LST**",
+    "lst": "LST",
+    "lora": "LoRA, query and key",
+    "9-lst direct": "9-LST, composed of PyTorch's layers",
+    "backbone forward": "the backbone's forward alone (the bound)",
+}
+
+
+def ladder_speed() -> str:
+    model = {"demo": "bundled model", "large": "RoBERTa-large's shapes"}
+    body = []
+    for row in rows("ladder.csv"):
+        if row["candidate"] in LADDER_STEPS:
+            body += [[model[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
+    return table(["model", "one training step", "ms", "time over 9-LST's"], body)
+
+
+def quantised() -> str:
+    ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
+    found = (row for row in rows("siva_quantised.csv") if row["r"] in ("", "16"))
+    body = ([row["format"], ways[row["way"]], f"{100 * float(row['logit_error']):.1f} %"] for row in found)
+    return table(["format", "factors fitted by", "error of the logits"], body)
+
+
+def mezo_pass() -> str:
+    """How many times faster than the usual loop a pass of noise is."""
+    body = []
+    for row in rows("mezo_perturb.csv"):
+        known = row["model"] == "base" and row["pass_threads"] == "1" and row["work"] == "one pass"
+        noise, _, variant = row["candidate"].partition(" ")
+        if known and row["dtype"] == "float32" and noise in ("gaussian", "rademacher"):
+            named = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}[variant]
+            body.append([noise, named, whole(row["ms_p50"]), f"{1 / float(row['ratio_p50']):.1f}"])
+    return table(["noise", "instructions", "ms", "times as fast as the loop"], body)
+
+
+def mezo_step() -> str:
+    named = {"step": "a step", "step, deferred": "a step, its end left to the next", "reference's loop": "usual loop"}
+    body = []
+    for row in rows("mezo_step.csv"):
+        if row["candidate"] in named:
+            kind = f"{row['estimator']}, {row['noise']}, {row['forwards']} forwards"
+            body.append([kind, named[row["candidate"]], whole(row["ms_p50"]), f"{float(row['ratio_p50']):.2f}"])
+    return table(["estimator", "", "ms", "time over its forwards alone"], body)
+
+
+def mezo_drift() -> str:
+    found = (row for row in rows("mezo_drift.csv") if row["way"] in ("in place", "exact"))
+    body = ([row["dtype"], f'`restore="{row["way"].replace(" ", "_")}"`', _share(row["drift"])] for row in found)
+    return table(["weights", "", "moved, of their root mean square"], body)
+
+
+def _share(number: str) -> str:
+    value = float(number)
+    return "0" if value == 0 else f"{100 * value:.0f} %" if value >= 0.01 else f"{value:.0e}"
+
+
+def compiled() -> str:
+    """What compiling the Triton kernels offline gave: the most registers a thread has, by kernel and architecture."""
+    found = rows("static.csv")
+    architectures = list(dict.fromkeys(row["arch"] for row in found))
+    body = []
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        own = [row for row in found if row["kernel"] == kernel]
+        registers = (max(int(row["registers"]) for row in own if row["arch"] == arch) for arch in architectures)
+        spilled = max(int(row["stack_bytes"]) for row in own)
+        body.append([f"`{kernel}`", f"{len(own)}", *(f"{number}" for number in registers), f"{spilled}"])
+    return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "sst2": sst2,
+    "prompts": prompts,
+    "memory": memory,
+    "siva-speed": siva_speed,
+    "siva-speed-all": siva_speed_all,
+    "ladder-speed": ladder_speed,
+    "quantised": quantised,
+    "mezo-pass": mezo_pass,
+    "mezo-step": mezo_step,
+    "mezo-drift": mezo_drift,
+    "compiled": compiled,
+}
+
+
+def fill(page: str) -> str:
+    """The text of a page with its tables as the measurements have them."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n{found[3]}", page)
+
+
+def main() -> None:
+    for path in sorted(DOCS.rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(fill(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

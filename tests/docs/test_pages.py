@@ -1,0 +1,141 @@
+"""What the pages of docs/ show can be done, what they count was measured, and they build without a warning."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+RUN = {"python", "sh"}
+OUTPUT = "text"  # what the block before it prints, where ... stands for anything
+SHOWN = {OUTPUT, "math"}
+FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    place: str
+    runs: bool
+
+
+def name(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The code of a page, from top to bottom."""
+    text = page.read_text(encoding="utf-8")
+    for found in FENCE.finditer(text):
+        line = text.count("\n", 0, found.start("code")) + 1
+        runs = found["language"] in RUN and found["reason"] is None
+        yield Block(found["language"], found["code"], f"{name(page)}:{line}", runs)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_nothing_escapes_the_tests(page: Path) -> None:
+    """Every fence is one that these tests know: code under another name, or inside a list, would not run."""
+    found = list(blocks(page))
+    assert {block.language for block in found} <= RUN | SHOWN
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(found)
+    assert "~~~" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom in one folder, as a reader at the root of a clone does, and in one Python program."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for command, arguments in (("fastpeft", "-m fastpeft"), ("python", "")):
+        (commands / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (commands / command).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    program: dict[str, Any] = {"__name__": "__main__"}
+    printed: str | None = None
+    for block in blocks(page):
+        if block.language == OUTPUT and printed is not None:
+            assert doctest.OutputChecker().check_output(block.code, printed, doctest.ELLIPSIS), (block.place, printed)
+        elif block.language in RUN and not block.runs:
+            printed = None
+        elif block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(compile(block.code, block.place, "exec"), program)
+            printed = stdout.getvalue()
+        elif block.language == "sh":
+            shell = ["bash", "-euo", "pipefail", "-c", block.code]
+            done = subprocess.run(shell, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{block.place}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            printed = done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_the_measurements(page: Path) -> None:
+    """Where this fails a CSV has changed: `python docs/tables.py` writes the tables anew; then read the page again."""
+    text = page.read_text(encoding="utf-8")
+    assert load(DOCS / "tables.py").fill(text) == text
+
+
+class Links(HTMLParser):
+    """What a page of the site loads, and the images that do not say what they show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.silent: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag in ("script", "img", "iframe") and given.get("src"):
+            self.loaded.append(str(given["src"]))
+        if tag == "link" and given.get("rel") in ("stylesheet", "preconnect", "icon"):
+            self.loaded.append(str(given["href"]))
+        if tag == "img" and not given.get("alt"):
+            self.silent.append(str(given.get("src")))
+
+
+@pytest.mark.docs
+def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    site = tmp_path / "site"
+    for page in PAGES:
+        links = Links()
+        links.feed((site / page.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8"))
+        assert not [link for link in links.loaded if "//" in link], page
+        assert not links.silent, page
