@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastpeft import CompareConfig, FastpeftError
-from fastpeft.comparison.plan import Plan, parse_variant, split_items
+from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.variants import parse_variant, split_items
 from fastpeft.config import TrainConfig
 
 
