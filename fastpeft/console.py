@@ -138,7 +138,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
 def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
     """Print the cells of a comparison, in the order in which they run, and what each would take."""
     cells = comparison.plan.wanted
-    with console.status("running a few steps of each variant"):
+    with errors.status("running a few steps of each variant"):
         known = estimates([cell for cell in cells if cell.state != "finished"], budget_mb)
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
     left = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,9 @@ class Cell:
             begun = self.folder.config()
             return self._with({name: begun[name] for name in ("learning_rate", "init_from")})
         found = {}
-        if best := _best(cells[name] for name in self.rates):
+        if best := _best([cells[name] for name in self.rates], "whose learning rate it takes"):
             found["learning_rate"] = best.values["learning_rate"]
-        if best := _best(cells[name] for name in self.after):
+        if best := _best([cells[name] for name in self.after], "whose result it starts from"):
             found["init_from"] = best.values["output"]
         return self._with(found)
 
@@ -128,20 +128,16 @@ class Cell:
         return dataclasses.replace(self, values={**self.values, **values})
 
 
-def _best(cells: Iterable[Cell]) -> Cell | None:
+def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
     """The finished cell, the first of several, that measures best; None where there is none or one still waits.
 
     Raises:
         FastpeftError: all have failed.
     """
-    cells = list(cells)
     finished = [(index, metrics) for index, cell in enumerate(cells) if (metrics := cell.metrics())]
     failed = [cell.name for cell in cells if cell.error()]
     if cells and len(failed) == len(cells):
-        what = f"{failed[0]}, whose result it starts from or whose learning rate it takes, has"
-        if len(failed) > 1:
-            what = f"{', '.join(failed)}, which it follows, have all"
-        raise FastpeftError(f"{what} failed.")
+        raise FastpeftError(f"{' and '.join(failed)}, {purpose}, {'has' if len(failed) == 1 else 'have'} failed.")
     if not finished or len(finished) + len(failed) < len(cells):
         return None
     metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).primary

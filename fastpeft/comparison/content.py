@@ -328,7 +328,7 @@ def _lags(compared: Sequence[Variant]) -> Iterator[Block]:
     measures = [name for name in slow if name.startswith("dev ")]
     rows = [["LoRA behind", *(f"by {name}, steps" for name in measures)]]
     for other, fast in kept.values():
-        lags = [statistics.lag(*(_rising(name, curves[name]) for curves in (slow, fast))) for name in measures]
+        lags = [statistics.lag(_rising(name, slow[name]), _rising(name, fast[name])) for name in measures]
         rows.append([other, *("-" if lag is None else f"{lag:+.0f}" for lag in lags)])
     steps = next(iter(slow.values()))[-1][0]
     yield Heading("LoRA's lag")

@@ -104,6 +104,8 @@ class Comparison:
 
     def rows(self, cell: Cell) -> float:
         """Rows that a cell trains on, those of every epoch counted."""
+        if cell.method == ZERO_SHOT:
+            return 0.0
         found = [
             metrics["train_rows"] for other in self.plan.results if (metrics := other.metrics() or {}).get("train_rows")
         ]
