@@ -480,6 +480,7 @@ def test_what_does_not_fit_the_data_is_told_before_the_first_cell(stand_in: None
     assert not Path("out").exists()
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config("head"))
 
