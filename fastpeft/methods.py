@@ -259,7 +259,7 @@ def _adapter(
     description: str,
     recipe: Recipe,
     config: str,
-    rank: int | None,
+    rank: int,
     fields: Callable[[int], dict[str, Any]] = lambda rank: {},
 ) -> Method:
     """A method that is an adapter of PEFT.
@@ -267,8 +267,8 @@ def _adapter(
     Args:
         name, title, description, recipe: as of `Method`.
         config: the name of its configuration in PEFT, or of SiVA's.
-        rank: where a person gives none; None: it has no rank.
-        fields: what the configuration is given beside a rank, which follows from that.
+        rank: where a person gives none.
+        fields: what the configuration is given beside a rank.
     """
 
     def config_class() -> Any:
@@ -283,11 +283,9 @@ def _adapter(
 
     def prepare(model: nn.Module, preparation: Preparation) -> nn.Module:
         chosen = preparation.rank or rank
-        values = {} if chosen is None else {"r": chosen, **fields(chosen)}
-        return _prepare_peft(model, preparation, config_class(), values)
+        return _prepare_peft(model, preparation, config_class(), {"r": chosen, **fields(chosen)})
 
-    options = ("targets",) if rank is None else ("targets", "rank")
-    return Method(name, title, description, recipe, prepare, settings, options=options, adapts=True)
+    return Method(name, title, description, recipe, prepare, settings, options=("targets", "rank"), adapts=True)
 
 
 def _prepare_peft(
@@ -315,8 +313,8 @@ def _prepare_peft(
         ) from error
     for name, module in peft_model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            ranks = getattr(module, "r", None)  # not all have any
-            if ranks and (rank := max(ranks.values())) > (limit := min(module.in_features, module.out_features)):
+            rank, limit = max(module.r.values()), min(module.in_features, module.out_features)
+            if rank > limit:
                 raise FastpeftError(
                     f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
                     f"a rank from 1 to {limit}."
@@ -329,7 +327,6 @@ _LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the report's
 _MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12)  # the report's: 48,000 steps, 11.4 epochs of SST-2
 _FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)  # Liu et al. 2019, RoBERTa on GLUE: the middle of their rates
 _LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
-_IA3 = Recipe(3e-3)  # Liu et al. 2022
 _BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
 _SIVA = Recipe(5e-4)  # of ours, as the next
 _HEAD = Recipe(1e-3, weight_decay=0.01)
@@ -413,16 +410,6 @@ METHODS = {
             8,
             lambda r: {"lora_alpha": r, "init_lora_weights": "olora"},
         ),
-        _adapter(
-            "lokr",
-            "LoKr",
-            "updates that are Kronecker products of small matrices",
-            _LORA,
-            "LoKrConfig",
-            8,
-            lambda r: {"alpha": r},
-        ),
-        _adapter("ia3", "IA3", "factors on keys, values and the feed-forward's inside train", _IA3, "IA3Config", None),
         Method(
             name="last-n",
             title="last layers",
