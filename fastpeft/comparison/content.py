@@ -293,13 +293,18 @@ def _trade_offs(compared: Sequence[Variant]) -> Iterator[Block]:
         if places:
             best = max(places, key=lambda place: place.y)
             if name == "memory":
-                yield Heading(f"{metric.title[0].upper()}{metric.title[1:]} against memory and speed")
+                yield Heading(f"{_sentence(metric.title)} against memory and speed")
             yield Figure(
                 f"{metric.key}-{name}",
-                f"{metric.title} of {len(places)} variants on the dev rows against {x_title}"
+                f"{_sentence(metric.title)} on the dev rows against {x_title}, of {len(places)} variants"
                 f"{', with 95 % intervals' if metric.key == _ACCURACY else ''}. Highest: {best.name}, {best.y:.3f}.",
                 figures.scatter(places, x_title, f"dev {metric.title}"),
             )
+
+
+def _sentence(text: str) -> str:
+    """A text with which a sentence may begin."""
+    return text[0].upper() + text[1:]
 
 
 def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
@@ -314,7 +319,7 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
         ends = ", ".join(f"{variant} {points[-1][1]:.3f}" for variant, points in drawn.items())
         yield Figure(
             name.replace(" ", "-"),
-            f"{name} over the steps, unsmoothed. Last values: {ends}.",
+            f"{_sentence(name)} over the steps, unsmoothed. Last values: {ends}.",
             figures.curves(drawn, name),
         )
 
