@@ -46,7 +46,8 @@ def finish(cell: Cell, right: int, memory: float, speed: float, **changes: Any) 
     curve = [(step, 0.5 + (right / ROWS - 0.5) * min(1.0, step / reached)) for step in (0, 40, 80)]
     curves = {"training loss": [(step, 1 / step) for step in range(1, 81)], "dev accuracy": curve}
     predictions = {"labels": [1] * ROWS, "predictions": [1] * right + [0] * (ROWS - right)}
-    for name, values in (("metrics", metrics), ("curves", curves), ("predictions", predictions)):
+    written = {"run": {"fastpeft_version": "0", **cell.values}, "curves": curves, "predictions": predictions}
+    for name, values in {**written, "metrics": metrics}.items():
         (cell.folder.path / f"{name}.json").write_text(json.dumps(values))
 
 
