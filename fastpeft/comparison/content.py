@@ -346,7 +346,7 @@ def _lags(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def _rising(name: str, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """A curve that rises as it gets better."""
-    sign = -1 if name in (f"dev {LOSS}", "dev mse") else 1
+    sign = -1 if name in (f"dev {LOSS}", "dev mse", "dev perplexity") else 1
     return [(step, sign * value) for step, value in points]
 
 
