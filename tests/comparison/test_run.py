@@ -29,6 +29,7 @@ from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.estimates import Estimate
 from fastpeft.comparison.run import Comparison
+from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
 from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
@@ -68,7 +69,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
     rows = Examples(["good", "bad"], [1, 0])
     data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
-    monkeypatch.setattr(run, "load_data", lambda **options: data)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
     told = {"head": Estimate(100.0, 2.0, 0.5), "lora:learning_rate=0.25": Estimate(error="no such layers")}
     monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: told)
 
@@ -196,7 +197,7 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     """The rate that measures best on the slice is what every seed is run with."""
     rows = Examples([f"text {row}" for row in range(30)], [row % 2 for row in range(30)])
     data = TextData(rows, Examples(["dev"], [1]), ["negative", "positive"], "words", CLASSIFICATION)
-    monkeypatch.setattr(run, "load_data", lambda **options: data)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
     accuracy = '0.5 + values["seed"] / 10'
     by_rate = '{0.003: 0.6, 0.001: 0.9, 0.009: 0.7}.get(values["learning_rate"], 0)'
     used = STAND_IN.replace(accuracy, by_rate).replace(
@@ -225,7 +226,7 @@ def test_a_chain_searches_from_the_best_of_its_starts_search() -> None:
     full = CompareConfig(output="out", methods=["head:init_from=bitfit", "bitfit"], protocol="full", seeds=1)
     data = TextData(rows, rows, ["negative", "positive"], "words", CLASSIFICATION)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_data", lambda **options: data)
+        patch.setattr(run, "data_for", lambda config: data)
         comparison = Comparison(full)
         assert comparison.run().failed == {}
     best = "out/cells/search-bitfit-learning_rate=0.009"
@@ -484,10 +485,10 @@ def test_what_does_not_fit_the_data_is_told_before_the_first_cell(stand_in: None
 def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config("head"))
 
-    def load_data(**options: Any) -> None:
-        raise FastpeftError(f"{options['data']} is gone.")
+    def data_for(config: TrainConfig) -> None:
+        raise FastpeftError(f"{config.data} is gone.")
 
-    monkeypatch.setattr(run, "load_data", load_data)
+    monkeypatch.setattr(run, "data_for", data_for)
     assert compare(config("head")).failed == {}
     with pytest.raises(FastpeftError, match="demo is gone"):
         compare(config("head", "lora"))
