@@ -294,17 +294,32 @@ def predict(
 
 @app.command()
 def compare(
+    output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="table1, table2 or figure5: the rows of the report that the methods are from, beside --methods."
+        ),
+    ] = None,
     methods: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="VARIANT,...",
             help="As siva,k-lst:window=5,siva:targets=query+value:rank=8, where + is a comma inside a list; "
             'a value that has a comma goes in "". zero-shot:prompt=sst2:calibrate=true is not trained; '
             "lst:init_from=mezo starts from another variant.",
         ),
-    ],
-    output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
-    seeds: Annotated[int, typer.Option(help="Runs of each variant, with the seeds 0, 1, ...")] = 1,
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
+            "three rates on a slice of the training rows."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)")
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -324,15 +339,22 @@ def compare(
         typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a variant, for all cells."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells; write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the cells with the time and memory that each would take; write nothing."),
+    ] = False,
+    memory_budget: Annotated[
+        float | None, typer.Option(metavar="MB", help="With --dry-run: show which cells fit into so much memory.")
+    ] = None,
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
 
     The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed.
     """
     from fastpeft import console
-    from fastpeft.comparison.plan import CompareConfig, split_items
+    from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import Comparison
+    from fastpeft.comparison.variants import split_items
 
     console.quieten(quiet)
     given = {
@@ -345,14 +367,21 @@ def compare(
     }
     config = CompareConfig(
         output=output,
-        methods=[item for text in methods for item in split_items(text)],
+        methods=[item for text in methods or [] for item in split_items(text)],
+        suite=suite,
+        protocol=protocol,
         prompts=[item for text in prompts or [] for item in split_items(text)],
         seeds=seeds,
         common={**_settings(settings or []), **{name: value for name, value in given.items() if value is not None}},
     )
+    if memory_budget is not None and not (dry_run and memory_budget > 0):
+        raise FastpeftError(
+            f"the memory budget is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
+            "fits. Correct it, or add --dry-run."
+        )
     comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
     if dry_run:
-        console.show_comparison(comparison)
+        console.show_plan(comparison, memory_budget)
         return
     try:
         with console.live_comparison(comparison, quiet):

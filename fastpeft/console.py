@@ -16,7 +16,8 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from fastpeft.comparison import report
+from fastpeft.comparison import blocks, content, report
+from fastpeft.comparison.estimates import Estimate, estimates
 from fastpeft.comparison.run import Comparison
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES, in_order
@@ -134,22 +135,39 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     )
 
 
-def show_comparison(comparison: Comparison) -> None:
-    """Print the cells of a comparison, in the order in which they run."""
-    console.print(_cells_table(comparison))
+def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
+    """Print the cells of a comparison, in the order in which they run, and what each would take."""
+    cells = comparison.plan.wanted
+    with errors.status("running a few steps of each variant"):
+        known = estimates([cell for cell in cells if cell.state != "finished"], budget_mb)
+    table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
+    left = 0.0
+    for cell in cells:
+        estimate = known.get(cell.variant, Estimate())
+        seconds = None if cell.state == "finished" else estimate.seconds(comparison.rows(cell))
+        left += seconds or 0.0
+        fits = [] if budget_mb is None else [{True: "yes", False: "no", None: "-"}[estimate.fits(budget_mb)]]
+        memory = "-" if estimate.memory_mb is None else f"{estimate.memory_mb:,.0f}"
+        time = estimate.error or ("-" if seconds is None else _duration(seconds))
+        table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
+    console.print(table)
+    finished = sum(cell.state == "finished" for cell in cells)
+    console.print(
+        f"{finished} of {len(cells)} finished, about {_duration(left)} for what has a time; nothing was written"
+    )
 
 
 def show_report(comparison: Comparison) -> None:
     """Print the table of a comparison's report, outside of a terminal as the report has it, and where that is."""
-    rows = report.table(comparison.plan.cells)
+    rows = content.table(comparison.plan.results)
     if console.is_terminal:
         table = Table(*rows[0])
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
     else:
-        console.print("\n".join(report.markdown(rows)), soft_wrap=True)
-    console.print(f"saved in {comparison.plan.folder / 'report.md'}")
+        console.print("\n".join(blocks.table_lines(rows)), soft_wrap=True)
+    console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
-from fastpeft.data import Examples, load_data, load_rows, texts_in_words
+from fastpeft.data import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.masking import Masker
@@ -89,6 +89,22 @@ def evaluate_zero_shot(
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
+    outputs, texts = zero_shot_outputs(
+        model, prompt, data, calibrate=calibrate, text_column=text_column, label_column=label_column
+    )
+    return measure_classes(outputs, texts)
+
+
+def zero_shot_outputs(
+    model: str,
+    prompt: Prompt,
+    data: str,
+    *,
+    calibrate: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[np.ndarray, TextData]:
+    """What a masked language model scores for each class `(dev rows, classes)`, and the data: `evaluate_zero_shot`."""
     texts = load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
     check_texts(prompt, texts.dev)
     classifier = load_prompted(model, prompt.for_labels(texts.labels))
@@ -96,8 +112,12 @@ def evaluate_zero_shot(
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    logits = prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
-    return _measure(texts.problem, logits, np.array(texts.dev.labels), texts.labels, len(texts.dev))
+    return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy(), texts
+
+
+def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
+    """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
+    return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
 
 
 def _measure(

@@ -253,42 +253,39 @@ _OWN_FIELDS = (
 )
 
 
-def _peft_settings(config_class: type) -> dict[str, Any]:
-    return {name: hint for name, hint in get_type_hints(config_class).items() if name not in _OWN_FIELDS}
+def _adapter(
+    name: str,
+    title: str,
+    description: str,
+    recipe: Recipe,
+    config: str,
+    rank: int,
+    fields: Callable[[int], dict[str, Any]] = lambda rank: {},
+) -> Method:
+    """A method that is an adapter of PEFT.
 
+    Args:
+        name, title, description, recipe: as of `Method`.
+        config: the name of its configuration in PEFT, or of SiVA's.
+        rank: where a person gives none.
+        fields: what the configuration is given beside a rank.
+    """
 
-def _siva_settings() -> dict[str, Any]:
-    from fastpeft.siva import SivaConfig
+    def config_class() -> Any:
+        import peft
 
-    return _peft_settings(SivaConfig)
+        from fastpeft.siva import SivaConfig
 
+        return SivaConfig if config == "SivaConfig" else getattr(peft, config)
 
-def _prepare_siva(model: nn.Module, preparation: Preparation) -> nn.Module:
-    from fastpeft.siva import SivaConfig
+    def settings() -> dict[str, Any]:
+        return {name: hint for name, hint in get_type_hints(config_class()).items() if name not in _OWN_FIELDS}
 
-    return _prepare_peft(model, preparation, SivaConfig, {"r": preparation.rank or 4})
+    def prepare(model: nn.Module, preparation: Preparation) -> nn.Module:
+        chosen = preparation.rank or rank
+        return _prepare_peft(model, preparation, config_class(), {"r": chosen, **fields(chosen)})
 
-
-def _lora_settings() -> dict[str, Any]:
-    from peft import LoraConfig
-
-    return _peft_settings(LoraConfig)
-
-
-def _prepare_lora(model: nn.Module, preparation: Preparation) -> nn.Module:
-    """LoRA as PEFT has it, with the usual scaling of 2."""
-    from peft import LoraConfig
-
-    rank = preparation.rank or 8
-    return _prepare_peft(model, preparation, LoraConfig, {"r": rank, "lora_alpha": 2 * rank})
-
-
-def _prepare_pissa(model: nn.Module, preparation: Preparation) -> nn.Module:
-    """PiSSA as PEFT has it: LoRA that starts from the top singular triplets, unscaled."""
-    from peft import LoraConfig
-
-    rank = preparation.rank or 8
-    return _prepare_peft(model, preparation, LoraConfig, {"r": rank, "lora_alpha": rank, "init_lora_weights": "pissa"})
+    return Method(name, title, description, recipe, prepare, settings, options=("targets", "rank"), adapts=True)
 
 
 def _prepare_peft(
@@ -334,19 +331,11 @@ _BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
 _SIVA = Recipe(5e-4)  # of ours, as the next
 _HEAD = Recipe(1e-3, weight_decay=0.01)
 
+# of adapters: as PEFT has them, LoRA with its usual scaling of 2, what starts from the weight itself unscaled
 METHODS = {
     method.name: method
     for method in (
-        Method(
-            name="siva",
-            title="SiVA",
-            description="top singular vectors train, the rest is frozen",
-            recipe=_SIVA,
-            prepare=_prepare_siva,
-            settings=_siva_settings,
-            options=("targets", "rank"),
-            adapts=True,
-        ),
+        _adapter("siva", "SiVA", "top singular vectors train, the rest is frozen", _SIVA, "SivaConfig", 4),
         Method(
             name="k-lst",
             title="k-LST",
@@ -385,25 +374,41 @@ METHODS = {
             settings=lambda: {"over": str},
             zeroth_order=True,
         ),
-        Method(
-            name="lora",
-            title="LoRA",
-            description="low-rank updates beside frozen weights",
-            recipe=_LORA,
-            prepare=_prepare_lora,
-            settings=_lora_settings,
-            options=("targets", "rank"),
-            adapts=True,
+        _adapter(
+            "lora",
+            "LoRA",
+            "low-rank updates beside frozen weights",
+            _LORA,
+            "LoraConfig",
+            8,
+            lambda r: {"lora_alpha": 2 * r},
         ),
-        Method(
-            name="pissa",
-            title="PiSSA",
-            description="LoRA that starts from the top singular triplets",
-            recipe=_LORA,
-            prepare=_prepare_pissa,
-            settings=_lora_settings,
-            options=("targets", "rank"),
-            adapts=True,
+        _adapter(
+            "pissa",
+            "PiSSA",
+            "LoRA that starts from the top singular triplets",
+            _LORA,
+            "LoraConfig",
+            8,
+            lambda r: {"lora_alpha": r, "init_lora_weights": "pissa"},
+        ),
+        _adapter(
+            "dora",
+            "DoRA",
+            "LoRA with the length of each row of the weight apart from its direction",
+            _LORA,
+            "LoraConfig",
+            8,
+            lambda r: {"lora_alpha": 2 * r, "use_dora": True},
+        ),
+        _adapter(
+            "olora",
+            "OLoRA",
+            "LoRA that starts from an orthonormal basis of the weight",
+            _LORA,
+            "LoraConfig",
+            8,
+            lambda r: {"lora_alpha": r, "init_lora_weights": "olora"},
         ),
         Method(
             name="last-n",

@@ -4,8 +4,10 @@ run.json          how the run was started; written first, so it marks a folder a
 checkpoints/      checkpoint-N, each whole from the moment it has its name
 last-good/        the weights before a step that failed
 mezo.journal      what each step of a run by MeZO found: with the model it began from, a checkpoint of every step
-adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md, curves.png      the result
+adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md      the result
 adapter/          a part of the result: the adapter that trained beside a side network
+curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
+predictions.json  of classes: that of each dev row, by its label and by the result
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
 
@@ -24,6 +26,8 @@ from fastpeft import __version__, files
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 
+CURVES = "curves.json"
+PREDICTIONS = "predictions.json"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 _START_KEY = "init_from_weights"
@@ -53,6 +57,8 @@ _WRITTEN = (
     "s*piece*.model",
     "README.md",
     "curves.png",
+    CURVES,
+    PREDICTIONS,
     "run.json",
 )
 

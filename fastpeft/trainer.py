@@ -31,8 +31,8 @@ from fastpeft.task import Task, collator, loader_options, steps_per_epoch
 
 logger = logging.getLogger(__name__)
 
-_CURVE_POINTS = 5  # of the metric's curve, with its last
-_CURVE_ROWS = 1_000  # dev rows behind an inner point
+CURVE_POINTS = 5  # of the metric's curve, with its last
+CURVE_ROWS = 1_000  # dev rows behind an inner point
 
 
 class LengthGroupedOrder(Sampler[Any]):
@@ -102,7 +102,7 @@ class RunTrainer(Trainer):
         self.chosen_by = task.config.metric
         curve_rows = task.dev_rows
         if self.chosen_by is None:
-            curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), _CURVE_ROWS))
+            curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
             model=task.model,
@@ -147,7 +147,14 @@ class RunTrainer(Trainer):
         measured = self.evaluate(_by_length(rows))
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
+    def classes(self, rows: list[Row]) -> list[int]:
+        """The most likely class of each of `rows`, which were measured last."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # as in `_by_length`
+        found = dict(zip(order, self._outputs.argmax(-1).tolist()))
+        return [found[index] for index in range(len(rows))]
+
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
+        self._outputs = prediction.predictions
         return self.problem.score(prediction.predictions, prediction.label_ids, self.labels)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -185,6 +192,11 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
         return self.folder.all_checkpoints()
 
 
+def trainer_class(task: Task) -> type[RunTrainer]:
+    """The Trainer of a run on `task`."""
+    return MeZORunTrainer if task.method.zeroth_order else RunTrainer
+
+
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
 
@@ -208,7 +220,8 @@ class _EpochOfOrder(TrainerCallback):
 class _CurvePoints(TrainerCallback):
     """Asks for the inner points of the metric's curve.
 
-    At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work.
+    At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work,
+    but for a person who gives `eval_steps`.
     """
 
     def __init__(self, rows: int) -> None:
@@ -216,7 +229,7 @@ class _CurvePoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
-        every = max(math.ceil(state.max_steps / _CURVE_POINTS), math.ceil(self.rows / rows_a_step))
+        every = args.eval_steps or max(math.ceil(state.max_steps / CURVE_POINTS), math.ceil(self.rows / rows_a_step))
         if state.global_step % every == 0 and state.global_step < state.max_steps:
             control.should_evaluate = True
 

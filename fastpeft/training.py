@@ -25,10 +25,10 @@ from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
-from fastpeft.problems import MASKED_WORDS, REGRESSION, TITLES, best_step
-from fastpeft.runs import RunFolder
+from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, TITLES, best_step
+from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
 from fastpeft.task import Task, recipe_used, total_steps
-from fastpeft.trainer import MeZORunTrainer, RunTrainer
+from fastpeft.trainer import RunTrainer, trainer_class
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     return TrainPlan(
         trainable_parameters=trainable,
         parameters=total,
-        peak_memory_mb=_simulated_peak_mb(task, longest),
+        peak_memory_mb=simulated_peak_mb(task, longest),
         steps=total_steps(arguments, len(task.train_rows)),
         train_rows=len(task.train_rows),
         dev_rows=len(task.dev_rows),
@@ -121,7 +121,6 @@ def train(
         task = Task.load(config)
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
-        trainer_class = MeZORunTrainer if task.method.zeroth_order else RunTrainer
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
             if arguments.world_size > 1:
@@ -130,7 +129,7 @@ def train(
                     "are for scripts of your own around a Trainer, as fastpeft.MeZOTrainer."
                 )
             try:
-                trainer = trainer_class(task, arguments, folder, callbacks)
+                trainer = trainer_class(task)(task, arguments, folder, callbacks)
                 trainer.create_optimizer()
                 before = trainer.measure(task.dev_rows)
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -143,11 +142,19 @@ def train(
         after = trainer.measure(task.dev_rows)
     if chosen is None:
         curve.append((trainer.state.global_step, after[task.metric]))
+    curves = {"training loss": trainer.points("loss"), f"dev {task.metric}": curve}
+    if task.metric != LOSS:
+        curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
     command = command or f"fastpeft train --config {folder.config_file}"
     metrics = _metrics(trainer, task, before, after, chosen, command)
     staged = folder.staging / "result"
     _save(trainer, task, staged)
     files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(arguments)))
+    files.write_json(staged / CURVES, curves)
+    if task.data.problem is CLASSIFICATION:
+        files.write_json(
+            staged / PREDICTIONS, {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+        )
     title = f"{task.method.title} on {config.data}"
     draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, TITLES.get(task.metric, task.metric))
     folder.close(metrics, staged)
@@ -238,7 +245,7 @@ def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
-def _simulated_peak_mb(task: Task, tokens: int) -> float | None:
+def simulated_peak_mb(task: Task, tokens: int) -> float | None:
     """Simulated peak of one step on a batch of `tokens` tokens a row, in MB."""
     model, config, problem = task.model, task.config, task.data.problem
     device = next(model.parameters()).device
@@ -274,10 +281,12 @@ def _metrics(
     config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = _count_parameters(trainer.model)
+    longest = max(trainer.order.lengths)
+    estimate = peak = simulated_peak_mb(task, longest)
     if device.type == "cuda":
-        peak: float | None = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
-    else:
-        peak = _simulated_peak_mb(task, trainer.longest_seen or max(trainer.order.lengths))
+        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
+    elif trainer.longest_seen not in (0, longest):
+        peak = simulated_peak_mb(task, trainer.longest_seen)
     return {
         "method": config.method,
         "model": config.model,
@@ -298,6 +307,7 @@ def _metrics(
         "trainable_parameters": trainable,
         "parameters": total,
         "peak_memory_mb": peak,
+        "estimated_memory_mb": estimate,
         "peak_memory_source": "CUDA allocator" if device.type == "cuda" else "simulated",
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft import files
-from fastpeft.config import FOR_LABELS, TrainConfig, parse_value
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.search import rates
+from fastpeft.comparison.suites import get_suite
+from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
+from fastpeft.config import FOR_LABELS, TrainConfig
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import METHODS
-from fastpeft.runs import RunFolder
+from fastpeft.methods import METHODS, get_method
 from fastpeft.task import method_options
 
-ZERO_SHOT = "zero-shot"  # the row with no training
 _ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
 ROWS = (
     "data",
@@ -27,76 +29,16 @@ ROWS = (
 )  # what decides the rows, of all cells alike
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
-_CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
-_LISTS = ("targets", "label_words", "text_column")  # in whose values + is a comma, as in lists of JSON
 _DECIDED = {
     "output": "the comparison's output decides it",
     "method": "it is the first word of a variant",
     "seed": "the number of seeds decides it",
     "settings": "name each setting by itself",
 }
+PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
+SLICE = "slice"  # the folder of the rows that learning rates are tried on
 LOCK = ".lock"  # the file that a running comparison holds in its folder
 _LONGEST_NAME = 200  # characters; file systems take 255 bytes
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One process of a comparison.
-
-    Attributes:
-        name: of its folder.
-        variant: as written.
-        method: name of its method, or `ZERO_SHOT`.
-        seed: its seed; None for `ZERO_SHOT`, which has none.
-        values: its configuration, as `run.json` holds it.
-        after: name of the cell whose result it starts from.
-    """
-
-    name: str
-    variant: str
-    method: str
-    seed: int | None
-    values: dict[str, Any]
-    after: str | None = None
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.values["output"])
-
-    @property
-    def config(self) -> TrainConfig:
-        """Its configuration; of a `ZERO_SHOT` cell, that of a run with its data and prompt."""
-        own = ("method", "calibrate") if self.method == ZERO_SHOT else ()
-        return TrainConfig.from_values({name: value for name, value in self.values.items() if name not in own})
-
-    @property
-    def config_file(self) -> Path:
-        """What its process reads."""
-        return Path(f"{self.values['output']}.json")
-
-    @property
-    def log(self) -> Path:
-        """What its latest process said, with a last line `Error: ...` where it failed."""
-        return Path(f"{self.values['output']}.log")
-
-    def metrics(self) -> dict[str, Any] | None:
-        """What was measured; None while it is not finished."""
-        folder = self.folder
-        return folder.metrics() if folder.finished else None
-
-    def error(self) -> str | None:
-        """Why its latest try failed; None where it did not fail."""
-        if self.folder.finished or not self.log.is_file():
-            return None
-        last = self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
-        return last.removeprefix("Error: ") if last.startswith("Error: ") else None
-
-    @property
-    def state(self) -> str:
-        """`finished`, `failed` or `waiting`, by what its folder holds."""
-        if self.folder.finished:
-            return "finished"
-        return "waiting" if self.error() is None else "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +54,15 @@ class CompareConfig:
 
     Attributes:
         output: folder of the comparison.
-        methods: variants.
+        methods: variants, beside those of the suite.
+        suite: a name of `fastpeft.comparison.suites`: the rows of a table of the report.
+        protocol: `quick`: one seed, one epoch (by MeZO, whose steps are many and small, as its recipe has it), rates of
+            the recipes. `full`: three seeds, and for every variant without a learning rate the best of as many rates
+            on a slice of the training rows. None: one seed, recipes as they are.
         prompts: prompts that each variant without one is combined with, and the variant that it starts from likewise:
             names or templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty:
-            each variant as it is.
-        seeds: every variant runs with the seeds 0 to `seeds - 1`.
+            each variant as it is. With a suite at most one, in the place of that in its own prompted rows.
+        seeds: every variant runs with the seeds 0 to `seeds - 1`. None: as the protocol has it.
         common: keys and values that all cells share.
 
     Raises:
@@ -129,9 +75,11 @@ class CompareConfig:
     """
 
     output: str
-    methods: Sequence[str]
+    methods: Sequence[str] = ()
+    suite: str | None = None
+    protocol: str | None = None
     prompts: Sequence[str] = ()
-    seeds: int = 1
+    seeds: int | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,24 +89,51 @@ class CompareConfig:
             given = getattr(self, name)
             if isinstance(given, str) or not all(isinstance(item, str) and item for item in given):
                 raise FastpeftError(f"{name} are {given!r}; they must be a list of texts that are not empty.")
-        if not self.methods:
+        if self.protocol not in (None, *PROTOCOLS):
+            raise FastpeftError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.")
+        if self.suite is not None:
+            self._check_suite()
+        elif not self.methods:
             raise FastpeftError(f"there is no method to compare. Name some of {', '.join((*METHODS, ZERO_SHOT))}.")
-        if type(self.seeds) is not int or self.seeds < 1:
+        if self.seeds is not None and (type(self.seeds) is not int or self.seeds < 1):
             raise FastpeftError(f"seeds is {self.seeds!r}; it must be a whole number from 1.")
         if self.prompts and "prompt" in self.common:
             raise FastpeftError(
                 "a prompt is given for all cells and prompts to combine them with. Give one of the two."
             )
-        if "init_from" in self.common and any(_CHAIN in text for text in self.methods):
+        if "init_from" in self.common and any(CHAIN in text for text, _ in self._variants()):
             raise FastpeftError("init_from is given for all cells and by a variant. Give one of the two.")
         self.cells()
 
+    def _check_suite(self) -> None:
+        """Raise `FastpeftError` where the suite does not go with the rest."""
+        assert self.suite is not None
+        suite = get_suite(self.suite)
+        if len(self.prompts) > 1 or "none" in self.prompts:
+            raise FastpeftError(
+                f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
+                "Give the one prompt of those with."
+            )
+        if self.protocol == "full" and not suite.searches:
+            raise FastpeftError(
+                f"{self.suite} keeps one set of hyper-parameters for all its methods, so there is none to search. "
+                "Leave the protocol out."
+            )
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Keys and values that all cells share: those given, before those of the suite."""
+        own = {} if self.suite is None else get_suite(self.suite).common
+        if "max_steps" in self.common:
+            own = {key: value for key, value in own.items() if key != "epochs"}
+        return {**own, **self.common}
+
     def cells(self) -> list[Cell]:
-        """Every cell, variant by variant."""
-        variants = self._variants()
+        """Every cell, variant by variant; what tries learning rates for a variant comes before it."""
+        rows = self._variants()
         made: dict[str, Cell] = {}
-        for variant in variants:
-            for cell in self._cells_of(variant, variants):
+        for variant, row in rows:
+            for cell in self._cells_of(variant, row, [variant for variant, _ in rows]):
                 other = made.setdefault(cell.name.casefold(), cell)
                 if other is not cell:
                     raise FastpeftError(
@@ -167,18 +142,21 @@ class CompareConfig:
                     )
         return list(made.values())
 
-    def _variants(self) -> list[str]:
-        """The variants as written, each without a prompt of its own combined with every prompt."""
+    def _variants(self) -> list[tuple[str, str | None]]:
+        """The variants as written, each without a prompt of its own combined with every prompt, and their rows."""
+        if self.suite is not None:
+            suite = get_suite(self.suite, self.prompts[0] if self.prompts else None)
+            return [*((row.variant, row.key) for row in suite.rows), *((text, None) for text in self.methods)]
         made: list[str] = []
         for text in self.methods:
-            prompts = () if _has_prompt(text) else self.prompts
+            prompts = () if has_prompt(text) else self.prompts
             if text.partition(":")[0] == ZERO_SHOT and any(prompt != "none" for prompt in prompts):
                 prompts = [prompt for prompt in prompts if prompt != "none"]
-            made += [text if prompt == "none" else _with_prompt(text, prompt) for prompt in prompts or ("none",)]
-        return made
+            made += [text if prompt == "none" else with_prompt(text, prompt) for prompt in prompts or ("none",)]
+        return [(variant, None) for variant in made]
 
-    def _cells_of(self, variant: str, variants: Sequence[str]) -> list[Cell]:
-        """The cells of a variant: one for each seed, or the one of `zero-shot`."""
+    def _cells_of(self, variant: str, row: str | None, variants: Sequence[str]) -> list[Cell]:
+        """The cells of a variant: one for each seed and each rate to try, or the one of `zero-shot`."""
         try:
             method, own, earlier = parse_variant(variant)
             for key in own:
@@ -193,24 +171,60 @@ class CompareConfig:
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
-            return [self._trained_cell(variant, seed) for seed in range(self.seeds)]
+            tried = self._search_cells(variant)
+            names = tuple(cell.name for cell in tried)
+            seeds = self.seeds or PROTOCOLS.get(self.protocol or "quick", 1)
+            results = [self._result_cell(variant, seed) for seed in range(seeds)]
+            return [*tried, *(dataclasses.replace(cell, rates=names, row=row) for cell in results)]
         except FastpeftError as error:
             raise FastpeftError(f"the variant {variant!r} cannot be used: {error}") from None
 
-    def _trained_cell(self, variant: str, seed: int) -> Cell:
-        method, own, earlier = parse_variant(variant)
-        name = f"{_folder_name(variant)}-seed{seed}"
-        shared = {key: value for key, value in self.common.items() if not (key == "max_steps" and "epochs" in own)}
+    def _result_cell(self, variant: str, seed: int) -> Cell:
+        """The cell of a variant with a seed, but for the rates that it chooses among."""
+        _, _, earlier = parse_variant(variant)
+        start = None if earlier is None else self._result_cell(earlier, seed)
+        return self._trained_cell(f"{_folder_name(variant)}-seed{seed}", variant, seed, [start] if start else [])
+
+    def _search_cells(self, variant: str) -> list[Cell]:
+        """The cells that try learning rates for a variant: none where it has one, or none is searched."""
+        _, own, earlier = parse_variant(variant)
+        if self.protocol != "full" or "learning_rate" in {**self.shared, **own}:
+            return []
+        starts = [] if earlier is None else self._search_cells(earlier)
+        if earlier is not None and not starts:  # its rate was given
+            starts = [self._result_cell(earlier, 0)]
+        config = self._trained_cell("", variant, 0, starts).config
+        recipe = get_method(config.method, config.settings).recipe_for(config.model)
+        own_text, chain, rest = partition_chain(variant)
+        cells = []
+        for rate in rates(recipe.learning_rate):
+            tried = f"{own_text}:learning_rate={rate:g}{chain}{rest}"
+            cell = self._trained_cell(f"search-{_folder_name(tried)}", tried, 0, starts)
+            slice_values = {"data": str(self._slice), "text_column": None, "label_column": None}
+            cells.append(
+                dataclasses.replace(cell, variant=variant, search=True, values={**cell.values, **slice_values})
+            )
+        return cells
+
+    def _trained_cell(self, name: str, variant: str, seed: int, starts: Sequence[Cell]) -> Cell:
+        method, own, _ = parse_variant(variant)
+        shared = {key: value for key, value in self.shared.items() if not (key == "max_steps" and "epochs" in own)}
         if "objective" in own:
             shared = {key: value for key, value in shared.items() if key not in FOR_LABELS}
         values = _train_values({**shared, **own})
-        start = None if earlier is None else self._trained_cell(earlier, seed)
-        if start is not None:
-            values = {"model": start.values["model"], **values, "init_from": start.values["output"]}
+        if starts:
+            values = {"model": starts[0].values["model"], **values, "init_from": starts[0].values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
+        if self.protocol == "quick" and not METHODS[method].zeroth_order and "max_steps" not in values:
+            values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
         method_options(config)
-        return Cell(name, variant, method, seed, config.values(), None if start is None else start.name)
+        return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))
+
+    @property
+    def _slice(self) -> Path:
+        """Where the rows lie that learning rates are tried on; absolute, as `TrainConfig` keeps what is there."""
+        return Path(self.output).expanduser().resolve() / SLICE
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
         calibrate = own.pop("calibrate", False)
@@ -223,7 +237,7 @@ class CompareConfig:
         for key in _CHANGES_DEV_ROWS:
             if key in self.common:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}, which the other cells are given. Leave one out.")
-        given = {key: value for key, value in {**self.common, **own}.items() if key in _ZERO_SHOT_FIELDS}
+        given = {key: value for key, value in {**self.shared, **own}.items() if key in _ZERO_SHOT_FIELDS}
         config = TrainConfig.from_values({**given, "output": str(self._cell_folder(name))})
         if config.parse_prompt() is None:
             raise FastpeftError(f"{ZERO_SHOT} needs a prompt; give one as {ZERO_SHOT}:prompt=sst2.")
@@ -231,82 +245,6 @@ class CompareConfig:
 
     def _cell_folder(self, name: str) -> Path:
         return _cells_folder(self.output) / name
-
-
-def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
-    """A variant's method, its own keys and values, and the variant that it starts from.
-
-    Raises:
-        FastpeftError: it cannot be read, or there is no such method.
-
-    Example:
-        >>> parse_variant("lst:targets=query+value:rank=8:init_from=mezo:prompt=sst2")
-        ('lst', {'targets': 'query,value', 'rank': 8}, 'mezo:prompt=sst2')
-    """
-    own, chain, earlier = _partition_chain(text)
-    method, *items = _split(own, r":(?=\w+=)")
-    if method not in (*METHODS, ZERO_SHOT):
-        raise FastpeftError(
-            f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
-            'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
-        )
-    if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
-        raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")
-    values: dict[str, Any] = {}
-    for item in items:
-        name, _, value = item.partition("=")
-        if not value or name in values:
-            raise FastpeftError(f"{name} has {'two values' if name in values else 'no value'}; give it one.")
-        values[name] = _value(name, value)
-    return method, values, earlier if chain else None
-
-
-def split_items(text: str) -> list[str]:
-    """Variants or prompts as written on a command line, joined by commas; a comma in double quotes joins nothing.
-
-    Example:
-        >>> split_items('none, "{a}? <mask>, {b}":label_words=Yes+No')
-        ['none', '"{a}? <mask>, {b}":label_words=Yes+No']
-    """
-    return [item.strip() for item in _split(text, ",")]
-
-
-def _has_prompt(variant: str) -> bool:
-    """Whether a variant has a prompt of its own, or an objective, which has none."""
-    return any(item.startswith(("prompt=", "objective=")) for item in _split(_partition_chain(variant)[0], ":"))
-
-
-def _with_prompt(variant: str, prompt: str) -> str:
-    """A variant that has no prompt with one; what it starts from, where that has none, is the one with the same."""
-    own, chain, earlier = _partition_chain(variant)
-    if chain and not _has_prompt(earlier):
-        earlier = _with_prompt(earlier, prompt)
-    return f"{own}:prompt={prompt}{chain}{earlier}"
-
-
-def _value(name: str, text: str) -> Any:
-    """The value of a variant's key as written."""
-    if not text.startswith('"') and (name in _LISTS or text.startswith("[")):
-        text = ",".join(_split(text, r"\+"))
-    value = parse_value(text)
-    if text.startswith('"') and value == text:
-        raise FastpeftError(
-            f'{name} is {text}, which is no text of JSON. Close the quotes, and write \\" and \\\\ inside.'
-        )
-    return value
-
-
-def _partition_chain(text: str) -> tuple[str, str, str]:
-    """A variant as written, cut around the first `_CHAIN`, as `str.partition` does."""
-    own, *earlier = _split(text, _CHAIN)
-    return own, _CHAIN if earlier else "", _CHAIN.join(earlier)
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """`text`, cut at the regular expression `separator` where that is not in double quotes, as JSON has them."""
-    bare = re.sub(r'"(\\.|[^"\\])*"', lambda quoted: "_" * len(quoted[0]), text)
-    cuts = [0, *(place for found in re.finditer(separator, bare) for place in found.span()), len(text)]
-    return [text[start:end] for start, end in zip(cuts[::2], cuts[1::2])]
 
 
 def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,12 +280,14 @@ class Plan:
         cells: all that the folder is about, those of earlier comparisons in it included, in the order of the report.
         wanted: those that the present comparison asks for, each after the one that it starts from.
         commands: how all these comparisons were started.
+        suites: names of those that they ran.
     """
 
     folder: Path
     cells: list[Cell]
     wanted: list[Cell]
     commands: list[str]
+    suites: list[str]
 
     @classmethod
     def make(cls, config: CompareConfig, command: str) -> Plan:
@@ -358,23 +298,61 @@ class Plan:
                 rows.
         """
         folder = Path(config.output).expanduser()
-        cells = config.cells()
-        earlier, commands = _read(folder)
+        earlier = _read(folder)
+        by_name = {cell.name: cell for cell in (*earlier.cells, *config.cells())}
+        cells = [_settled(cell, by_name) for cell in config.cells()]
         for cell in cells:
             try:
                 cell.folder.check(cell.values, resume=True, overwrite=False)
             except FastpeftError as error:
                 raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
-        merged = {cell.name: cell for cell in (*earlier, *cells)}
-        for cell in merged.values():
-            _check_rows(cell, cells[0])
-        return cls(folder, list(merged.values()), _in_order(cells), list(dict.fromkeys([*commands, command])))
+        merged = by_name | {cell.name: cell for cell in cells}
+        results = [cell for cell in merged.values() if not cell.search]
+        for cell in results:
+            _check_rows(cell, next(cell for cell in cells if not cell.search))
+        return cls(
+            folder,
+            list(merged.values()),
+            _in_order(cells),
+            list(dict.fromkeys([*earlier.commands, command])),
+            list(dict.fromkeys([*earlier.suites, *([config.suite] if config.suite else [])])),
+        )
+
+    @property
+    def results(self) -> list[Cell]:
+        """The cells that the report is about."""
+        return [cell for cell in self.cells if not cell.search]
+
+    @property
+    def searches(self) -> list[Cell]:
+        """The cells that try learning rates."""
+        return [cell for cell in self.cells if cell.search]
+
+    @property
+    def slice(self) -> Path:
+        """Where the rows lie that learning rates are tried on."""
+        return self.folder.resolve() / SLICE
+
+    def settle(self, cell: Cell) -> Cell:
+        """The cell with what those before it have found, in its place in the plan too.
+
+        Raises:
+            FastpeftError: the cells before it have failed.
+        """
+        settled = cell.settled({other.name: other for other in self.cells})
+        for cells in (self.cells, self.wanted):
+            cells[:] = [settled if other.name == cell.name else other for other in cells]
+        return settled
 
     def save(self) -> None:
         """Make the folder, and write `comparison.json` into it."""
         try:
             _cells_folder(self.folder).mkdir(parents=True, exist_ok=True)
-            values = {"commands": self.commands, "cells": [dataclasses.asdict(cell) for cell in self.cells]}
+            values = {
+                "commands": self.commands,
+                "suites": self.suites,
+                "cells": [dataclasses.asdict(cell) for cell in self.cells],
+            }
             files.write_json(self.folder / "comparison.json", values)
         except OSError as error:
             raise FastpeftError(
@@ -383,8 +361,16 @@ class Plan:
             ) from error
 
 
-def _read(folder: Path) -> tuple[list[Cell], list[str]]:
-    """The cells and commands in a folder's `comparison.json`; none where the folder is new or empty."""
+def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
+    """A cell as far as those before it have come; what has failed there is tried again first."""
+    try:
+        return cell.settled(by_name)
+    except FastpeftError:
+        return cell
+
+
+def _read(folder: Path) -> Plan:
+    """What a folder's `comparison.json` says; a plan of nothing where the folder is new or empty."""
     file = folder / "comparison.json"
     if not file.is_file():
         if folder.exists() and (not folder.is_dir() or any(child.name != LOCK for child in folder.iterdir())):
@@ -392,13 +378,13 @@ def _read(folder: Path) -> tuple[list[Cell], list[str]]:
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."
             )
-        return [], []
+        return Plan(folder, [], [], [], [])
     saved = files.read_json(file)
     try:
-        cells = [Cell(**item) for item in saved["cells"]]
+        cells = [Cell.from_values(item) for item in saved["cells"]]
         for cell in cells:  # the folder may have moved
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
-        return cells, list(saved["commands"])
+        return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
 
@@ -422,8 +408,8 @@ def _in_order(cells: Iterable[Cell]) -> list[Cell]:
     ordered: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
-        if cell.after is not None:
-            add(by_name[cell.after])
+        for name in cell.needs:
+            add(by_name[name])
         ordered.setdefault(cell.name, cell)
 
     for cell in by_name.values():

@@ -17,7 +17,10 @@ from typing import IO, Any
 
 from fastpeft import files
 from fastpeft.comparison import report
-from fastpeft.comparison.plan import LOCK, ROWS, ZERO_SHOT, Cell, CompareConfig, Plan
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.plan import LOCK, ROWS, CompareConfig, Plan
+from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
+from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import get_method
@@ -40,10 +43,11 @@ class CompareResult:
 
 
 def compare(config: CompareConfig, *, command: str | None = None) -> CompareResult:
-    """Run every cell of `config` that is not finished, and leave `results.csv` and `report.md` in its output.
+    """Run every cell of `config` that is not finished, and leave `results.csv`, `report.md`, `report.html` and
+    `figures` in its output.
 
     The same call on the same folder continues: finished cells are kept, failed ones tried again. Another comparison in
-    that folder adds its cells. Both files are rewritten after each cell.
+    that folder adds its cells. `results.csv` and `report.md` are rewritten after each cell.
 
     Args:
         config: what to compare.
@@ -52,7 +56,7 @@ def compare(config: CompareConfig, *, command: str | None = None) -> CompareResu
     Raises:
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
-        KeyboardInterrupt: as usual, and on SIGTERM; the cell's process is ended and both files are written before.
+        KeyboardInterrupt: as usual, and on SIGTERM; the cell's process is ended and all files are written before.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
@@ -71,7 +75,11 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, command: str | None = None) -> None:
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
-        _check_data(self.plan.wanted)
+        data = _check_data(self.plan.wanted)
+        self._train_rows = None if data is None else len(data.train)
+        self._slice: TextData | None = None
+        if data is not None and any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
+            self._slice = take_slice(data, *slice_sizes(len(data.train)))
         self.running: Cell | None = None
         self._started = 0.0
 
@@ -81,42 +89,56 @@ class Comparison:
 
     def seconds_left(self) -> float | None:
         """A guess by the speed of finished cells, of the same method where there are some; None before the first."""
-        finished = [(cell.method, metrics) for cell in self.plan.cells if (metrics := cell.metrics())]
-        finished = [(method, metrics) for method, metrics in finished if metrics.get("samples_per_second")]
+        finished = [(cell, metrics) for cell in self.plan.cells if (metrics := cell.metrics())]
+        finished = [(cell, metrics) for cell, metrics in finished if metrics.get("samples_per_second")]
         if not finished:
             return None
         left = 0.0
         for cell in self.plan.wanted:
             if self.state(cell) in ("running", "waiting") and cell.method != ZERO_SHOT:
-                same = [metrics for method, metrics in finished if method == cell.method]
+                same = [metrics for other, metrics in finished if other.method == cell.method]
                 speeds = [metrics["samples_per_second"] for metrics in same or [metrics for _, metrics in finished]]
-                seconds = _rows(cell, finished[0][1]["train_rows"]) / mean(speeds)
+                seconds = self.rows(cell) / mean(speeds)
                 left += max(0.0, seconds - (time.monotonic() - self._started if cell is self.running else 0.0))
         return left
+
+    def rows(self, cell: Cell) -> float:
+        """Rows that a cell trains on, those of every epoch counted."""
+        if cell.method == ZERO_SHOT:
+            return 0.0
+        found = [
+            metrics["train_rows"] for other in self.plan.results if (metrics := other.metrics() or {}).get("train_rows")
+        ]
+        train_rows = found[0] if found else self._train_rows or 0
+        return _rows(cell, slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""
         plan = self.plan
         with _lock(plan.folder) as lock, _sigterm_interrupts():
             plan.save()
+            if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
+                write_rows(self._slice, plan.slice)
             for cell in plan.wanted:  # a failure of an earlier time is not one of now
                 if cell.state == "failed":
                     cell.log.unlink()
             try:
-                for number, cell in enumerate(plan.wanted, 1):
+                for number, cell in enumerate(list(plan.wanted), 1):
                     if cell.state != "finished":
                         logger.info("%d of %d: %s", number, len(plan.wanted), cell.name)
                         self._run_cell(cell, lock)
-                        report.write(plan)
+                        report.write(plan, whole=False)
             finally:
-                report.write(plan)
+                report.write(plan, whole=True)
         return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
 
     def _run_cell(self, cell: Cell, lock: IO[str] | None) -> None:
         """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
-        if cell.after is not None and any(other.name == cell.after and other.error() for other in self.plan.wanted):
-            files.write_text(cell.log, f"Error: {cell.after}, whose result it starts from, has failed.\n")
-            logger.warning("%s: not started, since %s has failed", cell.name, cell.after)
+        try:
+            cell = self.plan.settle(cell)
+        except FastpeftError as error:
+            files.write_text(cell.log, f"Error: {error}\n")
+            logger.warning("%s: not started: %s", cell.name, error)
             return
         files.write_json(cell.config_file, cell.values)
         self.running, self._started = cell, time.monotonic()
@@ -136,11 +158,15 @@ class Comparison:
             logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), time.monotonic() - self._started)
 
 
-def _check_data(cells: Iterable[Cell]) -> None:
-    """Raise `FastpeftError` where the rows of cells cannot be loaded, or a cell's prompt or metric is not for them."""
+def _check_data(cells: Iterable[Cell]) -> TextData | None:
+    """The rows of those cells that are not finished, of a cell that trains on all of them; None where all are.
+
+    Raises:
+        FastpeftError: the rows cannot be loaded, or a cell's prompt or metric is not for them.
+    """
     loaded: dict[Any, TextData] = {}
     for cell in cells:
-        if cell.state == "finished":
+        if cell.search or cell.state == "finished":  # what tries rates is as what takes them, on rows of these
             continue
         config = cell.config
         rows = (config.objective, *(getattr(config, name) for name in ROWS))
@@ -150,6 +176,7 @@ def _check_data(cells: Iterable[Cell]) -> None:
             head_for(config, loaded[rows])
         except FastpeftError as error:
             raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}") from None
+    return next(iter(loaded.values()), None)
 
 
 def _command(cell: Cell) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fastpeft import console
+from fastpeft import console, files
 from fastpeft.environment import versions
 from fastpeft.errors import FastpeftError
-from fastpeft.evaluation import evaluate_zero_shot
+from fastpeft.evaluation import measure_classes, zero_shot_outputs
 from fastpeft.named_prompts import parse_prompt
-from fastpeft.runs import RunFolder, read_config
+from fastpeft.runs import PREDICTIONS, RunFolder, read_config
 
 
 def main(file: Path) -> None:
@@ -20,7 +20,7 @@ def main(file: Path) -> None:
     prompt = parse_prompt(values["prompt"], values["label_words"])
     assert prompt is not None  # the plan has refused none
     folder.open(values, overwrite=False)
-    metrics = evaluate_zero_shot(
+    outputs, texts = zero_shot_outputs(
         values["model"],
         prompt,
         values["data"],
@@ -29,7 +29,12 @@ def main(file: Path) -> None:
         label_column=values["label_column"],
     )
     described = {name: values[name] for name in ("method", "model", "data", "prompt", "calibrate")}
-    folder.close({**described, **metrics, "trainable_parameters": 0, "versions": versions()}, folder.staging)
+    result = folder.staging / "result"
+    result.mkdir()
+    classes = {"labels": texts.dev.labels, "predictions": outputs.argmax(-1).tolist()}
+    files.write_json(result / PREDICTIONS, classes)
+    measured = measure_classes(outputs, texts)
+    folder.close({**described, **measured, "trainable_parameters": 0, "versions": versions()}, result)
 
 
 if __name__ == "__main__":

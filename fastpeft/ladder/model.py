@@ -305,6 +305,11 @@ class LadderModel(PreTrainedModel):
         """
         self.feature_cache = None
         if folder is not None:
+            if self.adapters:
+                raise FastpeftError(
+                    "an adapter in the backbone trains with the side network (train_adapters), so its features change "
+                    "at every step and cannot be cached. Leave out either."
+                )
             self.feature_cache = FeatureCache(self.backbone, self.side.feature_sizes, folder, dtype, max_bytes)
         return self.feature_cache
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastpeft import CompareConfig, FastpeftError
-from fastpeft.comparison.plan import Plan, parse_variant, split_items
+from fastpeft.comparison import suites
+from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.variants import parse_variant, split_items
 from fastpeft.config import TrainConfig
 
 
@@ -110,7 +113,7 @@ def test_prompts_are_combined_with_variants_that_have_none() -> None:
 
 def test_a_chain_and_its_start_are_combined_with_one_prompt() -> None:
     def starts(*methods: str, prompts: list[str]) -> dict[str, str | None]:
-        return {cell.name: cell.after for cell in config(*methods, prompts=prompts).cells()}
+        return {cell.name: next(iter(cell.after), None) for cell in config(*methods, prompts=prompts).cells()}
 
     chained = "lst-prompt=sst2-init_from=mezo-prompt=sst2-seed0"
     found = starts("mezo", "lst:init_from=mezo", prompts=["none", "sst2"])
@@ -143,7 +146,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
     ]
     assert [cell.variant for cell in made.cells] == [cell.variant for cell in chained.cells()], "the report's order"
     by_name = {cell.name: cell for cell in made.cells}
-    assert by_name["lst-init_from=mezo-seed1"].after == "mezo-seed1"
+    assert by_name["lst-init_from=mezo-seed1"].after == ("mezo-seed1",)
     follower, start = by_name["lst-init_from=mezo-seed1"], by_name["mezo-seed1"]
     assert Path(follower.values["init_from"]) == Path(start.values["output"])
 
@@ -195,12 +198,123 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "nor leaves one"),
         ({"methods": ["lst:init_from=lst"]}, "init_from names 'lst'"),
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
+        ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
+        ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),
+        ({"suite": "figure5", "protocol": "full"}, "figure5 keeps one set of hyper-parameters"),
+        ({"suite": "table1", "prompts": ["none", "sst2"]}, "table1 has rows with a prompt and rows without"),
+        ({"suite": "table1", "methods": ["lst"]}, "the variants 'lst' and 'lst' are one"),
     ],
 )
 def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError) as raised:
         CompareConfig(**{"output": "out", "methods": ["siva"], **changes})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("suite", "rows"), [("table1", 11), ("table2", 18), ("figure5", 4)])
+def test_suites_are_the_reports_rows(suite: str, rows: int) -> None:
+    cells = CompareConfig(output="out", suite=suite, methods=["bitfit"], protocol="quick").cells()
+    assert len({cell.variant for cell in cells}) == len(cells) == rows + 1
+    assert cells[-1].variant == "bitfit"
+    assert all(cell.row for cell in cells[:-1])
+    assert {cell.row for cell in cells} >= {"full", "lora", "siva", "9-lst"}
+    assert all(cell.values["epochs"] == 1 for cell in cells if cell.method != "mezo")
+    for measure in ("accuracy", "memory_mb", "samples_per_second"):
+        for first, second in suites.orderings(measure):
+            above, below = suites.report_row(first), suites.report_row(second)
+            if measure == "accuracy":
+                assert min(above.accuracy) > max(below.accuracy), (first, second)
+            else:
+                sign = -1 if measure == "memory_mb" else 1
+                assert sign * getattr(above, measure) > sign * getattr(below, measure), (first, second)
+
+
+def test_a_suite_takes_another_prompt_and_other_values() -> None:
+    prompt = "{text} So <mask>!:label_words=bad+good"
+    suite = CompareConfig(output="out", suite="table2", prompts=[prompt], common={"max_steps": 5})
+    prompted = [cell for cell in suite.cells() if cell.values["prompt"]]
+    assert len(prompted) == 7
+    assert {(cell.values["prompt"], cell.values["label_words"]) for cell in prompted} == {
+        ("{text} So <mask>!", "bad,good")
+    }
+    chained = next(cell for cell in prompted if cell.row == "9-lst+mezo+prompt")
+    assert chained.after == (next(cell.name for cell in prompted if cell.row == "mezo"),)
+    assert chained.values["prompt_head"] == "classifier"
+    figure = CompareConfig(output="out", suite="figure5", common={"max_steps": 5, "learning_rate": 0.5}).cells()
+    assert {(cell.values["learning_rate"], cell.values["max_steps"], cell.values["epochs"]) for cell in figure} == {
+        (0.5, 5, None)
+    }
+
+
+def test_quick_is_one_epoch_but_for_mezo() -> None:
+    cells = config("siva", "mezo", "lst:epochs=3", "head:max_steps=7", protocol="quick").cells()
+    assert [(cell.values["epochs"], cell.values["max_steps"]) for cell in cells] == [
+        (1, None),
+        (None, None),
+        (3, None),
+        (None, 7),
+    ]
+
+
+def test_full_tries_as_many_rates_for_every_method(tmp_path: Path) -> None:
+    full = config(
+        "siva", "lst:init_from=mezo", "mezo", "lora:learning_rate=1e-3", output=str(tmp_path), protocol="full"
+    )
+    plan = Plan.make(full, "command")
+    tried = {variant: [cell for cell in plan.searches if cell.variant == variant] for variant in full.methods}
+    assert {variant: len(cells) for variant, cells in tried.items()} == {
+        "siva": 3,
+        "lst:init_from=mezo": 3,
+        "mezo": 3,
+        "lora:learning_rate=1e-3": 0,
+    }
+    assert [cell.values["learning_rate"] for cell in tried["siva"]] == [0.001, 0.000333, 0.003]
+    assert {cell.values["data"] for cell in plan.searches} == {str(tmp_path.resolve() / "slice")}
+    assert {cell.values["data"] for cell in plan.results} == {"demo"}
+    assert [cell.seed for cell in plan.results if cell.method == "siva"] == [0, 1, 2]
+    order = [cell.name for cell in plan.wanted]
+    for cell in plan.wanted:
+        assert all(order.index(name) < order.index(cell.name) for name in cell.needs)
+    follower = tried["lst:init_from=mezo"][0]
+    assert set(follower.after) == {cell.name for cell in tried["mezo"]}, "of what saw no dev row of the slice"
+    assert tried["mezo"][0].name == "search-mezo-learning_rate=1.5e-05"
+
+
+def finish(cell: Any, **metrics: Any) -> None:
+    """Let a cell's folder hold a finished run."""
+    cell.folder.path.mkdir(parents=True)
+    (cell.folder.path / "run.json").write_text(json.dumps({"fastpeft_version": "0", **cell.values}))
+    (cell.folder.path / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_the_best_rate_is_taken_and_kept(tmp_path: Path) -> None:
+    full = config("siva", output=str(tmp_path / "out"), protocol="full", seeds=1)
+    plan = Plan.make(full, "command")
+    plan.save()
+    result = plan.results[0]
+    assert plan.settle(result).values["learning_rate"] is None, "not before all rates are tried"
+    for cell, accuracy in zip(plan.searches, (0.7, 0.8, 0.8)):
+        finish(cell, accuracy=accuracy)
+    settled = plan.settle(result)
+    assert settled.values["learning_rate"] == 0.000333, "of equal ones the first"
+    assert plan.results == [settled]
+    assert Plan.make(full, "command").results == [settled]
+    finish(settled, accuracy=0.9)
+    metrics = plan.searches[2].folder.metrics_file
+    metrics.write_text(json.dumps({"accuracy": 0.99}))
+    assert Plan.make(full, "command").results[0].values["learning_rate"] == 0.000333, "what has started keeps its own"
+
+
+def test_a_rate_that_failed_is_not_taken(tmp_path: Path) -> None:
+    plan = Plan.make(config("siva", output=str(tmp_path / "out"), protocol="full", seeds=1), "command")
+    plan.save()
+    for cell in plan.searches:
+        cell.log.write_text("Error: the loss is nan\n")
+    names = " and ".join(cell.name for cell in plan.searches)
+    with pytest.raises(FastpeftError, match=f"{re.escape(names)}, whose learning rate it takes, have failed"):
+        plan.settle(plan.results[0])
+    finish(plan.searches[2], accuracy=0.6)
+    assert plan.settle(plan.results[0]).values["learning_rate"] == 0.003
 
 
 def test_another_folder_is_left_alone(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,8 +27,10 @@ import fastpeft
 from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
+from fastpeft.comparison.estimates import Estimate
 from fastpeft.comparison.run import Comparison
-from fastpeft.data import Examples, TextData
+from fastpeft.config import TrainConfig
+from fastpeft.data import Examples, TextData, load_data
 from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
 
@@ -65,7 +69,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
     rows = Examples(["good", "bad"], [1, 0])
     data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
-    monkeypatch.setattr(run, "load_data", lambda **options: data)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
+    told = {"head": Estimate(100.0, 2.0, 0.5), "lora:learning_rate=0.25": Estimate(error="no such layers")}
+    monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: told)
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +193,90 @@ def test_a_chain_fails_with_its_start_and_goes_on_with_it() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate that measures best on the slice is what every seed is run with."""
+    rows = Examples([f"text {row}" for row in range(30)], [row % 2 for row in range(30)])
+    data = TextData(rows, Examples(["dev"], [1]), ["negative", "positive"], "words", CLASSIFICATION)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
+    accuracy = '0.5 + values["seed"] / 10'
+    by_rate = '{0.003: 0.6, 0.001: 0.9, 0.009: 0.7}.get(values["learning_rate"], 0)'
+    used = STAND_IN.replace(accuracy, by_rate).replace(
+        '"learning_rate": 1e-5', '"learning_rate": values["learning_rate"]'
+    )
+    Path("cell.py").write_text(used)
+    full = CompareConfig(output="out", methods=["head"], protocol="full")
+    assert compare(full).failed == {}
+    tried = [f"search-head-learning_rate={rate}" for rate in ("0.003", "0.001", "0.009")]
+    assert started() == [*tried, "head-seed0", "head-seed1", "head-seed2"]
+    sliced = load_data("out/slice")
+    assert (len(sliced.train), len(sliced.dev), sliced.labels) == (20, 10, data.labels)
+    assert set(sliced.train.texts) | set(sliced.dev.texts) == set(rows.texts)
+    assert [row["learning_rate"] for row in results() if not row["search"]] == ["0.001"] * 3
+    report = Path("out/report.md").read_text()
+    assert "| head | 0.001 | 0.900 | taken |\n| head | 0.009 | 0.700 |  |" in report
+    assert "| head only | - | 3 |" in report
+    assert compare(full).failed == {}
+    assert len(started()) == 6, "nothing is repeated"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_chain_searches_from_the_best_of_its_starts_search() -> None:
+    rows = Examples([f"text {row}" for row in range(30)], [row % 2 for row in range(30)])
+    Path("cell.py").write_text(STAND_IN.replace('0.5 + values["seed"] / 10', 'values["learning_rate"]'))
+    full = CompareConfig(output="out", methods=["head:init_from=bitfit", "bitfit"], protocol="full", seeds=1)
+    data = TextData(rows, rows, ["negative", "positive"], "words", CLASSIFICATION)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "data_for", lambda config: data)
+        comparison = Comparison(full)
+        assert comparison.run().failed == {}
+    best = "out/cells/search-bitfit-learning_rate=0.009"
+    searches = [cell for cell in comparison.plan.searches if cell.variant == "head:init_from=bitfit"]
+    assert {Path(cell.values["init_from"]).as_posix()[-len(best) :] for cell in searches} == {best}
+    result = next(cell for cell in comparison.plan.results if cell.method == "head")
+    assert result.values["init_from"].endswith("cells/bitfit-seed0")
+
+
+@pytest.mark.kill
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_nothing_finished_is_repeated(seed: int) -> None:
+    """The comparison itself is killed; a cell of it may live on, finish, and count."""
+    moments = random.Random(seed)
+    variants = [f"head:batch_size={size}" for size in range(1, 9)]
+    finished: list[str] = []
+    for _ in range(4):
+        process = os.fork()
+        if process == 0:
+            with contextlib.suppress(BaseException):
+                compare(config(*variants))
+            os._exit(0)
+        time.sleep(moments.uniform(0.0, 0.6))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        wait_for_the_folder()
+        finished = [file.parent.name for file in Path("out/cells").glob("*/metrics.json")]
+    before = len(started()) if Path("out/cells/started").exists() else 0
+    assert compare(config(*variants)).failed == {}
+    again = started()[before:]
+    assert len(set(again)) == len(again)
+    assert set(again).isdisjoint(finished)
+    assert {*again, *finished} == {cell.name for cell in config(*variants).cells()}
+    assert [row["state"] for row in results()] == ["finished"] * 8
+    assert Path("out/report.md").read_text().count("| 0.500 |") == 8
+    assert Path("out/report.html").read_text().count(">0.500</td>") == 8
+
+
+def wait_for_the_folder() -> None:
+    """Wait until no cell is left that holds the folder's lock."""
+    while True:
+        try:
+            with run._lock(Path("out")):
+                return
+        except FastpeftError:
+            time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_killed_cell_is_told() -> None:
     started_pid(lambda pid: os.kill(pid, signal.SIGKILL))
     failed = compare(config("head:learning_rate=0.125", "head")).failed
@@ -265,8 +355,15 @@ def test_on_the_command_line() -> None:
     command = ["compare", "--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25", "--output", "out"]
     dry = CliRunner().invoke(app, [*command, "--dry-run"])
     assert dry.exit_code == 0, dry.output
-    for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "0 of 3 finished"):
+    for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "no such layers", "0 of 3 finished, about 3 s for"):
         assert text in dry.stdout
+    assert "fits" not in dry.stdout
+    budget = CliRunner().invoke(app, [*command, "--dry-run", "--memory-budget", "50"])
+    assert budget.exit_code == 0, budget.output
+    head = next(line for line in budget.stdout.splitlines() if "head-seed0" in line)
+    assert [text.strip() for text in head.split("│")[2:6]] == ["waiting", "100", "no", "3 s"]
+    alone = CliRunner().invoke(app, [*command, "--memory-budget", "50"])
+    assert (alone.exit_code, "goes with --dry-run" in alone.stderr) == (2, True)
     assert not Path("out").exists()
 
     shown = CliRunner().invoke(app, command)
@@ -354,6 +451,7 @@ def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: {})
     command = ["compare", "--methods", "head,zero-shot:prompt=sst2", "--data", "reviews.csv", "--output", "out"]
     for arguments in (command, [*command, "--dry-run"]):
         shown = CliRunner().invoke(app, arguments)
@@ -383,13 +481,14 @@ def test_what_does_not_fit_the_data_is_told_before_the_first_cell(stand_in: None
     assert not Path("out").exists()
 
 
+@pytest.mark.usefixtures("stand_in")
 def test_a_finished_comparison_needs_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(config("head"))
 
-    def load_data(**options: Any) -> None:
-        raise FastpeftError(f"{options['data']} is gone.")
+    def data_for(config: TrainConfig) -> None:
+        raise FastpeftError(f"{config.data} is gone.")
 
-    monkeypatch.setattr(run, "load_data", load_data)
+    monkeypatch.setattr(run, "data_for", data_for)
     assert compare(config("head")).failed == {}
     with pytest.raises(FastpeftError, match="demo is gone"):
         compare(config("head", "lora"))

@@ -61,6 +61,12 @@ def test_the_adapter_trains_and_the_backbone_does_not() -> None:
     assert changed <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_features_that_change_as_it_trains_are_not_cached(tmp_path: Path) -> None:
+    with pytest.raises(FastpeftError, match="train_adapters"):
+        beside([2]).cache_features(tmp_path / "features")
+    assert not (tmp_path / "features").exists()
+
+
 def test_at_the_start_it_computes_what_the_side_network_alone_does() -> None:
     torch.manual_seed(1)
     alone = ladder(tiny())

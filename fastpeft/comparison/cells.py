@@ -1,0 +1,144 @@
+"""One process of a comparison: what it is given, where it leaves its result, and what that result says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastpeft import files
+from fastpeft.comparison.variants import ZERO_SHOT
+from fastpeft.config import TrainConfig
+from fastpeft.errors import FastpeftError
+from fastpeft.problems import CLASSIFICATION, best_step, get_problem
+from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One process of a comparison.
+
+    Attributes:
+        name: of its folder.
+        variant: as written.
+        method: name of its method, or `ZERO_SHOT`.
+        seed: its seed; None for `ZERO_SHOT`, which has none.
+        values: its configuration, as `run.json` holds it.
+        after: names of cells; it starts from the result of the best of them.
+        rates: names of the cells that tried learning rates for it; it takes the best one's.
+        search: whether it only tries a learning rate, on a slice of the training rows.
+        row: key of its row in the report's tables, where it is of one.
+    """
+
+    name: str
+    variant: str
+    method: str
+    seed: int | None
+    values: dict[str, Any]
+    after: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    search: bool = False
+    row: str | None = None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Cell:
+        """A cell of the names and values that `comparison.json` holds."""
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("after", "rates")}})
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.values["output"])
+
+    @property
+    def config(self) -> TrainConfig:
+        """Its configuration; of a `ZERO_SHOT` cell, that of a run with its data and prompt."""
+        own = ("method", "calibrate") if self.method == ZERO_SHOT else ()
+        return TrainConfig.from_values({name: value for name, value in self.values.items() if name not in own})
+
+    @property
+    def config_file(self) -> Path:
+        """What its process reads."""
+        return Path(f"{self.values['output']}.json")
+
+    @property
+    def log(self) -> Path:
+        """What its latest process said, with a last line `Error: ...` where it failed."""
+        return Path(f"{self.values['output']}.log")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the cells that come before it."""
+        return (*self.after, *self.rates)
+
+    def metrics(self) -> dict[str, Any] | None:
+        """What was measured; None while it is not finished."""
+        folder = self.folder
+        return folder.metrics() if folder.finished else None
+
+    def predictions(self) -> dict[str, list[int]] | None:
+        """The class of each dev row by `labels`, and by the model in `predictions`; None where they were not kept."""
+        file = self.folder.path / PREDICTIONS
+        return files.read_json(file) if self.folder.finished and file.is_file() else None
+
+    def curves(self) -> dict[str, list[tuple[int, float]]] | None:
+        """What was logged while it trained, as (step, value) by name; None where that was not kept."""
+        file = self.folder.path / CURVES
+        if not (self.folder.finished and file.is_file()):
+            return None
+        return {name: [(step, value) for step, value in points] for name, points in files.read_json(file).items()}
+
+    def error(self) -> str | None:
+        """Why its latest try failed; None where it did not fail."""
+        if self.folder.finished or not self.log.is_file():
+            return None
+        last = self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        return last.removeprefix("Error: ") if last.startswith("Error: ") else None
+
+    @property
+    def state(self) -> str:
+        """`finished`, `failed` or `waiting`, by what its folder holds."""
+        if self.folder.finished:
+            return "finished"
+        return "waiting" if self.error() is None else "failed"
+
+    def settled(self, cells: Mapping[str, Cell]) -> Cell:
+        """It with what the cells before it have found: their best learning rate, the folder of the best start.
+
+        What has started keeps what it started with; what comes too early is returned as it is.
+
+        Args:
+            cells: those of the comparison, by name.
+
+        Raises:
+            FastpeftError: the cells before it have failed.
+        """
+        if self.needs and self.folder.started:
+            begun = self.folder.config()
+            return self._with({name: begun[name] for name in ("learning_rate", "init_from")})
+        found = {}
+        if best := _best([cells[name] for name in self.rates], "whose learning rate it takes"):
+            found["learning_rate"] = best.values["learning_rate"]
+        if best := _best([cells[name] for name in self.after], "whose result it starts from"):
+            found["init_from"] = best.values["output"]
+        return self._with(found)
+
+    def _with(self, values: Mapping[str, Any]) -> Cell:
+        return dataclasses.replace(self, values={**self.values, **values})
+
+
+def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
+    """The finished cell, the first of several, that measures best; None where there is none or one still waits.
+
+    Raises:
+        FastpeftError: all have failed.
+    """
+    finished = [(index, metrics) for index, cell in enumerate(cells) if (metrics := cell.metrics())]
+    failed = [cell.name for cell in cells if cell.error()]
+    if cells and len(failed) == len(cells):
+        raise FastpeftError(f"{' and '.join(failed)}, {purpose}, {'has' if len(failed) == 1 else 'have'} failed.")
+    if not finished or len(finished) + len(failed) < len(cells):
+        return None
+    metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).primary
+    return cells[best_step([(index, metrics[metric]) for index, metrics in finished], metric)]

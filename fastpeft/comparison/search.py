@@ -1,0 +1,87 @@
+"""The search for learning rates of the protocol `full`: the same number of rates for each method, on a slice of rows.
+
+Nothing is chosen by the dev rows: a slice of the training rows is learned from, and another measured on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastpeft import files
+from fastpeft.data import Examples, TextData
+from fastpeft.errors import FastpeftError
+from fastpeft.problems import REGRESSION
+
+FACTORS = (1.0, 1 / 3, 3.0)  # on the rate of a method's recipe; of equal rates the first is taken
+ROWS, DEV_ROWS = 2_000, 1_000  # of the slice, at most
+_SHARE = 2 / 3  # of fewer training rows, what is learned from
+
+
+def rates(recipe: float) -> list[float]:
+    """The learning rates to try around that of a recipe, to three digits.
+
+    Example:
+        >>> rates(1e-3)
+        [0.001, 0.000333, 0.003]
+    """
+    return [float(f"{recipe * factor:.3g}") for factor in FACTORS]
+
+
+def slice_sizes(train_rows: int) -> tuple[int, int]:
+    """Rows of the slice to learn from, and to measure on, out of `train_rows`."""
+    rows = min(ROWS, int(_SHARE * train_rows))
+    return rows, min(DEV_ROWS, train_rows - rows)
+
+
+def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int = 0) -> TextData:
+    """Some of the training rows of `data`, and other rows to measure on.
+
+    Args:
+        data: where the rows are from.
+        rows: training rows to take, in an order that `seed` decides.
+        dev_rows: other training rows to measure on. None: the dev rows of `data`.
+        seed: decides which.
+
+    Raises:
+        FastpeftError: the rows to learn from lack a class or tag.
+    """
+    order = list(range(len(data.train)))
+    random.Random(seed).shuffle(order)
+    train = _chosen(data.train, order[:rows])
+    dev = data.dev if dev_rows is None else _chosen(data.train, order[rows : rows + dev_rows])
+    if data.problem is not REGRESSION:
+        seen = {tag for tags in train.labels for tag in (tags if data.problem.per_token else [tags])}
+        missing = [name for index, name in enumerate(data.labels) if index not in seen]
+        if missing:
+            raise FastpeftError(
+                f"a slice of {rows:,} training rows has none of {missing[0]!r}, so learning rates cannot be searched "
+                "on it. Give more rows, or leave rare classes out."
+            )
+    return dataclasses.replace(data, train=train, dev=dev)
+
+
+def write_rows(data: TextData, folder: Path) -> None:
+    """Write `train.jsonl` and `dev.jsonl` into `folder`, made if it is not there, as `load_data` takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", data.train), ("dev", data.dev)):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _records(part, data))
+        files.write_text(folder / f"{name}.jsonl", "".join(lines))
+
+
+def _chosen(examples: Examples, indices: list[int]) -> Examples:
+    return Examples([examples.texts[i] for i in indices], [examples.labels[i] for i in indices])
+
+
+def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:
+    """Rows under the names of columns that are found without being told."""
+    for text, label in zip(examples.texts, examples.labels):
+        if data.problem.per_token:
+            yield {"tokens": text, "tags": [data.labels[tag] for tag in label]}
+            continue
+        columns = {"sentence1": text[0], "sentence2": text[1]} if examples.is_pair else {"text": text}
+        yield {**columns, "label": label, **({} if data.problem is REGRESSION else {"label_text": data.labels[label]})}

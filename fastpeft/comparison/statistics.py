@@ -1,0 +1,167 @@
+"""What can be said of accuracies: intervals, and whether one method is above another.
+
+Every method answers the same dev rows, so methods are compared row by row, and with several seeds seed by seed too. All
+is about `right`, `(seeds, rows)`: 1 where an answer was right, 0 where it was wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
+
+SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "undecided"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the accuracy of one method is above another's.
+
+    Attributes:
+        mean: the difference.
+        low, high: its interval.
+        p: how likely a difference of this size or more is where there is none.
+        test: name of the test.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    test: str
+
+
+def interval(right: np.ndarray) -> tuple[float, float]:
+    """The interval of an accuracy over new rows and, with several seeds, over new seeds.
+
+    With one seed Wilson's; with S seeds and N rows the mean over both plus or minus t standard errors, whose square is
+    `var(seeds) / S + var(rows) / N` (variances of the means over the other), with Welch's degrees of freedom.
+
+    Args:
+        right: `(seeds, rows)`, 0 or 1.
+
+    Example:
+        >>> low, high = interval(np.array([[1] * 8 + [0] * 2]))
+        >>> f"{low:.3f} {high:.3f}"
+        '0.490 0.943'
+    """
+    from scipy.stats import norm
+
+    seeds, rows = right.shape
+    if seeds == 1:
+        mean, z = float(right.mean()), float(norm.ppf(1 - LEVEL / 2))
+        centre = (mean + z**2 / (2 * rows)) / (1 + z**2 / rows)
+        half = z / (1 + z**2 / rows) * math.sqrt(mean * (1 - mean) / rows + z**2 / (4 * rows**2))
+    else:
+        centre = float(right.mean())
+        half = _half_width(*_error(right))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
+    """How far `first` is above `second`, on the same rows and the same seeds.
+
+    With one seed by McNemar's exact test: of the rows that one answers rightly and the other wrongly, half should be
+    either's. With several by the t test of the mean difference, whose standard error is that of `interval`.
+
+    Args:
+        first, second: `(seeds, rows)`, 0 or 1.
+    """
+    from scipy.stats import binomtest, t
+
+    differences = first.astype(np.float64) - second
+    mean = float(differences.mean())
+    error, freedom = _error(differences)
+    half = _half_width(error, freedom)
+    if len(differences) == 1:
+        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+        return Difference(mean, mean - half, mean + half, float(p), "McNemar's exact test")
+    statistic = abs(mean) / error if error else (math.inf if mean else 0.0)
+    p = 2 * float(t.sf(statistic, freedom))
+    return Difference(mean, mean - half, mean + half, p, "t test over seeds and rows")
+
+
+def _error(values: np.ndarray) -> tuple[float, float]:
+    """The standard error of the mean of `values` `(seeds, rows)`, and its degrees of freedom."""
+    parts = [
+        (values.mean(axis).var(ddof=1) / n, n - 1) for axis, n in ((0, values.shape[1]), (1, len(values))) if n > 1
+    ]
+    square = sum(part for part, _ in parts)
+    if square == 0:
+        return 0.0, math.inf
+    return math.sqrt(square), square**2 / sum(part**2 / freedom for part, freedom in parts)
+
+
+def _half_width(error: float, freedom: float) -> float:
+    from scipy.stats import t
+
+    return error * float(t.ppf(1 - LEVEL / 2, freedom)) if error else 0.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number (Holm 1979): of the k-th smallest of m, `(m - k + 1) p`, never falling.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def verdict(difference: float, p: float) -> str:
+    """Whether the order that a positive difference has is seen, given its p value as `holm` corrects it."""
+    if p >= LEVEL or difference == 0:
+        return UNDECIDED
+    return SEEN if difference > 0 else NOT_SEEN
+
+
+def verdict_of_ranges(first: Sequence[float], second: Sequence[float]) -> str:
+    """Whether `first` is above `second`: seen where all of its values are above all of the other's."""
+    if min(first) > max(second):
+        return SEEN
+    return NOT_SEEN if max(first) < min(second) else UNDECIDED
+
+
+def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = 20) -> float | None:
+    """How many steps later a rising curve `slow` reaches what `fast` had reached: the median over levels.
+
+    The levels divide evenly what both curves pass through; a curve reaches one where the straight line between two of
+    its points, first of all, comes up to it.
+
+    Args:
+        slow, fast: points (step, value) in the order of their steps.
+        levels: how many.
+
+    Returns:
+        Steps, negative where `slow` is ahead; None where the curves pass through no common values.
+
+    Example:
+        >>> lag([(0, 0.0), (100, 1.0)], [(0, 0.0), (50, 1.0), (100, 1.0)], levels=4)
+        31.25
+    """
+    low = max(slow[0][1], fast[0][1])
+    high = min(max(value for _, value in slow), max(value for _, value in fast))
+    if high <= low:
+        return None
+    wanted = [low + (high - low) * index / levels for index in range(1, levels + 1)]
+    return float(np.median([_reaches(slow, level) - _reaches(fast, level) for level in wanted]))
+
+
+def _reaches(curve: Sequence[tuple[int, float]], level: float) -> float:
+    """The step at which a curve first comes up to `level`, which it does."""
+    if curve[0][1] >= level:
+        return float(curve[0][0])
+    (left, before), (right, after) = next((a, b) for a, b in pairwise(curve) if b[1] >= level)
+    return left + (right - left) * (level - before) / (after - before)

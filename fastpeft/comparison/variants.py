@@ -1,0 +1,90 @@
+"""Variants as written: a method's name and what it is to have of its own, as `siva:targets=query+value:rank=8`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastpeft.config import parse_value
+from fastpeft.errors import FastpeftError
+from fastpeft.methods import METHODS
+
+ZERO_SHOT = "zero-shot"  # the row with no training
+CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
+_LISTS = ("targets", "label_words", "text_column")  # in whose values + is a comma, as in lists of JSON
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
+    """A variant's method, its own keys and values, and the variant that it starts from.
+
+    Raises:
+        FastpeftError: it cannot be read, or there is no such method.
+
+    Example:
+        >>> parse_variant("lst:targets=query+value:rank=8:init_from=mezo:prompt=sst2")
+        ('lst', {'targets': 'query,value', 'rank': 8}, 'mezo:prompt=sst2')
+    """
+    own, chain, earlier = partition_chain(text)
+    method, *items = _split(own, r":(?=\w+=)")
+    if method not in (*METHODS, ZERO_SHOT):
+        raise FastpeftError(
+            f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
+            'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
+        )
+    if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
+        raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")
+    values: dict[str, Any] = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        if not value or name in values:
+            raise FastpeftError(f"{name} has {'two values' if name in values else 'no value'}; give it one.")
+        values[name] = _value(name, value)
+    return method, values, earlier if chain else None
+
+
+def split_items(text: str) -> list[str]:
+    """Variants or prompts as written on a command line, joined by commas; a comma in double quotes joins nothing.
+
+    Example:
+        >>> split_items('none, "{a}? <mask>, {b}":label_words=Yes+No')
+        ['none', '"{a}? <mask>, {b}":label_words=Yes+No']
+    """
+    return [item.strip() for item in _split(text, ",")]
+
+
+def has_prompt(variant: str) -> bool:
+    """Whether a variant has a prompt of its own, or an objective, which has none."""
+    return any(item.startswith(("prompt=", "objective=")) for item in _split(partition_chain(variant)[0], ":"))
+
+
+def with_prompt(variant: str, prompt: str) -> str:
+    """A variant that has no prompt with one; what it starts from, where that has none, is the one with the same."""
+    own, chain, earlier = partition_chain(variant)
+    if chain and not has_prompt(earlier):
+        earlier = with_prompt(earlier, prompt)
+    return f"{own}:prompt={prompt}{chain}{earlier}"
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a variant's key as written."""
+    if not text.startswith('"') and (name in _LISTS or text.startswith("[")):
+        text = ",".join(_split(text, r"\+"))
+    value = parse_value(text)
+    if text.startswith('"') and value == text:
+        raise FastpeftError(
+            f'{name} is {text}, which is no text of JSON. Close the quotes, and write \\" and \\\\ inside.'
+        )
+    return value
+
+
+def partition_chain(text: str) -> tuple[str, str, str]:
+    """A variant as written, cut around the first `CHAIN`, as `str.partition` does."""
+    own, *earlier = _split(text, CHAIN)
+    return own, CHAIN if earlier else "", CHAIN.join(earlier)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text`, cut at the regular expression `separator` where that is not in double quotes, as JSON has them."""
+    bare = re.sub(r'"(\\.|[^"\\])*"', lambda quoted: "_" * len(quoted[0]), text)
+    cuts = [0, *(place for found in re.finditer(separator, bare) for place in found.span()), len(text)]
+    return [text[start:end] for start, end in zip(cuts[::2], cuts[1::2])]

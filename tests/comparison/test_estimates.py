@@ -1,0 +1,58 @@
+"""What a dry run says that cells would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from samples import reviews, save_tiny_model, write_csv
+
+from fastpeft import CompareConfig, training
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.estimates import Estimate, _padded_tokens, estimates
+from fastpeft.trainer import LengthGroupedOrder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> list[Cell]:
+    save_tiny_model(tmp_path / "model")
+    write_csv(tmp_path / "reviews.csv", reviews(60))
+    common = {"model": str(tmp_path / "model"), "data": str(tmp_path / "reviews.csv"), "epochs": 2}
+    methods = ["head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2", "siva:rank=99", "zero-shot:prompt=sst2"]
+    return CompareConfig(output=str(tmp_path / "out"), methods=methods, common=common, seeds=2).cells()
+
+
+def test_estimates(cells: list[Cell], tmp_path: Path) -> None:
+    found = estimates(cells)
+    assert list(found) == ["head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2", "siva:rank=99"], "one for all seeds"
+    assert found["head"].memory_mb == training.plan(cells[0].config).peak_memory_mb
+    for variant in ("head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2"):
+        few, many = (found[variant].seconds(rows) for rows in (10, 1000))
+        assert few is not None
+        assert many is not None
+        assert 0 < few < many
+    failed = found["siva:rank=99"]
+    assert "99" in (failed.error or "")
+    assert (failed.seconds(10), failed.fits(1000)) == (None, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_above_the_budget_is_not_run(cells: list[Cell]) -> None:
+    (head,) = estimates(cells[:1], budget_mb=0.001).values()
+    assert head.memory_mb is not None
+    assert (head.fits(0.001), head.fits(head.memory_mb), head.seconds(10)) == (False, True, None)
+
+
+def test_seconds_are_of_start_and_rows() -> None:
+    assert Estimate(1.0, 2.0, 0.5).seconds(10) == 7.0
+
+
+def test_tokens_with_padding() -> None:
+    order = LengthGroupedOrder([3, 5, 9, 2, 7], batch_size=2, seed=0)
+    tokens = _padded_tokens(order, 1)
+    assert len(tokens) == 3
+    assert 26 <= sum(tokens) <= 2 * 9 + 2 * 7 + 5
+    assert sum(_padded_tokens(order, 2)) == sum(tokens)
+    assert len(_padded_tokens(order, 2)) == 2

@@ -1,0 +1,237 @@
+"""What the report says of made-up results, and the page of HTML, in a browser too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastpeft import CompareConfig
+from fastpeft.comparison import blocks, content, report
+from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Table, Text
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.plan import Plan
+
+ROWS = 200
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def finish(cell: Cell, right: int, memory: float, speed: float, **changes: Any) -> None:
+    """Let a cell's folder hold a finished run, which answers the first `right` rows rightly."""
+    cell.folder.path.mkdir(parents=True)
+    metrics = {
+        "model": "demo",
+        "data": "reviews.csv",
+        "accuracy": right / ROWS,
+        "f1": 0.5,
+        "samples_per_second": speed,
+        "peak_memory_mb": memory,
+        "estimated_memory_mb": memory * 1.1,
+        "peak_memory_source": "CUDA allocator",
+        "train_rows": 1000,
+        "dev_rows": ROWS,
+        "trainable_parameters": 12,
+        "learning_rate": 1e-3,
+        "device": "a chip",
+        "versions": {"python": "3.11"},
+        **changes,
+    }
+    reached = 80 if cell.row == "lora" else 40  # the step at which it has come to its end
+    curve = [(step, 0.5 + (right / ROWS - 0.5) * min(1.0, step / reached)) for step in (0, 40, 80)]
+    curves = {"training loss": [(step, 1 / step) for step in range(1, 81)], "dev accuracy": curve}
+    predictions = {"labels": [1] * ROWS, "predictions": [1] * right + [0] * (ROWS - right)}
+    written = {"run": {"fastpeft_version": "0", **cell.values}, "curves": curves, "predictions": predictions}
+    for name, values in {**written, "metrics": metrics}.items():
+        (cell.folder.path / f"{name}.json").write_text(json.dumps(values))
+
+
+RIGHT = {"full": 160, "lora": 150, "siva": 190, "9-lst": 150}
+MEMORY = {"full": 400.0, "lora": 231.0, "siva": 232.0, "9-lst": 130.0}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """A finished `figure5`."""
+    config = CompareConfig(output=str(tmp_path / "out"), suite="figure5")
+    made = Plan.make(config, "fastpeft compare --suite figure5 --output <b>out</b>")
+    made.save()
+    for cell in made.results:
+        finish(cell, RIGHT[cell.row or ""], MEMORY[cell.row or ""], 100.0)
+    return made
+
+
+def test_the_reports_orderings_are_judged(plan: Plan) -> None:
+    report.write(plan, whole=True)
+    text = (plan.folder / "report.md").read_text()
+    orders = {
+        tuple(line.strip("| ").split(" | "))[1]: line for line in text.splitlines() if line.startswith("| accuracy |")
+    }
+    assert {order: line.strip("| ").rpartition(" | ")[2] for order, line in orders.items()} == {
+        "SiVA above full fine-tuning": "seen",
+        "SiVA above LoRA": "seen",
+        "full fine-tuning above LoRA": "seen",
+    }, "10 rows of one against none of the other are McNemar's 2 / 2^10, times 1 of Holm's"
+    assert "| +0.050 (" in orders["full fine-tuning above LoRA"]
+    assert "| 0.002 | seen |" in orders["full fine-tuning above LoRA"]
+    assert "| memory | LoRA below SiVA | 231 and 232 | - | seen |" in text
+    assert "| samples/s | SiVA above LoRA | 100 and 100 | - | undecided |" in text
+    assert "\n5 seen, 0 not seen, " in text
+
+
+def test_figures_stand_beside_the_reports(plan: Plan) -> None:
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
+    assert "| SiVA | - | 0.950 (0.910 to 0.973) | 0.500 | 100 | 232 |" in text
+    assert "RoBERTa-large, SST-2, batch 16" in text
+    assert "+10.0% on average, at most +10.0%" in text
+    assert "| SiVA | 255 | 232 | +10.0% |" in text
+    assert "![" not in text, "pictures come with the last cell"
+
+
+def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
+    (table,) = [
+        part
+        for part in content.report(plan, pictures=False)
+        if isinstance(part, Table) and part.rows[0][0] == "LoRA behind"
+    ]
+    assert table.rows[0] == ["LoRA behind", "by dev accuracy, steps"]
+    lags = {row[0]: row[1] for row in table.rows[1:]}
+    assert lags["9-LST"] == "+21", "40 steps at the end, and in the middle of 20 levels half of them"
+    assert set(lags) == {"full fine-tuning", "SiVA", "9-LST"}
+
+
+def test_one_seed_more_makes_other_tests(tmp_path: Path) -> None:
+    config = CompareConfig(output=str(tmp_path / "out"), suite="figure5", seeds=2)
+    plan = Plan.make(config, "command")
+    plan.save()
+    for cell in plan.results:
+        finish(cell, RIGHT[cell.row or ""] - 2 * (cell.seed or 0), MEMORY[cell.row or ""], 100.0 + (cell.seed or 0))
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| SiVA | - | 2 | 0.945 (" in text
+    assert re.search(r"\| accuracy \| SiVA above LoRA \| \+0\.200 \(\+0\.\d+ to \+0\.\d+\) \| 0\.\d+ \| seen \|", text)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_predictions_no_accuracy_is_judged(plan: Plan, known: bool) -> None:
+    for cell in plan.results:
+        (cell.folder.path / "predictions.json").unlink()
+        if not known:
+            (cell.folder.path / "curves.json").unlink()
+    report.write(plan, whole=True)
+    text = (plan.folder / "report.md").read_text()
+    assert "| accuracy |" not in text.partition("## The report's orderings")[2]
+    assert "| 0.950 | 0.500 |" in text
+    assert ("## Training curves" in text) == known
+
+
+class _Outline(HTMLParser):
+    """The elements of a page, and whether they close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag == "img":
+            self.images.append(given)
+        elif tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(plan: Plan) -> None:
+    report.write(plan, whole=True)
+    text = (plan.folder / "report.html").read_text()
+    outline = _Outline()
+    outline.feed(text)
+    assert outline.open == []
+    assert [image["src"][:22] for image in outline.images if image["src"]] == ["data:image/png;base64,"] * 4
+    assert all(len(image["alt"] or "") > 20 for image in outline.images)
+    assert all(address.startswith("data:") for address in outline.addresses)
+    assert "<script" not in text
+    assert "@import" not in text
+    pictures = {file.name for file in (plan.folder / "figures").iterdir()}
+    assert pictures == {"accuracy-memory.png", "accuracy-speed.png", "training-loss.png", "dev-accuracy.png"}
+    linked = re.findall(r"\]\(figures/([\w-]+\.png)\)", (plan.folder / "report.md").read_text())
+    assert set(linked) == pictures
+
+
+def test_texts_are_escaped() -> None:
+    bad = '<img src=x onerror="alert(1)">&'
+    parts = [Heading(bad), Text(bad), Items([bad]), Code([bad]), Table([[bad], [bad]]), Figure("f", bad, b"png")]
+    page = blocks.page(bad, parts)
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x onerror=") == 10
+    outline = _Outline()
+    outline.feed(page)
+    assert outline.images[0]["alt"] == bad
+    assert "| a&#124;b |" in blocks.markdown("t", [Table([["a|b"], ["c"]])])
+
+
+# Shows the page in a frame as wide as a screen, and tells what is seen there: a window may be no narrower than 500 px.
+_PROBE = """<!doctype html><meta charset="utf-8"><body style="margin:0">
+<iframe id="frame" style="border:0;width:{width}px;height:900px"></iframe><pre id="told"></pre><script>
+const frame = document.getElementById("frame");
+frame.onload = () => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  document.getElementById("told").textContent = JSON.stringify({{
+    wider: root.scrollWidth - root.clientWidth,
+    width: root.clientWidth,
+    images: [...page.images].map((image) => [image.naturalWidth > 0, image.alt, image.width <= root.clientWidth]),
+    title: page.title,
+  }});
+}};
+frame.srcdoc = {page};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_in_a_browser(plan: Plan, tmp_path: Path, width: int) -> None:
+    report.write(plan, whole=True)
+    page = json.dumps((plan.folder / "report.html").read_text()).replace("</", "<\\/")
+    probe = tmp_path / "probe.html"
+    probe.write_text(_PROBE.format(width=width, page=page))
+    assert CHROMIUM is not None
+    shown = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1400,1000",
+            "--virtual-time-budget=10000",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            probe.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
+    assert found, shown.stdout[-2000:] + shown.stderr[-2000:]
+    told = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert told["title"] == content.TITLE
+    assert told["wider"] <= 0, "no horizontal scroll"
+    assert width - 20 <= told["width"] <= width
+    assert len(told["images"]) == 4
+    assert all(loaded and len(alt) > 20 and fits for loaded, alt, fits in told["images"])
+    assert "CONSOLE" not in shown.stderr

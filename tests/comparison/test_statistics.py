@@ -1,0 +1,115 @@
+"""Statistics on made-up answers whose intervals, tests and verdicts are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastpeft.comparison.statistics import (
+    NOT_SEEN,
+    SEEN,
+    UNDECIDED,
+    compare_pair,
+    holm,
+    interval,
+    lag,
+    verdict,
+    verdict_of_ranges,
+)
+
+
+def answers(*counts: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two methods: of each (first right, second right, number)."""
+    first = np.repeat([first for first, _, _ in counts], [number for *_, number in counts])
+    second = np.repeat([second for _, second, _ in counts], [number for *_, number in counts])
+    return first[None], second[None]
+
+
+def test_interval_of_one_seed_is_wilsons() -> None:
+    low, high = interval(np.array([[1] * 8 + [0] * 2]))
+    assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # Newcombe 1998's form, by hand
+    assert interval(np.ones((1, 10))) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+
+
+def test_interval_over_seeds_by_hand() -> None:
+    right = np.array(
+        [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    )  # means over rows .75, .5, 1; over seeds 1, 1, 2/3, 1/3
+    of_seeds = 0.0625 / 3
+    of_rows = ((1 - 0.75) ** 2 * 2 + (2 / 3 - 0.75) ** 2 + (1 / 3 - 0.75) ** 2) / 3 / 4
+    freedom = (of_seeds + of_rows) ** 2 / (of_seeds**2 / 2 + of_rows**2 / 3)
+    from scipy.stats import t
+
+    half = (of_seeds + of_rows) ** 0.5 * t.ppf(0.975, freedom)
+    assert interval(right) == pytest.approx((0.75 - half, 1.0))
+    assert 0 < 0.75 - half < 0.75 < 0.75 + half
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p"),
+    [(9, 1, 22 / 1024), (5, 5, 1.0), (6, 0, 2 / 64), (0, 0, 1.0), (1, 9, 22 / 1024)],
+)
+def test_one_seed_is_tested_by_mcnemar(better: int, worse: int, p: float) -> None:
+    first, second = answers((1, 1, 50), (0, 0, 20), (1, 0, better), (0, 1, worse))
+    found = compare_pair(first, second)
+    assert found.p == pytest.approx(p)
+    assert found.mean == pytest.approx((better - worse) / (70 + better + worse))
+    assert found.low <= found.mean <= found.high
+    assert found.test == "McNemar's exact test"
+
+
+def test_seeds_are_paired() -> None:
+    """A difference that every seed has is found although the seeds differ by more."""
+    generator = np.random.default_rng(0)
+    second = (generator.random((3, 400)) < np.array([[0.6], [0.7], [0.8]])).astype(int)
+    first = np.where(np.arange(400) % 5 == 0, 1, second)
+    found = compare_pair(first, second)
+    assert found.mean > 0
+    assert found.p < 0.05
+    assert found.low > 0
+    shuffled = compare_pair(first[[2, 0, 1]], second)
+    assert shuffled.p > 0.05, "the same seeds in another order say nothing"
+
+
+def test_equal_answers_are_undecided() -> None:
+    same = np.ones((3, 20))
+    found = compare_pair(same, same)
+    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert verdict(found.mean, found.p) == UNDECIDED
+
+
+def test_no_difference_is_seldom_found() -> None:
+    """Where two methods are alike, about one comparison in twenty or fewer is significant."""
+    generator = np.random.default_rng(1)
+    p_values = [compare_pair(*(generator.random((2, 3, 200)) < 0.8).astype(int)).p for _ in range(300)]
+    assert sum(p < 0.05 for p in p_values) <= 300 * 0.05 * 1.6
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "expected"),
+    [(0.1, 0.01, SEEN), (-0.1, 0.01, NOT_SEEN), (0.1, 0.05, UNDECIDED), (0.0, 0.0, UNDECIDED)],
+)
+def test_verdicts(difference: float, p: float, expected: str) -> None:
+    assert verdict(difference, p) == expected
+
+
+def test_verdicts_of_ranges() -> None:
+    assert verdict_of_ranges([3, 4], [1, 2]) == SEEN
+    assert verdict_of_ranges([1, 2], [3]) == NOT_SEEN
+    assert verdict_of_ranges([1, 3], [2]) == UNDECIDED
+
+
+def test_lag_in_steps() -> None:
+    fast = [(0, 0.5), (10, 0.6), (20, 0.7), (30, 0.8)]
+    assert lag([(step + 40, value) for step, value in fast], fast) == pytest.approx(40)
+    assert lag(fast, [(step + 40, value) for step, value in fast]) == pytest.approx(-40)
+    assert lag([(0, 0.5), (20, 0.6), (40, 0.7), (60, 0.8)], fast, levels=3) == pytest.approx(20)
+    assert lag([(0, 0.5), (30, 0.5)], fast) is None, "never above its start"
+    falls = [(0, 0.5), (10, 0.4), (20, 0.8), (30, 0.6)]
+    assert lag(falls, [(0, 0.5), (10, 0.8)], levels=1) == pytest.approx(10)
