@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, read_rows, write_rows
-from fastpeft.kernels import mezo, siva_linear, tiles, window_attention
+from fastpeft.kernels import mezo, siva_linear, tiles, window_attention, window_attention_backward
 
 ROOT = Path(__file__).parent.parent
 FILE, CUDA_FILE = DATA / "static.csv", DATA / "static_cuda.csv"
@@ -44,8 +44,8 @@ KERNELS = {
     "siva_linear_bwd_sum": siva_linear._siva_linear_bwd_sum_kernel,
     "mezo_perturb": mezo._mezo_perturb_kernel,
     "window_attention_fwd": window_attention._window_attention_fwd_kernel,
-    "window_attention_bwd_queries": window_attention._window_attention_bwd_queries_kernel,
-    "window_attention_bwd_keys": window_attention._window_attention_bwd_keys_kernel,
+    "window_attention_bwd_queries": window_attention_backward._window_attention_bwd_queries_kernel,
+    "window_attention_bwd_keys": window_attention_backward._window_attention_bwd_keys_kernel,
 }
 WINDOW_ATTENTION_TYPES = {
     **{"mask_ptr": "*i1", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dp_ptr": "*fp32", "scale": "fp32"},
@@ -180,11 +180,14 @@ def variants() -> Iterator[Variant]:
 
 
 def source_hash(kernel: str) -> str:
-    """Identifies the text of the kernel and of the functions that its module has for it."""
-    members = vars(inspect.getmodule(KERNELS[kernel].fn)).values()
-    # a kernel, compiled or interpreted, holds its Python function
-    texts = [inspect.getsource(member.fn) for member in members if inspect.isfunction(getattr(member, "fn", None))]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:12]
+    """Identifies the text of the kernel and of all functions that its module, and those it takes any from, have for it."""
+    modules, functions = [inspect.getmodule(KERNELS[kernel].fn)], {}
+    for module in modules:  # which grow meanwhile
+        # a kernel, compiled or interpreted, holds its Python function
+        found = [member.fn for member in vars(module).values() if inspect.isfunction(getattr(member, "fn", None))]
+        functions |= dict.fromkeys(found)
+        modules += [home for home in dict.fromkeys(map(inspect.getmodule, found)) if home not in modules]
+    return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:12]
 
 
 def compile_row(variant: Variant) -> dict[str, str]:

@@ -53,7 +53,7 @@ _TRITON_LAUNCHERS = {
     "siva_linear": ("siva_linear", "siva_linear_fwd"),
     "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
     "window_attention": ("window_attention", "window_attention"),
-    "window_attention_backward": ("window_attention", "window_attention_backward"),
+    "window_attention_backward": ("window_attention_backward", "window_attention_backward"),
     "mezo_perturb_": ("mezo", "mezo_perturb_"),
     "mezo_perturb_replay_": ("mezo", "mezo_perturb_replay_"),
     "mezo_perturb": ("mezo", "mezo_perturb"),

@@ -134,7 +134,9 @@ class WindowTile(NamedTuple):
     num_stages: int
 
 
-# Outside matrix units a thread holds whole rows of both operands, which spill beyond 128 columns.
+# Outside matrix units a thread holds whole rows of both operands, which spill beyond 128 columns. Multiplied in parts
+# of 64, 256 columns fit the forward and the kernel over keys; the one over queries then takes 69 KiB of shared memory,
+# more than sm_75 has for a program, and spills on sm_120.
 WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
     ("fwd", "half"): {64: WindowTile(64, 32, 8, 2), 128: WindowTile(64, 32, 8, 2), 256: WindowTile(32, 32, 8, 2)},
     ("fwd", "tf32"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(32, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},

@@ -1,0 +1,199 @@
+"""What the kernels of window attention share: tiles of its operands, and what their launchers pass.
+
+The letters are those of `window_attention.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastpeft import noise as contract
+from fastpeft.kernels import tiles
+from fastpeft.kernels.launch import precision, products_of
+from fastpeft.kernels.philox import in_order, random_words
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+UNSPECIALISED = ["slots", "absent", "seed", "ordinal", "last_dropped"]  # differ from block to block and step to step
+_SLOT_BITS = tl.constexpr(4)  # of a slot's number, where a list of slots is one integer
+BLOCK_SLOTS = tl.constexpr(16)  # keys of the tile of absent slots, more than a window has
+_DROPOUT = tl.constexpr(contract.STREAM_DROPOUT)
+
+
+@triton.jit
+def query_tile(ptr, strides, b, offs_m, H, T, D, BLOCK_D: tl.constexpr):
+    """Rows offs_m of one sentence of q, or of what is shaped like it: (BLOCK_M, BLOCK_D)."""
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    ptrs = ptr + b * strides[0] + (offs_m // T).to(tl.int64) * strides[1] + (offs_m % T).to(tl.int64) * strides[2]
+    mask = (offs_m < H * T)[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptrs[:, None] + offs_d[None, :] * strides[3], mask=mask, other=0.0)
+
+
+@triton.jit
+def slot_of(slots, row):
+    """Which slot a row of c is."""
+    return (slots >> (row * _SLOT_BITS)) & (BLOCK_SLOTS - 1)
+
+
+@triton.jit
+def tokens_seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK: tl.constexpr):
+    """Which of the keys (BLOCK_N,) are tokens."""
+    seen = offs_n < T
+    if HAS_MASK:
+        ptrs = mask_ptr + b * mask_strides[0] + offs_n.to(tl.int64) * mask_strides[1]
+        seen = tl.load(ptrs, mask=seen, other=0) != 0
+    return seen
+
+
+@triton.jit
+def visible_keys(seen, offs_n, offs_t, CAUSAL: tl.constexpr):
+    """Which of the keys each query sees: (BLOCK_M, BLOCK_N)."""
+    return seen[None, :] & ((offs_n[None, :] <= offs_t[:, None]) | (not CAUSAL))
+
+
+@triton.jit
+def _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What dropout multiplies a tile of C by, float32 (BLOCK_N, BLOCK_D): `1 / (1 - dropout)` or 0."""
+    seed, ordinal, last_dropped, scale = noise
+    first = (b * T + offs_n) * D  # index of each row's first element in the slot's (B, T, D), int64
+    if IS_ALIGNED:
+        counters = (first // 4)[:, None] + tl.arange(0, BLOCK_D // 4)[None, :]
+        w0, w1, w2, w3 = random_words(counters, seed, ordinal + slot, _DROPOUT)
+        words = in_order(w0, w1, w2, w3)
+    else:
+        e = first[:, None] + tl.arange(0, BLOCK_D)[None, :]
+        w0, w1, w2, w3 = random_words(e // 4, seed, ordinal + slot, _DROPOUT)
+        lane = e % 4
+        words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return tl.where(words > last_dropped, scale, 0.0)
+
+
+@triton.jit
+def key_tile(
+    c_ptr,
+    c_strides,
+    p_ptr,
+    p_strides,
+    noise,
+    b,
+    row,
+    slot,
+    offs_n,
+    seen,
+    T,
+    D,
+    DROPOUT: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """C~ of the keys offs_n of one slot, float32 (BLOCK_N, BLOCK_D), and what dropout multiplied C by."""
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d < D
+    c_ptrs = c_ptr + b * c_strides[0] + row.to(tl.int64) * c_strides[1]
+    c_ptrs += offs_n.to(tl.int64)[:, None] * c_strides[2] + offs_d[None, :] * c_strides[3]
+    c = tl.load(c_ptrs, mask=seen[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+    p = tl.load(p_ptr + slot * p_strides[0] + offs_d * p_strides[1], mask=mask_d, other=0.0).to(tl.float32)
+    kept = tl.full(c.shape, 1.0, tl.float32)
+    if DROPOUT:
+        kept = _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED, BLOCK_D)
+    return c * kept + p[None, :], kept
+
+
+@triton.jit
+def number_seen(
+    mask_ptr, mask_strides, b, offs_t, T, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """How many tokens each query sees, int32 (BLOCK_M,)."""
+    number = tl.zeros(offs_t.shape, dtype=tl.int32)
+    if HAS_MASK:
+        for n in range(0, T, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            seen = tokens_seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
+            number += tl.sum(visible_keys(seen, offs_n, offs_t, CAUSAL).to(tl.int32), 1)
+    else:
+        number += offs_t + 1 if CAUSAL else T
+    return number
+
+
+@triton.jit
+def absent_tile(q, p_ptr, p_strides, absent, number, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The absent slots' keys (BLOCK_SLOTS, BLOCK_D), 0 in rows of other slots, and scores (BLOCK_M, BLOCK_SLOTS).
+
+    A key stands for as many as the query sees tokens.
+    """
+    offs_k = tl.arange(0, BLOCK_SLOTS)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    is_absent = ((absent >> offs_k) & 1) != 0
+    p_ptrs = p_ptr + offs_k.to(tl.int64)[:, None] * p_strides[0] + offs_d[None, :] * p_strides[1]
+    keys = tl.load(p_ptrs, mask=is_absent[:, None] & (offs_d < D)[None, :], other=0.0).to(q.dtype)
+    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * LOG2_E
+    scores += tl.log2(tl.maximum(number, 1).to(tl.float32))[:, None]
+    return keys, tl.where(is_absent[None, :] & (number > 0)[:, None], scores, -float("inf"))
+
+
+def kind_of(q: Tensor) -> str | None:
+    """`products_of` q; None for a width that the kernels do not hold."""
+    kind = products_of(q)
+    return kind if kind and 0 < q.shape[3] <= tiles.window_attention_width(kind) else None
+
+
+def absent_slots(slots: list[int], p: Tensor) -> int:
+    """The slots of the window that are not real, as bits."""
+    return sum(1 << slot for slot in range(p.shape[0]) if slot not in slots)
+
+
+def operands(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> dict[str, Any]:
+    """The arguments that all kernels take, by name."""
+    _, heads, tokens, width = q.shape
+    dropped = round(dropout * 2**32)  # words below it
+    some_mask = q.new_empty(0, 0) if mask is None else mask  # never read: a kernel takes no None here
+    return {
+        "q_ptr": q,
+        "q_strides": q.stride(),
+        "c_ptr": c,
+        "c_strides": c.stride(),
+        "p_ptr": p,
+        "p_strides": p.stride(),
+        "mask_ptr": some_mask,
+        "mask_strides": some_mask.stride(),
+        "H": heads,
+        "T": tokens,
+        "D": width,
+        "S": len(slots),
+        "slots": sum(slot << (row * _SLOT_BITS.value) for row, slot in enumerate(slots)),
+        "seed": seed,
+        "ordinal": 16 * block,
+        "last_dropped": max(dropped - 1, 0),
+        "scale": 1 / (1 - dropout),
+        "HAS_MASK": mask is not None,
+        "CAUSAL": causal,
+        "DROPOUT": dropped > 0,
+        "IS_ALIGNED": width % 4 == 0,
+    }
+
+
+def launch_options(tile: tiles.WindowTile, kind: str, width: int) -> dict[str, Any]:
+    """The constants and options that a tile stands for."""
+    return {
+        "PRECISION": precision(kind),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tiles.width_block(width),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
