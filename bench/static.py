@@ -180,7 +180,7 @@ def variants() -> Iterator[Variant]:
 
 
 def source_hash(kernel: str) -> str:
-    """Identifies the text of the kernel and of all functions that its module, and those it takes any from, have for it."""
+    """Identifies the text of the functions in the kernel's module, and in those from which it takes any."""
     modules, functions = [inspect.getmodule(KERNELS[kernel].fn)], {}
     for module in modules:  # which grow meanwhile
         # a kernel, compiled or interpreted, holds its Python function
