@@ -1,6 +1,7 @@
 """Peak memory of one training step of a RoBERTa-large by each method, simulated: `python -m bench.memory_table`.
 
-Batch 16, weights in bfloat16, activations by autocast in bfloat16, fused AdamW, rank 4: `bench/data/memory.csv`. No
+Batch 16, weights in bfloat16, activations by autocast in bfloat16, fused AdamW where nothing else is said, rank 4:
+`bench/data/memory.csv`. 8-bit AdamW is counted as bitsandbytes keeps it; an optimizer "in backward" steps there. No
 weight is read, so they are zeros. What a step holds at its peak is told apart: weights, gradients, optimizer state, and
 the rest, which are activations and temporaries.
 
@@ -28,7 +29,7 @@ from bench.backbones import LARGE
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 from fastpeft.environment import versions
-from fastpeft.memory import MEBIBYTE, MemoryEstimate, fused_adamw, simulate_training_step
+from fastpeft.memory import MEBIBYTE, MemoryEstimate, adamw_8bit, fused_adamw, simulate_training_step
 
 FILE = DATA / "memory.csv"
 RANK, BATCH = 4, 16
@@ -42,12 +43,13 @@ TARGETS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A method, what it adapts, the dtype of what it trains beside the model, and that of SiVA's residual."""
+    """A method, what it adapts, dtypes of what it trains beside the model and of SiVA's residual, and the optimizer."""
 
     method: str
     targets: str = ""
     adapter_dtype: str = ""
     residual_dtype: str = ""
+    optimizer: str = ""
 
 
 CASES = [
@@ -57,6 +59,12 @@ CASES = [
     Case("k-lst", adapter_dtype="float32"),
     Case("lst", adapter_dtype="float32"),
     Case("mezo"),
+    Case("full", optimizer="AdamW in backward"),
+    *(
+        Case(m, adapter_dtype="float32", optimizer=o)
+        for m in ("k-lst", "lst")
+        for o in ("AdamW in backward", "8-bit AdamW", "8-bit AdamW in backward")
+    ),
 ]
 
 
@@ -94,8 +102,10 @@ def estimate(case: Case, model: nn.Module, tokens: int) -> MemoryEstimate:
     """Memory of a step on a batch of `tokens` tokens a row."""
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
-    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = fused_adamw
-    return simulate_training_step(model, batch, None if case.method == "mezo" else optimizer, torch.bfloat16)
+    adamw: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+    adamw = adamw_8bit if case.optimizer.startswith("8-bit") else fused_adamw
+    in_backward = case.optimizer.endswith("in backward")
+    return simulate_training_step(model, batch, None if case.method == "mezo" else adamw, torch.bfloat16, in_backward)
 
 
 def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> Iterator[dict[str, str]]:
@@ -113,11 +123,11 @@ def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="METHOD", help="cases of this method only")
+    parser.add_argument("--only", metavar="TEXT", help="cases of this method or optimizer only")
     only = parser.parse_args().only
-    cases = [case for case in CASES if only in (None, case.method)]
+    cases = [case for case in CASES if only in (None, case.method, case.optimizer)]
     for row in rows(cases, LARGE, LENGTHS):
-        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "residual_dtype", "tokens"))
+        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "tokens"))
         print(", ".join(row.values()), flush=True)
 
 

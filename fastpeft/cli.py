@@ -129,6 +129,10 @@ def train(
         typer.Option(help="What kept features are rounded to: bfloat16, float32 or int8 (default: bfloat16)"),
     ] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
+    optimizer_in_backward: Annotated[
+        bool | None,
+        typer.Option("--optimizer-in-backward", help="Free gradients as soon as they are used; none are clipped."),
+    ] = None,
     deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column of texts, or two joined by a comma for pairs (default: found by name)")
@@ -178,6 +182,7 @@ def train(
         "cache_features": cache_features,
         "cache_dtype": cache_dtype,
         "bf16": bf16,
+        "optimizer_in_backward": optimizer_in_backward,
         "deterministic": deterministic,
         "text_column": text_column,
         "label_column": label_column,

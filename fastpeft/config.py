@@ -75,6 +75,8 @@ class TrainConfig:
         cache_dtype: what features are rounded to, `bfloat16`, `float32` or `int8`. None: `bfloat16`. Rounding decides
             the result, so a run is resumed with the values it was started with; what the folder holds does not.
         bf16: compute in bfloat16 by autocast; weights stay in float32.
+        optimizer_in_backward: the optimizer steps during backward and frees the gradients that it has used, see
+            `fastpeft.stepping`. Gradients are then not clipped by their norm.
         deterministic: only deterministic kernels.
         text_column, label_column: columns of the data, of pairs of texts two joined by a comma. None: found by name.
         settings: further fields of the method's configuration or of `transformers.TrainingArguments`.
@@ -114,6 +116,7 @@ class TrainConfig:
     cache_features: str | None = None
     cache_dtype: str | None = None
     bf16: bool = False
+    optimizer_in_backward: bool = False
     deterministic: bool = False
     text_column: str | None = None
     label_column: str | None = None
@@ -151,7 +154,7 @@ class TrainConfig:
         for name in ("seed", "split_seed"):
             value = getattr(self, name)
             self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
-        for name in ("bf16", "deterministic"):
+        for name in ("bf16", "optimizer_in_backward", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
         self._check_cache(get_method(self.method, self.settings))

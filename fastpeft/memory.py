@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastpeft.errors import FastpeftError
+from fastpeft.stepping import StepsInBackward
 
 MEBIBYTE = 2**20
 
@@ -126,7 +127,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: all parameters and buffers, trained or not, each storage once.
-        gradients: gradients of the trained parameters.
+        gradients: gradients of the trained parameters; 0 where the optimizer steps in backward, and those that wait for
+            it count as activations.
         optimizer: the optimizer's state.
         peak: the most that is live at one time, from the forward pass to the optimizer's step.
         weight_dtype: dtypes of the frozen parameters, joined by `+` ("" where all are trained).
@@ -153,11 +155,37 @@ def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, fused=True)
 
 
+class _BlockwiseAdamW(torch.optim.Optimizer):
+    """The state of bitsandbytes' 8-bit AdamW, for a simulation: it computes nothing."""
+
+    _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(params, {})
+        self._maps = [torch.empty(256) for _ in range(2)]  # what the codes stand for
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if parameter in self.state:
+                continue
+            small = parameter.numel() < self._LEAST
+            moments = [torch.empty_like(parameter, dtype=torch.float32 if small else torch.uint8) for _ in range(2)]
+            blocks = 0 if small else -(-parameter.numel() // self._BLOCK)
+            scales = [torch.empty(blocks, device=parameter.device) for _ in range(2)]
+            self.state[parameter] = {"moments": moments, "scales": scales}
+
+
+def adamw_8bit(params: list[Tensor]) -> torch.optim.Optimizer:
+    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train."""
+    return _BlockwiseAdamW(params)
+
+
 def simulate_training_step(
     model: nn.Module,
     batch: Mapping[str, Any],
     optimizer_factory: OptimizerFactory | None = fused_adamw,
     autocast_dtype: torch.dtype | None = None,
+    optimizer_in_backward: bool = False,
 ) -> MemoryEstimate:
     """Memory of one steady training step (forward, loss, backward, optimizer step) of `model`, without running it.
 
@@ -168,6 +196,7 @@ def simulate_training_step(
         optimizer_factory: makes the optimizer from the list of trained parameters, by default fused AdamW. None: the
             step is forward passes alone, in evaluation mode and without a graph, as MeZO's.
         autocast_dtype: run forward and loss under autocast in this dtype, by the rules of the weights' device.
+        optimizer_in_backward: whether the optimizer steps in backward, as `StepsInBackward` lets it.
 
     Returns:
         The estimate, as a `MemoryEstimate`.
@@ -217,6 +246,9 @@ def simulate_training_step(
                 optimizer.step()  # a first step makes the optimizer's state
                 optimizer.zero_grad()
                 optimizer_state = tracker.current - weights
+                if optimizer_in_backward:
+                    gradients = 0
+                    StepsInBackward(optimizer)
             fake_batch = tree_map_only(Tensor, fakes.from_tensor, dict(batch))
             tracker.add(leaf for leaf in tree_leaves(fake_batch) if isinstance(leaf, Tensor))
             tracker.reset_peak()

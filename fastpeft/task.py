@@ -33,6 +33,9 @@ DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
+# treat each parameter by itself
+_STEP_IN_BACKWARD = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit")
+
 # names that `settings` may not touch, with what decides them
 _DECIDED_ELSEWHERE = {
     "r": "use rank in its place",
@@ -158,6 +161,7 @@ class Task:
             "disable_tqdm": True,
             "report_to": "none",
             **({"journal": True} if self.method.zeroth_order else {}),
+            **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **self.arguments,
         }
         try:
@@ -169,6 +173,8 @@ class Task:
                 raise ValueError(f"{self.method.title} does not go with gradient_checkpointing.")
             if first.label_smoothing_factor and self.data.problem is REGRESSION:
                 raise ValueError("label_smoothing_factor is for classes, but the data has numbers.")
+            if config.optimizer_in_backward:
+                _check_steps_in_backward(first)
             # refuses what it cannot do before anything is written
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
@@ -231,6 +237,19 @@ def prepare(start: Classifier, config: TrainConfig, head: Head) -> Any:
     model = method.prepare(start.model, preparation)
     begin_from_earlier(model, config, head)
     return model
+
+
+def _check_steps_in_backward(arguments: TrainingArguments) -> None:
+    """Raise `ValueError` where an optimizer that steps in backward does not go with the rest."""
+    if arguments.optim not in _STEP_IN_BACKWARD:
+        raise ValueError(
+            f"optimizer_in_backward goes with optim={' or '.join(_STEP_IN_BACKWARD)}, not {arguments.optim.value}."
+        )
+    for name, off in ("max_grad_norm", 0), ("gradient_accumulation_steps", 1), ("fp16", False):
+        if (value := getattr(arguments, name)) != off:
+            raise ValueError(
+                f"{name}={value} needs all gradients at once, which optimizer_in_backward never has; it must be {off}."
+            )
 
 
 def _supports_checkpointing(model: Any) -> bool:
@@ -361,6 +380,11 @@ def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, 
     """
     method = get_method(config.method, config.settings)
     settings, arguments = sort_settings(method, config.settings)
+    if method.zeroth_order and config.optimizer_in_backward:
+        raise FastpeftError(
+            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
+            "it out."
+        )
     if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
         raise FastpeftError(
             "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "

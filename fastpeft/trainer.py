@@ -27,6 +27,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.problems import LOSS, MASKED_WORDS, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
+from fastpeft.stepping import StepsInBackward
 from fastpeft.task import Task, collator, loader_options, steps_per_epoch
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class RunTrainer(Trainer):
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
         self.folder = folder
+        self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
         curve_rows = task.dev_rows
@@ -164,14 +166,32 @@ class RunTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         # fp16 scales its losses, and its gradients may overflow on the way to the right scale
         gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).to(loss.device)
-        if not (loss.isfinite() & norm.isfinite()):
+        self._check_finite(gradients, loss)
+        return loss
+
+    def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
+        """Stop the run where a loss or a gradient is not finite."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss = torch.zeros_like(norm) if loss is None else loss
+        if not (loss.isfinite() & norm.to(loss.device).isfinite()):
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
             raise FastpeftError(
                 f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
             )
-        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(*args, **kwargs)
+        if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
+            self._check_finite([], found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.steps_in_backward:
+            StepsInBackward(optimizer, self._check_finite)
+        return optimizer
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""

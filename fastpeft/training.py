@@ -23,7 +23,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
-from fastpeft.memory import MEBIBYTE, fused_adamw, peak_rss_mb, simulate_training_step
+from fastpeft.memory import MEBIBYTE, adamw_8bit, fused_adamw, peak_rss_mb, simulate_training_step
 from fastpeft.models import resolve_model
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, TITLES, best_step
 from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
@@ -212,10 +212,13 @@ def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     if not all(p.isfinite().all() for p in trainer.model.parameters()):
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"
+    kept = "The weights before that step"
+    if trainer.steps_in_backward:
+        kept = "The weights, of which those with the first gradients may have made that step,"
     _save(trainer, task, staged)
     files.discard(target, folder.staging)
     files.publish(staged, target)
-    return f"The weights before that step are in {target}. {saved}"
+    return f"{kept} are in {target}. {saved}"
 
 
 def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
@@ -261,8 +264,9 @@ def simulated_peak_mb(task: Task, tokens: int) -> float | None:
         batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
     try:
         autocast_dtype = torch.bfloat16 if config.bf16 else None
-        optimizer_factory = None if task.method.zeroth_order else fused_adamw
-        estimate = simulate_training_step(model, batch, optimizer_factory, autocast_dtype)
+        adamw = adamw_8bit if config.settings.get("optim") in ("adamw_8bit", "adamw_bnb_8bit") else fused_adamw
+        optimizer_factory = None if task.method.zeroth_order else adamw
+        estimate = simulate_training_step(model, batch, optimizer_factory, autocast_dtype, config.optimizer_in_backward)
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
         logger.warning("peak memory cannot be simulated for this model: %s", error)
         return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from fastpeft import functional
@@ -16,6 +17,7 @@ from fastpeft.memory import (
     MemoryTracker,
     _FusedForms,
     _loss,
+    adamw_8bit,
     fused_adamw,
     measured_peak,
     peak_rss_mb,
@@ -269,3 +271,36 @@ def test_peak_rss_is_what_the_kernel_says():
     torch.ones(2**20)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert peak_rss_mb() == pytest.approx(int(status["VmHWM"].split()[0]) / 1024, rel=0.02)
+
+
+def test_an_optimizer_in_backward_frees_gradients():
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12)))  # 4 MB each, and a bucket is 16
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).sum()
+
+    after, within = (
+        simulate_training_step(Summed(), {"x": torch.zeros(2, 1024)}, optimizer_in_backward=b) for b in (False, True)
+    )
+    assert within.gradients == 0
+    assert within.optimizer == after.optimizer
+    assert after.peak - within.peak == pytest.approx(8 * 2**22, rel=0.01)
+
+
+def test_eight_bit_state_is_what_bitsandbytes_keeps():
+    optim = pytest.importorskip("bitsandbytes.optim")
+    for shape in (64, 100), (10, 10), (70_001,):
+        weight = nn.Parameter(torch.randn(shape))
+        optimizers = adamw_8bit([weight]), optim.AdamW8bit([weight])
+        weight.grad = torch.randn(shape)
+        found = []
+        for optimizer in optimizers:
+            optimizer.step()
+            state = [x for x in tree_leaves(dict(optimizer.state[weight])) if isinstance(x, torch.Tensor)]
+            found.append(sum(x.nbytes for x in state if x.shape != (256,)))  # but the maps, which are shared
+        assert found[0] == found[1] > 0

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.evaluation import evaluate, load_run, predict
 from fastpeft.methods import METHODS, get_method
+from fastpeft.stepping import StepsInBackward
 from fastpeft.trainer import LengthGroupedOrder
 from fastpeft.training import TrainResult, plan
 
@@ -342,6 +343,50 @@ def test_weights_that_are_spoilt_already_are_not_kept(config: TrainConfig) -> No
     with pytest.raises(FastpeftError, match=r"at step 4, .*no longer finite.*checkpoint-2"):
         train(config, callbacks=[Poison(3)])
     assert not (Path(config.output) / "last-good").exists()
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gradient is stepped with as it comes."""
+    monkeypatch.setattr("fastpeft.trainer.StepsInBackward", functools.partial(StepsInBackward, bucket=1))
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_an_optimizer_in_backward_trains_and_resumes_to_the_same_bits(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="k-lst", max_steps=6, save_steps=2, settings={"max_grad_norm": 0.0})
+    after = train(config)
+    within = replace(config, output=str(tmp_path / "within"), optimizer_in_backward=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(within, callbacks=[Interrupt(3)])
+    resumed = train(within, resume=True)
+    expected, found = weights(after.folder), weights(resumed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_an_optimizer_in_backward_stops_before_weights_are_spoilt(config: TrainConfig) -> None:
+    config = replace(config, method="full", learning_rate=1e30, optimizer_in_backward=True)
+    with pytest.raises(FastpeftError, match=r"at step (\d+), .*may have made that step, are in .*last-good"):
+        train(config)
+    model = AutoModelForSequenceClassification.from_pretrained(Path(config.output) / "last-good")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"settings": {"max_grad_norm": 1.0}}, r"max_grad_norm=1.0 needs all gradients .* must be 0"),
+        ({"settings": {"gradient_accumulation_steps": 2}}, "must be 1"),
+        ({"settings": {"optim": "adafactor"}}, "goes with optim=adamw_torch or"),
+        ({"method": "mezo"}, "no gradients"),
+    ],
+)
+def test_what_an_optimizer_in_backward_does_not_go_with(
+    config: TrainConfig, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(FastpeftError, match=reason):
+        train(replace(config, optimizer_in_backward=True, **changes))
+    assert not Path(config.output).exists()
 
 
 def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ RUNNABLE = [case for case in CASES if case.residual_dtype != "nf4" or importlib.
 def table() -> dict[tuple[Case, int], dict[str, float]]:
     made = {}
     for row in rows(RUNNABLE, TINY, (8, 16)):
-        case = Case(row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"])
+        case = Case(row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"])
         made[case, int(row["tokens"])] = {name: float(row[name]) for name in row if name.endswith("_mb")}
     return made
 
@@ -46,6 +46,16 @@ def test_the_order_of_methods(table: dict[tuple[Case, int], dict[str, float]]) -
     for targets in ("query+key", "all linear"):
         lora, siva = (table[Case(method, targets, "float32"), 16]["activations_mb"] for method in ("lora", "siva"))
         assert siva <= lora
+
+
+def test_stepping_in_backward_keeps_no_gradients(table: dict[tuple[Case, int], dict[str, float]]) -> None:
+    for method, dtype in ("full", ""), ("k-lst", "float32"):
+        after, within = (table[Case(method, "", dtype, "", o), 16] for o in ("", "AdamW in backward"))
+        assert within["gradients_mb"] == 0
+        assert within["optimizer_mb"] == after["optimizer_mb"]
+        assert within["peak_mb"] <= after["peak_mb"]
+    full, quantised = (table[Case("k-lst", "", "float32", "", o), 16]["optimizer_mb"] for o in ("", "8-bit AdamW"))
+    assert full / 4 < quantised < full / 3
 
 
 def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -> None:
