@@ -153,8 +153,8 @@ WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
     },
     ("bwd_queries", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
     ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 1), 128: WindowTile(64, 32, 8, 1), 256: WindowTile(32, 32, 8, 1)},
-    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 8, 1), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
-    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 8, 1), 128: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 1), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
+    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
 }
 
 

@@ -200,15 +200,12 @@ def _window_attention_bwd_keys_kernel(
     )
     keys = keys.to(q_ptr.dtype.element_ty)
 
-    # 2. dC~ over the queries of all heads, one head's after the other's. Of causal ones those before the first key see
-    #    none of these keys and are passed over.
-    first = block_n * BLOCK_N if CAUSAL else 0
-    rows = T - first  # of a head
+    # 2. dC~ over the queries of all heads. Causal queries before the first key see none of these keys; those of the
+    #    first head, which is the only one by default, are passed over. Passing over those of every head takes
+    #    registers that the narrow float32 tiles do not have.
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for m in range(0, H * rows, BLOCK_M):
+    for m in range(block_n * BLOCK_N if CAUSAL else 0, H * T, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        if CAUSAL:
-            offs_m = offs_m // rows * T + first + offs_m % rows
         mask_m = offs_m < H * T
         q = query_tile(q_ptr, q_strides, b, offs_m, H, T, D, BLOCK_D)
         dout = query_tile(dout_ptr, dout_strides, b, offs_m, H, T, D, BLOCK_D)

@@ -215,8 +215,8 @@ def test_every_tile(kind, width, device, monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [2, 3])
-def test_causal_heads_pass_over_tiles(heads, device):
-    """Queries before a program's keys are left out in every head; with 35 tokens the last keys have 3 a head."""
+def test_causal_heads(heads, device):
+    """Tiles of queries straddle heads, of which the first is passed over in part; the last keys are 3."""
     args = operands(1, heads, 35, 20, 3, 2, torch.float32, device)
     check(*map(in_nan, args), mask=masks(1, 35, device), slots=[0, 2], causal=True)
 
