@@ -164,7 +164,7 @@ class _BlockwiseAdamW(torch.optim.Optimizer):
         super().__init__(params, {})
         self._maps = [torch.empty(256) for _ in range(2)]  # what the codes stand for
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if parameter in self.state:
                 continue
