@@ -1,6 +1,6 @@
 """The tables of the pages, from the measurements in bench/data: `python docs/tables.py` writes them anew.
 
-A page has a table between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; a test compares what stands
+The README or a page has a table between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; a test compares what stands
 there with what the CSV files say.
 """
 
@@ -109,25 +109,39 @@ def prompts() -> str:
         given = settings(row["variant"])
         return "prompt" in given and "init_from" not in given and "max_steps" not in given
 
-    body = []
-    for row in results("compare_demo.csv", keep):
-        given = settings(row["variant"])
-        answer = "label words" if given.get("prompt_head") != "classifier" else "classifier"
-        name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
-        body.append([name, answer, whole(row["peak_memory_mb"]), *_scores(row)])
-    return table(["method", "answer", "peak memory, MB", "accuracy", "F1"], body)
+    return table(PROMPTED, map(_prompted, results("compare_demo.csv", keep)))
 
 
-LARGE = {  # rows of bench/data/memory.csv by what tells them apart: method, targets, adapter and residual dtype
-    ("mezo", "", "", ""): "**MeZO**",
-    ("lst", "", "float32", ""): "LST",
-    ("k-lst", "", "float32", ""): "**9-LST**",
-    ("siva", "all linear", "float32", "nf4"): "**SiVA**, all linear, nf4",
-    ("siva", "query+key", "float32", ""): "**SiVA**, query and key",
-    ("lora", "query+key", "float32", ""): "LoRA or PiSSA, query and key",
-    ("siva", "all linear", "float32", ""): "**SiVA**, all linear",
-    ("lora", "all linear", "float32", ""): "LoRA or PiSSA, all linear",
-    ("full", "", "", ""): "full fine-tuning, bfloat16 throughout",
+def after_mezo() -> str:
+    """What methods reach from the weights that MeZO left."""
+    found = results(
+        "compare_demo.csv", lambda row: ":init_from=" in row["variant"] and "max_steps" not in row["variant"]
+    )
+    return table(PROMPTED, map(_prompted, found))
+
+
+PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
+
+
+def _prompted(row: Row) -> list[str]:
+    given = settings(row["variant"].partition(":init_from=")[0])
+    answer = given.get("prompt_head", "label words" if "prompt" in given else "no prompt")
+    name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
+    return [name, answer, whole(row["peak_memory_mb"]), *_scores(row)]
+
+
+# rows of bench/data/memory.csv by what tells them apart: method, targets, adapter and residual dtype, optimizer
+LARGE = {
+    ("mezo", "", "", "", ""): "**MeZO**",
+    ("lst", "", "float32", "", ""): "LST",
+    ("k-lst", "", "float32", "", "8-bit AdamW"): "**9-LST**, 8-bit AdamW",
+    ("k-lst", "", "float32", "", ""): "**9-LST**",
+    ("siva", "all linear", "float32", "nf4", ""): "**SiVA**, all linear, nf4",
+    ("siva", "query+key", "float32", "", ""): "**SiVA**, query and key",
+    ("lora", "query+key", "float32", "", ""): "LoRA or PiSSA, query and key",
+    ("siva", "all linear", "float32", "", ""): "**SiVA**, all linear",
+    ("lora", "all linear", "float32", "", ""): "LoRA or PiSSA, all linear",
+    ("full", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
 }
 LENGTHS = ("64", "128", "512")
 
@@ -136,7 +150,7 @@ def memory() -> str:
     """Peaks of a RoBERTa-large, by method and length."""
     peaks: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
-        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"]
+        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
         if case in LARGE:
             peaks[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
     body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks.items())
@@ -184,12 +198,46 @@ LADDER_STEPS = {
 
 
 def ladder_speed() -> str:
-    model = {"demo": "bundled model", "large": "RoBERTa-large's shapes"}
     body = []
     for row in rows("ladder.csv"):
         if row["candidate"] in LADDER_STEPS:
-            body += [[model[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
+            body += [[SHAPES[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
     return table(["model", "one training step", "ms", "time over 9-LST's"], body)
+
+
+SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
+
+
+def feature_cache() -> str:
+    """A training step of 9-LST on features from disk."""
+    body = [
+        [SHAPES[row["model"]], row["candidate"], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in rows("feature_cache.csv")
+    ]
+    return table(["model", "features", "ms", "time over bfloat16's"], body)
+
+
+def pool() -> str:
+    """What many tasks cost, RoBERTa-base's shapes."""
+    body = [
+        [row["work"], row["candidate"], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in rows("pool.csv")
+    ]
+    return table(["work", "", "ms", "time over the first"], body)
+
+
+def ladder_options() -> str:
+    """Options of the side network, screened once each."""
+    body = [
+        [
+            f"`{row['variant']}`",
+            f"{float(row['accuracy']):.3f}",
+            f"{float(row['loss']):.3f}",
+            whole(row["trainable_parameters"]),
+        ]
+        for row in rows("ladder_options.csv")
+    ]
+    return table(["variant", "accuracy", "loss", "trained parameters"], body)
 
 
 def quantised() -> str:
@@ -249,10 +297,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
     "prompts": prompts,
+    "after-mezo": after_mezo,
     "memory": memory,
     "siva-speed": siva_speed,
     "siva-speed-all": siva_speed_all,
     "ladder-speed": ladder_speed,
+    "feature-cache": feature_cache,
+    "pool": pool,
+    "ladder-options": ladder_options,
     "quantised": quantised,
     "mezo-pass": mezo_pass,
     "mezo-step": mezo_step,
@@ -267,7 +319,7 @@ def fill(page: str) -> str:
 
 
 def main() -> None:
-    for path in sorted(DOCS.rglob("*.md")):
+    for path in (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
         path.write_text(fill(text), encoding="utf-8")
 
