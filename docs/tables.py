@@ -1,7 +1,7 @@
 """The tables of the pages, from the measurements in bench/data: `python docs/tables.py` writes them anew.
 
-The README or a page has a table between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; a test compares what stands
-there with what the CSV files say.
+The README or a page has a table between two marks, `<!-- table: NAME -->` and `<!-- end of table -->`; a test compares
+what stands there with what the CSV files say.
 """
 
 from __future__ import annotations
