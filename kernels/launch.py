@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from fastpeft.kernels import tiles
+
 
 def products(dtype: torch.dtype, matrix_units: bool) -> str | None:
     """How the kernels multiply operands of this dtype: a key of the tile tables; None where they should not."""
@@ -20,6 +22,11 @@ def products(dtype: torch.dtype, matrix_units: bool) -> str | None:
 def products_of(x: Tensor) -> str | None:
     """`products` of x on the device that it is on."""
     return products(x.dtype, matrix_units=not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
+
+
+def products_within(x: Tensor, rank: int) -> str | None:
+    """`products_of` x; None for a rank that SiVA's kernels do not hold."""
+    return None if rank > tiles.MAX_RANK else products_of(x)
 
 
 def precision(kind: str) -> str:

@@ -38,10 +38,8 @@ from torch.nn import functional as F
 
 from fastpeft import aten
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, precision, products_of
-
-MAX_RANK = 64  # a wider tile of p spills beside the tile of h
-GROUP_M = 8  # row blocks that share the tiles of W in cache
+from fastpeft.kernels.launch import device_of, precision, products_within
+from fastpeft.kernels.siva_linear_tile import GROUP_M
 
 
 @triton.jit
@@ -312,10 +310,11 @@ def siva_linear_fwd(
         h `(*, N)` and p `(*, R)`, contiguous.
 
     Notes:
-        Fused ATen calls serve ranks above `MAX_RANK`; float64, because the kernels accumulate in float32; and 16-bit
-        operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch does.
+        Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
+        and 16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch
+        does.
     """
-    kind = _products(x, v.shape[0])
+    kind = products_within(x, v.shape[0])
     if kind is None:
         return aten.siva_linear(x, weight, u, s, v, bias)
     n, k = weight.shape
@@ -355,7 +354,7 @@ def siva_linear_bwd(
         q is computed once, with dx where that is needed. No atomics: repeats are bit-equal. ATen serves what it serves
         in the forward, and db.
     """
-    kind = _products(dh, v.shape[0])
+    kind = products_within(dh, v.shape[0])
     if kind is None:
         return aten.siva_linear_backward(dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias)
     dx, du, dv, dbias = (dh.new_empty(0) for _ in range(4))
@@ -377,11 +376,6 @@ def siva_linear_bwd(
     return dx, du, dv, dbias
 
 
-def _products(x: Tensor, rank: int) -> str | None:
-    """`products_of` x; None for a rank that the kernels do not hold."""
-    return None if rank > MAX_RANK else products_of(x)
-
-
 def _linear(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor]:
@@ -391,7 +385,7 @@ def _linear(
     h = x.new_empty(m, n)
     if m == 0:
         return h, x.new_empty(m, rank)
-    tile, project = tiles.siva_linear(m, k, n, rank, kind, tiles.card(x.device))
+    tile, project = tiles.siva_linear((m,), k, (n,), rank, kind, tiles.card(x.device))
     p = x.new_empty(m, rank) if project else F.linear(x, v)
     grid = (triton.cdiv(m, tile.block_m) * max(triton.cdiv(n, tile.block_n), 1),)
     with device_of(x):

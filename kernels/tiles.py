@@ -24,7 +24,8 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    max_rank: int = 64  # up to which p fits beside h
+    max_rank: int = 64  # up to which p fits beside h, for one layer
+    shared_rank: int = 64  # the same in the kernels of several layers or adapters, which hold more beside
 
 
 class SumTile(NamedTuple):
@@ -54,14 +55,19 @@ class Costs(NamedTuple):
     launch: int  # starting one more kernel, some microseconds
 
 
-_SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16)
-_HOPPER = *_SMALL, Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3, max_rank=16)
+MAX_RANK = 64  # of SiVA's kernels; a wider tile of p spills beside the tile of h
+
+_SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16, shared_rank=16)
+_LARGE = Tile(128, 128, 64, 8, 3, shared_rank=16), Tile(128, 256, 64, 8, 3, max_rank=16, shared_rank=0)
 SIVA_LINEAR = {  # (architecture, products) -> tiles of the forward and of dx; ANY where an architecture has no line
-    (ANY, "half"): (*_SMALL, Tile(128, 128, 32, 8, 3)),
-    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, max_rank=16)),
-    (ANY, "ieee"): (Tile(32, 64, 32, 4, 2, max_rank=16), Tile(64, 64, 16, 8, 2, max_rank=16)),
-    ("sm_90", "half"): _HOPPER,
-    ("sm_100", "half"): _HOPPER,
+    (ANY, "half"): (*_SMALL, Tile(128, 128, 32, 8, 3, shared_rank=16)),
+    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, max_rank=16, shared_rank=16)),
+    (ANY, "ieee"): (
+        Tile(32, 64, 32, 4, 2, max_rank=16, shared_rank=16),
+        Tile(64, 64, 16, 8, 2, max_rank=16, shared_rank=16),
+    ),
+    ("sm_90", "half"): (*_SMALL, *_LARGE),
+    ("sm_100", "half"): (_SMALL[0], _SMALL[1]._replace(shared_rank=0), *_LARGE),
 }
 RANK_STEP = 16  # columns of p a step where it is not computed inside; the least that a matrix instruction takes
 COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), "ieee": Costs(8, 25, 500_000)}
@@ -71,7 +77,9 @@ SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
     "tf32": SumTile(32, 32, 4, 3),
     "ieee": SumTile(16, 32, 4, 2),
 }
+SIVA_LINEAR_SUMS = {**SIVA_LINEAR_BWD, "ieee": SumTile(16, 32, 8, 2)}  # the same for several layers or adapters
 SUM_COLUMNS, SUM_WARPS = 32, 4  # of a program that adds partial sums
+SUM_BLOCK = 256  # elements of one that adds those of several layers or adapters
 _MOST_SPLITS = 32
 
 
@@ -81,24 +89,48 @@ def siva_linear_tiles(architecture: str, products: str) -> tuple[Tile, ...]:
 
 
 @lru_cache(maxsize=1024)
-def siva_linear(m: int, k: int, n: int, rank: int, products: str, card: Card) -> tuple[Tile, bool]:
-    """The tile for h `(m, n)` from x `(m, k)`, and whether its programs also compute p (else a product before them).
+def siva_linear(
+    rows: tuple[int, ...],
+    k: int,
+    columns: tuple[int, ...],
+    rank: int,
+    products: str,
+    card: Card,
+    shared: bool = False,
+    before: bool = True,
+) -> tuple[Tile, bool]:
+    """The tile for h from x `(M, k)`, and whether its programs also compute p (else a product before them).
 
+    Tiles do not reach across `rows`, which M is the sum of, nor across `columns`, which the width of h is the sum of.
     The time of a program is that of its multiply-adds and its loads; the programs run in waves of one a
     multiprocessor; p by a product of its own costs one more reading of x and one more launch.
+
+    `shared` tells the kernels of several layers or adapters. Those that have no p `before` them take ranks up to
+    `siva_linear_shared_rank`.
     """
     costs, block_r = COSTS[products], rank_block(rank)
 
     def time(choice: tuple[Tile, bool]) -> float:
         tile, project = choice
-        waves = math.ceil(math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n) / card.multiprocessors)
+        blocks = sum(math.ceil(m / tile.block_m) for m in rows) * sum(math.ceil(n / tile.block_n) for n in columns)
+        waves = math.ceil(blocks / card.multiprocessors)
         multiplying = tile.block_m * (tile.block_n + block_r * project)
         loading = costs.cached * (tile.block_m + tile.block_n + block_r * project)
-        apart = 0 if project else costs.memory * m * k / card.multiprocessors + costs.launch
+        apart = 0 if project else costs.memory * sum(rows) * k / card.multiprocessors + costs.launch
         return waves * k * (multiplying + loading) + apart
 
-    found = siva_linear_tiles(card.architecture, products)
-    return min([(tile, p) for tile in found for p in (True, False) if rank <= tile.max_rank or not p], key=time)
+    ways = []
+    for tile in siva_linear_tiles(card.architecture, products):
+        if rank <= (tile.shared_rank if shared else tile.max_rank):
+            ways.append((tile, True))
+        if before:
+            ways.append((tile, False))
+    return min(ways, key=time)
+
+
+def siva_linear_shared_rank(products: str, card: Card) -> int:
+    """Up to which rank programs for several adapters can compute p beside h."""
+    return max(tile.shared_rank for tile in siva_linear_tiles(card.architecture, products))
 
 
 def siva_linear_bwd_rows(m: int, block_r: int) -> int:

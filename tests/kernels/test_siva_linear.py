@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
+from siva_operands import absolute, in_double, in_order, operands
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
@@ -18,40 +19,10 @@ pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import products
+from fastpeft.kernels.siva_linear_tile import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
-
-
-def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bias: bool = True) -> list[Tensor | None]:
-    """x, weight, u, s, v, bias, of the size that layers have: h is about 1 and the low-rank part is half of it."""
-    generator = torch.Generator().manual_seed(m + 1_000 * k + 1_000_000 * n + r)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
-
-    root_k, root_r = max(k, 1) ** -0.5, max(r, 1) ** -0.5
-    return [
-        normal(m, k),
-        normal(n, k, scale=root_k),
-        normal(n, r, scale=root_r),
-        normal(r).abs(),
-        normal(r, k, scale=root_k),
-        normal(n) if bias else None,
-    ]
-
-
-def in_double(args: list[Tensor]) -> list[Tensor]:
-    return [a.double() if isinstance(a, Tensor) else a for a in args]
-
-
-def absolute(args: list[Tensor]) -> list[Tensor]:
-    return [a.abs() if isinstance(a, Tensor) else a for a in args]
-
-
-def in_order(args: list[Tensor]) -> list[Tensor]:
-    """Contiguous copies: PyTorch 2.10's own bfloat16 products read the NaN beside a column of one."""
-    return [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in args]
 
 
 def check_forward(*args: Tensor | None) -> None:
@@ -154,7 +125,7 @@ def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launch
 def test_more_row_blocks_than_a_group(device, launched):
     tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
     launched(tile, True)
-    check(*operands((kernel.GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
+    check(*operands((GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)), ids=str)
@@ -234,7 +205,7 @@ def test_offsets_pass_32_bits(far, device):
 def test_what_the_kernels_leave_to_aten(device):
     for args in (
         operands(5, 6, 7, 2, torch.float64, device),
-        operands(5, 6, 7, kernel.MAX_RANK + 1, torch.float32, device),
+        operands(5, 6, 7, tiles.MAX_RANK + 1, torch.float32, device),
     ):
         forward, expected = kernel.siva_linear_fwd(*args), aten.siva_linear(*args)
         args = (args[0].new_ones(5, 7), *args[:5], expected[1], True, True, True, True)
@@ -275,18 +246,18 @@ A100, H100 = tiles.Card("sm_80", 108), tiles.Card("sm_90", 132)
 
 def test_p_is_computed_inside_until_that_costs_more_than_reading_x_again():
     inside = {
-        (m, n): tiles.siva_linear(m, 1024, n, rank, "half", A100)[1]
+        (m, n): tiles.siva_linear((m,), 1024, (n,), rank, "half", A100)[1]
         for m, n, rank in ((512, 1024, 4), (2048, 1024, 4), (16384, 8192, 4))
     }
     assert inside == {(512, 1024): True, (2048, 1024): True, (16384, 8192): False}
-    assert not tiles.siva_linear(8192, 4096, 4096, 64, "half", H100)[1]
+    assert not tiles.siva_linear((8192,), 4096, (4096,), 64, "half", H100)[1]
 
 
 @pytest.mark.parametrize("card", [A100, H100, tiles.card(torch.device("cpu"))], ids=str)
 @pytest.mark.parametrize("kind", tiles.COSTS)
 def test_few_rows_take_small_tiles_and_many_take_large_ones(kind, card):
     found = tiles.siva_linear_tiles(card.architecture, kind)
-    few, many = (tiles.siva_linear(m, 1024, 1024, 4, kind, card)[0] for m in (17, 65536))
+    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, kind, card)[0] for m in (17, 65536))
     assert few == min(found, key=lambda tile: tile.block_m * tile.block_n)
     assert many == max(found, key=lambda tile: tile.block_m * tile.block_n)
 
@@ -296,8 +267,8 @@ def test_an_architecture_without_a_line_takes_the_tiles_of_any():
 
 
 def test_p_is_computed_inside_only_where_it_fits():
-    for rank in range(1, kernel.MAX_RANK + 1):
-        tile, inside = tiles.siva_linear(17, 64, 64, rank, "ieee", H100)
+    for rank in range(1, tiles.MAX_RANK + 1):
+        tile, inside = tiles.siva_linear((17,), 64, (64,), rank, "ieee", H100)
         assert inside == (rank <= tile.max_rank)
 
 

@@ -1,0 +1,222 @@
+"""The kernels of layers that read the same x, against ATen in float64, with NaN wherever nothing belongs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from poison import in_nan, poisoned_memory
+from siva_operands import absolute, each, flat, in_double, in_order, operands
+from tolerances import GRADIENT, assert_as_accurate
+from torch import Tensor
+
+from fastpeft import aten, reference
+
+pytest.importorskip("triton")
+from fastpeft.kernels import siva_linear_group as kernel
+from fastpeft.kernels import tiles
+from fastpeft.kernels.launch import products
+from fastpeft.kernels.siva_linear_tile import GROUP_M
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def layers(m: int, k: int, ns: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Any]:
+    """x, weights, us, ss, vs, biases; every second layer has no bias."""
+    found = [operands(m, k, n, r, dtype, device, bias=i % 2 == 0) for i, (n, r) in enumerate(zip(ns, ranks))]
+    x, *_ = found[0]
+    return [x, *map(list, zip(*(layer[1:] for layer in found)))]
+
+
+def check(*args: Any, needs: list[Any] | None = None) -> None:
+    """Launch both directions on the forward's `args`, backward twice, and compare with float64."""
+    x, weights, us, ss, vs, biases = args
+    with poisoned_memory():
+        actual = kernel.siva_linear_group(*args)
+    double = in_double(args)
+    results = [flat(aten.siva_linear_group(*some)) for some in (in_order(args), double, absolute(double))]
+    for ours, *others in zip(flat(actual), *results, strict=True):
+        assert_as_accurate(ours, *others)
+        assert ours.is_contiguous()
+
+    generator = torch.Generator().manual_seed(0)
+    dhs = [in_nan(torch.randn(*x.shape[:-1], len(w), generator=generator).to(x)) for w in weights]
+    needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
+    args = (dhs, x, weights, us, ss, vs, in_nan(results[0][-1]))
+    double = in_double(args)
+    results = [
+        flat(aten.siva_linear_group_backward(*some, *needs)) for some in (in_order(args), double, absolute(double))
+    ]
+    unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
+    args = (dhs, x if needs[2] else unread, weights, us, ss, vs, args[-1] if any(needs[1]) else unread, *needs)
+    with poisoned_memory():
+        actual, again = (flat(kernel.siva_linear_group_backward(*args)) for _ in range(2))
+    for ours, repeated, need, *others in zip(actual, again, flat(needs), *results, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, repeated)
+        if need:
+            assert_as_accurate(ours, *others, factor=GRADIENT)
+        else:
+            assert ours.shape == (0,)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], None]:
+    """Makes every launch use this tile, and compute p inside or not."""
+
+    def launched(tile: tiles.Tile, project: bool) -> None:
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, project))
+
+    return launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "ranks"),
+    [(1, 1, (1, 1), (1, 1)), (17, 65, (63, 1, 130), (4, 1, 33)), (35, 31, (33, 17), (16, 64))],
+)
+def test_ragged_sizes(m, k, ns, ranks, dtype, device):
+    check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 15, 63, 65, 127])
+@pytest.mark.parametrize("k", [17, 64, 131])
+@pytest.mark.parametrize("ns", [(1, 127, 65), (129, 15), (16, 16, 16, 48)], ids=str)
+def test_every_ragged_size(m, k, ns, dtype, device):
+    ranks = tuple(1 + (m + 3 * k + 7 * i) % 64 for i in range(len(ns)))
+    check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize("r", range(1, 65))
+def test_every_rank(r, device):
+    check(*layers(19, 35, (37, 41), (r, 65 - r), torch.float32, device))
+
+
+TILES = {
+    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
+    for (_, kind), found in tiles.SIVA_LINEAR.items()
+    for tile in found
+}
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
+def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(
+        tiles.card(torch.device(device, 0)).architecture, products(dtype, matrix_units=True)
+    ):
+        pytest.skip("not shipped to this card")
+    launched(tile, project)
+    rank = min(tile.shared_rank, 33) if project else 33
+    ns = tile.block_n + 1, 2 * tile.block_n, 5
+    check(*each(in_nan, layers(tile.block_m + 1, tile.block_k + 1, ns, (rank, 3, rank), dtype, device)))
+
+
+@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
+def test_p_inside_or_before_and_more_row_blocks_than_a_group(project, device, launched):
+    tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
+    launched(tile, project)
+    ns = 2 * tile.block_n + 1, tile.block_n, 3
+    check(*layers((GROUP_M + 1) * tile.block_m + 1, tile.block_n + 1, ns, (2, 5, 3), torch.float32, device))
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        [True, [True, False], False, [False, False]],
+        [True, [False, True], True, [False, True]],
+        [False, [True, True], True, [True, True]],
+        [False, [False, True], False, [False, False]],
+        [True, [False, False], False, [False, False]],
+        [False, [False, False], True, [True, False]],
+    ],
+    ids=str,
+)
+def test_only_what_is_needed(needs, device):
+    check(*layers(23, 35, (29, 18), (3, 6), torch.float32, device), needs=needs)
+
+
+def test_many_ranges_of_rows(device):
+    m = 2 * tiles.siva_linear_bwd_rows(1, 16) + 5
+    check(*layers(m, 20, (5, 7, 3), (4, 2, 1), torch.bfloat16, device))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "ns", "ranks"),
+    [
+        (0, 5, (7, 3), (2, 1)),
+        (3, 0, (7, 3), (2, 1)),
+        (3, 5, (0, 3), (2, 1)),
+        (3, 5, (7, 3), (0, 0)),
+        (3, 5, (7,), (2,)),
+    ],
+)
+def test_empty_sizes_and_a_single_layer(m, k, ns, ranks, device):
+    x, weights, us, ss, vs, _ = args = layers(m, k, ns, ranks, torch.float32, device)
+    dhs = [torch.ones(m, n).to(x) for n in ns]
+    p = x.new_ones(sum(ranks), m)
+    backward = dhs, x, weights, us, ss, vs, p, True, [True] * len(ns), True, [False] * len(ns)
+    with poisoned_memory():
+        found = kernel.siva_linear_group(*args), kernel.siva_linear_group_backward(*backward)
+    expected = aten.siva_linear_group(*args), aten.siva_linear_group_backward(*backward)
+    for ours, theirs in zip(flat(map(flat, found)), flat(map(flat, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_leading_dimensions_and_strides(device):
+    x, weights, us, ss, vs, biases = layers(24, 33, (18, 20), (4, 3), torch.float32, device)
+    turned = [weight.t().contiguous().t() for weight in weights]  # what Conv1D stores
+    us = [u.t().contiguous().t() for u in us]
+    ss = [s.repeat_interleave(2)[::2] for s in ss]
+    check(x.view(4, 6, 33).transpose(0, 1), turned, us, ss, vs, biases)
+    check(x[0], [weights[0], turned[1]], us, ss, vs, biases)
+    dhs = [x.new_ones(1, 1).expand(24, 18), torch.randn(20, 24).to(x).t()]
+    args = dhs, x, weights, us, ss, vs, aten.siva_linear_group(x, weights, us, ss, vs, biases)[1]
+    found, expected = (
+        flat(each.siva_linear_group_backward(*args, True, [True] * 2, True, [True] * 2)) for each in (kernel, aten)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_kernels_leave_to_aten(device):
+    for ranks, dtype in (((2, 3), torch.float64), ((2, tiles.MAX_RANK + 1), torch.float32)):
+        x, weights, us, ss, vs, _ = args = layers(5, 6, (7, 8), ranks, dtype, device)
+        found, expected = kernel.siva_linear_group(*args), aten.siva_linear_group(*args)
+        args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, weights, us, ss, vs, expected[1])
+        args += (True, [True] * 2, True, [True] * 2)
+        found += kernel.siva_linear_group_backward(*args)
+        expected += aten.siva_linear_group_backward(*args)
+        for ours, theirs in zip(flat(found), flat(expected), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["siva_linear_group", "siva_linear_group_backward"])
+def test_launchers_take_what_the_op_passes(name):
+    assert inspect.signature(getattr(kernel, name)) == inspect.signature(getattr(reference, name))
+
+
+def test_layers_side_by_side_fill_more_multiprocessors():
+    """Three narrow layers together take a larger tile than each by itself, whose last wave would be nearly empty."""
+    card = tiles.Card("sm_80", 108)
+    together = tiles.siva_linear((8192,), 1024, (1024,) * 3, 4, "half", card)[0]
+    alone = tiles.siva_linear((1024,), 1024, (1024,), 4, "half", card)[0]
+    assert alone.block_m * alone.block_n < together.block_m * together.block_n
+
+
+def test_gradients_of_u_share_no_storage_with_those_of_v(device):
+    """The schema says that outputs of the op do not alias each other."""
+    x, weights, us, ss, vs, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
+    dhs: list[Tensor] = [x.new_ones(6, len(weight)) for weight in weights]
+    p = x.new_ones(3, 6)
+    _, dus, dv, _ = kernel.siva_linear_group_backward(
+        dhs, x, weights, us, ss, vs, p, False, [True] * 2, True, [False] * 2
+    )
+    assert {du.untyped_storage().data_ptr() for du in dus}.isdisjoint({dv.untyped_storage().data_ptr()})

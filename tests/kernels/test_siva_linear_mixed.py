@@ -1,0 +1,205 @@
+"""The kernels of rows with different factors, against ATen in float64, with NaN wherever nothing belongs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from poison import in_nan, poisoned_memory
+from siva_operands import absolute, each, flat, in_double, in_order, operands
+from tolerances import GRADIENT, assert_as_accurate
+from torch import Tensor
+
+from fastpeft import aten, reference
+
+pytest.importorskip("triton")
+from fastpeft.kernels import siva_linear_mixed as kernel
+from fastpeft.kernels import tiles
+from fastpeft.kernels.siva_linear_tile import GROUP_M
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def batch(
+    shape: tuple[int, ...],
+    n: int,
+    ranks: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    sort: bool = True,
+) -> list[Any]:
+    """x of this shape, weight, us, ss, vs, sizes, order, bias; without `sort` the rows stand in order."""
+    *leading, k = shape
+    found = [operands(0, k, n, r, dtype, device) for r in ranks]
+    _, weight, *_, bias = found[0]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*leading, k, generator=generator).to(weight)
+    order = torch.randperm(len(x), generator=generator).to(device) if sort else None
+    return [x, weight, *map(list, zip(*(one[2:5] for one in found))), list(sizes), order, bias]
+
+
+def check(*args: Any, needs: list[Any] | None = None) -> None:
+    """Launch both directions on the forward's `args`, backward twice, and compare with float64."""
+    x, weight, us, ss, vs, sizes, order, bias = args
+    with poisoned_memory():
+        actual = kernel.siva_linear_mixed(*args)
+    double = in_double(args)
+    results = [flat(aten.siva_linear_mixed(*some)) for some in (in_order(args), double, absolute(double))]
+    for ours, *others in zip(flat(actual), *results, strict=True):
+        assert_as_accurate(ours, *others)
+        assert ours.is_contiguous()
+
+    generator = torch.Generator().manual_seed(0)
+    dh = in_nan(torch.randn(*x.shape[:-1], len(weight), generator=generator).to(x))
+    needs = needs or [True, [True] * len(us), [True] * len(us), bias is not None]
+    args = (dh, x, weight, us, ss, vs, each(in_nan, results[0][1:]), sizes, order)
+    double = in_double(args)
+    results = [
+        flat(aten.siva_linear_mixed_backward(*some, *needs)) for some in (in_order(args), double, absolute(double))
+    ]
+    unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
+    ps = [p if need else unread for p, need in zip(args[6], needs[1])]
+    args = (dh, x if any(needs[2]) else unread, weight, us, ss, vs, ps, sizes, order, *needs)
+    with poisoned_memory():
+        actual, again = (flat(kernel.siva_linear_mixed_backward(*args)) for _ in range(2))
+    for ours, repeated, need, *others in zip(actual, again, flat(needs), *results, strict=True):
+        assert ours.is_contiguous()
+        assert torch.equal(ours, repeated)
+        if need:
+            assert_as_accurate(ours, *others, factor=GRADIENT)
+        else:
+            assert ours.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sort", [True, False], ids=["in any order", "in order"])
+def test_ragged_sizes_empty_adapters_and_rows_without_one(sort, dtype, device):
+    args = batch((9, 7, 65), 33, (3, 0, 7, 16, 1), (3, 2, 0, 3, 1), dtype, device, sort)
+    check(*each(in_nan, args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ranks_above_a_step(dtype, device):
+    check(*each(in_nan, batch((5, 9, 31), 63, (64, 5, 33), (1, 2, 2), dtype, device)))
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 15, 17, 64])
+@pytest.mark.parametrize("k", [1, 63, 65])
+@pytest.mark.parametrize("n", [1, 17, 129])
+def test_every_ragged_size(tokens, k, n, dtype, device):
+    most = tiles.siva_linear_shared_rank("half" if dtype.itemsize == 2 else "ieee", tiles.card(torch.device(device)))
+    ranks = tuple((tokens + 3 * k + 7 * n + 5 * i) % (most + 1) for i in range(4))
+    check(*each(in_nan, batch((8, tokens, k), n, ranks, (1, 4, 0, 3), dtype, device)))
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize("r", range(1, 65))
+def test_every_rank(r, device):
+    check(*batch((6, 3, 35), 37, (r, 65 - r), (4, 2), torch.bfloat16, device))
+
+
+TILES = {
+    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
+    for (architecture, kind), found in tiles.SIVA_LINEAR.items()
+    for tile in found
+    if architecture == tiles.ANY
+}
+
+
+@pytest.mark.interp_full
+@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
+def test_every_tile(dtype, tile, device, monkeypatch):
+    monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, True))
+    ranks = min(tile.shared_rank, 33), 3
+    args = batch((7, tile.block_m // 2 + 1, tile.block_k + 1), tile.block_n + 1, ranks, (4, 3), dtype, device)
+    check(*each(in_nan, args))
+
+
+def test_more_row_blocks_than_a_group(device):
+    rows = (GROUP_M + 2) * 32
+    check(*batch((rows, 8), 70, (2, 1), (rows - 33, 33), torch.float32, device))
+
+
+def test_many_ranges_of_rows_of_one_adapter(device):
+    rows = 2 * tiles.siva_linear_bwd_rows(1, 16) + 5
+    check(*batch((rows + 3, 20), 5, (4, 2), (3, rows), torch.bfloat16, device))
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        [True, [True, False, True], [False] * 3, False],
+        [True, [False] * 3, [False, False, True], True],
+        [False, [True, False, False], [False, True, False], False],
+        [False, [False] * 3, [True] * 3, False],
+        [True, [False] * 3, [False] * 3, False],
+    ],
+    ids=str,
+)
+def test_only_what_is_needed(needs, device):
+    check(*batch((6, 5, 35), 29, (3, 6, 2), (2, 3, 1), torch.float32, device), needs=needs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "ranks"),
+    [((0, 5), 7, (2, 1)), ((3, 0, 5), 7, (2, 1)), ((3, 0), 7, (2, 1)), ((3, 5), 0, (2, 1)), ((3, 5), 7, (0, 0))],
+)
+def test_empty_sizes(shape, n, ranks, device):
+    x, weight, us, ss, vs, sizes, order, _ = args = batch(shape, n, ranks, (shape[0], 0), torch.float32, device)
+    forward = aten.siva_linear_mixed(*args)
+    dh = torch.ones_like(forward[0])
+    backward = dh, x, weight, us, ss, vs, forward[1], sizes, order, True, [True] * 2, [True] * 2, False
+    with poisoned_memory():
+        found = kernel.siva_linear_mixed(*args), kernel.siva_linear_mixed_backward(*backward)
+    expected = forward, aten.siva_linear_mixed_backward(*backward)
+    for ours, theirs in zip(flat(map(flat, found)), flat(map(flat, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_strides(device):
+    x, weight, us, ss, vs, sizes, order, bias = batch((6, 4, 33), 18, (4, 2), (2, 4), torch.float32, device)
+    turned = weight.t().contiguous().t()  # what Conv1D stores
+    us = [u.t().contiguous().t() for u in us]
+    check(x.transpose(0, 1).contiguous().transpose(0, 1), turned, us, ss, vs, sizes, order, bias)
+    check(x, weight, us, ss, vs, sizes, order.repeat_interleave(2)[::2], None)
+
+
+def test_what_the_kernels_leave_to_aten(device):
+    for rank, dtype in ((2, torch.float64), (17, torch.float32)):
+        x, weight, us, ss, vs, sizes, order, _ = args = batch((5, 6), 7, (1, rank), (3, 2), dtype, device)
+        found, expected = kernel.siva_linear_mixed(*args), aten.siva_linear_mixed(*args)
+        args = (x.new_ones(5, 7), x, weight, us, ss, vs, expected[1], sizes, order, True, [True] * 2, [True] * 2, True)
+        found += kernel.siva_linear_mixed_backward(*args)
+        expected += aten.siva_linear_mixed_backward(*args)
+        for ours, theirs in zip(flat(found), flat(expected), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["siva_linear_mixed", "siva_linear_mixed_backward"])
+def test_launchers_take_what_the_op_passes(name):
+    assert inspect.signature(getattr(kernel, name)) == inspect.signature(getattr(reference, name))
+
+
+def test_outputs_of_the_op_share_no_storage_with_each_other(device):
+    x, weight, us, ss, vs, sizes, order, _ = args = batch((5, 6), 7, (1, 2), (3, 2), torch.float32, device)
+    h, ps = kernel.siva_linear_mixed(*args)
+    _, dus, dvs, _ = kernel.siva_linear_mixed_backward(
+        h, x, weight, us, ss, vs, ps, sizes, order, False, [True] * 2, [True] * 2, False
+    )
+
+    def storages(tensors: list[Tensor]) -> set[int]:
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    assert storages([h]).isdisjoint(storages(ps))
+    assert storages(dus).isdisjoint(storages(dvs))
+
+
+def test_blocks_of_rows_end_with_their_adapter():
+    table = kernel._block_table((5, 0, 2), (3, 1, 2), 4, pinned=False)
+    # first row, end, first column of the factors, rank, where p^T of row 0 would be, rows of p^T
+    assert table.tolist() == [[0, 5, 0, 3, 0, 5], [4, 5, 0, 3, 0, 5], [5, 7, 4, 2, 10, 2]]

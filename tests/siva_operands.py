@@ -1,0 +1,57 @@
+"""Operands of SiVA's ops for the tests of their kernels, and what a comparison with float64 makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bias: bool = True) -> list[Tensor | None]:
+    """x, weight, u, s, v, bias, of the size that layers have: h is about 1 and the low-rank part is half of it."""
+    generator = torch.Generator().manual_seed(m + 1_000 * k + 1_000_000 * n + r)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+
+    root_k, root_r = max(k, 1) ** -0.5, max(r, 1) ** -0.5
+    return [
+        normal(m, k),
+        normal(n, k, scale=root_k),
+        normal(n, r, scale=root_r),
+        normal(r).abs(),
+        normal(r, k, scale=root_k),
+        normal(n) if bias else None,
+    ]
+
+
+def each(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:
+    """The floating tensors among `args`, and in lists among them, by `function`; the rest as it is."""
+    return [
+        function(a)
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else each(function, a)
+        if isinstance(a, (list, tuple))
+        else a
+        for a in args
+    ]
+
+
+def in_double(args: Sequence[Any]) -> list[Any]:
+    return each(Tensor.double, args)
+
+
+def absolute(args: Sequence[Any]) -> list[Any]:
+    return each(Tensor.abs, args)
+
+
+def in_order(args: Sequence[Any]) -> list[Any]:
+    """Contiguous copies: PyTorch 2.10's own bfloat16 products read the NaN beside a column of one."""
+    return each(lambda a: a.clone(memory_format=torch.contiguous_format), args)
+
+
+def flat(results: Sequence[Any]) -> list[Any]:
+    """What ops return, or flags for it, with lists among it opened."""
+    return [one for result in results for one in (result if isinstance(result, (list, tuple)) else [result])]
