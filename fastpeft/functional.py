@@ -132,8 +132,8 @@ def siva_linear_mixed(
 
     Notes:
         The product with the weight runs once over all rows, those of rank r over the rows of one adapter after the
-        other. Rows in another order than the adapters' cost a copy of x and one of h. Saved for backward: x, and p of
-        each adapter that trains. Gradients are deterministic.
+        other, by Triton all in one kernel. Without it, rows in another order than the adapters' cost a copy of x and
+        one of h. Saved for backward: x, and p of each adapter that trains. Gradients are deterministic.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)

@@ -15,7 +15,7 @@ Elements moved through memory, beside the weights and what has R columns, where 
     forward      M K + sum of M N_i               n M K + sum of M N_i       n layers
     dx           sum of M N_i + M K               sum of M N_i + (4 n - 3) M K, for autograd adds the n dx up two by two
     dV           M K                              n M K
-    launches     1, then 1 and 2                  n, then 4 n - 1
+    launches     1, then 4                        n, then 4 n - 1
 
 A p that a product before the kernel makes (see `fastpeft.kernels.siva_linear` for when) costs one more M K in the
 forward here, n of them there. All of it is counted, not measured.

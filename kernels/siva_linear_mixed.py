@@ -12,13 +12,13 @@ memory, and p is always computed inside. As for one layer, dx is h with dh, W^T,
 and V. The table leaves page-locked memory without a wait, and is made once for the same numbers of rows.
 
 Elements moved through memory, beside the weights and what has R columns, where a launch reads each operand once, and
-launches for A adapters, beside one product with W and the rows' sorting:
+launches for A adapters (here three of the first and of the second four put factors together):
 
                  here                           by fused ATen calls
     forward      M K + M N                      2 M K (to sort) + 2 M K + 3 M N + 2 M N (to sort back)
     dx           M N + M K                      2 M N (to sort) + 2 M N + 3 M K + 2 M K (to sort back)
     dU, dV       M N + M K                      M N + 3 M K (of which 2 to sort)
-    launches     4, then 6 and 3                3 A + 3, then 3 A + 3 and 3 A + 1
+    launches     4, then 4 and 3                3 A + 3, then 3 A + 3 and 3 A + 1
 
 All of it is counted, not measured. Rows without an adapter have rank 0, and their programs multiply by zeros.
 """

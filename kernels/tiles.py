@@ -77,7 +77,11 @@ SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
     "tf32": SumTile(32, 32, 4, 3),
     "ieee": SumTile(16, 32, 4, 2),
 }
-SIVA_LINEAR_SUMS = {**SIVA_LINEAR_BWD, "ieee": SumTile(16, 32, 8, 2)}  # the same for several layers or adapters
+SIVA_LINEAR_SUMS = {  # the same for several layers or adapters
+    "half": SumTile(32, 64, 4, 3),
+    "tf32": SumTile(32, 32, 4, 2),
+    "ieee": SumTile(16, 32, 8, 2),
+}
 SUM_COLUMNS, SUM_WARPS = 32, 4  # of a program that adds partial sums
 SUM_BLOCK = 256  # elements of one that adds those of several layers or adapters
 _MOST_SPLITS = 32

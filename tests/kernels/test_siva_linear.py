@@ -276,5 +276,9 @@ def test_p_is_computed_inside_only_where_it_fits():
 def test_ranges_of_rows_are_whole_steps_and_not_too_many(block_r):
     for m in (0, 1, 255, 257, 8191, 8193, 10**6, 2**31):
         rows = tiles.siva_linear_bwd_rows(m, block_r)
-        assert all(rows % tile.block_m == 0 for tile in tiles.SIVA_LINEAR_BWD.values())
+        assert all(
+            rows % tile.block_m == 0
+            for found in (tiles.SIVA_LINEAR_BWD, tiles.SIVA_LINEAR_SUMS)
+            for tile in found.values()
+        )
         assert m <= 32 * rows

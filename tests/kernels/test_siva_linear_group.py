@@ -123,8 +123,10 @@ def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launch
 def test_p_inside_or_before_and_more_row_blocks_than_a_group(project, device, launched):
     tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
     launched(tile, project)
-    ns = 2 * tile.block_n + 1, tile.block_n, 3
-    check(*layers((GROUP_M + 1) * tile.block_m + 1, tile.block_n + 1, ns, (2, 5, 3), torch.float32, device))
+    args = layers(
+        (GROUP_M + 1) * tile.block_m + 1, tile.block_n + 1, (tile.block_n + 1, 3), (2, 5), torch.float32, device
+    )
+    check(*args)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_only_what_is_needed(needs, device):
 
 def test_many_ranges_of_rows(device):
     m = 2 * tiles.siva_linear_bwd_rows(1, 16) + 5
-    check(*layers(m, 20, (5, 7, 3), (4, 2, 1), torch.bfloat16, device))
+    check(*layers(m, 20, (5, 7), (4, 2), torch.bfloat16, device))
 
 
 @pytest.mark.parametrize(
@@ -203,11 +205,10 @@ def test_launchers_take_what_the_op_passes(name):
     assert inspect.signature(getattr(kernel, name)) == inspect.signature(getattr(reference, name))
 
 
-def test_layers_side_by_side_fill_more_multiprocessors():
-    """Three narrow layers together take a larger tile than each by itself, whose last wave would be nearly empty."""
+def test_layers_side_by_side_take_a_larger_tile_than_one():
+    """One narrow layer needs small tiles to occupy all multiprocessors, three together do not."""
     card = tiles.Card("sm_80", 108)
-    together = tiles.siva_linear((8192,), 1024, (1024,) * 3, 4, "half", card)[0]
-    alone = tiles.siva_linear((1024,), 1024, (1024,), 4, "half", card)[0]
+    together, alone = (tiles.siva_linear((1024,), 1024, (768,) * n, 4, "half", card, shared=True)[0] for n in (3, 1))
     assert alone.block_m * alone.block_n < together.block_m * together.block_n
 
 

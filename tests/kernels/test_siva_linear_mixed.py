@@ -203,3 +203,13 @@ def test_blocks_of_rows_end_with_their_adapter():
     table = kernel._block_table((5, 0, 2), (3, 1, 2), 4, pinned=False)
     # first row, end, first column of the factors, rank, where p^T of row 0 would be, rows of p^T
     assert table.tolist() == [[0, 5, 0, 3, 0, 5], [4, 5, 0, 3, 0, 5], [5, 7, 4, 2, 10, 2]]
+
+
+def test_many_short_adapters_take_small_tiles():
+    """Blocks of rows do not reach from one adapter into the next, so a large tile would be mostly empty."""
+    card = tiles.Card("sm_80", 108)
+    many, one = (
+        tiles.siva_linear(rows, 1024, (1024,), 4, "half", card, shared=True, before=False)[0]
+        for rows in ((16,) * 256, (4096,))
+    )
+    assert many.block_m < one.block_m
