@@ -1,4 +1,4 @@
-"""The gradients of SiVA's factors: products that sum over rows, for any number of layers in two launches.
+"""The gradients of the factors of several SiVA layers: products that sum over rows, of all layers in two launches.
 
     dU_i = (dh_i^T p_i) * s_i    (N_i, R_i)        dV = s * (q^T x)    (R, K)
 

@@ -1,4 +1,4 @@
-"""What the programs of SiVA's kernels share: which tile is whose, and the two products that make one.
+"""What SiVA's kernels for several layers or adapters share: which tile is whose, and the two products that make one.
 
 Every program owns a BLOCK_M x BLOCK_N tile of an output. `accumulate` adds up `x W^T` and, where PROJECT says so,
 `p = x V^T` from the same tiles of x, `add_low_rank` adds `(p * s) U^T`; letters are those of
