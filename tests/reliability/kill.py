@@ -156,6 +156,9 @@ def attack(folder: Path, kind: str, kills: int, seed: int, report: Callable[[Rep
     """Kill runs of one kind until there were so many kills, and let the last one come to its end."""
     chance = random.Random(f"{kind}:{seed}")
     whole = folder / f"{kind} whole"
+    process = _processes.Process(target=int)  # by which the imports are done
+    process.start()
+    process.join()
     began = time.monotonic()
     process = start(folder, kind, whole)
     process.join()
