@@ -124,5 +124,5 @@ def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: signal.
                     before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, own in before.items():
-            signal.signal(number, own)
+        for taken, own in before.items():
+            signal.signal(taken, own)

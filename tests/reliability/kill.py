@@ -34,6 +34,7 @@ STEPS = 40
 RUNS: dict[str, dict[str, Any]] = {
     "siva": {"method": "siva", "save_steps": 3},
     "k-lst": {"method": "k-lst", "save_steps": 3},
+    "k-lst, features cached": {"method": "k-lst", "save_steps": 3, "cache_features": "{output} features"},
     "full": {"method": "full", "save_steps": 3},
     "mezo": {"method": "mezo", "learning_rate": 1e-3},
     "mezo, with checkpoints": {"method": "mezo", "learning_rate": 1e-3, "save_steps": 7, "metric": "loss"},
@@ -83,7 +84,8 @@ def work(folder: Path, kind: str, output: Path) -> None:
         options = ["--max-steps", str(STEPS), "--save-steps", "3", "--set", "deterministic=true"]
         command = ["compare", "--methods", ",".join(_VARIANTS), *options]
     else:
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in RUNS[kind].items()]
+        given = {name.replace("_", "-"): str(value).format(output=output) for name, value in RUNS[kind].items()}
+        options = [f"--{name}={value}" for name, value in given.items()]
         command = ["train", "--resume", "--deterministic", f"--max-steps={STEPS}", *options]
     app([*command, *common])
 
