@@ -11,7 +11,8 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all docs native sanitize sanitize-thread bench wheel clean
+.PHONY: demo install-dev check test test-all kill-test endurance-test docs native sanitize sanitize-thread bench \
+	wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
@@ -37,6 +38,15 @@ test: $(VENV)/dev.stamp
 
 test-all: $(VENV)/dev.stamp
 	$(PYTEST) --full
+
+# the figures of docs/reliability.md: runs killed at random moments, and runs of very many steps
+KILLS ?= 30
+kill-test: $(VENV)/dev.stamp
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.kill --kills $(KILLS)
+
+endurance-test: $(VENV)/dev.stamp
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance siva 20000
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance mezo 100000
 
 # into build/docs, offline; tables come from bench/data
 docs: $(VENV)/dev.stamp

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from fastpeft import backends
 from fastpeft.errors import FastpeftError
+from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import METHODS
 from fastpeft.problems import OBJECTIVES, PROBLEMS
 
@@ -19,15 +20,19 @@ from fastpeft.problems import OBJECTIVES, PROBLEMS
 
 
 class _Group(TyperGroup):
-    """Commands whose `FastpeftError` becomes one message and exit code 2."""
+    """Commands whose `FastpeftError` becomes one message and exit code 2, and Ctrl-C or SIGTERM exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            backends.choices()  # an environment variable may ask for what is not there
-            return super().invoke(ctx)
+            with sigterm_interrupts():
+                backends.choices()  # an environment variable may ask for what is not there
+                return super().invoke(ctx)
         except FastpeftError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            typer.echo(str(interrupt) or "Interrupted.", err=True)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -392,8 +397,7 @@ def compare(
         with console.live_comparison(comparison, quiet):
             result = comparison.run()
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. What is finished is in {output}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
+        raise KeyboardInterrupt(f"Interrupted. What is finished is in {output}; the same command goes on.") from None
     if not quiet:
         console.show_report(comparison)
     for name, error in result.failed.items():

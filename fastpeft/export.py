@@ -69,21 +69,20 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
         card = _card_of_run(run, source.metrics(), output, to, step)
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary:
-            staged = Path(temporary) / output.name
-            _save(model, to, staged)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staged)
-            if prompt is not None:
-                prompt.save(staged)
-            files.write_text(staged / "README.md", card)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            files.publish(staged, output)
-    except OSError as error:
-        raise FastpeftError(
-            f"cannot write to {str(output)!r} ({error.strerror}). Give the name of a new folder where one can be made."
-        ) from error
+    remedy = "Give the name of a new folder where one can be made, with room in it."
+    with (
+        files.saving(f"to {str(output)!r}", lambda: remedy),
+        tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary,
+    ):
+        staged = Path(temporary) / output.name
+        _save(model, to, staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if prompt is not None:
+            prompt.save(staged)
+        files.write_text(staged / "README.md", card)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        files.publish(staged, output)
     return output
 
 

@@ -12,14 +12,20 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, first_line
+
+# the names of files whose writing was cut off, by a kill or a power cut: not worth keeping
+UNFINISHED = ".*.part"
 
 
 def sync_directory(folder: Path) -> None:
@@ -31,6 +37,24 @@ def sync_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
+    """Let a full disk or a folder that cannot be written be one message, whichever library comes upon it.
+
+    Args:
+        what: is being written inside it, with its place.
+        remedy: makes the sentences on what is kept and what to do.
+
+    Raises:
+        FastpeftError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch.save
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise FastpeftError(f"cannot write {what} ({reason}). {remedy()}") from error
 
 
 def _sync_tree(path: Path) -> None:
@@ -47,7 +71,7 @@ def _sync_tree(path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one atomic step."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -59,6 +83,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what writes that were cut off left in `folder`."""
+    for file in folder.glob(UNFINISHED):
+        file.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

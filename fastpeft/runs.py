@@ -17,8 +17,10 @@ Anything else in the folder is a person's, and stays.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ class RunFolder:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
         if self.path.exists() and not self.path.is_dir():
             raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(child.match(files.UNFINISHED) for child in self.path.iterdir()):
             return
         if not (resume or overwrite):
             raise FastpeftError(
@@ -192,8 +194,9 @@ class RunFolder:
             notes[_RECIPE_KEY] = dict(recipe)
         if config.get("init_from") is not None:
             notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
-        try:
+        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
             self.path.mkdir(parents=True, exist_ok=True)
+            files.clear_unfinished(self.path)
             if overwrite:
                 for pattern in _WRITTEN:
                     for child in self.path.glob(pattern):
@@ -201,11 +204,27 @@ class RunFolder:
             files.write_json(self.config_file, {**notes, **config})
             _delete(self.staging)
             self.staging.mkdir()
-        except OSError as error:
-            raise FastpeftError(
-                f"cannot write to the output folder {str(self.path)!r} ({error.strerror}). Give one that can be "
-                "written."
-            ) from error
+
+    @contextmanager
+    def saving(self, what: str) -> Iterator[None]:
+        """Write `what` inside it. Where that fails, nothing half written stays, and the error says how to go on."""
+
+        def clear() -> str:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            return f"Make room, or let it be written. {self.going_on()}"
+
+        with files.saving(f"{what} to the output folder {str(self.path)!r}", clear):
+            yield
+
+    def going_on(self) -> str:
+        """What is kept of a run that is not finished, and the command that goes on with it."""
+        checkpoint = self.newest_checkpoint()
+        kept = "Nothing of the run is saved; it begins anew with"
+        if self.journal.exists():
+            kept = f"Every step is in {self.journal}; go on with"
+        elif checkpoint is not None:
+            kept = f"The newest checkpoint is {checkpoint}; go on with"
+        return f"{kept} `fastpeft train --output {shlex.quote(str(self.path))} --resume`."
 
     def all_checkpoints(self) -> list[Path]:
         """The checkpoints in the order of their steps."""
@@ -221,13 +240,14 @@ class RunFolder:
 
     def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
         """Give a finished checkpoint its final name, and let the oldest go but for the best."""
-        self.checkpoints.mkdir(exist_ok=True)
-        target = self.checkpoints / staged.name
-        files.discard(target, self.staging)
-        files.publish(staged, target)
-        for old in self.all_checkpoints()[:-_KEPT_CHECKPOINTS]:
-            if _step(old) != best_step:
-                files.discard(old, self.staging)
+        with self.saving("a checkpoint"):
+            self.checkpoints.mkdir(exist_ok=True)
+            target = self.checkpoints / staged.name
+            files.discard(target, self.staging)
+            files.publish(staged, target)
+            for old in self.all_checkpoints()[:-_KEPT_CHECKPOINTS]:
+                if _step(old) != best_step:
+                    files.discard(old, self.staging)
 
     def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
         """Move the result's files to their places, then mark the run as finished."""

@@ -21,9 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import NotFiniteError
+from fastpeft.interrupts import StopRequest
 from fastpeft.masking import MaskedRows
 from fastpeft.mezo.trainer import MeZOTrainer
+from fastpeft.nonfinite import where_it_began
 from fastpeft.problems import LOSS, MASKED_WORDS, best_step
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
@@ -77,7 +79,7 @@ class LengthGroupedOrder(Sampler[Any]):
 
 
 class RunTrainer(Trainer):
-    """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `FastpeftError`.
+    """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `NotFiniteError`.
 
     Attributes:
         folder: where it all ends up.
@@ -86,6 +88,8 @@ class RunTrainer(Trainer):
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
+        stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
+        stopped: whether it did.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class RunTrainer(Trainer):
         self.longest_seen = 0
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
+        self.stop = StopRequest()
+        self.stopped = False
         self.folder = folder
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
@@ -119,6 +125,7 @@ class RunTrainer(Trainer):
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
                 _WholeCheckpoints(folder, self.chosen_by),
+                _Stopping(self),
                 self.clock,
                 self.cuda_peak,
                 *callbacks,
@@ -163,10 +170,26 @@ class RunTrainer(Trainer):
         rows, tokens = inputs["input_ids"].shape
         self.samples_seen += rows
         self.longest_seen = max(self.longest_seen, tokens)
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        # fp16 scales its losses, and its gradients may overflow on the way to the right scale
-        gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
-        self._check_finite(gradients, loss)
+        return self._step(model, inputs, *args, **kwargs)
+
+    def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of a batch, and its gradients, where all of it is finite."""
+        step = super().training_step
+
+        def again() -> None:
+            if self.steps_in_backward:
+                with torch.no_grad():  # a backward pass would step
+                    self.compute_loss(model, self._prepare_inputs(inputs))
+            else:
+                step(model, inputs, *args, **kwargs)
+
+        try:
+            loss = step(model, inputs, *args, **kwargs)
+            # fp16 scales its losses, and its gradients may overflow on the way to the right scale
+            gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
+            self._check_finite(gradients, loss)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {where_it_began(model, again)}") from None
         return loss
 
     def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
@@ -175,7 +198,7 @@ class RunTrainer(Trainer):
         loss = torch.zeros_like(norm) if loss is None else loss
         if not (loss.isfinite() & norm.to(loss.device).isfinite()):
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
-            raise FastpeftError(
+            raise NotFiniteError(
                 f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
             )
@@ -193,6 +216,11 @@ class RunTrainer(Trainer):
             StepsInBackward(optimizer, self._check_finite)
         return optimizer
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # not public, but all that the Trainer writes into a checkpoint is written here
+        with self.folder.saving("a checkpoint"):
+            super()._save_checkpoint(*args, **kwargs)
+
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""
         return _points(self.state, name)
@@ -203,6 +231,9 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
 
     Its journal and its checkpoints are those of the run's folder.
     """
+
+    def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return MeZOTrainer.training_step(self, model, inputs, *args, **kwargs)
 
     @property
     def journal_file(self) -> Path:
@@ -296,6 +327,24 @@ class _WholeCheckpoints(TrainerCallback):
             if self.chosen_by is not None:
                 best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
             self.folder.keep_checkpoint(staged, best_step=best)
+
+
+class _Stopping(TrainerCallback):
+    """Ends a run that was asked to stop: saves a checkpoint of the step just made, then makes no other.
+
+    It comes after what measures each checkpoint, since one more to choose from could change the result.
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stop.asked and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stop.asked and state.global_step < state.max_steps:
+            self.trainer.stopped = control.should_training_stop = True  # now: a checkpoint keeps what was set before
 
 
 class Clock(TrainerCallback):

@@ -19,7 +19,8 @@ from fastpeft.cards import chosen_by, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotFiniteError
+from fastpeft.interrupts import noting_stops
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
@@ -31,6 +32,8 @@ from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import RunTrainer, trainer_class
 
 logger = logging.getLogger(__name__)
+
+_NOTICE = "interrupted: the run ends after this step, with a checkpoint; a second Ctrl-C ends it at once"
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,11 @@ def train(
 
     Raises:
         FastpeftError: something given cannot be used; then nothing was written. Or the loss or a gradient was not
-            finite; then the weights before that step are kept in the folder.
+            finite; then the weights before that step are kept in the folder. Or the disk is full; then the error says
+            what is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came. The step under way was made and a checkpoint saved, from which
+            `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how to go
+            on. Where somebody has set a handler of such a signal, that one runs.
 
     Example:
         >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
@@ -136,28 +143,14 @@ def train(
                 raise task.refusal(error) from error
         folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
         arguments.output_dir = str(folder.staging)
-        _run(trainer, task, folder, resume)
-        chosen = _take_best(trainer, task, folder)
-        curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
-        after = trainer.measure(task.dev_rows)
-    if chosen is None:
-        curve.append((trainer.state.global_step, after[task.metric]))
-    curves = {"training loss": trainer.points("loss"), f"dev {task.metric}": curve}
-    if task.metric != LOSS:
-        curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
-    command = command or f"fastpeft train --config {folder.config_file}"
-    metrics = _metrics(trainer, task, before, after, chosen, command)
-    staged = folder.staging / "result"
-    _save(trainer, task, staged)
-    files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(arguments)))
-    files.write_json(staged / CURVES, curves)
-    if task.data.problem is CLASSIFICATION:
-        files.write_json(
-            staged / PREDICTIONS, {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
-        )
-    title = f"{task.method.title} on {config.data}"
-    draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, TITLES.get(task.metric, task.metric))
-    folder.close(metrics, staged)
+        try:
+            with noting_stops(trainer.stop, _NOTICE):
+                _run(trainer, task, folder, resume)
+                metrics = _finish(trainer, task, folder, before, command)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
+    if trainer.stop.asked:
+        raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
 
 
@@ -176,11 +169,40 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
     set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
         trainer.train(resume_from_checkpoint=start)
-    except FastpeftError as error:
-        if not trainer.samples_seen:  # a journal that does not fit
-            raise
-        # a step that cannot be made
-        raise FastpeftError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+    if trainer.stopped:
+        raise KeyboardInterrupt
+
+
+def _finish(
+    trainer: RunTrainer, task: Task, folder: RunFolder, before: Mapping[str, float], command: str | None
+) -> dict[str, Any]:
+    """Measure the result and write it; what `metrics.json` then holds."""
+    config = task.config
+    chosen = _take_best(trainer, task, folder)
+    curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
+    after = trainer.measure(task.dev_rows)
+    if chosen is None:
+        curve.append((trainer.state.global_step, after[task.metric]))
+    curves = {"training loss": trainer.points("loss"), f"dev {task.metric}": curve}
+    if task.metric != LOSS:
+        curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
+    command = command or f"fastpeft train --config {folder.config_file}"
+    metrics = _metrics(trainer, task, before, after, chosen, command)
+    staged = folder.staging / "result"
+    with folder.saving("the result"):
+        _save(trainer, task, staged)
+        files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
+        files.write_json(staged / CURVES, curves)
+        if task.data.problem is CLASSIFICATION:
+            files.write_json(
+                staged / PREDICTIONS, {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+            )
+        title = f"{task.method.title} on {config.data}"
+        draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, TITLES.get(task.metric, task.metric))
+        folder.close(metrics, staged)
+    return metrics
 
 
 def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
@@ -215,9 +237,10 @@ def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     kept = "The weights before that step"
     if trainer.steps_in_backward:
         kept = "The weights, of which those with the first gradients may have made that step,"
-    _save(trainer, task, staged)
-    files.discard(target, folder.staging)
-    files.publish(staged, target)
+    with folder.saving("the weights before that step"):
+        _save(trainer, task, staged)
+        files.discard(target, folder.staging)
+        files.publish(staged, target)
     return f"{kept} are in {target}. {saved}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from fastpeft import FastpeftError, files
 
@@ -27,6 +28,31 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         files.write_text(file, "new")
     assert files.read_json(file)["number"] == 1
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_write_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: None)  # as killed before it
+        files.write_text(tmp_path / "values.json", "{}")
+    (left,) = tmp_path.iterdir()
+    assert left.match(files.UNFINISHED)
+    (tmp_path / ".hidden").touch()
+    files.clear_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (SafetensorError("I/O error: No space left"), "I/O error: No space left"),
+        (RuntimeError("file write failed\nat line 3"), "file write failed"),
+    ],
+)
+def test_what_cannot_be_written_is_one_message(error: Exception, reason: str) -> None:
+    with pytest.raises(FastpeftError) as raised, files.saving("it", lambda: "Make room."):
+        raise error
+    assert str(raised.value) == f"cannot write it ({reason}). Make room."
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:

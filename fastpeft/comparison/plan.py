@@ -346,19 +346,17 @@ class Plan:
 
     def save(self) -> None:
         """Make the folder, and write `comparison.json` into it."""
-        try:
-            _cells_folder(self.folder).mkdir(parents=True, exist_ok=True)
+        with files.saving(f"to the output folder {str(self.folder)!r}", lambda: "Give one that can be written."):
+            cells = _cells_folder(self.folder)
+            cells.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder, cells):
+                files.clear_unfinished(folder)
             values = {
                 "commands": self.commands,
                 "suites": self.suites,
                 "cells": [dataclasses.asdict(cell) for cell in self.cells],
             }
             files.write_json(self.folder / "comparison.json", values)
-        except OSError as error:
-            raise FastpeftError(
-                f"cannot write to the output folder {str(self.folder)!r} ({error.strerror}). Give one that can be "
-                "written."
-            ) from error
 
 
 def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
@@ -373,7 +371,7 @@ def _read(folder: Path) -> Plan:
     """What a folder's `comparison.json` says; a plan of nothing where the folder is new or empty."""
     file = folder / "comparison.json"
     if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or any(child.name != LOCK for child in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
             raise FastpeftError(
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."
@@ -387,6 +385,11 @@ def _read(folder: Path) -> Plan:
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
+    return any(child.name not in (LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir())
 
 
 def _check_rows(cell: Cell, other: Cell) -> None:

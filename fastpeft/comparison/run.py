@@ -6,10 +6,9 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -23,6 +22,7 @@ from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
+from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import get_method
 from fastpeft.task import data_for, head_for
 
@@ -56,7 +56,8 @@ def compare(config: CompareConfig, *, command: str | None = None) -> CompareResu
     Raises:
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
-        KeyboardInterrupt: as usual, and on SIGTERM; the cell's process is ended and all files are written before.
+        KeyboardInterrupt: as usual, and on SIGTERM; before it a cell that trains has saved a checkpoint, its process
+            has ended, and all files are written. A second one does not wait for the checkpoint.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
@@ -115,10 +116,11 @@ class Comparison:
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""
         plan = self.plan
-        with _lock(plan.folder) as lock, _sigterm_interrupts():
+        with _lock(plan.folder) as lock, sigterm_interrupts():
             plan.save()
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
-                write_rows(self._slice, plan.slice)
+                with self._saving():
+                    write_rows(self._slice, plan.slice)
             for cell in plan.wanted:  # a failure of an earlier time is not one of now
                 if cell.state == "failed":
                     cell.log.unlink()
@@ -127,23 +129,34 @@ class Comparison:
                     if cell.state != "finished":
                         logger.info("%d of %d: %s", number, len(plan.wanted), cell.name)
                         self._run_cell(cell, lock)
-                        report.write(plan, whole=False)
+                        self._report(whole=False)
             finally:
-                report.write(plan, whole=True)
+                self._report(whole=True)
         return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
+
+    def _report(self, *, whole: bool) -> None:
+        with self._saving():
+            report.write(self.plan, whole=whole)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
+        return files.saving(f"to the output folder {str(self.plan.folder)!r}", lambda: remedy)
 
     def _run_cell(self, cell: Cell, lock: IO[str] | None) -> None:
         """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
         try:
             cell = self.plan.settle(cell)
         except FastpeftError as error:
-            files.write_text(cell.log, f"Error: {error}\n")
+            with self._saving():
+                files.write_text(cell.log, f"Error: {error}\n")
             logger.warning("%s: not started: %s", cell.name, error)
             return
-        files.write_json(cell.config_file, cell.values)
+        with self._saving():
+            files.write_json(cell.config_file, cell.values)
+            log = cell.log.open("wb")
         self.running, self._started = cell, time.monotonic()
         try:
-            with cell.log.open("wb") as log:
+            with log:
                 code = _wait(_command(cell), log, lock)
         except KeyboardInterrupt:
             cell.log.unlink(missing_ok=True)
@@ -152,7 +165,8 @@ class Comparison:
             self.running = None
         metrics = cell.metrics()
         if metrics is None:
-            _mark_failed(cell.log, code)
+            with self._saving():
+                _mark_failed(cell.log, code)
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
             logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), time.monotonic() - self._started)
@@ -197,7 +211,13 @@ def _wait(command: list[str], log: IO[bytes], lock: IO[str] | None) -> int:
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=kept
     ) as process:
         try:
-            return process.wait()
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                logger.warning("ending the cell, which saves where it has come to; a second Ctrl-C ends it at once")
+                process.terminate()
+                process.wait()
+                raise
         except BaseException:
             process.kill()
             process.wait()  # on an interruption, leaving the block does not wait
@@ -232,13 +252,9 @@ def _lock(folder: Path) -> Iterator[IO[str] | None]:
     if fcntl is None:
         yield None
         return
-    try:
+    with files.saving(f"to the output folder {str(folder)!r}", lambda: "Give one that can be written."):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
-    except OSError as error:
-        raise FastpeftError(
-            f"cannot write to the output folder {str(folder)!r} ({error.strerror}). Give one that can be written."
-        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,16 +264,3 @@ def _lock(folder: Path) -> Iterator[IO[str] | None]:
                 "it."
             ) from None
         yield lock
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise `KeyboardInterrupt`, where handlers can be set: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

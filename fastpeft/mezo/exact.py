@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.interrupts import uninterrupted
+from fastpeft.interrupts import uninterrupted
 
 _ALIGNMENT = 64  # bytes
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module that holds them reads them

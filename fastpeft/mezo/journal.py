@@ -158,11 +158,14 @@ class Journal:
         packed += struct.pack("<I", zlib.crc32(packed))
         try:
             with open(self.path, "r+b", buffering=0) as file:
-                if file.seek(0, os.SEEK_END) > self._size:  # what was not written to its end, or is made anew
+                behind = file.seek(0, os.SEEK_END) - self._size
+                file.seek(self._size)
+                made_again = behind == len(packed) and file.read() == packed  # the last step, by a resumed run
+                if behind > 0 and not made_again:  # what was not written to its end, or is made anew
                     file.truncate(self._size)
                     os.fsync(file.fileno())  # or a power cut may join the new record to old ones
-                file.seek(self._size)
-                if file.write(packed) != len(packed):
+                    file.seek(self._size)
+                if not made_again and file.write(packed) != len(packed):
                     raise OSError(0, "no space left")
         except OSError as error:
             raise FastpeftError(

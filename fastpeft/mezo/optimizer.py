@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.functional import mezo_perturb_
+from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo.exact import ScratchWeights
-from fastpeft.mezo.interrupts import uninterrupted
 from fastpeft.mezo.journal import Journal, Kind, Position, Record
 from fastpeft.mezo.parallel import (
     Ranks,
@@ -613,7 +613,7 @@ class MeZO(torch.optim.Optimizer):
         fault = f"MeZO: {what} at {self._where()}"
         if self.on_nonfinite == "stop":
             self.settle()
-            raise FastpeftError(
+            raise NotFiniteError(
                 f"{fault}; the weights are those before that step. Lower the learning rate, look for a fault in the "
                 "data, or skip such steps (on_nonfinite='skip')."
             )

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from fastpeft import files
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.parallel import Ranks, is_sharded
 from fastpeft.mezo.resuming import STATE_FILE, Checkpoint, Start, where_to_begin
+from fastpeft.nonfinite import where_it_began
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +367,20 @@ class MeZOTrainer(Trainer):
         if self.args.journal and self.mezo.journal is None:
             self.journal_file.parent.mkdir(parents=True, exist_ok=True)
             self.mezo.record(self.journal_file)
-        loss = self.mezo.estimate(lambda: self._loss(model, batches, num_items_in_batch))
+        compute = partial(self._loss, model, batches, num_items_in_batch)
+        began = ""
+
+        def closure() -> Tensor:
+            nonlocal began
+            loss = compute()
+            if self.mezo.on_nonfinite == "stop" and not loss.isfinite():
+                began = where_it_began(model, compute)
+            return loss
+
+        try:
+            loss = self.mezo.estimate(closure)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {began}".rstrip()) from None
         if not math.isnan(loss):
             self._last_loss = loss
         return torch.tensor(self._last_loss, device=self.args.device)

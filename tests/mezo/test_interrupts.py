@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft import MeZO
+from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo import Journal
-from fastpeft.mezo.interrupts import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -291,6 +291,23 @@ def test_a_torn_last_record_is_dropped_with_a_message(
     assert Journal.open(file).steps == 5
 
 
+def test_a_last_step_that_is_made_once_more_never_leaves_the_file(tmp_path: Path) -> None:
+    """A resumed run makes its last step again, and may be killed again while it does."""
+    file = tmp_path / "run"
+    trained(file, steps=5)
+    before, written = file.read_bytes(), file.stat().st_mtime_ns
+    model = network()
+    optimizer = optimizer_of(model)
+    optimizer.resume(file, steps=4)
+    schedule = falling(optimizer, done=4)
+    optimizer.step(fit(model, 4))
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, written)
+    schedule.step()
+    optimizer.step(fit(model, 5))
+    assert file.read_bytes()[: len(before)] == before
+    assert Journal.open(file).steps == 6
+
+
 def test_a_last_record_that_was_written_in_part_is_dropped(tmp_path: Path) -> None:
     """A power cut may leave zeros in the place of what was written."""
     trained(tmp_path / "run", steps=5)

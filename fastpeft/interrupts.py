@@ -1,0 +1,128 @@
+"""What a Ctrl-C, or the SIGTERM of a scheduler, does: put off until a change is whole, noted until a step is made, or
+raised at once.
+
+Python runs the handler of a signal between any two of its steps, so that the KeyboardInterrupt which the one of Ctrl-C
+raises can part a change of the weights from the note that it was made.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# those that schedulers, launchers and time limits send, and to which handlers that raise are set
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside it no handler of a signal runs; those of signals that come meanwhile run at its end, once each.
+
+    Only what handlers in Python do is put off, and only in the main thread: Python runs them in no other. It decorates
+    functions as well.
+
+    Example:
+        >>> with uninterrupted():
+        ...     pair = [1]
+        ...     pair.append(2)  # a Ctrl-C is raised after this line
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    arrived: dict[int, FrameType | None] = {}
+    inside = True
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        if inside:
+            arrived[number] = frame
+        else:  # between the beginning of the end and its turn there
+            signal.signal(number, handlers[number])
+            handlers[number](number, frame)
+
+    try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, put_off)
+        yield
+    finally:
+        inside = False
+        with ExitStack() as end:  # does all of it whatever raises, the last one first
+            for number, frame in arrived.items():
+                end.callback(handlers[number], number, frame)
+            for number, handler in handlers.items():
+                end.callback(signal.signal, number, handler)
+
+
+class StopRequest:
+    """Whether a run was asked to end.
+
+    Attributes:
+        asked: whether a signal came.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+@contextmanager
+def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
+    """Inside it the first Ctrl-C or SIGTERM is noted in `request`, and each of the two raises when it comes again.
+
+    That a terminal sends a Ctrl-C to all processes, of which one may then send SIGTERM to another, is one request. A
+    handler that somebody has set stays in its place, as does the ignoring of a signal.
+
+    Args:
+        request: where to note it.
+        notice: what to log as a warning when a first signal comes.
+
+    Raises:
+        KeyboardInterrupt: a signal came for the second time.
+    """
+    came: set[int] = set()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number in came:
+            raise KeyboardInterrupt
+        if (
+            not came
+        ):  # from another thread: here a write to the terminal may be under way, which cannot be entered twice
+            threading.Thread(target=logger.warning, args=(notice,)).start()
+        came.add(number)
+        request.asked = True
+
+    with _handling(note, signal.SIGINT, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt` inside it, unless somebody has set a handler."""
+    with _handling(signal.default_int_handler, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: signal.Signals) -> Iterator[None]:
+    """Set a handler of signals where Python's own is set, and where handlers can be set: in the main thread."""
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for taken, own in before.items():
+            signal.signal(taken, own)

@@ -1,0 +1,189 @@
+"""A full disk, wherever it is met: one message says what is kept and what to do, and no half file stays.
+
+The limit on the size of a file stands in for the disk: writes fail as they do there, in whichever library they are.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reliability import kill
+from samples import reviews, save_tiny_model, write_csv
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, files, train
+from fastpeft.cli import app
+from fastpeft.comparison import report
+from fastpeft.export import export
+from fastpeft.runs import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_model(folder / "model")
+    write_csv(folder / "reviews.csv", reviews(60))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Take the limit away again. Without a handler the signal of the limit would end the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+    signal.signal(signal.SIGXFSZ, before[1])
+
+
+def fill(room: int) -> None:
+    """Let no file grow beyond `room` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+
+def free() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class Fill(TrainerCallback):
+    """Fills the disk within a step."""
+
+    def __init__(self, step: int, room: int) -> None:
+        self.step = step
+        self.room = room
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            fill(self.room)
+
+
+def config(place: Path, output: Path, **changes: Any) -> TrainConfig:
+    given = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 4}
+    return TrainConfig(output=str(output), **{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("method", "room"), [("siva", 0), ("siva", 1_000), ("siva", 2_500), ("full", 12_000), ("k-lst", 6_000)]
+)
+def test_a_checkpoint_that_does_not_fit(place: Path, tmp_path: Path, method: str, room: int) -> None:
+    """The room decides which of a checkpoint's files is the first that does not fit."""
+    run = config(place, tmp_path / "run", method=method, save_steps=2)
+    with pytest.raises(FastpeftError) as raised:
+        train(run, callbacks=[Fill(3, room)])
+    free()
+    folder = RunFolder(run.output)
+    assert str(raised.value).startswith(f"cannot write a checkpoint to the output folder '{folder.path}' (")
+    assert "\n" not in str(raised.value)
+    advice = f"The newest checkpoint is {folder.checkpoint(2)}; go on with `fastpeft train --output {folder.path} --res"
+    assert advice in str(raised.value)
+    assert folder.all_checkpoints() == [folder.checkpoint(2)]
+    assert {path.name for path in folder.path.iterdir()} == {"run.json", "checkpoints"}
+    assert kill.unreadable(folder.path) == []
+    assert RunFolder(train(run, resume=True).folder).finished
+
+
+@pytest.mark.parametrize("room", [0, 1_000, 6_000])
+def test_a_result_that_does_not_fit(place: Path, tmp_path: Path, room: int) -> None:
+    run = config(place, tmp_path / "run", save_steps=4)
+    with pytest.raises(FastpeftError, match=r"cannot write the result .*checkpoint-4; go on with"):
+        train(run, callbacks=[FillAtTheEnd(room)])
+    free()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "checkpoints"}
+    assert RunFolder(train(run, resume=True).folder).finished
+
+
+class FillAtTheEnd(Fill):
+    """Fills the disk after the last checkpoint."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(0, room)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fill(self.room)
+
+
+def test_a_journal_that_does_not_fit(place: Path, tmp_path: Path) -> None:
+    run = config(place, tmp_path / "run", method="mezo", learning_rate=1e-3)
+    with pytest.raises(FastpeftError, match=r"mezo.journal cannot be written \(.*\); it ends with step 3\. Make room"):
+        train(run, callbacks=[Fill(4, 100)])
+    free()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "mezo.journal", ".staging"}
+    whole = train(config(place, tmp_path / "whole", method="mezo", learning_rate=1e-3))
+    assert kill.results(train(run, resume=True).folder) == kill.results(whole.folder)
+
+
+def test_weights_before_a_step_that_failed_do_not_fit(place: Path, tmp_path: Path) -> None:
+    run = config(place, tmp_path / "run", method="full", learning_rate=1e30, max_steps=20)
+    with pytest.raises(FastpeftError, match="cannot write the weights before that step"):
+        train(run, callbacks=[Fill(1, 100)])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+def test_a_run_that_cannot_begin(place: Path, tmp_path: Path) -> None:
+    fill(10)
+    with pytest.raises(FastpeftError, match=r"cannot write to the output folder .* Give one that can be written"):
+        train(config(place, tmp_path / "run"))
+    free()
+    assert list((tmp_path / "run").iterdir()) == []
+    assert RunFolder(train(config(place, tmp_path / "run")).folder).finished
+
+
+def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
+    options = ["--model", str(place / "model"), "--data", str(place / "reviews.csv"), "--max-steps", "2", "--quiet"]
+    for output in ("/proc/run", str(place / "reviews.csv" / "run")):
+        shown = CliRunner().invoke(app, ["train", *options, "--output", output])
+        assert (shown.exit_code, shown.stdout) == (2, "")
+        (line,) = shown.stderr.splitlines()
+        assert line.startswith(f"Error: cannot write to the output folder '{output}' (")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="what the superuser may write is not refused")
+def test_a_folder_that_is_read_only(place: Path, tmp_path: Path) -> None:
+    run = config(place, tmp_path / "run", save_steps=2)
+    train(run)
+    before = kill.results(tmp_path / "run")
+    (tmp_path / "run").chmod(0o500)
+    try:
+        with pytest.raises(FastpeftError, match="Permission denied"):
+            train(run, overwrite=True)
+    finally:
+        (tmp_path / "run").chmod(0o700)
+    assert kill.results(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("to", ["merged", "lora"])
+def test_an_export_that_does_not_fit(place: Path, tmp_path: Path, to: str) -> None:
+    folder = train(config(place, tmp_path / "run", max_steps=1)).folder
+    fill(1_000)
+    with pytest.raises(FastpeftError, match="with room in it"):
+        export(folder, tmp_path / "out", to)
+    free()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr("fastpeft.comparison.run._wait", lambda *_: 0)
+    common = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 1}
+    with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Make room"):
+        compare(CompareConfig(output=str(tmp_path / "out"), methods=["head"], common=common))
+
+
+def test_a_write_that_was_cut_off_does_not_block_the_folder(place: Path, tmp_path: Path) -> None:
+    """Killed while it wrote its first file, a run leaves a part of it under another name."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.a1b2.part").write_text("{")
+    assert RunFolder(train(config(place, run, max_steps=1), resume=True).folder).finished
+    assert not list(run.glob(files.UNFINISHED))

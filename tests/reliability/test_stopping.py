@@ -1,0 +1,173 @@
+"""Ctrl-C and SIGTERM: the step under way is made and saved, the way to go on is told, and it leads to the same bits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reliability import kill
+from samples import reviews, save_tiny_model, write_csv
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from fastpeft import TrainConfig, train
+from fastpeft.cli import app
+from fastpeft.runs import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread", "interruptible")
+
+RUNS: dict[str, dict[str, Any]] = {
+    "siva": {"method": "siva"},
+    "full": {"method": "full", "save_steps": 3, "metric": "loss"},  # of which the best checkpoint is kept
+    "k-lst": {"method": "k-lst", "save_steps": 4},
+    "mezo": {"method": "mezo", "learning_rate": 1e-3},
+    "mezo-best": {"method": "mezo", "learning_rate": 1e-3, "save_steps": 3, "metric": "loss"},
+}
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a person's Ctrl-C has it: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_model(folder / "model")
+    write_csv(folder / "reviews.csv", reviews(60))
+    return folder
+
+
+def run_config(place: Path, output: Path, kind: str) -> TrainConfig:
+    given = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 9}
+    return TrainConfig(output=str(output), **given, **RUNS[kind])
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Callable[[str], dict[str, bytes]]:
+    """What the run of each kind leaves that nobody interrupts."""
+
+    @functools.cache
+    def result(kind: str) -> dict[str, bytes]:
+        return kill.results(train(run_config(place, place / f"whole {kind}", kind)).folder)
+
+    return result
+
+
+class Send(TrainerCallback):
+    """Sends this process signals within a step."""
+
+    def __init__(self, step: int, *numbers: signal.Signals) -> None:
+        self.step = step
+        self.numbers = numbers
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
+    place: Path, tmp_path: Path, whole: Callable[[str], dict[str, bytes]], kind: str, number: signal.Signals
+) -> None:
+    config = run_config(place, tmp_path / "run", kind)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=r"go on with `fastpeft train --output .*run --resume`"):
+        train(config, callbacks=[Send(5, number)])
+    assert signal.getsignal(number) is before
+    folder = RunFolder(config.output)
+    assert folder.newest_checkpoint() == folder.checkpoint(5)
+    assert not folder.finished
+    assert kill.unreadable(folder.path) == []
+    assert kill.results(train(config, resume=True).folder) == whole(kind)
+
+
+def test_a_second_signal_ends_at_once(place: Path, tmp_path: Path) -> None:
+    config = run_config(place, tmp_path / "run", "k-lst")
+    with pytest.raises(KeyboardInterrupt, match=r"The newest checkpoint is .*checkpoint-4; go on with"):
+        train(config, callbacks=[Send(6, signal.SIGINT, signal.SIGINT)])
+    assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(4)
+
+
+def test_one_request_may_come_by_both_signals(place: Path, tmp_path: Path) -> None:
+    """A terminal sends its Ctrl-C to a cell too, which its comparison then sends SIGTERM."""
+    config = run_config(place, tmp_path / "run", "siva")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Send(6, signal.SIGINT, signal.SIGTERM)])
+    assert RunFolder(config.output).newest_checkpoint() == RunFolder(config.output).checkpoint(6)
+
+
+def test_a_run_whose_last_step_is_made_is_finished_first(
+    place: Path, tmp_path: Path, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    config = run_config(place, tmp_path / "run", "siva")
+    with pytest.raises(KeyboardInterrupt, match="it is finished"):
+        train(config, callbacks=[Send(9, signal.SIGTERM)])
+    assert kill.results(RunFolder(config.output).path) == whole("siva")
+    assert RunFolder(config.output).finished
+
+
+def test_a_handler_that_somebody_set_runs(place: Path, tmp_path: Path) -> None:
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        train(replace(run_config(place, tmp_path / "run", "siva"), max_steps=2), callbacks=[Send(1, signal.SIGTERM)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
+def _interrupted(train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return train(*args, **{**kwargs, "callbacks": [Send(5, signal.SIGINT)]})
+
+
+def test_the_command_line_tells_how_to_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], dict[str, bytes]]
+) -> None:
+    from fastpeft import training
+
+    options = ["--model", str(place / "model"), "--data", str(place / "reviews.csv"), "--max-steps", "9"]
+    command = ["train", *options, "--output", str(tmp_path / "a run")]
+    monkeypatch.setattr(training, "train", functools.partial(_interrupted, training.train))
+    shown = CliRunner().invoke(app, [*command, "--quiet"])
+    monkeypatch.undo()
+    assert (shown.exit_code, shown.stdout) == (130, "")
+    (line,) = shown.stderr.splitlines()
+    assert line.startswith("Interrupted. ")
+    advice = line.split("`")[1]
+    assert advice == f"fastpeft train --output '{tmp_path / 'a run'}' --resume"
+    resumed = CliRunner().invoke(app, ["train", "--output", str(tmp_path / "a run"), "--resume", "--quiet"])
+    assert resumed.exit_code == 0, resumed.output
+    assert kill.results(tmp_path / "a run") == whole("siva")
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["siva", "mezo", kill.COMPARE])
+def test_a_process_that_gets_a_signal(tmp_path: Path, kind: str, number: signal.Signals) -> None:
+    """A comparison hands it on to the cell that runs, which then saves as a run does."""
+    kill.prepare(tmp_path)
+    process = kill.start(tmp_path, kind, tmp_path / "out")
+    while process.is_alive() and kill.reached(tmp_path / "out") < 4:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 130
+    reached = kill.reached(tmp_path / "out")
+    assert reached >= 4
+    assert kill.unreadable(tmp_path / "out") == []
+    process = kill.start(tmp_path, kind, tmp_path / "out")
+    process.join()
+    assert process.exitcode == 0
