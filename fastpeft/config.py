@@ -66,8 +66,8 @@ class TrainConfig:
             weights after the last step.
         patience: the run ends where `metric` was not better than before for so many checkpoints in a row. None: it
             goes on to its last step.
-        prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, `auto` to find one on training rows, or
-            `none`. None: no prompt.
+        prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, `auto` to find one for
+            `model` on training rows, or `none`. None: no prompt.
         label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
             those of the named prompt.
         prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.

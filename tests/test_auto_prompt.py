@@ -255,6 +255,12 @@ def test_what_cannot_be_searched(
     assert not Path(config.output).exists()
 
 
+def test_a_tokenizer_without_enough_words(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_prompt, "whole_words", lambda tokenizer, at_start: {5: "film"})
+    with pytest.raises(FastpeftError, match="the tokenizer has 1 whole words, too few for 2 classes"):
+        find_prompt(str(place / "model"), load_data(str(place / "reviews.csv")))
+
+
 @pytest.mark.parametrize("extra", [{"label_words": "bad,good"}, {"prompt_head": "classifier"}])
 def test_nothing_of_a_prompt_goes_with_auto(config: TrainConfig, extra: dict[str, str]) -> None:
     with pytest.raises(FastpeftError, match="the prompt 'auto' finds a template and label words together"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, scaling
+from bench import harness, plot, scaling
 from bench.scaling import AXES, Sizes, exponent, features, operations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,4 +42,6 @@ def test_every_axis_is_recorded(tmp_path: Path, method: str, axis: str) -> None:
     rows = harness.read_rows(file)
     assert [int(row["size"]) for row in rows] == [*points]
     counted = [operations(method, replace(TINY, **{axis: point})) for point in points]
+    plot.plot_scaling(rows, file.with_suffix(".png"))
+    assert file.with_suffix(".png").stat().st_size > 1_000
     assert float(rows[0]["exponent_predicted"]) == pytest.approx(exponent([*points], counted), abs=0.006)
