@@ -42,7 +42,7 @@ LEAST_ROWS = 8  # a class, of which half choose and half rank
 _WORDS = 200  # likely words that are tried, divided among the classes
 _LEAST_WORDS = 10  # a class
 _KEPT_WORDS = 10  # choices of words that a template brings to the ranking
-_FINALISTS = 10  # templates in the ranking
+_FINALISTS = 6  # templates in the ranking
 _RUNNERS_UP = 4
 _SHORTEST_WORD = 2  # letters
 

@@ -11,16 +11,13 @@ from bench.harness import read_rows
 
 
 def test_a_review_that_names_one_genre_is_of_it_and_does_not_name_it() -> None:
-    found = bench.genre_rows(
-        [
-            "A Horror film.<br />Such horrors!",
-            "A horror comedy.",
-            "It wars with taste.",
-            "Of warm love.",
-            "word " * 50 + "cartoon",
-        ]
-    )
-    assert found == {"horror": ["A film. Such !"], "war": ["It with taste."], "animated": [("word " * 40).strip()]}
+    long = f"{'before ' * 30}cartoon{' after' * 30}"
+    reviews = ["A Horror film.<br />Such horrors!", "A horror comedy.", "It wars with taste.", "Of warm love.", long]
+    assert bench.genre_rows(reviews) == {
+        "horror": ["A film. Such !"],
+        "war": ["It with taste."],
+        "animated": [("before " * 12 + "after " * 12).strip()],
+    }
 
 
 def test_every_part_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
