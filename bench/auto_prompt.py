@@ -11,7 +11,7 @@ calibrated, and after SiVA on 2,000 rows by its recipe. Prompts are found on a f
   reviews a class to learn from and 100 to measure on. The prompt is the obvious one. The bundled model has seen these
   reviews, not what is asked of it here.
 
-What is in the table already is not measured again: the whole can be done in parts, by `--task`, `--part`, `--prompt`.
+What is in the table already is not measured again: the whole can be done in parts, by `--task`, `--way`, `--prompt`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FILE = DATA / "auto_prompt.csv"
 ROWS = 2_000
 SAVE_STEPS = 25  # a run that is cut off goes on from the last
 TASKS = ("demo", "sst2", "genre")
-PARTS = {"trained": ("zero-shot", "siva"), "calibrated": ("calibrated",)}  # with the ways that each measures
+WAYS = ("zero-shot", "calibrated", "siva")
 KEY = ("task", "prompt", "way", "seed")
 
 GENRES = {
@@ -108,11 +108,6 @@ def task_data(task: str, sst2: str | None) -> TextData:
     return take_slice(load_data(sst2 if task == "sst2" and sst2 else task), ROWS)
 
 
-def used_prompt(written: Prompt, found: dict[str, Any] | None) -> Prompt:
-    """The prompt that was found, else the one that is written."""
-    return written if found is None else Prompt.from_values(found)
-
-
 def found_for(task: str, data: str, calibrate: bool, seed: int, runs: Path) -> tuple[dict[str, Any], str]:
     """What is found for a task, and in how many seconds; kept in `runs`."""
     file = runs / f"{task}-{'calibrated' if calibrate else 'plain'}-{seed}.json"
@@ -124,38 +119,36 @@ def found_for(task: str, data: str, calibrate: bool, seed: int, runs: Path) -> t
     return kept["found"], kept["seconds"]
 
 
-def measure(task: str, data: str, prompt: str, part: str, seed: int, runs: Path) -> dict[str, dict[str, Any]]:
-    """What is found by a prompt in each of a part's ways."""
-    written, found, seconds = MANUAL[task], None, ""
+def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Accuracy by a prompt in one way, and what the prompt was."""
+    calibrate = way == "calibrated"
+    used, seconds, found = MANUAL[task], "", None
     if prompt == AUTO:
-        found, seconds = found_for(task, data, part == "calibrated", seed, runs)
-    if part == "trained":
-        given: dict[str, Any] = {"prompt": AUTO, "found_prompt": found}
-        if prompt != AUTO:
-            words = (f"{label}={word}" for label, word in written.label_words.items())
-            given = {"prompt": written.template, "label_words": ",".join(words)}
-        output = str(runs / f"{task}-{prompt}-{seed}")
-        config = TrainConfig(output=output, data=data, seed=seed, save_steps=SAVE_STEPS, **given)
+        found, seconds = found_for(task, data, calibrate, seed, runs)
+        used = Prompt.from_values(found)
+    if way == "siva":
+        words = ",".join(f"{label}={word}" for label, word in used.label_words.items())
+        written = {"prompt": used.template, "label_words": words}
+        config = TrainConfig(
+            output=str(runs / f"{task}-{prompt}-{seed}"), data=data, seed=seed, save_steps=SAVE_STEPS, **written
+        )
         metrics: dict[str, Any] = train(config, resume=True).metrics
-        accuracies = {"zero-shot": metrics["accuracy_before"], "siva": metrics["accuracy"]}
     else:
-        metrics = evaluate_zero_shot("demo", used_prompt(written, found), data, calibrate=True)
-        accuracies = {"calibrated": metrics["accuracy"]}
-    used = used_prompt(written, found)
-    shared = {
+        metrics = evaluate_zero_shot("demo", used, data, calibrate=calibrate)
+    return {
+        "accuracy": f"{metrics['accuracy']:.4f}",
         "dev_rows": metrics["dev_rows"],
         "template": used.template,
         "label_words": ",".join(used.label_words.values()),
         "accuracy_found": "" if found is None else f"{found['accuracy']:.4f}",
         "search_s": seconds,
     }
-    return {way: {"accuracy": f"{accuracy:.4f}", **shared} for way, accuracy in accuracies.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, help="this one only")
-    parser.add_argument("--part", choices=PARTS, help="this one only")
+    parser.add_argument("--way", choices=WAYS, help="this one only")
     parser.add_argument("--prompt", choices=("manual", AUTO), help="this one only")
     parser.add_argument(
         "--seed", type=int, default=0, help="decides the rows that prompts are found on, and SiVA's run"
@@ -168,18 +161,16 @@ def main() -> None:
             data = (given.runs or Path(elsewhere)) / f"{task}-data"
             if not data.exists():
                 write_rows(task_data(task, given.sst2), data)
-            for part, ways in PARTS.items() if given.part is None else ((given.part, PARTS[given.part]),):
+            for way in WAYS if given.way is None else (given.way,):
                 for prompt in ("manual", AUTO) if given.prompt is None else (given.prompt,):
-                    case = {"task": task, "prompt": prompt, "seed": str(given.seed)}
-                    keys = [{**case, "way": way} for way in ways]
-                    if all(any(key.items() <= row.items() for row in read_rows(FILE)) for key in keys):
+                    case = {"task": task, "prompt": prompt, "way": way, "seed": str(given.seed)}
+                    if any(case.items() <= row.items() for row in read_rows(FILE)):
                         continue
-                    runs = given.runs or Path(elsewhere)
-                    for way, figures in measure(task, str(data), prompt, part, given.seed, runs).items():
-                        machine = {"card": cpu_name(), "threads": torch.get_num_threads(), "torch": versions()["torch"]}
-                        row = {**case, "way": way, **figures, **machine}
-                        put_row(FILE, {name: str(value) for name, value in row.items()}, KEY)
-                        print(row, flush=True)
+                    figures = measure(task, str(data), prompt, way, given.seed, given.runs or Path(elsewhere))
+                    machine = {"card": cpu_name(), "threads": torch.get_num_threads(), "torch": versions()["torch"]}
+                    row = {name: str(value) for name, value in {**case, **figures, **machine}.items()}
+                    put_row(FILE, row, KEY)
+                    print(row, flush=True)
 
 
 if __name__ == "__main__":

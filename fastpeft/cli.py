@@ -338,7 +338,7 @@ def compare(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEMPLATE|NAME|none,...",
+            metavar="TEMPLATE|NAME|auto|none,...",
             help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier or "
             "'\"{a}? <mask>, {b}\":label_words=Yes+No'.",
         ),

@@ -14,9 +14,12 @@ from samples import WORDS, pairs, reviews, save_tiny_model, scores, write_csv, w
 from tokenizers_for_prompts import FAMILIES, make_tokenizer
 from typer.testing import CliRunner
 
-from fastpeft import FastpeftError, Prompt, TrainConfig, auto_prompt, train
+from fastpeft import FastpeftError, Prompt, TrainConfig, auto_prompt, files, train
 from fastpeft.auto_prompt import best_words, find_prompt, score, templates, whole_words
 from fastpeft.cli import app
+from fastpeft.comparison import zero_shot
+from fastpeft.comparison.plan import CompareConfig
+from fastpeft.comparison.run import Comparison
 from fastpeft.data import load_data
 from fastpeft.evaluation import evaluate, evaluate_zero_shot, predict
 from fastpeft.training import plan
@@ -224,14 +227,26 @@ def test_zero_shot_on_the_command_line(config: TrainConfig) -> None:
 
 
 def test_a_comparison_has_trained_and_zero_shot_cells_with_it(config: TrainConfig, tmp_path: Path) -> None:
-    output = tmp_path / "all"
-    given = ["compare", "--methods", "head:prompt=auto,zero-shot:prompt=auto", "--output", str(output)]
-    given += ["--model", config.model, "--data", config.data, "--max-steps", "1", "--quiet"]
-    for _ in range(2):  # the second time nothing is left to do
-        assert CliRunner().invoke(app, given).exit_code == 0, [log.read_text() for log in output.glob("cells/*.log")]
-    kept = [json.loads(file.read_text())["found_prompt"] for file in sorted(output.glob("cells/*/metrics.json"))]
-    assert len(kept) == 2
-    assert kept[0] == kept[1]  # the same rows by the same seed
+    """Cells as their processes run them; what they found does not make them other cells."""
+    compared = CompareConfig(
+        output=str(tmp_path / "all"),
+        methods=["head:prompt=auto", "zero-shot:prompt=auto"],
+        common={"model": config.model, "data": config.data, "max_steps": 1},
+    )
+    plan = Comparison(compared).plan
+    plan.save()
+    for cell in plan.wanted:
+        files.write_json(cell.config_file, cell.values)
+        if cell.method == "zero-shot":
+            zero_shot.main(cell.config_file)
+        else:
+            train(TrainConfig.from_file(cell.config_file), resume=True)
+    cells = Comparison(compared).plan.wanted
+    assert [cell.state for cell in cells] == ["finished", "finished"]
+    first, second = (cell.metrics() for cell in cells)
+    assert first is not None
+    assert second is not None
+    assert first["found_prompt"] == second["found_prompt"]  # the same rows by the same seed
 
 
 # -- what cannot be done ---------------------------------------------------------------------------------------------
