@@ -1,6 +1,6 @@
 """`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
 
-Timings are drawn as ratios, compiled tiles as registers, and what runs measured on their way as curves.
+Timings are drawn as ratios or over sizes, compiled tiles as registers, and what runs measured on their way as curves.
 """
 
 from __future__ import annotations
@@ -96,6 +96,29 @@ def plot_curves(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def plot_scaling(rows: list[Row], file: Path) -> None:
+    """Time of a step over each size, a panel for each, with the counted operations as a dashed line from its start."""
+    panels = _grouped(rows, ("axis",))
+    columns = -(-len(panels) // 2)
+    figure, all_axes = plt.subplots(2, columns, figsize=(4.2 * columns, 7), squeeze=False, layout="constrained")
+    for spare in all_axes.flat[len(panels) :]:
+        spare.axis("off")
+    for axes, ((axis,), panel) in zip(all_axes.flat, panels.items()):
+        for (method,), line in _grouped(panel, ("method",)).items():
+            sizes = [int(row["size"]) for row in line]
+            times, counted = ([float(row[name]) for row in line] for name in ("ms_p50", "gflop"))
+            label = f"{method}: {line[0]['exponent']} (predicted {line[0]['exponent_predicted']})"
+            (drawn,) = axes.loglog(sizes, times, "o-", ms=4, lw=1, label=label)
+            axes.loglog(sizes, [times[0] * each / counted[0] for each in counted], "--", lw=1, color=drawn.get_color())
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel(axis)
+        axes.set_ylabel("ms a step")
+        axes.legend(fontsize=7, title="exponents", title_fontsize=7)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
     """Rows by the values of `columns`, in order of appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -124,6 +147,8 @@ def main() -> None:
             plot_timings(rows, table.with_suffix(".png"))
         elif rows and "estimator" in rows[0]:
             plot_curves(rows, table.with_suffix(".png"))
+        elif rows and "exponent" in rows[0]:
+            plot_scaling(rows, table.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,10 @@ def train(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEMPLATE|NAME|none", help="As '{text} It was <mask>.' or sst2 (default: none)"),
+        typer.Option(
+            metavar="TEMPLATE|NAME|auto|none",
+            help="As '{text} It was <mask>.' or sst2; auto finds one on training rows (default: none)",
+        ),
     ] = None,
     label_words: Annotated[
         str | None, typer.Option(help="terrible,great or negative=terrible,positive=great (default: the prompt's)")
@@ -239,7 +242,13 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="In place of DIR: a model, with a prompt and no training, on the dev rows.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(metavar="TEMPLATE|NAME", help="The prompt, with --model.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE|NAME|auto",
+            help="The prompt, with --model; auto finds one on the training rows of --data.",
+        ),
+    ] = None,
     label_words: Annotated[str | None, typer.Option(help="Its words, as for train.")] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="With --model: subtract what the words score for an empty text.")
@@ -251,17 +260,18 @@ def evaluate(
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""
     from fastpeft import console, evaluation
-    from fastpeft.named_prompts import parse_prompt
+    from fastpeft.named_prompts import is_auto, parse_prompt
 
     console.quieten(quiet=False)
+    columns = {"text_column": text_column, "label_column": label_column}
     if folder is not None and (model, prompt, label_words, calibrate) == (None, None, None, False):
-        metrics = evaluation.evaluate(folder, data, text_column=text_column, label_column=label_column)
+        metrics = evaluation.evaluate(folder, data, **columns)
         title = f"{folder} on {data or 'its own data'}"
-    elif folder is None and model and prompt and (parsed := parse_prompt(prompt, label_words)):
+    elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
         data = data or "demo"
-        metrics = evaluation.evaluate_zero_shot(
-            model, parsed, data, calibrate=calibrate, text_column=text_column, label_column=label_column
-        )
+        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, data, calibrate=calibrate, **columns)
+        assert parsed is not None  # for none, this branch is not taken
+        metrics = evaluation.evaluate_zero_shot(model, parsed, data, calibrate=calibrate, **columns)
         title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
     else:
         raise FastpeftError(
@@ -333,7 +343,7 @@ def compare(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEMPLATE|NAME|none,...",
+            metavar="TEMPLATE|NAME|auto|none,...",
             help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier or "
             "'\"{a}? <mask>, {b}\":label_words=Yes+No'.",
         ),

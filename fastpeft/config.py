@@ -14,7 +14,7 @@ from typing import Any
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import Method, get_method
-from fastpeft.named_prompts import parse_prompt
+from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
 from fastpeft.prompts import HEADS, Prompt
 from fastpeft.runs import earlier_run, read_config
@@ -66,10 +66,13 @@ class TrainConfig:
             weights after the last step.
         patience: the run ends where `metric` was not better than before for so many checkpoints in a row. None: it
             goes on to its last step.
-        prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, or `none`. None: no prompt.
+        prompt: a template, a name of `fastpeft.named_prompts.NAMED_PROMPTS`, `auto` to find one for
+            `model` on training rows, or `none`. None: no prompt.
         label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
             those of the named prompt.
         prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.
+        found_prompt: what was found for `auto`, as a run's `run.json` holds it, so that its repetition does not search
+            again. None: it is searched for. Dropped where `prompt` is another.
         cache_features: folder in which a frozen backbone's features are kept, for methods with a side network: rows
             found there are not computed again, in any run. None: they are computed in every epoch.
         cache_dtype: what features are rounded to, `bfloat16`, `float32` or `int8`. None: `bfloat16`. Rounding decides
@@ -113,6 +116,7 @@ class TrainConfig:
     prompt: str | None = None
     label_words: str | None = None
     prompt_head: str | None = None
+    found_prompt: dict[str, Any] | None = None
     cache_features: str | None = None
     cache_dtype: str | None = None
     bf16: bool = False
@@ -174,6 +178,10 @@ class TrainConfig:
                 f"patience is {self.patience}, but there is no metric that could stop getting better. Name one, or "
                 "leave patience out."
             )
+        if not is_auto(self.prompt):
+            object.__setattr__(self, "found_prompt", None)
+        found = self.found_prompt
+        self._check("found_prompt", found is None or _is_json_object(found), "what run.json holds of a prompt found")
         self.parse_prompt()
 
     def _check(self, name: str, fits: bool, allowed: str) -> None:
@@ -209,14 +217,20 @@ class TrainConfig:
                     "either."
                 )
 
+    @property
+    def awaits_prompt(self) -> bool:
+        """Whether a prompt is to be found and is not found yet."""
+        return is_auto(self.prompt) and self.found_prompt is None
+
     def parse_prompt(self) -> Prompt | None:
-        """The prompt, with its words as written; None where there is none.
+        """The prompt, with its words as written; None where there is none, or none yet, see `awaits_prompt`.
 
         Raises:
             FastpeftError: template, words or head cannot be used.
         """
         if self.prompt is not None:
-            return parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
+            written = parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
+            return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
         for name in ("label_words", "prompt_head"):
             if (value := getattr(self, name)) is not None:
                 raise FastpeftError(f"{name} is {value!r}, but there is no prompt. Give one, or leave {name} out.")

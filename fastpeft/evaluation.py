@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
 
+from fastpeft.auto_prompt import find_prompt
 from fastpeft.data import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.masking import Masker
+from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row
@@ -118,6 +120,36 @@ def zero_shot_outputs(
 def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
     """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
     return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
+
+
+def zero_shot_prompt(
+    prompt: str,
+    label_words: str | None,
+    model: str,
+    data: str,
+    *,
+    calibrate: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[Prompt | None, dict[str, Any] | None]:
+    """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
+
+    Args:
+        prompt, label_words: as `parse_prompt` takes them.
+        model, data, calibrate, text_column, label_column: as `evaluate_zero_shot` takes them.
+
+    Returns:
+        The prompt, None for `none`; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
+
+    Raises:
+        FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
+    """
+    written = parse_prompt(prompt, label_words)
+    if not is_auto(prompt):
+        return written, None
+    texts = load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
+    found = find_prompt(model, texts, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
+    return found.prompt, found.values()
 
 
 def _measure(

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts import HEADS, MASK, Prompt, plain
 
+AUTO = "auto"  # in place of a prompt: one is to be found, see `fastpeft.auto_prompt`
+
 _SENTIMENT = Prompt("{text} It was <mask>.", {"negative": "terrible", "positive": "great"})
 _INFERENCE = Prompt("{a}? <mask>, {b}", {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"})
 _ANSWERS = Prompt("{a}? <mask>, {b}", {"entailment": "Yes", "not_entailment": "No"})
@@ -58,6 +60,11 @@ NAMED_PROMPTS: Mapping[str, Prompt] = {
 }
 
 
+def is_auto(prompt: str | None) -> bool:
+    """Whether what is written asks for a prompt to be found."""
+    return prompt is not None and prompt.casefold() == AUTO
+
+
 def get_prompt(name: str) -> Prompt:
     """The prompt of a task, whatever the case and signs of its name: `SST-2` and `sst2` are one.
 
@@ -79,16 +86,16 @@ def parse_prompt(prompt: str, label_words: str | None = None, head: str = HEADS[
     """A prompt as written on a command line.
 
     Args:
-        prompt: a template, a name of `NAMED_PROMPTS`, or `none`.
+        prompt: a template, a name of `NAMED_PROMPTS`, `auto` or `none`.
         label_words: `terrible,great` in the order of the classes, or `negative=terrible,positive=great`. None: those
             of the named prompt.
         head: `label_words` or `classifier`.
 
     Returns:
-        The prompt, or None for `none`.
+        The prompt, or None for `none` and for `auto`, which is yet to be found.
 
     Raises:
-        FastpeftError: the name, the template or the words cannot be used.
+        FastpeftError: the name, the template or the words cannot be used, or come with `auto`.
 
     Example:
         >>> parse_prompt("sst2").label_words
@@ -97,6 +104,13 @@ def parse_prompt(prompt: str, label_words: str | None = None, head: str = HEADS[
         {'0': 'bad', '1': 'good'}
     """
     if prompt.casefold() == "none":
+        return None
+    if is_auto(prompt):
+        if label_words is not None or head != HEADS[0]:
+            raise FastpeftError(
+                f"the prompt {AUTO!r} finds a template and label words together, but label words or the head {head!r} "
+                "are given too. Leave these out, or write the template."
+            )
         return None
     is_template = "{" in prompt or MASK in prompt
     named = None if is_template else get_prompt(prompt)

@@ -175,6 +175,15 @@ class PromptModel(PreTrainedModel):
         self.calibration.copy_(self.predict_logits([empty])[0].log_softmax(-1))
         return self
 
+    def read_tokens(self, tokens: Sequence[int]) -> PromptModel:
+        """Let the logits be those of any `tokens` from now on, in place of the label words'; uncalibrated.
+
+        For looking at what a model expects at the mask, as the search for label words does.
+        """
+        self.label_ids = torch.tensor(tokens, device=self.device)  # (tokens,)
+        self.calibration = torch.zeros(len(tokens), device=self.device)
+        return self
+
     @torch.no_grad()
     def predict_logits(self, texts: Sequence[Text], *, batch_size: int = 64, max_length: int | None = None) -> Tensor:
         """Logits of texts or pairs, `(rows, classes)` in float32 on the model's device, in evaluation mode.

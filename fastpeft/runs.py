@@ -150,8 +150,11 @@ class RunFolder:
                     f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
                 )
         before = self.config()
+        free = {"output"}
+        if config.get("found_prompt") is None:  # it is not searched for again
+            free.add("found_prompt")
         changed = [
-            name for name in config if resume and name != "output" and config[name] != before.get(name, config[name])
+            name for name in config if resume and name not in free and config[name] != before.get(name, config[name])
         ]
         if changed:
             differences = ", ".join(f"{name} {before[name]!r} -> {config[name]!r}" for name in changed)

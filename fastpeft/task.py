@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, set_seed
 
+from fastpeft.auto_prompt import check_searchable, settle_prompt
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data, texts_in_words
 from fastpeft.errors import FastpeftError
@@ -76,7 +77,7 @@ class Task:
     """What a run works on.
 
     Attributes:
-        config: where it all came from.
+        config: where it all came from, with the prompt that was found for it.
         method: the method that prepared the model.
         model: the module to train, with what trains requiring gradients.
         tokenizer: the model's tokenizer.
@@ -110,6 +111,8 @@ class Task:
         """
         method, _, arguments = method_options(config)
         data = data_for(config)
+        head_for(config, data)  # refuses before a prompt is searched for, which takes its time
+        config = settle_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
         head = head_for(config, data)
         metric, prompt = config.metric or data.problem.primary, head.prompt
         classifier = draw_start(config, head)
@@ -210,11 +213,13 @@ def data_for(config: TrainConfig) -> TextData:
 
 
 def head_for(config: TrainConfig, data: TextData) -> Head:
-    """The head of a run with `config` on `data`.
+    """The head of a run with `config` on `data`; its prompt is missing while `config` awaits it.
 
     Raises:
         FastpeftError: metric, prompt or label words do not go with what the data has.
     """
+    if config.awaits_prompt:
+        check_searchable(data)
     if config.metric is not None:
         data.problem.check_metric(config.metric)
     head = Head.of(config, data.labels, data.problem)

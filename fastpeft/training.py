@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft import files
-from fastpeft.cards import chosen_by, loading_snippet, model_card, results
+from fastpeft.cards import chosen_by, found_settings, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
@@ -124,8 +125,11 @@ def train(
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
         return TrainResult(folder.path, folder.metrics())
+    if resume and folder.started and config.awaits_prompt:
+        config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
     with _determinism(config.deterministic):
         task = Task.load(config)
+        config = task.config
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
@@ -327,6 +331,7 @@ def _metrics(
         "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
         "train_seconds": round(seconds, 2),
         "steps": trainer.state.global_step,
+        "found_prompt": config.found_prompt,
         "metric": config.metric,
         "best_step": chosen,
         "train_rows": len(task.train_rows),
@@ -369,6 +374,8 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         "bf16",
     )
     settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
+    if config.found_prompt is not None:
+        settings |= found_settings(config.found_prompt)
     return model_card(
         base_model=config.model,
         method=task.method.title,

@@ -239,7 +239,7 @@ class CompareConfig:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}, which the other cells are given. Leave one out.")
         given = {key: value for key, value in {**self.shared, **own}.items() if key in _ZERO_SHOT_FIELDS}
         config = TrainConfig.from_values({**given, "output": str(self._cell_folder(name))})
-        if config.parse_prompt() is None:
+        if config.parse_prompt() is None and not config.awaits_prompt:
             raise FastpeftError(f"{ZERO_SHOT} needs a prompt; give one as {ZERO_SHOT}:prompt=sst2.")
         return {**config.values(), "method": ZERO_SHOT, "calibrate": calibrate}
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from fastpeft import console, files
 from fastpeft.environment import versions
 from fastpeft.errors import FastpeftError
-from fastpeft.evaluation import measure_classes, zero_shot_outputs
-from fastpeft.named_prompts import parse_prompt
+from fastpeft.evaluation import measure_classes, zero_shot_outputs, zero_shot_prompt
 from fastpeft.runs import PREDICTIONS, RunFolder, read_config
 
 
@@ -17,18 +16,21 @@ def main(file: Path) -> None:
     """Measure the prompt that `file` names, and write what was measured into its output."""
     values = read_config(file)
     folder = RunFolder(values["output"])
-    prompt = parse_prompt(values["prompt"], values["label_words"])
+    columns = {name: values[name] for name in ("text_column", "label_column")}
+    prompt, values["found_prompt"] = zero_shot_prompt(
+        values["prompt"],
+        values["label_words"],
+        values["model"],
+        values["data"],
+        calibrate=values["calibrate"],
+        **columns,
+    )
     assert prompt is not None  # the plan has refused none
     folder.open(values, overwrite=False)
     outputs, texts = zero_shot_outputs(
-        values["model"],
-        prompt,
-        values["data"],
-        calibrate=values["calibrate"],
-        text_column=values["text_column"],
-        label_column=values["label_column"],
+        values["model"], prompt, values["data"], calibrate=values["calibrate"], **columns
     )
-    described = {name: values[name] for name in ("method", "model", "data", "prompt", "calibrate")}
+    described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
     result = folder.staging / "result"
     result.mkdir()
     classes = {"labels": texts.dev.labels, "predictions": outputs.argmax(-1).tolist()}
