@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.functional import compute_dtype
 
 Format = Literal["int8", "nf4"]
 
@@ -127,7 +128,6 @@ class QuantisedLinear(nn.Module):
         return self.quantised.dequantise(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = compute_dtype(x, x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.quantised.dequantise(dtype), bias)

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint, fingerprints_agree
+from fastpeft.ladder.frozen import CompiledForward, conversion_of, is_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -227,12 +228,16 @@ class Backbone:
     def fingerprints(self, trained: Iterable[nn.Parameter] = (), *, whole: bool = False) -> dict[str, str]:
         """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none.
 
+        Of a backbone that `convert` brought to another dtype they are those that it had before.
+
         Args:
             trained: parameters that change, as of an adapter, and are left out.
             whole: whether to leave out the parts that hold such too, for whose weights the adapter itself vouches.
 
         Of a module that is no transformers model there is one of all that is frozen, buffers included.
         """
+        if (converted := conversion_of(self.core)) is not None:
+            return dict(converted.fingerprints)
         changing = {id(parameter) for parameter in trained}
         if self.plain:
             own = [(module.parameters(recurse=False), module.buffers(recurse=False)) for module in self.frozen]
@@ -249,7 +254,7 @@ class Backbone:
         return {
             name: fingerprint(_joined(tensors))
             for name, tensors in weights.items()
-            if all(tensor.is_floating_point() for tensor in tensors)
+            if not any(is_quantised(tensor) for tensor in tensors)
         }
 
     def check(self, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter] = ()) -> None:
@@ -265,6 +270,15 @@ class Backbone:
             logger.warning("weights of a quantised backbone cannot be compared; check that it is %s", source)
 
     # -- features ------------------------------------------------------------------------------------------------
+
+    def compile(self, **options: Any) -> None:
+        """Compile each layer; hooks on it, which read and replace features, stay outside of what is compiled.
+
+        Args:
+            options: as `torch.compile` takes them.
+        """
+        for layer in self.layers:
+            layer.forward = CompiledForward(layer, options)
 
     @contextlib.contextmanager
     def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -19,6 +19,14 @@ _WIDE_WINDOW = 9  # slots from which the report drops features
 _WIDE_WINDOW_DROPOUT = 0.2
 
 
+def check_backbone_dtype(dtype: str | None) -> None:
+    """Raise `FastpeftError` unless a backbone can be brought to `dtype`, and the library that it needs is there."""
+    if dtype is not None and dtype not in get_args(BackboneDtype):
+        allowed = ", ".join(map(repr, get_args(BackboneDtype)))
+        raise FastpeftError(f"backbone_dtype={dtype!r}; allowed are {allowed}, or None for the base model's own.")
+    check_library("backbone_dtype", dtype)
+
+
 class LadderConfig(PretrainedConfig):
     """Configuration of a `LadderModel`: how its side network reads the backbone.
 
@@ -144,12 +152,7 @@ class LadderConfig(PretrainedConfig):
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
-        if self.backbone_dtype not in (None, *get_args(BackboneDtype)):
-            allowed = ", ".join(map(repr, get_args(BackboneDtype)))
-            raise FastpeftError(
-                f"backbone_dtype={self.backbone_dtype!r}; allowed are {allowed}, or None for the base model's own."
-            )
-        check_library("backbone_dtype", self.backbone_dtype)
+        check_backbone_dtype(self.backbone_dtype)
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(
                 f"backbone_dtype={self.backbone_dtype!r} with train_adapters=True (siva_layers): an adapter trains on "
