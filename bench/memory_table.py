@@ -9,7 +9,8 @@ What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter
 (2 bytes a value), which query and key share; LoRA also keeps the input in the dtype of its factors, where that is
 another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
 weight back. A quantised residual is 1 byte a weight (int8) or 0.5625 (nf4) in place of 2, plus one layer's dequantised
-weight at a time; so are the linear layers of a side network's backbone, in the same column. A side network keeps nothing of the backbone but the features that its blocks still have to read.
+weight at a time; so is, in the same column, the backbone of a side network. That keeps nothing of its backbone but the
+features that its blocks still have to read.
 """
 
 from __future__ import annotations

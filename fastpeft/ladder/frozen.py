@@ -69,7 +69,9 @@ def convert(backbone: Backbone, dtype: BackboneDtype | None) -> None:
         for tensor in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
     }
     # of buffers those that are part of the state; others, as frequencies of positions, keep their precision
-    tensors = [t for t in backbone.core.state_dict(keep_vars=True).values() if isinstance(t, Tensor) and id(t) in frozen]
+    tensors = [
+        t for t in backbone.core.state_dict(keep_vars=True).values() if isinstance(t, Tensor) and id(t) in frozen
+    ]
     if any(is_quantised(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)):
         raise FastpeftError(
             f"backbone_dtype={dtype!r}, but the {kind} is quantised already. Leave backbone_dtype out, or load the "

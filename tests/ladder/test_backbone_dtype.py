@@ -25,9 +25,7 @@ from fastpeft.quantise import QuantisedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NEEDS_BITSANDBYTES = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
-)
+NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 NF4 = pytest.param("nf4", marks=NEEDS_BITSANDBYTES)
 FORMATS = pytest.mark.parametrize("kind", ["int8", NF4])
 DTYPES = pytest.mark.parametrize("kind", ["bfloat16", "int8", NF4])
@@ -62,7 +60,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def classifier(checkpoint: Path, **arguments: Any) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(checkpoint, **{"dtype": torch.float32, "num_labels": 3, **arguments})
+    return AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, **{"dtype": torch.float32, "num_labels": 3, **arguments}
+    )
 
 
 # -- what it does ------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.Monkey
 
 def test_a_base_that_does_not_fit_is_refused_and_left_as_it_is() -> None:
     base = tiny()
-    with pytest.raises(FastpeftError, match="beside a PeftModel.*Merge it first"):
+    with pytest.raises(FastpeftError, match=r"beside a PeftModel.*Merge it first"):
         ladder(peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["query"])), backbone_dtype="int8")
     ladder(base, backbone_dtype="int8")
     with pytest.raises(FastpeftError, match="brought this RobertaForSequenceClassification to 'int8'"):
@@ -275,7 +275,7 @@ def test_a_base_that_does_not_fit_is_refused_and_left_as_it_is() -> None:
         ladder(quantised, backbone_dtype="bfloat16")
     assert quantised.roberta.embeddings.word_embeddings.weight.dtype == torch.float32
     norms = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
-    with pytest.raises(FastpeftError, match="has none. Use backbone_dtype='bfloat16'"):
+    with pytest.raises(FastpeftError, match=r"has none\. Use backbone_dtype='bfloat16'"):
         LadderModel(norms, LadderConfig(feature_modules=["0"], feature_sizes=[8, 8], backbone_dtype="int8"))
 
 
