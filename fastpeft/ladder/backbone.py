@@ -284,7 +284,8 @@ class Backbone:
     def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output.
 
-        Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as convolutions make it.
+        What of the body comes after the layers, a pooler, trains in float32: after layers in half precision it runs
+        under autocast. Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as convolutions make it.
         """
 
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -299,6 +300,9 @@ class Backbone:
                 if index < len(self.layers):
                     return None
                 replaced = _from_tokens(replace(tokens), feature.shape)
+                kind, dtype = replaced.device.type, replaced.dtype
+                if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+                    after_layers.enter_context(torch.autocast(kind, dtype))
                 return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
             return hook
@@ -306,7 +310,8 @@ class Backbone:
         handles = [self.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
         handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(self.layers, 1)]
         try:
-            yield
+            with contextlib.ExitStack() as after_layers:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
