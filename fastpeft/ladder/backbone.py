@@ -285,7 +285,8 @@ class Backbone:
         """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output.
 
         What of the body comes after the layers, a pooler, trains in float32: after layers in half precision it runs
-        under autocast. Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as convolutions make it.
+        under autocast. Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as
+        convolutions make it.
         """
 
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
