@@ -118,7 +118,8 @@ class QuantisedLinear(nn.Module):
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
         super().__init__()
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-        self.out_features, self.in_features = weight.shape
+        self.out_features: int = weight.shape[0]
+        self.in_features: int = weight.shape[1]
         self.quantised = QuantisedWeight(weight, kind)
         self.bias: nn.Parameter | None = layer.bias
 

@@ -114,7 +114,7 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, options: Mapping[str, Any]) -> None:
         own = vars(layer).get("forward")
-        self._forward = own._forward if isinstance(own, CompiledForward) else layer.forward
+        self._forward: Any = own._forward if isinstance(own, CompiledForward) else layer.forward
         self._options = options
         self._compiled: Any = None
 
