@@ -9,7 +9,8 @@ What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter
 (2 bytes a value), which query and key share; LoRA also keeps the input in the dtype of its factors, where that is
 another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
 weight back. A quantised residual is 1 byte a weight (int8) or 0.5625 (nf4) in place of 2, plus one layer's dequantised
-weight at a time. A side network keeps nothing of the backbone but the features that its blocks still have to read.
+weight at a time; so is, in the same column, the backbone of a side network. That keeps nothing of its backbone but the
+features that its blocks still have to read.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ TARGETS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A method, what it adapts, dtypes of what it trains beside the model and of SiVA's residual, and the optimizer."""
+    """A method, what it adapts, dtypes of what it trains beside the model and of the frozen rest, and the optimizer.
+
+    The rest is SiVA's residual or a side network's backbone; none is given where it is in bfloat16 as the model.
+    """
 
     method: str
     targets: str = ""
@@ -57,6 +61,7 @@ CASES = [
     *(Case(m, t, d) for t in TARGETS for d in ("float32", "bfloat16") for m in ("lora", "pissa", "siva")),
     *(Case("siva", t, d, q) for t in TARGETS for d in ("float32", "bfloat16") for q in ("int8", "nf4")),
     Case("k-lst", adapter_dtype="float32"),
+    *(Case("k-lst", adapter_dtype="float32", residual_dtype=q) for q in ("int8", "nf4")),
     Case("lst", adapter_dtype="float32"),
     Case("mezo"),
     Case("full", optimizer="AdamW in backward"),
@@ -83,8 +88,9 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     if case.method in ("full", "mezo"):
         return model
     if case.method in ("k-lst", "lst"):
-        gated = LadderConfig(window_size=1, fusion="gated")
-        return LadderModel(model, gated if case.method == "lst" else LadderConfig())
+        shape: dict[str, Any] = {"window_size": 1, "fusion": "gated"} if case.method == "lst" else {}
+        backbone_dtype: Any = case.residual_dtype or None
+        return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype))
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
     wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
     if case.method == "siva":
@@ -122,9 +128,9 @@ def rows(cases: list[Case], config: RobertaConfig, lengths: tuple[int, ...]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="cases of this method or optimizer only")
+    parser.add_argument("--only", metavar="TEXT", help="cases of this method, residual or optimizer only")
     only = parser.parse_args().only
-    cases = [case for case in CASES if only in (None, case.method, case.optimizer)]
+    cases = [case for case in CASES if only in (None, case.method, case.residual_dtype, case.optimizer)]
     for row in rows(cases, LARGE, LENGTHS):
         put_row(FILE, row, key=("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "tokens"))
         print(", ".join(row.values()), flush=True)

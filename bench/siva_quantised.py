@@ -26,8 +26,9 @@ from bench.harness import DATA, put_row
 from fastpeft.data import load_data
 from fastpeft.environment import versions
 from fastpeft.models import load_masked_lm
+from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract, top_triplets
-from fastpeft.siva.quantise import ITERATIONS, Format, QuantisedWeight, decompose_quantised
+from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
 
 FILE = DATA / "siva_quantised.csv"
 TEXTS = 64

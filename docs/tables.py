@@ -269,6 +269,14 @@ def mezo_step() -> str:
     return table(["estimator", "", "ms", "time over its forwards alone"], body)
 
 
+def backbone_dtype() -> str:
+    body = (
+        [row["backbone_dtype"] or "float32", row["weights_mb"], _share(row["feature_error"]), row["accuracy"]]
+        for row in rows("backbone_dtype.csv")
+    )
+    return table(["backbone", "its weights, MB", "change of the last features", "accuracy"], body)
+
+
 def mezo_drift() -> str:
     found = (row for row in rows("mezo_drift.csv") if row["way"] in ("in place", "exact"))
     body = ([row["dtype"], f'`restore="{row["way"].replace(" ", "_")}"`', _share(row["drift"])] for row in found)
@@ -305,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feature-cache": feature_cache,
     "pool": pool,
     "ladder-options": ladder_options,
+    "backbone-dtype": backbone_dtype,
     "quantised": quantised,
     "mezo-pass": mezo_pass,
     "mezo-step": mezo_step,

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint, fingerprints_agree
+from fastpeft.ladder.frozen import CompiledForward, conversion_of, is_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -227,12 +228,16 @@ class Backbone:
     def fingerprints(self, trained: Iterable[nn.Parameter] = (), *, whole: bool = False) -> dict[str, str]:
         """Fingerprints of the embedding, the first and the last layer; where weights are quantised there is none.
 
+        Of a backbone that `convert` brought to another dtype they are those that it had before.
+
         Args:
             trained: parameters that change, as of an adapter, and are left out.
             whole: whether to leave out the parts that hold such too, for whose weights the adapter itself vouches.
 
         Of a module that is no transformers model there is one of all that is frozen, buffers included.
         """
+        if (converted := conversion_of(self.core)) is not None:
+            return dict(converted.fingerprints)
         changing = {id(parameter) for parameter in trained}
         if self.plain:
             own = [(module.parameters(recurse=False), module.buffers(recurse=False)) for module in self.frozen]
@@ -249,7 +254,7 @@ class Backbone:
         return {
             name: fingerprint(_joined(tensors))
             for name, tensors in weights.items()
-            if all(tensor.is_floating_point() for tensor in tensors)
+            if not any(is_quantised(tensor) for tensor in tensors)
         }
 
     def check(self, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter] = ()) -> None:
@@ -266,11 +271,22 @@ class Backbone:
 
     # -- features ------------------------------------------------------------------------------------------------
 
+    def compile(self, **options: Any) -> None:
+        """Compile each layer; hooks on it, which read and replace features, stay outside of what is compiled.
+
+        Args:
+            options: as `torch.compile` takes them.
+        """
+        for layer in self.layers:
+            layer.forward = CompiledForward(layer, options)
+
     @contextlib.contextmanager
     def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output.
 
-        Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as convolutions make it.
+        What of the body comes after the layers, a pooler, trains in float32: after layers in half precision it runs
+        under autocast. Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as
+        convolutions make it.
         """
 
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -285,6 +301,9 @@ class Backbone:
                 if index < len(self.layers):
                     return None
                 replaced = _from_tokens(replace(tokens), feature.shape)
+                kind, dtype = replaced.device.type, replaced.dtype
+                if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+                    after_layers.enter_context(torch.autocast(kind, dtype))
                 return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
             return hook
@@ -292,7 +311,8 @@ class Backbone:
         handles = [self.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
         handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(self.layers, 1)]
         try:
-            yield
+            with contextlib.ExitStack() as after_layers:
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,12 +9,22 @@ from transformers import PretrainedConfig
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import MAX_WINDOW
+from fastpeft.quantise import Format, check_library
 
 Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
+BackboneDtype = Literal["bfloat16", Format]
 
 _WIDE_WINDOW = 9  # slots from which the report drops features
 _WIDE_WINDOW_DROPOUT = 0.2
+
+
+def check_backbone_dtype(dtype: str | None) -> None:
+    """Raise `FastpeftError` unless a backbone can be brought to `dtype`, and the library that it needs is there."""
+    if dtype is not None and dtype not in get_args(BackboneDtype):
+        allowed = ", ".join(map(repr, get_args(BackboneDtype)))
+        raise FastpeftError(f"backbone_dtype={dtype!r}; allowed are {allowed}, or None for the base model's own.")
+    check_library("backbone_dtype", dtype)
 
 
 class LadderConfig(PretrainedConfig):
@@ -44,6 +54,10 @@ class LadderConfig(PretrainedConfig):
         train_adapters: Whether the active adapter of a base that PEFT wraps trains beside the side network, through the
             features that it changes. The layers before the first that it adapts run without gradients all the same,
             so that one in the last layers keeps most of the memory that is saved.
+        backbone_dtype: What the frozen backbone is brought to when the side network is put beside it: `"bfloat16"`, all
+            of it; `"int8"` or `"nf4"`, the weights of its linear layers, dequantised for each product, at 1 or 0.5625
+            bytes each; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). Embeddings, norms and biases then keep
+            the dtype they were loaded in, in which the backbone goes on to compute. None leaves all as it is.
         base_model_name_or_path, base_revision, base_class: Filled in: what the side network was trained on.
         base_fingerprints: Filled in when saving: what some weights of the backbone were.
 
@@ -74,6 +88,7 @@ class LadderConfig(PretrainedConfig):
         feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
         train_adapters: bool = False,
+        backbone_dtype: BackboneDtype | None = None,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_class: str | None = None,
@@ -95,6 +110,7 @@ class LadderConfig(PretrainedConfig):
         self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
         self.causal = causal
         self.train_adapters = train_adapters
+        self.backbone_dtype = backbone_dtype
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.base_class = base_class
@@ -135,6 +151,12 @@ class LadderConfig(PretrainedConfig):
                 f"fusion='gated' with window_size={self.window_size}, num_heads={self.num_heads} and "
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
+            )
+        check_backbone_dtype(self.backbone_dtype)
+        if self.backbone_dtype is not None and self.train_adapters:
+            raise FastpeftError(
+                f"backbone_dtype={self.backbone_dtype!r} with train_adapters=True (siva_layers): an adapter trains on "
+                "the weights it was made for. Leave out either; the base itself may be loaded in bfloat16."
             )
         sizes = self.feature_sizes
         if sizes is not None and not (

@@ -25,6 +25,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.frozen import convert, is_quantised
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 
@@ -56,6 +57,9 @@ class LadderModel(PreTrainedModel):
     The side network trains, and of the model's own head all but a decoder to the vocabulary, in float32 whatever the
     backbone's dtype. All of it is what `save_pretrained` writes; the backbone is named, and recognised when loading.
 
+    The backbone may take fewer bits: in the dtype that the base was loaded in, by `config.backbone_dtype`, which is
+    repeated when loading, or quantised by bitsandbytes or torchao, but for the head.
+
     The base may be any module whose layers `feature_modules` names, in the order in which they run. Its head is then
     what comes after the last of them in the order of `base.modules()`, and trains. `forward` gives it `inputs`, its one
     argument, and takes the tensor that it returns for logits. It has no name to be loaded by: pass it as
@@ -71,8 +75,8 @@ class LadderModel(PreTrainedModel):
         config: what the side network is made of; it is copied.
 
     Raises:
-        FastpeftError: the base has no head, its layers are not found, widths do not divide, or the configuration is
-            that of a side network on another backbone.
+        FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be brought to
+            `backbone_dtype`, widths do not divide, or the configuration is that of a side network on another backbone.
 
     Notes:
         A model that answers questions has `start_positions` and `end_positions` for labels, which
@@ -107,15 +111,17 @@ class LadderModel(PreTrainedModel):
         config.causal = backbone.causal if config.causal is None else config.causal
         sizes = backbone.feature_sizes(config.feature_sizes)
         side = SideNetwork(config, sizes, len(backbone.layers), backbone.activation, config.causal)
+        head = backbone.head_parameters()
+        _check_floating(head, type(backbone.core).__name__)
         if config.init == "pruned":
             prune(side, backbone)
+        convert(backbone, config.backbone_dtype)
         super().__init__(config)
         self.backbone = backbone  # the base taken apart
         self.base = base
         self.main_input_name = backbone.input_name
         self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
-        head = backbone.head_parameters()
         base.requires_grad_(False)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         # the layer from which on gradients flow through the backbone; L + 1 where through none
@@ -271,6 +277,19 @@ class LadderModel(PreTrainedModel):
             return 0
         return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
+    def compile_backbone(self, **options: Any) -> None:
+        """Compile the backbone's layers, each by itself, when they first run; the result is the same to rounding.
+
+        It is not saved with the side network, and a copy of the model compiles anew.
+
+        Args:
+            options: as `torch.compile` takes them.
+
+        Example:
+            >>> model.compile_backbone(mode="max-autotune-no-cudagraphs")  # doctest: +SKIP
+        """
+        self.backbone.compile(**options)
+
     def cache_features(
         self,
         folder: str | os.PathLike[str] | None,
@@ -359,6 +378,7 @@ class LadderModel(PreTrainedModel):
             "layer_drop",
             "share_projections",
             "output_mix",
+            "backbone_dtype",
         )
         text = model_card(
             base_model=config.base_model_name_or_path or "the base model",
@@ -476,6 +496,17 @@ _CURE = (
     "Name in feature_modules layers between which the number of tokens stays, H W for (B, C, H, W), and give in "
     "feature_sizes their widths where they were not found."
 )
+
+
+def _check_floating(head: Mapping[str, nn.Parameter], kind: str) -> None:
+    """Raise `FastpeftError` where what shall train is stored in few bits."""
+    quantised = [name for name, parameter in head.items() if is_quantised(parameter)]
+    if quantised:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
+        raise FastpeftError(
+            f"the head of the {kind} is quantised ({_some(quantised)}), and it trains. Load the base with "
+            f"BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like of another quantization_config."
+        )
 
 
 def _check_mask(attention_mask: Tensor | None, tokens: torch.Size) -> None:

@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
+from fastpeft.ladder.frozen import conversion_of, convert
 from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, join, source_of, steps_of
 from fastpeft.ladder.model import LadderModel, read_config, task_fields
 from fastpeft.ladder.side import SideRun
@@ -80,7 +81,7 @@ class LadderPool:
 
     Args:
         base: a transformers model with a head, or PEFT's wrapper of one. It is taken over: its backbone is frozen.
-        feature_modules: as in `LadderConfig`.
+        feature_modules, backbone_dtype: as in `LadderConfig`; side networks of one pool share them.
 
     Raises:
         FastpeftError: as by `LadderModel`.
@@ -99,8 +100,16 @@ class LadderPool:
         >>> [row.logits for row in pool(batch, tasks=["sentiment", "topic"])]  # doctest: +SKIP
     """
 
-    def __init__(self, base: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        feature_modules: Sequence[str] | None = None,
+        backbone_dtype: BackboneDtype | None = None,
+    ) -> None:
+        check_backbone_dtype(backbone_dtype)
         self.backbone = Backbone(base, feature_modules)
+        if backbone_dtype is not None:
+            convert(self.backbone, backbone_dtype)
         self.base = base
         self._feature_modules = feature_modules
         base.requires_grad_(False)
@@ -169,6 +178,8 @@ class LadderPool:
         if isinstance(side, LadderConfig):
             config = copy.copy(side)
             config.feature_modules = side.feature_modules or self._feature_modules
+            config.backbone_dtype = side.backbone_dtype or self._backbone_dtype
+            self._check_dtype(config)  # a twin's weights are the pool's
             return LadderModel(self._twin(), config)
         if not isinstance(side, str | os.PathLike):
             raise FastpeftError(
@@ -177,6 +188,7 @@ class LadderPool:
             )
         config = read_config(os.fspath(side), {})
         _refuse_adapter(config)  # before it is put into the twin, whose weights are the pool's
+        self._check_dtype(config)
         if config.base_class != (own := type(self.backbone.core).__name__):
             raise FastpeftError(
                 f"{os.fspath(side)!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
@@ -188,8 +200,22 @@ class LadderPool:
         if name in self._members.models:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
+    @property
+    def _backbone_dtype(self) -> BackboneDtype | None:
+        converted = conversion_of(self.backbone.core)
+        return converted.dtype if converted else None
+
+    def _check_dtype(self, config: LadderConfig) -> None:
+        own, other = self._backbone_dtype, config.backbone_dtype
+        if own != other:
+            raise FastpeftError(
+                f"the side network goes beside a backbone with backbone_dtype={other!r}, the pool's has {own!r}, and "
+                f"features differ. Add it to a LadderPool(base, backbone_dtype={other!r})."
+            )
+
     def _check_layers(self, model: LadderModel) -> None:
         _refuse_adapter(model.config)
+        self._check_dtype(model.config)
         own, others = _layer_names(self.backbone), _layer_names(model.backbone)
         if own != others:
             raise FastpeftError(

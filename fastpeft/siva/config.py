@@ -11,8 +11,9 @@ from peft import PeftConfig, PeftType
 
 from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
+from fastpeft.quantise import Format
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.quantise import ITERATIONS, Format, check_format
+from fastpeft.siva.quantise import ITERATIONS, check_format
 
 Residual = Literal["frozen", "implicit"]
 

@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprint
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
+from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
-from fastpeft.siva.quantise import ITERATIONS, Format, QuantisedWeight, decompose_quantised, quantised_siva_linear
+from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
 from fastpeft.siva.rows import Rows
 
 

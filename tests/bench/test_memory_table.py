@@ -64,3 +64,7 @@ def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -
         weights = [table[case, 16]["weights_mb"] for case in cases if case in RUNNABLE]
         assert weights == sorted(weights, reverse=True)
         assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)
+    backbones = [Case("k-lst", "", "float32", kind) for kind in ("", "int8", "nf4")]
+    weights = [table[case, 16]["weights_mb"] for case in backbones if case in RUNNABLE]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)

@@ -1,0 +1,417 @@
+"""A frozen backbone in fewer bits: in bfloat16, int8 and nf4, as its base came or as a side network asks; compiled."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from backbones import IDS, MASK, ladder, logits, tiny
+from samples import save_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, MeZO
+from fastpeft.ladder.cache import _identity
+from fastpeft.memory import simulate_training_step
+from fastpeft.quantise import QuantisedLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+NF4 = pytest.param("nf4", marks=NEEDS_BITSANDBYTES)
+FORMATS = pytest.mark.parametrize("kind", ["int8", NF4])
+DTYPES = pytest.mark.parametrize("kind", ["bfloat16", "int8", NF4])
+ERROR = {"bfloat16": 0.02, "int8": 0.02, "nf4": 0.3}  # relative, of the features; a half of these or less is usual
+BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
+
+
+def relative(found: Tensor, true: Tensor) -> float:
+    return float(((found.float() - true.float()).norm() / true.float().norm()).detach())
+
+
+def last_feature(model: LadderModel) -> Tensor:
+    seen: list[Tensor] = []
+    with torch.no_grad(), model.backbone.listen(lambda _, feature: seen.append(feature), lambda feature: feature):
+        model.backbone.body(IDS, attention_mask=MASK)
+    return seen[-1]
+
+
+def step(model: LadderModel) -> LadderModel:
+    """A step of AdamW on all that trains."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()(**BATCH).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_tiny_model(folder)
+    return folder
+
+
+def classifier(checkpoint: Path, **arguments: Any) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, **{"dtype": torch.float32, "num_labels": 3, **arguments}
+    )
+
+
+# -- what it does ------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("architecture", ["Roberta", "Bert", "ModernBert", "GPT2", "DebertaV2"])
+def test_features_are_near_and_the_head_trains_in_float32(kind: Any, architecture: str) -> None:
+    exact, model = ladder(tiny(architecture)), ladder(tiny(architecture), backbone_dtype=kind)
+    assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR[kind]
+    before = copy.deepcopy(model.state_dict())
+    step(model)
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert changed == {name for name, parameter in exact.named_parameters() if parameter.requires_grad}
+    assert {model.state_dict()[name].dtype for name in changed} == {torch.float32}
+
+
+@FORMATS
+@pytest.mark.parametrize("architecture", ["Roberta", "GPT2"])
+def test_all_linear_layers_of_the_layers_and_nothing_else_is_quantised(kind: Any, architecture: str) -> None:
+    base = tiny(architecture)
+    embeddings = copy.deepcopy(base.get_input_embeddings().weight)
+    model = ladder(base, backbone_dtype=kind)
+    kinds = [type(module) for module in model.backbone.layers[0].modules()]
+    assert kinds.count(QuantisedLinear) == (6 if architecture == "Roberta" else 4)
+    assert not {nn.Linear, Conv1D} & set(kinds)
+    assert model.base.get_input_embeddings().weight.equal(embeddings)
+    assert not any(isinstance(m, QuantisedLinear) for m in model.modules() if m not in set(model.backbone.frozen))
+
+
+def test_bfloat16_is_what_loading_in_bfloat16_gives(checkpoint: Path) -> None:
+    model = ladder(classifier(checkpoint), backbone_dtype="bfloat16")
+    loaded = ladder(classifier(checkpoint, dtype=torch.bfloat16))
+    assert logits(model).shape == logits(loaded).shape
+    own, other = model.backbone.body.state_dict(), loaded.backbone.body.state_dict()
+    assert all(tensor.dtype == other[name].dtype and tensor.equal(other[name]) for name, tensor in own.items())
+
+
+def test_frequencies_of_positions_keep_their_precision() -> None:
+    model = ladder(tiny("ModernBert"), backbone_dtype="bfloat16")
+    buffers = {name: b.dtype for name, b in model.backbone.body.named_buffers() if b.is_floating_point()}
+    assert set(buffers.values()) == {torch.float32}
+    assert buffers
+
+
+@FORMATS
+def test_computes_in_the_dtype_of_its_input_or_of_autocast(kind: Any) -> None:
+    layer = QuantisedLinear(nn.Linear(16, 24), kind)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    expected = x @ layer.weight.t() + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    half = layer(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).equal(half)
+    assert half.dtype == torch.bfloat16
+    assert relative(half, expected) < 0.02
+
+
+@FORMATS
+def test_a_module_whose_layers_are_linear_or_read_the_weights_of_theirs(kind: Any) -> None:
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 3))
+    for base, names, width in ((linear, ["0", "2"], 8), (encoder, ["0"], 16)):
+        config = LadderConfig(window_size=1, reduction_factor=4, feature_modules=names, backbone_dtype=kind)
+        sizes = {} if base is linear else {"feature_sizes": [16, 16]}
+        config = LadderConfig(**{**config.to_diff_dict(), **sizes})
+        model = LadderModel(base, config).train()
+        model(inputs=torch.randn(5, 4, width), labels=torch.zeros(5, 4, dtype=torch.long)).loss.backward()
+        assert type(base[-1]) is nn.Linear
+        assert any(isinstance(module, QuantisedLinear) for module in base.modules())
+
+
+def test_mezo_trains_a_side_network_beside_it() -> None:
+    model = ladder(backbone_dtype="int8").eval()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = MeZO([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
+    with torch.no_grad():
+        optimizer.step(lambda: model(**BATCH).loss)
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed
+    assert not any(".roberta." in name for name in changed)
+
+
+@FORMATS
+def test_a_simulated_step_counts_the_bytes_of_the_format(kind: Any) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128}
+    weights = {
+        dtype: simulate_training_step(ladder(tiny(**shape), backbone_dtype=dtype), BATCH).weights
+        for dtype in (None, kind)
+    }
+    count, rows = 3 * (4 * 64**2 + 2 * 64 * 128), 3 * (5 * 64 + 128)
+    scales = 4 * rows if kind == "int8" else 4 * count // 64
+    assert weights[None] - weights[kind] == 4 * count - count // (1 if kind == "int8" else 2) - scales
+
+
+# -- files and pools ---------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+def test_a_saved_side_network_makes_its_backbone_again(
+    tmp_path: Path, checkpoint: Path, kind: Any, loaded: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = step(ladder(classifier(checkpoint, dtype=loaded), backbone_dtype=kind))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 60_000
+    with caplog.at_level(logging.WARNING, "fastpeft"):
+        again = LadderModel.from_pretrained(tmp_path)
+        beside = LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint, dtype=loaded))
+    assert logits(again).equal(logits(model))
+    assert logits(beside).equal(logits(model))
+    assert again.config.backbone_dtype == kind
+    assert not [record for record in caplog.records if record.name.startswith("fastpeft")]
+
+
+def test_another_backbone_is_refused_before_it_is_quantised(tmp_path: Path, checkpoint: Path) -> None:
+    ladder(classifier(checkpoint), backbone_dtype="int8").save_pretrained(tmp_path)
+    other = classifier(checkpoint)
+    other.roberta.encoder.layer[0].output.dense.weight.data += 0.1
+    with pytest.raises(FastpeftError, match="trained on another backbone: weights of the first layer"):
+        LadderModel.from_pretrained(tmp_path, base=other)
+    assert not any(isinstance(module, QuantisedLinear) for module in other.modules())
+
+
+def test_training_goes_on_with_fewer_bits(tmp_path: Path, checkpoint: Path) -> None:
+    first = step(ladder(classifier(checkpoint)))
+    first.save_pretrained(tmp_path)
+    model = ladder(classifier(checkpoint), backbone_dtype="int8")
+    model.take_over(tmp_path, head=True)
+    assert 0 < relative(logits(model.eval()), logits(first)) < 0.05
+
+
+@DTYPES
+def test_a_pool_of_one_dtype(tmp_path: Path, checkpoint: Path, kind: Any) -> None:
+    model = step(ladder(classifier(checkpoint), backbone_dtype=kind))
+    model.save_pretrained(tmp_path)
+    pool = LadderPool(classifier(checkpoint), backbone_dtype=kind)
+    for name, side in (("saved", tmp_path), ("model", model), ("new", LadderConfig(window_size=3, reduction_factor=2))):
+        pool.add(name, side)
+    shared = {p.data_ptr() for p in pool.backbone.layers[0].parameters()}
+    for name in pool.tasks:
+        assert {p.data_ptr() for p in pool[name].backbone.layers[0].parameters()} == shared
+        assert pool[name].config.backbone_dtype == kind
+    found = torch.stack([row.logits for row in pool({"input_ids": IDS, "attention_mask": MASK}, 3 * ["saved"])])
+    torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
+    pool["new"].save_pretrained(tmp_path / "new")
+    LadderModel.from_pretrained(tmp_path / "new", base=classifier(checkpoint))
+
+
+def test_a_pool_in_bfloat16_of_models_with_a_pooler() -> None:
+    pool = LadderPool(tiny("Bert"), backbone_dtype="bfloat16")
+    model = pool.add("new", LadderConfig(window_size=3, reduction_factor=2))
+    rows = pool({"input_ids": IDS, "attention_mask": MASK}, 3 * ["new"])
+    torch.testing.assert_close(torch.stack([row.logits for row in rows]), logits(model), rtol=2e-2, atol=2e-2)
+
+
+@DTYPES
+def test_a_pool_of_another_dtype_refuses_and_stays_as_it_is(tmp_path: Path, checkpoint: Path, kind: Any) -> None:
+    model = ladder(classifier(checkpoint), backbone_dtype=kind)
+    model.save_pretrained(tmp_path)
+    pool = LadderPool(classifier(checkpoint))
+    before = copy.deepcopy(pool.base.state_dict())
+    for side in (tmp_path, model, model.config):
+        with pytest.raises(FastpeftError, match=rf"LadderPool\(base, backbone_dtype='{kind}'\)"):
+            pool.add("side", side)
+    after = pool.base.state_dict()
+    assert all(after[name].dtype == tensor.dtype and after[name].equal(tensor) for name, tensor in before.items())
+
+
+@DTYPES
+@pytest.mark.parametrize("architecture", ["Roberta", "Bert"])
+def test_cached_features_are_known_by_what_the_backbone_is_now(tmp_path: Path, kind: Any, architecture: str) -> None:
+    exact, model, same = (ladder(tiny(architecture), backbone_dtype=each) for each in (None, kind, kind))
+    assert _identity(model.eval().backbone) == _identity(same.backbone) != _identity(exact.backbone)
+    expected = logits(model)
+    cache = model.cache_features(tmp_path, "float32")
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), expected)
+    assert (cache.misses, cache.hits) == (3, 3)
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"backbone_dtype": "int4"}, "backbone_dtype='int4'; allowed are 'bfloat16', 'int8', 'nf4', or None"),
+        ({"backbone_dtype": "int8", "train_adapters": True}, r"backbone_dtype='int8' with train_adapters=True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(FastpeftError, match=words):
+        LadderConfig(**given)
+
+
+def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(FastpeftError, match=r"backbone_dtype='nf4' needs .*pip install 'fastpeft\[nf4\]'"):
+        LadderConfig(backbone_dtype="nf4")
+
+
+def test_a_base_that_does_not_fit_is_refused_and_left_as_it_is() -> None:
+    base = tiny()
+    with pytest.raises(FastpeftError, match=r"beside a PeftModel.*Merge it first"):
+        ladder(peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["query"])), backbone_dtype="int8")
+    ladder(base, backbone_dtype="int8")
+    with pytest.raises(FastpeftError, match="brought this RobertaForSequenceClassification to 'int8'"):
+        ladder(base)
+    quantised = tiny()
+    dense = quantised.roberta.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(FastpeftError, match="quantised already"):
+        ladder(quantised, backbone_dtype="bfloat16")
+    assert quantised.roberta.embeddings.word_embeddings.weight.dtype == torch.float32
+    norms = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(FastpeftError, match=r"has none\. Use backbone_dtype='bfloat16'"):
+        LadderModel(norms, LadderConfig(feature_modules=["0"], feature_sizes=[8, 8], backbone_dtype="int8"))
+
+
+# -- a base that came quantised ----------------------------------------------------------------------------------
+
+
+def four_bit(module: nn.Module) -> nn.Module:
+    """Linear layers below `module` in bitsandbytes's nf4, as a `quantization_config` puts them there."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            layer = Linear4bit(child.in_features, child.out_features, quant_type="nf4", compute_dtype=torch.float32)
+            layer.load_state_dict(child.state_dict())
+            setattr(module, name, layer.to("cpu"))
+        else:
+            four_bit(child)
+    return module
+
+
+@NEEDS_BITSANDBYTES
+def test_a_base_quantised_by_bitsandbytes_is_taken_as_it_is() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128}  # what bitsandbytes packs on a CPU has whole blocks
+    base, exact = tiny(**shape), ladder(tiny(**shape))
+    four_bit(base.roberta.encoder)
+    model = ladder(base)
+    codes = model.backbone.layers[0].output.dense.weight
+    assert codes.dtype == torch.uint8
+    assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR["nf4"]
+    before = codes.clone()  # bitsandbytes has packed them anew in the first pass
+    step(model)
+    assert codes.equal(before)
+
+
+@NEEDS_BITSANDBYTES
+def test_a_quantised_head_is_refused() -> None:
+    base: Any = four_bit(tiny())
+    with pytest.raises(FastpeftError, match=r"head .* is quantised \(classifier.dense.weight.*skip_modules=\['class"):
+        ladder(base)
+    assert base.classifier.dense.weight.dtype == torch.uint8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+def test_a_base_quantised_by_torchao_is_taken_as_it_is(tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    base, exact = tiny(), ladder()
+    quantize_(base.roberta.encoder, Int8WeightOnlyConfig())
+    model = ladder(base)
+    assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR["int8"]
+    step(model).save_pretrained(tmp_path)
+    assert model.config.base_fingerprints.keys() == {"embedding"}
+    quantize_(base.classifier, Int8WeightOnlyConfig())
+    with pytest.raises(FastpeftError, match="is quantised"):
+        ladder(base)
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend of `torch.compile` that runs what it is given and counts it."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("kind", [None, "bfloat16", "int8", NF4])
+def test_a_compiled_backbone_is_the_same(kind: Any) -> None:
+    model = ladder(tiny(num_hidden_layers=12), backbone_dtype=kind).eval()
+    before, expected = copy.deepcopy(model.base.state_dict()), logits(model)
+    torch._dynamo.reset()
+    backend = Counting()
+    model.compile_backbone(backend=backend, fullgraph=True)
+    torch.testing.assert_close(logits(model), expected)
+    assert 1 <= backend.graphs <= 12
+    count = backend.graphs
+    logits(model)
+    assert backend.graphs == count, "hooks of a new pass compile nothing anew"
+    step(model)
+    frozen = {name for name in before if f"base.{name}" not in model._trained}
+    assert all(model.base.state_dict()[name].equal(before[name]) for name in frozen)
+
+
+def test_copies_of_a_compiled_model_run_their_own_layers(tmp_path: Path) -> None:
+    model = ladder().eval()
+    expected = logits(model)
+    model.compile_backbone(backend="eager")
+    logits(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.backbone.layers[0].output.dense.weight.data.zero_()
+    assert not logits(model).equal(expected)
+    for each in copies:
+        assert logits(each).equal(expected)
+    model.compile_backbone(backend="aot_eager")
+    assert not logits(model).equal(expected)
+    copies[0].save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LadderModel.from_pretrained(tmp_path, base=tiny())), expected)
+
+
+def test_a_compiled_model_can_be_simulated_cached_and_in_a_pool(tmp_path: Path) -> None:
+    model, plain = ladder(), ladder()
+    model.compile_backbone(backend="eager")
+    assert simulate_training_step(model, BATCH) == simulate_training_step(plain, BATCH)
+    expected = logits(plain.eval())
+    model.eval().cache_features(tmp_path, "float32")
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), expected)
+    model.cache_features(None)
+    base = tiny()
+    ladder(base).compile_backbone(backend="eager")
+    pool = LadderPool(base)
+    pool.add("new", LadderConfig(window_size=3, reduction_factor=2))
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    found = torch.stack([row.logits for row in pool(batch, 3 * ["new"])])
+    torch.testing.assert_close(found, logits(pool["new"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_backbone_compiled_by_inductor_is_the_same_to_rounding(kind: Any) -> None:
+    model = ladder(backbone_dtype=kind).eval()
+    expected = logits(model)
+    torch._dynamo.reset()
+    model.compile_backbone()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
