@@ -295,9 +295,9 @@ def compiled() -> str:
     body = []
     for kernel in dict.fromkeys(row["kernel"] for row in found):
         own = [row for row in found if row["kernel"] == kernel]
-        registers = (max(int(row["registers"]) for row in own if row["arch"] == arch) for arch in architectures)
+        registers = [[int(row["registers"]) for row in own if row["arch"] == arch] for arch in architectures]
         spilled = max(int(row["stack_bytes"]) for row in own)
-        body.append([f"`{kernel}`", f"{len(own)}", *(f"{number}" for number in registers), f"{spilled}"])
+        body.append([f"`{kernel}`", f"{len(own)}", *(f"{max(found, default='-')}" for found in registers), f"{spilled}"])
     return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
 
 

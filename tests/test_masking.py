@@ -266,7 +266,7 @@ def test_a_comparison_chains_them(config: TrainConfig, place: Path, tmp_path: Pa
     words, labels, prompted = made.cells()
     assert (words.config.objective, words.config.label_column) == ("mlm", None)
     assert (labels.config.objective, labels.config.label_column) == (None, "label")
-    assert labels.after == prompted.after == words.name
+    assert labels.after == prompted.after == (words.name,)
     Comparison(made)  # accepts the cells' rows
 
 

@@ -280,7 +280,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_checkpoints_are_measured_on_all_dev_rows(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastpeft.trainer._CURVE_ROWS", 2)
+    monkeypatch.setattr("fastpeft.trainer.CURVE_ROWS", 2)
     data = str(write_csv(tmp_path / "reviews.csv", reviews(60)))
     config = replace(config, method="head", data=data, max_steps=5, save_steps=5, learning_rate=1e-2, metric="loss")
     result = train(config)
