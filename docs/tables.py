@@ -120,6 +120,24 @@ def after_mezo() -> str:
     return table(PROMPTED, map(_prompted, found))
 
 
+def auto_prompt() -> str:
+    """Prompts that were found beside the manual one, with no training."""
+    found = sorted(rows("auto_prompt.csv"), key=lambda row: (row["task"], row["way"], row["prompt"] == "auto"))
+    body = [
+        [
+            row["task"],
+            row["way"],
+            row["prompt"],
+            f"{float(row['accuracy']):.3f}",
+            f"`{row['template']}`",
+            row["label_words"],
+        ]
+        for row in found
+        if row["way"] in ("zero-shot", "calibrated")
+    ]
+    return table(["data", "way", "prompt", "accuracy", "template", "label words"], body)
+
+
 PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
 
 
@@ -297,7 +315,9 @@ def compiled() -> str:
         own = [row for row in found if row["kernel"] == kernel]
         registers = [[int(row["registers"]) for row in own if row["arch"] == arch] for arch in architectures]
         spilled = max(int(row["stack_bytes"]) for row in own)
-        body.append([f"`{kernel}`", f"{len(own)}", *(f"{max(found, default='-')}" for found in registers), f"{spilled}"])
+        body.append(
+            [f"`{kernel}`", f"{len(own)}", *(f"{max(found, default='-')}" for found in registers), f"{spilled}"]
+        )
     return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
 
 
@@ -306,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sst2": sst2,
     "prompts": prompts,
     "after-mezo": after_mezo,
+    "auto-prompt": auto_prompt,
     "memory": memory,
     "siva-speed": siva_speed,
     "siva-speed-all": siva_speed_all,
