@@ -127,10 +127,19 @@ def test_weights_before_a_step_that_failed_do_not_fit(place: Path, tmp_path: Pat
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
 
 
+class FillWhenMeasured(Fill):
+    """Fills the disk after what comes before a run's first file."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 10)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fill(self.room)
+
+
 def test_a_run_that_cannot_begin(place: Path, tmp_path: Path) -> None:
-    fill(10)
     with pytest.raises(FastpeftError, match=r"cannot write to the output folder .* Give one that can be written"):
-        train(config(place, tmp_path / "run"))
+        train(config(place, tmp_path / "run"), callbacks=[FillWhenMeasured()])
     free()
     assert list((tmp_path / "run").iterdir()) == []
     assert RunFolder(train(config(place, tmp_path / "run")).folder).finished
@@ -170,7 +179,7 @@ def test_an_export_that_does_not_fit(place: Path, tmp_path: Path, to: str) -> No
 
 
 def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "write", full)
