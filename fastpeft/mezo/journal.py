@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import struct
 import zlib
@@ -30,7 +31,7 @@ from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.parallel import digest, local_part
-from fastpeft.mezo.steps import HOME, Estimator, moves, update
+from fastpeft.mezo.steps import CHOICES, HOME, Estimator, moves, update
 
 logger = logging.getLogger(__name__)
 
@@ -359,7 +360,7 @@ def _read_header(text: bytes) -> dict[str, Any] | None:
         Estimator(header["estimator"], header["num_estimates"])
         numbers = header["seed"], header["first_step"], header.get("dropped", 0)
         fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-        fits &= header["noise"] in NOISE and header["restore"] in RESTORES and header["rounding"] in ROUNDINGS
+        fits &= all(header[name] in CHOICES[name] for name in ("noise", "restore", "rounding"))
         fits &= isinstance(header["weights"], str) and len(header["groups"]) > 0
         for group in header["groups"]:
             fits &= math.isfinite(group["eps"]) and math.isfinite(group["weight_decay"])
