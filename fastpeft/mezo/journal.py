@@ -367,7 +367,7 @@ def _read_header(text: bytes) -> dict[str, Any] | None:
             for each in group["parameters"]:
                 fits &= isinstance(each["name"], str) and type(each["offset"]) is int
                 fits &= each["shape"] is not None and each["dtype"] is not None
-    except (FastpeftError, KeyError, TypeError, ValueError, AttributeError):
+    except (FastpeftError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     return header if fits else None
 
