@@ -43,8 +43,8 @@ def check_file(folder: Path) -> None:
     """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read."""
     if not (folder / _WEIGHTS).is_file():
         raise FastpeftError(
-            f"the adapter in {str(folder)!r} has no {_WEIGHTS}, and no other format is read. Restore that file, or save "
-            "the adapter anew."
+            f"the adapter in {str(folder)!r} has no {_WEIGHTS}, and no other format is read. Restore that file, or "
+            "save the adapter anew."
         )
 
 

@@ -1,4 +1,4 @@
-"""Files are data: nothing in them is run, no network is used unasked, and what they say is escaped where it is shown."""
+"""Files are data: nothing in them is run, no network is used unasked, and what they say is escaped where shown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("pattern", [r"\bpickle\b", r"trust_remote_code\W+True", r"\byaml\b", r"\b(eval|exec)\(", "shell=True"])
+@pytest.mark.parametrize(
+    "pattern", [r"\bpickle\b", r"trust_remote_code\W+True", r"\byaml\b", r"\b(eval|exec)\(", "shell=True"]
+)
 def test_no_source_runs_what_a_file_says(pattern: str) -> None:
     found = [str(file) for file in SOURCES if re.search(rf"(?<![.\w]){pattern}", file.read_text(encoding="utf-8"))]
     assert found == []

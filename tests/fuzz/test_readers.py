@@ -62,7 +62,9 @@ def test_any_bytes_for_long(name: str) -> None:
 
 
 @few
-@given(st.dictionaries(st.sampled_from([*HEADER]), VALUES), st.dictionaries(st.sampled_from(["eps", "parameters"]), VALUES))
+@given(
+    st.dictionaries(st.sampled_from([*HEADER]), VALUES), st.dictionaries(st.sampled_from(["eps", "parameters"]), VALUES)
+)
 @example({"num_estimates": 10**12}, {})
 @example({"groups": [{}]}, {})
 def test_any_header_of_a_journal(changes: dict[str, Any], group: dict[str, Any]) -> None:
