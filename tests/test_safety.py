@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\bpickle\b", r"trust_remote_code\W+True", r"\byaml\b", r"\b(eval|exec)\(", "shell=True"]
+    "pattern", [r"\bpickle\b", r"trust_remote_code\W+True", r"\byaml\b", r"\b(eval|exec)\([^)]", "shell=True"]
 )
 def test_no_source_runs_what_a_file_says(pattern: str) -> None:
     found = [str(file) for file in SOURCES if re.search(rf"(?<![.\w]){pattern}", file.read_text(encoding="utf-8"))]
