@@ -11,8 +11,8 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all kill-test endurance-test docs native sanitize sanitize-thread bench \
-	wheel clean
+.PHONY: demo install-dev check test test-all kill-test endurance-test docs fuzz audit native sanitize sanitize-thread \
+	valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
@@ -36,7 +36,7 @@ PYTEST := python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 test: $(VENV)/dev.stamp
 	$(PYTEST)
 
-test-all: $(VENV)/dev.stamp
+test-all: $(VENV)/dev.stamp fuzz
 	$(PYTEST) --full
 
 # the figures of docs/reliability.md: runs killed at random moments, and runs of very many steps
@@ -48,6 +48,17 @@ endurance-test: $(VENV)/dev.stamp
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance siva 20000
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance mezo 100000
 
+# every reader of files for FUZZ_SECONDS, each by inputs that the code they reach steers; `make test` runs a part
+FUZZ_SECONDS ?= 20
+fuzz: $(VENV)/dev.stamp
+	export PYTHONPATH=tests && \
+	python -c 'from fuzz.targets import TARGETS; print(*TARGETS, sep="\n")' | while read -r target; do \
+		python -m fuzz.steered "$$target" -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+
+# what bandit finds in the sources; docs/security.md says why the kinds that pyproject.toml leaves out are none
+audit: $(VENV)/dev.stamp
+	bandit --quiet --configfile pyproject.toml --recursive fastpeft kernels setup.py
+
 # into build/docs, offline; tables come from bench/data
 docs: $(VENV)/dev.stamp
 	python docs/tables.py
@@ -57,8 +68,8 @@ docs: $(VENV)/dev.stamp
 NATIVE ?= build/native
 NATIVE_SOURCES := $(wildcard tests/native/*.cpp csrc/cpu/perturb_*.cpp csrc/cpu/low_rank_*.cpp)
 NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc
-run_native = mkdir -p $(NATIVE) && \
-	$(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@ && $(NATIVE)/$@
+build_native = mkdir -p $(NATIVE) && $(CXX) $(NATIVE_FLAGS) $(1) $(NATIVE_SOURCES) -o $(NATIVE)/$@
+run_native = $(build_native) && $(NATIVE)/$@
 
 native:
 	$(call run_native,-O3)
@@ -68,6 +79,10 @@ sanitize:
 
 sanitize-thread:
 	$(call run_native,-O1 -fsanitize=thread)
+
+valgrind:
+	$(call build_native,-O1)
+	valgrind --quiet --error-exitcode=1 --leak-check=full $(NATIVE)/$@
 
 bench: $(VENV)/dev.stamp
 	python -m pytest bench --benchmark-enable --benchmark-only

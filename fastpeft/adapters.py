@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
+from fastpeft.hub import source_options
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,41 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / _CONFIG).is_file()
 
 
+def check_file(folder: Path) -> None:
+    """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read."""
+    if not (folder / _WEIGHTS).is_file():
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} has no {_WEIGHTS}, and no other format is read. Restore that file, or "
+            "save the adapter anew."
+        )
+
+
+def check_weights(model: PeftModel, folder: Path) -> None:
+    """Raise `FastpeftError` unless all that the adapter on `model` holds came from the file in `folder`, and is finite.
+
+    PEFT loads what a file holds of an adapter, leaves the rest as it was drawn, and says nothing of what is too much.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        kinds = {key: file.get_slice(key).get_dtype() for key in sorted(file.keys())}
+    for fault, names in _faults(own, kinds).items():
+        if names:
+            raise FastpeftError(
+                f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}, and {len(names) - 1} more likewise. "
+                "Restore it, or train it anew."
+            )
+
+
+def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """What can be wrong with the tensors of a file, whose dtypes are `kinds`, and of which it is."""
+    return {
+        "is missing": sorted(own.keys() - kinds.keys()),
+        "belongs to no part of it": sorted(kinds.keys() - own.keys()),
+        "is not of floating numbers": [key for key, kind in kinds.items() if not kind.startswith(("F", "BF"))],
+        "is not finite": [key for key, tensor in own.items() if not tensor.isfinite().all()],
+    }
+
+
 def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
     """The adapter in a local folder on its base model, on the CPU, and their tokenizer, None where neither has one.
 
@@ -50,8 +89,21 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
             f"the adapter in {str(folder)!r} is of the type {kind} for the task {task}, which no plain model can stand "
             "for. Export one that changes the weights of its base model, as SiVA or LoRA."
         )
+    library = (config.get("auto_mapping") or {}).get("parent_library")
+    if task is None and str(library).partition(".")[0] != "transformers":  # which PEFT would import, whatever it is
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} names {library!r} for the library of its base model; only transformers is "
+            "imported. Load the base model and PeftModel.from_pretrained in a program of your own."
+        )
+    check_file(folder)
     try:
-        model = _LOADERS[task].from_pretrained(str(folder), **_number_of_labels(folder)).eval()
+        model = (
+            _LOADERS[task]
+            .from_pretrained(
+                str(folder), use_safetensors=True, **source_options(str(base)), **_number_of_labels(folder)
+            )
+            .eval()
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise FastpeftError(
             f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "
@@ -59,7 +111,7 @@ def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
         ) from error
     place = str(folder) if (folder / "tokenizer_config.json").is_file() else base
     try:
-        return model, AutoTokenizer.from_pretrained(place)
+        return model, AutoTokenizer.from_pretrained(place, **source_options(str(place)))
     except (OSError, ValueError, ImportError) as error:  # vision models, and models made by hand, have none
         logger.info("%s has no tokenizer that can be loaded (%s)", place, str(error).strip().partition("\n")[0])
         return model, None

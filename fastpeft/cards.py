@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def loading_snippet(
     lines = [registers] if (adapter and registered) or ladder else []
     if head is None:
         lines.append("from peft import PeftModel")
-        call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model}, loaded as for training"
+        call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model!r}, loaded as for training"
     else:
         adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
         name = adapted if adapter else f"AutoModelFor{head}"
@@ -161,6 +162,7 @@ def model_card(
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
     """
+    base_model = base_model and _in_line(base_model)
     header = [f"base_model: {base_model}"] if base_model else []
     header += [f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- fastpeft"]
     lines = ["---", *header, "---", "", f"# {method} of {base_model}" if base_model else f"# {method}", ""]
@@ -169,14 +171,19 @@ def model_card(
         lines.append(f"- Base model: `{base_model}`")
     lines.append(f"- Method: {method}")
     if data:
-        lines.append(f"- Data: {data}")
+        lines.append(f"- Data: {_in_line(data)}")
     if labels:
-        lines.append(f"- {labels_are.capitalize()}: {', '.join(labels)}")
+        lines.append(f"- {labels_are.capitalize()}: {', '.join(map(_in_line, labels))}")
     if chosen_by:
         lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
     for title, values in (("Results", metrics), ("Settings", settings)):
         if values:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {name} | {value} |" for name, value in values.items()]
+            lines += [f"| {_in_line(name)} | {_in_line(value)} |" for name, value in values.items()]
     lines += ["", "## Loading", "", "```python", snippet, "```", ""]
     return "\n".join(lines)
+
+
+def _in_line(value: object) -> str:
+    """A value as one line of Markdown shows it: not as a cell's end, a line's end or a tag of HTML."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
+from fastpeft.files import parse_json
 from fastpeft.methods import Method, get_method
 from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
@@ -267,7 +268,7 @@ class TrainConfig:
 def parse_value(text: str) -> Any:
     """A value as written on a command line: JSON where it can be, else text."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text
 

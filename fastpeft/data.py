@@ -479,9 +479,10 @@ def _as_number(text: str) -> int | float | None:
         return None
     for kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
-            pass
+            float(number := kind(text))
+        except (ValueError, OverflowError):  # of an integer that no float holds, which is infinite then
+            continue
+        return number
     return None
 
 

@@ -261,4 +261,9 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
         found |= {
             i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
         }
+    if not all(np.isfinite(outputs).all() for outputs in found.values()):
+        raise FastpeftError(
+            f"the model of the run in {run.config.output!r} gives outputs that are not finite: its weights or those of "
+            "its base are damaged. Restore them, or train anew."
+        )
     return [found[i] for i in range(len(rows))]

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -108,6 +109,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, whose every failure here is a ValueError, that of a text nested beyond Python's stack too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
@@ -115,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FastpeftError: there is no such file, or it holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FastpeftError(f"cannot read {path} ({error.strerror}). Give the path of an existing file.") from None
     except ValueError as error:  # JSON and UTF-8 errors alike
@@ -143,6 +152,8 @@ def discard(folder: Path, trash: Path) -> None:
         shutil.rmtree(doomed)
 
 
+_FINGERPRINT = re.compile(r"b?float\d+ [\dx]* [0-9a-f]{16} (?:[\w+/]{4})*[\w+/=]{0,4}", re.ASCII)
+
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.
 _SAMPLE_SIZE = 16
 
@@ -166,8 +177,11 @@ def fingerprints_agree(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same weight.
 
     Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
-    dtypes can change, since one weight may be a cast of the other or both a cast of a third.
+    dtypes can change, since one weight may be a cast of the other or both a cast of a third. What is no fingerprint, as
+    a file from elsewhere may hold, agrees with none.
     """
+    if not (_FINGERPRINT.fullmatch(first) and _FINGERPRINT.fullmatch(second)):
+        return False
     dtype_1, shape_1, digest_1, sample_1 = first.split(" ")
     dtype_2, shape_2, digest_2, sample_2 = second.split(" ")
     if shape_1 != shape_2:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastpeft.adapters import check_file, check_weights
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
@@ -238,12 +239,15 @@ def best_device() -> torch.device | str:
 def _load_adapter(folder: Path, base: Any) -> Any:
     from peft import PeftModel
 
+    check_file(folder)
     try:
-        return PeftModel.from_pretrained(base, str(folder))
+        model = PeftModel.from_pretrained(base, str(folder))
     except FastpeftError:
         raise
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
+    check_weights(model, folder)
+    return model
 
 
 def _load_ladder(folder: Path, base: Any) -> Any:

@@ -16,6 +16,7 @@ import transformers
 from fastpeft import files
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.hub import source_options
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.problems import Problem
 
@@ -128,7 +129,8 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
 
     kind = None
     with suppress(Exception):  # what cannot be read is told by _load
-        kind = AutoConfig.from_pretrained(resolve_model(model)).model_type
+        source = resolve_model(model)
+        kind = AutoConfig.from_pretrained(source, **source_options(source)).model_type
     if kind is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
         if all(key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]):
@@ -183,9 +185,10 @@ def _load(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
             output_loading_info=True,
+            **source_options(source),
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(
             f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "

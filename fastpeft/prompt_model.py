@@ -19,7 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft import files
+from fastpeft.adapters import check_file
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.hub import source_options
 from fastpeft.models import Classifier, load_masked_lm, masked_word_layers
 from fastpeft.prompts import PROMPT_FILE, Prompt, Row, Text
 
@@ -274,8 +276,12 @@ class PromptModel(PreTrainedModel):
             values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
             if masked_lm is None:
                 adapted = find_adapter_config_file(source) is not None
-                masked_lm = (_load_adapter if adapted else AutoModelForMaskedLM.from_pretrained)(source, **kwargs)
-            model = cls(masked_lm, AutoTokenizer.from_pretrained(source), Prompt.from_values(values))
+                load = _load_adapter if adapted else AutoModelForMaskedLM.from_pretrained
+                masked_lm = load(source, **{**source_options(source), "use_safetensors": True, **kwargs})
+            tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source))
+            model = cls(masked_lm, tokenizer, Prompt.from_values(values))
+            if values.get("calibration"):
+                model.calibration.copy_(torch.tensor(values["calibration"]))
         except FastpeftError:
             raise
         except Exception as error:  # a broken file surfaces as almost any type
@@ -283,8 +289,6 @@ class PromptModel(PreTrainedModel):
                 f"cannot load a prompted model from {source!r}: {first_line(error)} Give a folder or hub id that "
                 "PromptModel.save_pretrained wrote."
             ) from error
-        if values.get("calibration"):
-            model.calibration.copy_(torch.tensor(values["calibration"]))
         return model.eval()
 
 
@@ -356,5 +360,7 @@ def _load_adapter(source: str, **kwargs: Any) -> Any:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForMaskedLM
 
+    if Path(source).is_dir():
+        check_file(Path(source))
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
     return PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base, **kwargs), source)

@@ -307,7 +307,10 @@ def _by_class(words: Any) -> dict[str, str]:
         words = dict(enumerate([words] if isinstance(words, str) else words))
     if all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words):
         words = {int(label): word for label, word in words.items()}
-        words = {str(label): words.get(label, "") for label in range(max([*words, len(words) - 1]) + 1)}
+        left_out = next((label for label in range(len(words)) if label not in words), None)
+        if left_out is not None:
+            raise FastpeftError(f"class '{left_out}' has no label word. Give one word for each class, from '0' on.")
+        words = {str(label): words[label] for label in sorted(words)}
     by_class = {}
     for label, word in words.items():
         if not isinstance(word, str) or not word.strip():

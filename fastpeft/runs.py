@@ -66,11 +66,23 @@ _WRITTEN = (
 
 
 class _Metrics(dict[str, Any]):
-    """What `metrics.json` holds, where a value that it lacks is an error with a message."""
+    """What `metrics.json` holds, where a value that it lacks, or that no run writes, is an error with a message."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(files.read_json(file))
         self.file = file
+        fits = {
+            "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
+            "problem_type": lambda name: isinstance(name, str),
+            "pairs": lambda pairs: isinstance(pairs, bool),
+            "max_length": lambda length: type(length) is int and length > 0,
+        }
+        for name, fit in fits.items():
+            if name in self and not fit(self[name]):
+                raise FastpeftError(
+                    f"{file} is damaged: {name} is {self[name]!r}, which no run writes. Restore the file, or train "
+                    "anew with --overwrite."
+                )
 
     def __missing__(self, name: str) -> Any:
         raise FastpeftError(
@@ -170,9 +182,10 @@ class RunFolder:
     def check_start(self) -> None:
         """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone."""
         values = files.read_json(self.config_file)
-        if _START_KEY in values and values[_START_KEY] != earlier_run(values["init_from"]).fingerprint():
+        start = values.get("init_from")
+        if _START_KEY in values and (start is None or values[_START_KEY] != earlier_run(start).fingerprint()):
             raise FastpeftError(
-                f"the run in {str(self.path)!r} started from that in {values['init_from']!r}, which holds other "
+                f"the run in {str(self.path)!r} started from that in {start!r}, which holds other "
                 "weights now. Restore them, or train anew with --overwrite."
             )
 
@@ -278,7 +291,18 @@ def earlier_run(folder: str) -> RunFolder:
         run.metrics()
     except FastpeftError as error:
         raise FastpeftError(f"the run to start from is not there: {error}") from None
+    _check_beginning(run)
     return run
+
+
+def _check_beginning(run: RunFolder) -> None:
+    """Raise `FastpeftError` where the runs that one started from, each from the next, have no first."""
+    passed: set[Path] = set()
+    while run.started and isinstance(start := run.config().get("init_from"), str):
+        passed.add(run.path.resolve())
+        run = RunFolder(start)
+        if run.path.resolve() in passed:
+            raise FastpeftError(f"the run in {start!r} says that it started from itself. Restore its run.json.")
 
 
 def _earlier_runs(config: Mapping[str, Any]) -> Iterator[RunFolder]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,11 @@ def _read_jsonl(file: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
+            if "\\u" in line:
+                json.dumps(
+                    row, ensure_ascii=False
+                ).encode()  # half of a character, which an escape can write, has no code
         except ValueError as error:
             raise FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.") from None
         if not isinstance(row, dict):

@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForTokenClassification, TrainingArguments, set_seed
+from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
+from transformers.utils import is_liger_kernel_available
 
 from fastpeft.auto_prompt import check_searchable, settle_prompt
 from fastpeft.config import TrainConfig
@@ -67,6 +68,7 @@ _DECIDED_ELSEWHERE = {
     "resume_from_checkpoint": "use resume in its place",
     "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
+    "parallelism_config": "a run has one process",
     "journal": "a run by MeZO always keeps one",
     "save_weights": "leave save_steps out, and the journal is the only checkpoint",
 }
@@ -174,11 +176,15 @@ class Task:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
             if first.gradient_checkpointing and not _supports_checkpointing(self.model):
                 raise ValueError(f"{self.method.title} does not go with gradient_checkpointing.")
+            if first.use_liger_kernel and not is_liger_kernel_available():
+                raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
             if first.label_smoothing_factor and self.data.problem is REGRESSION:
                 raise ValueError("label_smoothing_factor is for classes, but the data has numbers.")
             if config.optimizer_in_backward:
                 _check_steps_in_backward(first)
-            # refuses what it cannot do before anything is written
+            # refuse what they cannot do before anything is written
+            stand_in = torch.optim.SGD([torch.zeros(1)])
+            get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs or None)
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
             if "warmup_ratio" not in values:

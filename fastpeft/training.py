@@ -16,11 +16,12 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft import files
+from fastpeft.adapters import check_file
 from fastpeft.cards import chosen_by, found_settings, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
-from fastpeft.errors import FastpeftError, NotFiniteError
+from fastpeft.errors import FastpeftError, NotFiniteError, first_line
 from fastpeft.interrupts import noting_stops
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
@@ -167,14 +168,24 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
         logger.info("continuing from %s", folder.journal)
     elif checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
-    if checkpoint is not None and not (task.method.adapts or task.method.ladder):
-        # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
-        _load_weights(trainer.model, checkpoint)
-    set_seed(task.config.seed)  # dropout starts alike whatever was computed before
     try:
+        if checkpoint is not None and not (task.method.adapts or task.method.ladder):
+            # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
+            _load_weights(trainer.model, checkpoint)
+        set_seed(task.config.seed)  # dropout starts alike whatever was computed before
         trainer.train(resume_from_checkpoint=start)
     except NotFiniteError as error:
         raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+    except FastpeftError:
+        raise
+    except Exception as error:
+        if checkpoint is None or trainer.samples_seen:
+            raise
+        # a broken file surfaces as almost any type
+        raise FastpeftError(
+            f"cannot go on from {checkpoint}: {first_line(error)} Delete that folder to go on from what is before it, "
+            "or train anew with --overwrite."
+        ) from error
     if trainer.stopped:
         raise KeyboardInterrupt
 
@@ -224,11 +235,12 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
     """Give `model` the weights of a checkpoint of its own run."""
     inside = inside_prompt(model)
     if (checkpoint / "adapter_config.json").is_file():
+        check_file(checkpoint)
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     elif isinstance(inside, LadderModel):
         inside.take_over(checkpoint, head=True)
     else:
-        model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
+        model.load_state_dict(type(model).from_pretrained(checkpoint, use_safetensors=True).state_dict())
 
 
 def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:

@@ -46,6 +46,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "quote.csv").write_text('text,label\n"a,yes\nb,no\n')
     (place / "nul.csv").write_bytes(b"text,label\na\0b,yes\nc,no\n")
     (place / "latin.csv").write_bytes("text,label\nna\xefve,yes\nc,no\n".encode("latin-1"))
+    (place / "utf16.csv").write_text("text,label\na,yes\nb,no\n", encoding="utf-16")
+    (place / "utf16-unmarked.csv").write_text("text,label\na,yes\nb,no\n", encoding="utf-16-le")
+    (place / "half.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "\\ud800", "label": 0}\n')
+    (place / "deep.jsonl").write_text("[" * 100_000)
+    write_csv(place / "vast-number.csv", [("a", "1" * 400), ("b", "2")])
     (place / "broken.jsonl").write_text('{"text": "a", "label": 1}\n{"text": \n')
     (place / "list.jsonl").write_text("[1, 2]\n")
     (place / "number.jsonl").write_text('{"text": 5, "label": 1}\n{"text": "b", "label": 0}\n')
@@ -172,6 +177,12 @@ CASES = [
     (["--data", "ragged.csv"], ["row 2 of ragged.csv", "3 fields"]),
     (["--data", "quote.csv"], ["quote.csv is broken at line"]),
     (["--data", "nul.csv"], ["nul.csv is broken", "NUL"]),
+    (["--data", "utf16.csv"], ["utf16.csv is not UTF-8"]),
+    (["--data", "utf16-unmarked.csv"], ["utf16-unmarked.csv is broken", "NUL"]),
+    (["--data", "half.jsonl"], ["line 2 of half.jsonl", "surrogates"]),
+    (["--data", "deep.jsonl"], ["line 1 of deep.jsonl", "nested too deeply"]),
+    (["--data", "vast-number.csv"], ["row 1 of vast-number.csv"]),
+    (["--data", "vast-number.csv", "--problem-type", "regression"], ["must be a number for regression"]),
     (["--data", "latin.csv"], ["latin.csv is not UTF-8"]),
     (["--data", "twice.csv"], ["names a column twice"]),
     (["--data", "broken.jsonl"], ["line 2 of broken.jsonl"]),
@@ -256,6 +267,7 @@ CASES = [
     ([*PROMPT[:3], "negative=awful,mixed=odd"], ["no word for positive", "negative, positive"]),
     ([*PROMPT[:3], "awful,lovely,odd"], ["no word for negative, positive"]),
     ([*PROMPT[:3], "awful,"], ["class '1' has no label word"]),
+    ([*PROMPT[:3], "0=awful,999999999999=lovely"], ["class '1' has no label word"]),
     ([*PROMPT[:3], "very dull,lovely"], ["'very dull' of class 'negative' is 2 tokens (very dull)", "Near it are"]),
     ([*PROMPT[:3], "lovly,dull"], ["'lovly' of class 'negative' is unknown", "lovely"]),
     ([*PROMPT, "--prompt-head", "words"], ["head is 'words'", "label_words and classifier"]),
@@ -338,6 +350,10 @@ CASES = [
     (["--set", "data_seed=1"], ["data_seed cannot be set", "use seed"]),
     (["--set", "warmup_steps=few"], ["warmup_steps", "'few'"]),
     (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
+    (["--set", 'lr_scheduler_kwargs={"power": 2}'], ["lr_scheduler_kwargs", "power"]),
+    (["--set", "use_liger_kernel=true"], ["needs the package liger-kernel"]),
+    (["--set", "parallelism_config=1"], ["parallelism_config cannot be set", "one process"]),
+    (["--set", "rank_pattern=" + "[" * 9999], ["rank_pattern", "dict"]),
     # folders and configurations
     (["--output", "run"], ["'run' is not empty", "--overwrite"]),
     (["--output", "foreign"], ["'foreign' is not empty"]),

@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
+from fastpeft.adapters import check_file
 from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.hub import source_options
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
@@ -480,6 +482,11 @@ class LadderModel(PreTrainedModel):
                 f"{_some(unknown)}. Load it with the configuration and the kind of base it was saved with."
             )
         for name, tensor in weights.items():
+            if tensor.is_floating_point() != own[name].is_floating_point() or not tensor.isfinite().all():
+                raise FastpeftError(
+                    f"{name} in {source!r} is damaged: it holds {tensor.dtype} numbers, or such as are not finite. "
+                    "Restore the file, or train anew."
+                )
             if tensor.shape != own[name].shape:
                 raise FastpeftError(
                     f"{name} in {source!r} has the shape {tuple(tensor.shape)} and here {tuple(own[name].shape)}. Load "
@@ -548,6 +555,8 @@ def load_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = N
         FastpeftError: it cannot be read or put there.
     """
     hub = {} if hub is None else hub
+    if Path(source).is_dir():
+        check_file(Path(source) / ADAPTER_FOLDER)
     place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
     try:
         return PeftModel.from_pretrained(base, source, is_trainable=True, **place)
@@ -567,7 +576,7 @@ def _without_wrapper(name: str) -> str:
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
     try:
-        values, _ = LadderConfig.get_config_dict(source, **hub)
+        values = dict(LadderConfig.get_config_dict(source, **hub)[0])
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
     if values.get("model_type") != LadderConfig.model_type:
@@ -575,7 +584,12 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
             f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
             "LadderModel.save_pretrained wrote."
         )
-    config: LadderConfig = LadderConfig.from_dict(values)
+    try:
+        config: LadderConfig = LadderConfig.from_dict(values)
+    except FastpeftError:
+        raise
+    except Exception as error:  # a value of another type surfaces as almost any
+        raise FastpeftError(f"cannot use the configuration of a side network in {source!r}: {error}") from error
     return config
 
 
@@ -601,6 +615,8 @@ def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     arguments = {
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
+        "use_safetensors": True,
+        **source_options(name),
         **task_fields(config),
         **arguments,
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import struct
 import zlib
@@ -30,7 +31,7 @@ from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.parallel import digest, local_part
-from fastpeft.mezo.steps import HOME, Estimator, moves, update
+from fastpeft.mezo.steps import CHOICES, HOME, Estimator, moves, update
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +129,14 @@ class Journal:
         fixed = len(_MAGIC) + 4
         length = struct.unpack_from("<I", content, len(_MAGIC))[0] if len(content) >= fixed else 0
         text, checksum = content[fixed : fixed + length], content[fixed + length : fixed + length + 4]
-        if content[: len(_MAGIC)] != _MAGIC or checksum != struct.pack("<I", zlib.crc32(text)):
+        whole = content[: len(_MAGIC)] == _MAGIC and checksum == struct.pack("<I", zlib.crc32(text))
+        header = _read_header(text) if whole else None
+        if header is None:
             raise FastpeftError(
                 f"{path} is not a journal of this version of MeZO, or its header is damaged. Restore the file, or move "
                 "it away and resume from a checkpoint with weights."
             )
-        journal = cls(path, json.loads(text), fixed + length + 4)
+        journal = cls(path, header, fixed + length + 4)
         for record in journal._parse(content):
             journal.count(record)
         if rest := len(content) - journal._size:
@@ -242,7 +245,8 @@ class Journal:
             if not whole and end == len(content):
                 return
             seed = self.estimator.seeds(self.header["seed"], position[0])[0]
-            if not whole or (fields[0], fields[3]) != (position[0], seed):
+            known = fields[1] in Kind.__members__.values() and fields[2] <= len(self.estimator.points)
+            if not (whole and known) or (fields[0], fields[3]) != (position[0], seed):
                 raise FastpeftError(
                     f"record {number} of {total} in the journal {self.path} is damaged, so nothing after it can be "
                     "repeated. Restore the file, or move it away and resume from a checkpoint with weights, where "
@@ -347,6 +351,25 @@ class Journal:
         for group in self.header["groups"]:
             groups.append([next(rest) for _ in group["parameters"]])
         return groups
+
+
+def _read_header(text: bytes) -> dict[str, Any] | None:
+    """The header in `text`; None where it is not one that a run writes, whatever its checksum."""
+    try:
+        header = files.parse_json(text)
+        Estimator(header["estimator"], header["num_estimates"])
+        numbers = header["seed"], header["first_step"], header.get("dropped", 0)
+        fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        fits &= all(header[name] in CHOICES[name] for name in ("noise", "restore", "rounding"))
+        fits &= isinstance(header["weights"], str) and len(header["groups"]) > 0
+        for group in header["groups"]:
+            fits &= math.isfinite(group["eps"]) and math.isfinite(group["weight_decay"])
+            for each in group["parameters"]:
+                fits &= isinstance(each["name"], str) and type(each["offset"]) is int
+                fits &= each["shape"] is not None and each["dtype"] is not None
+    except (FastpeftError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return header if fits else None
 
 
 def _after(position: Position, record: Record) -> Position:

@@ -31,19 +31,12 @@ from fastpeft.mezo.parallel import (
     names_of,
     reshard,
 )
-from fastpeft.mezo.steps import HOME, Estimator, Point, Term, moves, update
-from fastpeft.noise import NOISE
+from fastpeft.mezo.steps import CHOICES, HOME, Estimator, Point, Term, moves, update
 
 logger = logging.getLogger(__name__)
 
 _WATCH_EVERY = 100  # steps; while each op is looked at, nothing that torch.compile made runs
 _LARGEST = torch.finfo(torch.float32).max
-_CHOICES = {
-    "noise": tuple(NOISE),
-    "on_nonfinite": ("stop", "skip"),
-    "restore": ("in_place", "exact"),
-    "rounding": ("stochastic", "nearest"),
-}
 
 
 def _is_number(value: Any) -> bool:
@@ -156,8 +149,8 @@ class MeZO(torch.optim.Optimizer):
             raise FastpeftError(f"MeZO: seed is {seed!r}; allowed are whole numbers from 0 to 2^63 - 1.")
         given = {"noise": noise, "on_nonfinite": on_nonfinite, "restore": restore, "rounding": rounding}
         for name, value in given.items():
-            if value not in _CHOICES[name]:
-                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(_CHOICES[name])}.")
+            if value not in CHOICES[name]:
+                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(CHOICES[name])}.")
         self.estimator = Estimator(estimator, num_estimates)
         if max_projected_grad is not None and not (_is_number(max_projected_grad) and max_projected_grad > 0):
             raise FastpeftError(

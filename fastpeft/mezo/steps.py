@@ -13,12 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastpeft.errors import FastpeftError
+from fastpeft.noise import NOISE
 
 Point = tuple[int, int]
 Term = tuple[int, float]
 
 HOME: Point = (0, 0)  # theta itself
 ESTIMATORS = ("spsa", "fzoo")
+CHOICES = {
+    "noise": tuple(NOISE),
+    "on_nonfinite": ("stop", "skip"),
+    "restore": ("in_place", "exact"),
+    "rounding": ("stochastic", "nearest"),
+}
 _MASK = 2**64 - 1
 
 
