@@ -51,6 +51,7 @@ endurance-test: $(VENV)/dev.stamp
 # every reader of files for FUZZ_SECONDS, each by inputs that the code they reach steers; `make test` runs a part
 FUZZ_SECONDS ?= 20
 fuzz: $(VENV)/dev.stamp
+	$(PIP) atheris
 	export PYTHONPATH=tests && \
 	python -c 'from fuzz.targets import TARGETS; print(*TARGETS, sep="\n")' | while read -r target; do \
 		python -m fuzz.steered "$$target" -max_total_time=$(FUZZ_SECONDS) || exit 1; done

@@ -14,7 +14,7 @@ from typing import Any
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.files import parse_json
-from fastpeft.methods import Method, get_method
+from fastpeft.methods import SIVA_LAYERS, Method, get_method
 from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
 from fastpeft.prompts import HEADS, Prompt
@@ -199,6 +199,11 @@ class TrainConfig:
                 "keep: what its layers compute changes as it trains, or is trained through. Leave it out, or choose "
                 "k-lst, lst, or mezo over one of them."
             )
+        if self.cache_features is not None and SIVA_LAYERS in self.settings:
+            raise FastpeftError(
+                f"cache_features is {self.cache_features!r}, but {SIVA_LAYERS} trains a part of the backbone, whose "
+                "features change at every step. Leave out either."
+            )
         if self.cache_dtype is not None and self.cache_features is None:
             raise FastpeftError(
                 f"cache_dtype is {self.cache_dtype!r}, but no features are cached. Name a folder by cache_features, or "
@@ -210,6 +215,11 @@ class TrainConfig:
         if self.objective not in OBJECTIVES:
             raise FastpeftError(
                 f"objective is {self.objective!r}; it must be {', '.join(OBJECTIVES)}. Leave it out to learn labels."
+            )
+        if self.cache_features is not None:
+            raise FastpeftError(
+                f"cache_features is {self.cache_features!r}, but the objective {self.objective!r} hides other words in "
+                "every epoch, whose features would be read once. Leave out either."
             )
         for name in FOR_LABELS:
             if (value := getattr(self, name)) is not None:

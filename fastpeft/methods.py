@@ -224,7 +224,13 @@ def _with_siva(model: Any, count: int, feature_modules: Sequence[str] | None) ->
     from fastpeft.ladder.backbone import Backbone
     from fastpeft.siva import SivaConfig
 
-    layers = len(Backbone(model, feature_modules).layers)
+    if feature_modules is not None:
+        raise FastpeftError(
+            f"{SIVA_LAYERS} counts the layers that are found by themselves, but feature_modules names others. "
+            "Leave out either, or put SiVA where you want it by peft.get_peft_model, with "
+            "LadderConfig(train_adapters=True)."
+        )
+    layers = len(Backbone(model).layers)
     if not 1 <= count <= layers:
         raise FastpeftError(f"{SIVA_LAYERS} is {count}; the model has {layers} layers. Give a number from 1 to that.")
     chosen = list(range(layers - count, layers))

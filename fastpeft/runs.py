@@ -192,7 +192,8 @@ class RunFolder:
     def fingerprint(self) -> str:
         """Identifies the weights that the run left: the first 16 hex digits of their files' SHA-256."""
         digest = hashlib.sha256()
-        for file in sorted([*self.path.glob("model*.safetensors"), *self.path.glob("adapter_model*.safetensors")]):
+        kinds = ("model*.safetensors", "adapter_model*.safetensors", "adapter/adapter_model*.safetensors")
+        for file in sorted(file for kind in kinds for file in self.path.glob(kind)):
             with file.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:16]

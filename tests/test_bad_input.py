@@ -154,6 +154,12 @@ CASES = [
     (["--method", "lst", "--cache-features", ""], ["cache_features is ''"]),
     (["--method", "lst", "--cache-dtype", "int8"], ["cache_dtype is 'int8'", "cache_features"]),
     (["--method", "lst", "--cache-features", "kept", "--cache-dtype", "int3"], ["'int3'", "bfloat16, float32, int8"]),
+    (["--method", "lst", "--cache-features", "kept", "--objective", "mlm"], ["other words in every epoch"]),
+    (
+        ["--method", "lst", "--cache-features", "kept", "--set", "siva_layers=1"],
+        ["siva_layers", "change at every step"],
+    ),
+    (["--method", "lst", "--set", "siva_layers=1", "--set", "feature_modules=x"], ["siva_layers counts", "Leave out"]),
     (["--method", "last-n", "--set", "layers=99"], ["layers is 99"]),
     (["--method", "last-n", "--set", "layers=two"], ["layers is 'two'"]),
     (["--model", "./nowhere"], ["'./nowhere'", "demo"]),

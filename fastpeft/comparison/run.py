@@ -79,7 +79,12 @@ class Comparison:
         data = _check_data(self.plan.wanted)
         self._train_rows = None if data is None else len(data.train)
         self._slice: TextData | None = None
-        if data is not None and any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
+        if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
+            if data is None:
+                raise FastpeftError(
+                    "the protocol full chooses learning rates on a slice of rows with labels, and no variant has "
+                    "these. Give variants their learning_rate, or choose the protocol quick."
+                )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
         self.running: Cell | None = None
         self._started = 0.0
@@ -173,7 +178,7 @@ class Comparison:
 
 
 def _check_data(cells: Iterable[Cell]) -> TextData | None:
-    """The rows of those cells that are not finished, of a cell that trains on all of them; None where all are.
+    """The rows with labels of those cells that are not finished, of a cell that trains on all of them; None without.
 
     Raises:
         FastpeftError: the rows cannot be loaded, or a cell's prompt or metric is not for them.
@@ -190,7 +195,7 @@ def _check_data(cells: Iterable[Cell]) -> TextData | None:
             head_for(config, loaded[rows])
         except FastpeftError as error:
             raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}") from None
-    return next(iter(loaded.values()), None)
+    return next((data for (objective, *_), data in loaded.items() if objective is None), None)
 
 
 def _command(cell: Cell) -> list[str]:

@@ -207,6 +207,11 @@ class Backbone:
             for name, parameter in self.model.named_parameters()
             if prefix and f".{prefix}" in name and self.model.active_adapter in name.split(".")
         }
+        if found and self.model.active_adapter != "default":  # PEFT saves others in a folder of their name
+            raise FastpeftError(
+                f"train_adapters=True with the adapter {self.model.active_adapter!r}: beside a side network it is "
+                "saved as 'default'. Give it that name, which get_peft_model does by itself."
+            )
         if not found:
             raise FastpeftError(
                 f"train_adapters=True, but the base, a {type(self.model).__name__}, has no adapter in its layers. Wrap "

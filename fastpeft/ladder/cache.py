@@ -181,7 +181,7 @@ class FeatureCache:
 
     def _unpack(self, rows: _Rows, records: Mapping[bytes, Record]) -> list[Tensor]:
         """The features in records, each at its row's place in the batch."""
-        shape, device = rows.ids.shape, next(self._backbone.layers[-1].parameters()).device
+        shape, device = rows.ids.shape, self._backbone.device
         pinned = device.type == "cuda"
         values = torch.zeros(*shape, sum(self._widths), dtype=self._dtype, pin_memory=pinned)
         scales = torch.zeros(*shape, len(self._widths), pin_memory=pinned) if self._dtype is torch.int8 else None

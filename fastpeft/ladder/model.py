@@ -301,8 +301,9 @@ class LadderModel(PreTrainedModel):
         """From now on read the backbone's features from a folder, and run it on rows that are not there yet.
 
         Training and evaluation are as before but for the rounding of features to `dtype`, which all rows get, those
-        that were computed too: a run is the same whatever the folder held before. A pass on `inputs_embeds` does
-        without the cache.
+        that were computed too. What a row's features are depends in their last bits on the batch that they were made
+        in, so a run repeats to the bit on the same folder or a new one, and else to rounding. A pass on `inputs_embeds`
+        does without the cache.
 
         Args:
             folder: made if need be, and shared: by side networks, backbones, runs and processes; None ends caching.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
@@ -89,7 +90,13 @@ def _prune_block(block: SideBlock, layer: _Layer, channels: Tensor) -> None:
 
 
 def _take_apart(layer: nn.Module, side: SideNetwork) -> _Layer:
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    modules = list(layer.modules())
+    if any(isinstance(module, BaseTunerLayer) for module in modules):
+        raise FastpeftError(
+            "init='pruned' takes over the layers' weights, but PEFT has an adapter in them, which holds a part of "
+            "these. Merge it first, or give init='random'."
+        )
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
     shapes = [tuple(linear.weight.shape) for linear in linears]
     if len(linears) == len(_Layer._fields):
         (rows, width), (neurons, _) = shapes[0], shapes[4]

@@ -228,7 +228,7 @@ class SideNetwork(nn.Module):
         Args:
             features: `B_0 .. B_L`, each `(B, T, d)`.
             mask: bool `(B, T)`, True for tokens and False for padding; None is all True.
-            seed: decides, in training, which features and blocks are dropped.
+            seed: decides, in training, which features and blocks are dropped; 0 drops no block.
 
         Returns:
             `(B, T, d)`.
@@ -248,7 +248,7 @@ class SideRun:
     Args:
         side: the side network; of a `SideStack` every tensor has one dimension more in front.
         mask: bool `(B, T)`, or None.
-        seed: decides, in training, which features and blocks are dropped.
+        seed: decides, in training, which features and blocks are dropped; 0 drops no block.
         keep_states: whether to keep every side state in `states`.
     """
 
@@ -261,7 +261,7 @@ class SideRun:
         self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
-        share, draw = side.config.layer_drop if side.training else 0.0, random.Random(seed)
+        share, draw = side.config.layer_drop if side.training and seed else 0.0, random.Random(seed)
         self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < share}
 
     def feed(self, layer: int, feature: Tensor) -> None:

@@ -12,6 +12,7 @@ absent.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -109,6 +110,8 @@ class RecordStore:
         """
         refused, lines = [], []
         with self._lock():
+            if os.fstat(self._index.fileno()).st_nlink == 0:  # the folder was deleted: nobody could read what is added
+                raise FileNotFoundError(errno.ENOENT, "the folder was deleted", self._index.name)
             self.refresh()
             room = self.max_bytes - bytes_below(self.root)
             end = self._records_end

@@ -67,6 +67,13 @@ def test_features_that_change_as_it_trains_are_not_cached(tmp_path: Path) -> Non
     assert not (tmp_path / "features").exists()
 
 
+def test_an_adapter_of_another_name_is_refused() -> None:
+    """PEFT saves it in a folder of its name, where loading would not look."""
+    base = peft.get_peft_model(tiny(), SivaConfig(r=2, layers_to_transform=[2]), adapter_name="film")
+    with pytest.raises(FastpeftError, match=r"the adapter 'film'.* saved as 'default'"):
+        ladder(base, train_adapters=True)
+
+
 def test_at_the_start_it_computes_what_the_side_network_alone_does() -> None:
     torch.manual_seed(1)
     alone = ladder(tiny())

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,7 +14,7 @@ from backbones import IDS, ladder, logits, tiny
 from samples import save_tiny_model
 from torch import Tensor, nn
 
-from fastpeft import FastpeftError, LadderModel
+from fastpeft import FastpeftError, LadderModel, SivaConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +59,11 @@ def largest(first: Tensor, second: Tensor, count: int) -> list[int]:
     """The rows of `first` that are largest together with the columns of `second`, one by one."""
     sums = [float(first[i].abs().sum() + second[:, i].abs().sum()) for i in range(len(first))]
     return sorted(sorted(range(len(sums)), key=lambda i: -sums[i])[:count])
+
+
+def test_weights_of_which_an_adapter_holds_a_part_are_refused() -> None:
+    with pytest.raises(FastpeftError, match=r"init='pruned'.* PEFT has an adapter in them"):
+        ladder(peft.get_peft_model(tiny(), SivaConfig(r=2)), init="pruned")
 
 
 @pytest.mark.parametrize("heads", [1, 2])

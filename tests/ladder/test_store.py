@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -81,6 +82,16 @@ def test_a_damaged_record_is_absent_until_it_is_made_anew(
     assert caplog.text.count("holds damaged records") == (damage != "a line")  # without its line it was never there
     store.append(records(2))
     assert held(store) == held(RecordStore(tmp_path, "a", ROOMY)) == [1, 2]
+
+
+def test_a_folder_that_was_deleted_takes_nothing_more(tmp_path: Path) -> None:
+    """Its files would grow where nobody sees them."""
+    store = RecordStore(tmp_path, "store", max_bytes=10**6)
+    store.append(records(1))
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(FileNotFoundError, match="the folder was deleted"):
+        store.append(records(2))
+    assert key(1) in store.get([key(1)])
 
 
 def test_the_limit_counts_all_stores_of_a_folder(tmp_path: Path) -> None:
