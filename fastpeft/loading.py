@@ -15,7 +15,7 @@ from fastpeft.adapters import check_file, check_weights
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
-from fastpeft.ladder.model import load_adapter
+from fastpeft.ladder.saved import load_adapter
 from fastpeft.methods import SIVA_LAYERS, get_method
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words
 from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem

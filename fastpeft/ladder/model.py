@@ -11,27 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from fastpeft.adapters import check_file
 from fastpeft.cards import model_card
-from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import source_options
+from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.frozen import convert, is_quantised
 from fastpeft.ladder.pruning import prune
+from fastpeft.ladder.saved import ADAPTER_FOLDER, load_adapter, load_base, read_config, read_weights, task_fields
 from fastpeft.ladder.side import SideNetwork, SideRun
-
-ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -421,9 +415,9 @@ class LadderModel(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         if config is None:
             config = read_config(source, hub)
-        weights = _read_weights(source, hub)
+        weights = read_weights(source, hub)
         if base is None:
-            base = _load_base(config, kwargs)
+            base = load_base(config, kwargs)
         elif kwargs:
             raise FastpeftError(
                 f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
@@ -460,7 +454,7 @@ class LadderModel(PreTrainedModel):
             )
         self.backbone.check(saved.base_fingerprints, saved.base_model_name_or_path, self.adapters.values())
         own = self.state_dict()
-        weights = {_without_wrapper(item): tensor for item, tensor in _read_weights(name, {}).items()}
+        weights = {_without_wrapper(item): tensor for item, tensor in read_weights(name, {}).items()}
         taken = {}
         for item in self._trained:
             wanted = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
@@ -549,92 +543,9 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
     return SequenceClassifierOutput(loss=F.cross_entropy(logits.flatten(0, -2), labels.flatten()), logits=logits)
 
 
-def load_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
-    """Put the adapter that was trained beside a saved side network onto its base.
-
-    Raises:
-        FastpeftError: it cannot be read or put there.
-    """
-    hub = {} if hub is None else hub
-    if Path(source).is_dir():
-        check_file(Path(source) / ADAPTER_FOLDER)
-    place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
-    try:
-        return PeftModel.from_pretrained(base, source, is_trainable=True, **place)
-    except FastpeftError:
-        raise
-    except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(
-            f"cannot load the adapter beside the side network in {source!r}: {first_line(error)} Train it anew."
-        ) from error
-
-
 def _without_wrapper(name: str) -> str:
     """The name of a weight, the same whether PEFT wraps the base or not."""
     return name.replace("base.base_model.model.", "base.", 1)
-
-
-def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
-    """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
-    try:
-        values = dict(LadderConfig.get_config_dict(source, **hub)[0])
-    except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
-    if values.get("model_type") != LadderConfig.model_type:
-        raise FastpeftError(
-            f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
-            "LadderModel.save_pretrained wrote."
-        )
-    try:
-        config: LadderConfig = LadderConfig.from_dict(values)
-    except FastpeftError:
-        raise
-    except Exception as error:  # a value of another type surfaces as almost any
-        raise FastpeftError(f"cannot use the configuration of a side network in {source!r}: {error}") from error
-    return config
-
-
-def _read_weights(source: str, hub: dict[str, Any]) -> dict[str, Tensor]:
-    try:
-        weights: dict[str, Tensor] = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
-    except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
-    return weights
-
-
-def _load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
-    """The base model that `config` names."""
-    name, kind = config.base_model_name_or_path, config.base_class
-    loader = getattr(transformers, kind or "", None)
-    if name is None or loader is None:
-        raise FastpeftError(
-            f"the side network was trained on {name or 'a base without a name'} of class {kind}, which cannot be "
-            "loaded by itself. Pass it: LadderModel.from_pretrained(..., base=model)."
-        )
-    if arguments.get("dtype", "auto") == "auto":
-        arguments["dtype"] = config.dtype or "auto"  # the dtype it was trained in, not that of the file
-    arguments = {
-        "revision": config.base_revision or "main",
-        "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
-        "use_safetensors": True,
-        **source_options(name),
-        **task_fields(config),
-        **arguments,
-    }
-    try:
-        base: nn.Module = loader.from_pretrained(name, **arguments)
-    except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(
-            f"cannot load the backbone {name!r} of the side network: {first_line(error)} Pass it: "
-            "LadderModel.from_pretrained(..., base=model)."
-        ) from error
-    return base
-
-
-def task_fields(config: Any) -> dict[str, Any]:
-    """What the configuration of a model with a head says of its task."""
-    names = ("id2label", "label2id", "problem_type")
-    return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
 def _some(names: list[str]) -> str:

@@ -22,7 +22,8 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.frozen import conversion_of, convert
 from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, join, source_of, steps_of
-from fastpeft.ladder.model import LadderModel, read_config, task_fields
+from fastpeft.ladder.model import LadderModel
+from fastpeft.ladder.saved import read_config, task_fields
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.stack import SideStack, shape_of
 
