@@ -194,7 +194,7 @@ ADAPTER_STEPS = {
 
 
 def _adapters(targets: str) -> str:
-    found = (row for row in rows("siva_training.csv") if row["targets"] == targets)
+    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"]) == ("demo", targets))
     return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
 
 
