@@ -84,24 +84,24 @@ class Batcher:
         return await waiting.answer
 
     async def run(self) -> None:
-        """Answer requests until cancelled; one that fails leaves the others of its batch alone."""
+        """Answer requests until cancelled."""
         while True:
-            batch = await self._collect()
-            while batch:
-                try:
-                    answers = await asyncio.to_thread(self._answer, batch)
-                except Exception as error:
-                    # a task may have been removed while its request waited
-                    gone = [waiting for waiting in batch if waiting.task not in self.pool.tasks] or batch
-                    for waiting in gone:
-                        if not waiting.answer.done():  # its client may have left
-                            waiting.answer.set_exception(error)
-                    batch = [waiting for waiting in batch if waiting not in gone]
-                else:
-                    for waiting, answer in zip(batch, answers, strict=True):
-                        if not waiting.answer.done():
-                            waiting.answer.set_result(answer)
-                    break
+            await self._settle(await self._collect())
+
+    async def _settle(self, batch: Sequence[Waiting]) -> None:
+        """Answer requests together, or each alone where that fails, so that one fails by itself."""
+        try:
+            answers = await asyncio.to_thread(self._answer, batch)
+        except Exception as error:  # such as a task that was removed while its request waited
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._settle([waiting])
+            elif not batch[0].answer.done():  # its client may have left
+                batch[0].answer.set_exception(error)
+            return
+        for waiting, answer in zip(batch, answers, strict=True):
+            if not waiting.answer.done():
+                waiting.answer.set_result(answer)
 
     async def _collect(self) -> list[Waiting]:
         first = self._left_over or await self._queue.get()
@@ -130,6 +130,7 @@ def create_app(pool: LadderPool, tokenizer: Any, runs: Path, **options: Any) -> 
     """The server's application; `options` are those of a `Batcher`."""
     runs = runs.resolve()
     batcher = Batcher(pool, tokenizer, **options)
+    adding: set[str] = set()  # names of tasks that are being loaded
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -154,13 +155,22 @@ def create_app(pool: LadderPool, tokenizer: Any, runs: Path, **options: Any) -> 
 
     @app.get("/tasks")
     async def tasks() -> dict[str, list[str]]:
-        return {name: [str(label) for label in find(name).values()] for name in pool.tasks}
+        listed = {}
+        for name in pool.tasks:
+            with contextlib.suppress(FastpeftError):  # it may be deleted meanwhile
+                listed[name] = [str(label) for label in pool[name].config.id2label.values()]
+        return listed
 
     @app.post("/predict")
     async def predict(request: Texts) -> list[dict[str, Any]]:
         labels = find(request.task)
+        try:
+            rows = await batcher.classify(request.task, request.texts)
+        except FastpeftError:
+            find(request.task)  # 404 where it was deleted while the request waited
+            raise
         answers = []
-        for logits in await batcher.classify(request.task, request.texts):
+        for logits in rows:
             scores = logits.softmax(-1)
             answers.append({"label": str(labels[int(scores.argmax())]), "scores": scores.tolist()})
         return answers
@@ -170,15 +180,21 @@ def create_app(pool: LadderPool, tokenizer: Any, runs: Path, **options: Any) -> 
         folder = (runs / source.path).resolve()
         if not folder.is_relative_to(runs) or not folder.is_dir():
             raise HTTPException(400, f"there is no folder {source.path!r} below the folder of runs. Name one there.")
-        if name in pool.tasks:
+        if name in pool.tasks or name in adding:
             raise HTTPException(409, f"there is a task {name!r}. Delete it first, or give another name.")
-        await asyncio.to_thread(pool.add, name, folder)
+        adding.add(name)
+        try:
+            await asyncio.to_thread(pool.add, name, folder)
+        finally:
+            adding.discard(name)
         return {"task": name}
 
     @app.delete("/tasks/{name}", status_code=204)
     async def remove(name: str) -> None:
-        find(name)
-        await asyncio.to_thread(pool.remove, name)
+        try:
+            await asyncio.to_thread(pool.remove, name)
+        except FastpeftError as error:
+            raise HTTPException(404, str(error)) from error
 
     return app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import random
@@ -202,6 +203,87 @@ def test_what_a_client_is_refused(server: Server, pool: LadderPool, folder: Path
         assert given == status, answer
         assert message in str(answer["detail"])
     assert pool.tasks == ("a", "b", "c")
+
+
+def test_a_task_deleted_while_its_request_waits_is_not_there(
+    example: ModuleType, pool: LadderPool, folder: Path, expected: dict[tuple[str, str], list[float]]
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+
+    def deleting(*args: Any, **kwargs: Any) -> Any:
+        if "c" in pool.tasks:
+            pool.remove("c")
+        return tokenizer(*args, **kwargs)
+
+    server = Server(example.create_app(pool, deleting, folder / "runs"))
+    try:
+        status, answer = server.ask("POST", "/predict", {"task": "c", "texts": TEXTS[:1]})
+        assert status == 404
+        assert "no task 'c'" in answer["detail"]
+        status, answer = server.ask("POST", "/predict", {"task": "a", "texts": TEXTS[:1]})
+        assert status == 200
+        assert_right(answer, "a", TEXTS[:1], expected)
+    finally:
+        server.stop()
+
+
+def test_a_request_that_fails_leaves_the_others_of_its_batch(
+    example: ModuleType, pool: LadderPool, folder: Path, expected: dict[tuple[str, str], list[float]]
+) -> None:
+    tokenizer, batches = transformers.AutoTokenizer.from_pretrained(folder / "base"), []
+
+    def failing(texts: list[str], **kwargs: Any) -> Any:
+        batches.append(len(texts))
+        if "bad" in texts:
+            raise ValueError("a bad text")
+        return tokenizer(texts, **kwargs)
+
+    async def ask() -> list[Any]:
+        batcher = example.Batcher(pool, failing, max_rows=3, max_wait=30)
+        worker = asyncio.create_task(batcher.run())
+        asked = [("a", TEXTS[:1]), ("b", ["bad"]), ("c", TEXTS[1:2])]
+        answers = await asyncio.gather(*(batcher.classify(*each) for each in asked), return_exceptions=True)
+        worker.cancel()
+        return answers
+
+    first, failed, last = asyncio.run(ask())
+    assert batches == [3, 1, 1, 1]
+    assert isinstance(failed, ValueError)
+    assert first[0].softmax(-1).tolist() == pytest.approx(expected["a", TEXTS[0]], rel=1e-3, abs=1e-5)
+    assert last[0].softmax(-1).tolist() == pytest.approx(expected["c", TEXTS[1]], rel=1e-3, abs=1e-5)
+
+
+def test_of_two_puts_of_one_name_one_loses(server: Server, pool: LadderPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, begun, may_go_on = pool.add, threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert may_go_on.wait(30)
+        return add(*args)
+
+    monkeypatch.setattr(pool, "add", slow)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(server.ask, "PUT", "/tasks/guest", {"path": "guest"})
+        assert begun.wait(30)
+        try:
+            status, answer = server.ask("PUT", "/tasks/guest", {"path": "guest"})
+        finally:
+            may_go_on.set()
+        assert status == 409, answer
+        assert first.result() == (201, {"task": "guest"})
+    assert "guest" in pool.tasks
+
+
+def test_a_task_deleted_while_tasks_are_listed_is_left_out(
+    server: Server, pool: LadderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = pool.tasks
+    pool.remove("b")
+    with monkeypatch.context() as patch:
+        patch.setattr(LadderPool, "tasks", names)  # as they were a moment ago
+        status, tasks = server.ask("GET", "/tasks")
+    assert status == 200
+    assert list(tasks) == ["a", "c"]
 
 
 def test_a_stop_lets_the_last_requests_be_answered(
