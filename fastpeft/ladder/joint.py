@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
@@ -54,6 +55,12 @@ def steps_of(
     data: Iterable[Batch] | Mapping[str, Iterable[Batch]], names: Sequence[str], epochs: int, stopped: set[str]
 ) -> Iterator[dict[str, Batch]]:
     """The batch of every member that still trains, step by step; `stopped` grows meanwhile."""
+    sources = [data[name] for name in names if name in data] if isinstance(data, Mapping) else [data]
+    if epochs > 1 and (spent := [source for source in sources if isinstance(source, Iterator)]):
+        raise FastpeftError(
+            f"epochs={epochs}, but the batches come from a {type(spent[0]).__name__}, which ends after one. Give what "
+            "can be gone through again, such as a list or a DataLoader."
+        )
     if not isinstance(data, Mapping):
         for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
             active = [name for name in names if name not in stopped]
@@ -69,6 +76,19 @@ def steps_of(
         if not batches:
             return
         yield batches
+
+
+@contextlib.contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules and what is in them be in evaluation mode, and give each its mode back; those in it cost nothing."""
+    training = [part for module in modules if module.training for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class RandomStream:

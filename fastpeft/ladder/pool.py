@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.frozen import conversion_of, convert
-from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, join, source_of, steps_of
+from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, evaluating, join, source_of, steps_of
 from fastpeft.ladder.model import LadderModel
 from fastpeft.ladder.saved import read_config, task_fields
 from fastpeft.ladder.side import SideRun
@@ -81,17 +82,19 @@ class LadderPool:
     too. Every member is an ordinary `LadderModel`, whose backbone's weights are the pool's.
 
     Args:
-        base: a transformers model with a head, or PEFT's wrapper of one. It is taken over: its backbone is frozen.
+        base: a transformers model of text with a head, or PEFT's wrapper of one. It is taken over: its backbone is
+            frozen.
         feature_modules, backbone_dtype: as in `LadderConfig`; side networks of one pool share them.
 
     Raises:
-        FastpeftError: as by `LadderModel`.
+        FastpeftError: as by `LadderModel`, or the base takes no text.
 
     Notes:
         Threads may call, add and remove at the same time: a call answers with the tasks of its start, and one pass runs
-        at a time. Weights of side networks of one shape lie together in memory: optimizers and `load_state_dict` may
-        change them, but a member that shall move to another device or dtype must be removed first. Train no member
-        while others are added or removed.
+        at a time. They may call while one of them trains by `fit`: calls come between the members' steps. Weights of
+        side networks of one shape lie together in memory: optimizers and `load_state_dict` may change them, but a
+        member that shall move to another device or dtype must be removed first. Train no member while others are added
+        or removed.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP
@@ -109,15 +112,22 @@ class LadderPool:
     ) -> None:
         check_backbone_dtype(backbone_dtype)
         self.backbone = Backbone(base, feature_modules)
+        if self.backbone.input_name != "input_ids":
+            raise FastpeftError(
+                f"a {type(self.backbone.core).__name__} takes {self.backbone.input_name}; a pool is for transformers "
+                "models of text, whose batches have input_ids. Give each task a LadderModel of its own."
+            )
         if backbone_dtype is not None:
             convert(self.backbone, backbone_dtype)
         self.base = base
         self._feature_modules = feature_modules
+        self._backbone_dtype = self._found_dtype
         base.requires_grad_(False)
         self.backbone.body.eval()
         self._members = _Members({}, [])
         self._changing = threading.Lock()
-        self._passing = threading.Lock()  # a pass listens to the backbone by hooks
+        # a pass listens to the backbone by hooks, a call changes modes, and fit whose random numbers are drawn
+        self._passing = threading.RLock()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -137,14 +147,16 @@ class LadderPool:
             name: of its task.
             side: what `LadderModel.save_pretrained` wrote (a folder or a hub id); or a model, which may have another
                 head than the pool's base, and whose backbone's weights, which must be equal, give way to the pool's;
-                or the configuration of a new side network, whose head starts as that of the pool's base.
+                or the configuration of a new side network, whose head starts as that of the pool's base and has its
+                labels.
 
         Returns:
             The member, in evaluation mode: train it, save it and load it as any `LadderModel`.
 
         Raises:
             FastpeftError: the name is taken, the side network belongs to another backbone, other layers or another kind
-                of head, its head is another member's too, or nothing of this kind is there.
+                of head, its head is another member's too, a configuration asks for other labels, or nothing of this
+                kind is there.
         """
         self._check_free(name)
         model = side if isinstance(side, LadderModel) else self._beside_a_twin(side)
@@ -181,6 +193,7 @@ class LadderPool:
             config.feature_modules = side.feature_modules or self._feature_modules
             config.backbone_dtype = side.backbone_dtype or self._backbone_dtype
             self._check_dtype(config)  # a twin's weights are the pool's
+            self._check_labels(config)
             return LadderModel(self._twin(), config)
         if not isinstance(side, str | os.PathLike):
             raise FastpeftError(
@@ -202,16 +215,32 @@ class LadderPool:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
     @property
-    def _backbone_dtype(self) -> BackboneDtype | None:
+    def _found_dtype(self) -> BackboneDtype | None:
+        """The base's `backbone_dtype` as it is now, whoever brought it there."""
         converted = conversion_of(self.backbone.core)
         return converted.dtype if converted else None
 
     def _check_dtype(self, config: LadderConfig) -> None:
         own, other = self._backbone_dtype, config.backbone_dtype
+        if (found := self._found_dtype) != own:
+            raise FastpeftError(
+                f"a LadderModel on the pool's own base brought it from backbone_dtype={own!r} to {found!r}, and with "
+                f"it all tasks. Load the base once more and make a LadderPool(base, backbone_dtype={found!r})."
+            )
         if own != other:
             raise FastpeftError(
                 f"the side network goes beside a backbone with backbone_dtype={other!r}, the pool's has {own!r}, and "
                 f"features differ. Add it to a LadderPool(base, backbone_dtype={other!r})."
+            )
+
+    def _check_labels(self, config: LadderConfig) -> None:
+        own, asked = self.backbone.core.config.id2label, config.id2label
+        if asked not in (own, LadderConfig().id2label):
+            raise FastpeftError(
+                f"the configuration asks for {len(asked)} labels, {', '.join(map(str, asked.values()))}, but the head "
+                f"of a new side network is that of the pool's base, which has {len(own)}, "
+                f"{', '.join(map(str, own.values()))}. Add a LadderModel on a base of its own, loaded with these "
+                "labels, or a folder that one was saved to."
             )
 
     def _check_layers(self, model: LadderModel) -> None:
@@ -265,7 +294,7 @@ class LadderPool:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, tasks: Sequence[str]) -> list[Any]:
-        """Answer rows of different tasks by one pass of the backbone.
+        """Answer rows of different tasks by one pass of the backbone, in evaluation mode whatever the members' mode.
 
         Args:
             batch: `input_ids` `(B, T)` or `inputs_embeds` `(B, T, d)`, and as the base takes them `attention_mask`,
@@ -289,7 +318,9 @@ class LadderPool:
         for row, name in enumerate(tasks):
             _look_up(members, name)
             rows.setdefault(name, []).append(row)
-        with self._passing:
+        asked = [members.models[name] for name in rows]
+        parts = (self.backbone.body, *(part for model in asked for part in (model.side, model.base)))
+        with self._passing, evaluating(parts):
             encoded = self._encode(members, batch, rows)
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():
@@ -369,8 +400,9 @@ class LadderPool:
         Args:
             data: batches with labels, such as a DataLoader, that all members see (a search for a learning rate or a
                 seed); or `{task: batches}` (many tasks), where a member whose batches end is done.
-            optimizers: for every member that trains its optimizer, or a pair with its scheduler, stepped once a step.
-            epochs: how often to go through `data`.
+            optimizers: for every member that trains its optimizer, or a pair with its scheduler, stepped once a step; a
+                `ReduceLROnPlateau` gets the step's loss.
+            epochs: how often to go through `data`, which for more than once must be no iterator.
             seed: of what is drawn in training (dropout), for all or by task, 0 for one that is not named.
             max_grad_norm: where to clip each member's gradient norm; None does not.
             stop: called as `stop(task, step, loss)` after every step, from 1; True ends that member's training.
@@ -379,7 +411,7 @@ class LadderPool:
             The loss of every step, by task.
 
         Raises:
-            FastpeftError: as by `outputs`.
+            FastpeftError: as by `outputs`, or a loss is not finite: that member's step is not made then.
 
         Notes:
             On batches for all, a member trains to the bit as its model alone in a loop after `torch.manual_seed(seed)`;
@@ -392,30 +424,40 @@ class LadderPool:
         streams = {name: RandomStream(seeds[name], self.backbone.core.device) for name in models}
         losses: dict[str, list[float]] = {name: [] for name in models}
         stopped: set[str] = set()
-        for model in models.values():
-            model.train()
         try:
+            with self._passing:
+                for model in models.values():
+                    model.train()
             for batches in steps_of(data, tuple(models), epochs, stopped):
                 for name, passed in self._features(batches).items():
                     optimizer, scheduler = stepping[name]
-                    with streams[name]:
+                    with self._passing, streams[name]:  # calls see no half of a step, and draw nothing of its stream
                         loss = self._train_pass(models[name], *passed).loss
                         if loss is None:
                             raise FastpeftError(f"a batch for {name!r} has no labels. Give {', '.join(_LABELS)}.")
                         loss.backward()
+                        losses[name].append(loss.item())
+                        if not math.isfinite(losses[name][-1]):
+                            optimizer.zero_grad()
+                            raise FastpeftError(
+                                f"the loss of {name!r} is {losses[name][-1]} at step {len(losses[name])}. Lower its "
+                                "learning rate, give max_grad_norm, or look at that batch."
+                            )
                         if max_grad_norm is not None:
                             trained = [parameter for parameter in models[name].parameters() if parameter.requires_grad]
                             nn.utils.clip_grad_norm_(trained, max_grad_norm)
                         optimizer.step()
                         optimizer.zero_grad()
-                        if scheduler is not None:
+                        if isinstance(scheduler, ReduceLROnPlateau):
+                            scheduler.step(losses[name][-1])
+                        elif scheduler is not None:
                             scheduler.step()
-                    losses[name].append(loss.item())
                     if stop is not None and stop(name, len(losses[name]), losses[name][-1]):
                         stopped.add(name)
         finally:
-            for model in models.values():
-                model.eval()
+            with self._passing:
+                for model in models.values():
+                    model.eval()
         return losses
 
     def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:
@@ -433,9 +475,9 @@ class LadderPool:
     def _train_pass(self, model: LadderModel, features: Sequence[Tensor], batch: Batch) -> Any:
         """What the model's own pass returns, on features that are there."""
         mask = batch.get("attention_mask")
-        seed = model.draw_seed()
-        output = model.side(features, None if mask is None else mask.bool(), seed)
-        with self._passing:  # the model may stand on the pool's base itself
+        with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
+            seed = model.draw_seed()
+            output = model.side(features, None if mask is None else mask.bool(), seed)
             return _answer(model, output.to(features[-1].dtype), batch)
 
     # -- the backbone --------------------------------------------------------------------------------------------

@@ -277,6 +277,46 @@ def test_tasks_come_and_go_while_others_call() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    ("base", "reads"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 3)), "Sequential takes inputs"),
+        (
+            transformers.ViTForImageClassification(
+                transformers.ViTConfig(
+                    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32
+                )
+            ),
+            "ViTForImageClassification takes pixel_values",
+        ),
+    ],
+    ids=["plain", "vision"],
+)
+def test_a_base_that_reads_no_text_is_refused_as_it_is(base: nn.Module, reads: str) -> None:
+    with pytest.raises(FastpeftError, match=f"a {reads}; a pool is for"):
+        LadderPool(base, ["0", "2"] if isinstance(base, nn.Sequential) else None, backbone_dtype="bfloat16")
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in base.parameters())
+
+
+def test_a_new_side_network_has_the_labels_of_the_pools_base() -> None:
+    base = tiny(id2label={0: "bad", 1: "so so", 2: "good"})
+    pool = LadderPool(base)
+    for refused in ({"num_labels": 4}, {"id2label": {0: "bad", 1: "good"}}):
+        with pytest.raises(FastpeftError, match="a LadderModel on a base of its own"):
+            pool.add("a", LadderConfig(**SMALL, **refused))
+    assert not pool.tasks
+    assert pool.add("a", LadderConfig(**SMALL)).config.id2label == base.config.id2label
+    assert pool.add("b", LadderConfig(**SMALL, id2label=base.config.id2label)).config.num_labels == 3
+
+
+def test_a_model_that_quantised_the_pools_base_is_refused() -> None:
+    pool = LadderPool(tiny())
+    quantised = LadderModel(pool.base, LadderConfig(**SMALL, backbone_dtype="int8"))
+    for side in (quantised, LadderConfig(**SMALL)):
+        with pytest.raises(FastpeftError, match="own base brought it from backbone_dtype=None to 'int8'"):
+            pool.add("a", side)
+
+
 # -- training ----------------------------------------------------------------------------------------------------
 
 RATES = {"slow": 1e-3, "fast": 1e-2, "gated": 1e-2}
@@ -415,6 +455,93 @@ def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
     assert not list(pool.outputs(batch, tasks=[]))
     with pytest.raises(FastpeftError, match="has no entries"):
         list(pool.outputs({}))
+
+
+def test_a_call_evaluates_and_leaves_modes_as_they_are() -> None:
+    pool = new_pool()
+    pool.add("on the pool's base", shuffled(LadderModel(pool.base, LadderConfig(**CONFIGS["gated"])), 1))
+    tasks = list(pool.tasks)[1:]
+    expected = [answer.logits for answer in pool(BATCH, tasks)]
+    for name in tasks[::2]:
+        pool[name].train()
+    pool[tasks[1]].side.train()  # a part alone
+    modes = [[module.training for module in pool[name].modules()] for name in tasks]
+    draws = torch.get_rng_state()
+    assert all(answer.logits.equal(logits) for answer, logits in zip(pool(BATCH, tasks), expected))
+    assert torch.get_rng_state().equal(draws)
+    assert [[module.training for module in pool[name].modules()] for name in tasks] == modes
+
+
+def test_calls_during_training_change_nothing() -> None:
+    """Another thread calls while three members train, one of them at a rate of 0 so that its answers stay."""
+    done, called, wrong = threading.Event(), threading.Event(), []
+    tasks = ["slow", "gated", "slow"]
+
+    def fit(pool: LadderPool, stop: Any = None) -> dict[str, list[float]]:
+        optimizers = {name: optimizer_of(pool[name], name)[0] for name in RATES}
+        for group in (*optimizers["slow"].param_groups, *optimizers["gated"].param_groups):
+            group["lr"] = 0.0
+        return pool.fit(batches(), optimizers, epochs=5, stop=stop)
+
+    undisturbed, pool = fit(new_pool()), new_pool()
+    expected = [answer.logits for answer in pool(BATCH, tasks)]
+
+    def call() -> None:
+        torch.set_num_threads(1)
+        while not done.is_set():
+            wrong.extend(row for row, answer in enumerate(pool(BATCH, tasks)) if not answer.logits.equal(expected[row]))
+            called.set()
+
+    def wait_for_a_call(*_: Any) -> bool:
+        called.clear()
+        assert called.wait(30)
+        return False
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        losses = fit(pool, wait_for_a_call)
+    finally:
+        done.set()
+        thread.join()
+    assert losses == undisturbed
+    assert not wrong
+
+
+def test_a_plateau_is_told_the_loss() -> None:
+    pool = new_pool()
+    optimizer, _ = optimizer_of(pool["slow"], "slow")
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
+    losses = pool.fit(batches(number=3), {"slow": (optimizer, scheduler)})["slow"]
+    assert scheduler.best == max(losses)
+
+
+def test_a_loss_that_is_not_finite_ends_training_before_its_step() -> None:
+    pool, data = new_pool(), batches(number=2)
+    optimizers = {"slow": optimizer_of(pool["slow"], "slow")[0]}
+    hidden = pool["slow"].base.classifier.out_proj
+    before: dict[str, Tensor] = {}
+
+    def spoil(*_: Any) -> bool:
+        hidden.bias.data[0] = torch.nan
+        before.update(copy.deepcopy(trained(pool["slow"])))
+        return False
+
+    with pytest.raises(FastpeftError, match="the loss of 'slow' is nan at step 2"):
+        pool.fit(data, optimizers, stop=spoil)
+    assert before.keys() == trained(pool["slow"]).keys()
+    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in trained(pool["slow"]).items())
+    assert all(parameter.grad is None for parameter in pool["slow"].parameters())
+    assert not pool["slow"].training
+
+
+def test_an_iterator_is_good_for_one_epoch() -> None:
+    pool = new_pool()
+    optimizers = {"slow": optimizer_of(pool["slow"], "slow")}
+    for data in (iter(batches()), {"slow": iter(batches())}):
+        with pytest.raises(FastpeftError, match="epochs=3, but the batches come from a list_iterator"):
+            pool.fit(data, optimizers, epochs=3)
+        assert len(pool.fit(data, optimizers)["slow"]) == 4
 
 
 def test_joint_training_refuses_what_does_not_go_together() -> None:
