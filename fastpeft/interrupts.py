@@ -95,9 +95,8 @@ def noting_stops(request: StopRequest, notice: str) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         if number in came:
             raise KeyboardInterrupt
-        if (
-            not came
-        ):  # from another thread: here a write to the terminal may be under way, which cannot be entered twice
+        if not came:
+            # from another thread: here a write to the terminal may be under way, which cannot be entered twice
             threading.Thread(target=logger.warning, args=(notice,)).start()
         came.add(number)
         request.asked = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from itertools import product
@@ -188,7 +189,7 @@ def test_a_run_keeps_what_it_found_and_is_repeated_without_searching(
     assert result.metrics["found_prompt"] == found
     assert Prompt.load(result.folder) == Prompt(found["template"], found["label_words"])
     card = (result.folder / "README.md").read_text()
-    assert found["template"] in card
+    assert html.escape(found["template"], quote=False) in card
     assert ", ".join(f"{k}={v}" for k, v in found["label_words"].items()) in card
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
     assert len(predict(result.folder, ["a lovely film"])) == 1

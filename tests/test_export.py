@@ -178,7 +178,7 @@ def test_a_lora_of_a_chain_says_what_it_goes_onto(
     base = AutoModelForSequenceClassification.from_pretrained(export(config.output, tmp_path / "base"))
     agree(PeftModel.from_pretrained(base, folder), second, folder)
     agree(by_the_card(folder, base=base), second, folder)
-    assert f"base: the model of the run in {config.output}, exported" in (folder / "README.md").read_text()
+    assert f"base: 'the model of the run in {config.output}, exported" in (folder / "README.md").read_text()
 
 
 def test_a_failed_write_leaves_nothing(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
