@@ -206,6 +206,26 @@ def siva_speed_all() -> str:
     return _adapters("all linear")
 
 
+def siva_speed_base() -> str:
+    """RoBERTa-base's shapes, on both choices of layers."""
+    body = []
+    for row in rows("siva_training.csv"):
+        if row["model"] == "base":
+            body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
+    return table(["layers", "one training step", "ms", "time over SiVA's"], body)
+
+
+def siva_profile() -> str:
+    """Where a step of the bundled model goes, all linear layers."""
+    found = [row for row in rows("siva_profile.csv") if row["targets"] == "all linear"]
+    columns = ("siva", "limit", "lora")
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        spent = {row["candidate"]: row["ms"] for row in found if row["kind"] == kind}
+        body.append([kind, *(f"{float(spent[column]):.1f}" for column in columns)])
+    return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
+
+
 LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",
@@ -330,6 +350,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "siva-speed": siva_speed,
     "siva-speed-all": siva_speed_all,
+    "siva-speed-base": siva_speed_base,
+    "siva-profile": siva_profile,
     "ladder-speed": ladder_speed,
     "feature-cache": feature_cache,
     "pool": pool,
