@@ -306,9 +306,7 @@ class Backbone:
                 if index < len(self.layers):
                     return None
                 replaced = _from_tokens(replace(tokens), feature.shape)
-                kind, dtype = replaced.device.type, replaced.dtype
-                if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
-                    after_layers.enter_context(torch.autocast(kind, dtype))
+                after_layers.enter_context(autocast_of(replaced))
                 return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
             return hook
@@ -362,6 +360,14 @@ class Backbone:
                 del layer.forward
                 if own is not None:
                     layer.forward = own
+
+
+def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What float32 modules that read `feature` run under: autocast in its dtype if that has 16 bits and none is on."""
+    kind, dtype = feature.device.type, feature.dtype
+    if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, dtype)
+    return contextlib.nullcontext()
 
 
 def _as_tokens(feature: Any, layer: int) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import Backbone, autocast_of
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.frozen import convert, is_quantised
@@ -243,9 +243,7 @@ class LadderModel(PreTrainedModel):
 
             def replace(feature: Tensor) -> Tensor:
                 """From here on the base computes its head."""
-                kind, dtype = feature.device.type, feature.dtype
-                if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
-                    after_layers.enter_context(torch.autocast(kind, dtype))  # the head is float32
+                after_layers.enter_context(autocast_of(feature))  # the head is float32
                 return run.output().to(feature)
 
             if self.feature_cache is not None and can_cache(input_ids):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import itertools
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import Backbone, autocast_of
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.frozen import conversion_of, convert
 from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, evaluating, join, source_of, steps_of
@@ -526,12 +525,10 @@ class LadderPool:
 
 def _answer(model: LadderModel, output: Tensor, batch: Batch) -> Any:
     """What the model returns where its encoder's output is `output`, in the backbone's dtype."""
-    kind, dtype = output.device.type, output.dtype
-    half = dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind)
     given: dict[str, Any] = dict(batch)
     if "use_cache" in inspect.signature(model.backbone.core.forward).parameters:
         given["use_cache"] = False
-    with model.backbone.skip_layers(output), torch.autocast(kind, dtype) if half else contextlib.nullcontext():
+    with model.backbone.skip_layers(output), autocast_of(output):
         return model.base(**given, return_dict=True)
 
 
