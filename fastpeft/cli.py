@@ -198,10 +198,11 @@ def train(
     values = {name: value for name, value in given.items() if value is not None}
     new_settings = _settings(settings or [])
 
-    from fastpeft import console, training
+    from fastpeft import console, processes, training
     from fastpeft.config import TrainConfig
     from fastpeft.runs import RunFolder, read_config
 
+    quiet = quiet or not processes.is_first()
     console.quieten(quiet)
     if config is not None:
         values = {**read_config(config), **values}

@@ -68,7 +68,11 @@ _DECIDED_ELSEWHERE = {
     "resume_from_checkpoint": "use resume in its place",
     "push_to_hub": "push the folder of the finished run",
     "full_determinism": "use deterministic in its place",
-    "parallelism_config": "a run has one process",
+    "accelerator_config": "a batch is divided among the processes of a launcher",
+    "parallelism_config": "each process of a launcher has the whole model",
+    "fsdp": "each process of a launcher has the whole model",
+    "fsdp_config": "each process of a launcher has the whole model",
+    "deepspeed": "each process of a launcher has the whole model",
     "journal": "a run by MeZO always keeps one",
     "save_weights": "leave save_steps out, and the journal is the only checkpoint",
 }
@@ -136,7 +140,10 @@ class Task:
         return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
 
     def training_arguments(self, output: str) -> TrainingArguments:
-        """The Trainer's arguments, with checkpoints below `output`."""
+        """The Trainer's arguments, with checkpoints below `output`.
+
+        The batches are those of a step whatever the number of processes that a launcher started, which share each.
+        """
         config = self.config
         recipe = self.method.recipe_for(config.model)
         learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
@@ -190,9 +197,28 @@ class Task:
             if "warmup_ratio" not in values:
                 values.setdefault("warmup_steps", round(recipe.warmup * steps))
             values.setdefault("logging_steps", max(1, steps // _LOGS))
-            return arguments_class(**values)
+            arguments = arguments_class(**values)
+            if arguments.world_size > 1:
+                self._divide(arguments)
+            return arguments
         except (ValueError, TypeError, ImportError) as error:
             raise self.refusal(error) from error
+
+    def _divide(self, arguments: TrainingArguments) -> None:
+        """Let several processes share each batch in equal parts."""
+        processes = arguments.world_size
+        if arguments.train_batch_size % processes:
+            raise FastpeftError(
+                f"batch_size is {self.config.batch_size}, which {processes} processes cannot share in equal parts. "
+                f"Give a multiple of {processes}, or start another number of them."
+            )
+        if self.config.optimizer_in_backward:
+            raise FastpeftError(
+                f"optimizer_in_backward with {processes} processes: a gradient is used before that of the others is "
+                "added. Leave it out, or start one process."
+            )
+        arguments.accelerator_config.split_batches = True
+        arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / processes) * processes
 
     def refusal(self, error: Exception) -> FastpeftError:
         """The error to raise where the Trainer or what it is made of cannot take the settings."""

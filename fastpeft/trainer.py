@@ -24,9 +24,11 @@ from transformers import (
 from fastpeft.errors import NotFiniteError
 from fastpeft.interrupts import StopRequest
 from fastpeft.masking import MaskedRows
+from fastpeft.mezo.parallel import Ranks
 from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.nonfinite import where_it_began
 from fastpeft.problems import LOSS, MASKED_WORDS, best_step
+from fastpeft.processes import noticing_losses
 from fastpeft.prompts import Row
 from fastpeft.runs import RunFolder
 from fastpeft.stepping import StepsInBackward
@@ -81,9 +83,12 @@ class LengthGroupedOrder(Sampler[Any]):
 class RunTrainer(Trainer):
     """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `NotFiniteError`.
 
+    Of several processes each has its part of every batch; the first writes.
+
     Attributes:
         folder: where it all ends up.
-        samples_seen: rows trained on since the start of this process.
+        ranks: the processes that train together.
+        samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
         clock: seconds spent in steps.
@@ -105,6 +110,7 @@ class RunTrainer(Trainer):
         self.stop = StopRequest()
         self.stopped = False
         self.folder = folder
+        self.ranks = Ranks()
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
@@ -124,7 +130,7 @@ class RunTrainer(Trainer):
             callbacks=[
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
-                _WholeCheckpoints(folder, self.chosen_by),
+                _WholeCheckpoints(folder, self.chosen_by, self.ranks),
                 _Stopping(self),
                 self.clock,
                 self.cuda_peak,
@@ -132,6 +138,9 @@ class RunTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        # the Trainer takes the losses of models that accept it for divided by the items of all processes and
+        # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's
+        self.model_accepts_loss_kwargs = False
 
     def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
         """What decides when the metric is measured, and what follows from it."""
@@ -168,20 +177,21 @@ class RunTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, tokens = inputs["input_ids"].shape
-        self.samples_seen += rows
+        self.samples_seen += rows * self.ranks.size
         self.longest_seen = max(self.longest_seen, tokens)
         return self._step(model, inputs, *args, **kwargs)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of a batch, and its gradients, where all of it is finite."""
         step = super().training_step
+        own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
 
         def again() -> None:
             if self.steps_in_backward:
                 with torch.no_grad():  # a backward pass would step
-                    self.compute_loss(model, self._prepare_inputs(inputs))
+                    self.compute_loss(own, self._prepare_inputs(inputs))
             else:
-                step(model, inputs, *args, **kwargs)
+                step(own, inputs, *args, **kwargs)
 
         try:
             loss = step(model, inputs, *args, **kwargs)
@@ -189,7 +199,7 @@ class RunTrainer(Trainer):
             gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
             self._check_finite(gradients, loss)
         except NotFiniteError as error:
-            raise NotFiniteError(f"{error} {where_it_began(model, again)}") from None
+            raise NotFiniteError(f"{error} {where_it_began(own, again)}") from None
         return loss
 
     def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
@@ -218,7 +228,7 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # not public, but all that the Trainer writes into a checkpoint is written here
-        with self.folder.saving("a checkpoint"):
+        with self.folder.saving("a checkpoint"), noticing_losses():
             super()._save_checkpoint(*args, **kwargs)
 
     def points(self, name: str) -> list[tuple[int, float]]:
@@ -316,34 +326,41 @@ class _Patience(TrainerCallback):
 class _WholeCheckpoints(TrainerCallback):
     """Moves each checkpoint, once the Trainer has written it, from the staging place to its final name."""
 
-    def __init__(self, folder: RunFolder, chosen_by: str | None) -> None:
+    def __init__(self, folder: RunFolder, chosen_by: str | None, ranks: Ranks) -> None:
         self.folder = folder
         self.chosen_by = chosen_by
+        self.ranks = ranks
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            best = None
-            if self.chosen_by is not None:
-                best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
-            self.folder.keep_checkpoint(staged, best_step=best)
+        staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        best = None
+        if self.chosen_by is not None:
+            best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
+        self.ranks.wait()  # each process writes its random state into it
+        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
 
 
 class _Stopping(TrainerCallback):
     """Ends a run that was asked to stop: saves a checkpoint of the step just made, then makes no other.
 
-    It comes after what measures each checkpoint, since one more to choose from could change the result.
+    It comes after what measures each checkpoint, since one more to choose from could change the result. What one of
+    several processes was asked, all do: a signal reaches them at different moments.
     """
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
+    def _asked(self, args: Any, state: Any) -> bool:
+        stop = self.trainer.stop
+        stop.asked = self.trainer.ranks.any(stop.asked, args.device)
+        return stop.asked and state.global_step < state.max_steps
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stop.asked and state.global_step < state.max_steps:
+        if self._asked(args, state):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stop.asked and state.global_step < state.max_steps:
+        if self._asked(args, state):
             self.trainer.stopped = control.should_training_stop = True  # now: a checkpoint keeps what was set before
 
 

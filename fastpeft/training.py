@@ -21,14 +21,16 @@ from fastpeft.cards import chosen_by, found_settings, loading_snippet, model_car
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
-from fastpeft.errors import FastpeftError, NotFiniteError, first_line
+from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.interrupts import noting_stops
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, adamw_8bit, fused_adamw, peak_rss_mb, simulate_training_step
+from fastpeft.mezo.parallel import Ranks
 from fastpeft.models import resolve_model
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, TITLES, best_step
+from fastpeft.processes import noticing_losses
 from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
 from fastpeft.task import Task, recipe_used, total_steps
 from fastpeft.trainer import RunTrainer, trainer_class
@@ -111,11 +113,17 @@ def train(
 
     Raises:
         FastpeftError: something given cannot be used; then nothing was written. Or the loss or a gradient was not
-            finite; then the weights before that step are kept in the folder. Or the disk is full; then the error says
-            what is kept.
+            finite; then the weights before that step are kept in the folder. Or the disk is full, or one of several
+            processes was lost; then the error says what is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM came. The step under way was made and a checkpoint saved, from which
             `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how to go
             on. Where somebody has set a handler of such a signal, that one runs.
+
+    Notes:
+        Under a launcher (`torchrun`) all processes call this, on one file system. They share each batch in equal parts,
+        so `batch_size` is a multiple of their number, and a run goes on with any other number of them: the weights are
+        those of one process to rounding, in which dropout draws otherwise. The last batch of an epoch is filled up
+        with rows of the first.
 
     Example:
         >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
@@ -135,23 +143,26 @@ def train(
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
-            if arguments.world_size > 1:
-                raise FastpeftError(
-                    f"a run has one process, but a launcher started {arguments.world_size}. Start it without; several "
-                    "are for scripts of your own around a Trainer, as fastpeft.MeZOTrainer."
-                )
+            Ranks().check_same(config.values())
             try:
-                trainer = trainer_class(task)(task, arguments, folder, callbacks)
-                trainer.create_optimizer()
-                before = trainer.measure(task.dev_rows)
+                with noticing_losses():
+                    trainer = trainer_class(task)(task, arguments, folder, callbacks)
+                    trainer.create_optimizer()
+                    before = trainer.measure(task.dev_rows)
+            except LostProcessError:
+                raise
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
-        folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
+        trainer.ranks.first_does(
+            lambda: folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
+        )
         arguments.output_dir = str(folder.staging)
         try:
-            with noting_stops(trainer.stop, _NOTICE):
+            with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)
                 metrics = _finish(trainer, task, folder, before, command)
+        except LostProcessError as error:
+            raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
     if trainer.stop.asked:
@@ -173,7 +184,8 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
             # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
             _load_weights(trainer.model, checkpoint)
         set_seed(task.config.seed)  # dropout starts alike whatever was computed before
-        trainer.train(resume_from_checkpoint=start)
+        with noticing_losses():
+            trainer.train(resume_from_checkpoint=start)
     except NotFiniteError as error:
         raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
     except FastpeftError:
@@ -206,17 +218,20 @@ def _finish(
     command = command or f"fastpeft train --config {folder.config_file}"
     metrics = _metrics(trainer, task, before, after, chosen, command)
     staged = folder.staging / "result"
-    with folder.saving("the result"):
-        _save(trainer, task, staged)
-        files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
-        files.write_json(staged / CURVES, curves)
-        if task.data.problem is CLASSIFICATION:
-            files.write_json(
-                staged / PREDICTIONS, {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
-            )
-        title = f"{task.method.title} on {config.data}"
-        draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, TITLES.get(task.metric, task.metric))
-        folder.close(metrics, staged)
+
+    def write() -> None:
+        with folder.saving("the result"):
+            _save(trainer, task, staged)
+            files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
+            files.write_json(staged / CURVES, curves)
+            if task.data.problem is CLASSIFICATION:
+                predictions = {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+                files.write_json(staged / PREDICTIONS, predictions)
+            title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
+            draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, shown)
+            folder.close(metrics, staged)
+
+    trainer.ranks.first_does(write)
     return metrics
 
 
@@ -253,10 +268,11 @@ def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     kept = "The weights before that step"
     if trainer.steps_in_backward:
         kept = "The weights, of which those with the first gradients may have made that step,"
-    with folder.saving("the weights before that step"):
-        _save(trainer, task, staged)
-        files.discard(target, folder.staging)
-        files.publish(staged, target)
+    if trainer.ranks.is_first:
+        with folder.saving("the weights before that step"):
+            _save(trainer, task, staged)
+            files.discard(target, folder.staging)
+            files.publish(staged, target)
     return f"{kept} are in {target}. {saved}"
 
 
@@ -343,6 +359,7 @@ def _metrics(
         "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
         "train_seconds": round(seconds, 2),
         "steps": trainer.state.global_step,
+        "processes": trainer.ranks.size,
         "found_prompt": config.found_prompt,
         "metric": config.metric,
         "best_step": chosen,

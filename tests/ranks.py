@@ -1,4 +1,4 @@
-"""Two processes that share a gloo group on the CPU, and run functions of a test's module together."""
+"""Processes that share a gloo group on the CPU, and run functions of a test's module together."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import Any
 
 from fastpeft import FastpeftError
 
-SIZE = 2
 SECONDS = 60  # that a call, or one of its collectives, may take: far above what any takes
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[Callable[..., list[Any]]]:
+def started(folder: Path, size: int = 2) -> Iterator[Callable[..., list[Any]]]:
     """Start the processes once for many calls, since they import torch.
 
     Args:
         folder: an empty one, where they find each other, so that no port is needed.
+        size: how many.
 
     Yields:
-        `run(function, *args)`: calls a function of a module's top level in both processes and returns what it returned
+        `run(function, *args)`: calls a function of a module's top level in all processes and returns what it returned
         by rank, an error of the library as well. Any other exception is raised.
     """
     context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(SIZE)]
+    pipes = [context.Pipe() for _ in range(size)]
     processes = [
-        context.Process(target=_serve, args=(rank, str(folder / "store"), there), daemon=True)
+        context.Process(target=_serve, args=(rank, size, str(folder / "store"), there), daemon=True)
         for rank, (_, there) in enumerate(pipes)
     ]
     for process in processes:
@@ -61,16 +61,16 @@ def started(folder: Path) -> Iterator[Callable[..., list[Any]]]:
             process.join()
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     """Call what is asked for, until terminated."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}  # as torchrun does
-    os.environ |= {"WORLD_SIZE": str(SIZE), "LOCAL_WORLD_SIZE": str(SIZE)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timedelta(seconds=SECONDS)
+        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
     )
     while True:
         module, file, function, args = pipe.recv()

@@ -358,7 +358,8 @@ CASES = [
     (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
     (["--set", 'lr_scheduler_kwargs={"power": 2}'], ["lr_scheduler_kwargs", "power"]),
     (["--set", "use_liger_kernel=true"], ["needs the package liger-kernel"]),
-    (["--set", "parallelism_config=1"], ["parallelism_config cannot be set", "one process"]),
+    (["--set", "parallelism_config=1"], ["parallelism_config cannot be set", "whole model"]),
+    (["--set", "fsdp=full_shard"], ["fsdp cannot be set", "whole model"]),
     (["--set", "rank_pattern=" + "[" * 9999], ["rank_pattern", "dict"]),
     # folders and configurations
     (["--output", "run"], ["'run' is not empty", "--overwrite"]),
@@ -449,13 +450,32 @@ def test_bad_input(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list
     assert snapshot(place) == before
 
 
-def test_a_run_in_several_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--batch-size", "16"], "batch_size is 16, which 3 processes cannot share"),
+        (["--batch-size", "6", "--optimizer-in-backward"], "optimizer_in_backward with 3 processes"),
+    ],
+)
+def test_a_run_in_several_processes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
+) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
     before = snapshot(place)
-    result = CliRunner().invoke(app, [*TRAIN])
+    result = CliRunner().invoke(app, [*TRAIN, *arguments])
     assert result.exit_code == 2
-    assert "a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
+    assert part in re.sub(r"\s+", " ", result.stderr)
+    assert snapshot(place) == before
+
+
+def test_a_comparison_in_several_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = snapshot(place)
+    result = CliRunner().invoke(app, ["compare", "--model", "model", "--data", "good.csv", "--methods", "head"])
+    assert result.exit_code == 2
+    assert "a comparison has one process, but a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
     assert snapshot(place) == before
 
 

@@ -24,6 +24,7 @@ from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
 from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import get_method
+from fastpeft.processes import refuse_several
 from fastpeft.task import data_for, head_for
 
 try:
@@ -75,6 +76,7 @@ class Comparison:
     """
 
     def __init__(self, config: CompareConfig, command: str | None = None) -> None:
+        refuse_several("a comparison")
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
         data = _check_data(self.plan.wanted)
         self._train_rows = None if data is None else len(data.train)

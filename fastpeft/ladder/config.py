@@ -43,6 +43,8 @@ class LadderConfig(PretrainedConfig):
         init: What the side network starts from: `"random"` weights, or the backbone's own, `"pruned"` to the channels
             and neurons of the largest magnitude.
         layer_drop: Probability with which a side block is left out of a training pass; the state then goes on as it is.
+            Where `torch.distributed` is initialised, its processes leave out the same blocks, those that the first one
+            draws, so each makes every such pass; `DistributedDataParallel` needs `find_unused_parameters=True`.
         share_projections: Whether a slot has one projection for all side blocks, in place of one for each.
         output_mix: Whether what goes on to the head is a trained mix of the side network's output and the backbone's,
             which alone it is at the start.

@@ -26,6 +26,7 @@ from fastpeft.ladder.frozen import convert, is_quantised
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saved import ADAPTER_FOLDER, load_adapter, load_base, read_config, read_weights, task_fields
 from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.processes import agreed
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -215,7 +216,10 @@ class LadderModel(PreTrainedModel):
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         gradients = torch.is_grad_enabled()
-        run = SideRun(self.side, mask, self.draw_seed(), keep_states=bool(output_hidden_states))
+        seed = blocks_seed = self.draw_seed()
+        if seed and self.config.layer_drop and gradients:
+            blocks_seed = agreed(seed, device)  # or each process would wait for gradients that others do not have
+        run = SideRun(self.side, mask, seed, bool(output_hidden_states), blocks_seed)
 
         def feed(layer: int, feature: Tensor) -> None:
             nonlocal tokens

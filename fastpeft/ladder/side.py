@@ -250,9 +250,17 @@ class SideRun:
         mask: bool `(B, T)`, or None.
         seed: decides, in training, which features and blocks are dropped; 0 drops no block.
         keep_states: whether to keep every side state in `states`.
+        blocks_seed: decides which blocks are dropped, in the place of `seed`.
     """
 
-    def __init__(self, side: SideNetwork, mask: Tensor | None, seed: int, keep_states: bool = False) -> None:
+    def __init__(
+        self,
+        side: SideNetwork,
+        mask: Tensor | None,
+        seed: int,
+        keep_states: bool = False,
+        blocks_seed: int | None = None,
+    ) -> None:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
@@ -261,7 +269,8 @@ class SideRun:
         self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
-        share, draw = side.config.layer_drop if side.training and seed else 0.0, random.Random(seed)
+        blocks_seed = seed if blocks_seed is None else blocks_seed
+        share, draw = side.config.layer_drop if side.training and blocks_seed else 0.0, random.Random(blocks_seed)
         self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < share}
 
     def feed(self, layer: int, feature: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.processes import noticing_losses
 
 if dist.is_available():  # some builds of torch come without
     from torch.distributed.fsdp import FSDPModule
@@ -68,16 +69,33 @@ class Ranks:
         if self.size == 1:
             return [loss]
         each = torch.empty(self.size, dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(each, torch.tensor([loss], dtype=torch.float64, device=device), group=self._group)
-        return each.tolist()
+        own = torch.tensor([loss], dtype=torch.float64, device=device)
+        with noticing_losses():
+            dist.all_gather_into_tensor(each, own, group=self._group)
+            return each.tolist()
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes by rank, of any kind that can be pickled."""
         if self.size == 1:
             return [value]
         each: list[Any] = [None] * self.size
-        dist.all_gather_object(each, value, group=self._group)
+        with noticing_losses():
+            dist.all_gather_object(each, value, group=self._group)
         return each
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is true in some process.
+
+        Args:
+            flag: of this one.
+            device: of a kind that the group can send from.
+        """
+        if self.size == 1:
+            return flag
+        shared = torch.tensor([flag], dtype=torch.uint8, device=device)
+        with noticing_losses():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self._group)
+            return bool(shared.item())
 
     def together(self, work: Callable[[], T]) -> T:
         """Do `work`, and wait for the others; a FastpeftError of one is raised on all.
@@ -95,6 +113,14 @@ class Ranks:
                 raise each
         return done
 
+    def first_does(self, work: Callable[[], None]) -> None:
+        """Let the first process do `work`, for which the others wait; its FastpeftError is raised on all."""
+        self.together(work if self.is_first else lambda: None)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.gather(None)
+
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raise, on all, unless those that have a value under a name have the same one."""
         seen: dict[str, tuple[int, Any]] = {}
@@ -103,8 +129,9 @@ class Ranks:
                 first, expected = seen.setdefault(name, (rank, value))
                 if value != expected:
                     raise FastpeftError(
-                        f"MeZO: rank {rank} differs from rank {first} in {name}, so they would train different models. "
-                        "Begin with the same weights and settings in every process, and change nothing in one alone."
+                        f"of the processes that train together, rank {rank} differs from rank {first} in {name}, so "
+                        "they would train different models. Begin with the same weights and settings in every process, "
+                        "and change nothing in one alone."
                     )
 
     @torch.no_grad()
@@ -114,7 +141,8 @@ class Ranks:
             return
         for tensor in (*model.parameters(), *model.buffers()):
             given = tensor.contiguous()  # what cannot be sent as it is, is copied
-            dist.broadcast(given, group=self._group, group_src=0)
+            with noticing_losses():
+                dist.broadcast(given, group=self._group, group_src=0)
             tensor.copy_(given)
 
 

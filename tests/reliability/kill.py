@@ -42,8 +42,8 @@ RUNS: dict[str, dict[str, Any]] = {
 COMPARE = "compare"
 _VARIANTS = ("head", "siva:rank=2", "mezo:learning_rate=0.001")
 # processes that have imported the library already, so that most of a life is work
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["fastpeft.training", "fastpeft.cli", "fastpeft.comparison.run", "peft"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["fastpeft.training", "fastpeft.cli", "fastpeft.comparison.run", "peft"])
 
 
 @dataclass
@@ -92,7 +92,7 @@ def work(folder: Path, kind: str, output: Path) -> None:
 
 def start(folder: Path, kind: str, output: Path) -> Any:
     """A process of its own that does `work`."""
-    process = _processes.Process(target=work, args=(folder, kind, output))
+    process = PROCESSES.Process(target=work, args=(folder, kind, output))
     process.start()
     return process
 
@@ -158,7 +158,7 @@ def attack(folder: Path, kind: str, kills: int, seed: int, report: Callable[[Rep
     """Kill runs of one kind until there were so many kills, and let the last one come to its end."""
     chance = random.Random(f"{kind}:{seed}")
     whole = folder / f"{kind} whole"
-    process = _processes.Process(target=int)  # by which the imports are done
+    process = PROCESSES.Process(target=int)  # by which the imports are done
     process.start()
     process.join()
     began = time.monotonic()
