@@ -13,8 +13,8 @@ What a process sends a step, predicted before it was measured, for n processes, 
              reduce-scatter, which would halve that
     mezo     2 (n - 1) * 8: one double a forward to each of the others
 
-Not in it are buffers, which DistributedDataParallel sends from the first process at each forward (8 kB here), and, where
-processes start, the whole model once.
+Not in it are buffers, which DistributedDataParallel sends from the first process at each forward (8 kB here), and,
+where processes start, the whole model once.
 """
 
 from __future__ import annotations

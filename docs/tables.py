@@ -326,6 +326,73 @@ def _share(number: str) -> str:
     return "0" if value == 0 else f"{100 * value:.0f} %" if value >= 0.01 else f"{value:.0e}"
 
 
+def distributed() -> str:
+    """A step of the bundled model by several processes."""
+    layers = {"": "", "query,key": ", query and key", "all-linear": ", all linear"}
+    engines = {"ddp": "DDP", "fsdp2": "FSDP2", "mezo": "-"}
+    body = [
+        [
+            NAMES[row["method"]] + layers[row["layers"]],
+            engines[row["engine"]],
+            row["ranks"],
+            *(_kilobytes(row[name]) for name in ("sent_bytes", "sent_bytes_predicted")),
+            row["memory_mb"],
+            whole(row["ms_p50"]),
+        ]
+        for row in rows("distributed.csv")
+    ]
+    return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
+
+
+def _kilobytes(number: str) -> str:
+    value = float(number) / 1e3
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+# what FSDP2 holds whole of a RoBERTa-large at a time: what is outside of the blocks, and two of these
+GATHERED = (355.4 - 302.3 + 2 * 302.3 / 24) / 355.4
+GIGABIT = 125.0  # MB a second
+
+
+def distributed_beyond() -> str:
+    """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
+    body = []
+    for row in rows("memory.csv"):
+        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
+        if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"]:
+            continue
+        weights, gradients, state, rest, peak = (
+            float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
+        )
+        is_mezo = row["method"] == "mezo"
+        sent = {n: 2 * 8e-6 * (n - 1) if is_mezo else 2 * (n - 1) / n * gradients for n in (2, 8, 64)}
+        body.append(
+            [
+                LARGE[case],
+                *map(_megabytes, sent.values()),
+                f"{sent[64] / (10 * GIGABIT):.1g}",
+                f"{peak + gradients:,.0f}",
+                f"{(weights + gradients + state) / 8 + GATHERED * weights + rest:,.0f}",
+            ]
+        )
+    heads = ["method", *(f"{n} processes" for n in (2, 8, 64)), "s at 10 Gbit/s", "MB, DDP", "MB, FSDP2 on 8"]
+    return table(heads, body)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def growth() -> str:
+    """How the time of a step grows with a size, in one process: exponents, measured and of the operations."""
+    names = {**NAMES, "pool": "**9-LST**, a pool"}
+    found = {
+        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"]) for row in rows("scaling.csv")
+    }
+    body = ([*axis, *exponents] for axis, exponents in found.items())
+    return table(["method", "size", "exponent of the time", "of the operations"], body)
+
+
 def compiled() -> str:
     """What compiling the Triton kernels offline gave: the most registers a thread has, by kernel and architecture."""
     found = rows("static.csv")
@@ -361,6 +428,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "mezo-pass": mezo_pass,
     "mezo-step": mezo_step,
     "mezo-drift": mezo_drift,
+    "distributed": distributed,
+    "distributed-beyond": distributed_beyond,
+    "growth": growth,
     "compiled": compiled,
 }
 

@@ -57,7 +57,7 @@ class TrainConfig:
         reduction: how many times narrower than the backbone a side network is. None: the method's.
         epochs: passes over the training rows. None: the recipe's.
         max_steps: optimizer steps, in place of `epochs`.
-        batch_size: rows a step, on each device.
+        batch_size: rows a step, which the processes of a launcher share; one process takes so many on each device.
         learning_rate: peak rate of AdamW, or the rate of MeZO. None: the recipe's.
         max_length: longest text in tokens; what is longer is cut. None: 128, or the model's limit where that is less.
         seed: decides the new head, the order of rows and dropout.

@@ -184,9 +184,9 @@ class RunTrainer(Trainer):
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of a batch, and its gradients, where all of it is finite."""
         step = super().training_step
-        own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
 
         def again() -> None:
+            own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
             if self.steps_in_backward:
                 with torch.no_grad():  # a backward pass would step
                     self.compute_loss(own, self._prepare_inputs(inputs))
@@ -199,7 +199,7 @@ class RunTrainer(Trainer):
             gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
             self._check_finite(gradients, loss)
         except NotFiniteError as error:
-            raise NotFiniteError(f"{error} {where_it_began(own, again)}") from None
+            raise NotFiniteError(f"{error} {where_it_began(self.accelerator.unwrap_model(model), again)}") from None
         return loss
 
     def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
