@@ -190,7 +190,7 @@ class Task:
             if config.optimizer_in_backward:
                 _check_steps_in_backward(first)
             # refuse what they cannot do before anything is written
-            stand_in = torch.optim.SGD([torch.zeros(1)])
+            stand_in = torch.optim.SGD([torch.zeros(1)], learning_rate)
             get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs or None)
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
@@ -218,6 +218,8 @@ class Task:
                 "added. Leave it out, or start one process."
             )
         arguments.accelerator_config.split_batches = True
+        if arguments.ddp_broadcast_buffers is None:  # as SiVA's first factors, which never change
+            arguments.ddp_broadcast_buffers = False
         arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / processes) * processes
 
     def refusal(self, error: Exception) -> FastpeftError:

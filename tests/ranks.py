@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 import os
 import sys
 import traceback
@@ -14,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from forking import PROCESSES
+
 from fastpeft import FastpeftError
 
 SECONDS = 60  # that a call, or one of its collectives, may take: far above what any takes
@@ -21,7 +22,7 @@ SECONDS = 60  # that a call, or one of its collectives, may take: far above what
 
 @contextmanager
 def started(folder: Path, size: int = 2) -> Iterator[Callable[..., list[Any]]]:
-    """Start the processes once for many calls, since they import torch.
+    """Start the processes, once for many calls.
 
     Args:
         folder: an empty one, where they find each other, so that no port is needed.
@@ -31,10 +32,9 @@ def started(folder: Path, size: int = 2) -> Iterator[Callable[..., list[Any]]]:
         `run(function, *args)`: calls a function of a module's top level in all processes and returns what it returned
         by rank, an error of the library as well. Any other exception is raised.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(size)]
+    pipes = [PROCESSES.Pipe() for _ in range(size)]
     processes = [
-        context.Process(target=_serve, args=(rank, size, str(folder / "store"), there), daemon=True)
+        PROCESSES.Process(target=_serve, args=(rank, size, str(folder / "store"), there), daemon=True)
         for rank, (_, there) in enumerate(pipes)
     ]
     for process in processes:

@@ -38,7 +38,12 @@ METHODS = ("siva", "k-lst", "mezo")
 ENGINES = ("ddp", "fsdp2", "accelerate")
 ROWS, STEPS = 8, 4
 RATES = {"siva": 0.3, "k-lst": 0.3, "mezo": 1e-2}
-CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+# MeZO divides the difference of two losses by 2e-3, and with it their rounding
+CLOSE = {
+    "siva": {"rtol": 1e-4, "atol": 2e-6},
+    "k-lst": {"rtol": 1e-4, "atol": 2e-6},
+    "mezo": {"rtol": 1e-3, "atol": 1e-4},
+}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -191,11 +196,11 @@ def assert_close(found: list[dict[str, Tensor]], expected: dict[str, Tensor], me
     for of_rank in found:
         assert of_rank.keys() == expected.keys()
         for name, tensor in expected.items():
-            torch.testing.assert_close(of_rank[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-    moved = [
-        (expected[name] - start[name]).abs().max() > 1e-3 for name in expected if "attention.self.key.bias" not in name
-    ]
-    assert sum(moved) > 0.9 * len(moved)
+            torch.testing.assert_close(
+                of_rank[name], tensor, **CLOSE[method], msg=lambda text, name=name: f"{name}: {text}"
+            )
+    moved = torch.cat([(tensor - start[name]).flatten() for name, tensor in expected.items()]).norm()
+    assert moved > 0.05
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
@@ -237,5 +242,6 @@ def agree(value: int) -> int:
 
 
 def test_what_they_agree_on_is_the_first_ones(ranks: Run) -> None:
-    assert set(ranks(agree, 2**62)) == {2**62}
+    found = ranks(agree, 2**62)
+    assert found == [2**62] * len(found)
     assert processes.agreed(7, torch.device("cpu")) == 7

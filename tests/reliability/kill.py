@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forking import PROCESSES
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 
@@ -41,9 +41,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 COMPARE = "compare"
 _VARIANTS = ("head", "siva:rank=2", "mezo:learning_rate=0.001")
-# processes that have imported the library already, so that most of a life is work
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastpeft.training", "fastpeft.cli", "fastpeft.comparison.run", "peft"])
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forking import PROCESSES
 from reliability import kill
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
@@ -29,10 +30,10 @@ pytestmark = [
 ]
 
 SECONDS = 60  # that anything may take: far above what it does
-# plain gradient descent: Adam makes whole steps of gradients that are all rounding
+# plain gradient descent, since Adam makes whole steps of gradients that are all rounding; a window without dropout
 RUNS = {
     "siva": ("--method=siva", "--learning-rate=0.1", "--set=optim=sgd", "--save-steps=3"),
-    "k-lst": ("--method=k-lst", "--learning-rate=0.1", "--set=optim=sgd", "--save-steps=3"),
+    "k-lst": ("--method=k-lst", "--window=3", "--learning-rate=0.1", "--set=optim=sgd", "--save-steps=3"),
     "mezo": ("--method=mezo", "--learning-rate=1e-3"),
 }
 
@@ -77,7 +78,7 @@ class Launched:
         self.output = output
         self.messages = [output.parent / f"{output.name} rank {rank} of {size}" for rank in range(size)]
         self.processes = [
-            kill.PROCESSES.Process(target=work, args=(rank, size, port, file, command(place, output, arguments)))
+            PROCESSES.Process(target=work, args=(rank, size, port, file, command(place, output, arguments)))
             for rank, file in enumerate(self.messages)
         ]
         for process in self.processes:
@@ -142,7 +143,7 @@ def assert_close(found: Path, expected: Path) -> None:
     ours, theirs = weights(found), weights(expected)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=3e-4)  # other rows would move them by 1e-2
     assert RunFolder(found).metrics()["accuracy"] == RunFolder(expected).metrics()["accuracy"]
 
 
