@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,16 @@ def refuse_several(what: str) -> None:
             f"{what} has one process, but a launcher started {launched()}. Start it without; `fastpeft train` shares "
             "the rows of a run among several."
         )
+
+
+def meet(timeout: float) -> None:
+    """Join the processes of the launcher, if there are several, in a default group for CPUs.
+
+    Args:
+        timeout: seconds after which one that does not answer is given up.
+    """
+    if launched() > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 def agreed(value: int, device: torch.device) -> int:

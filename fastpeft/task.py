@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
 
+from fastpeft import processes
 from fastpeft.auto_prompt import check_searchable, settle_prompt
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data, texts_in_words
@@ -178,6 +179,8 @@ class Task:
         }
         try:
             arguments_class = arguments_of(self.method)
+            if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
+                processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
             first = arguments_class(**values)
             if first.gradient_accumulation_steps < 1:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
@@ -206,21 +209,21 @@ class Task:
 
     def _divide(self, arguments: TrainingArguments) -> None:
         """Let several processes share each batch in equal parts."""
-        processes = arguments.world_size
-        if arguments.train_batch_size % processes:
+        size = arguments.world_size
+        if arguments.train_batch_size % size:
             raise FastpeftError(
-                f"batch_size is {self.config.batch_size}, which {processes} processes cannot share in equal parts. "
-                f"Give a multiple of {processes}, or start another number of them."
+                f"batch_size is {self.config.batch_size}, which {size} processes cannot share in equal parts. "
+                f"Give a multiple of {size}, or start another number of them."
             )
         if self.config.optimizer_in_backward:
             raise FastpeftError(
-                f"optimizer_in_backward with {processes} processes: a gradient is used before that of the others is "
+                f"optimizer_in_backward with {size} processes: a gradient is used before that of the others is "
                 "added. Leave it out, or start one process."
             )
         arguments.accelerator_config.split_batches = True
         if arguments.ddp_broadcast_buffers is None:  # as SiVA's first factors, which never change
             arguments.ddp_broadcast_buffers = False
-        arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / processes) * processes
+        arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / size) * size
 
     def refusal(self, error: Exception) -> FastpeftError:
         """The error to raise where the Trainer or what it is made of cannot take the settings."""

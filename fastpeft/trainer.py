@@ -24,7 +24,7 @@ from transformers import (
 from fastpeft.errors import NotFiniteError
 from fastpeft.interrupts import StopRequest
 from fastpeft.masking import MaskedRows
-from fastpeft.mezo.parallel import Ranks
+from fastpeft.mezo.parallel import Ranks, digest
 from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.nonfinite import where_it_began
 from fastpeft.problems import LOSS, MASKED_WORDS, best_step
@@ -163,6 +163,9 @@ class RunTrainer(Trainer):
     def measure(self, rows: list[Row]) -> dict[str, float]:
         """Loss and metrics on `rows`, by their names in `metrics.json`."""
         measured = self.evaluate(_by_length(rows))
+        # accelerate marks what was evaluated first as prepared, and would not wrap it for training: each of several
+        # processes would then follow gradients of its own
+        vars(self.model).pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
     def classes(self, rows: list[Row]) -> list[int]:
@@ -228,8 +231,16 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # not public, but all that the Trainer writes into a checkpoint is written here
+        self.check_same()
         with self.folder.saving("a checkpoint"), noticing_losses():
             super()._save_checkpoint(*args, **kwargs)
+
+    def check_same(self) -> None:
+        """Raise a `FastpeftError` if processes that train together have come to other weights."""
+        if self.ranks.size > 1:
+            self.ranks.check_same(
+                {"the trained weights": digest([p for p in self.model.parameters() if p.requires_grad])}
+            )
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""

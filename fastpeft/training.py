@@ -207,6 +207,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Measure the result and write it; what `metrics.json` then holds."""
     config = task.config
+    trainer.check_same()
     chosen = _take_best(trainer, task, folder)
     curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
     after = trainer.measure(task.dev_rows)

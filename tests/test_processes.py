@@ -200,7 +200,7 @@ def assert_close(found: list[dict[str, Tensor]], expected: dict[str, Tensor], me
                 of_rank[name], tensor, **CLOSE[method], msg=lambda text, name=name: f"{name}: {text}"
             )
     moved = torch.cat([(tensor - start[name]).flatten() for name, tensor in expected.items()]).norm()
-    assert moved > 0.05
+    assert moved > 0.02
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------

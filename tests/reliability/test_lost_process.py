@@ -99,6 +99,9 @@ class Launched:
         """Of all processes, once they have ended."""
         for process in self.processes:
             process.join(SECONDS)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
         return [process.exitcode for process in self.processes]
 
     def said(self) -> list[str]:
