@@ -165,7 +165,7 @@ class RunTrainer(Trainer):
         measured = self.evaluate(_by_length(rows))
         # accelerate marks what was evaluated first as prepared, and would not wrap it for training: each of several
         # processes would then follow gradients of its own
-        vars(self.model).pop("_is_accelerate_prepared", None)
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
     def classes(self, rows: list[Row]) -> list[int]:

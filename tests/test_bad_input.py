@@ -473,7 +473,9 @@ def test_a_comparison_in_several_processes(place: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(place)
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = snapshot(place)
-    result = CliRunner().invoke(app, ["compare", "--model", "model", "--data", "good.csv", "--methods", "head"])
+    result = CliRunner().invoke(
+        app, ["compare", "--model", "model", "--data", "good.csv", "--methods", "head", "--output", "new"]
+    )
     assert result.exit_code == 2
     assert "a comparison has one process, but a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
     assert snapshot(place) == before
