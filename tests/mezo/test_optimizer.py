@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, noise
-from fastpeft.mezo import Journal, step_seed
-from fastpeft.mezo import optimizer as optimizer_module
+from fastpeft.mezo import Journal, perturbing, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -350,13 +349,13 @@ def test_deferring_changes_no_bit(settings: dict[str, Any], dtype: torch.dtype) 
 
 def test_a_deferred_step_makes_one_pass_less(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    perturb = optimizer_module.mezo_perturb_
+    perturb = perturbing.mezo_perturb_
 
     def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
         passes.append(seeds)
         perturb(params, offsets, seeds, *args, **kwargs)
 
-    monkeypatch.setattr(optimizer_module, "mezo_perturb_", count)
+    monkeypatch.setattr(perturbing, "mezo_perturb_", count)
     model = network()
     counts = {}
     for defer in (False, True):
