@@ -268,6 +268,7 @@ def ladder_options() -> str:
     """Options of the side network, screened once each."""
     body = [
         [
+            row["data"],
             f"`{row['variant']}`",
             f"{float(row['accuracy']):.3f}",
             f"{float(row['loss']):.3f}",
@@ -275,7 +276,7 @@ def ladder_options() -> str:
         ]
         for row in rows("ladder_options.csv")
     ]
-    return table(["variant", "accuracy", "loss", "trained parameters"], body)
+    return table(["data", "variant", "accuracy", "loss", "trained parameters"], body)
 
 
 def quantised() -> str:
