@@ -143,6 +143,8 @@ class Learner:
     ) -> None:
         self.name, self.model = name, model
         self.losses: list[float] = []
+        self._optimizer: Optimizer
+        self._scheduler: LRScheduler | None
         self._optimizer, self._scheduler = stepping if isinstance(stepping, tuple) else (stepping, None)
         self._stream, self._max_grad_norm = stream, max_grad_norm
 

@@ -125,7 +125,7 @@ class LadderPool:
                 kind is there.
         """
         self._check_free(name)
-        member = side if isinstance(ladder_of(side), LadderModel) else self._beside_a_twin(side)
+        member: Any = side if isinstance(ladder_of(side), LadderModel) else self._beside_a_twin(side)
         self._check_layers(ladder_of(member))
         with self._changing:
             self._check_free(name)
