@@ -56,11 +56,12 @@ def convert(backbone: Backbone, dtype: BackboneDtype | None) -> None:
     readers = _readers.setdefault(backbone.core, WeakSet())
     before = conversion_of(backbone.core)
     if (before.dtype if before else None) != dtype:
-        _convert(backbone, dtype, before, read=bool(len(readers)))
+        _convert(backbone, dtype, before, is_read=len(readers) > 0)
     readers.add(backbone)
 
 
-def _convert(backbone: Backbone, dtype: BackboneDtype | None, before: Conversion | None, read: bool) -> None:
+def _convert(backbone: Backbone, dtype: BackboneDtype | None, before: Conversion | None, is_read: bool) -> None:
+    """`convert` to another dtype than the model has."""
     kind = type(backbone.core).__name__
     if before is not None:
         raise FastpeftError(
@@ -68,7 +69,7 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, before: Conversion
             f"backbone_dtype={before.dtype!r}, or load the model once more."
         )
     assert dtype is not None
-    if read:
+    if is_read:
         raise FastpeftError(
             f"backbone_dtype={dtype!r}, but another side network or a pool reads this {kind} as it is, and would find "
             "other features. Load the model once more, or leave backbone_dtype out."

@@ -123,6 +123,10 @@ class LadderPool:
             FastpeftError: the name is taken, the side network belongs to another backbone, other layers or another kind
                 of head, its head is another member's too, a configuration asks for other labels, or nothing of this
                 kind is there.
+
+        Example:
+            >>> pool.add("mood", LadderConfig())  # doctest: +SKIP
+            >>> pool.add("mood", PromptModel(pool.remove("mood"), tokenizer, prompt))  # doctest: +SKIP
         """
         self._check_free(name)
         member: Any = side if isinstance(ladder_of(side), LadderModel) else self._beside_a_twin(side)

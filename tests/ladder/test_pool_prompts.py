@@ -105,6 +105,15 @@ def test_members_share_the_backbones_weights(folder: Path, tokenizer: Any) -> No
     assert model.core.lm_head.decoder.weight is own["embeddings.word_embeddings.weight"]
 
 
+def test_a_new_side_network_gets_a_prompt(folder: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(folder))
+    pool.add("opinion", LadderConfig(**SMALL))
+    model = pool.add("opinion", PromptModel(pool.remove("opinion"), tokenizer, PROMPTS["opinion"]))
+    rows = PromptCollator(tokenizer)(encoded(tokenizer, "opinion", TEXTS[:1]))
+    expected = alone(model, tokenizer, "opinion", TEXTS[0])
+    torch.testing.assert_close(pool(dict(rows), ["opinion"])[0].logits, expected, **ROUNDING)
+
+
 def test_a_row_without_its_mask_is_refused(folder: Path, tokenizer: Any) -> None:
     pool = LadderPool(masked_lm(folder))
     pool.add("opinion", member(folder, tokenizer, "opinion"))
