@@ -114,7 +114,7 @@ def class_names(table: Table, label: str) -> list[str] | None:
     """The names of the classes that the whole numbers in the column `label` stand for, where the data has them."""
     if label in table.class_names:
         return table.class_names[label]
-    if label != "label" or _LABEL_TEXT not in table.columns:
+    if label != "label" or not all({label, _LABEL_TEXT} <= row.keys() for row in table.rows):
         return None
     pairs = {(as_number(str(row[label])), str(row[_LABEL_TEXT])) for row in table.rows}
     named = sorted((number, text) for number, text in pairs if number is not None)
