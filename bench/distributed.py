@@ -11,7 +11,7 @@ What a process sends a step, predicted before it was measured, for n processes, 
     fsdp2    (n - 1) / n * (2 * the blocks + what is outside of them) to gather them for forward and backward (by MeZO
              both for each of two forwards); 2 (n - 1) / n * what trains, since gloo reduces in the place of a
              reduce-scatter, which would halve that
-    mezo     2 (n - 1) * 8: one double a forward to each of the others
+    mezo     2 (n - 1) * 8: one double a forward to each of the others; gloo's own messages, not counted, are far more
 
 Not in it is the whole model, which is sent once where processes start. With `broadcast_buffers`, its default,
 DistributedDataParallel sends buffers at each forward too: SiVA's first factors, which never change.
