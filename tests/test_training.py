@@ -460,3 +460,21 @@ def test_each_row_comes_once_an_epoch_among_its_like() -> None:
     assert list(order) != first
     spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 328, 8))]
     assert sum(spread) / len(spread) < 10 < 60
+
+
+def test_accumulated_batches_are_one_of_all_their_rows(tmp_path: Path) -> None:
+    """For a model whose loss takes no notice of how many rows the step has, too."""
+    model = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev"):
+        write_csv(tmp_path / "data" / f"{name}.csv", reviews(16))
+    found = []
+    for batch_size in (16, 8, 4):
+        settings = {"optim": "sgd", "warmup_steps": 0, "gradient_accumulation_steps": 16 // batch_size}
+        given = {"output": str(tmp_path / f"{batch_size}"), "model": str(model), "data": str(tmp_path / "data")}
+        config = TrainConfig(**given, max_steps=3, batch_size=batch_size, learning_rate=0.5, settings=settings)
+        result = train(config)
+        found.append(weights(result.folder))
+    for name, tensor in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
