@@ -16,12 +16,14 @@ from fastpeft.adapters import check_file
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.hub import source_options
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.named_files import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
+    check_named_files(Path(source))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
     except Exception as error:  # a broken file surfaces as almost any type
