@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +310,28 @@ def test_elements_that_lie_further_apart_than_32_bits_count(run: Op, op: str, ba
     args = laid_out(op, apart)
     wanted = expected(op, args)
     check(op, run(args), wanted)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["windows", "whole"])
+def test_a_parameter_of_more_than_2_31_elements(tmp_path: Path, request: pytest.FixtureRequest, whole: bool) -> None:
+    """In a file of 4 GiB, whose numbers in the noise pass 2^32 on the way."""
+    if whole and not request.config.getoption("--full"):
+        pytest.skip("writes 4 GiB, with --full")
+    if whole and shutil.disk_usage(tmp_path).free < 2**33:
+        pytest.skip("needs 8 GiB of disk")
+    param = torch.from_file(str(tmp_path / "numbers"), shared=True, size=2**31 + 5000, dtype=torch.bfloat16)
+    offset = 2**31 + 1000
+    starts = [0, 2**31 - 1150, 2**31 - 150, len(param) - 300]  # the second and the third meet 2^32 and 2^31
+    parts = [param[start : start + 300] for start in starts]
+    if whole:
+        functional.mezo_perturb_([param], [offset], [3], [0.5], 0.0, "rademacher")
+        assert (param[:: 2**15].abs() == 0.5).all()
+    else:
+        functional.mezo_perturb_(parts, [offset + start for start in starts], [3], [0.5], 0.0, "rademacher")
+    for start, part in zip(starts, parts):
+        expected = [torch.zeros(300, dtype=torch.bfloat16)]
+        reference.mezo_perturb_(expected, [offset + start], [3], [0.5], 0.0, "rademacher")
+        assert torch.equal(part, expected[0])
 
 
 # -- no elements, no values ------------------------------------------------------------------------------------------
