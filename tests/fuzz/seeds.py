@@ -55,6 +55,10 @@ SEEDS: dict[str, list[bytes]] = {
     "run": [json.dumps(METRICS).encode(), b'{"fastpeft_version": "0", "init_from": ".", "init_from_weights": "0"}'],
     "prompt": [b'{"template": "{text} <mask>", "label_words": {"0": "a", "1": "b"}, "head": "label_words"}'],
     "journal": [journal(), journal(records=0)],
+    "index": [
+        b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "../x"}}',
+        b'{"weight_map": [{"a": "/"}]}',
+    ],
     "value": [b'{"a": [1, 2.5e3, true, null, "\\u00e9"]}'],
     "template": [b"{a}? <mask>, {b}", b"sst2", b"none"],
     "label words": [b"terrible,great", b"0=bad,1=good", b"negative=bad,positive=good"],
