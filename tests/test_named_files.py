@@ -141,9 +141,8 @@ def test_links_inside_a_folder_and_in_the_cache_of_the_hub_are_followed(place: P
     load_whole(folder)
 
 
-@pytest.mark.parametrize("name", ["a\0b", "loop", "../" * 40 + "etc/passwd", "//etc/passwd", "~/../../x"])
-def test_names_that_no_path_can_have_are_outside(tmp_path: Path, name: str) -> None:
-    (tmp_path / "loop").symlink_to("loop")
+@pytest.mark.parametrize("name", ["a\0b", "../" * 40 + "etc/passwd", "//etc/passwd", "a/../../x", "~/../../x"])
+def test_names_as_attackers_write_them_are_outside(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
     with pytest.raises(FastpeftError, match="outside of its folder"):
         check_named_files(tmp_path)
