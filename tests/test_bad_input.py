@@ -253,6 +253,8 @@ CASES = [
     (["--init-from", "side", "--method", "k-lst"], ["another shape", "window_size is 3, here 9"]),
     (["--init-from", "side", "--method", "lst"], ["another shape", "fusion"]),
     (["--init-from", "whole", *PROMPT, "--label-words", "a,b,c"], ["no word for negative"]),
+    (["--output", "a\udcff"], ["output is 'a\\udcff'", "UTF-8"]),
+    (["--set", 'x="\udcff"'], ["settings is", "JSON can hold"]),
     (["--init-from", "whole", "--output", "whole"], ["'whole' is not empty"]),
     (["--init-from", "whole", "--output", "whole", "--overwrite"], ["run to start from", "would delete"]),
     (["--init-from", "whole", "--output", "unfinished", "--resume"], ["init_from None -> "]),
