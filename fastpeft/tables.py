@@ -64,7 +64,8 @@ def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
-        check_named_files(path)
+        for folder in (path, *filter(Path.is_dir, path.iterdir())):  # its parts have folders of their own
+            check_named_files(folder)
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
     hub_name = _HUB_NAME.fullmatch(data)
     is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)

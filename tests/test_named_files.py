@@ -126,6 +126,18 @@ def test_names_that_lead_out_of_a_folder_are_refused(
     assert f"{file} names {found!r}, which lies outside of its folder" in str(raised.value)
 
 
+def test_parts_of_a_data_set_stay_in_their_folders(tmp_path: Path) -> None:
+    part = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in reviews(20)])
+    datasets.DatasetDict(train=part).save_to_disk(tmp_path / "rows")
+    load_data(str(tmp_path / "rows"))
+    state = tmp_path / "rows" / "train" / "state.json"
+    values = json.loads(state.read_text())
+    values["_data_files"][0]["filename"] = "../data.arrow"
+    state.write_text(json.dumps(values))
+    with pytest.raises(FastpeftError, match=r"state\.json names '\.\./data\.arrow', which lies outside"):
+        load_data(str(tmp_path / "rows"))
+
+
 def test_links_inside_a_folder_and_in_the_cache_of_the_hub_are_followed(place: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(place / "model", tmp_path / "models--a--b" / "snapshots" / "0a1b")
     blobs = tmp_path / "models--a--b" / "blobs"
