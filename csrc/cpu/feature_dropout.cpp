@@ -33,6 +33,7 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
                     "feature_dropout_ takes float32 and float64");
     STD_TORCH_CHECK(c.dim() == 4 && c.size(1) == static_cast<int64_t>(slots.size()),
                     "feature_dropout_ takes c (B, S, T, D) and S slots");
+    if (c.numel() == 0) return;
     const int64_t batch = c.size(0), real = c.size(1), tokens = c.size(2), width = c.size(3), row = tokens * width;
     STD_TORCH_CHECK((width == 1 || c.stride(3) == 1) && (tokens == 1 || c.stride(2) == width),
                     "feature_dropout_ takes a tensor that is dense in its last two dimensions");
@@ -41,7 +42,6 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
                     "feature_dropout_ takes a dropout from 0 to 1 and a block from 0 to 2^28 - 1");
     for (const int64_t slot : slots)
         STD_TORCH_CHECK(slot >= 0 && slot < 16, "feature_dropout_ takes slots from 0 to 15");
-    if (c.numel() == 0) return;
     STD_TORCH_CHECK(are_apart(c, row), "feature_dropout_ takes a tensor no element of which is reached twice");
     const double threshold = std::nearbyint(dropout * 4294967296.0);  // at most 2^32, where nothing is kept
     const bool nothing = threshold > 4294967295.0;
