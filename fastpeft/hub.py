@@ -45,3 +45,9 @@ def source_options(source: str) -> dict[str, Any]:
         "trust_remote_code": False,  # leaving it out would ask a person at a terminal
         "local_files_only": not Path(source).is_dir() and not reachable(),
     }
+
+
+def model_options(source: str) -> dict[str, Any]:
+    """Those of a model's class, which looks for an adapter at `source` too and has options of its own for that."""
+    options = source_options(source)
+    return {**options, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from fastpeft.adapters import check_file
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import source_options
+from fastpeft.hub import model_options
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.named_files import check_named_files
 
@@ -65,7 +65,7 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
         "use_safetensors": True,
-        **source_options(name),
+        **model_options(name),
         **task_fields(config),
         **arguments,
     }
