@@ -174,7 +174,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(FastpeftError, match="'some/data'"):
             load_data("some/data")
         assert len(asked) == 1
-        assert connected == []
+        assert len(connected) <= 1  # huggingface_hub may look up whom it runs for; one file alone would be six
     finally:
         hub.reachable.cache_clear()
 

@@ -164,7 +164,7 @@ def mounting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize(
     ("kinds", "shares"),
     [
-        pytest.param(["siva", "mezo, with checkpoints"], [0.35, 0.75], id="two runs"),
+        pytest.param(["siva", "mezo, with checkpoints"], [0.5], id="two runs"),
         pytest.param([*small_disk.RUNS], [n / 8 for n in range(8)], id="all runs", marks=pytest.mark.slow),
     ],
 )
