@@ -319,9 +319,9 @@ def _class_names(table: Table, label: str) -> list[str] | None:
     """The names of the classes that the whole numbers in the column `label` stand for, where the data has them."""
     if label in table.class_names:
         return table.class_names[label]
-    if label != "label" or _LABEL_TEXT not in table.columns:
+    if label != "label" or any(_LABEL_TEXT not in row for row in table.rows):  # those of jsonl may differ
         return None
-    pairs = {(_as_number(str(row[label])), str(row[_LABEL_TEXT])) for row in table.rows}
+    pairs = {(_as_number(str(row.get(label))), str(row[_LABEL_TEXT])) for row in table.rows}
     named = sorted((number, text) for number, text in pairs if number is not None)
     distinct = len({text for _, text in pairs}) == len(pairs)
     return [text for _, text in named] if distinct and [n for n, _ in named] == list(range(len(pairs))) else None

@@ -48,6 +48,7 @@ SEEDS: dict[str, list[bytes]] = {
     "table.jsonl": [
         b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
         b'{"tokens": ["a"], "ner_tags": ["O"]}\n{"tokens": ["b"], "ner_tags": [1]}\n',
+        b'{"text": "a", "label": 0, "label_text": "x"}\n{"text": "b", "label": 1}\n',
         b'{"text": "\\u00e9", "label": 1e3, "label_text": "x"}\n{"text": "", "label": -1, "label_text": "y"}\n',
     ],
     "lines": [b"a\r\nb\x85c\n"],

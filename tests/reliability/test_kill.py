@@ -16,7 +16,7 @@ def check(folder: Path, kind: str, kills: int) -> None:
     assert found.kills == kills
 
 
-@pytest.mark.parametrize("kind", [*kill.RUNS, kill.ONE_CELL])
+@pytest.mark.parametrize("kind", ["siva", "k-lst", "k-lst, features cached", "full", "mezo", kill.ONE_CELL])
 def test_nothing_is_lost_at_one_moment(tmp_path: Path, kind: str) -> None:
     check(tmp_path, kind, kills=1)
 
