@@ -19,6 +19,7 @@ WORDS = {
     "positive": ("lovely", "brilliant", "touching", "funny"),
     "mixed": ("uneven", "odd", "passable", "slight"),
 }
+PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}  # for `TrainConfig`
 _FILLERS = ("the", "a", "film", "plot", "scene", "actor", "is", "was", "very", "rather", "and", "with", "story", "end")
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
