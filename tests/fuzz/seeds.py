@@ -63,5 +63,10 @@ SEEDS: dict[str, list[bytes]] = {
     "value": [b'{"a": [1, 2.5e3, true, null, "\\u00e9"]}'],
     "template": [b"{a}? <mask>, {b}", b"sst2", b"none"],
     "label words": [b"terrible,great", b"0=bad,1=good", b"negative=bad,positive=good"],
-    "fingerprint": [b"float32 2 0123456789abcdee AAAAAAAAAAA=", b"bfloat16  0123456789abcdef AAAA"],
+    "fingerprint": [
+        b"float60 2 0123456789abcdee AA=",
+        b"float16 2 0123456789abcdee AA==",
+        b"float32 2 0123456789abcdee AAAAAAAAAAA=",
+        b"bfloat16  0123456789abcdef AAAA",
+    ],
 }
