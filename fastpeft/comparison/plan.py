@@ -381,6 +381,8 @@ def _read(folder: Path) -> Plan:
     try:
         cells = [Cell.from_values(item) for item in saved["cells"]]
         for cell in cells:  # the folder may have moved
+            if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
+                raise TypeError(f"a cell is named {cell.name!r}")
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:
