@@ -21,6 +21,10 @@ NAMES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
     "pissa": "PiSSA",
+    "qlora": "QLoRA",
+    "lokr": "LoKr",
+    "ia3": "IA3",
+    "prompt-tuning": "prompt tuning",
     "siva": "**SiVA**",
     "k-lst": "**9-LST**",
     "lst": "LST",
@@ -30,8 +34,15 @@ NAMES = {
     "mezo": "**MeZO**",
     "zero-shot": "no training",
 }
-LAYERS = {"": "query, key", "key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
-ADAPTERS = ("lora", "pissa", "siva")
+LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
+OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
+    "siva": "query, key",
+    "lora": "query, value",
+    "pissa": "query, value",
+    "lokr": "query, value",
+    "qlora": "all linear",
+    "ia3": "key, value, outputs",
+}
 
 
 def rows(file: str) -> list[Row]:
@@ -60,23 +71,26 @@ def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
 
 
 def _layers(row: Row) -> str:
-    return LAYERS[settings(row["variant"]).get("targets", "")] if row["method"] in ADAPTERS else "-"
+    targets = settings(row["variant"]).get("targets")
+    return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
 
 
 def demo() -> str:
     """Every method on the demo data, without a prompt."""
-    plain = {"targets", "rank", "learning_rate"}
+    plain = {"targets", "rank", "learning_rate", "optim"}
     found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
     milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
     body = []
     for row in found:
         layers = _layers(row)
+        in_8_bits = "optim" in settings(row["variant"])
+        name = NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
         timed = row["method"] + ("" if layers == "-" else f"-{layers.replace(', ', '-').replace(' ', '-')}")
-        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds else "-"
+        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and not in_8_bits else "-"
         accuracy = f"{float(row['accuracy']):.3f}"
         body.append(
             [
-                NAMES[row["method"]],
+                name,
                 layers,
                 whole(row["peak_memory_mb"]),
                 accuracy,
@@ -230,6 +244,7 @@ LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",
     "lora": "LoRA, query and key",
+    "lst direct": "LST, composed of PyTorch's layers",
     "9-lst direct": "9-LST, composed of PyTorch's layers",
     "backbone forward": "the backbone's forward alone (the bound)",
 }
