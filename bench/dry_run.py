@@ -3,14 +3,15 @@
 PLAN is the text that `fastpeft compare ... --dry-run` printed, FOLDER the output of the same comparison, run in one go:
 `bench/data/dry_run.csv`. Seconds are those of a cell's whole process, from its configuration's file to its
 `metrics.json`; a plan shows 100 s and more in whole minutes. Memory is measured on a GPU alone. On a CPU it is
-simulated before and after alike, so that the two are one where the longest batch is.
+simulated before and after alike, so that the two are one where the longest batch is; there the process's peak of
+resident memory, libraries and data included, should rise from cell to cell as the estimate does.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 
 from bench.harness import DATA, Row, put_row
 from fastpeft import files
@@ -73,6 +74,7 @@ def compared(plan: list[dict[str, str]], cells: list[Cell]) -> list[Row]:
                 "estimated_mb": said["memory_mb"],
                 "peak_mb": f"{metrics['peak_memory_mb']:.0f}",
                 "peak_source": metrics["peak_memory_source"],
+                "rss_mb": f"{metrics['peak_rss_mb']:.0f}",
                 "device": metrics["device"],
                 "threads": str(metrics["threads"]),
                 "torch": metrics["versions"]["torch"],
@@ -93,6 +95,9 @@ def main() -> None:
     total = [sum(float(row[name]) for row in rows if row["time_ratio"]) for name in ("estimated_s", "took_s")]
     print(f"of what cells took, the dry run said {mean(ratios):.2f} on average, {min(ratios):.2f} to {max(ratios):.2f}")
     print(f"all together: {total[0]:.0f} s were said, {total[1]:.0f} s it took")
+    estimated, resident = ([float(row[name]) for row in rows] for name in ("estimated_mb", "rss_mb"))
+    line = linear_regression(estimated, resident)
+    print(f"resident memory: {line.intercept:.0f} MB and {line.slope:.2f} MB for each that was said")
 
 
 if __name__ == "__main__":

@@ -300,6 +300,7 @@ def test_an_optimizer_in_backward_frees_gradients():
     assert after.peak - within.peak == pytest.approx(8 * 2**22, rel=0.01)
 
 
+@pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_eight_bit_state_is_what_bitsandbytes_keeps():
     optim = pytest.importorskip("bitsandbytes.optim")
     for shape in (64, 100), (10, 10), (70_001,):
@@ -314,8 +315,8 @@ def test_eight_bit_state_is_what_bitsandbytes_keeps():
         assert found[0] == found[1] > 0
 
 
+@pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_eight_bit_state_of_embeddings_is_whole_in_the_trainer(tmp_path):
-    pytest.importorskip("bitsandbytes")
     large = {**SIZES, "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128}
     models = [RobertaForSequenceClassification(RobertaConfig(**large)) for _ in range(2)]
     arguments = TrainingArguments(tmp_path, optim="adamw_8bit", use_cpu=True, report_to="none")

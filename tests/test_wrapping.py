@@ -140,10 +140,9 @@ def test_gradients_pass_through_the_base_after_an_evaluation(classifier: Classif
     assert all(torch.equal(now, then) for now, then in zip(gradients(), before, strict=True))
 
 
-@pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
-def test_a_run_in_4_bits(config: TrainConfig, prompt: dict[str, str]) -> None:
+def test_a_run_in_4_bits(config: TrainConfig) -> None:
     pytest.importorskip("bitsandbytes")
-    config = replace(config, method="qlora", save_steps=2, **prompt)
+    config = replace(config, method="qlora", save_steps=2)
     result = train(config)
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
     lora = plan(replace(config, method="lora", targets="all-linear"))
@@ -168,9 +167,9 @@ def test_a_run_in_4_bits(config: TrainConfig, prompt: dict[str, str]) -> None:
     assert weights.read_bytes() == before
 
 
-def test_mezo_over_a_base_in_4_bits(config: TrainConfig) -> None:
+def test_mezo_over_a_base_in_4_bits_by_label_words(config: TrainConfig) -> None:
     pytest.importorskip("bitsandbytes")
-    result = train(replace(config, method="mezo", settings={"over": "qlora"}))
+    result = train(replace(config, method="mezo", settings={"over": "qlora"}, **PROMPT))
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
 
 
@@ -203,8 +202,8 @@ def test_what_cannot_become_weights_is_not_merged(config: TrainConfig, tmp_path:
 # -- an optimizer in 8 bits --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_full_fine_tuning_with_adamw_in_8_bits(config: TrainConfig) -> None:
-    pytest.importorskip("bitsandbytes")
     config = replace(config, method="full", settings={"optim": "adamw_8bit"}, max_steps=None, epochs=12)
     result = train(config)
     losses = dict(json.loads((result.folder / "curves.json").read_text())["training loss"])

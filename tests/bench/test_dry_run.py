@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,8 +46,14 @@ def cells(tmp_path: Path) -> list[Cell]:
     for cell, start, seconds in zip(config.cells(), (1_000, 500), (80, 100)):
         cell.folder.open(cell.values, overwrite=False, recipe={})
         files.write_json(cell.config_file, cell.values)
-        metrics = {"peak_memory_mb": 1400.2, "peak_memory_source": "CUDA allocator", "device": "card", "threads": 2}
-        files.write_json(cell.folder.path / "metrics.json", {**metrics, "versions": {"torch": "2.15.0"}})
+        metrics: dict[str, Any] = {
+            "peak_memory_mb": 1400.2,
+            "peak_memory_source": "CUDA allocator",
+            "device": "card",
+            "threads": 2,
+        }
+        metrics |= {"peak_rss_mb": 2000.0, "versions": {"torch": "2.15.0"}}
+        files.write_json(cell.folder.path / "metrics.json", metrics)
         os.utime(cell.config_file, (start, start))
         os.utime(cell.folder.path / "metrics.json", (start + seconds, start + seconds))
     return bench.cells_of(tmp_path / "compared")
