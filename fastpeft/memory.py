@@ -79,7 +79,12 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class _FusedForms(TorchFunctionMode):
-    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count."""
+    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count.
+
+    A single random number is the highest, so that what a module leaves out by chance is there.
+    """
+
+    _HIGHEST = 1 - 2**-24  # that `torch.rand` gives in float32
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,7 +92,10 @@ class _FusedForms(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is torch.rand and output.numel() == 1:
+            return torch.tensor(self._HIGHEST if output.dim() == 0 else [self._HIGHEST])
+        return output
 
     @staticmethod
     def _attention(
@@ -115,7 +123,8 @@ class _ZeroScalars(TorchDispatchMode):
     """Answers zero where a branch reads a fake tensor's data: `mask.all()` is False, so the mask is kept."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        read = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
+        if read and args[0].constant is None:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
         return func(*args, **(kwargs or {}))

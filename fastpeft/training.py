@@ -291,11 +291,9 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Numbers of trained and of all values, of which bitsandbytes keeps two in a byte."""
-    counts = [
-        ((p if getattr(p, "quant_state", None) is None else p.quant_state).shape.numel(), p.requires_grad)
-        for p in model.parameters()
-    ]
+    """Numbers of trained and of all values."""
+    # in 4 bits a weight is packed, and only its state knows its shape
+    counts = [((getattr(p, "quant_state", None) or p).shape.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 

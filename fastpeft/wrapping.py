@@ -72,7 +72,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
         made = _config_class(config)(**values)
         if made.is_prompt_learning:
             _check_takes_vectors(model, preparation)
-        wrapped: nn.Module = peft.get_peft_model(model, made)  # type: ignore[arg-type]
+        wrapped: nn.Module = peft.get_peft_model(model, made)
     except FastpeftError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
@@ -156,7 +156,7 @@ def in_4_bits(model: Any) -> Any:
         quantised = Linear4bit(
             layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta"
         )
-        weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
+        weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
         quantised.weight, quantised.bias = weight.to(layer.weight.device), layer.bias
         # a form for inference, which bitsandbytes would go over to when it is evaluated: no gradient passes through it
         quantised.support_avx512bf16_for_cpu = False

@@ -300,6 +300,20 @@ def test_an_optimizer_in_backward_frees_gradients():
     assert after.peak - within.peak == pytest.approx(8 * 2**22, rel=0.01)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_what_is_left_out_by_chance_is_counted(shape):
+    class Sometimes(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum() if torch.rand(shape) > 0.5 else (x * self.bias).sum()
+
+    class Always(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum()
+
+    found = [simulate_training_step(kind(64, 64), {"x": torch.zeros(8, 64)}).peak for kind in (Sometimes, Always)]
+    assert found[0] == pytest.approx(found[1], abs=64)  # the chance itself is some bytes
+
+
 @pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_eight_bit_state_is_what_bitsandbytes_keeps():
     optim = pytest.importorskip("bitsandbytes.optim")
