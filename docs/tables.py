@@ -7,9 +7,12 @@ what stands there with what the CSV files say.
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 DOCS = Path(__file__).parent
 DATA = DOCS.parent / "bench" / "data"
@@ -46,7 +49,11 @@ OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
 
 
 def rows(file: str) -> list[Row]:
-    with (DATA / file).open(encoding="utf-8", newline="") as lines:
+    return _read(DATA / file)
+
+
+def _read(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
@@ -111,6 +118,27 @@ def sst2() -> str:
             for row in found
         ),
     )
+
+
+def suite(folder: str) -> str:
+    """The report's rows beside what a comparison in docs/results measured."""
+    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
+    runs: dict[str, list[Row]] = {}
+    for run in _read(DOCS / "results" / folder / "results.csv"):
+        runs.setdefault(run["variant"], []).append(run)
+    body = []
+    for row in wanted["rows"].values():
+        found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
+        if found:
+            accuracies, memory, speed = (
+                [float(run[column]) for run in found] for column in ("accuracy", "peak_memory_mb", "samples_per_second")
+            )
+            here = f"{100 * mean(accuracies):.1f}" + (f" ± {100 * stdev(accuracies):.1f}" if len(found) > 1 else "")
+            told = ["-" if row.get(key) is None else f"{row[key]:,}" for key in ("memory_mb", "samples_per_second")]
+            accuracy = " / ".join(f"{value:.2f}" for value in row["accuracy"])
+            body.append([row["title"], accuracy, here, told[0], f"{mean(memory):,.0f}", told[1], f"{mean(speed):,.0f}"])
+    heads = ("accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here")
+    return table(["", *heads], body)
 
 
 def _scores(row: Row) -> list[str]:
@@ -284,6 +312,7 @@ def ladder_options() -> str:
     """Options of the side network, screened once each."""
     body = [
         [
+            row["data"],
             f"`{row['variant']}`",
             f"{float(row['accuracy']):.3f}",
             f"{float(row['loss']):.3f}",
@@ -291,7 +320,7 @@ def ladder_options() -> str:
         ]
         for row in rows("ladder_options.csv")
     ]
-    return table(["variant", "accuracy", "loss", "trained parameters"], body)
+    return table(["data", "variant", "accuracy", "loss", "trained parameters"], body)
 
 
 def quantised() -> str:
@@ -360,6 +389,7 @@ def compiled() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
+    "table2-quick": partial(suite, "table2-quick"),
     "prompts": prompts,
     "after-mezo": after_mezo,
     "auto-prompt": auto_prompt,
