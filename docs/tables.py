@@ -163,22 +163,34 @@ def after_mezo() -> str:
     return table(PROMPTED, map(_prompted, found))
 
 
+WAYS = {
+    "zero-shot": "no training",
+    "calibrated": "no training, calibrated",
+    "few-shot": "a few rows",
+    "siva": "2,000 rows",
+}
+
+
 def auto_prompt() -> str:
-    """Prompts that were found beside the manual one, with no training."""
-    found = sorted(rows("auto_prompt.csv"), key=lambda row: (row["task"], row["way"], row["prompt"] == "auto"))
-    body = [
-        [
-            row["task"],
-            row["way"],
-            row["prompt"],
-            f"{float(row['accuracy']):.3f}",
-            f"`{row['template']}`",
-            row["label_words"],
-        ]
-        for row in found
-        if row["way"] in ("zero-shot", "calibrated")
-    ]
-    return table(["data", "way", "prompt", "accuracy", "template", "label words"], body)
+    """Prompts that were found beside the manual one, with no training and after some; of several seeds the mean."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
+        found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
+    body = []
+    for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
+        manual, auto = (_several(prompts.get(prompt, [])) for prompt in ("manual", "auto"))
+        first = prompts.get("auto", [{"template": "-", "label_words": "-"}])[0]
+        body.append([task, WAYS[way], manual, auto, f"`{first['template']}`", first["label_words"]])
+    return table(["data", "trained on", "manual", "auto", "found", "label words"], body)
+
+
+def _several(measured: Sequence[Row]) -> str:
+    """The accuracy of runs that differ in their seed: the mean, and from where to where."""
+    values = [float(row["accuracy"]) for row in measured]
+    if not values:
+        return "-"
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{spread}"
 
 
 PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
