@@ -41,15 +41,16 @@ VARIANTS = (
 COLUMNS = ("accuracy", "loss", "steps", "train_rows", "dev_rows", "trainable_parameters", "learning_rate", "versions")
 
 
-def screen(variant: str, source: str, data: Path, folder: Path) -> None:
-    """Train `variant` in the comparison in `folder`, if it is not there yet, and put its row into the table."""
-    command = ["compare", "--methods", variant, "--data", data, "--output", folder, "--quiet"]
+def screen(variant: str, source: str, data: Path, folder: Path, seeds: int = 1) -> None:
+    """Train `variant` in the comparison in `folder`, if it is not there yet, and put a row a seed into the table."""
+    command = ["compare", "--methods", variant, "--data", data, "--output", folder, "--seeds", seeds, "--quiet"]
     subprocess.run([sys.executable, "-m", "fastpeft", *map(str, command)], check=True)
-    row = next(row for row in read_rows(folder / "results.csv") if row["variant"] == variant)
-    accuracy, dev_rows = float(row["accuracy"]), int(row["dev_rows"])
-    found = {"data": source, "variant": variant, "seed": row["seed"], **{name: row[name] for name in COLUMNS}}
-    found["standard_error"] = f"{math.sqrt(accuracy * (1 - accuracy) / dev_rows):.4f}"
-    put_row(FILE, found, key=("data", "variant", "seed"))
+    for row in read_rows(folder / "results.csv"):
+        if row["variant"] == variant:
+            accuracy, dev_rows = float(row["accuracy"]), int(row["dev_rows"])
+            found = {"data": source, "variant": variant, "seed": row["seed"], **{name: row[name] for name in COLUMNS}}
+            found["standard_error"] = f"{math.sqrt(accuracy * (1 - accuracy) / dev_rows):.4f}"
+            put_row(FILE, found, key=("data", "variant", "seed"))
 
 
 def main() -> None:
@@ -58,9 +59,10 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder that bench.slices wrote")
     parser.add_argument("folder", type=Path, help="of the comparison")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="these alone (default: all)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ...")
     given = parser.parse_args()
     for variant in given.variants:
-        screen(variant, given.source, given.data, given.folder)
+        screen(variant, given.source, given.data, given.folder, given.seeds)
 
 
 if __name__ == "__main__":

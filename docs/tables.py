@@ -335,6 +335,13 @@ def ladder_options() -> str:
     return table(["data", "variant", "accuracy", "loss", "trained parameters"], body)
 
 
+def ladder_pretraining() -> str:
+    """What masked words, learned first, and SiVA beside it give a side network."""
+    found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]
+    body = [[row["cell"], f"{float(row['accuracy']):.3f}", f"{float(row['loss']):.3f}"] for row in found]
+    return table(["trained", "accuracy", "loss"], body)
+
+
 def quantised() -> str:
     ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
     found = (row for row in rows("siva_quantised.csv") if row["r"] in ("", "16"))
@@ -414,6 +421,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feature-cache": feature_cache,
     "pool": pool,
     "ladder-options": ladder_options,
+    "ladder-pretraining": ladder_pretraining,
     "backbone-dtype": backbone_dtype,
     "quantised": quantised,
     "mezo-pass": mezo_pass,

@@ -15,7 +15,7 @@ from fastpeft.adapters import check_file, check_weights
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
-from fastpeft.ladder.saved import load_adapter
+from fastpeft.ladder.saved import with_adapter
 from fastpeft.methods import SIVA_LAYERS, get_method
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words
 from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
@@ -190,7 +190,7 @@ def _merge_adapter(start: Classifier, folder: Path) -> Classifier:
     """`start` with the adapter that was trained beside a side network in `folder` merged into it."""
 
     def merged(base: Any) -> Any:
-        return merge(load_adapter(base, str(folder)))
+        return merge(with_adapter(base, str(folder)))
 
     model = start.model.around(merged) if isinstance(start.model, PromptModel) else merged(start.model)
     _name_after(model, folder)

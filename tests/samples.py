@@ -22,12 +22,12 @@ WORDS = {
     "positive": ("lovely", "brilliant", "touching", "funny"),
     "mixed": ("uneven", "odd", "passable", "slight"),
 }
+PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}  # for `TrainConfig`
 _FILLERS = ("the", "a", "film", "plot", "scene", "actor", "is", "was", "very", "rather", "and", "with", "story", "end")
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
-SMALL = [
-    name for name in METHODS if name != "qlora"
-]  # what trains a model of `save_tiny_model`: 4 bits need rows of 64
+# what trains a model of `save_tiny_model`: 4 bits need rows of 64 weights
+SMALL = [name for name in METHODS if name != "qlora"]
 
 
 def prompted(methods: Sequence[str]) -> list[tuple[str, str]]:

@@ -379,9 +379,16 @@ def test_a_backend_that_cannot_be_had_is_one_message() -> None:
     command = [sys.executable, "-m", "fastpeft", "info"]
     refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert refused.returncode == 2
-    said = [line for line in refused.stderr.splitlines() if "gemm_4bit_forward" not in line]  # bitsandbytes, at import
+    said = refused.stderr.splitlines()
     assert len(said) == 1
     assert said[0].startswith("Error: FASTPEFT_BACKEND has 'siva_linear=fast'")
+
+
+def test_one_thing_that_bitsandbytes_says_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    for message in ("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "Another thing: %s."):
+        logger.warning(message, "reason")
+    assert caplog.messages == ["Another thing: reason."]
 
 
 @pytest.mark.kill

@@ -280,6 +280,11 @@ def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
     assert data.labels == names, "in the order of their numbers"
     texts = {row["text"]: row["label"] for row in rows}
     assert [texts[text] for text in data.train.texts] == data.train.labels
+    del rows[7]["label_text"]
+    assert load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows))).labels == ["0", "1", "2"], "one has no name"
+    del rows[7]["label"]
+    with pytest.raises(FastpeftError, match="label"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 
 # -- data sets -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import SMALL, prompted, reviews, save_tiny_model, write_csv
+from samples import PROMPT, SMALL, prompted, reviews, write_csv
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -25,29 +25,7 @@ from fastpeft.wrapping import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}
 SUBSETS = [name for name in SMALL if name != "mezo"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model")
-    write_csv(place / "reviews.csv", reviews(60))
-    return place
-
-
-@pytest.fixture
-def config(tmp_path: Path, place: Path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        method="full",
-        model=str(place / "model"),
-        data=str(place / "reviews.csv"),
-        max_steps=2,
-        learning_rate=1e-2,
-    )
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import PROMPT, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 
 from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, train
 from fastpeft.evaluation import evaluate
@@ -23,8 +23,6 @@ from fastpeft.task import Task
 from fastpeft.training import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from fastpeft.files import fingerprints_agree
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import check_decomposable
-from fastpeft.siva.layer import SivaLinear, check_kind, original_fingerprint
+from fastpeft.siva.frozen import check_kind, original_fingerprint
+from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import progress
 from fastpeft.siva.rows import BASE, Rows, acting

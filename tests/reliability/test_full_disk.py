@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from reliability import kill
-from samples import reviews, save_tiny_model, write_csv
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -25,14 +24,6 @@ from fastpeft.export import export
 from fastpeft.runs import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_model(folder / "model")
-    write_csv(folder / "reviews.csv", reviews(60))
-    return folder
 
 
 @pytest.fixture(autouse=True)
