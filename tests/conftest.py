@@ -67,6 +67,13 @@ def device() -> str:
     return "cpu"
 
 
+@pytest.fixture
+def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes where no test before has set anything: it keeps that by addresses, which later parameters reuse."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For modules that train tiny models: handing their work to a second thread costs more than it saves."""

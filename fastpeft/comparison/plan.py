@@ -168,6 +168,9 @@ class CompareConfig:
                 raise FastpeftError(
                     f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
                 )
+            if earlier is not None:
+                start, of_start, _ = parse_variant(earlier)
+                get_method(start, of_start).check_merges(f"what it starts from, {earlier!r},")
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
