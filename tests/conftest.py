@@ -53,6 +53,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in dropped]
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton's kernels run: on a GPU where there is one, else in its interpreter on CPU tensors."""
+    if torch.cuda.is_available():
+        return "cuda"
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 cannot run loops with NumPy 2.4 or newer")
+    return "cpu"
+
+
+@pytest.fixture
+def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes where no test before has set anything: it keeps that by addresses, which later parameters reuse."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For modules that train tiny models: handing their work to a second thread costs more than it saves."""

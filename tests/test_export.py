@@ -22,7 +22,7 @@ from fastpeft.prompts import HEADS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MERGED = [name for name, method in METHODS.items() if not method.ladder]
+MERGED = [name for name, method in METHODS.items() if method.merges and not method.ladder]
 
 
 def logits(model: Any, folder: Path) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, reviews, write_csv
+from samples import PROMPT, SMALL, prompted, reviews, write_csv
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -20,12 +20,12 @@ from fastpeft.evaluation import evaluate
 from fastpeft.loading import Head, load_run, load_start
 from fastpeft.methods import METHODS
 from fastpeft.problems import CLASSIFICATION
-from fastpeft.prompts import HEADS
 from fastpeft.task import Task, recipe_used
+from fastpeft.wrapping import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUBSETS = [name for name in METHODS if name != "mezo"]
+SUBSETS = [name for name in SMALL if name != "mezo"]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:
@@ -49,8 +49,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("over", SUBSETS)
+@pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
     config = replace(config, method="mezo", **PROMPT, prompt_head=head, settings=settings)
@@ -82,6 +81,7 @@ CHAINS = {
     "siva by words, siva": ({**SIVA, **PROMPT}, SIVA),
     "lora, pissa": ({"method": "lora"}, {"method": "pissa"}),
     "pissa, full": ({"method": "pissa"}, {"method": "full"}),
+    "ia3, lokr, full": ({"method": "ia3"}, {"method": "lokr"}, {"method": "full"}),
     "siva, full by words": (SIVA, {"method": "full", **PROMPT}),
     "full, lora by words": ({"method": "full"}, {"method": "lora", **PROMPT}),
     "k-lst, mezo over k-lst": ({"method": "k-lst"}, {"method": "mezo", "settings": {"over": "k-lst"}}),
@@ -112,7 +112,7 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
 def encoder(model: Any) -> dict[str, torch.Tensor]:
     """Weights of the encoder inside wrappers, with an adapter merged."""
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merge(model)
     if isinstance(model, PromptModel):
         model = model.masked_lm
     if isinstance(model, LadderModel):

@@ -16,14 +16,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from fastpeft.adapters import check_file
 from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import source_options
+from fastpeft.hub import model_options
 from fastpeft.ladder.config import SHAPE, LadderConfig
+from fastpeft.named_files import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
+    check_named_files(Path(source))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
     except Exception as error:  # a broken file surfaces as almost any type
@@ -65,7 +67,7 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
         "use_safetensors": True,
-        **source_options(name),
+        **model_options(name),
         **task_fields(config),
         **arguments,
     }
