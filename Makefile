@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all kill-test endurance-test docs fuzz audit native sanitize sanitize-thread \
+.PHONY: demo install-dev check test test-all kill-test endurance-test version-test docs fuzz audit native sanitize sanitize-thread \
 	valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
@@ -47,6 +47,11 @@ kill-test: $(VENV)/dev.stamp
 endurance-test: $(VENV)/dev.stamp
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance siva 20000
 	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.endurance mezo 100000
+
+# the wheel beside each version that it claims; what passed is not run again unless ENVIRONMENTS names it
+version-test: $(VENV)/dev.stamp
+	$(PIP) uv
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.versions $(ENVIRONMENTS)
 
 # every reader of files for FUZZ_SECONDS, each by inputs that the code they reach steers; `make test` runs a part
 FUZZ_SECONDS ?= 20

@@ -19,7 +19,7 @@ from fastpeft.siva import grouping, weight_decay
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
-from fastpeft.siva.rows import Rows
+from fastpeft.siva.rows import BASE, Rows
 
 
 class SivaLinear(nn.Module, BaseTunerLayer):
@@ -154,6 +154,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         Returns:
             The adapter whose frozen W_r it will share, None if there is none yet.
         """
+        check_name(adapter_name)
         check_residual(residual, d, residual_dtype)
         check_decomposable(self._weight, r, d, self.name)
         if self.merged:
@@ -265,6 +266,8 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         """Remove an adapter; with the last one the pretrained weight comes back."""
         if adapter_name in self.siva_u and len(self.siva_u) == 1:
             self.restore()
+        elif adapter_name in self.merged_adapters:
+            self.unmerge()  # while its factors are there
         self._waiting.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -347,10 +350,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         """
         for name in active:
             if name in self._waiting:
-                raise FastpeftError(
-                    f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
-                    "saved adapter into it, or create it with init_weights=True."
-                )
+                self._take_in(name)
         terms = [self._trained(name) for name in active]
         if self._frozen:
             count = 1 - len(active)
@@ -370,6 +370,10 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         """What the adapter has changed, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
         delta = self._trained(adapter).product() - self._initial(adapter).product()
         return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the pretrained weight and `get_delta_weight` are all there is, for PEFT's `convert_to_lora`."""
+        return not self._lossy
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -486,6 +490,20 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             for part, own in zip(initial, self._initial(peer))
         )
 
+    @torch.no_grad()
+    def _take_in(self, name: str) -> None:
+        """Split the weight for an adapter whose tensors were set one by one, as transformers' loader does."""
+        initial = self._initial(name)
+        if not initial.s.any():
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
+                "saved adapter into it, or create it with init_weights=True."
+            )
+        if not self._starts_from(name, initial):
+            self._prepare_for(name, initial)
+        self._arriving = {name}
+        _take_in_loaded(self, None)
+
     def _prepare_for(self, name: str, initial: Factors) -> None:
         """Before `name` takes other initial factors, of another machine's SVD say: give W0 back where W_r is stored."""
         frozen, lossy = self.residual[name] == "frozen", self.d[name] is not None
@@ -511,6 +529,16 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self._waiting.add(name)
         if frozen and not lossy:  # with d below the full rank its W_r comes along
             self._weight = original
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise `FastpeftError` unless the tensors of an adapter can have its name."""
+    taken = adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
+    if not adapter_name or "." in adapter_name or taken:
+        raise FastpeftError(
+            f"adapter name {adapter_name!r}; give one that is not empty, has no dot and is no attribute of modules, as "
+            f"'keys' and 'train' are ({BASE!r} is the pretrained model)."
+        )
 
 
 def check_kind(base_layer: nn.Module, name: str) -> None:
