@@ -152,7 +152,7 @@ def test_a_new_adapter_is_the_base_model_and_says_what_it_is(case: Case, residua
     model = peft.get_peft_model(case.make(), config(case, residual=residual)).eval()
     torch.testing.assert_close(output(model, case), output(case.make(), case), **CLOSE)
     status = model.get_model_status()
-    assert status.num_adapter_layers == case.layers
+    assert len(list(model.base_model.layers())) == case.layers
     assert (status.peft_types, status.available_adapters) == ({"default": "SIVA"}, ["default"])
     assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
     assert status.requires_grad == {"default": True}
@@ -170,7 +170,8 @@ def test_training_lowers_the_loss_and_changes_nothing_else(case: Case, residual:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
     losses = []
     for _ in range(4):
-        loss = (answer(model.eval(), case) - 1).square().mean()
+        found = answer(model.eval(), case)
+        loss = (found - torch.linspace(-1, 1, found.numel()).view_as(found)).square().mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -316,7 +317,7 @@ def test_merged_unmerged_unloaded(case: Case, residual: str) -> None:
     expected, weights = output(model, case), {name: p.clone() for name, p in model.named_parameters()}
     for safe_merge in (False, True):
         model.merge_adapter(safe_merge=safe_merge)
-        assert model.get_model_status().merged_adapters == ["default"]
+        assert all(layer.merged_adapters == ["default"] for layer in model.base_model.layers())
         torch.testing.assert_close(output(model, case), expected, **CLOSE)
         with pytest.warns(UserWarning, match="lready"):
             model.merge_adapter()
@@ -385,7 +386,7 @@ def test_adapters_take_turns_and_act_together(case: Case, residual: str) -> None
     assert (first - second).abs().max() > 1e-3
 
     if model.modules_to_save:
-        with pytest.raises(ValueError, match="multiple"):
+        with pytest.raises(ValueError, match=r"nly one adapter|multiple"):
             model.base_model.set_adapter(["default", "other"])
         return
     model.base_model.set_adapter(["default", "other"])
