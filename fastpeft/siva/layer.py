@@ -16,10 +16,11 @@ from fastpeft.files import fingerprint
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping, weight_decay
+from fastpeft.siva.checks import check_kind, check_name, original_fingerprint
 from fastpeft.siva.config import Residual, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
-from fastpeft.siva.rows import BASE, Rows
+from fastpeft.siva.rows import Rows
 
 
 class SivaLinear(nn.Module, BaseTunerLayer):
@@ -529,38 +530,6 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self._waiting.add(name)
         if frozen and not lossy:  # with d below the full rank its W_r comes along
             self._weight = original
-
-
-def check_name(adapter_name: str) -> None:
-    """Raise `FastpeftError` unless the tensors of an adapter can have its name."""
-    taken = adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
-    if not adapter_name or "." in adapter_name or taken:
-        raise FastpeftError(
-            f"adapter name {adapter_name!r}; give one that is not empty, has no dot and is no attribute of modules, as "
-            f"'keys' and 'train' are ({BASE!r} is the pretrained model)."
-        )
-
-
-def check_kind(base_layer: nn.Module, name: str) -> None:
-    """Raise `FastpeftError` unless SiVA knows the kind of layer."""
-    if not isinstance(base_layer, (nn.Linear, Conv1D)):
-        raise FastpeftError(
-            f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
-            "out of target_modules."
-        )
-
-
-def original_fingerprint(base_layer: Any) -> str | None:
-    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding.
-
-    None where the weight is not there yet (meta device).
-    """
-    weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
-    if weight.device.type == "meta":
-        return None
-    found = fingerprint(weight)
-    restored: dict[str, str] = getattr(base_layer, "siva_restored", {})
-    return restored.get(found) or found
 
 
 def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
