@@ -74,7 +74,6 @@ SELECTION = (
     "tests/siva/test_conventions.py",
     "tests/siva/test_entries.py",
     "tests/ladder/test_model.py",
-    "tests/ladder/test_side.py",
     "tests/mezo/test_optimizer.py",
     "tests/mezo/test_journal.py",
     "tests/kernels/test_siva_linear.py",
@@ -83,7 +82,6 @@ SELECTION = (
     "tests/test_cli.py",
     "tests/test_export.py",
     "tests/test_files.py",
-    "tests/test_mezo_perturb.py",
     "tests/test_prompt_model.py",
     "tests/test_siva_linear.py",
 )
