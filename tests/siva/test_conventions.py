@@ -208,7 +208,7 @@ def test_an_adapter_for_inference_does_not_train() -> None:
     assert not [name for name in trained(model) if "siva_" in name]
     model.set_adapter("default")
     assert [name for name in trained(model) if "siva_" in name]
-    model.set_adapter("default", inference_mode=True)
+    model.base_model.set_adapter("default", inference_mode=True)
     assert not trained(model)
     model.set_requires_grad("default")
     assert [name for name in trained(model) if "siva_" in name]
