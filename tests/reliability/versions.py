@@ -69,21 +69,17 @@ ENVIRONMENTS = {
 
 # what stands for all tests: each method as a module and through its library, operations, kernels, files, commands
 SELECTION = (
-    "tests/siva/test_layer.py",
     "tests/siva/test_model.py",
     "tests/siva/test_conventions.py",
     "tests/siva/test_entries.py",
     "tests/ladder/test_model.py",
     "tests/mezo/test_optimizer.py",
-    "tests/mezo/test_journal.py",
     "tests/kernels/test_siva_linear.py",
     "tests/kernels/test_mezo.py",
     "tests/test_backends.py",
     "tests/test_cli.py",
     "tests/test_export.py",
     "tests/test_files.py",
-    "tests/test_prompt_model.py",
-    "tests/test_siva_linear.py",
 )
 # tests of the sources, which are not there, and of pages that are made of them
 OF_SOURCES = ("tests/docs", "tests/test_packaging.py", "tests/test_safety.py", "tests/reliability/test_versions.py")
