@@ -43,6 +43,8 @@ def prepared(model: str, method: str) -> nn.Module:
     if method.startswith("9-lst"):
         ladder = LadderModel(base, LadderConfig(window_size=9))
         return ladder if method == "9-lst" else DirectLadder(ladder, backbone_in_training=method == DIRECT_AS_TRAINED)
+    if method == "lst direct":
+        return DirectLadder(LadderModel(base, LadderConfig(window_size=1, fusion="gated")))
     targets = ["query", "key"] if method == "lora" else None
     return get_method(method).prepare(base, Preparation(["classifier"], RANK, targets))
 
@@ -64,7 +66,7 @@ def backbone_forward(model: str, device: torch.device) -> Callable[[], object]:
     return run
 
 
-METHODS = ("9-lst", "lora", "lst", "9-lst direct", DIRECT_AS_TRAINED)
+METHODS = ("9-lst", "lora", "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
 
 
 def candidates(model: str, device: torch.device, methods: tuple[str, ...] = METHODS) -> Candidates:

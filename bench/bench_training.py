@@ -11,7 +11,8 @@ dU, dV), 19 million operations beside the 604 million of their 4 products with W
 As six small products by BLAS these cost more than their operations, 0.1 ms a product within the step; on a CPU the
 compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the profiler.
 
-`--model base` and `--model large` take RoBERTa's shapes, `--candidates` some of the rows, `--rounds` fewer rounds.
+`--model base` and `--model large` take RoBERTa's shapes, `--tokens` other lengths, `--candidates` some of the rows,
+`--rounds` fewer rounds.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ ADAPTERS = {
 }
 
 
-def training_step(cell: Cell, device: torch.device, model_name: str = "demo") -> Callable[[], object]:
+def training_step(
+    cell: Cell, device: torch.device, model_name: str = "demo", tokens: int = TOKENS
+) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run."""
     torch.manual_seed(0)
     targets = parse_targets(TARGETS[cell.targets]) if cell.targets else None
@@ -84,14 +87,14 @@ def training_step(cell: Cell, device: torch.device, model_name: str = "demo") ->
     if cell.method == LIMIT:
         pass_gradients(model, targets)
     compiled = cell.variant == "compiled"
-    return step_of(torch.compile(model) if compiled else model, method.recipe.weight_decay, device)
+    return step_of(torch.compile(model) if compiled else model, method.recipe.weight_decay, device, tokens)
 
 
-def step_of(model: nn.Module, weight_decay: float, device: torch.device) -> Callable[[], object]:
+def step_of(model: nn.Module, weight_decay: float, device: torch.device, tokens: int = TOKENS) -> Callable[[], object]:
     """A step of `model`, whose output has a loss, on random text."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=weight_decay, fused=True)
-    ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
+    ids = torch.randint(5, 8_000, (BATCH_SIZE, tokens), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
     def step() -> None:
@@ -122,11 +125,15 @@ def candidates(device: torch.device) -> Candidates:
 
 
 def adapters(
-    targets: str, device: torch.device, model: str = "demo", names: Sequence[str] = tuple(ADAPTERS)
+    targets: str,
+    device: torch.device,
+    model: str = "demo",
+    names: Sequence[str] = tuple(ADAPTERS),
+    tokens: int = TOKENS,
 ) -> Candidates:
     """SiVA, the limit and other adapters on the same layers: those of `names`."""
     cells = {name: Cell(method, targets, variant) for name, (method, variant) in ADAPTERS.items()}
-    return {name: training_step(cells[name], device, model) for name in names}
+    return {name: training_step(cells[name], device, model, tokens) for name in names}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
@@ -141,6 +148,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="demo", help="with --adapters")
     parser.add_argument("--targets", default="query, key;all linear", help="with --adapters")
     parser.add_argument("--candidates", default=",".join(ADAPTERS), help="with --adapters; siva comes first")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="with --adapters")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -148,8 +156,8 @@ def main() -> None:
         measure(FILE, CASE, candidates(device), device, given.rounds)
         return
     for targets in given.targets.split(";"):
-        case = {**CASE, "model": given.model, "targets": targets}
-        steps = adapters(targets, device, given.model, given.candidates.split(","))
+        case = {**CASE, "model": given.model, "tokens": str(given.tokens), "targets": targets}
+        steps = adapters(targets, device, given.model, given.candidates.split(","), given.tokens)
         measure(ADAPTERS_FILE, case, steps, device, given.rounds)
 
 

@@ -1,9 +1,9 @@
-"""k-LST written directly from its equations: the peer that `bench_ladder` times the library's against.
+"""k-LST and LST written directly from their equations: the peers that `bench_ladder` times the library's against.
 
 Each side block projects its k features one by one, drops out, adds positions, concatenates them along the tokens to a
 window, makes keys and values of it and attends to all k * T of them, by PyTorch's fused attention; a feature outside
-the backbone is zeros, projected like the others. The backbone keeps all its features until the side network runs. What
-comes after the attention is the library's.
+the backbone is zeros, projected like the others. Of LST a block projects its one feature. The backbone keeps all its
+features until the side network runs. What comes after the attention, and LST's gate, are the library's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastpeft import LadderModel
-from fastpeft.ladder.side import SideBlock, SideNetwork, WindowFusion
+from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, WindowFusion
 
 
 class DirectFusion(nn.Module):
@@ -46,6 +46,25 @@ class DirectFusion(nn.Module):
         return F.scaled_dot_product_attention(self.query(theta), self.key(c), self.value(c), attn_mask=visible)
 
 
+class DirectGate(nn.Module):
+    """LST's gate on one feature.
+
+    Args:
+        fusion: the library's.
+        projection: of the feature.
+    """
+
+    def __init__(self, fusion: GatedFusion, projection: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.projection = fusion, projection
+
+    def forward(self, theta: Tensor, window: list[Tensor], mask: Tensor, seed: int) -> Tensor:
+        """theta `(B, T, D)`, one feature `(B, T, d)` -> `(B, T, D)`."""
+        c = self.projection(window[0])
+        fused: Tensor = self.gate(theta, c[:, None], mask, seed)
+        return fused
+
+
 class DirectLadder(nn.Module):
     """A RoBERTa classifier with a side network of the direct form, which has the weights of a `LadderModel`.
 
@@ -59,7 +78,10 @@ class DirectLadder(nn.Module):
         super().__init__()
         self.base, self.side, self.backbone_in_training = model.base, model.side, backbone_in_training
         for number, block in enumerate(self.side.blocks, 1):
-            block.fusion = DirectFusion(block.fusion, _weights(self.side, number))
+            if isinstance(block.fusion, GatedFusion):
+                block.fusion = DirectGate(block.fusion, self.side.projections[str(number)])
+            else:
+                block.fusion = DirectFusion(block.fusion, _weights(self.side, number))
         self.side.projections = nn.ModuleDict()
 
     def train(self, mode: bool = True) -> DirectLadder:

@@ -1,7 +1,7 @@
 """Each option of a side network once against the default, on 2,000 training rows and 1,000 others to choose by:
 
     python -m bench.slices demo runs/slice --rows 2000 --dev-rows 1000
-    python -m bench.ladder_options runs/slice runs/ladder_options
+    python -m bench.ladder_options demo runs/slice runs/ladder_options
 
 `bench/data/ladder_options.csv` gets a row for each variant; those that are finished in the folder are not run again.
 Of 1,000 rows, an accuracy of 0.7 has a standard error of 0.0145, and the difference of two models that err
@@ -41,25 +41,28 @@ VARIANTS = (
 COLUMNS = ("accuracy", "loss", "steps", "train_rows", "dev_rows", "trainable_parameters", "learning_rate", "versions")
 
 
-def screen(variant: str, data: Path, folder: Path) -> None:
-    """Train `variant` in the comparison in `folder`, if it is not there yet, and put its row into the table."""
-    command = ["compare", "--methods", variant, "--data", data, "--output", folder, "--quiet"]
+def screen(variant: str, source: str, data: Path, folder: Path, seeds: int = 1) -> None:
+    """Train `variant` in the comparison in `folder`, if it is not there yet, and put a row a seed into the table."""
+    command = ["compare", "--methods", variant, "--data", data, "--output", folder, "--seeds", seeds, "--quiet"]
     subprocess.run([sys.executable, "-m", "fastpeft", *map(str, command)], check=True)
-    row = next(row for row in read_rows(folder / "results.csv") if row["variant"] == variant)
-    accuracy, dev_rows = float(row["accuracy"]), int(row["dev_rows"])
-    found = {"variant": variant, "seed": row["seed"], **{name: row[name] for name in COLUMNS}}
-    found["standard_error"] = f"{math.sqrt(accuracy * (1 - accuracy) / dev_rows):.4f}"
-    put_row(FILE, found, key=("variant", "seed"))
+    for row in read_rows(folder / "results.csv"):
+        if row["variant"] == variant:
+            accuracy, dev_rows = float(row["accuracy"]), int(row["dev_rows"])
+            found = {"data": source, "variant": variant, "seed": row["seed"], **{name: row[name] for name in COLUMNS}}
+            found["standard_error"] = f"{math.sqrt(accuracy * (1 - accuracy) / dev_rows):.4f}"
+            put_row(FILE, found, key=("data", "variant", "seed"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="what the slice is of, for the table")
     parser.add_argument("data", type=Path, help="folder that bench.slices wrote")
     parser.add_argument("folder", type=Path, help="of the comparison")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="these alone (default: all)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with the seeds 0, 1, ...")
     given = parser.parse_args()
     for variant in given.variants:
-        screen(variant, given.data, given.folder)
+        screen(variant, given.source, given.data, given.folder, given.seeds)
 
 
 if __name__ == "__main__":

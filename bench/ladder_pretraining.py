@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bench.harness import DATA, machine, put_row
-from bench.slices import write_slice
 from fastpeft import TrainConfig, train
+from fastpeft.comparison.search import take_slice, write_rows
 from fastpeft.data import load_data
 
 FILE = DATA / "ladder_pretraining.csv"
@@ -38,15 +38,13 @@ COUNTED = ("trainable_parameters", "peak_memory_mb")
 
 def write_texts(folder: Path) -> None:
     """Write the slice, and in `texts` all other training texts, with the slice's dev texts to measure on."""
-    write_slice("demo", folder / "slice", rows=2_000, dev_rows=1_000)
-    parts = {}
-    for name in ("train", "dev"):
-        with (folder / "slice" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-            parts[name] = [row["text"] for row in csv.DictReader(file)]
-    used = {text for texts in parts.values() for text in texts}
-    others = [text for text in load_data("demo").train.texts if text not in used]
+    data = load_data("demo")
+    part = take_slice(data, rows=2_000, dev_rows=1_000)
+    write_rows(part, folder / "slice")
+    used = {*part.train.texts, *part.dev.texts}
+    others = [text for text in data.train.texts if text not in used]
     (folder / "texts").mkdir(exist_ok=True)
-    for name, texts in (("train", others), ("dev", parts["dev"])):
+    for name, texts in (("train", others), ("dev", part.dev.texts)):
         with (folder / "texts" / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text",), *((text,) for text in texts)])
 

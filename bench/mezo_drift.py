@@ -52,7 +52,7 @@ def drift(model: nn.Module, hidden: Tensor, case: Case) -> tuple[float, float]:
         The root mean square of the weights' change over that of the weights, and the share of weights that changed.
     """
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = MeZO(model, lr=0.0, eps=case.eps, **WAYS[case.way])  # type: ignore[arg-type]
+    optimizer = MeZO(model, lr=0.0, eps=case.eps, **WAYS[case.way])
     for _ in range(case.steps):
         optimizer.step(lambda: _output(model(hidden)).float().square().mean())
     optimizer.settle()

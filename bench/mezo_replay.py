@@ -29,7 +29,7 @@ def candidates(case: Case, device: torch.device, folder: Path, steps: int = STEP
     batch = batch_of(case, device)
     trained, again = prompted(device), prompted(device)
     how = {"estimator": case.estimator, "num_estimates": case.num_estimates, "noise": case.noise}
-    optimizer = MeZO(trained, LR, EPS, defer=True, **how)  # type: ignore[arg-type]
+    optimizer = MeZO(trained, LR, EPS, defer=True, **how)
     optimizer.record(folder / FILE_NAME)
 
     def train() -> None:

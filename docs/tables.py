@@ -7,9 +7,12 @@ what stands there with what the CSV files say.
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 
 DOCS = Path(__file__).parent
 DATA = DOCS.parent / "bench" / "data"
@@ -21,6 +24,10 @@ NAMES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
     "pissa": "PiSSA",
+    "qlora": "QLoRA",
+    "lokr": "LoKr",
+    "ia3": "IA3",
+    "prompt-tuning": "prompt tuning",
     "siva": "**SiVA**",
     "k-lst": "**9-LST**",
     "lst": "LST",
@@ -30,12 +37,23 @@ NAMES = {
     "mezo": "**MeZO**",
     "zero-shot": "no training",
 }
-LAYERS = {"": "query, key", "key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
-ADAPTERS = ("lora", "pissa", "siva")
+LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
+OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
+    "siva": "query, key",
+    "lora": "query, value",
+    "pissa": "query, value",
+    "lokr": "query, value",
+    "qlora": "all linear",
+    "ia3": "key, value, outputs",
+}
 
 
 def rows(file: str) -> list[Row]:
-    with (DATA / file).open(encoding="utf-8", newline="") as lines:
+    return _read(DATA / file)
+
+
+def _read(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
@@ -60,23 +78,27 @@ def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
 
 
 def _layers(row: Row) -> str:
-    return LAYERS[settings(row["variant"]).get("targets", "")] if row["method"] in ADAPTERS else "-"
+    targets = settings(row["variant"]).get("targets")
+    return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
 
 
 def demo() -> str:
     """Every method on the demo data, without a prompt."""
-    plain = {"targets", "rank", "learning_rate"}
+    plain = {"targets", "rank", "learning_rate", "optim"}
     found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
     milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
     body = []
     for row in found:
         layers = _layers(row)
-        timed = row["method"] + ("" if layers == "-" else f"-{layers.replace(', ', '-').replace(' ', '-')}")
-        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds else "-"
+        in_8_bits = "optim" in settings(row["variant"])
+        name = NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
+        work = layers.replace("query, value", "query, key")  # two matrices of one size a block are the same work
+        timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
+        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and not in_8_bits else "-"
         accuracy = f"{float(row['accuracy']):.3f}"
         body.append(
             [
-                NAMES[row["method"]],
+                name,
                 layers,
                 whole(row["peak_memory_mb"]),
                 accuracy,
@@ -96,6 +118,27 @@ def sst2() -> str:
             for row in found
         ),
     )
+
+
+def suite(folder: str) -> str:
+    """The report's rows beside what a comparison in docs/results measured."""
+    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
+    runs: dict[str, list[Row]] = {}
+    for run in _read(DOCS / "results" / folder / "results.csv"):
+        runs.setdefault(run["variant"], []).append(run)
+    body = []
+    for row in wanted["rows"].values():
+        found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
+        if found:
+            accuracies, memory, speed = (
+                [float(run[column]) for run in found] for column in ("accuracy", "peak_memory_mb", "samples_per_second")
+            )
+            here = f"{100 * mean(accuracies):.1f}" + (f" ± {100 * stdev(accuracies):.1f}" if len(found) > 1 else "")
+            told = ["-" if row.get(key) is None else f"{row[key]:,}" for key in ("memory_mb", "samples_per_second")]
+            accuracy = " / ".join(f"{value:.2f}" for value in row["accuracy"])
+            body.append([row["title"], accuracy, here, told[0], f"{mean(memory):,.0f}", told[1], f"{mean(speed):,.0f}"])
+    heads = ("accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here")
+    return table(["", *heads], body)
 
 
 def _scores(row: Row) -> list[str]:
@@ -120,22 +163,34 @@ def after_mezo() -> str:
     return table(PROMPTED, map(_prompted, found))
 
 
+WAYS = {
+    "zero-shot": "no training",
+    "calibrated": "no training, calibrated",
+    "few-shot": "a few rows",
+    "siva": "2,000 rows",
+}
+
+
 def auto_prompt() -> str:
-    """Prompts that were found beside the manual one, with no training."""
-    found = sorted(rows("auto_prompt.csv"), key=lambda row: (row["task"], row["way"], row["prompt"] == "auto"))
-    body = [
-        [
-            row["task"],
-            row["way"],
-            row["prompt"],
-            f"{float(row['accuracy']):.3f}",
-            f"`{row['template']}`",
-            row["label_words"],
-        ]
-        for row in found
-        if row["way"] in ("zero-shot", "calibrated")
-    ]
-    return table(["data", "way", "prompt", "accuracy", "template", "label words"], body)
+    """Prompts that were found beside the manual one, with no training and after some; of several seeds the mean."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
+        found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
+    body = []
+    for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
+        manual, auto = (_several(prompts.get(prompt, [])) for prompt in ("manual", "auto"))
+        first = prompts.get("auto", [{"template": "-", "label_words": "-"}])[0]
+        body.append([task, WAYS[way], manual, auto, f"`{first['template']}`", first["label_words"]])
+    return table(["data", "trained on", "manual", "auto", "found", "label words"], body)
+
+
+def _several(measured: Sequence[Row]) -> str:
+    """The accuracy of runs that differ in their seed: the mean, and from where to where."""
+    values = [float(row["accuracy"]) for row in measured]
+    if not values:
+        return "-"
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{spread}"
 
 
 PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
@@ -230,6 +285,7 @@ LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",
     "lora": "LoRA, query and key",
+    "lst direct": "LST, composed of PyTorch's layers",
     "9-lst direct": "9-LST, composed of PyTorch's layers",
     "backbone forward": "the backbone's forward alone (the bound)",
 }
@@ -268,6 +324,7 @@ def ladder_options() -> str:
     """Options of the side network, screened once each."""
     body = [
         [
+            row["data"],
             f"`{row['variant']}`",
             f"{float(row['accuracy']):.3f}",
             f"{float(row['loss']):.3f}",
@@ -275,7 +332,14 @@ def ladder_options() -> str:
         ]
         for row in rows("ladder_options.csv")
     ]
-    return table(["variant", "accuracy", "loss", "trained parameters"], body)
+    return table(["data", "variant", "accuracy", "loss", "trained parameters"], body)
+
+
+def ladder_pretraining() -> str:
+    """What masked words, learned first, and SiVA beside it give a side network."""
+    found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]
+    body = [[row["cell"], f"{float(row['accuracy']):.3f}", f"{float(row['loss']):.3f}"] for row in found]
+    return table(["trained", "accuracy", "loss"], body)
 
 
 def quantised() -> str:
@@ -355,6 +419,7 @@ def versions() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
+    "table2-quick": partial(suite, "table2-quick"),
     "prompts": prompts,
     "after-mezo": after_mezo,
     "auto-prompt": auto_prompt,
@@ -367,6 +432,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "feature-cache": feature_cache,
     "pool": pool,
     "ladder-options": ladder_options,
+    "ladder-pretraining": ladder_pretraining,
     "backbone-dtype": backbone_dtype,
     "quantised": quantised,
     "mezo-pass": mezo_pass,

@@ -126,6 +126,16 @@ class Batcher:
         return [[next(rows).logits.float().cpu() for _ in waiting.texts] for waiting in batch]
 
 
+def add_task(pool: LadderPool, name: str, folder: Path) -> None:
+    """Take in a side network; not one whose texts were put into a prompt, which nobody does here."""
+    if (folder / "prompt.json").is_file():
+        raise FastpeftError(
+            f"the side network in {folder.name!r} was trained with a prompt, and this server gives texts as they are. "
+            "Name one that was trained without."
+        )
+    pool.add(name, folder)
+
+
 def create_app(pool: LadderPool, tokenizer: Any, runs: Path, **options: Any) -> FastAPI:
     """The server's application; `options` are those of a `Batcher`."""
     runs = runs.resolve()
@@ -184,7 +194,7 @@ def create_app(pool: LadderPool, tokenizer: Any, runs: Path, **options: Any) -> 
             raise HTTPException(409, f"there is a task {name!r}. Delete it first, or give another name.")
         adding.add(name)
         try:
-            await asyncio.to_thread(pool.add, name, folder)
+            await asyncio.to_thread(add_task, pool, name, folder)
         finally:
             adding.discard(name)
         return {"task": name}
@@ -215,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     pool = LadderPool(base)
     for task in options.tasks:
         name, _, path = task.partition("=")
-        pool.add(name, options.runs / path)
+        add_task(pool, name, options.runs / path)
     app = create_app(
         pool,
         AutoTokenizer.from_pretrained(options.base),

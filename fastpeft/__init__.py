@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastpeft import functional
+from fastpeft import _quiet, functional  # noqa: F401  (the former comes before what it quietens)
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
 from fastpeft.siva import SivaConfig, SivaLinear

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.hub import source_options
+from fastpeft.named_files import check_named_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _LOADERS = {
     "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
 }
+_OTHERS = {"XLORA": "adapters", "SHADOW": "shadow_model"}  # types that name further models, which PEFT would load
 _LAST_LAYER = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight")
 
 
@@ -40,7 +42,18 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def check_file(folder: Path) -> None:
-    """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read."""
+    """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read, and
+    nothing outside of the folder is named there but a base model."""
+    check_named_files(folder)
+    try:
+        config = files.read_json(folder / _CONFIG)
+    except FastpeftError:  # PEFT tells what is wrong with it
+        config = {}
+    if key := _OTHERS.get(str(config.get("peft_type"))):
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} is of the type {config['peft_type']} and names others ({key}: "
+            f"{config.get(key)!r}), but only what is in its folder is read. Load it by PEFT if you trust what it names."
+        )
     if not (folder / _WEIGHTS).is_file():
         raise FastpeftError(
             f"the adapter in {str(folder)!r} has no {_WEIGHTS}, and no other format is read. Restore that file, or "

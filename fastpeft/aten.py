@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.errors import FastpeftError
 from fastpeft.reference import absent_slots, as_matrix, visibility
 
 
@@ -122,6 +123,11 @@ def siva_linear_mixed(
 
     Rows in another order are brought into it before, and h back after: two copies, and none where they stand in it.
     """
+    if order is not None and order.is_cpu and sorted(order.tolist()) != list(range(len(x))):
+        raise FastpeftError(
+            f"siva_linear_mixed: order is {order.tolist()}, so some rows of h would stay unwritten; allowed is each of "
+            f"0 to {len(x) - 1} once. Give the permutation that sorts the rows by adapter."
+        )
     x = _sorted(x, order)
     h, ps = _product(x, weight, bias), []
     for part, target, u, s, v in zip(x.split(sizes), h.split(sizes), us, ss, vs, strict=True):
@@ -214,6 +220,8 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """As the reference: one product over all slots for the scores and one for the output, the softmax in place."""
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    if keys.shape[1] == 0:  # of which there is no largest
+        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
@@ -272,8 +280,9 @@ def window_attention_backward(
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x `(B, H, T, D)` as `(B, H T, D)`."""
-    return x.to(dtype).reshape(x.shape[0], -1, x.shape[3])
+    """x `(B, H, T, D)` as `(B, H T, D)`; a -1 could not be told where another size is 0."""
+    batch, heads, tokens, width = x.shape
+    return x.to(dtype).reshape(batch, heads * tokens, width)
 
 
 def _window_keys(
@@ -299,10 +308,11 @@ def _window_scores(
     """The scores `(B, H T, S T + k - S)`, and which queries see nothing, `(B, T)`, or None where all see all."""
     batch, heads, tokens, _ = q.shape
     scores = torch.bmm(_rows(q, keys.dtype), keys.mT)
-    of_real = scores.view(batch, heads, tokens, -1)[..., : real * tokens].unflatten(-1, (real, tokens))
-    of_absent = scores.view(batch, heads, tokens, -1)[..., real * tokens :]
+    by_head = scores.view(batch, heads, tokens, keys.shape[1])
+    of_real = by_head[..., : real * tokens].unflatten(-1, (real, tokens))
+    of_absent = by_head[..., real * tokens :]
     if not causal and (mask is None or mask.all()):  # a CPU knows what its masks say
-        of_absent += math.log(tokens)
+        of_absent += math.log(max(tokens, 1))  # without tokens there is no query either
         return scores, None
     hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
     of_real.masked_fill_(hidden[:, None, :, None], -torch.inf)

@@ -135,7 +135,7 @@ def find_prompt(
         >>> found.prompt.template, found.prompt.label_words  # doctest: +SKIP
     """
     check_searchable(data)
-    chosen, ranked = _draw(data, seed)
+    chosen, ranked = draw_rows(data, seed)
     masked_lm, tokenizer = load_masked_lm(model)
     limit = Classifier(masked_lm, tokenizer, ()).max_length
     search = _Search(
@@ -171,7 +171,7 @@ def check_searchable(data: TextData) -> None:
         )
 
 
-def _draw(data: TextData, seed: int) -> tuple[Examples, Examples]:
+def draw_rows(data: TextData, seed: int) -> tuple[Examples, Examples]:
     """The rows to choose words by and the others to rank by, class after class, in an order that `seed` decides."""
     of_class: list[list[int]] = [[] for _ in data.labels]
     for row, label in enumerate(data.train.labels):

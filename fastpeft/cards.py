@@ -41,7 +41,8 @@ def loading_snippet(
         adapter: whether an adapter was saved, or a whole model.
         registered: whether PEFT knows the kind of adapter from this library alone.
         ladder: whether the model is a side network beside its base.
-        chained: whether the run started from another; what is put on its model finds that through the run's folder.
+        chained: whether what was saved goes onto more than a model as its folder has it, as that of a run that started
+            from another; it is then found through its own folder.
         labels: names of the classes; where they are known the tokenizer was saved too.
         prompt_head: head of the prompt that was saved too, None where there was none.
         masked_words: whether the model predicts masked words; its tokenizer was saved too.
@@ -97,7 +98,7 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
     lines = [
         "from fastpeft.loading import load_run",
         "",
-        f"run = load_run({folder!r})  # with the run that it started from",
+        f"run = load_run({folder!r})  # with all that it was put onto",
         "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
     ]
     if prompt_head is not None:

@@ -17,7 +17,7 @@ from fastpeft.files import parse_json
 from fastpeft.methods import SIVA_LAYERS, Method, get_method
 from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
-from fastpeft.prompts import HEADS, Prompt
+from fastpeft.prompts import HEADS, Prompt, is_text
 from fastpeft.runs import earlier_run, read_config
 
 _TEXTS = (
@@ -128,6 +128,9 @@ class TrainConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            self._check(item.name, not isinstance(value, str) or is_text(value), "text in UTF-8")
         for name in ("init_from", "cache_features"):
             value = getattr(self, name)
             self._check(name, isinstance(value, (str, NoneType)) and value != "", "a folder's name")
@@ -291,7 +294,7 @@ def _anchored(name: str) -> str:
 
 def _is_json_object(value: Any) -> bool:
     try:
-        json.dumps(value)
+        json.dumps(value, ensure_ascii=False).encode()  # as it is written
     except (TypeError, ValueError):
         return False
     return isinstance(value, dict)

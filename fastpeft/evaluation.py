@@ -18,7 +18,7 @@ from fastpeft.masking import Masker
 from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import load_prompted
-from fastpeft.prompts import Prompt, Row
+from fastpeft.prompts import Prompt, Row, is_text
 from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
@@ -228,16 +228,16 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
     if run.is_pair:
         expected = "two texts, as a pair or separated by a tab"
         parts = text.split("\t") if isinstance(text, str) else text
-        if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(isinstance(part, str) for part in parts):
+        if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(map(is_text, parts)):
             return parts[0].strip(), parts[1].strip()
     elif run.problem.per_token:
         expected = "words, as a list or separated by spaces"
         words = text.split() if isinstance(text, str) else text
-        if isinstance(words, list) and words and all(isinstance(word, str) and word.strip() for word in words):
+        if isinstance(words, list) and words and all(is_text(word) and word.strip() for word in words):
             return words
-    elif isinstance(text, str):
+    elif is_text(text):
         return text
-    raise FastpeftError(f"the run reads {expected}; got {text!r}. Give it so.")
+    raise FastpeftError(f"the run reads {expected}; got {text!r}. Give it so, in UTF-8.")
 
 
 @torch.inference_mode()

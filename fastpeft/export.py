@@ -23,6 +23,7 @@ from fastpeft.problems import MASKED_WORDS
 from fastpeft.runs import RunFolder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.task import draw_start, prepare
+from fastpeft.wrapping import merge
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def _check_form(source: RunFolder, to: str) -> None:
             f"the run in {str(source.path)!r} trained a whole model ({method.title}); only a SiVA adapter is exported "
             "to lora. Export it to merged."
         )
+    if to == "merged":
+        method.check_merges(f"the run in {str(source.path)!r}")
     if to == "lora" and config.init_from is not None:
         logger.info("the LoRA goes onto the model of the run in %s: export that one to merged", config.init_from)
 
@@ -108,7 +111,7 @@ def _save(model: Any, to: str, folder: Path) -> None:
     if to == "lora":
         save_as_lora(model, folder, model.active_adapter)
     elif isinstance(model, PeftModel):
-        model.merge_and_unload().save_pretrained(folder)
+        merge(model).save_pretrained(folder)
     else:
         model.save_pretrained(folder)
 

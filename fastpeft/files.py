@@ -55,6 +55,8 @@ def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch.save
         reason = getattr(error, "strerror", None) or first_line(error)
+        if "iostream" in reason:  # all that torch.save has to say
+            reason = "writing broke off, as on a full disk"
         raise FastpeftError(f"cannot write {what} ({reason}). {remedy()}") from error
 
 
@@ -152,7 +154,8 @@ def discard(folder: Path, trash: Path) -> None:
         shutil.rmtree(doomed)
 
 
-_FINGERPRINT = re.compile(r"b?float\d+ [\dx]* [0-9a-f]{16} (?:[\w+/]{4})*[\w+/=]{0,4}", re.ASCII)
+_BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+_FINGERPRINT = re.compile(rf"(?:bfloat16|float(?:16|32|64)) [\dx]* [0-9a-f]{{16}} {_BASE64}", re.ASCII)
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.
 _SAMPLE_SIZE = 16
@@ -188,7 +191,10 @@ def fingerprints_agree(first: str, second: str) -> bool:
         return False
     if dtype_1 == dtype_2:
         return digest_1 == digest_2
-    a, b = (numpy.frombuffer(base64.b64decode(text), dtype="<f4") for text in (sample_1, sample_2))
+    first_bytes, second_bytes = (base64.b64decode(text) for text in (sample_1, sample_2))
+    if len(first_bytes) != len(second_bytes) or len(first_bytes) % 4:  # of no sample
+        return False
+    a, b = (numpy.frombuffer(content, dtype="<f4") for content in (first_bytes, second_bytes))
     relative = sum(torch.finfo(getattr(torch, name)).eps / 2 for name in (dtype_1, dtype_2, "float32"))
     absolute = sum(torch.finfo(getattr(torch, name)).smallest_normal * 2**-10 for name in (dtype_1, dtype_2))
     return bool((abs(a - b) <= relative * numpy.maximum(abs(a), abs(b)) + absolute).all())

@@ -32,7 +32,8 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         `(*, out_features)` in that dtype.
 
     Raises:
-        FastpeftError: shapes do not fit, or `weight` or `s` requires a gradient.
+        FastpeftError: shapes do not fit, an operand is no floating number or on another device, or `weight` or `s`
+            requires a gradient.
 
     Notes:
         Saved for backward: x and `p = x V^T` `(*, r)`, both only where U and V need gradients. Differentiable in
@@ -122,7 +123,8 @@ def siva_linear_mixed(
         us, ss, vs: one of each per adapter, as `siva_linear` takes them; ranks may differ, and be 0.
         sizes: how many rows take the factors of each adapter, B together.
         order: int64 `(B,)`, the permutation that brings the rows into the order of the adapters:
-            `order[:sizes[0]]` are the numbers of the rows of the first, and so on. None where they stand in it.
+            `order[:sizes[0]]` are the numbers of the rows of the first, and so on. None where they stand in it. On a
+            card its values are read by the kernels alone, unchecked: what is no permutation has no defined result.
 
     Returns:
         `(B, *, out_features)`, in the order of x.
@@ -143,11 +145,12 @@ def siva_linear_mixed(
     """
     factors, rows = (us, ss, vs), x.shape[0] if x.dim() > 1 else -1
     fits = len(us) > 0 and {len(each) for each in factors} == {len(sizes)} and sum(sizes) == rows and min(sizes) >= 0
-    if not fits or (order is not None and (order.shape != (rows,) or order.dtype != torch.int64)):
+    of_order = (order.dtype, tuple(order.shape), order.device) if order is not None else None
+    if not fits or of_order not in (None, (torch.int64, (rows,), x.device)):
         raise FastpeftError(
             "siva_linear_mixed takes x (B, *, K), one u, s, v and number of rows for each adapter, at least one, whose "
-            f"sum is B, and an int64 order (B,) or None; got x {tuple(x.shape)}, {len(us)} u, {len(ss)} s, {len(vs)} "
-            f"v, sizes {list(sizes)} and {'no order' if order is None else (order.dtype, tuple(order.shape))}."
+            f"sum is B, and an int64 order (B,) on the device of x, or None; got x {tuple(x.shape)}, {len(us)} u, "
+            f"{len(ss)} s, {len(vs)} v, sizes {list(sizes)} and order {of_order}."
         )
     for u, s, v in zip(*factors, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
@@ -167,11 +170,25 @@ def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tenso
             f"{tuple(x.shape)}, weight {tuple(weight.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, v "
             f"{tuple(v.shape)}, bias {None if bias is None else tuple(bias.shape)}."
         )
+    _check_kinds("siva_linear", x.device, x=x, weight=weight, u=u, s=s, v=v, bias=bias)
     if weight.requires_grad or s.requires_grad:
         raise FastpeftError(
             "siva_linear: weight and s are frozen by definition but "
             f"{'weight' if weight.requires_grad else 's'} requires a gradient; call requires_grad_(False) on it."
         )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_kinds(op: str, device: torch.device, **operands: Tensor | None) -> None:
+    """Refuse what a cast would cut to whole or real numbers in silence, and tensors that no kernel reads together."""
+    for name, tensor in operands.items():
+        if tensor is not None and (tensor.dtype not in _FLOATS or tensor.device != device):
+            raise FastpeftError(
+                f"{op}: {name} is {tensor.dtype} on {tensor.device}; allowed are float16, bfloat16, float32 and "
+                f"float64, all on one device, here {device}. Cast it, dequantise it or move it."
+            )
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -219,7 +236,8 @@ def window_attention(
         `(B, H, T, D)` in that dtype; 0 for a query that sees no token.
 
     Raises:
-        FastpeftError: shapes do not fit, or an argument is out of its range.
+        FastpeftError: shapes do not fit, an operand is no floating number or on another device, or an argument is out
+            of its range.
 
     Notes:
         Accumulates in float32 (float64 for float64). Differentiable in q, c and p. Saved for backward: the operands,
@@ -254,6 +272,9 @@ def window_attention(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "
             "0 <= seed < 2^63 and 0 <= block < 2^28."
         )
+    _check_kinds("window_attention", q.device, q=q, c=c, p=p)
+    if mask is not None and mask.device != q.device:
+        raise FastpeftError(f"window_attention: mask is on {mask.device} and q on {q.device}; put them on one device.")
     dtype = compute_dtype(q, q)
     with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
         out, _ = torch.ops.fastpeft.window_attention(
@@ -290,7 +311,7 @@ def mezo_perturb_(
     when the pass runs, unchecked: replaying a CUDA graph that captured it takes the values they hold by then.
 
     Raises:
-        FastpeftError: lengths differ, an argument is out of its range, or parameters overlap in memory.
+        FastpeftError: lengths differ, an argument is out of its range, or tensors overlap in memory.
 
     Notes:
         z depends on (seed, flat index) alone: the same bits on every device, in every dtype, whatever the threads or
@@ -307,13 +328,18 @@ def mezo_perturb_(
     if isinstance(seeds, Tensor) or isinstance(scales, Tensor):
         _check_terms_on_device(params, seeds, scales)
         _check_perturbation(params, offsets, [0] * len(seeds), [0.0] * len(scales), decay, noise, rounding)
+        _check_no_overlap(params, seeds, scales)  # type: ignore[arg-type]
         perturb, terms = torch.ops.fastpeft.mezo_perturb_replay_, (seeds, scales)
     else:
         _check_perturbation(params, offsets, seeds, scales, decay, noise, rounding)
+        _check_no_overlap(params)
         perturb, terms = torch.ops.fastpeft.mezo_perturb_, (list(seeds), list(scales))
-    _check_no_overlap(params)
     with torch.no_grad():
-        perturb(list(params), list(offsets), *terms, decay, noise, rounding)
+        # a list goes to what is registered for one of its kinds of devices, which may pass over the others
+        kinds = dict.fromkeys(param.device.type for param in params)
+        for kind in kinds:
+            here = [i for i, param in enumerate(params) if len(kinds) == 1 or param.device.type == kind]
+            perturb([params[i] for i in here], [offsets[i] for i in here], *terms, decay, noise, rounding)
     torch.autograd.graph.increment_version(params)
 
 
@@ -341,7 +367,6 @@ def mezo_perturb(
         return torch.ops.fastpeft.mezo_perturb(param, offset, list(seeds), list(scales), decay, noise, rounding)
 
 
-_PERTURBED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROUNDINGS = ("nearest", "stochastic")
 
 
@@ -360,7 +385,7 @@ def _check_perturbation(
             f"{len(offsets)} offsets, and {len(seeds)} seeds with {len(scales)} scales."
         )
     for param in params:
-        if param.dtype not in _PERTURBED_DTYPES or param.layout != torch.strided:
+        if param.dtype not in _FLOATS or param.layout != torch.strided:
             raise FastpeftError(
                 f"mezo_perturb got a parameter of {param.dtype} and {param.layout}; allowed are dense float16, "
                 "bfloat16, float32 and float64. Leave quantised and integer tensors out of the trained parameters."
@@ -402,11 +427,11 @@ def _check_terms_on_device(params: Sequence[Tensor], seeds: object, scales: obje
         raise FastpeftError("mezo_perturb_ takes one scale per seed; the tensors of seeds and scales differ in length.")
 
 
-def _check_no_overlap(params: Sequence[Tensor]) -> None:
-    """An element reached twice would be perturbed twice, by two values of z."""
+def _check_no_overlap(params: Sequence[Tensor], *terms: Tensor) -> None:
+    """An element reached twice would be perturbed twice, by two values of z; a term must stay what it is."""
     ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for index, param in enumerate(params):
-        if param.numel() == 0:
+    for index, param in enumerate((*params, *terms)):
+        if param.numel() == 0 or param.is_meta:
             continue
         extent = 1  # elements from the first to the last in memory
         for stride, size in sorted(zip(param.stride(), param.shape)):
@@ -422,6 +447,10 @@ def _check_no_overlap(params: Sequence[Tensor]) -> None:
         spans.sort()
         for (_, end, one), (start, _, other) in itertools.pairwise(spans):
             if start < end:
+                if max(one, other) >= len(params):
+                    raise FastpeftError(
+                        "mezo_perturb_: seeds, scales and parameters share memory; pass copies of the terms."
+                    )
                 raise FastpeftError(
                     f"mezo_perturb_: parameters {one} and {other} share memory or interleave in it; pass tied weights "
                     "once, and of a tensor either the whole or its views that do not cross."

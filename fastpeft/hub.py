@@ -1,7 +1,7 @@
 """What is asked of the hub, and how: nothing where it cannot be reached, and never for code.
 
 Where there is no network, the libraries that load from the hub try each of their files six times, half a minute and
-more in all, before they look into their cache or fail. One request beforehand tells.
+more in all, before they look into their cache or fail. One request beforehand tells, for models and data sets alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import functools
 import logging
 from pathlib import Path
 from typing import Any
+
+from fastpeft.named_files import check_named_files
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,19 @@ def reachable() -> bool:
 
 
 def source_options(source: str) -> dict[str, Any]:
-    """Arguments of a `from_pretrained` for `source`, a folder or a hub id."""
+    """Arguments of a `from_pretrained` for `source`, a folder or a hub id.
+
+    Raises:
+        FastpeftError: the folder names files outside of it.
+    """
+    check_named_files(Path(source))
     return {
         "trust_remote_code": False,  # leaving it out would ask a person at a terminal
         "local_files_only": not Path(source).is_dir() and not reachable(),
     }
+
+
+def model_options(source: str) -> dict[str, Any]:
+    """Those of a model's class, which looks for an adapter at `source` too and has options of its own for that."""
+    options = source_options(source)
+    return {**options, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}

@@ -15,13 +15,14 @@ from fastpeft.adapters import check_file, check_weights
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
-from fastpeft.ladder.saved import load_adapter
+from fastpeft.ladder.saved import with_adapter
 from fastpeft.methods import SIVA_LAYERS, get_method
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words
 from fastpeft.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
 from fastpeft.prompt_model import PromptModel, load_prompted
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder, earlier_run
+from fastpeft.wrapping import merge
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ def assemble(folder: RunFolder) -> FinishedRun:
         folder.check_start()
         base = load_start(config, head)
         load = _load_adapter if method.adapts else _load_ladder
-        classifier = Classifier(load(folder.path, base.model), base.tokenizer, base.head)
+        model = base.model if method.base is None else method.base(base.model)
+        classifier = Classifier(load(folder.path, model), base.tokenizer, base.head)
     else:
         classifier = load_model(str(folder.path), head)
     classifier.model.eval()
@@ -170,10 +172,11 @@ def load_start(config: TrainConfig, head: Head) -> Classifier:
                 "out to merge what was trained into the backbone."
             )
         return _merge_adapter(start, folder.path)
+    method.check_merges(f"the run in {config.init_from!r}")
     start = load_model(config.model, head)
     trained = assemble(folder).classifier.model
     if method.adapts:
-        trained = trained.merge_and_unload()
+        trained = merge(trained)
     if head.can_take_over(earlier_head):
         inside_prompt(start.model).load_state_dict(inside_prompt(trained).state_dict())
     else:  # of two kinds of head one may lack a pooler
@@ -187,7 +190,7 @@ def _merge_adapter(start: Classifier, folder: Path) -> Classifier:
     """`start` with the adapter that was trained beside a side network in `folder` merged into it."""
 
     def merged(base: Any) -> Any:
-        return load_adapter(base, str(folder)).merge_and_unload()
+        return merge(with_adapter(base, str(folder)))
 
     model = start.model.around(merged) if isinstance(start.model, PromptModel) else merged(start.model)
     _name_after(model, folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +79,12 @@ class MemoryTracker(TorchDispatchMode):
 
 
 class _FusedForms(TorchFunctionMode):
-    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count."""
+    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count.
+
+    A single random number is the highest, so that what a module leaves out by chance is there.
+    """
+
+    _HIGHEST = 1 - 2**-24  # that `torch.rand` gives in float32
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,7 +92,10 @@ class _FusedForms(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is torch.rand and output.numel() == 1:
+            return torch.tensor(self._HIGHEST if output.dim() == 0 else [self._HIGHEST])
+        return output
 
     @staticmethod
     def _attention(
@@ -115,7 +123,8 @@ class _ZeroScalars(TorchDispatchMode):
     """Answers zero where a branch reads a fake tensor's data: `mask.all()` is False, so the mask is kept."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        read = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
+        if read and args[0].constant is None:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
         return func(*args, **(kwargs or {}))
@@ -160,24 +169,41 @@ class _BlockwiseAdamW(torch.optim.Optimizer):
 
     _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits
 
-    def __init__(self, params: list[Tensor]) -> None:
+    def __init__(self, params: list[Tensor], in_float: Collection[int]) -> None:
         super().__init__(params, {})
+        self._in_float = {params[index] for index in in_float}
         self._maps = [torch.empty(256) for _ in range(2)]  # what the codes stand for
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if parameter in self.state:
                 continue
-            small = parameter.numel() < self._LEAST
-            moments = [torch.empty_like(parameter, dtype=torch.float32 if small else torch.uint8) for _ in range(2)]
-            blocks = 0 if small else -(-parameter.numel() // self._BLOCK)
+            whole = parameter.numel() < self._LEAST or parameter in self._in_float
+            moments = [torch.empty_like(parameter, dtype=torch.float32 if whole else torch.uint8) for _ in range(2)]
+            blocks = 0 if whole else -(-parameter.numel() // self._BLOCK)
             scales = [torch.empty(blocks, device=parameter.device) for _ in range(2)]
             self.state[parameter] = {"moments": moments, "scales": scales}
 
 
-def adamw_8bit(params: list[Tensor]) -> torch.optim.Optimizer:
-    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train."""
-    return _BlockwiseAdamW(params)
+def adamw_8bit(params: list[Tensor], in_float: Collection[int] = ()) -> torch.optim.Optimizer:
+    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
+
+    Args:
+        params: what trains.
+        in_float: indices of those whose state stays in float32.
+    """
+    return _BlockwiseAdamW(params, in_float)
+
+
+def embeddings_in_float(model: nn.Module) -> list[int]:
+    """Which of the trained parameters of `model` belong to embeddings, whose state `transformers.Trainer` keeps whole.
+
+    Returns:
+        Indices, as `adamw_8bit` takes them.
+    """
+    embedded = {weight for layer in model.modules() if isinstance(layer, nn.Embedding) for weight in layer.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [index for index, parameter in enumerate(trained) if parameter in embedded]
 
 
 def simulate_training_step(
@@ -217,11 +243,11 @@ def simulate_training_step(
         272
     """
     fakes, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker()
-    state: dict[str, Tensor] = {
-        name: fakes.from_tensor(tensor)
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named()
-    }
+    real = {name: tensor for named in (model.named_parameters, model.named_buffers) for name, tensor in named()}
+    state: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in real.items()}
+    # a weight of a kind of its own, as bitsandbytes', knows more than its values: it stays, and ops meet it as its fake
+    put_in = {name: fake for name, fake in state.items() if type(real[name]) in (Tensor, nn.Parameter)}
+    beside = [fakes.from_tensor(tensor) for weight in real.values() for tensor in _scales(weight)]
     trained = [tensor for tensor in state.values() if tensor.requires_grad]
     if not trained:
         raise FastpeftError(
@@ -235,7 +261,7 @@ def simulate_training_step(
         with ExitStack() as stack:
             for mode in (fakes, tracker, _ZeroScalars(), _FusedForms()):
                 stack.enter_context(mode)
-            tracker.add(state.values())
+            tracker.add([*state.values(), *beside])
             weights = tracker.current
             optimizer, gradients, optimizer_state = None, 0, 0
             if optimizer_factory is not None:
@@ -254,7 +280,7 @@ def simulate_training_step(
             tracker.reset_peak()
             autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
             with autocast, torch.set_grad_enabled(optimizer is not None):
-                loss = _loss(torch.func.functional_call(model, state, kwargs=fake_batch))
+                loss = _loss(torch.func.functional_call(model, put_in, kwargs=fake_batch))
             if optimizer is not None:
                 loss.backward()
                 optimizer.step()
@@ -270,6 +296,14 @@ def simulate_training_step(
         trained_dtype=_dtypes(trained),
         activation_dtype=_dtypes(frozen or trained) if autocast_dtype is None else _name(autocast_dtype),
     )
+
+
+def _scales(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors that belong to a weight of bitsandbytes in 4 bits; of any other there are none."""
+    state = getattr(weight, "quant_state", None)
+    while state is not None:  # whose scales may be quantised too
+        yield from (tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None)
+        state = state.state2
 
 
 def _loss(output: Any) -> Tensor:

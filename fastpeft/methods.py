@@ -63,6 +63,9 @@ class Method:
         check: raises `FastpeftError` where options or settings cannot be used with any model; `prepare` does too.
         options: which of the options in `OPTIONS` it takes.
         adapts: whether what it saves is a PEFT adapter.
+        merges: whether such an adapter can become a part of its base's weights.
+        base: makes of a loaded model what its adapter is put onto; None: it is put onto the model as it is.
+        own_tokens: how many tokens of what the model reads it takes for itself.
         ladder: whether what it saves is a side network.
         zeroth_order: whether it trains by MeZO, without gradients; it then takes the fields of `MeZOConfig`.
     """
@@ -76,12 +79,27 @@ class Method:
     check: Callable[[Preparation], Any] = lambda preparation: None
     options: tuple[str, ...] = ()
     adapts: bool = False
+    merges: bool = True
+    base: Callable[[Any], Any] | None = None
+    own_tokens: Callable[[Preparation], int] = lambda preparation: 0
     ladder: bool = False
     zeroth_order: bool = False
 
     def recipe_for(self, model: str) -> Recipe:
         """How it trains `model` by default."""
         return self.recipe.for_model(model, self.name)
+
+    def check_merges(self, trained: str) -> None:
+        """Raise `FastpeftError` where what was trained cannot become a part of its model's weights.
+
+        Args:
+            trained: what error messages call it.
+        """
+        if not self.merges:
+            raise FastpeftError(
+                f"{trained} is {self.title}, which cannot become a part of its model's weights: no other run starts "
+                "from it, and it has no merged form. Load it from its own folder, or choose another method."
+            )
 
 
 def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -242,22 +260,6 @@ _GATED: dict[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original L
 # arguments of a LadderConfig that follow from the model or have an option of their own
 _NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor")
 
-# fields of a PEFT configuration that have an option of their own or that are filled in when it is saved
-_OWN_FIELDS = (
-    "r",
-    "target_modules",
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "init_weights",
-    "pissa",
-    "base_fingerprints",
-)
-
 
 def _adapter(
     name: str,
@@ -265,67 +267,57 @@ def _adapter(
     description: str,
     recipe: Recipe,
     config: str,
-    rank: int,
+    rank: int | None,
     fields: Callable[[int], dict[str, Any]] = lambda rank: {},
+    **others: Any,
 ) -> Method:
     """A method that is an adapter of PEFT.
 
     Args:
         name, title, description, recipe: as of `Method`.
         config: the name of its configuration in PEFT, or of SiVA's.
-        rank: where a person gives none.
-        fields: what the configuration is given beside a rank.
+        rank: where a person gives none; None: it has no rank.
+        fields: what the configuration is given beside a rank, which follows from that; of one without, from 0.
+        others: further fields of `Method`.
     """
-
-    def config_class() -> Any:
-        import peft
-
-        from fastpeft.siva import SivaConfig
-
-        return SivaConfig if config == "SivaConfig" else getattr(peft, config)
-
-    def settings() -> dict[str, Any]:
-        return {name: hint for name, hint in get_type_hints(config_class()).items() if name not in _OWN_FIELDS}
+    base = others.get("base") or (lambda model: model)
 
     def prepare(model: nn.Module, preparation: Preparation) -> nn.Module:
-        chosen = preparation.rank or rank
-        return _prepare_peft(model, preparation, config_class(), {"r": chosen, **fields(chosen)})
+        from fastpeft.wrapping import wrap
 
-    return Method(name, title, description, recipe, prepare, settings, options=("targets", "rank"), adapts=True)
+        chosen = preparation.rank or rank or 0
+        return wrap(base(model), preparation, config, {**({"r": chosen} if chosen else {}), **fields(chosen)})
+
+    def settings() -> dict[str, Any]:
+        from fastpeft.wrapping import settings
+
+        return settings(config)
+
+    options = ("targets",) if rank is None else ("targets", "rank")
+    given = {"options": options, **others}
+    return Method(name, title, description, recipe, prepare, settings, adapts=True, **given)
 
 
-def _prepare_peft(
-    model: nn.Module, preparation: Preparation, config_class: Callable[..., Any], values: dict[str, Any]
-) -> nn.Module:
-    """Wrap `model` by PEFT, and say in our words what PEFT cannot do."""
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _in_4_bits(model: Any) -> Any:
+    from fastpeft.wrapping import in_4_bits
 
-    if preparation.targets is not None:
-        values["target_modules"] = preparation.targets
-    new = list(preparation.head) if preparation.head_is_new else []
-    values |= {"task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
-    try:
-        peft_model = get_peft_model(model, config_class(**values))
-    except FastpeftError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
-        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        reason = str(error).strip().rstrip(".")
-        raise FastpeftError(
-            f"the model cannot be adapted with targets {preparation.targets!r} and settings "
-            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(sorted(names))}; name "
-            "some, or use all-linear."
-        ) from error
-    for name, module in peft_model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            rank, limit = max(module.r.values()), min(module.in_features, module.out_features)
-            if rank > limit:
-                raise FastpeftError(
-                    f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
-                    f"a rank from 1 to {limit}."
-                )
-    return peft_model
+    return in_4_bits(model)
+
+
+def _check_4_bits(_: Preparation) -> None:
+    from fastpeft.wrapping import check_4_bits
+
+    check_4_bits()
+
+
+_VIRTUAL_TOKENS = 10  # of a prompt, as PEFT's example of sequence classification has them
+
+
+def _virtual_tokens(preparation: Preparation) -> int:
+    count: int = preparation.settings.get("num_virtual_tokens", _VIRTUAL_TOKENS)
+    if count < 1:
+        raise FastpeftError(f"num_virtual_tokens is {count}; it must be a whole number from 1.")
+    return count
 
 
 _LADDER = Recipe(2e-4, warmup=0.12, schedule="polynomial", last_rate=2e-6)  # the report's
@@ -333,6 +325,9 @@ _LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the report's
 _MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12)  # the report's: 48,000 steps, 11.4 epochs of SST-2
 _FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)  # Liu et al. 2019, RoBERTa on GLUE: the middle of their rates
 _LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
+_QLORA = Recipe(2e-4)  # Dettmers et al. 2023, models of 7 and 13 billion weights
+_IA3 = Recipe(3e-3)  # Liu et al. 2022
+_PROMPT_TUNING = Recipe(1e-3, epochs=20)  # PEFT's example of RoBERTa-large
 _BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
 _SIVA = Recipe(5e-4)  # of ours, as the next
 _HEAD = Recipe(1e-3, weight_decay=0.01)
@@ -415,6 +410,41 @@ METHODS = {
             "LoraConfig",
             8,
             lambda r: {"lora_alpha": r, "init_lora_weights": "olora"},
+        ),
+        _adapter(
+            "qlora",
+            "QLoRA",
+            "LoRA in all linear layers, beside weights in 4 bits",
+            _QLORA,
+            "LoraConfig",
+            8,
+            lambda r: {"lora_alpha": 2 * r, "target_modules": "all-linear"},
+            base=_in_4_bits,
+            check=_check_4_bits,
+            merges=False,
+        ),
+        _adapter(
+            "lokr",
+            "LoKr",
+            "updates that are Kronecker products of small matrices",
+            _LORA,
+            "LoKrConfig",
+            8,
+            lambda r: {"alpha": r},
+        ),
+        _adapter("ia3", "IA3", "factors on keys, values and the feed-forward's inside train", _IA3, "IA3Config", None),
+        _adapter(
+            "prompt-tuning",
+            "prompt tuning",
+            "vectors before the words of each text train",
+            _PROMPT_TUNING,
+            "PromptTuningConfig",
+            None,
+            lambda _: {"num_virtual_tokens": _VIRTUAL_TOKENS},
+            options=(),
+            check=_virtual_tokens,
+            own_tokens=_virtual_tokens,
+            merges=False,
         ),
         Method(
             name="last-n",

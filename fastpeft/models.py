@@ -16,7 +16,7 @@ import transformers
 from fastpeft import files
 from fastpeft.data import DEMO
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import source_options
+from fastpeft.hub import model_options, source_options
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.problems import Problem
 
@@ -185,7 +185,7 @@ def _load(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
             output_loading_info=True,
-            **source_options(source),
+            **model_options(source),
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)

@@ -111,6 +111,7 @@ class PromptModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mask_positions: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -124,6 +125,7 @@ class PromptModel(PreTrainedModel):
             inputs_embeds: `(B, T, d)` in place of `input_ids`; needs `mask_positions`.
             mask_positions: `(B,)`, index of each row's mask. None: the one mask token of each row is looked for.
             labels: `(B,)`, index of each row's class.
+            position_ids: `(B, T)`, for models that take them.
             output_attentions, output_hidden_states, return_dict: as everywhere in transformers.
 
         Returns:
@@ -139,6 +141,7 @@ class PromptModel(PreTrainedModel):
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
             "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
@@ -290,6 +293,19 @@ class PromptModel(PreTrainedModel):
                 "PromptModel.save_pretrained wrote."
             ) from error
         return model.eval()
+
+
+def holds_label_words(source: str) -> bool:
+    """Whether a prompt with label words was saved in a folder, or under what a hub id names.
+
+    Raises:
+        FastpeftError: what is there is no prompt.
+    """
+    try:
+        file = cached_file(source, PROMPT_FILE)
+    except OSError:  # a classifier, with or without a prompt that only fills its texts in
+        return False
+    return Prompt.from_values(files.read_json(Path(file))).head == "label_words"
 
 
 def load_prompted(model: str, prompt: Prompt) -> Classifier:

@@ -68,6 +68,8 @@ class Prompt:
             )
 
     def _check_template(self) -> None:
+        if not is_text(self.template):
+            raise FastpeftError(f"the template {self.template!r} is not a text of whole characters. Write it in UTF-8.")
         given = re.findall(r"\{.*?\}", self.template)
         if sorted(given) not in _SLOTS:
             raise FastpeftError(
@@ -242,6 +244,8 @@ class Prompt:
                 f"the template {self.template!r} takes {'a pair of texts' if self.is_pair else 'one text'} a row; got "
                 f"{text!r}. Use {'{text}' if self.is_pair else '{a} and {b}'} in the template, or change the data."
             )
+        if not all(map(is_text, given)):
+            raise FastpeftError(f"{text!r} holds half a character, which has no code. Correct it or leave it out.")
         values = dict(zip(names, given))
         line, spans = "", {}
         for part in self._parts:
@@ -313,7 +317,7 @@ def _by_class(words: Any) -> dict[str, str]:
         words = {str(label): words[label] for label in sorted(words)}
     by_class = {}
     for label, word in words.items():
-        if not isinstance(word, str) or not word.strip():
+        if not is_text(word) or not word.strip():
             raise FastpeftError(f"class {label!r} has no label word (it is {word!r}). Give one word for each class.")
         by_class[str(label)] = word.strip()
     repeated = {word for word in by_class.values() if list(by_class.values()).count(word) > 1}
@@ -323,6 +327,15 @@ def _by_class(words: Any) -> dict[str, str]:
             f"the label words are {problem}; there must be two or more, all different. Give one word for each class."
         )
     return by_class
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string of whole characters: bytes that are no UTF-8 come from a command line as halves of some,
+    for which tokenizers have no code."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def plain(label: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.files import parse_json
+from fastpeft.hub import reachable
+from fastpeft.named_files import check_named_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +64,30 @@ def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
+        for folder in (path, *filter(Path.is_dir, path.iterdir())):  # its parts have folders of their own
+            check_named_files(folder)
         return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
     hub_name = _HUB_NAME.fullmatch(data)
     is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)
     if hub_name and not path.exists() and not is_file_name:
-        import datasets
-
         owner, configuration = hub_name.groups()
         if data.startswith("glue/"):  # the benchmark's old name, with a task of it
             owner, configuration = _GLUE, data.removeprefix("glue/")
         logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
-        return _load_parts(data, lambda: datasets.load_dataset(owner, configuration))
+        return _load_parts(data, lambda: _load_from_hub(owner, configuration))
     return [Table(str(file), _read_rows(file, readers)) for file in _find_files(path, readers)]
+
+
+def _load_from_hub(owner: str, configuration: str | None) -> Any:
+    """The parts of a data set of the hub; where that is out of reach, those in the cache alone."""
+    import datasets
+
+    if reachable():
+        return datasets.load_dataset(owner, configuration)
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = owner.partition("/")[2]
+    return Cache(dataset_name=name, repo_id=owner, config_name=configuration, version="auto", hash="auto").as_dataset()
 
 
 def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:

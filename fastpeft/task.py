@@ -111,19 +111,14 @@ class Task:
         Raises:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
-        method, _, arguments = method_options(config)
+        method, given, arguments = method_options(config)
         data = data_for(config)
         head_for(config, data)  # refuses before a prompt is searched for, which takes its time
         config = settle_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
         head = head_for(config, data)
         metric, prompt = config.metric or data.problem.primary, head.prompt
         classifier = draw_start(config, head)
-        max_length = config.max_length or min(DEFAULT_MAX_LENGTH, classifier.max_length)
-        if max_length > classifier.max_length:
-            raise FastpeftError(
-                f"max_length {max_length} is above what the model {config.model!r} reads. Choose "
-                f"{classifier.max_length} tokens or less."
-            )
+        max_length = _max_length(config, classifier.max_length, method.own_tokens(given))
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
@@ -248,6 +243,21 @@ def prepare(start: Classifier, config: TrainConfig, head: Head) -> Any:
     model = method.prepare(start.model, preparation)
     begin_from_earlier(model, config, head)
     return model
+
+
+def _max_length(config: TrainConfig, reads: int, own: int) -> int:
+    """Where texts are cut, for a model that reads so many tokens, of which its method takes some for itself."""
+    limit = reads - own
+    before = f", of which the method takes {own} for itself" if own else ""
+    if limit < 2:  # a text has two special tokens
+        raise FastpeftError(f"the model {config.model!r} reads {reads} tokens{before}. Let it take fewer.")
+    max_length = config.max_length or min(DEFAULT_MAX_LENGTH, limit)
+    if max_length > limit:
+        raise FastpeftError(
+            f"max_length {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
+            f"{limit} tokens or less."
+        )
+    return max_length
 
 
 def _check_steps_in_backward(arguments: TrainingArguments) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from fastpeft.interrupts import noting_stops
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
-from fastpeft.memory import MEBIBYTE, adamw_8bit, fused_adamw, peak_rss_mb, simulate_training_step
+from fastpeft.memory import (
+    MEBIBYTE,
+    OptimizerFactory,
+    adamw_8bit,
+    embeddings_in_float,
+    fused_adamw,
+    peak_rss_mb,
+    simulate_training_step,
+)
 from fastpeft.models import resolve_model
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, TITLES, best_step
 from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
@@ -283,7 +292,8 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Numbers of trained and of all values."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # in 4 bits a weight is packed, and only its state knows its shape
+    counts = [((getattr(p, "quant_state", None) or p).shape.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
@@ -303,7 +313,9 @@ def simulated_peak_mb(task: Task, tokens: int) -> float | None:
         batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
     try:
         autocast_dtype = torch.bfloat16 if config.bf16 else None
-        adamw = adamw_8bit if config.settings.get("optim") in ("adamw_8bit", "adamw_bnb_8bit") else fused_adamw
+        adamw: OptimizerFactory = fused_adamw
+        if config.settings.get("optim") in ("adamw_8bit", "adamw_bnb_8bit"):
+            adamw = partial(adamw_8bit, in_float=embeddings_in_float(model))
         optimizer_factory = None if task.method.zeroth_order else adamw
         estimate = simulate_training_step(model, batch, optimizer_factory, autocast_dtype, config.optimizer_in_backward)
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
@@ -397,7 +409,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
             task_type=problem.task_type,
             adapter=task.method.adapts,
             ladder=task.method.ladder,
-            chained=config.init_from is not None,
+            chained=config.init_from is not None or task.method.base is not None,
             labels=task.data.labels,
             prompt_head=None if task.prompt is None else task.prompt.head,
             masked_words=problem is MASKED_WORDS,

@@ -194,7 +194,8 @@ def mezo_perturb_replay_(
     for param, offset in zip(params, offsets):
         if param.numel() == 0:
             continue
-        flat = param.reshape(-1)  # C order of the logical tensor: a view, or a copy that is written back
+        # C order of the logical tensor: a view, or a copy that is written back; a reshape may be a view with gaps
+        flat = param.contiguous().view(-1)
         quads = (offset + flat.numel() + 3) // 4 - offset // 4
         with device_of(param):
             _mezo_perturb_kernel[(triton.cdiv(quads, MEZO_PERTURB.block_q),)](

@@ -159,6 +159,7 @@ def operands(
 ) -> dict[str, Any]:
     """The arguments that all kernels take, by name."""
     _, heads, tokens, width = q.shape
+    p = p.contiguous()  # at most 15 rows; slots times a stride are 32 bits in the kernels
     dropped = round(dropout * 2**32)  # words below it
     some_mask = q.new_empty(0, 0) if mask is None else mask  # never read: a kernel takes no None here
     return {

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, two threads, and a sample of the long tests.
+"""What every test runs under: no network, two threads, a sample of the long tests; and a model and data for many.
 
 Tests marked slow, interp_full, kill or docs run in full under `--full` (`make test-all`). Without it a tenth of each
 marker's tests runs, at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again.
@@ -10,8 +10,13 @@ import math
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fastpeft import TrainConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -48,6 +53,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in dropped]
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton's kernels run: on a GPU where there is one, else in its interpreter on CPU tensors."""
+    if torch.cuda.is_available():
+        return "cuda"
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 cannot run loops with NumPy 2.4 or newer")
+    return "cpu"
+
+
+@pytest.fixture
+def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes where no test before has set anything: it keeps that by addresses, which later parameters reuse."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For modules that train tiny models: handing their work to a second thread costs more than it saves."""
@@ -55,3 +81,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and reviews that it can learn."""
+    from samples import reviews, save_tiny_model, write_csv  # and with it transformers, after what is set above
+
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_model(folder / "model")
+    write_csv(folder / "reviews.csv", reviews(60))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, place: Path) -> TrainConfig:
+    """A short run on what is in `place`."""
+    from fastpeft import TrainConfig
+
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        method="full",
+        model=str(place / "model"),
+        data=str(place / "reviews.csv"),
+        max_steps=3,
+        learning_rate=1e-2,
+    )

@@ -14,13 +14,25 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from fastpeft.methods import METHODS
+from fastpeft.prompts import HEADS
+
 WORDS = {
     "negative": ("awful", "dull", "clumsy", "tedious"),
     "positive": ("lovely", "brilliant", "touching", "funny"),
     "mixed": ("uneven", "odd", "passable", "slight"),
 }
+PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}  # for `TrainConfig`
 _FILLERS = ("the", "a", "film", "plot", "scene", "actor", "is", "was", "very", "rather", "and", "with", "story", "end")
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# what trains a model of `save_tiny_model`: 4 bits need rows of 64 weights
+SMALL = [name for name in METHODS if name != "qlora"]
+
+
+def prompted(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Each method with each head of a prompt that it goes with."""
+    return [(name, head) for name in methods for head in HEADS if (name, head) != ("prompt-tuning", HEADS[0])]
 
 
 def reviews(rows: int, labels: Sequence[str] = ("negative", "positive"), seed: int = 0) -> list[tuple[str, str]]:

@@ -155,8 +155,8 @@ def test_what_is_said_of_a_prompt_is_what_it_does(
     short_grammar(monkeypatch)
     data = load_data(str(place / "reviews.csv"))
     drawn = []
-    draw = auto_prompt._draw
-    monkeypatch.setattr(auto_prompt, "_draw", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    draw = auto_prompt.draw_rows
+    monkeypatch.setattr(auto_prompt, "draw_rows", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     found = find_prompt(str(place / "model"), data, seed=3, calibrate=calibrate)
     assert find_prompt(str(place / "model"), data, seed=3, calibrate=calibrate) == found
     chosen, ranked = drawn[0]

@@ -253,6 +253,8 @@ CASES = [
     (["--init-from", "side", "--method", "k-lst"], ["another shape", "window_size is 3, here 9"]),
     (["--init-from", "side", "--method", "lst"], ["another shape", "fusion"]),
     (["--init-from", "whole", *PROMPT, "--label-words", "a,b,c"], ["no word for negative"]),
+    (["--output", "a\udcff"], ["output is 'a\\udcff'", "UTF-8"]),
+    (["--set", 'x="\udcff"'], ["settings is", "JSON can hold"]),
     (["--init-from", "whole", "--output", "whole"], ["'whole' is not empty"]),
     (["--init-from", "whole", "--output", "whole", "--overwrite"], ["run to start from", "would delete"]),
     (["--init-from", "whole", "--output", "unfinished", "--resume"], ["init_from None -> "]),
@@ -399,6 +401,7 @@ CASES = [
     (["predict", "pair-run", "a text"], ["two texts, as a pair or separated by a tab; got 'a text'"]),
     (["predict", "tag-run", " "], ["words, as a list or separated by spaces; got ' '"]),
     (["predict", "tag-run", "the " * 50], ["of the 50 words that begin with 'the the the', only 36 fit into the 38"]),
+    (["predict", "run", "a \udcff film"], ["one text; got 'a \\udcff film'", "UTF-8"]),  # as a byte that is none comes
     (["predict", "run"], ["nothing to classify"]),
     (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),

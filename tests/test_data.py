@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from pyarrow import parquet
 from samples import reviews, write_csv, write_jsonl
 
-from fastpeft import FastpeftError
+from fastpeft import FastpeftError, tables
 from fastpeft.data import load_data, load_rows
 from fastpeft.problems import CLASSIFICATION, REGRESSION, TAGGING
 
@@ -280,6 +281,11 @@ def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
     assert data.labels == names, "in the order of their numbers"
     texts = {row["text"]: row["label"] for row in rows}
     assert [texts[text] for text in data.train.texts] == data.train.labels
+    del rows[7]["label_text"]
+    assert load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows))).labels == ["0", "1", "2"], "one has no name"
+    del rows[7]["label"]
+    with pytest.raises(FastpeftError, match="label"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 
 # -- data sets -------------------------------------------------------------------------------------------------------
@@ -296,6 +302,11 @@ def make_dataset(**parts: list[dict[str, Any]]) -> datasets.DatasetDict:
 SENTENCES = [{"sentence": f"text {n}", "label": n % 2} for n in range(20)]
 
 
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "reachable", lambda: True)
+
+
 @pytest.mark.parametrize(
     ("name", "asked"),
     [
@@ -304,6 +315,7 @@ SENTENCES = [{"sentence": f"text {n}", "label": n % 2} for n in range(20)]
         ("stanfordnlp/sst2", ("stanfordnlp/sst2", None)),
     ],
 )
+@pytest.mark.usefixtures("online")
 def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str, str | None]) -> None:
     parts = make_dataset(train=SENTENCES, validation=SENTENCES[:4], test=[{"sentence": "hidden", "label": -1}])
     calls = []
@@ -316,6 +328,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, asked:
     assert load_rows(name, data.labels, CLASSIFICATION).texts == [row["sentence"] for row in SENTENCES[:4]]
 
 
+@pytest.mark.usefixtures("online")
 def test_hub_parts_without_a_label_or_a_dev_part(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = [{"sentence": "hidden", "label": -1}] * 5
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: make_dataset(train=SENTENCES + hidden))
@@ -327,6 +340,30 @@ def test_hub_parts_without_a_label_or_a_dev_part(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: make_dataset(test=SENTENCES))
     with pytest.raises(FastpeftError, match="'some/reviews' has no part named train, only test"):
         load_data("some/reviews")
+
+
+def test_a_data_set_is_found_in_the_cache_where_the_hub_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without asking again: the one request that tells was made, and `load_dataset` would make six for each file."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(tables, "reachable", lambda: False)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(FastpeftError, match=r"cannot load the data set 'some/reviews': .*with a network or after it"):
+        load_data("some/reviews")
+    rows = write_csv(tmp_path / "rows.csv", reviews(20))
+    builder = datasets.load_dataset_builder("csv", data_files={"train": str(rows)}, cache_dir=str(tmp_path / "made"))
+    builder.download_and_prepare()
+    place = tmp_path / "cache" / "some___reviews" / "default" / "0.0.0" / "0a1b"  # as a load from the hub leaves it
+    shutil.copytree(builder.cache_dir, place)
+    (place / "csv-train.arrow").rename(place / "reviews-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default", "dataset_name": "reviews"}))
+    assert load_data("some/reviews").labels == ["negative", "positive"]
 
 
 def test_tags_of_a_data_set_have_the_names_of_its_features(tmp_path: Path) -> None:

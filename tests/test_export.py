@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import reviews, save_tiny_model, write_csv
+from samples import PROMPT
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fastpeft import FastpeftError, Prompt, PromptModel, TrainConfig, train
@@ -22,28 +22,7 @@ from fastpeft.prompts import HEADS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}
-MERGED = [name for name, method in METHODS.items() if not method.ladder]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model")
-    write_csv(place / "reviews.csv", reviews(40))
-    return place
-
-
-@pytest.fixture
-def config(tmp_path: Path, place: Path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        model=str(place / "model"),
-        data=str(place / "reviews.csv"),
-        max_steps=3,
-        learning_rate=3e-2,
-    )
+MERGED = [name for name, method in METHODS.items() if method.merges and not method.ladder]
 
 
 def logits(model: Any, folder: Path) -> torch.Tensor:

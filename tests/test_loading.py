@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import reviews, save_tiny_model, write_csv
+from samples import PROMPT, SMALL, prompted, reviews, write_csv
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -20,34 +20,12 @@ from fastpeft.evaluation import evaluate
 from fastpeft.loading import Head, load_run, load_start
 from fastpeft.methods import METHODS
 from fastpeft.problems import CLASSIFICATION
-from fastpeft.prompts import HEADS
 from fastpeft.task import Task, recipe_used
+from fastpeft.wrapping import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "negative=awful,positive=lovely"}
-SUBSETS = [name for name in METHODS if name != "mezo"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model and data."""
-    place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model")
-    write_csv(place / "reviews.csv", reviews(60))
-    return place
-
-
-@pytest.fixture
-def config(tmp_path: Path, place: Path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        method="full",
-        model=str(place / "model"),
-        data=str(place / "reviews.csv"),
-        max_steps=2,
-        learning_rate=1e-2,
-    )
+SUBSETS = [name for name in SMALL if name != "mezo"]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:
@@ -71,8 +49,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("over", SUBSETS)
+@pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
     config = replace(config, method="mezo", **PROMPT, prompt_head=head, settings=settings)
@@ -104,6 +81,7 @@ CHAINS = {
     "siva by words, siva": ({**SIVA, **PROMPT}, SIVA),
     "lora, pissa": ({"method": "lora"}, {"method": "pissa"}),
     "pissa, full": ({"method": "pissa"}, {"method": "full"}),
+    "ia3, lokr, full": ({"method": "ia3"}, {"method": "lokr"}, {"method": "full"}),
     "siva, full by words": (SIVA, {"method": "full", **PROMPT}),
     "full, lora by words": ({"method": "full"}, {"method": "lora", **PROMPT}),
     "k-lst, mezo over k-lst": ({"method": "k-lst"}, {"method": "mezo", "settings": {"over": "k-lst"}}),
@@ -134,7 +112,7 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
 def encoder(model: Any) -> dict[str, torch.Tensor]:
     """Weights of the encoder inside wrappers, with an adapter merged."""
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merge(model)
     if isinstance(model, PromptModel):
         model = model.masked_lm
     if isinstance(model, LadderModel):

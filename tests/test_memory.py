@@ -9,7 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from fastpeft import functional
 from fastpeft.errors import FastpeftError
@@ -18,6 +25,7 @@ from fastpeft.memory import (
     _FusedForms,
     _loss,
     adamw_8bit,
+    embeddings_in_float,
     fused_adamw,
     measured_peak,
     peak_rss_mb,
@@ -292,6 +300,21 @@ def test_an_optimizer_in_backward_frees_gradients():
     assert after.peak - within.peak == pytest.approx(8 * 2**22, rel=0.01)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_what_is_left_out_by_chance_is_counted(shape):
+    class Sometimes(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum() if torch.rand(shape) > 0.5 else (x * self.bias).sum()
+
+    class Always(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum()
+
+    found = [simulate_training_step(kind(64, 64), {"x": torch.zeros(8, 64)}).peak for kind in (Sometimes, Always)]
+    assert found[0] == pytest.approx(found[1], abs=64)  # the chance itself is some bytes
+
+
+@pytest.mark.usefixtures("fresh_bitsandbytes")
 def test_eight_bit_state_is_what_bitsandbytes_keeps():
     optim = pytest.importorskip("bitsandbytes.optim")
     for shape in (64, 100), (10, 10), (70_001,):
@@ -304,3 +327,21 @@ def test_eight_bit_state_is_what_bitsandbytes_keeps():
             state = [x for x in tree_leaves(dict(optimizer.state[weight])) if isinstance(x, torch.Tensor)]
             found.append(sum(x.nbytes for x in state if x.shape != (256,)))  # but the maps, which are shared
         assert found[0] == found[1] > 0
+
+
+@pytest.mark.usefixtures("fresh_bitsandbytes")
+def test_eight_bit_state_of_embeddings_is_whole_in_the_trainer(tmp_path):
+    large = {**SIZES, "vocab_size": 500, "hidden_size": 64, "intermediate_size": 128}
+    models = [RobertaForSequenceClassification(RobertaConfig(**large)) for _ in range(2)]
+    arguments = TrainingArguments(tmp_path, optim="adamw_8bit", use_cpu=True, report_to="none")
+    real = Trainer(models[0], arguments).create_optimizer()
+    counted = adamw_8bit(list(models[1].parameters()), embeddings_in_float(models[1]))
+    found = []
+    for model, optimizer in zip(models, (real, counted)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, torch.Tensor)]
+        found.append(sum(x.nbytes for x in state if x.shape != (256,)))
+    assert found[0] == found[1] > 2 * 4 * 500 * 64, "two moments in float32 for each word"
+    assert len(embeddings_in_float(models[1])) == 3

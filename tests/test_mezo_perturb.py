@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from bits import BITS, DTYPES, assert_same_bits, bits, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,8 +22,6 @@ from torch import Tensor
 from fastpeft import FastpeftError, backends, functional, noise, reference
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "noise.json").read_text())
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ON_CPU = next(choice for choice in backends.choices() if (choice.op, choice.device) == ("mezo_perturb_", "cpu"))
 
 Perturb = Callable[..., None]
@@ -67,23 +64,6 @@ compiled = pytest.mark.parametrize("perturb", VARIANTS)
 implementations = pytest.mark.parametrize("perturb", [pytest.param(reference.mezo_perturb_, id="reference"), *VARIANTS])
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(BITS[x.element_size()])
-
-
-def _assert_same_bits(one: Tensor, other: Tensor) -> None:
-    assert torch.equal(one.isnan(), other.isnan())  # which NaN it is, is nobody's promise
-    assert torch.equal(_bits(one[~one.isnan()]), _bits(other[~other.isnan()]))
-
-
-def _values(n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Magnitudes from below float16's subnormals up."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, generator=generator) * torch.exp2(torch.empty(n).uniform_(-30, 3, generator=generator))).to(
-        dtype
-    )
-
-
 @implementations
 @pytest.mark.parametrize("case", GOLDEN["perturb"], ids=lambda c: f"{c['dtype']}-{c['noise']}-{c['rounding']}")
 def test_golden_values(perturb: Perturb, case: dict) -> None:
@@ -121,14 +101,14 @@ def test_compiled_variants_have_the_bits_of_the_reference(
     scale: float,
     decay: float,
 ) -> None:
-    params = [_values(n, dtype, seed) for seed, n in enumerate(sizes)]
+    params = [values(n, dtype, seed) for seed, n in enumerate(sizes)]
     offsets = [offset + 1000 * i for i in range(len(sizes))]
     scales = [scale / (i + 1) for i in range(len(seeds))]
     ours, theirs = ([p.clone() for p in params] for _ in range(2))
     perturb(ours, offsets, seeds, scales, decay, kind, rounding)
     reference.mezo_perturb_(theirs, offsets, seeds, scales, decay, kind, rounding)
     for one, other in zip(ours, theirs):
-        _assert_same_bits(one, other)
+        assert_same_bits(one, other)
 
 
 @compiled
@@ -139,7 +119,7 @@ def test_work_is_split_without_a_trace(perturb: Perturb, threads: int, kind: str
     sizes = (1, 70_001, 4096, 3, 31_000)
     offsets = [2**32 - 50_001, 5, 4096, 123_457, 2**40]
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16)
-    ours, theirs = ([_values(n, d, seed=n) for n, d in zip(sizes, dtypes)] for _ in range(2))
+    ours, theirs = ([values(n, d, seed=n) for n, d in zip(sizes, dtypes)] for _ in range(2))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -148,7 +128,7 @@ def test_work_is_split_without_a_trace(perturb: Perturb, threads: int, kind: str
         torch.set_num_threads(before)
     reference.mezo_perturb_(theirs, offsets, [1, 2], [1e-3, -2e-3], 0.01, kind, "stochastic")
     for one, other in zip(ours, theirs):
-        _assert_same_bits(one, other)
+        assert_same_bits(one, other)
 
 
 @compiled
@@ -163,13 +143,13 @@ def test_every_half_precision_number_is_read_and_rounded_as_by_pytorch(
         ours, theirs = every.clone(), every.clone()
         perturb([ours], [3], [1], [scale], decay, "gaussian", rounding)
         reference.mezo_perturb_([theirs], [3], [1], [scale], decay, "gaussian", rounding)
-        _assert_same_bits(ours, theirs)
+        assert_same_bits(ours, theirs)
 
 
 @implementations
 def test_each_product_and_sum_is_rounded(perturb: Perturb) -> None:
     """Against numpy scalars, which know no fused operation."""
-    param = _values(1001, torch.float32)
+    param = values(1001, torch.float32)
     z = noise.gaussian(5, 1001, 9).numpy()
     a, scale = np.float32(1 - 0.037), np.float32(0.123)
     expected = a * param.numpy() + scale * z
@@ -179,7 +159,7 @@ def test_each_product_and_sum_is_rounded(perturb: Perturb) -> None:
 
 @implementations
 def test_double_precision_computes_in_double(perturb: Perturb) -> None:
-    param = _values(100, torch.float64)
+    param = values(100, torch.float64)
     z = noise.gaussian(0, 100, 9).double().numpy()
     expected = (1 - 0.037) * param.numpy() + 0.123 * z
     perturb([param], [0], [9], [0.123], 0.037)
@@ -189,11 +169,11 @@ def test_double_precision_computes_in_double(perturb: Perturb) -> None:
 @implementations
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_terms_are_separate_updates_and_decay_goes_with_the_first(perturb: Perturb, dtype: torch.dtype) -> None:
-    at_once, one_by_one = (_values(500, dtype) for _ in range(2))
+    at_once, one_by_one = (values(500, dtype) for _ in range(2))
     perturb([at_once], [3], [1, 2, 3], [1e-2, -2e-2, 3e-2], 0.25, "gaussian", "stochastic")
     for seed, scale, decay in ((1, 1e-2, 0.25), (2, -2e-2, 0.0), (3, 3e-2, 0.0)):
         perturb([one_by_one], [3], [seed], [scale], decay, "gaussian", "stochastic")
-    assert torch.equal(_bits(at_once), _bits(one_by_one))
+    assert torch.equal(bits(at_once), bits(one_by_one))
 
 
 @implementations
@@ -208,12 +188,12 @@ def test_the_noise_follows_the_offset_not_the_tensor(perturb: Perturb, kind: str
 
 
 STRIDED = {
-    "transposed": lambda: _values(12 * 7, torch.float32).view(12, 7).t(),
-    "permuted": lambda: _values(60, torch.float32).view(3, 4, 5).permute(2, 0, 1),
-    "every other": lambda: _values(100, torch.float32)[::2],
-    "columns": lambda: _values(100, torch.float32).view(10, 10)[:, 2:7],
-    "more than a tile": lambda: _values(90 * 130, torch.float32).view(90, 130).t(),
-    "channels last": lambda: _values(120, torch.float32).view(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "transposed": lambda: values(12 * 7, torch.float32).view(12, 7).t(),
+    "permuted": lambda: values(60, torch.float32).view(3, 4, 5).permute(2, 0, 1),
+    "every other": lambda: values(100, torch.float32)[::2],
+    "columns": lambda: values(100, torch.float32).view(10, 10)[:, 2:7],
+    "more than a tile": lambda: values(90 * 130, torch.float32).view(90, 130).t(),
+    "channels last": lambda: values(120, torch.float32).view(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "scalar": lambda: torch.tensor(0.5),
     "empty": lambda: torch.zeros(3, 0),
 }
@@ -262,7 +242,7 @@ def test_a_mode_that_flushes_subnormals_is_put_aside_and_restored(perturb: Pertu
 
 
 def test_the_reference_has_the_same_bits_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once, in_chunks = (_values(1000, torch.bfloat16) for _ in range(2))
+    at_once, in_chunks = (values(1000, torch.bfloat16) for _ in range(2))
     args = ([3], [1, 2], [0.1, 0.2], 0.1, "gaussian", "stochastic")
     reference.mezo_perturb_([at_once], *args)
     monkeypatch.setattr(reference, "NOISE_CHUNK", 37)
@@ -272,7 +252,7 @@ def test_the_reference_has_the_same_bits_in_any_chunks(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_copying_form(dtype: torch.dtype) -> None:
-    param = _values(60, dtype).view(6, 10).t()
+    param = values(60, dtype).view(6, 10).t()
     before = param.clone()
     out = functional.mezo_perturb(param, 3, [1, 2], [0.1, 0.2], 0.1)
     assert torch.equal(param, before)
@@ -282,7 +262,7 @@ def test_the_copying_form(dtype: torch.dtype) -> None:
 
 
 def test_the_copy_of_a_repeated_row_is_whole() -> None:
-    row = _values(5, torch.float32)
+    row = values(5, torch.float32)
     out = functional.mezo_perturb(row.expand(3, 5), 2, [1], [0.5])
     whole = row.repeat(3, 1)
     functional.mezo_perturb_([whole], [2], [1], [0.5])
@@ -302,7 +282,7 @@ def test_autograd_notices_that_weights_changed() -> None:
 def test_opcheck() -> None:
     ops = torch.ops.fastpeft
     for dtype in (torch.float32, torch.bfloat16):
-        params = [_values(12, dtype).view(3, 4), _values(5, dtype)]
+        params = [values(12, dtype).view(3, 4), values(5, dtype)]
         torch.library.opcheck(ops.mezo_perturb_.default, (params, [0, 12], [1, 2], [0.1, 0.2], 0.1))
         terms = torch.tensor([1, 2]), torch.tensor([0.1, 0.2], dtype=torch.float64)
         torch.library.opcheck(ops.mezo_perturb_replay_.default, (params, [0, 12], *terms, 0.1))
@@ -400,143 +380,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_pass_in_place_needs_no_memory_to_speak_of() -> None:
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
     assert int(done.stdout) < 1024, done.stderr
-
-
-HARNESS = """
-#define __global__
-#define __device__
-#define __grid_constant__
-#define __launch_bounds__(threads)
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-template <typename Word> void __stcs(Word* p, Word word) { *p = word; }
-struct { unsigned x; } threadIdx, blockIdx, gridDim;
-#include "cuda/perturb.cuh"
-using namespace fastpeft;
-
-template <typename T>
-void run_as(const Launch& launch, bool rademacher) {
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x)
-            rademacher ? perturb<T, true>(launch) : perturb<T, false>(launch);
-}
-
-extern "C" void run(int parts, void** params, const uint64_t* offsets, const uint64_t* numels, int format, int terms,
-                    const uint64_t* seeds, const double* scales, double keep, int rademacher, int stochastic,
-                    int by_value) {
-    Launch launch = {};
-    for (launch.num_parts = 0; launch.num_parts < parts; ++launch.num_parts) {
-        const int i = launch.num_parts;
-        launch.source[i] = launch.target[i] = params[i];
-        launch.offset[i] = offsets[i];
-        launch.numel[i] = numels[i];
-        const uint64_t quads = (offsets[i] + numels[i] + 3) / 4 - offsets[i] / 4;
-        launch.end_tile[i] = (i ? launch.end_tile[i - 1] : 0) + (quads + kTileQuads - 1) / kTileQuads;
-    }
-    launch.num_terms = terms;
-    launch.keep = keep;
-    launch.stochastic = stochastic;
-    for (int i = 0; by_value && i < terms; ++i) {
-        launch.seed_values[i] = seeds[i];
-        launch.scale_values[i] = scales[i];
-    }
-    if (!by_value) launch.seeds = seeds, launch.scales = scales;
-    gridDim.x = 3;
-    switch (static_cast<Format>(format)) {
-        case Format::kFloat32: return run_as<float>(launch, rademacher);
-        case Format::kFloat64: return run_as<double>(launch, rademacher);
-        case Format::kBFloat16: return run_as<BFloat16>(launch, rademacher);
-        case Format::kFloat16: return run_as<Float16>(launch, rademacher);
-    }
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def kernel_on_the_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA kernel, its threads run one after the other by a C++ compiler."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda")
-    (folder / "harness.cpp").write_text(HARNESS)
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{Path(__file__).parents[1] / 'csrc'}"]
-    subprocess.run(["c++", *flags, str(folder / "harness.cpp"), "-o", str(folder / "harness.so")], check=True)
-    return ctypes.CDLL(str(folder / "harness.so"))
-
-
-@pytest.mark.parametrize("by_value", [True, False], ids=["terms in the launch", "terms in memory"])
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("kind", noise.NOISE)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cuda_kernel_has_the_bits_of_the_reference(
-    kernel_on_the_host: ctypes.CDLL, dtype: torch.dtype, kind: str, rounding: str, by_value: bool
-) -> None:
-    """On tensors of less and more than a tile whose elements lie on and off the boundaries of a wide load."""
-    room = [_values(n + 8, dtype, seed=n) for n in (1, 5, 3000, 9001, 64, 4096)]
-    offsets = [0, 1, 2**32 - 1000, 10_000, 19_003, 2**40]
-    starts = [0, 3, 2**32 % 4, 0, 3, 1]
-    numels = [storage.numel() - 8 for storage in room]
-    ours = [storage[start : start + n] for storage, start, n in zip(room, starts, numels)]
-    around = [_bits(storage) for storage in room]
-    expected = [param.clone() for param in ours]
-    seeds, scales = [7, 2**62 + 1], [1e-3, -2e-5]
-    reference.mezo_perturb_(expected, offsets, seeds, scales, 0.3, kind, rounding)
-
-    def array(kind: type, values: Sequence) -> ctypes.Array:
-        return (kind * len(values))(*values)
-
-    kernel_on_the_host.run(
-        len(ours),
-        array(ctypes.c_void_p, [param.data_ptr() for param in ours]),
-        array(ctypes.c_uint64, offsets),
-        array(ctypes.c_uint64, numels),
-        DTYPES.index(dtype),
-        len(seeds),
-        array(ctypes.c_uint64, seeds),
-        array(ctypes.c_double, scales),
-        ctypes.c_double(1 - 0.3),
-        kind == "rademacher",
-        rounding == "stochastic",
-        by_value,
-    )
-    for storage, before, start, param, theirs in zip(room, around, starts, ours, expected):
-        _assert_same_bits(param, theirs)
-        assert torch.equal(_bits(storage)[:start], before[:start])
-        assert torch.equal(_bits(storage)[start + param.numel() :], before[start + param.numel() :])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("kind", noise.NOISE)
-def test_a_gpu_perturbs_to_the_same_bits(kind: str, rounding: str) -> None:
-    dtypes = [dtype for dtype in DTYPES for _ in range(500)]  # more tensors of a dtype than one launch takes
-    sizes = [1 + 37 * i % 900 for i in range(len(dtypes))]
-    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    ours = [_values(n, dtype, seed=n) for n, dtype in zip(sizes, dtypes)]
-    on_card = [param.cuda() for param in ours]
-    args = (offsets, [1] * 20, [1e-3] * 20, 0.1, kind, rounding)  # more terms than one launch takes
-    functional.mezo_perturb_(ours, *args)
-    functional.mezo_perturb_(on_card, *args)
-    for one, other in zip(ours, on_card):
-        _assert_same_bits(one, other.cpu())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_replaying_a_cuda_graph_is_a_new_step() -> None:
-    params = [torch.zeros(1000, device="cuda"), torch.zeros(30, 7, device="cuda").t()]
-    seeds, scales = torch.tensor([0], device="cuda"), torch.tensor([1.0], dtype=torch.float64, device="cuda")
-    functional.mezo_perturb_(params, [0, 1000], seeds, scales)
-    for param in params:
-        param.zero_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        functional.mezo_perturb_(params, [0, 1000], seeds, scales)
-    expected = [param.cpu() for param in params]
-    for seed in (5, 6):
-        seeds.fill_(seed)
-        graph.replay()
-        functional.mezo_perturb_(expected, [0, 1000], [seed], [1.0])
-    for one, other in zip(expected, params):
-        assert torch.equal(one, other.cpu())

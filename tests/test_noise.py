@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from fastpeft import noise
@@ -58,6 +60,73 @@ def test_any_part_of_the_noise_is_the_same_noise(name: str, first: int) -> None:
     whole = noise.NOISE[name](first, 300, 11)
     for start, count in ((0, 1), (1, 2), (5, 0), (126, 4), (250, 50)):
         assert torch.equal(noise.NOISE[name](first + start, count, 11), whole[start : start + count])
+
+
+few = settings(max_examples=60, deadline=None)
+AROUND = (300, 2**32, 2**34, 2**62)  # where a word or a counter ends
+FIRST = st.tuples(st.sampled_from(AROUND), st.integers(-300, 300)).map(sum)
+SEED = st.integers(0, 2**63 - 1) | st.sampled_from([0, 2**32 - 1, 2**32, 2**63 - 1])
+
+
+def element(name: str, index: int, seed: int) -> float:
+    """z of one flat index, by what the contract says of it alone."""
+    if name == "rademacher":
+        word = noise.random_words(index // 128, 1, seed, noise.STREAM_NOISE)[0, index % 128 // 32].item()
+        return 1.0 - 2.0 * (word >> index % 32 & 1)
+    words = noise.random_words(index // 4, 1, seed, noise.STREAM_NOISE)[0]
+    pair = words[index % 4 // 2 * 2 :][:2]
+    r, (cos, sin) = noise.radius(pair[:1]), noise.cos_sin(pair[1:])
+    return (r * (cos, sin)[index % 2]).item()
+
+
+@few
+@given(st.sampled_from([*noise.NOISE]), FIRST, st.integers(0, 300), SEED, st.data())
+def test_any_stretch_of_the_noise(name: str, first: int, count: int, seed: int, data: st.DataObject) -> None:
+    z = noise.NOISE[name](first, count, seed)
+    assert z.dtype is torch.float32
+    assert z.shape == (count,)
+    assert (z.abs() < 5.8).all()  # sqrt(-2 ln 2^-24)
+    if count:
+        at = data.draw(st.integers(0, count - 1))
+        assert z[at].item() == element(name, first + at, seed)
+
+
+@few
+@given(st.integers(0, 50), st.floats(0, 1, exclude_max=True), SEED, st.lists(st.integers(0, 2**32 - 1), max_size=4))
+def test_any_elements_are_kept_by_their_words(count: int, p: float, seed: int, ordinals: list[int]) -> None:
+    kept = noise.kept(count, p, seed, ordinals)
+    assert kept.shape == (len(ordinals), count)
+    for row, ordinal in zip(kept, ordinals):
+        words = noise.random_words(0, (count + 3) // 4, seed, noise.STREAM_DROPOUT, ordinal).flatten()[:count]
+        assert row.tolist() == [word >= round(p * 2**32) for word in words.tolist()]
+
+
+@few
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    st.lists(st.floats(width=32) | st.sampled_from([65504.0, 65520.0, 2.0**-14, 2.0**-25, 1e-45]), max_size=8),
+    FIRST,
+    SEED,
+)
+def test_any_number_is_rounded_to_a_neighbour(dtype: torch.dtype, values: list[float], first: int, seed: int) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    found = noise.round_stochastic(x, dtype, first, seed)
+    assert found.dtype is dtype
+    nearest = x.to(dtype)
+    apart = (_in_order(found) - _in_order(nearest)).abs().tolist()
+    for value, rounded, near, steps in zip(x.tolist(), found.tolist(), nearest.tolist(), apart):
+        if math.isnan(value):
+            assert math.isnan(rounded)
+        elif rounded != near:  # the neighbour on the other side
+            assert steps == 1
+            assert near != value
+            assert (rounded > value) != (near > value)
+
+
+def _in_order(half: torch.Tensor) -> torch.Tensor:
+    """Numbers of a format with 16 bits as whole numbers in the same order, neighbours beside each other."""
+    bits = half.view(torch.int16).to(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,59 @@ def test_cutting_keeps_template_mask_and_starts_of_texts(data: st.DataObject) ->
     kept, rest = tokens(tokenizer, row), iter(tokens(tokenizer, whole))
     assert all(token in rest for token in kept), "tokens are left out, none is changed or moved"
     assert set(tokens(tokenizer, empty)) <= set(kept)
+
+
+PIECES = (
+    *("<mask>", "[MASK]", "<s>", "</s>", "[SEP]", "[CLS]", "<pad>", "{text}", "▁", "##a", "\u200d", "\u0301", "\u3000"),
+    *("\ufeff", "\0", "\x85", "\r\n", "\t", "\ud83d", "\udcff", "ﬃ", "İ", "👩‍👩‍👧", "great", " "),
+)
+ANY_TEXT = st.text(max_size=12) | st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_text_is_encoded_whole_or_cut_or_refused(data: st.DataObject) -> None:
+    tokenizer = make_tokenizer(data.draw(st.sampled_from(FAMILIES)))
+    prompt = data.draw(st.sampled_from([SINGLE, PAIR, FIRST]))
+    texts = data.draw(st.lists(st.tuples(ANY_TEXT, ANY_TEXT) if prompt.is_pair else ANY_TEXT, max_size=3))
+    limit = data.draw(st.none() | st.integers(-3, 30))
+    half, fault = any("\ud800" <= letter <= "\udfff" for text in texts for letter in "".join(text)), ""
+    try:
+        rows = prompt.encode(tokenizer, texts, max_length=limit)
+    except FastpeftError as error:
+        fault = str(error)
+    assert ("holds half a character" in fault) == half
+    if fault:
+        assert half or "leaves no room" in fault
+        return
+    assert len(rows) == len(texts)
+    for row in rows:
+        assert len(row["input_ids"]) <= (limit or tokenizer.model_max_length)
+        assert row["input_ids"][row["mask_positions"]] == tokenizer.mask_token_id
+        assert all(0 <= token < len(tokenizer) for token in row["input_ids"])
+        assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([*PIECES, "{a}", "{b}", "{}", "<mask>", " it was "]), max_size=6).map("".join),
+    st.none()
+    | st.lists(ANY_TEXT, max_size=3)
+    | ANY_TEXT
+    | st.dictionaries(st.integers(-1, 3) | ANY_TEXT, ANY_TEXT, max_size=3),
+    st.sampled_from(["label_words", "classifier", "tail"]),
+)
+def test_any_prompt_is_one_or_refused(template: str, words: Any, head: str) -> None:
+    try:
+        prompt = Prompt(template, words, head)
+    except FastpeftError:
+        return
+    assert Prompt.from_values(json.loads(json.dumps(prompt.values()))) == prompt
+    assert prompt.is_pair or "{text}" in template
+    tokenizer = make_tokenizer("byte-level")
+    (row,) = prompt.encode(tokenizer, [("a film", "dull") if prompt.is_pair else "a film"])
+    if head == "label_words":
+        assert row["input_ids"][row["mask_positions"]] == tokenizer.mask_token_id
 
 
 def test_collator_pads_on_either_side(word_piece: Any) -> None:

@@ -19,6 +19,7 @@ from fastpeft import FastpeftError, TrainConfig, hub, train
 from fastpeft.cards import model_card
 from fastpeft.cli import app
 from fastpeft.comparison.blocks import Heading, Items, Table, page
+from fastpeft.data import load_data
 from fastpeft.models import load_classifier
 from fastpeft.problems import CLASSIFICATION
 
@@ -148,7 +149,15 @@ def test_no_network_is_used_unasked(place: Path, tmp_path: Path, monkeypatch: py
 def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    asked = []
+    asked, connected = [], []
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        connected.append(arguments)
+        raise OSError("no network")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
     class Session:
         def head(self, *arguments: Any, **options: Any) -> None:
@@ -162,7 +171,10 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(2):
             with pytest.raises(FastpeftError, match="'some/model'"):
                 load_classifier("some/model", ["a", "b"], CLASSIFICATION)
+        with pytest.raises(FastpeftError, match="'some/data'"):
+            load_data("some/data")
         assert len(asked) == 1
+        assert len(connected) <= 1  # huggingface_hub may look up whom it runs for; one file alone would be six
     finally:
         hub.reachable.cache_clear()
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import reviews, save_tiny_model, write_csv
+from samples import SMALL, reviews, save_tiny_model, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.evaluation import evaluate, load_run, predict
-from fastpeft.methods import METHODS, get_method
+from fastpeft.methods import get_method
 from fastpeft.stepping import StepsInBackward
 from fastpeft.trainer import LengthGroupedOrder
 from fastpeft.training import TrainResult, plan
@@ -61,7 +61,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, method: str) -> None:
     config = replace(config, method=method, epochs=2, learning_rate=3e-2)
     result = train(config)
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SMALL)
 def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
     folder = train(replace(config, method=method, max_steps=2)).folder
     card = (folder / "README.md").read_text()

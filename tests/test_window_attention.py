@@ -244,6 +244,12 @@ def test_compiled_dropout_has_the_bits_of_the_reference(
         ({"c": torch.ones(2, 3, 4)}, "takes c"),
         ({"slots": [0, 1]}, "S slots"),
         ({"c": torch.ones(2, 3, 5, 4).mT}, "dense in its last two"),
+        ({"c": torch.ones(1, 1, 4, 5).expand(2, 3, 4, 5)}, "reached twice"),
+        ({"c": torch.ones(100).as_strided((2, 3, 4, 5), (20, 20, 5, 1))}, "reached twice"),
+        ({"dropout": math.nan}, "dropout from 0 to 1"),
+        ({"dropout": -0.1}, "dropout from 0 to 1"),
+        ({"block": 2**28}, "block from 0"),
+        ({"slots": [0, 1, 16]}, "slots from 0 to 15"),
     ],
 )
 def test_compiled_dropout_refuses_what_it_cannot_do(change: dict[str, object], message: str) -> None:

@@ -18,6 +18,14 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 13;  // elements below which another thread costs more than it saves
 
+// Whether the slots of all sentences, of `row` elements each, lie beside each other and none on another: one that does
+// would be dropped twice, perhaps by two threads at a time.
+bool are_apart(const Tensor& c, int64_t row) {
+    const int inner = c.stride(0) < c.stride(1) ? 0 : 1, outer = 1 - inner;
+    const int64_t extent = row + (c.size(inner) - 1) * c.stride(inner);
+    return (c.size(inner) == 1 || c.stride(inner) >= row) && (c.size(outer) == 1 || c.stride(outer) >= extent);
+}
+
 void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int64_t seed, int64_t block) {
     const auto type = c.scalar_type();
     const bool is_double = type == torch::headeronly::ScalarType::Double;
@@ -25,10 +33,16 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
                     "feature_dropout_ takes float32 and float64");
     STD_TORCH_CHECK(c.dim() == 4 && c.size(1) == static_cast<int64_t>(slots.size()),
                     "feature_dropout_ takes c (B, S, T, D) and S slots");
+    if (c.numel() == 0) return;
     const int64_t batch = c.size(0), real = c.size(1), tokens = c.size(2), width = c.size(3), row = tokens * width;
     STD_TORCH_CHECK((width == 1 || c.stride(3) == 1) && (tokens == 1 || c.stride(2) == width),
                     "feature_dropout_ takes a tensor that is dense in its last two dimensions");
-    if (row == 0) return;
+    // numbers beyond these fit no counter, and their conversions below would have no defined result
+    STD_TORCH_CHECK(dropout >= 0 && dropout <= 1 && block >= 0 && block < int64_t{1} << 28,
+                    "feature_dropout_ takes a dropout from 0 to 1 and a block from 0 to 2^28 - 1");
+    for (const int64_t slot : slots)
+        STD_TORCH_CHECK(slot >= 0 && slot < 16, "feature_dropout_ takes slots from 0 to 15");
+    STD_TORCH_CHECK(are_apart(c, row), "feature_dropout_ takes a tensor no element of which is reached twice");
     const double threshold = std::nearbyint(dropout * 4294967296.0);  // at most 2^32, where nothing is kept
     const bool nothing = threshold > 4294967295.0;
     const uint32_t first_kept = nothing ? 0 : static_cast<uint32_t>(threshold);

@@ -56,7 +56,9 @@ def curves(by_name: Mapping[str, Points], y_title: str) -> bytes:
     together = len(by_name) <= TOGETHER
     rows = 1 if together else math.ceil(len(by_name) / _COLUMNS)
     figure = _figure(8, 4.5 if together else 1.2 + 2 * rows)
-    grid = figure.subplots(rows, 1 if together else _COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    ends = [points[-1][0] for points in by_name.values()]
+    sharex = max(ends) <= 2 * min(ends)  # else the longest would press the others together
+    grid = figure.subplots(rows, 1 if together else _COLUMNS, sharex=sharex, sharey=True, squeeze=False).flatten()
     for index, (name, points) in enumerate(by_name.items()):
         axes = grid[0 if together else index]
         steps, values = zip(*points)

@@ -168,6 +168,9 @@ class CompareConfig:
                 raise FastpeftError(
                     f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
                 )
+            if earlier is not None:
+                start, of_start, _ = parse_variant(earlier)
+                get_method(start, of_start).check_merges(f"what it starts from, {earlier!r},")
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
@@ -381,6 +384,8 @@ def _read(folder: Path) -> Plan:
     try:
         cells = [Cell.from_values(item) for item in saved["cells"]]
         for cell in cells:  # the folder may have moved
+            if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
+                raise TypeError(f"a cell is named {cell.name!r}")
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:

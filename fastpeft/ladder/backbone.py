@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +25,18 @@ logger = logging.getLogger(__name__)
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # the name of a module inside the body that comes after the layers, and trains
 
+# what a body that reads text is given
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+_CURE_OF_TEXT = (
+    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
+    "feature_modules only layers of the backbone's width."
+)
+_CURE = (
+    "Name in feature_modules layers between which the number of tokens stays, H W for (B, C, H, W), and give in "
+    "feature_sizes their widths where they were not found."
+)
+
 
 class Backbone:
     """A model with a head, taken apart. It holds references and changes nothing.
@@ -33,6 +47,7 @@ class Backbone:
     Args:
         model: a transformers model with a head, another module, or PEFT's wrapper of one.
         feature_modules: names of its layers, or None to find them in a transformers model.
+        feature_sizes: widths of the features; see the property of that name.
 
     Attributes:
         core: the model without PEFT's wrapper.
@@ -44,7 +59,12 @@ class Backbone:
         FastpeftError: it is no such model, or its layers are not found.
     """
 
-    def __init__(self, model: nn.Module, feature_modules: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_modules: Sequence[str] | None = None,
+        feature_sizes: Sequence[int] | None = None,
+    ) -> None:
         core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.plain = not isinstance(core, PreTrainedModel)
         if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
@@ -61,6 +81,7 @@ class Backbone:
                 f"{type(core).__name__} has no head for the side network to feed. Load the model with "
                 "AutoModelForSequenceClassification or another class with a head."
             )
+        self._given_sizes = feature_sizes
         self._tuple_size: int | None = None  # of what layers return, 0 for a tensor; learnt when one runs
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
 
@@ -106,19 +127,14 @@ class Backbone:
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
-    @property
-    def hidden_size(self) -> int:
-        """Of a transformers model."""
-        size: int = self.core.config.hidden_size
-        return size
-
-    def feature_sizes(self, given: Sequence[int] | None = None) -> list[int]:
+    @functools.cached_property
+    def feature_sizes(self) -> list[int]:
         """Widths of `B_0 .. B_L`: those given, the configuration's, or those of the first and last matrix of a layer.
 
         Raises:
             FastpeftError: more or fewer are given, or the layers hold no matrices.
         """
-        count = len(self.layers) + 1
+        count, given = len(self.layers) + 1, self._given_sizes
         if given is not None:
             if len(given) != count:
                 raise FastpeftError(
@@ -127,7 +143,7 @@ class Backbone:
                 )
             return list(given)
         if not self.plain and hasattr(self.core.config, "hidden_size"):
-            return count * [self.hidden_size]
+            return count * [self.core.config.hidden_size]
         matrices = [[p.shape for p in layer.parameters() if p.ndim > 1] for layer in self.layers]
         if not matrices[0]:
             raise FastpeftError(
@@ -274,7 +290,7 @@ class Backbone:
         if expected.keys() - found.keys():
             logger.warning("weights of a quantised backbone cannot be compared; check that it is %s", source)
 
-    # -- features ------------------------------------------------------------------------------------------------
+    # -- passes --------------------------------------------------------------------------------------------------
 
     def compile(self, **options: Any) -> None:
         """Compile each layer; hooks on it, which read and replace features, stay outside of what is compiled.
@@ -285,27 +301,85 @@ class Backbone:
         for layer in self.layers:
             layer.forward = CompiledForward(layer, options)
 
+    def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
+        """What a transformers model is called with, or a part of it such as its body.
+
+        That is what of `given` is not None, without token types where the part knows none; no keys and values are kept.
+        """
+        accepted = inspect.signature((self.core if part is None else part).forward).parameters
+        chosen = {
+            name: value
+            for name, value in given.items()
+            if value is not None and (name != "token_type_ids" or name in accepted)
+        }
+        return {**chosen, "use_cache": False} if "use_cache" in accepted else chosen
+
+    def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the body of a model of text is called with: of `given` that which decides the features."""
+        return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
+
+    def run_body(
+        self, given: Mapping[str, Any], feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]
+    ) -> None:
+        """A pass over text without the head; `feed` and `replace` as of `listen`."""
+        with self.listen(feed, replace, tokens_of(given)):
+            self.body(**self.inputs(given))
+
+    def features(self, given: Mapping[str, Any]) -> list[Tensor]:
+        """`B_0 .. B_L` of text, each `(B, T, d)`."""
+        kept: list[Tensor] = []
+        self.run_body(given, lambda _, feature: kept.append(feature), lambda feature: feature)
+        if len(kept) != len(self.layers) + 1:
+            raise FastpeftError(
+                f"a pass made {len(kept)} features of {len(self.layers) + 1}. Name in feature_modules layers that run "
+                "once each."
+            )
+        return kept
+
     @contextlib.contextmanager
-    def listen(self, feed: Callable[[int, Tensor], None], replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def listen(
+        self,
+        feed: Callable[[int, Tensor], None],
+        replace: Callable[[Tensor], Tensor],
+        tokens: Sequence[int] | None = None,
+    ) -> Iterator[None]:
         """While the block runs, hand each feature to `feed` and let `replace` change the last layer's output.
 
         What of the body comes after the layers, a pooler, trains in float32: after layers in half precision it runs
         under autocast. Both see features as `(B, T, d)`: one token of a `(B, d)`, and H W of a `(B, d, H, W)`, as
         convolutions make it.
+
+        Args:
+            feed, replace: see above.
+            tokens: B and T, which all features must have; None takes those of the first.
+
+        Raises:
+            FastpeftError: while it runs, where a feature has another shape.
         """
 
+        def take(layer: int, feature: Any) -> Tensor:
+            nonlocal tokens
+            found = _as_tokens(feature, layer)
+            tokens = found.shape[:2] if tokens is None else tokens
+            expected = (*tokens, self.feature_sizes[layer])
+            if found.shape != expected:
+                raise FastpeftError(
+                    f"the feature of layer {layer} has the shape {tuple(found.shape)}; it must be (B, T, d), here "
+                    f"{expected}. {_CURE_OF_TEXT if self.input_name == 'input_ids' else _CURE}"
+                )
+            feed(layer, found)
+            return found
+
         def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-            feed(0, _as_tokens(given, 0))
+            take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
         def after(index: int) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
                 feature = output[0] if isinstance(output, tuple) else output
-                tokens = _as_tokens(feature, index)
-                feed(index, tokens)
+                found = take(index, feature)
                 if index < len(self.layers):
                     return None
-                replaced = _from_tokens(replace(tokens), feature.shape)
+                replaced = _from_tokens(replace(found), feature.shape)
                 after_layers.enter_context(autocast_of(replaced))
                 return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
@@ -360,6 +434,12 @@ class Backbone:
                 del layer.forward
                 if own is not None:
                     layer.forward = own
+
+
+def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
+    """B and T of text; None for other inputs."""
+    source: Tensor | None = given.get("input_ids", given.get("inputs_embeds"))
+    return None if source is None else source.shape[:2]
 
 
 def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -65,7 +65,6 @@ class FeatureCache:
 
     Args:
         backbone: whose features they are.
-        sizes: their widths.
         folder: shared by any number of backbones, dtypes, runs and processes; made if need be. It can be deleted at
             any time.
         dtype: what features are rounded to.
@@ -82,7 +81,6 @@ class FeatureCache:
     def __init__(
         self,
         backbone: Backbone,
-        sizes: Sequence[int],
         folder: str | os.PathLike[str],
         dtype: str = DTYPES[0],
         max_bytes: int | None = None,
@@ -101,12 +99,12 @@ class FeatureCache:
                 "the base has trained tokens or prefixes of PEFT, which its layers get beside a row's tokens, so its "
                 "features cannot be cached. Leave cache_features out, or use another base."
             )
-        self._arguments = (backbone, sizes, folder, dtype, max_bytes)
+        self._arguments = (backbone, folder, dtype, max_bytes)
         self.hits = self.misses = 0
         self._backbone = backbone
         self._root = Path(folder).expanduser().absolute()
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._widths = list(sizes)
+        self._widths = backbone.feature_sizes
         self._stamp: list[Any] = []
         self._refused: dict[bytes, int] | None = {}  # bytes of rows that found no room; None once that was told
         self._broken = False
@@ -127,14 +125,14 @@ class FeatureCache:
         """Features of a batch, as the backbone would give them, but for zeros at padding.
 
         Args:
-            inputs: what the backbone is given: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and
-                `position_ids`.
+            inputs: what the model is given: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and
+                `position_ids`; all else is left alone.
 
         Returns:
             `B_0 .. B_L`, each `(B, T, d)`, in the backbone's dtype on the device of its last layer.
         """
         self._store = self._current_store()
-        rows = _Rows(inputs)
+        rows = _Rows(self._backbone.inputs(inputs))
         records = self._store.get(rows.keys)
         if len(records) < len(set(rows.keys)):
             self._store.refresh()  # another process may have been there
@@ -152,16 +150,7 @@ class FeatureCache:
             return {}
         spans = [rows.spans[row] for row in chosen.values()]
         part = rows.select(list(chosen.values()), max(end for _, end in spans))
-        features: list[Tensor] = []
-        with self._backbone.listen(lambda _, feature: features.append(feature), lambda feature: feature):
-            self._backbone.body(**part)
-        for layer, (feature, width) in enumerate(zip(features, self._widths, strict=True)):
-            expected = (*part["input_ids"].shape, width)
-            if feature.shape != expected:
-                raise FastpeftError(
-                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; to be cached it must be (B, "
-                    f"T, d), here {expected}. Load the base with attn_implementation='sdpa', which keeps padding."
-                )
+        features = self._backbone.features(part)
         device = features[-1].device
         values, scales = self._round([feature.to(device) for feature in features])
         columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
@@ -277,9 +266,9 @@ class _Rows:
         }
 
 
-def can_cache(input_ids: Tensor | None) -> bool:
+def can_cache(inputs: Mapping[str, Any]) -> bool:
     """Whether there are tokens to know rows by: embeddings have none, and fake tensors no values."""
-    return input_ids is not None and not isinstance(input_ids, FakeTensor)
+    return "input_ids" in inputs and not isinstance(inputs["input_ids"], FakeTensor)
 
 
 def _default_limit(root: Path) -> int:

@@ -15,6 +15,21 @@ Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
 BackboneDtype = Literal["bfloat16", Format]
 
+# what of a configuration decides which weights there are and what they mean
+SHAPE = (
+    "window_size",
+    "reduction_factor",
+    "fusion",
+    "num_heads",
+    "residual",
+    "side_heads",
+    "share_projections",
+    "output_mix",
+    "feature_modules",
+    "feature_sizes",
+    "causal",
+)
+
 _WIDE_WINDOW = 9  # slots from which the report drops features
 _WIDE_WINDOW_DROPOUT = 0.2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from fastpeft.ladder.config import BackboneDtype
 
 _CONVERSION = "fastpeft_conversion"  # an attribute of the model, which a copy of the model has too
+
+# by model the backbones that side networks read it by, while those exist; a copy of the model has none
+_readers: WeakKeyDictionary[nn.Module, WeakSet[Backbone]] = WeakKeyDictionary()
 
 
 class Conversion(NamedTuple):
@@ -43,21 +47,33 @@ def convert(backbone: Backbone, dtype: BackboneDtype | None) -> None:
     """Bring what is frozen of a model to `dtype`, in place: see `LadderConfig.backbone_dtype`.
 
     Its weights stay known by what they were before, so that a side network is recognised on the pretrained model. A
-    model that was converted already is left alone.
+    model that was converted already is left alone. From now on, while `backbone` exists, the model stays as it is.
 
     Raises:
-        FastpeftError: it was brought to another dtype before, PEFT wraps it, it is quantised already, or it holds no
-            linear layer whose weight could be. Nothing has changed then.
+        FastpeftError: it was brought to another dtype before, another backbone reads it as it is, PEFT wraps it, it is
+            quantised already, or it holds no linear layer whose weight could be. Nothing has changed then.
     """
-    before, kind = conversion_of(backbone.core), type(backbone.core).__name__
-    if (before.dtype if before else None) == dtype:
-        return
+    readers = _readers.setdefault(backbone.core, WeakSet())
+    before = conversion_of(backbone.core)
+    if (before.dtype if before else None) != dtype:
+        _convert(backbone, dtype, before, is_read=len(readers) > 0)
+    readers.add(backbone)
+
+
+def _convert(backbone: Backbone, dtype: BackboneDtype | None, before: Conversion | None, is_read: bool) -> None:
+    """`convert` to another dtype than the model has."""
+    kind = type(backbone.core).__name__
     if before is not None:
         raise FastpeftError(
             f"backbone_dtype={dtype!r}, but another side network brought this {kind} to {before.dtype!r}. Give "
             f"backbone_dtype={before.dtype!r}, or load the model once more."
         )
     assert dtype is not None
+    if is_read:
+        raise FastpeftError(
+            f"backbone_dtype={dtype!r}, but another side network or a pool reads this {kind} as it is, and would find "
+            "other features. Load the model once more, or leave backbone_dtype out."
+        )
     if backbone.model is not backbone.core:
         raise FastpeftError(
             f"backbone_dtype={dtype!r} beside a {type(backbone.model).__name__}: the adapter was made for the weights "

@@ -1,21 +1,27 @@
-"""What training many side networks together takes: batches below each other, steps, and streams of random numbers."""
+"""Training many side networks together: batches below each other, each member's steps, and its random numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import INPUTS
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+LABELS = ("labels", "start_positions", "end_positions")
 
 Batch: TypeAlias = Mapping[str, Tensor]
+Stepping: TypeAlias = Optimizer | tuple[Optimizer, LRScheduler]
+Stop: TypeAlias = Callable[[str, int, float], bool]
 
 
 def source_of(batch: Batch) -> Tensor:
@@ -116,3 +122,56 @@ class RandomStream:
         for each, state in zip(self._generators, self._states):
             each.set_state(state)
         self._states = states
+
+
+class Learner:
+    """A member in training.
+
+    Args:
+        name: of its task.
+        model: the member.
+        stepping: its optimizer, or a pair with its scheduler.
+        stream: what it draws from.
+        max_grad_norm: where to clip its gradient norm; None does not.
+
+    Attributes:
+        losses: of every step.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, stepping: Stepping, stream: RandomStream, max_grad_norm: float | None
+    ) -> None:
+        self.name, self.model = name, model
+        self.losses: list[float] = []
+        self._optimizer: Optimizer
+        self._scheduler: LRScheduler | None
+        self._optimizer, self._scheduler = stepping if isinstance(stepping, tuple) else (stepping, None)
+        self._stream, self._max_grad_norm = stream, max_grad_norm
+
+    def step(self, compute: Callable[[], Any]) -> None:
+        """A step by the loss of what `compute` returns.
+
+        Raises:
+            FastpeftError: there is no loss, or it is not finite. The step is not made then.
+        """
+        with self._stream:
+            loss = compute().loss
+            if loss is None:
+                raise FastpeftError(f"a batch for {self.name!r} has no labels. Give {', '.join(LABELS)}.")
+            loss.backward()
+            self.losses.append(loss.item())
+            if not math.isfinite(self.losses[-1]):
+                self._optimizer.zero_grad()
+                raise FastpeftError(
+                    f"the loss of {self.name!r} is {self.losses[-1]} at step {len(self.losses)}. Lower its learning "
+                    "rate, give max_grad_norm, or look at that batch."
+                )
+            if self._max_grad_norm is not None:
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            if isinstance(self._scheduler, ReduceLROnPlateau):
+                self._scheduler.step(self.losses[-1])
+            elif self._scheduler is not None:
+                self._scheduler.step()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,28 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone, autocast_of
+from fastpeft.ladder.backbone import Backbone, autocast_of, tokens_of
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.frozen import convert, is_quantised
 from fastpeft.ladder.pruning import prune
-from fastpeft.ladder.saved import ADAPTER_FOLDER, load_adapter, load_base, read_config, read_weights, task_fields
+from fastpeft.ladder.saved import (
+    ADAPTER_FOLDER,
+    check_shape,
+    check_weights,
+    describe_base,
+    load_base,
+    read_config,
+    read_weights,
+    some,
+    with_adapter,
+    write_card,
+)
 from fastpeft.ladder.side import SideNetwork, SideRun
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-# what of a configuration decides which weights there are and what they mean
-SHAPE = (
-    "window_size",
-    "reduction_factor",
-    "fusion",
-    "num_heads",
-    "residual",
-    "side_heads",
-    "share_projections",
-    "output_mix",
-    "feature_modules",
-    "feature_sizes",
-    "causal",
-)
 
 
 class LadderModel(PreTrainedModel):
@@ -100,13 +94,12 @@ class LadderModel(PreTrainedModel):
                 "LadderModel(base, LadderConfig(...))."
             )
         config = copy.deepcopy(config)
-        backbone = Backbone(base, config.feature_modules)
+        backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         if config.base_fingerprints:
             backbone.check(config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         config.causal = backbone.causal if config.causal is None else config.causal
-        sizes = backbone.feature_sizes(config.feature_sizes)
-        side = SideNetwork(config, sizes, len(backbone.layers), backbone.activation, config.causal)
+        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), backbone.activation, config.causal)
         head = backbone.head_parameters()
         _check_floating(head, type(backbone.core).__name__)
         if config.init == "pruned":
@@ -118,6 +111,9 @@ class LadderModel(PreTrainedModel):
         self.main_input_name = backbone.input_name
         self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
+        # what takes the place of a pass through the backbone, and of one through the side network
+        self._given_features: Sequence[Tensor] | None = None
+        self._given_output: Tensor | None = None
         base.requires_grad_(False)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         # the layer from which on gradients flow through the backbone; L + 1 where through none
@@ -127,7 +123,7 @@ class LadderModel(PreTrainedModel):
             parameter.requires_grad_(True)
         self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
-        self._describe_base()
+        describe_base(self.config, backbone.core)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -184,86 +180,107 @@ class LadderModel(PreTrainedModel):
         Raises:
             FastpeftError: the features do not have the shape of the input, or the base was copied or replaced.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
-        if (inputs if self.backbone.plain else text if text is not None else pixel_values) is None:
-            names = "inputs" if self.backbone.plain else "input_ids, inputs_embeds or pixel_values"
-            raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
-        tokens = None if text is None else text.shape[:2]  # (B, T); of other inputs, those of the first feature
-        if tokens is not None:
-            _check_mask(attention_mask, tokens)
         if self.backbone.model is not self.base:
             raise FastpeftError(
                 "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
                 "GPU, or a process per GPU by torchrun. Where it was replaced, make a new LadderModel."
             )
-        accepted = inspect.signature(self.backbone.core.forward).parameters
-        given: dict[str, Any] = {
+        text = input_ids if input_ids is not None else inputs_embeds
+        if (inputs if self.backbone.plain else text if text is not None else pixel_values) is None:
+            names = "inputs" if self.backbone.plain else "input_ids, inputs_embeds or pixel_values"
+            raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
+        if text is not None:
+            _check_mask(attention_mask, text.shape[:2])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids if "token_type_ids" in accepted else None,
+            "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
             "pixel_values": pixel_values,
             "labels": labels,
             "start_positions": start_positions,
             "end_positions": end_positions,
-            "use_cache": False if "use_cache" in accepted else None,
             "output_hidden_states": False,
         }
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        device = self.side.up.weight.device
-        mask = None if attention_mask is None else attention_mask.to(device).bool()
-        gradients = torch.is_grad_enabled()
+        mask = None if attention_mask is None else attention_mask.to(self.side.up.weight.device).bool()
         run = SideRun(self.side, mask, self.draw_seed(), keep_states=bool(output_hidden_states))
-
-        def feed(layer: int, feature: Tensor) -> None:
-            nonlocal tokens
-            if tokens is None:
-                tokens = feature.shape[:2]
-                _check_mask(attention_mask, tokens)
-            expected = (*tokens, self.side.feature_sizes[layer])
-            if feature.shape != expected:
-                raise FastpeftError(
-                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
-                    f"{expected}. {_CURE_OF_TEXT if text is not None else _CURE}"
-                )
-            if layer < self._gradients_from:
-                feature = feature.detach()
-            with torch.set_grad_enabled(gradients):
-                if self.backbone.plain:
-                    feature = feature.clone()  # an activation in place may follow
-                run.feed(layer, feature.to(device))
-            if layer == self._gradients_from - 1:
-                frozen.close()
-
-        with contextlib.ExitStack() as after_layers, contextlib.ExitStack() as frozen:
-            if self._gradients_from > 0:
-                frozen.enter_context(torch.no_grad())
-
-            def replace(feature: Tensor) -> Tensor:
-                """From here on the base computes its head."""
-                after_layers.enter_context(autocast_of(feature))  # the head is float32
-                return run.output().to(feature)
-
-            if self.feature_cache is not None and can_cache(input_ids):
-                read = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache")
-                features = self.feature_cache.features({k: given[k] for k in read if given[k] is not None})
-                for layer, feature in enumerate(features):
-                    feed(layer, feature)
-                around_base = self.backbone.skip_layers(replace(features[-1]))
-            else:
-                around_base = self.backbone.listen(feed, replace)
-            with around_base:
-                if self.backbone.plain:
-                    outputs = _with_loss(self.base(inputs), labels)
-                else:
-                    outputs = self.base(**{k: v for k, v in given.items() if v is not None}, return_dict=True)
-        if output_hidden_states:
+        if self.backbone.plain:
+            with self._around_base(run, {}):
+                outputs = _with_loss(self.base(inputs), labels)
+        else:
+            arguments = self.backbone.arguments(given)
+            with self._around_base(run, arguments):
+                outputs = self.base(**arguments, return_dict=True)
+        if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    @contextlib.contextmanager
+    def _around_base(self, run: SideRun, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """While the block runs, a pass of the base has the output of `run` for that of its encoder.
+
+        Where features are given or cached, or the output is given, the base's layers do not run.
+        """
+        features, output, cache = self._given_features, self._given_output, self.feature_cache
+        gradients, device = torch.is_grad_enabled(), self.side.up.weight.device
+        with contextlib.ExitStack() as around, contextlib.ExitStack() as frozen:
+            if self._gradients_from > 0:
+                frozen.enter_context(torch.no_grad())
+
+            def feed(layer: int, feature: Tensor) -> None:
+                if layer == 0:
+                    _check_mask(run.mask, feature.shape[:2])
+                if layer < self._gradients_from:
+                    feature = feature.detach()
+                with torch.set_grad_enabled(gradients):
+                    if self.backbone.plain:
+                        feature = feature.clone()  # an activation in place may follow
+                    run.feed(layer, feature.to(device))
+                if layer == self._gradients_from - 1:
+                    frozen.close()
+
+            def replace(feature: Tensor) -> Tensor:
+                """From here on the base computes its head."""
+                around.enter_context(autocast_of(feature))  # the head is float32
+                return run.output().to(feature)
+
+            if output is not None:
+                frozen.close()
+                around.enter_context(autocast_of(output))
+            elif features is None and cache is not None and can_cache(arguments):
+                features = cache.features(arguments)
+            if output is None and features is not None:
+                for layer, feature in enumerate(features):
+                    feed(layer, feature)
+                output = replace(features[-1])
+            if output is not None:
+                around.enter_context(self.backbone.skip_layers(output))
+            else:
+                around.enter_context(self.backbone.listen(feed, replace, tokens_of(arguments)))
+            yield
+
+    @contextlib.contextmanager
+    def reading(self, features: Sequence[Tensor]) -> Iterator[None]:
+        """While the block runs, passes read `features`, `B_0 .. B_L`, and the backbone's layers do not run."""
+        self._given_features = features
+        try:
+            yield
+        finally:
+            self._given_features = None
+
+    @contextlib.contextmanager
+    def answering(self, output: Tensor) -> Iterator[None]:
+        """While the block runs, passes take `output`, `(B, T, d)`, for the side network's: they compute the head."""
+        self._given_output = output
+        try:
+            yield
+        finally:
+            self._given_output = None
 
     def draw_seed(self) -> int:
         """A seed for what one pass drops, from torch's random state; 0 where nothing is dropped."""
@@ -324,21 +341,10 @@ class LadderModel(PreTrainedModel):
                     "an adapter in the backbone trains with the side network (train_adapters), so its features change "
                     "at every step and cannot be cached. Leave out either."
                 )
-            self.feature_cache = FeatureCache(self.backbone, self.side.feature_sizes, folder, dtype, max_bytes)
+            self.feature_cache = FeatureCache(self.backbone, folder, dtype, max_bytes)
         return self.feature_cache
 
     # -- files ---------------------------------------------------------------------------------------------------
-
-    def _describe_base(self) -> None:
-        """Copy into the configuration what names the base and its task."""
-        core, config = self.backbone.core, self.config
-        config.base_class = type(core).__name__
-        if self.backbone.plain:
-            return
-        for name, value in task_fields(core.config).items():
-            setattr(config, name, value)
-        config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
-        config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the side network and what trains of the head, their configuration and a model card.
@@ -347,42 +353,14 @@ class LadderModel(PreTrainedModel):
             save_directory: a folder, made if need be.
             args, kwargs: as for `PreTrainedModel.save_pretrained`.
         """
-        self._describe_base()
+        describe_base(self.config, self.backbone.core)
         if not self.config.base_fingerprints:
             self.config.base_fingerprints = self.backbone.fingerprints(self.adapters.values(), whole=True)
         if kwargs.get("is_main_process", True):
-            self._write_card(Path(save_directory))
+            write_card(self.config, Path(save_directory))
             if self.adapters:
                 self.base.save_pretrained(Path(save_directory) / ADAPTER_FOLDER)  # type: ignore[operator]
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _write_card(self, folder: Path) -> None:
-        """Write a model card; one that is there is kept."""
-        folder.mkdir(parents=True, exist_ok=True)
-        card = folder / "README.md"
-        if card.exists():
-            return
-        config = self.config
-        shown = (
-            "window_size",
-            "reduction_factor",
-            "fusion",
-            "num_heads",
-            "residual",
-            "init",
-            "layer_drop",
-            "share_projections",
-            "output_mix",
-            "backbone_dtype",
-        )
-        text = model_card(
-            base_model=config.base_model_name_or_path or "the base model",
-            method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
-            snippet=f"import fastpeft\n\nmodel = fastpeft.LadderModel.from_pretrained({folder.name!r})",
-            adapter=False,
-            settings={name: getattr(config, name) for name in shown} | {"feature_dropout": config.dropout},
-        )
-        card.write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -421,7 +399,7 @@ class LadderModel(PreTrainedModel):
                 f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
             )
         if config.train_adapters and not isinstance(base, PeftModel):
-            base = load_adapter(base, source, hub)
+            base = with_adapter(base, source, hub)
         unpruned = copy.deepcopy(config)
         unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
         model = cls(base, unpruned)
@@ -443,13 +421,7 @@ class LadderModel(PreTrainedModel):
         """
         name = os.fspath(source)
         saved = read_config(name, {})
-        different = [item for item in SHAPE if getattr(saved, item) != getattr(self.config, item)]
-        if different:
-            there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
-            here = ", ".join(repr(getattr(self.config, item)) for item in different)
-            raise FastpeftError(
-                f"the side network in {name!r} has another shape: its {there}, here {here}. Give the same values."
-            )
+        check_shape(saved, self.config, name)
         self.backbone.check(saved.base_fingerprints, saved.base_model_name_or_path, self.adapters.values())
         own = self.state_dict()
         weights = {_without_wrapper(item): tensor for item, tensor in read_weights(name, {}).items()}
@@ -467,35 +439,8 @@ class LadderModel(PreTrainedModel):
 
     def _take_in(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, all that train and no others."""
-        own = self.state_dict()
-        missing, unknown = sorted(self._trained - weights.keys()), sorted(weights.keys() - self._trained)
-        if missing or unknown:
-            raise FastpeftError(
-                f"{source!r} does not hold the weights of this model: missing {_some(missing)}, unknown "
-                f"{_some(unknown)}. Load it with the configuration and the kind of base it was saved with."
-            )
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() != own[name].is_floating_point() or not tensor.isfinite().all():
-                raise FastpeftError(
-                    f"{name} in {source!r} is damaged: it holds {tensor.dtype} numbers, or such as are not finite. "
-                    "Restore the file, or train anew."
-                )
-            if tensor.shape != own[name].shape:
-                raise FastpeftError(
-                    f"{name} in {source!r} has the shape {tuple(tensor.shape)} and here {tuple(own[name].shape)}. Load "
-                    "it on the backbone it was trained on, with as many classes."
-                )
+        check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
-
-
-_CURE_OF_TEXT = (
-    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
-    "feature_modules only layers of the backbone's width."
-)
-_CURE = (
-    "Name in feature_modules layers between which the number of tokens stays, H W for (B, C, H, W), and give in "
-    "feature_sizes their widths where they were not found."
-)
 
 
 def _check_floating(head: Mapping[str, nn.Parameter], kind: str) -> None:
@@ -504,7 +449,7 @@ def _check_floating(head: Mapping[str, nn.Parameter], kind: str) -> None:
     if quantised:
         modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
         raise FastpeftError(
-            f"the head of the {kind} is quantised ({_some(quantised)}), and it trains. Load the base with "
+            f"the head of the {kind} is quantised ({some(quantised)}), and it trains. Load the base with "
             f"BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like of another quantization_config."
         )
 
@@ -544,7 +489,3 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
 def _without_wrapper(name: str) -> str:
     """The name of a weight, the same whether PEFT wraps the base or not."""
     return name.replace("base.base_model.model.", "base.", 1)
-
-
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"

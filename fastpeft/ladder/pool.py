@@ -3,74 +3,38 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
-import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone, autocast_of
+from fastpeft.ladder.backbone import INPUTS, Backbone
+from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.frozen import conversion_of, convert
-from fastpeft.ladder.joint import INPUTS, Batch, RandomStream, evaluating, join, source_of, steps_of
+from fastpeft.ladder.joint import (
+    LABELS,
+    Batch,
+    Learner,
+    RandomStream,
+    Stepping,
+    Stop,
+    evaluating,
+    join,
+    source_of,
+    steps_of,
+)
+from fastpeft.ladder.members import Members, ladder_of, layer_names, share_backbone, twin_of
 from fastpeft.ladder.model import LadderModel
-from fastpeft.ladder.saved import read_config, task_fields
+from fastpeft.ladder.saved import read_config
 from fastpeft.ladder.side import SideRun
-from fastpeft.ladder.stack import SideStack, shape_of
 
-_LABELS = ("labels", "start_positions", "end_positions")
-
-Stop: TypeAlias = Callable[[str, int, float], bool]
-
-
-@dataclass(frozen=True)
-class _Members:
-    """The side networks of a pool at one time; a change makes another one, and calls keep theirs.
-
-    Attributes:
-        models: by task.
-        stacks: those of one shape together, with the tasks in the stack's order.
-    """
-
-    models: Mapping[str, LadderModel]
-    stacks: Sequence[tuple[tuple[str, ...], SideStack]]
-
-    def with_member(self, name: str, model: LadderModel) -> _Members:
-        return self._changed({**self.models, name: model}, shape_of(model.side))
-
-    def without(self, name: str) -> _Members:
-        left = {task: model for task, model in self.models.items() if task != name}
-        return self._changed(left, shape_of(self.models[name].side))
-
-    def _changed(self, models: Mapping[str, LadderModel], shape: Any) -> _Members:
-        """With `models`, of which only those of one shape are others than before."""
-        stacks = [(names, stack) for names, stack in self.stacks if shape_of(stack.sides[0]) != shape]
-        names = tuple(name for name, model in models.items() if shape_of(model.side) == shape)
-        if names:
-            stacks.append((names, SideStack([models[name].side for name in names])))
-        return _Members(models, stacks)
-
-    def batches(self, rows: Mapping[str, Sequence[int]]) -> Iterator[tuple[list[str], SideStack, list[int]]]:
-        """Which tasks are computed together, with their stack and their places in it.
-
-        They are padded to as many rows as the first of them has, so those with fewer than half as many wait.
-        """
-        for names, stack in self.stacks:
-            waiting = sorted((name for name in names if name in rows), key=lambda name: -len(rows[name]))
-            while waiting:
-                chosen = {name for name in waiting if 2 * len(rows[name]) >= len(rows[waiting[0]])}
-                waiting = [name for name in waiting if name not in chosen]
-                places = [place for place, name in enumerate(names) if name in chosen]
-                yield [names[place] for place in places], stack, places
+_MASKS = "mask_positions"  # what only members with a prompt take
 
 
 class LadderPool:
@@ -78,7 +42,8 @@ class LadderPool:
 
     Requests for different tasks share a batch: the backbone makes one pass over all rows, side networks of one shape
     are computed as one, and each row gets the answer of its task's head. Several side networks train from one pass
-    too. Every member is an ordinary `LadderModel`, whose backbone's weights are the pool's.
+    too. Every member is an ordinary `LadderModel`, or a `PromptModel` around one, whose backbone's weights are the
+    pool's.
 
     Args:
         base: a transformers model of text with a head, or PEFT's wrapper of one. It is taken over: its backbone is
@@ -116,14 +81,15 @@ class LadderPool:
                 f"a {type(self.backbone.core).__name__} takes {self.backbone.input_name}; a pool is for transformers "
                 "models of text, whose batches have input_ids. Give each task a LadderModel of its own."
             )
-        if backbone_dtype is not None:
-            convert(self.backbone, backbone_dtype)
+        found = conversion_of(self.backbone.core)
+        self._backbone_dtype = backbone_dtype or (found.dtype if found else None)
+        convert(self.backbone, self._backbone_dtype)
         self.base = base
+        self.feature_cache: FeatureCache | None = None
         self._feature_modules = feature_modules
-        self._backbone_dtype = self._found_dtype
         base.requires_grad_(False)
         self.backbone.body.eval()
-        self._members = _Members({}, [])
+        self._members = Members({}, [])
         self._changing = threading.Lock()
         # a pass listens to the backbone by hooks, a call changes modes, and fit whose random numbers are drawn
         self._passing = threading.RLock()
@@ -133,43 +99,48 @@ class LadderPool:
         """Names of the members, in the order in which they were added."""
         return tuple(self._members.models)
 
-    def __getitem__(self, name: str) -> LadderModel:
-        """The member of that name."""
-        return _look_up(self._members, name)
+    def __getitem__(self, name: str) -> Any:
+        """The member of that name, a `LadderModel` or a `PromptModel` around one."""
+        return self._members[name]
 
     # -- members -------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, side: str | os.PathLike[str] | LadderModel | LadderConfig) -> LadderModel:
+    def add(self, name: str, side: str | os.PathLike[str] | nn.Module | LadderConfig) -> Any:
         """Take in a side network.
 
         Args:
             name: of its task.
-            side: what `LadderModel.save_pretrained` wrote (a folder or a hub id); or a model, which may have another
-                head than the pool's base, and whose backbone's weights, which must be equal, give way to the pool's;
-                or the configuration of a new side network, whose head starts as that of the pool's base and has its
-                labels.
+            side: what `LadderModel.save_pretrained` or `PromptModel.save_pretrained` wrote (a folder or a hub id); or
+                such a model, which may have another head than the pool's base, and whose backbone's weights, which must
+                be equal, give way to the pool's; or the configuration of a new side network, whose head starts as that
+                of the pool's base and has its labels.
 
         Returns:
-            The member, in evaluation mode: train it, save it and load it as any `LadderModel`.
+            The member, in evaluation mode: train it, save it and load it as any `LadderModel`, or `PromptModel` where
+            it has a prompt with label words.
 
         Raises:
             FastpeftError: the name is taken, the side network belongs to another backbone, other layers or another kind
                 of head, its head is another member's too, a configuration asks for other labels, or nothing of this
                 kind is there.
+
+        Example:
+            >>> pool.add("mood", LadderConfig())  # doctest: +SKIP
+            >>> pool.add("mood", PromptModel(pool.remove("mood"), tokenizer, prompt))  # doctest: +SKIP
         """
         self._check_free(name)
-        model = side if isinstance(side, LadderModel) else self._beside_a_twin(side)
-        self._check_layers(model)
+        member: Any = side if isinstance(ladder_of(side), LadderModel) else self._beside_a_twin(side)
+        self._check_layers(ladder_of(member))
         with self._changing:
             self._check_free(name)
-            self._check_own_head(model)
-            if model is side:
-                self._share_backbone(model)
-            model.eval()
-            self._members = self._members.with_member(name, model)
-        return model
+            self._check_own_head(member)
+            if member is side:
+                share_backbone(ladder_of(member), self.backbone)
+            member.eval()
+            self._members = self._members.with_member(name, member)
+        return member
 
-    def remove(self, name: str) -> LadderModel:
+    def remove(self, name: str) -> Any:
         """Give up a member; calls that have begun still answer for it.
 
         Returns:
@@ -179,13 +150,13 @@ class LadderPool:
             FastpeftError: there is none of that name.
         """
         with self._changing:
-            model = _look_up(self._members, name)
+            member = self._members[name]
             self._members = self._members.without(name)
-            for parameter in model.side.parameters():
+            for parameter in ladder_of(member).side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
-        return model
+        return member
 
-    def _beside_a_twin(self, side: str | os.PathLike[str] | LadderConfig) -> LadderModel:
+    def _beside_a_twin(self, side: Any) -> Any:
         """A saved or a new side network, on the pool's backbone."""
         if isinstance(side, LadderConfig):
             config = copy.copy(side)
@@ -195,37 +166,33 @@ class LadderPool:
             self._check_labels(config)
             return LadderModel(self._twin(), config)
         if not isinstance(side, str | os.PathLike):
+            around = "" if (inside := ladder_of(side)) is side else f" around a {type(inside).__name__}"
             raise FastpeftError(
-                f"a pool takes a folder, a LadderModel or a LadderConfig, not a {type(side).__name__}. Give one of "
-                "these; of a PromptModel its masked_lm, which answers with the logits of the vocabulary."
+                "a pool takes a folder, a LadderModel, a PromptModel around one, or a LadderConfig, not a "
+                f"{type(side).__name__}{around}. Give one of these."
             )
-        config = read_config(os.fspath(side), {})
+        from fastpeft.prompt_model import PromptModel, holds_label_words  # which has use for all of this package
+
+        source = os.fspath(side)
+        config = read_config(source, {})
         _refuse_adapter(config)  # before it is put into the twin, whose weights are the pool's
         self._check_dtype(config)
+        prompted = holds_label_words(source)
         if config.base_class != (own := type(self.backbone.core).__name__):
             raise FastpeftError(
-                f"{os.fspath(side)!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
-                "LadderModel.from_pretrained, which brings its head along, and add that."
+                f"{source!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
+                f"{'PromptModel' if prompted else 'LadderModel'}.from_pretrained, which brings its head along, and add "
+                "that."
             )
-        return LadderModel.from_pretrained(side, base=self._twin(config))
+        model = LadderModel.from_pretrained(source, base=self._twin(config))
+        return PromptModel.from_pretrained(source, masked_lm=model) if prompted else model
 
     def _check_free(self, name: str) -> None:
         if name in self._members.models:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
-    @property
-    def _found_dtype(self) -> BackboneDtype | None:
-        """The base's `backbone_dtype` as it is now, whoever brought it there."""
-        converted = conversion_of(self.backbone.core)
-        return converted.dtype if converted else None
-
     def _check_dtype(self, config: LadderConfig) -> None:
         own, other = self._backbone_dtype, config.backbone_dtype
-        if (found := self._found_dtype) != own:
-            raise FastpeftError(
-                f"a LadderModel on the pool's own base brought it from backbone_dtype={own!r} to {found!r}, and with "
-                f"it all tasks. Load the base once more and make a LadderPool(base, backbone_dtype={found!r})."
-            )
         if own != other:
             raise FastpeftError(
                 f"the side network goes beside a backbone with backbone_dtype={other!r}, the pool's has {own!r}, and "
@@ -245,14 +212,14 @@ class LadderPool:
     def _check_layers(self, model: LadderModel) -> None:
         _refuse_adapter(model.config)
         self._check_dtype(model.config)
-        own, others = _layer_names(self.backbone), _layer_names(model.backbone)
+        own, others = layer_names(self.backbone), layer_names(model.backbone)
         if own != others:
             raise FastpeftError(
                 f"the side network reads {len(others)} layers, {others[0]} to {others[-1]}, the pool {len(own)}, "
                 f"{own[0]} to {own[-1]}. Give both the same feature_modules."
             )
 
-    def _check_own_head(self, model: LadderModel) -> None:
+    def _check_own_head(self, model: nn.Module) -> None:
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         for name, other in self._members.models.items():
             if any(id(parameter) in trained for parameter in other.parameters()):
@@ -261,33 +228,9 @@ class LadderPool:
                     "LadderConfig, for which the pool makes a head, or make it on a base of its own."
                 )
 
-    def _share_backbone(self, model: LadderModel) -> None:
-        """Let a model's backbone have the pool's weights in place of its own, which must be equal."""
-        own = dict(self.backbone.body.named_parameters(remove_duplicate=False))
-        replaced = {}
-        for name, theirs in model.backbone.body.named_parameters(remove_duplicate=False):
-            if theirs.requires_grad:  # a pooler, which belongs to the head
-                continue
-            if name not in own or not _equal(theirs, own[name]):
-                raise FastpeftError(
-                    f"the side network stands on another backbone: its {name} differs from the pool's. Make a pool of "
-                    f"{model.config.base_model_name_or_path or 'the model it was trained on'}."
-                )
-            replaced[id(theirs)] = own[name]
-        for module in model.base.modules():  # all of them: a decoder may be tied to the embeddings
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) in replaced:
-                    setattr(module, key, replaced[id(parameter)])
-
-    def _twin(self, config: LadderConfig | None = None) -> nn.Module:
-        """The base once more: a head of its own, for the labels of `config`, and for the rest the pool's tensors."""
-        head = {id(parameter) for parameter in self.backbone.head_parameters().values()}
-        tensors = itertools.chain(self.base.parameters(), self.base.buffers())
+    def _twin(self, config: LadderConfig | None = None) -> Any:
         with self._passing:  # no hooks are copied
-            twin = copy.deepcopy(self.base, {id(tensor): tensor for tensor in tensors if id(tensor) not in head})
-        if config is not None:
-            _relabel(Backbone(twin, self._feature_modules).core, task_fields(config))
-        return twin
+            return twin_of(self.backbone, config)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -297,7 +240,9 @@ class LadderPool:
 
         Args:
             batch: `input_ids` `(B, T)` or `inputs_embeds` `(B, T, d)`, and as the base takes them `attention_mask`,
-                `token_type_ids` and `position_ids`; no labels.
+                `token_type_ids` and `position_ids`; no labels. Rows of a task with a prompt are those of its
+                `prompt.encode`; where their masks are may be told by `mask_positions` `(B,)`, which means nothing to
+                other rows.
             tasks: the task of every row, in any order.
 
         Returns:
@@ -311,24 +256,26 @@ class LadderPool:
         batch = self._check_batch(batch)
         if len(tasks) != len(source_of(batch)):
             raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
-        if labels := [name for name in _LABELS if name in batch]:
+        if labels := [name for name in LABELS if name in batch]:
             raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train by outputs or fit.")
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
-            _look_up(members, name)
             rows.setdefault(name, []).append(row)
-        asked = [members.models[name] for name in rows]
-        parts = (self.backbone.body, *(part for model in asked for part in (model.side, model.base)))
+        asked = {name: members[name] for name in rows}
+        ladders = [ladder_of(member) for member in asked.values()]
+        parts = (self.backbone.body, *(part for ladder in ladders for part in (ladder, ladder.side, ladder.base)))
         with self._passing, evaluating(parts):
             encoded = self._encode(members, batch, rows)
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():
                 part = {key: value[rows[name]] for key, value in batch.items()}
-                for row, answer in zip(rows[name], _by_row(_answer(members.models[name], output, part))):
-                    answers[row] = answer
+                with ladder_of(asked[name]).answering(output):
+                    answer = _run(asked[name], part)
+                for row, own in zip(rows[name], _by_row(answer)):
+                    answers[row] = own
         return answers
 
-    def _encode(self, members: _Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """What every task's side network makes of its rows, `(its rows, T, d)` in the backbone's dtype."""
         source = source_of(batch)
         mask = batch.get("attention_mask")
@@ -354,7 +301,7 @@ class LadderPool:
                     encoded[name] = part[: len(rows[name])]
             return feature
 
-        self._pass(batch, feed, finish)
+        self.backbone.run_body(batch, feed, finish)
         return encoded
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -379,15 +326,15 @@ class LadderPool:
         given: Any = batch
         by_task = bool(batch) and all(isinstance(value, Mapping) for value in batch.values())
         names = list(tasks if tasks is not None else batch if by_task else members.models)
-        models = {name: _look_up(members, name) for name in names}
+        chosen = {name: members[name] for name in names}
         passed = self._features({name: given[name] if by_task else given for name in names})
-        for name, model in models.items():
-            yield name, self._train_pass(model, *passed[name])
+        for name, member in chosen.items():
+            yield name, self._train_pass(member, *passed[name])
 
     def fit(
         self,
         data: Iterable[Batch] | Mapping[str, Iterable[Batch]],
-        optimizers: Mapping[str, Optimizer | tuple[Optimizer, LRScheduler]],
+        optimizers: Mapping[str, Stepping],
         *,
         epochs: int = 1,
         seed: int | Mapping[str, int] = 0,
@@ -417,97 +364,74 @@ class LadderPool:
             on batches of their own to rounding, since they are padded to one length for the backbone.
         """
         members = self._members
-        models = {name: _look_up(members, name) for name in optimizers}
-        stepping = {name: given if isinstance(given, tuple) else (given, None) for name, given in optimizers.items()}
-        seeds = {name: seed.get(name, 0) if isinstance(seed, Mapping) else seed for name in models}
-        streams = {name: RandomStream(seeds[name], self.backbone.core.device) for name in models}
-        losses: dict[str, list[float]] = {name: [] for name in models}
+        learners = {}
+        for name, stepping in optimizers.items():
+            own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed
+            stream = RandomStream(own_seed, self.backbone.core.device)
+            learners[name] = Learner(name, members[name], stepping, stream, max_grad_norm)
         stopped: set[str] = set()
         try:
             with self._passing:
-                for model in models.values():
-                    model.train()
-            for batches in steps_of(data, tuple(models), epochs, stopped):
+                for learner in learners.values():
+                    learner.model.train()
+            for batches in steps_of(data, tuple(learners), epochs, stopped):
                 for name, passed in self._features(batches).items():
-                    optimizer, scheduler = stepping[name]
-                    with self._passing, streams[name]:  # calls see no half of a step, and draw nothing of its stream
-                        loss = self._train_pass(models[name], *passed).loss
-                        if loss is None:
-                            raise FastpeftError(f"a batch for {name!r} has no labels. Give {', '.join(_LABELS)}.")
-                        loss.backward()
-                        losses[name].append(loss.item())
-                        if not math.isfinite(losses[name][-1]):
-                            optimizer.zero_grad()
-                            raise FastpeftError(
-                                f"the loss of {name!r} is {losses[name][-1]} at step {len(losses[name])}. Lower its "
-                                "learning rate, give max_grad_norm, or look at that batch."
-                            )
-                        if max_grad_norm is not None:
-                            trained = [parameter for parameter in models[name].parameters() if parameter.requires_grad]
-                            nn.utils.clip_grad_norm_(trained, max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        if isinstance(scheduler, ReduceLROnPlateau):
-                            scheduler.step(losses[name][-1])
-                        elif scheduler is not None:
-                            scheduler.step()
-                    if stop is not None and stop(name, len(losses[name]), losses[name][-1]):
+                    learner = learners[name]
+                    with self._passing:  # calls see no half of a step, and draw nothing of its stream
+                        learner.step(partial(self._train_pass, learner.model, *passed))
+                    if stop is not None and stop(name, len(learner.losses), learner.losses[-1]):
                         stopped.add(name)
         finally:
             with self._passing:
-                for model in models.values():
-                    model.eval()
-        return losses
+                for learner in learners.values():
+                    learner.model.eval()
+        return {name: learner.losses for name, learner in learners.items()}
+
+    def cache_features(
+        self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
+    ) -> FeatureCache | None:
+        """From now on train on features that are read from a folder; the backbone runs on rows not yet there.
+
+        So `fit` and `outputs` need no pass of the backbone for rows that any of its side networks has seen, in a pool
+        or alone: the folder is that of `LadderModel.cache_features`, as the arguments are. Calls compute features.
+
+        Returns:
+            The cache, whose `hits` and `misses` count rows; None where caching ended.
+
+        Raises:
+            FastpeftError: an argument cannot be used, or the folder cannot be written.
+        """
+        self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
+        return self.feature_cache
 
     def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:
-        """One pass over all batches: for each its features `B_0 .. B_L` and what of it the models take."""
+        """One pass over all batches, or none: for each its features `B_0 .. B_L` and what of it the models take."""
         if not batches:
             return {}
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
-        features: list[Tensor] = []
         joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
         with self._passing, torch.no_grad():
-            self._pass(joined, lambda layer, feature: features.append(feature), lambda feature: feature)
+            cache = self.feature_cache
+            source: FeatureCache | Backbone = cache if cache is not None and can_cache(joined) else self.backbone
+            features = source.features(joined)
         passed = {key: ([feature[places[key]] for feature in features], batch) for key, batch in distinct.items()}
         return {name: passed[id(batch)] for name, batch in batches.items()}
 
-    def _train_pass(self, model: LadderModel, features: Sequence[Tensor], batch: Batch) -> Any:
-        """What the model's own pass returns, on features that are there."""
-        mask = batch.get("attention_mask")
-        with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
-            seed = model.draw_seed()
-            output = model.side(features, None if mask is None else mask.bool(), seed)
-            return _answer(model, output.to(features[-1].dtype), batch)
+    def _train_pass(self, member: Any, features: Sequence[Tensor], batch: Batch) -> Any:
+        """What the member's own pass returns, on features that are there."""
+        # a call would change its mode, and the model may stand on the pool's base itself
+        with self._passing, ladder_of(member).reading(features):
+            return _run(member, batch)
 
-    # -- the backbone --------------------------------------------------------------------------------------------
-
-    def _pass(self, batch: Batch, feed: Callable[[int, Tensor], None], end: Callable[[Tensor], Tensor]) -> None:
-        """The backbone's pass over the inputs of `batch`, without its head; `feed` and `end` as of `listen`."""
-        body = self.backbone.body
-        given: dict[str, Any] = {name: batch[name] for name in INPUTS if name in batch}
-        if "use_cache" in inspect.signature(body.forward).parameters:
-            given["use_cache"] = False
-
-        def checked(layer: int, feature: Tensor) -> None:
-            expected = (*source_of(batch).shape[:2], self.backbone.hidden_size)
-            if feature.shape != expected:
-                raise FastpeftError(
-                    f"the feature of layer {layer} has the shape {tuple(feature.shape)}; it must be (B, T, d), here "
-                    f"{expected}. Load the base with attn_implementation='sdpa', and name in feature_modules only "
-                    "layers of the backbone's width."
-                )
-            feed(layer, feature)
-
-        with self.backbone.listen(checked, end):
-            body(**given)
+    # -- batches -------------------------------------------------------------------------------------------------
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch on the backbone's device, without token types where the base knows none."""
-        unknown = batch.keys() - {*INPUTS, *_LABELS}
+        """The batch on the backbone's device."""
+        unknown = batch.keys() - {*INPUTS, *LABELS, _MASKS}
         if unknown or not ("input_ids" in batch or "inputs_embeds" in batch):
             raise FastpeftError(
                 f"the batch has {', '.join(batch) or 'no entries'}; a pool takes input_ids or inputs_embeds, and "
-                f"beside them {', '.join(INPUTS[1:4])}, and to train {', '.join(_LABELS)}."
+                f"beside them {', '.join((*INPUTS[1:4], _MASKS))}, and to train {', '.join(LABELS)}."
             )
         mask, shape = batch.get("attention_mask"), source_of(batch).shape[:2]
         if mask is not None and mask.shape != shape:
@@ -515,21 +439,13 @@ class LadderPool:
                 f"attention_mask has the shape {tuple(mask.shape)}; a pool takes (B, T), here {tuple(shape)}, 1 for "
                 "tokens and 0 for padding."
             )
-        accepted = inspect.signature(self.backbone.core.forward).parameters
-        device = self.backbone.core.device
-        return {name: value.to(device) for name, value in batch.items() if name != "token_type_ids" or name in accepted}
+        return {name: value.to(self.backbone.core.device) for name, value in batch.items()}
 
 
-# -- one member ----------------------------------------------------------------------------------------------------
-
-
-def _answer(model: LadderModel, output: Tensor, batch: Batch) -> Any:
-    """What the model returns where its encoder's output is `output`, in the backbone's dtype."""
-    given: dict[str, Any] = dict(batch)
-    if "use_cache" in inspect.signature(model.backbone.core.forward).parameters:
-        given["use_cache"] = False
-    with model.backbone.skip_layers(output), autocast_of(output):
-        return model.base(**given, return_dict=True)
+def _run(member: Any, batch: Batch) -> Any:
+    """What a member returns for a batch, which may tell where the masks of other members' rows are."""
+    own = batch if hasattr(member, "prompt") else {name: value for name, value in batch.items() if name != _MASKS}
+    return member(**own, return_dict=True)
 
 
 def _by_row(output: Any) -> list[Any]:
@@ -545,40 +461,3 @@ def _refuse_adapter(config: LadderConfig) -> None:
             "the side network trained together with an adapter inside the backbone, so its features are its own. Use "
             "it by itself, or train one without train_adapters (siva_layers)."
         )
-
-
-def _look_up(members: _Members, name: str) -> LadderModel:
-    if name not in members.models:
-        there = ", ".join(map(repr, members.models)) or "none"
-        raise FastpeftError(f"the pool has no task {name!r}; its tasks are {there}. Add it first.")
-    return members.models[name]
-
-
-def _layer_names(backbone: Backbone) -> list[str]:
-    names = {module: name for name, module in backbone.body.named_modules()}
-    return [names[layer] for layer in backbone.layers]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights are the same, or one is a cast of the other."""
-    if a.shape != b.shape:
-        return False
-    if a.dtype != b.dtype and a.is_floating_point() and b.is_floating_point():
-        least = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        a, b = a.to(least), b.to(least)
-    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-
-
-def _relabel(core: Any, fields: Mapping[str, Any]) -> None:
-    """Give a model's head the outputs that other labels need; its weights are to be loaded."""
-    for name, value in fields.items():
-        setattr(core.config, name, value)
-    if getattr(core, "num_labels", core.config.num_labels) == core.config.num_labels:
-        return
-    core.num_labels = core.config.num_labels
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in type(core)(core.config).named_parameters()}
-    for name, parameter in list(core.named_parameters()):
-        if shapes.get(name, parameter.shape) != parameter.shape:
-            module, _, key = name.rpartition(".")
-            setattr(core.get_submodule(module), key, nn.Parameter(parameter.new_empty(shapes[name])))

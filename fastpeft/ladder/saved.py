@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,22 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from fastpeft.adapters import check_file
+from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import source_options
-from fastpeft.ladder.config import LadderConfig
+from fastpeft.hub import model_options
+from fastpeft.ladder.config import SHAPE, LadderConfig
+from fastpeft.named_files import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
+    check_named_files(Path(source))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
     except Exception as error:  # a broken file surfaces as almost any type
@@ -63,7 +67,7 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
         "revision": config.base_revision or "main",
         "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
         "use_safetensors": True,
-        **source_options(name),
+        **model_options(name),
         **task_fields(config),
         **arguments,
     }
@@ -77,14 +81,25 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     return base
 
 
+def describe_base(config: LadderConfig, core: Any) -> None:
+    """Copy into the configuration of a side network what names its base and the task of that."""
+    config.base_class = type(core).__name__
+    if not isinstance(core, PreTrainedModel):
+        return
+    for name, value in task_fields(core.config).items():
+        setattr(config, name, value)
+    config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
+    config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision
+
+
 def task_fields(config: Any) -> dict[str, Any]:
     """What the configuration of a model with a head says of its task."""
     names = ("id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
-def load_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
-    """Put the adapter that was trained beside a saved side network onto its base.
+def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
+    """The base of a saved side network with the adapter that was trained beside that.
 
     Raises:
         FastpeftError: it cannot be read or put there.
@@ -101,3 +116,75 @@ def load_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = N
         raise FastpeftError(
             f"cannot load the adapter beside the side network in {source!r}: {first_line(error)} Train it anew."
         ) from error
+
+
+def check_shape(saved: LadderConfig, own: LadderConfig, source: str) -> None:
+    """Raise `FastpeftError` unless the side network saved in `source` has the weights that one of `own` has."""
+    different = [item for item in SHAPE if getattr(saved, item) != getattr(own, item)]
+    if different:
+        there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
+        here = ", ".join(repr(getattr(own, item)) for item in different)
+        raise FastpeftError(
+            f"the side network in {source!r} has another shape: its {there}, here {here}. Give the same values."
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: Set[str], source: str) -> None:
+    """Raise `FastpeftError` unless saved weights are all that train of a model, and are sound.
+
+    Args:
+        weights: as they were saved.
+        own: the state of the model.
+        trained: names of what trains.
+        source: where the weights come from.
+    """
+    missing, unknown = sorted(trained - weights.keys()), sorted(weights.keys() - trained)
+    if missing or unknown:
+        raise FastpeftError(
+            f"{source!r} does not hold the weights of this model: missing {some(missing)}, unknown {some(unknown)}. "
+            "Load it with the configuration and the kind of base it was saved with."
+        )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() != own[name].is_floating_point() or not tensor.isfinite().all():
+            raise FastpeftError(
+                f"{name} in {source!r} is damaged: it holds {tensor.dtype} numbers, or such as are not finite. Restore "
+                "the file, or train anew."
+            )
+        if tensor.shape != own[name].shape:
+            raise FastpeftError(
+                f"{name} in {source!r} has the shape {tuple(tensor.shape)} and here {tuple(own[name].shape)}. Load it "
+                "on the backbone it was trained on, with as many classes."
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
+
+
+def write_card(config: LadderConfig, folder: Path) -> None:
+    """Write a model card; one that is there is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = folder / "README.md"
+    if card.exists():
+        return
+    shown = (
+        "window_size",
+        "reduction_factor",
+        "fusion",
+        "num_heads",
+        "residual",
+        "init",
+        "layer_drop",
+        "share_projections",
+        "output_mix",
+        "backbone_dtype",
+    )
+    text = model_card(
+        base_model=config.base_model_name_or_path or "the base model",
+        method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
+        snippet=f"import fastpeft\n\nmodel = fastpeft.LadderModel.from_pretrained({folder.name!r})",
+        adapter=False,
+        settings={name: getattr(config, name) for name in shown} | {"feature_dropout": config.dropout},
+    )
+    card.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastpeft.ladder.model import SHAPE
+from fastpeft.ladder.config import SHAPE
 from fastpeft.ladder.side import SideNetwork
 
 _STACKED = ("down", "projections", "blocks", "up")  # the parts of a side network that are computed for all at once

@@ -18,7 +18,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.parallel import digest, local_part
+from fastpeft.mezo.parallel import digest, local_part, names_of
 from fastpeft.mezo.steps import CHOICES, HOME, Estimator, moves, update
 
 logger = logging.getLogger(__name__)
@@ -225,6 +225,25 @@ class Journal:
                 "anew, with the same dtype and seed."
             )
 
+    def check_settings(self, found: Mapping[str, Any]) -> None:
+        """Raise a FastpeftError unless the run had the settings `found`, by their names in the header."""
+        for name, value in found.items():
+            if self.header[name] != value:
+                what = name if name == "groups" else f"{name} {self.header[name]!r}, not {value!r}"
+                raise FastpeftError(
+                    f"MeZO: the journal {self.path} is of a run with another {what}. Make the optimizer as that run "
+                    "did."
+                )
+
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise a FastpeftError if an optimizer's groups with parameters have other settings than when it began."""
+        for name in ("eps", "weight_decay"):
+            if [group[name] for group in groups] != [group[name] for group in self.header["groups"]]:
+                raise FastpeftError(
+                    f"MeZO: {name} changed, but the journal {self.path} has one for all of its steps. Begin another "
+                    "one with `record`."
+                )
+
     def records(self) -> Iterator[Record]:
         """All records, from the first."""
         return self._parse(self.content())
@@ -351,6 +370,23 @@ class Journal:
         for group in self.header["groups"]:
             groups.append([next(rest) for _ in group["parameters"]])
         return groups
+
+
+def describe_groups(groups: Iterable[tuple[Mapping[str, Any], Sequence[int]]]) -> list[dict[str, Any]]:
+    """What a header says of an optimizer's groups, each given with the places of its parameters in the noise."""
+    described = []
+    for group, offsets in groups:
+        parameters = [
+            {"name": name, "shape": list(param.shape), "dtype": str(param.dtype), "offset": offset}
+            for name, param, offset in zip(names_of(group), group["params"], offsets)
+        ]
+        described.append({"eps": group["eps"], "weight_decay": group["weight_decay"], "parameters": parameters})
+    return described
+
+
+def position_of(state: Mapping[str, Any]) -> Position:
+    """Where in its run an optimizer stood, by its `state_dict`; the first versions did not count what was dropped."""
+    return state["steps_done"], state.get("dropped", 0)
 
 
 def _read_header(text: bytes) -> dict[str, Any] | None:

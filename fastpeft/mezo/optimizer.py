@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
-import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,22 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.functional import mezo_perturb_
 from fastpeft.interrupts import uninterrupted
-from fastpeft.mezo.exact import ScratchWeights
-from fastpeft.mezo.journal import Journal, Kind, Position, Record
-from fastpeft.mezo.parallel import (
-    Ranks,
-    check_sharding,
-    digest,
-    fingerprints,
-    is_sharded,
-    local_part,
-    local_parts,
-    names_of,
-    reshard,
-)
-from fastpeft.mezo.steps import CHOICES, HOME, Estimator, Point, Term, moves, update
+from fastpeft.mezo.closure import check_repeated, dropout_off, loss_of
+from fastpeft.mezo.journal import Journal, Kind, Record, describe_groups, position_of
+from fastpeft.mezo.parallel import Ranks, check_sharding, digest, fingerprints, reshard
+from fastpeft.mezo.perturbing import PerturbingOptimizer
+from fastpeft.mezo.steps import CHOICES, HOME, Estimator, Point, is_number, update
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +27,7 @@ _WATCH_EVERY = 100  # steps; while each op is looked at, nothing that torch.comp
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-class MeZO(torch.optim.Optimizer):
+class MeZO(PerturbingOptimizer):
     r"""Train any parameters by two forward passes a step and no backward pass.
 
     With z standard normal noise of this step's seed, L the loss and theta what is trained:
@@ -152,7 +136,7 @@ class MeZO(torch.optim.Optimizer):
             if value not in CHOICES[name]:
                 raise FastpeftError(f"MeZO: {name} is {value!r}; allowed are {', '.join(CHOICES[name])}.")
         self.estimator = Estimator(estimator, num_estimates)
-        if max_projected_grad is not None and not (_is_number(max_projected_grad) and max_projected_grad > 0):
+        if max_projected_grad is not None and not (is_number(max_projected_grad) and max_projected_grad > 0):
             raise FastpeftError(
                 f"MeZO: max_projected_grad is {max_projected_grad!r}; allowed are a number above 0 and None, which "
                 "sets no limit."
@@ -167,83 +151,32 @@ class MeZO(torch.optim.Optimizer):
         if restore == "exact" and model is None:
             raise FastpeftError("MeZO: restore='exact' needs the model, to show its forward other weights: pass model.")
         params = list(model_or_params)
-        self._model = model
         self._ranks = Ranks(process_group)
         self.seed = self._ranks.gather(seed)[0]
-        self.noise = noise
         self.max_projected_grad = max_projected_grad
         self.on_nonfinite = on_nonfinite
         self.defer = defer
-        self.restore = restore
-        self.rounding = rounding if restore == "exact" else "nearest"  # of the update
         self.steps_done = 0
         self.journal: Journal | None = None
         self._dropped = 0  # estimates since the last step of which settle() left the roundings
         self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
-        self._point = HOME  # where the weights are; not HOME only between estimate and update
         self._points_seen = 0  # of the estimate that no step has applied yet
-        self._shown: ScratchWeights | None = None  # with restore="exact"
         self._skip = False  # whether that estimate was of no use
-        # for each group the terms (seeds, scales) and the decay that the weights still lack to be those of the model
-        self._deferred: list[tuple[list[int], list[float], float]] = []
         self._held = False  # inside `settled()`
         self._checked = False  # whether the closure was seen to repeat its loss, and all processes to be the same
-        if params:  # torch refuses an empty list in words of its own
-            super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
-        if not params or not any(group["params"] for group in self.param_groups):
-            raise FastpeftError(
-                "MeZO got no parameter that requires a gradient, so there is nothing to train. Call "
-                "requires_grad_(True) on what is to be trained, before making the optimizer."
-            )
+        super().__init__(params, lr, eps, weight_decay, model=model, noise=noise, restore=restore, rounding=rounding)
 
     @property
     def projected_grad(self) -> float | None:
         """g of the last step, see the class."""
         return None if self._slopes is None else sum(self._slopes)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory that `restore="exact"` needs beside the weights, as far as the forwards so far have shown."""
-        return 0 if self._shown is None else self._shown.nbytes
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; of its parameters those that require a gradient now are trained."""
         if self.journal is not None:
             raise FastpeftError("MeZO: a run with a journal takes no further parameters. Add them before `record`.")
         self.settle()
-        group = self.defaults | param_group
-        for name, allowed, fits in (
-            ("lr", "0 or more", operator.ge),
-            ("eps", "above 0", operator.gt),
-            ("weight_decay", "0 or more", operator.ge),
-        ):
-            value = group[name]
-            if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:  # as torch allows
-                value = value.item()
-            if not (_is_number(value) and fits(value, 0) and math.isfinite(value)):
-                raise FastpeftError(f"MeZO: {name} is {value!r}; allowed is a finite number, {allowed}.")
-        given = group["params"]
-        trained: dict[int, Any] = {}
-        tensors = [part for other, offsets in self._groups() for part in local_parts(other, offsets)[0]]
-        for item in [given] if isinstance(given, Tensor) else given:
-            name, param = item if isinstance(item, tuple) else (str(len(trained)), item)  # as torch allows
-            if not isinstance(param, Tensor):
-                raise FastpeftError(f"MeZO trains tensors, but among the parameters is a {type(param).__name__}.")
-            if param.requires_grad and id(param) not in trained:
-                trained[id(param)] = item
-                if param.is_meta:
-                    raise FastpeftError(
-                        f"MeZO: parameter {name!r} is on the meta device, so it has no values to train. Load the "
-                        "model's weights first."
-                    )
-                check_sharding([param], self.restore, self._model)
-                tensors.append(local_part(param, 0, name)[0])
-        if tensors:  # a perturbation of no terms: its checks of dtypes and of memory, before the first step
-            mezo_perturb_(tensors, [0] * len(tensors), seeds=[], scales=[])
-        super().add_param_group({**group, "params": list(trained.values())})
-        if self.restore == "exact" and self._model is not None:
-            places = {p: at for group, offsets in self._groups() for p, at in zip(group["params"], offsets)}
-            self._shown = ScratchWeights(self._model, places)
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
         """Make one step.
@@ -295,12 +228,14 @@ class MeZO(torch.optim.Optimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with self._dropout_off(), self._shown.shown(watch) if self._shown else nullcontext():
+            with dropout_off(self._model), self._shown.shown(watch) if self._shown else nullcontext():
                 for point in self.estimator.points:
                     self._go(point)
                     each = self._losses(closure)
                     if not self._checked and all(map(math.isfinite, each)):
-                        each = self._repeated(each, self._losses(closure))
+                        again = self._losses(closure)
+                        check_repeated(each, again, self._ranks)
+                        each, self._checked = again, True
                     for rank, loss in enumerate(each):
                         if not math.isfinite(loss):
                             where = {1: "theta + eps z", -1: "theta - eps z", 0: "theta"}[point[1]]
@@ -386,7 +321,7 @@ class MeZO(torch.optim.Optimizer):
         """
         self.settle()
         self._reshard()
-        start = _position(weights_at) if isinstance(weights_at, Mapping) else weights_at
+        start = position_of(weights_at) if isinstance(weights_at, Mapping) else weights_at
         stop = start if isinstance(start, tuple) and start[0] == steps else steps
         journal = self._ranks.together(lambda: self._opened(Path(path)))
         params = self._params()
@@ -402,12 +337,7 @@ class MeZO(torch.optim.Optimizer):
     def _opened(self, path: Path) -> Journal:
         """A journal of a run with the settings of this optimizer."""
         journal = Journal.open(path)
-        for name, value in self._described().items():
-            if journal.header[name] != value:
-                what = name if name == "groups" else f"{name} {journal.header[name]!r}, not {value!r}"
-                raise FastpeftError(
-                    f"MeZO: the journal {path} is of a run with another {what}. Make the optimizer as that run did."
-                )
+        journal.check_settings(self._described())
         return journal
 
     def check_same(self) -> None:
@@ -451,7 +381,7 @@ class MeZO(torch.optim.Optimizer):
                 "so another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
         self.settle()
-        position = _position(state_dict)
+        position = position_of(state_dict)
         if self.journal is not None:
             for name in ("seed", "noise", "estimator", "num_estimates"):
                 if state_dict[name] != self.journal.header[name]:
@@ -467,48 +397,23 @@ class MeZO(torch.optim.Optimizer):
         self.steps_done, self._dropped = position
         self.estimator = Estimator(state_dict["estimator"], state_dict["num_estimates"])
 
-    def _groups(self) -> Iterator[tuple[dict[str, Any], list[int]]]:
-        """Each group with parameters, and where each of them stands in the noise."""
-        offset = 0
-        for group in self.param_groups:
-            offsets = []
-            for param in group["params"]:
-                offsets.append(offset)
-                offset += param.numel()
-            if offsets:
-                yield group, offsets
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _epses(self) -> list[float]:
-        """The eps of each group with parameters; losses are taken over that of the first."""
-        return [group["eps"] for group, _ in self._groups()]
-
     def _described(self) -> dict[str, Any]:
         """What a journal says of the run, but for its beginning."""
-        groups = []
-        for group, offsets in self._groups():
-            parameters = [
-                {"name": name, "shape": list(param.shape), "dtype": str(param.dtype), "offset": offset}
-                for name, param, offset in zip(names_of(group), group["params"], offsets)
-            ]
-            groups.append({"eps": group["eps"], "weight_decay": group["weight_decay"], "parameters": parameters})
         kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
         settings = {name: getattr(self, name) for name in ("seed", "noise", "restore", "rounding")}
-        return {**settings, "estimator": kind, "num_estimates": num_estimates, "groups": groups}
+        return {
+            **settings,
+            "estimator": kind,
+            "num_estimates": num_estimates,
+            "groups": describe_groups(self._groups()),
+        }
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""
         if self.journal is None:
             return
         groups = [group for group, _ in self._groups()]
-        for name in ("eps", "weight_decay"):
-            if [group[name] for group in groups] != [group[name] for group in self.journal.header["groups"]]:
-                raise FastpeftError(
-                    f"MeZO: {name} changed, but the journal {self.journal.path} has one for all of its steps. Begin "
-                    "another one with `record`."
-                )
+        self.journal.check_groups(groups)
         slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
         rates = tuple(float(group["lr"]) for group in groups)
         keep = self.journal.append if self._ranks.is_first else self.journal.count
@@ -520,38 +425,13 @@ class MeZO(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         """Bring the weights back to theta."""
-        self._move(HOME)
+        self._move(HOME, self._seeds())
 
     @uninterrupted()
     def _go(self, point: Point) -> None:
         """Bring the weights to another point of the present step, and count it."""
         self._points_seen += 1
-        self._move(point)
-
-    def _move(self, point: Point) -> None:
-        """Bring the weights, or with "exact" what the forward sees, to another point of the present step."""
-        if self._shown is None:
-            self._add(moves(self._point, point))
-        else:
-            self._add([])
-            draw, position = point
-            scales = {p: position * group["eps"] for group, _ in self._groups() for p in group["params"]}
-            self._shown.perturb(self._seeds()[draw], scales if position else {}, self.noise)
-        self._point = point
-
-    def _add(self, terms: list[Term]) -> None:
-        """One pass: what a deferred step owes, then terms of the present step with scales in units of eps."""
-        if not (terms or self._deferred):
-            return
-        self._reshard()
-        drawn = self._seeds()
-        for index, (group, offsets) in enumerate(self._groups()):
-            seeds, scales, decay = self._deferred[index] if self._deferred else ([], [], 0.0)
-            seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
-            scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
-            mezo_perturb_(*local_parts(group, offsets), seeds, scales, decay, self.noise, self.rounding)
-        self._deferred = []
-        torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
+        self._move(point, self._seeds())
 
     @uninterrupted()
     @torch.no_grad()
@@ -580,26 +460,8 @@ class MeZO(torch.optim.Optimizer):
             self.settle()
 
     def _losses(self, closure: Callable[[], Any]) -> list[float]:
-        """The loss of each process as a double; a float32 or half precision loss is exact in it."""
-        loss = closure()
-        if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
-        return self._ranks.losses(float(loss), self._params()[0].device)
-
-    def _repeated(self, first: list[float], second: list[float]) -> list[float]:
-        """The losses of two calls at equal weights."""
-        for rank, (one, other) in enumerate(zip(first, second)):
-            if math.isfinite(other) and one != other:
-                raise FastpeftError(
-                    f"MeZO: the closure returned {one!r} and then {other!r} for the same weights"
-                    f"{self._ranks.on(rank)}. A step takes the small difference of two losses for a slope, and would "
-                    "take this noise for one too. Turn dropout off (pass the model to MeZO, or call model.eval()), let "
-                    "every call see the same batch, and use deterministic kernels "
-                    "(torch.use_deterministic_algorithms(True))."
-                )
-        self._checked = True
-        return second
+        """The loss of each process."""
+        return self._ranks.losses(loss_of(closure), self._params()[0].device)
 
     def _give_up(self, what: str) -> None:
         """Of a step that came upon something that is not finite: raise, or note that it is to be skipped."""
@@ -615,28 +477,5 @@ class MeZO(torch.optim.Optimizer):
         self._skip = True
         self._slopes = [math.nan] * self.estimator.num_estimates
 
-    def _reshard(self) -> None:
-        """Make what the optimizer changes what the next forward sees."""
-        if self._model is not None and is_sharded(self._params()):
-            reshard(self._model)
-
     def _where(self) -> str:
         return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._point[0]]})"
-
-    @contextmanager
-    def _dropout_off(self) -> Iterator[None]:
-        """The model, if one was given, in eval mode; afterwards each module is as it was."""
-        training = [] if self._model is None else [module for module in self._model.modules() if module.training]
-        try:
-            if self._model is not None:
-                self._model.eval()
-            yield
-        finally:
-            with uninterrupted():
-                for module in training:
-                    module.training = True  # not train(), which would change the modules below it as well
-
-
-def _position(state: Mapping[str, Any]) -> Position:
-    """Where in its run an optimizer stood, by its `state_dict`; the first versions did not count what was dropped."""
-    return state["steps_done"], state.get("dropped", 0)

@@ -8,9 +8,11 @@ position): theta + position * eps * z_draw. A term (draw, scale) is one addition
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastpeft.errors import FastpeftError
 from fastpeft.noise import NOISE
@@ -27,6 +29,11 @@ CHOICES = {
     "rounding": ("stochastic", "nearest"),
 }
 _MASK = 2**64 - 1
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def step_seed(seed: int, draw: int) -> int:

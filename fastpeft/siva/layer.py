@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.files import fingerprint
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping, weight_decay
-from fastpeft.siva.checks import check_kind, check_name, original_fingerprint
-from fastpeft.siva.config import Residual, check_residual
+from fastpeft.siva.config import Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
+from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
 from fastpeft.siva.rows import Rows
 
 
-class SivaLinear(nn.Module, BaseTunerLayer):
+class SivaLinear(FrozenLinear):
     r"""A linear layer whose top-r singular triplets train while the rest of its weight is frozen.
 
     `h = x W_r^T + ((x V^T) * s) U^T + b`
@@ -70,15 +68,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
     ) -> None:
-        super().__init__()
-        check_kind(base_layer, name)
-        self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types
-        self.quantised: QuantisedWeight | None  # W_r in few bits; the stored weight is then empty, unless merged
-        self.register_module("quantised", None)
-        self.name = name
-        self.fan_in_fan_out = isinstance(base_layer, Conv1D)  # Conv1D stores (in_features, out_features)
-        self.out_features, self.in_features = self._weight.shape
-        self.base_fingerprint: str | None = None  # of the pretrained weight
+        super().__init__(base_layer, name)
         self.siva_u, self.siva_v = nn.ParameterDict(), nn.ParameterDict()
         self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))
         self.siva_residual = BufferDict(persistent=True)  # W_r where the file must hold it: d below the full rank
@@ -88,7 +78,6 @@ class SivaLinear(nn.Module, BaseTunerLayer):
         self.residual_dtype: dict[str, Format | None] = {}
         self._waiting: set[str] = set()  # adapters that have not been filled in yet
         self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
@@ -204,31 +193,6 @@ class SivaLinear(nn.Module, BaseTunerLayer):
     @property
     def _lossy(self) -> bool:
         return self.quantised is not None or any(d is not None for d in self.d.values())
-
-    @property
-    def _weight(self) -> Tensor:
-        """The stored weight as `(out_features, in_features)`."""
-        weight: Tensor = self.base_layer.weight.data
-        if self.quantised is not None and not self.merged:
-            return self.quantised.dequantise(weight.dtype)
-        return weight.t() if self.fan_in_fan_out else weight
-
-    @_weight.setter
-    def _weight(self, value: Tensor) -> None:
-        self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
-
-    def _hold(self, rest: QuantisedWeight) -> None:
-        """Let a quantised W_r serve in the place of the stored weight, which keeps dtype and device."""
-        self.quantised = rest
-        self.base_layer.weight.data = self.base_layer.weight.data.new_empty(0)
-
-    def _take_out(self, name: str) -> None:
-        """Make W_r of the pretrained weight that is stored and the initial factors of adapter `name`."""
-        kind = self.residual_dtype[name]
-        if kind is None:
-            self._weight = subtract(self._weight, self._initial(name))
-        else:
-            self._hold(QuantisedWeight(subtract(self._weight.float(), self._initial(name)), kind))
 
     def _share_residual(self, source: str | None = None) -> None:
         """Let the stored weight and every saved W_r be one tensor again, that of adapter `source` if given."""
@@ -440,9 +404,7 @@ class SivaLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         factors = self._low_rank([])
         if factors is not None:
-            self._weight = add(self._weight, factors)
-            # equal to rounding only: note down what it stands for, so that the adapters made on it still know it
-            self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
+            self._give_back(factors)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -538,7 +500,7 @@ def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
         if layer.d[name] is not None:
             layer._share_residual(name)
         elif layer.residual[name] == "frozen" and not layer._frozen:
-            layer._take_out(name)
+            layer._take_out(layer._initial(name), layer.residual_dtype[name])
         layer._waiting.discard(name)
     layer._arriving.clear()
 

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprints_agree
 from fastpeft.siva import grouping
-from fastpeft.siva.checks import check_kind, check_name, original_fingerprint
-from fastpeft.siva.config import SivaConfig
+from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.decompose import check_decomposable
+from fastpeft.siva.frozen import check_kind, original_fingerprint
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import progress

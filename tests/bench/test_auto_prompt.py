@@ -8,6 +8,10 @@ import pytest
 
 from bench import auto_prompt as bench
 from bench.harness import read_rows
+from fastpeft.auto_prompt import draw_rows
+from fastpeft.comparison.search import write_rows
+from fastpeft.data import Examples, TextData, load_data
+from fastpeft.problems import CLASSIFICATION
 
 
 def test_a_review_that_names_one_genre_is_of_it_and_does_not_name_it() -> None:
@@ -34,4 +38,18 @@ def test_every_part_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for arguments in (["--task", "genre"], []):
         monkeypatch.setattr("sys.argv", ["bench", *arguments, "--runs", str(tmp_path)])
         bench.main()
-    assert len(asked) == len({*asked}) == len(read_rows(bench.FILE)) == 18
+    assert len(asked) == len({*asked}) == len(read_rows(bench.FILE)) == 24
+
+
+def test_the_few_rows_are_those_that_prompts_are_found_on(tmp_path: Path) -> None:
+    rows = [(f"film {n}", ("good", "bad")[n % 2]) for n in range(300)]
+    train, dev = (
+        Examples([text for text, _ in part], [int(label == "good") for _, label in part]) for part in (rows, rows[:9])
+    )
+    data = TextData(train, dev, ["bad", "good"], "films", CLASSIFICATION)
+    write_rows(data, tmp_path / "films")
+    few = load_data(bench.few_rows(str(tmp_path / "films"), 1, tmp_path))
+    chosen, ranked = draw_rows(data, 1)
+    assert few.train.texts == [*chosen.texts, *ranked.texts]
+    assert [few.train.labels.count(label) for label in (0, 1)] == [80, 80]
+    assert few.dev.texts == dev.texts

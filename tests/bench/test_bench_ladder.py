@@ -48,6 +48,23 @@ def test_the_direct_formulation_is_the_same_function(window: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_the_direct_lst_is_the_same_function() -> None:
+    ladder = LadderModel(tiny(), LadderConfig(window_size=1, fusion="gated", reduction_factor=2)).eval()
+    for block in ladder.side.blocks:
+        nn.init.constant_(block.fusion.alpha, 0.1)
+    direct = DirectLadder(copy.deepcopy(ladder)).eval()
+    batch = {"input_ids": torch.randint(5, 60, (2, 5)), "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])}
+    losses = [model(**batch, labels=torch.tensor([0, 1])).loss for model in (ladder, direct)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    ours = ladder.side.projections["1"], ladder.side.blocks[0].fusion
+    theirs = direct.side.blocks[0].fusion.projection, direct.side.blocks[0].fusion.gate
+    for mine, other in zip(ours, theirs):
+        for parameter, same in zip(mine.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_every_candidate_is_recorded(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.MODELS, "demo", tiny)
     file = tmp_path / "ladder.csv"

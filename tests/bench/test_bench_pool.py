@@ -14,7 +14,7 @@ from bench import harness
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("work", "candidates"), [("answer", 3), ("train", 4)])
+@pytest.mark.parametrize(("work", "candidates"), [("answer", 3), ("train", 5)])
 def test_every_candidate_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, candidates: int
 ) -> None:

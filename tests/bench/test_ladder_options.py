@@ -26,8 +26,8 @@ def test_a_finished_variant_gets_a_row(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ladder_options.subprocess, "run", compare)
     monkeypatch.setattr(ladder_options, "FILE", tmp_path / "table.csv")
-    for variant in ("k-lst", "lst", "k-lst"):
-        ladder_options.screen(variant, tmp_path / "slice", tmp_path / "run")
+    for source, variant in (("demo", "k-lst"), ("demo", "lst"), ("sst2", "k-lst"), ("demo", "k-lst")):
+        ladder_options.screen(variant, source, tmp_path / "slice", tmp_path / "run")
     rows = read_rows(tmp_path / "table.csv")
-    assert [row["variant"] for row in rows] == ["k-lst", "lst"]
+    assert [(row["data"], row["variant"]) for row in rows] == [("demo", "k-lst"), ("demo", "lst"), ("sst2", "k-lst")]
     assert {row["standard_error"] for row in rows} == {"0.0125"}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from samples import reviews, save_tiny_model, write_csv
+from typer.testing import CliRunner
 
 from fastpeft import CompareConfig, training
+from fastpeft.cli import app
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.estimates import Estimate, _padded_tokens, estimates
 from fastpeft.trainer import LengthGroupedOrder
@@ -43,6 +45,14 @@ def test_what_is_above_the_budget_is_not_run(cells: list[Cell]) -> None:
     (head,) = estimates(cells[:1], budget_mb=0.001).values()
     assert head.memory_mb is not None
     assert (head.fits(0.001), head.fits(head.memory_mb), head.seconds(10)) == (False, True, None)
+
+
+def test_rows_are_told_of_once_for_all_variants(cells: list[Cell], tmp_path: Path) -> None:
+    common = [f"--{key}={cells[0].values[key]}" for key in ("model", "data")]
+    command = ["compare", "--methods", "head,bitfit", *common, "--output", str(tmp_path / "out"), "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr.count("reviews.csv") == 1
 
 
 def test_seconds_are_of_start_and_rows() -> None:

@@ -146,7 +146,7 @@ class _Outline(HTMLParser):
         self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
         if tag == "img":
             self.images.append(given)
-        elif tag not in ("meta", "link"):
+        elif tag not in ("meta", "link", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -189,6 +189,8 @@ def test_tasks_are_listed_with_their_labels(server: Server) -> None:
 
 def test_what_a_client_is_refused(server: Server, pool: LadderPool, folder: Path) -> None:
     outside = {"path": "../base"}
+    (folder / "runs" / "prompted").mkdir(exist_ok=True)
+    (folder / "runs" / "prompted" / "prompt.json").touch()
     for method, path, body, status, message in (
         ("POST", "/predict", {"task": "x", "texts": ["a"]}, 404, "no task 'x'"),
         ("POST", "/predict", {"task": "a", "texts": []}, 422, ""),
@@ -196,6 +198,7 @@ def test_what_a_client_is_refused(server: Server, pool: LadderPool, folder: Path
         ("PUT", "/tasks/new", {"path": str(folder / "base")}, 400, "below the folder of runs"),
         ("PUT", "/tasks/new", {"path": "nowhere"}, 400, "no folder 'nowhere'"),
         ("PUT", "/tasks/new", {"path": "."}, 400, "not a side network"),
+        ("PUT", "/tasks/new", {"path": "prompted"}, 400, "in 'prompted' was trained with a prompt"),
         ("PUT", "/tasks/a", {"path": "b"}, 409, "there is a task 'a'"),
         ("DELETE", "/tasks/x", None, 404, "no task 'x'"),
     ):

@@ -48,6 +48,7 @@ SEEDS: dict[str, list[bytes]] = {
     "table.jsonl": [
         b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
         b'{"tokens": ["a"], "ner_tags": ["O"]}\n{"tokens": ["b"], "ner_tags": [1]}\n',
+        b'{"text": "a", "label": 0, "label_text": "x"}\n{"text": "b", "label": 1}\n',
         b'{"text": "\\u00e9", "label": 1e3, "label_text": "x"}\n{"text": "", "label": -1, "label_text": "y"}\n',
     ],
     "lines": [b"a\r\nb\x85c\n"],
@@ -55,8 +56,17 @@ SEEDS: dict[str, list[bytes]] = {
     "run": [json.dumps(METRICS).encode(), b'{"fastpeft_version": "0", "init_from": ".", "init_from_weights": "0"}'],
     "prompt": [b'{"template": "{text} <mask>", "label_words": {"0": "a", "1": "b"}, "head": "label_words"}'],
     "journal": [journal(), journal(records=0)],
+    "index": [
+        b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "../x"}}',
+        b'{"weight_map": [{"a": "/"}]}',
+    ],
     "value": [b'{"a": [1, 2.5e3, true, null, "\\u00e9"]}'],
     "template": [b"{a}? <mask>, {b}", b"sst2", b"none"],
     "label words": [b"terrible,great", b"0=bad,1=good", b"negative=bad,positive=good"],
-    "fingerprint": [b"float32 2 0123456789abcdee AAAAAAAAAAA=", b"bfloat16  0123456789abcdef AAAA"],
+    "fingerprint": [
+        b"float60 2 0123456789abcdee AA=",
+        b"float16 2 0123456789abcdee AA==",
+        b"float32 2 0123456789abcdee AAAAAAAAAAA=",
+        b"bfloat16  0123456789abcdef AAAA",
+    ],
 }

@@ -15,6 +15,7 @@ from fastpeft.config import TrainConfig, parse_value
 from fastpeft.data import load_data, read_lines
 from fastpeft.files import fingerprints_agree
 from fastpeft.mezo.journal import Journal
+from fastpeft.named_files import check_named_files
 from fastpeft.named_prompts import parse_prompt
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder
@@ -58,8 +59,7 @@ def _journal(path: Path) -> None:
 
 def _fingerprints(text: str) -> None:
     known = "float32 2 0123456789abcdef AAAAAAAAAAA="
-    assert not fingerprints_agree(text, known)
-    assert not fingerprints_agree(known, text)
+    assert fingerprints_agree(text, known) is fingerprints_agree(known, text)
 
 
 def _label_words(text: str) -> None:
@@ -73,6 +73,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "run": _file("metrics.json", _run),
     "prompt": _file("prompt.json", lambda path: Prompt.load(path.parent)),
     "journal": _file("mezo.journal", _journal),
+    "index": _file("model.safetensors.index.json", lambda path: check_named_files(path.parent)),
     "value": _text(parse_value),
     "template": _text(parse_prompt),
     "label words": _text(_label_words),

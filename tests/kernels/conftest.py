@@ -1,25 +1,11 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter on CPU tensors."""
+"""What Triton's interpreter needs beside `device`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import numpy
 import pytest
-import torch
-
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    import triton
-
-    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
-        pytest.skip("the interpreter of Triton before 3.7 cannot run loops with NumPy 2.4 or newer")
-    return "cpu"
 
 
 @pytest.fixture(scope="session", autouse=True)

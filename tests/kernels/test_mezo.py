@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bits import BITS, DTYPES, assert_same_bits
 from torch import Tensor
 
 from fastpeft import noise, reference
@@ -15,8 +16,6 @@ pytest.importorskip("triton")
 from fastpeft.kernels import mezo as kernel
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FIRST, N = 4 * kernel.MEZO_PERTURB.block_q - 5, 4 * kernel.MEZO_PERTURB.block_q + 9  # three programs, ragged ends
 
 
@@ -27,13 +26,6 @@ def _values(n: int, dtype: torch.dtype, device: str) -> Tensor:
     values = (torch.randn(n, generator=generator) * torch.exp2(exponents)).to(dtype)
     values[-3:] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     return values.to(device)
-
-
-def _assert_same_bits(one: Tensor, other: Tensor) -> None:
-    assert torch.equal(one.isnan(), other.isnan())  # which NaN it is, is nobody's promise
-    integer = BITS[one.element_size()]
-    one, other = one.contiguous(), other.contiguous()
-    assert torch.equal(one[~one.isnan()].view(integer), other[~other.isnan()].view(integer))
 
 
 @pytest.mark.parametrize("case", GOLDEN["noise"], ids=lambda c: f"{c['noise']}-{c['seed']}-{c['first']}")
@@ -65,7 +57,7 @@ def test_the_bits_of_the_reference(dtype: torch.dtype, kind: str, rounding: str,
         ours, theirs = (_values(N, dtype, device) for _ in range(2))
         for perturb, param in ((kernel.mezo_perturb_, ours), (reference.mezo_perturb_, theirs)):
             perturb([param], [offset], [7, 2**62 + 1], [1e-3, -2e-5], 0.3, kind, rounding)
-        _assert_same_bits(ours, theirs)
+        assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -76,7 +68,7 @@ def test_every_half_precision_number(dtype: torch.dtype, rounding: str, device: 
         ours, theirs = every.clone(), every.clone()
         kernel.mezo_perturb_([ours], [3], [1], [0.0], decay, "gaussian", rounding)
         reference.mezo_perturb_([theirs], [3], [1], [0.0], decay, "gaussian", rounding)
-        _assert_same_bits(ours, theirs)
+        assert_same_bits(ours, theirs)
 
 
 def test_nothing_around_a_tensor_is_touched(device: str) -> None:
@@ -102,7 +94,7 @@ def test_no_terms_leave_a_tensor_as_it_is(device: str) -> None:
     param = _values(20, torch.bfloat16, device)
     before = param.clone()
     kernel.mezo_perturb_([param], [0], [], [], 0.5)
-    _assert_same_bits(param, before)
+    assert_same_bits(param, before)
 
 
 def test_the_copying_form(device: str) -> None:

@@ -10,6 +10,7 @@ import transformers
 from backbones import IDS, MASK, tiny
 from torch import Tensor, nn
 
+from fastpeft import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,3 +66,32 @@ def test_gradients_reach_the_output_given() -> None:
         model(IDS).logits.sum().backward()
     assert output.grad is not None
     assert output.grad.abs().sum() > 0
+
+
+def test_features_must_have_the_shape_of_the_input() -> None:
+    model = tiny()
+    backbone = Backbone(model, feature_sizes=[16, 16, 24, 16])
+    seen: list[int] = []
+    with pytest.raises(FastpeftError, match=r"layer 2 has the shape \(3, 9, 16\).* here \(3, 9, 24\)\. Load the base"):
+        backbone.features({"input_ids": IDS})
+    with (
+        pytest.raises(FastpeftError, match=r"layer 0 has the shape \(3, 9, 16\).* here \(3, 8, 16\)"),
+        Backbone(model).listen(lambda layer, feature: seen.append(layer), lambda feature: feature, (3, 8)),
+    ):
+        model(IDS)
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_given_what_it_knows_and_keeps_no_keys_and_values(kind: str) -> None:
+    backbone = Backbone(tiny(kind))
+    given = {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS), "position_ids": None, "labels": MASK}
+    arguments, inputs = backbone.arguments(given), backbone.inputs(given)
+    assert arguments.keys() - {"use_cache", "token_type_ids"} == {"input_ids", "labels"}
+    assert inputs.keys() - {"use_cache", "token_type_ids"} == {"input_ids"}
+    assert ("token_type_ids" in inputs) == (kind not in ("DistilBert", "ModernBert"))
+    assert inputs.get("use_cache", False) is arguments.get("use_cache", False) is False
+    if kind == "GPT2":
+        assert "use_cache" in arguments
+        assert "use_cache" in inputs
+    backbone.features(given)

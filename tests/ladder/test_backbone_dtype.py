@@ -263,6 +263,20 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], words: str) -> None:
         LadderConfig(**given)
 
 
+def test_a_base_that_another_side_network_reads_is_not_converted() -> None:
+    base = tiny()
+    first = ladder(base).eval()
+    expected, before = logits(first), copy.deepcopy(base.state_dict())
+    with pytest.raises(FastpeftError, match=r"another side network or a pool reads this Roberta.*Load the model once"):
+        ladder(base, backbone_dtype="int8")
+    assert all(tensor.equal(before[name]) for name, tensor in base.state_dict().items())
+    assert logits(first).equal(expected)
+    ladder(base)  # as it is
+    ladder(copy.deepcopy(base), backbone_dtype="int8")
+    del first
+    assert ladder(base, backbone_dtype="int8").config.backbone_dtype == "int8"
+
+
 def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "bitsandbytes" else find(name))

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from networks import equal, weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -51,14 +52,6 @@ def network(dtype: torch.dtype) -> nn.Sequential:
 def fit(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
     return lambda: model(x).square().mean()
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # -- what a step computes ----------------------------------------------------------------------------------------------

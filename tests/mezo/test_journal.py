@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from networks import fit, network
+from torch import nn
 
 from fastpeft import FastpeftError, MeZO
 from fastpeft.mezo import Journal, Kind
@@ -30,18 +30,6 @@ SETTINGS = [
     {"num_estimates": 3, "noise": "rademacher"},
     {"estimator": "fzoo", "num_estimates": 4, "noise": "rademacher", "lr": 1e-5},
 ]
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-
-
-def fit(model: nn.Module, step: int) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    dtype = next(model.parameters()).dtype
-    x, y = torch.randn(6, 5, generator=generator).to(dtype), torch.randn(6, 3, generator=generator).to(dtype)
-    return lambda: F.mse_loss(model(x), y)
 
 
 def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
@@ -373,8 +361,9 @@ def test_what_does_not_fit_the_journal_is_refused(tmp_path: Path) -> None:
 _KILLED = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, {folder!r})
-from test_journal import fit, network, optimizer_of
+sys.path[:0] = {folders!r}
+from networks import fit, network
+from test_journal import optimizer_of
 torch.set_num_threads(1)
 model = network(torch.bfloat16)
 optimizer = optimizer_of(model, defer=True)
@@ -389,7 +378,7 @@ for step in range(optimizer.steps_done, 1_000_000):
 @pytest.mark.kill
 def test_a_killed_run_is_made_again_to_the_bit(tmp_path: Path) -> None:
     """Three times in a row, each from where the last kill left the journal."""
-    script = _KILLED.format(folder=str(Path(__file__).parent))
+    script = _KILLED.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
     steps = 0
     for delay in (0.2, 0.05, 0.4):
         process = subprocess.Popen(

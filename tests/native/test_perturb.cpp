@@ -306,9 +306,10 @@ void test_drop(const Variant& variant, Format format) {
 }  // namespace
 
 int low_rank_failures();  // test_low_rank.cpp
+int vast_failures();      // test_vast.cpp
 
 int main() {
-    failures += low_rank_failures();
+    failures += low_rank_failures() + vast_failures();
     test_philox_known_answers();
     test_normal();
     std::string names;

@@ -39,8 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "mezo": {"method": "mezo", "learning_rate": 1e-3},
     "mezo, with checkpoints": {"method": "mezo", "learning_rate": 1e-3, "save_steps": 7, "metric": "loss"},
 }
-COMPARE = "compare"
-_VARIANTS = ("head", "siva:rank=2", "mezo:learning_rate=0.001")
+COMPARE, ONE_CELL = "compare", "compare, one cell"
+_VARIANTS = {COMPARE: "head,siva:rank=2,mezo:learning_rate=0.001", ONE_CELL: "head"}
 # processes that have imported the library already, so that most of a life is work
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["fastpeft.training", "fastpeft.cli", "fastpeft.comparison.run", "peft"])
@@ -80,9 +80,9 @@ def work(folder: Path, kind: str, output: Path) -> None:
         os.dup2(quiet, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     common = ["--model", str(folder / "model"), "--data", str(folder / "reviews.csv"), "--output", str(output)]
-    if kind == COMPARE:
+    if kind in _VARIANTS:
         options = ["--max-steps", str(STEPS), "--save-steps", "3", "--set", "deterministic=true"]
-        command = ["compare", "--methods", ",".join(_VARIANTS), *options]
+        command = ["compare", "--methods", _VARIANTS[kind], *options]
     else:
         given = {name.replace("_", "-"): str(value).format(output=output) for name, value in RUNS[kind].items()}
         options = [f"--{name}={value}" for name, value in given.items()]

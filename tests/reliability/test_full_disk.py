@@ -1,20 +1,24 @@
 """A full disk, wherever it is met: one message says what is kept and what to do, and no half file stays.
 
-The limit on the size of a file stands in for the disk: writes fail as they do there, in whichever library they are.
+The limit on the size of a file stands in for the disk: writes fail as they do there, in whichever library they are. A
+real disk of a few pages is filled where one may be mounted, by `small_disk`.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reliability import kill
-from samples import reviews, save_tiny_model, write_csv
+from reliability import kill, small_disk
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -25,14 +29,6 @@ from fastpeft.export import export
 from fastpeft.runs import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_model(folder / "model")
-    write_csv(folder / "reviews.csv", reviews(60))
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +139,40 @@ def test_a_run_that_cannot_begin(place: Path, tmp_path: Path) -> None:
     free()
     assert list((tmp_path / "run").iterdir()) == []
     assert RunFolder(train(config(place, tmp_path / "run")).folder).finished
+
+
+@pytest.fixture(scope="module")
+def mounting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that runs another where it may mount what no other process sees."""
+    folder = tmp_path_factory.mktemp("mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        if shutil.which("unshare") and subprocess.run([*command, *mount], capture_output=True).returncode == 0:
+            return command
+    pytest.skip("no disk can be mounted here")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shares"),
+    [
+        pytest.param(["siva", "mezo, with checkpoints"], [0.5], id="two runs"),
+        pytest.param([*small_disk.RUNS], [n / 8 for n in range(8)], id="all runs", marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_of_a_few_pages(
+    place: Path, tmp_path: Path, mounting: list[str], kinds: list[str], shares: list[float]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = [sys.executable, "-m", "reliability.small_disk", str(place), str(disk), ";".join(kinds)]
+    program.append(" ".join(map(str, shares)))
+    script = f"mount -t tmpfs -o size=8m tmpfs {shlex.quote(str(disk))} && exec {shlex.join(program)}"
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([*mounting, "sh", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("did not fit") == len(kinds)
+    assert ": 0 of" not in done.stdout
 
 
 def test_on_the_command_line(place: Path, tmp_path: Path) -> None:

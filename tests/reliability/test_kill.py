@@ -9,13 +9,22 @@ from conftest import SEED
 from reliability import kill
 
 
+def check(folder: Path, kind: str, kills: int) -> None:
+    kill.prepare(folder)
+    found = kill.attack(folder, kind, kills, seed=int(SEED))
+    assert found.faults == []
+    assert found.kills == kills
+
+
+@pytest.mark.parametrize("kind", ["siva", "k-lst", "k-lst, features cached", "full", "mezo", kill.ONE_CELL])
+def test_nothing_is_lost_at_one_moment(tmp_path: Path, kind: str) -> None:
+    check(tmp_path, kind, kills=1)
+
+
 @pytest.mark.kill
 @pytest.mark.parametrize("kind", [*kill.RUNS, kill.COMPARE])
 def test_nothing_is_lost(tmp_path: Path, kind: str) -> None:
-    kill.prepare(tmp_path)
-    found = kill.attack(tmp_path, kind, kills=2, seed=int(SEED))
-    assert found.faults == []
-    assert found.kills == 2
+    check(tmp_path, kind, kills=3)
 
 
 def test_what_cannot_be_read_is_found(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from samples import reviews, save_tiny_model, write_csv
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -78,14 +77,6 @@ def test_a_gradient_of_a_finite_loss() -> None:
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_model(folder / "model")
-    write_csv(folder / "reviews.csv", reviews(40))
-    return folder
 
 
 class Overflow(TrainerCallback):

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from reliability import kill
-from samples import reviews, save_tiny_model, write_csv
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -38,14 +37,6 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_model(folder / "model")
-    write_csv(folder / "reviews.csv", reviews(60))
-    return folder
 
 
 def run_config(place: Path, output: Path, kind: str) -> TrainConfig:

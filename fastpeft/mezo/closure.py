@@ -1,0 +1,54 @@
+"""What a step asks of the closure that computes its loss: one number, the same for the same weights, no dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.interrupts import uninterrupted
+from fastpeft.mezo.parallel import Ranks
+
+
+def loss_of(closure: Callable[[], Any]) -> float:
+    """The loss as a double; a float32 or half precision loss is exact in it.
+
+    Raises:
+        FastpeftError: the closure returned anything but one number.
+    """
+    loss = closure()
+    if not isinstance(loss, (int, float)) and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise FastpeftError(f"MeZO: the closure returned {what}; it must return the loss, one number.")
+    return float(loss)
+
+
+def check_repeated(first: Sequence[float], second: Sequence[float], ranks: Ranks) -> None:
+    """Raise a FastpeftError if the losses of two calls at equal weights, one a process, differ."""
+    for rank, (one, other) in enumerate(zip(first, second)):
+        if math.isfinite(other) and one != other:
+            raise FastpeftError(
+                f"MeZO: the closure returned {one!r} and then {other!r} for the same weights"
+                f"{ranks.on(rank)}. A step takes the small difference of two losses for a slope, and would "
+                "take this noise for one too. Turn dropout off (pass the model to MeZO, or call model.eval()), let "
+                "every call see the same batch, and use deterministic kernels "
+                "(torch.use_deterministic_algorithms(True))."
+            )
+
+
+@contextmanager
+def dropout_off(model: nn.Module | None) -> Iterator[None]:
+    """The model, if one was given, in eval mode; afterwards each module is as it was."""
+    training = [] if model is None else [module for module in model.modules() if module.training]
+    try:
+        if model is not None:
+            model.eval()
+        yield
+    finally:
+        with uninterrupted():
+            for module in training:
+                module.training = True  # not train(), which would change the modules below it as well

@@ -1,0 +1,95 @@
+"""The linear layer that SiVA takes over: what it stands for, and how its frozen weight is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.files import fingerprint
+from fastpeft.quantise import Format, QuantisedWeight
+from fastpeft.siva.decompose import Factors, add, subtract
+
+
+class FrozenLinear(nn.Module, BaseTunerLayer):
+    """A linear layer taken over, whose stored weight does not train: the pretrained W0, or what is left of it, W_r.
+
+    Args:
+        base_layer: `nn.Linear` or transformers' `Conv1D`.
+        name: What error messages call the layer.
+
+    Attributes:
+        quantised: W_r in few bits; the stored weight is then empty, unless adapters are merged into it.
+        fan_in_fan_out: Whether the base layer stores its weight as `(in_features, out_features)`.
+        base_fingerprint: Of the pretrained weight; None until an adapter is added, and on the meta device.
+
+    Raises:
+        FastpeftError: The layer is of another kind.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        check_kind(base_layer, name)
+        self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types
+        self.quantised: QuantisedWeight | None
+        self.register_module("quantised", None)
+        self.name = name
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.out_features, self.in_features = self._weight.shape
+        self.base_fingerprint: str | None = None
+        self.merged_adapters: list[str] = []
+
+    @property
+    def _weight(self) -> Tensor:
+        """The stored weight as `(out_features, in_features)`."""
+        weight: Tensor = self.base_layer.weight.data
+        if self.quantised is not None and not self.merged:
+            return self.quantised.dequantise(weight.dtype)
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @_weight.setter
+    def _weight(self, value: Tensor) -> None:
+        self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
+
+    def _hold(self, rest: QuantisedWeight) -> None:
+        """Let a quantised W_r serve in the place of the stored weight, which keeps dtype and device."""
+        self.quantised = rest
+        self.base_layer.weight.data = self.base_layer.weight.data.new_empty(0)
+
+    def _take_out(self, initial: Factors, kind: Format | None) -> None:
+        """Make W_r, in the format `kind`, of the pretrained weight that is stored and the initial factors."""
+        if kind is None:
+            self._weight = subtract(self._weight, initial)
+        else:
+            self._hold(QuantisedWeight(subtract(self._weight.float(), initial), kind))
+
+    def _give_back(self, initial: Factors) -> None:
+        """Make the pretrained weight, to rounding, of W_r that is stored and the initial factors."""
+        self._weight = add(self._weight, initial)
+        # equal to rounding only: note down what it stands for, so that the adapters made on it still know it
+        self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
+
+
+def check_kind(base_layer: nn.Module, name: str) -> None:
+    """Raise `FastpeftError` unless SiVA knows the kind of layer."""
+    if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        raise FastpeftError(
+            f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
+            "out of target_modules."
+        )
+
+
+def original_fingerprint(base_layer: Any) -> str | None:
+    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding.
+
+    None where the weight is not there yet (meta device).
+    """
+    weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
+    if weight.device.type == "meta":
+        return None
+    found = fingerprint(weight)
+    restored: dict[str, str] = getattr(base_layer, "siva_restored", {})
+    return restored.get(found) or found
