@@ -11,8 +11,8 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all kill-test endurance-test distributed-test docs fuzz audit native sanitize \
-	sanitize-thread valgrind bench wheel clean
+.PHONY: demo install-dev check test test-all kill-test endurance-test distributed-test version-test docs fuzz audit \
+	native sanitize sanitize-thread valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
 	fastpeft train --method siva --model demo --data demo --output runs/siva-demo --overwrite
@@ -51,6 +51,11 @@ endurance-test: $(VENV)/dev.stamp
 # 2 and 4 processes that train together, in every engine, with one of them killed; `make test` runs a part
 distributed-test: $(VENV)/dev.stamp
 	$(PYTEST) --full tests/test_processes.py tests/reliability/test_lost_process.py
+
+# the wheel beside each version that it claims; what passed is not run again unless ENVIRONMENTS names it
+version-test: $(VENV)/dev.stamp
+	$(PIP) uv
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m reliability.versions $(ENVIRONMENTS)
 
 # every reader of files for FUZZ_SECONDS, each by inputs that the code they reach steers; `make test` runs a part
 FUZZ_SECONDS ?= 20

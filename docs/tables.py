@@ -472,6 +472,17 @@ def compiled() -> str:
     return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
 
 
+def versions() -> str:
+    """The wheel's tests in each environment."""
+    body = []
+    for row in rows("versions.csv"):
+        given = [row[name] or "-" for name in ("python", "torch", "transformers", "peft", "triton")]
+        tests = [row[name] or "-" for name in ("passed", "failed", "skipped")]
+        body.append([row["environment"], *given, row["fault"] or row["tests"], *tests])
+    heads = ["environment", "Python", "torch", "transformers", "PEFT", "Triton", "tests", "passed", "failed", "skipped"]
+    return table(heads, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
@@ -498,6 +509,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed-beyond": distributed_beyond,
     "growth": growth,
     "compiled": compiled,
+    "versions": versions,
 }
 
 

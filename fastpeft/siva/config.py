@@ -8,17 +8,30 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
 
 from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
 from fastpeft.quantise import Format
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.quantise import ITERATIONS, check_format
+from fastpeft.siva.rows import BASE
 
 Residual = Literal["frozen", "implicit"]
 
 _OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
 _BLANK_CARD = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise `FastpeftError` unless the tensors of an adapter can have its name."""
+    taken = adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in (nn.ParameterDict, BufferDict))
+    if not adapter_name or "." in adapter_name or taken:
+        raise FastpeftError(
+            f"adapter name {adapter_name!r}; give one that is not empty, has no dot and is no attribute of modules, as "
+            f"'keys' and 'train' are ({BASE!r} is the pretrained model)."
+        )
 
 
 def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> None:

@@ -14,7 +14,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping, weight_decay
-from fastpeft.siva.config import Residual, check_residual
+from fastpeft.siva.config import Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
@@ -144,6 +144,7 @@ class SivaLinear(FrozenLinear):
         Returns:
             The adapter whose frozen W_r it will share, None if there is none yet.
         """
+        check_name(adapter_name)
         check_residual(residual, d, residual_dtype)
         check_decomposable(self._weight, r, d, self.name)
         if self.merged:
@@ -230,6 +231,8 @@ class SivaLinear(FrozenLinear):
         """Remove an adapter; with the last one the pretrained weight comes back."""
         if adapter_name in self.siva_u and len(self.siva_u) == 1:
             self.restore()
+        elif adapter_name in self.merged_adapters:
+            self.unmerge()  # while its factors are there
         self._waiting.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -312,10 +315,7 @@ class SivaLinear(FrozenLinear):
         """
         for name in active:
             if name in self._waiting:
-                raise FastpeftError(
-                    f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
-                    "saved adapter into it, or create it with init_weights=True."
-                )
+                self._take_in(name)
         terms = [self._trained(name) for name in active]
         if self._frozen:
             count = 1 - len(active)
@@ -335,6 +335,10 @@ class SivaLinear(FrozenLinear):
         """What the adapter has changed, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
         delta = self._trained(adapter).product() - self._initial(adapter).product()
         return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the pretrained weight and `get_delta_weight` are all there is, for PEFT's `convert_to_lora`."""
+        return not self._lossy
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -448,6 +452,20 @@ class SivaLinear(FrozenLinear):
             if peer not in self._waiting
             for part, own in zip(initial, self._initial(peer))
         )
+
+    @torch.no_grad()
+    def _take_in(self, name: str) -> None:
+        """Split the weight for an adapter whose tensors were set one by one, as transformers' loader does."""
+        initial = self._initial(name)
+        if not initial.s.any():
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
+                "saved adapter into it, or create it with init_weights=True."
+            )
+        if not self._starts_from(name, initial):
+            self._prepare_for(name, initial)
+        self._arriving = {name}
+        _take_in_loaded(self, None)
 
     def _prepare_for(self, name: str, initial: Factors) -> None:
         """Before `name` takes other initial factors, of another machine's SVD say: give W0 back where W_r is stored."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.files import fingerprints_agree
 from fastpeft.siva import grouping
-from fastpeft.siva.config import SivaConfig
+from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, original_fingerprint
 from fastpeft.siva.layer import SivaLinear
@@ -49,6 +50,12 @@ class SivaModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        check_name(adapter_name)
+        if config.init_weights and (kwargs.get("low_cpu_mem_usage") or _makes_empty_factors(model)):
+            raise FastpeftError(
+                f"low_cpu_mem_usage=True for the new adapter {adapter_name!r}: it makes empty factors, which a saved "
+                "adapter fills. Those of a new one are computed from the weights: leave it out."
+            )
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
         try:
@@ -159,7 +166,20 @@ class SivaModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
+        raise FastpeftError(
+            f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
+            "with weight 1, by model.base_model.set_adapter([...]), or export each as a LoRA (`fastpeft export --to "
+            "lora`) and combine those."
+        )
+
     def delete_adapter(self, adapter_name: str) -> None:
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise FastpeftError(
+                f"adapter {adapter_name!r} is merged into the weights, where it would stay. Call unmerge_adapter() "
+                "first, or merge_and_unload() to keep it there."
+            )
         for layer in self.layers():
             if list(layer.siva_u) == [adapter_name]:
                 layer.check_restorable()
@@ -241,6 +261,12 @@ def _rank(peft_config: SivaConfig, key: str) -> int:
     """The rank of the layer `key`."""
     pattern = get_pattern_key(list(peft_config.rank_pattern), key)
     return peft_config.rank_pattern.get(pattern, peft_config.r)
+
+
+def _makes_empty_factors(model: nn.Module) -> bool:
+    """Whether parameters are made on no device now, inside PEFT's `low_cpu_mem_usage`, though the model has one."""
+    made = nn.ParameterDict({"probe": torch.empty(0, device="cpu")})["probe"]
+    return made.device.type == "meta" and any(each.device.type != "meta" for each in model.parameters())
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:

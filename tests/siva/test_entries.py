@@ -1,0 +1,290 @@
+"""The doors by which an adapter comes to a model: names, targets, PEFT's injection, transformers' own loader."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft.utils.hotswap import hotswap_adapter
+from samples import logits, save_tiny_model, tiny_classifier
+from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from fastpeft import FastpeftError, SivaConfig, SivaLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def config(**given: Any) -> SivaConfig:
+    return SivaConfig(**({"r": 2, "task_type": "SEQ_CLS"} | given))
+
+
+def move(model: Any) -> Any:
+    """Change what trains."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def adapted(**given: Any) -> Any:
+    return move(peft.get_peft_model(tiny_classifier(), config(**given)).eval())
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "v1.2", "__base__", "keys", "train"])
+@pytest.mark.parametrize("second", [False, True])
+def test_a_name_that_cannot_be_is_refused_and_nothing_changes(name: str, second: bool) -> None:
+    model = adapted() if second else tiny_classifier()
+    expected, trains = logits(model), [p.requires_grad for p in model.parameters()]
+    add = model.add_adapter if second else lambda name, config: peft.get_peft_model(model, config, name)
+    with pytest.raises(FastpeftError, match=r"adapter name .*; give"):
+        add(name, config())
+    assert logits(model).equal(expected)
+    assert [p.requires_grad for p in model.parameters()] == trains
+    with pytest.raises(FastpeftError, match=r"adapter name .*; give"):
+        SivaLinear(nn.Linear(4, 4), name, r=2)
+
+
+@pytest.mark.parametrize("name", ["a-b", "Über", "with space", "SIVA", "u0"])
+def test_any_other_name_will_do(tmp_path: Path, name: str) -> None:
+    model = move(peft.get_peft_model(tiny_classifier(), config(), name).eval())
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / name, name).eval()
+    assert logits(loaded).equal(logits(model))
+
+
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+SELF = "roberta.encoder.layer.{}.attention.self.{}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"layers_to_transform": 1}, {(1, "query"), (1, "key")}),
+        ({"layers_to_transform": [0, 1], "exclude_modules": ".*key"}, {(0, "query"), (1, "query")}),
+        ({"layers_to_transform": [1], "layers_pattern": "layer"}, {(1, "query"), (1, "key")}),
+        ({"exclude_modules": r".*layer\.0.*"}, {(1, "query"), (1, "key")}),
+        ({"exclude_modules": [SELF.format(0, "query")]}, {(0, "key"), (1, "query"), (1, "key")}),
+        ({"target_modules": [SELF.format(1, "value")]}, {(1, "value")}),
+        ({"target_modules": ["query", "value"], "modules_to_save": ["value"]}, {(0, "query"), (1, "query")}),
+        ({"target_modules": r".*\.self\.(query|value)", "exclude_modules": ["1.attention.self.query"]},
+         {(0, "query"), (0, "value"), (1, "value")}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_targets_are_those_of_any_method(given: dict[str, Any], expected: set[tuple[int, str]]) -> None:
+    model = peft.get_peft_model(tiny_classifier(), config(**given))
+    found = {layer.name for layer in model.base_model.layers()}
+    assert found == {SELF.format(*each) for each in expected}
+    assert set(model.targeted_module_names) == found
+    lora = peft.LoraConfig(
+        r=2, task_type="SEQ_CLS", **{"target_modules": ["query", "key"], "exclude_modules": None, **given}
+    )
+    assert set(peft.get_peft_model(tiny_classifier(), lora).targeted_module_names) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({"rank_pattern": {"key": 3}}, [2, 3, 2, 3]),
+        ({"rank_pattern": {SELF.format(1, "query"): 5}}, [2, 2, 5, 2]),
+        ({"rank_pattern": {r"layer\.0\..*": 1, "query": 4}}, [1, 1, 4, 2]),
+    ],
+    ids=str,
+)
+def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, Any], ranks: list[int]) -> None:
+    model = adapted(**given)
+    assert [layer.r["default"] for layer in model.base_model.layers()] == ranks
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    assert [layer.r["default"] for layer in loaded.base_model.layers()] == ranks
+    assert logits(loaded).equal(logits(model))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"layers_to_transform": 7},
+        {"exclude_modules": ["query", "key"]},
+        {"exclude_modules": ".*"},
+        {"modules_to_save": ["query", "key"]},
+        {"target_modules": []},
+        {"layers_to_transform": [0], "layers_pattern": "blocks"},
+    ],
+    ids=str,
+)
+def test_no_target_left_is_said(given: dict[str, Any]) -> None:
+    base = tiny_classifier()
+    expected = logits(base)
+    with pytest.raises(FastpeftError, match="matches no linear layer"):
+        peft.get_peft_model(base, config(**given))
+    assert logits(base).equal(expected)
+
+
+def test_an_exclusion_that_excludes_nothing_is_said() -> None:
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        peft.get_peft_model(tiny_classifier(), config(exclude_modules=["absent"]))
+
+
+# -- PEFT's doors ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_adapter_is_not_made_of_nothing(tmp_path: Path) -> None:
+    """`low_cpu_mem_usage` leaves factors for a file to fill, with the weight changed for those that were computed."""
+    base = tiny_classifier()
+    expected = logits(base)
+    with pytest.raises(FastpeftError, match=r"low_cpu_mem_usage=True.*leave it out"):
+        peft.get_peft_model(base, config(), low_cpu_mem_usage=True)
+    assert logits(base).equal(expected)
+    model = adapted()
+    expected = logits(model)
+    with pytest.raises(FastpeftError, match=r"low_cpu_mem_usage=True.*leave it out"):
+        model.add_adapter("other", config(), low_cpu_mem_usage=True)
+    assert logits(model).equal(expected)
+    assert list(model.peft_config) == ["default"]
+    empty = peft.get_peft_model(tiny_classifier(), config(init_weights=False), low_cpu_mem_usage=True)
+    peft.set_peft_model_state_dict(empty, peft.get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert logits(empty.eval()).equal(expected)
+
+
+@pytest.mark.parametrize("by_state_dict", [False, True])
+def test_injected_into_a_model_that_stays_itself(by_state_dict: bool) -> None:
+    model = adapted()
+    state = peft.get_peft_model_state_dict(model)
+    plain = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    names = {key for key in plain if "siva_" in key}
+    given = {"state_dict": {key: plain[key] for key in names}} if by_state_dict else {}
+    base = tiny_classifier()
+    injected = peft.inject_adapter_in_model(config(task_type=None, modules_to_save=["classifier"]), base, **given)
+    assert injected is base
+    assert set(peft.get_peft_model_state_dict(injected)) == set(plain)
+    peft.set_peft_model_state_dict(injected, plain)
+    assert logits(injected.eval()).equal(logits(model))
+    assert logits(copy.deepcopy(injected)).equal(logits(model))
+
+
+def _hotswap(model: Any, folder: Path) -> None:
+    hotswap_adapter(model, str(folder), "default", torch_device="cpu")
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Path], object], type[Exception], str]] = {
+    "combined by weights": (
+        lambda model, _: model.add_weighted_adapter(["default"], [0.5], "half"), FastpeftError, "export",
+    ),
+    "swapped while it runs": (_hotswap, ValueError, "only supports LORA but SIVA"),
+    "mixed with another method": (
+        lambda *_: peft.get_peft_model(tiny_classifier(), config(), mixed=True), ValueError, "SIVA",
+    ),
+    "beside another method": (
+        lambda model, _: model.add_adapter("lora", peft.LoraConfig(target_modules=["query"])), ValueError, "SIVA",
+    ),
+    "a name that is not there": (lambda model, _: model.set_adapter("absent"), ValueError, "not found"),
+    "an adapter that is not there": (
+        lambda model, folder: model.save_pretrained(str(folder), selected_adapters=["absent"]), ValueError, "absent",
+    ),
+    "deleted, not there": (lambda model, _: model.delete_adapter("absent"), ValueError, "does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_siva_cannot_do_is_refused_and_nothing_changes(tmp_path: Path, case: str) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    refuse, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        refuse(model, tmp_path)
+    assert logits(model).equal(expected)
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT converts no adapters")
+@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+def test_peft_makes_a_lora_of_it(residual: str) -> None:
+    model = adapted(residual=residual, modules_to_save=None, task_type=None)
+    assert model.supports_lora_conversion()
+    lora_config, state = peft.convert_to_lora(model, rank=4)
+    lora = peft.get_peft_model(tiny_classifier(), lora_config).eval()
+    assert peft.set_peft_model_state_dict(lora, state).unexpected_keys == []
+    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-4, atol=1e-4)
+    assert not adapted(d=8).supports_lora_conversion()
+
+
+# -- transformers' doors ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("base"), head="ForSequenceClassification", vocab_size=50)
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def loader(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where transformers' loader leaves out a part of a LoRA, as its first versions 5 do of a head."""
+    folder = tmp_path_factory.mktemp("lora")
+    lora = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    model = move(peft.get_peft_model(load(checkpoint), lora).eval())
+    model.save_pretrained(folder)
+    if not torch.allclose(logits(load(folder)), logits(model), atol=1e-5):
+        pytest.skip("this transformers does not load adapters of classifiers")
+
+
+@pytest.mark.usefixtures("loader")
+@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, residual: Any) -> None:
+    model = move(peft.get_peft_model(load(checkpoint), config(residual=residual)).eval())
+    model.save_pretrained(tmp_path)
+    whole = load(tmp_path)  # the folder of an adapter in the place of a model's
+    assert logits(whole).equal(logits(model))
+    base = load(checkpoint)
+    base.load_adapter(str(tmp_path), adapter_name="mine", is_trainable=True)
+    assert logits(base.eval()).equal(logits(model))
+    base(torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert all(p.grad.any() for name, p in base.named_parameters() if "siva_" in name)
+
+
+def test_transformers_refuses_an_adapter_of_another_model(tmp_path: Path, checkpoint: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match="another weight"):
+        load(checkpoint).load_adapter(str(tmp_path))
+
+
+@pytest.mark.usefixtures("loader")
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="this transformers wants a newer PEFT for it"
+)
+@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+def test_transformers_makes_switches_saves_and_deletes(tmp_path: Path, checkpoint: Path, residual: Any) -> None:
+    model = load(checkpoint)
+    expected = logits(model)
+    model.add_adapter(config(residual=residual), adapter_name="mine")
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    changed = logits(move(model))
+    assert model.active_adapters() == ["mine"]
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    model.disable_adapters()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.enable_adapters()
+    assert logits(model).equal(changed)
+    assert logits(load(tmp_path)).equal(changed)
+    model.delete_adapter("mine")
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
