@@ -321,18 +321,18 @@ def pool() -> str:
 
 
 def ladder_options() -> str:
-    """Options of the side network, screened once each."""
-    body = [
-        [
-            row["data"],
-            f"`{row['variant']}`",
-            f"{float(row['accuracy']):.3f}",
-            f"{float(row['loss']):.3f}",
-            whole(row["trainable_parameters"]),
-        ]
-        for row in rows("ladder_options.csv")
-    ]
-    return table(["data", "variant", "accuracy", "loss", "trained parameters"], body)
+    """Options of the side network, on slices of 2,000 rows."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows("ladder_options.csv"):
+        runs.setdefault((row["data"], row["variant"]), []).append(row)
+    body = []
+    for (data, variant), found in sorted(runs.items(), key=lambda item: item[0][0]):
+        accuracies, losses = ([float(row[column]) for row in found] for column in ("accuracy", "loss"))
+        parameters = whole(found[0]["trainable_parameters"])
+        body.append(
+            [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
+        )
+    return table(["data", "variant", "seeds", "accuracy", "loss", "trained parameters"], body)
 
 
 def ladder_pretraining() -> str:
