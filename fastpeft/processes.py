@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from fastpeft.errors import FastpeftError, LostProcessError, first_line
 
+_OF_GLOO = re.compile("gloo|pair closure|(closed|reset) by peer")  # the place in its sources, or what its sockets say
+
 
 def launched() -> int:
     """How many processes a launcher started, by what it tells each of them."""
@@ -80,4 +82,4 @@ def noticing_losses() -> Iterator[None]:
 
 def _is_loss(error: RuntimeError) -> bool:
     """Whether an error comes from the exchange between processes; gloo's has no type of its own."""
-    return (dist.is_available() and isinstance(error, dist.DistError)) or "gloo" in str(error)
+    return (dist.is_available() and isinstance(error, dist.DistError)) or _OF_GLOO.search(str(error)) is not None

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from fastpeft import LadderConfig, LadderModel, MeZO, MeZOConfig, MeZOTrainer, SivaConfig, processes
+from fastpeft.errors import LostProcessError
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -245,3 +246,22 @@ def test_what_they_agree_on_is_the_first_ones(ranks: Run) -> None:
     found = ranks(agree, 2**62)
     assert found == [2**62] * len(found)
     assert processes.agreed(7, torch.device("cpu")) == 7
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:29500",
+        "Application timeout caused pair closure",
+        "Read error [127.0.0.1]:29500: Connection reset by peer",
+    ],
+)
+def test_a_lost_process_is_known_by_what_gloo_says(words: str) -> None:
+    with pytest.raises(LostProcessError, match="has ended, or does not answer"), processes.noticing_losses():
+        raise RuntimeError(words)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as raised, processes.noticing_losses():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert type(raised.value) is RuntimeError
