@@ -33,6 +33,8 @@ _LOADERS = {
     "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
 }
 _OTHERS = {"XLORA": "adapters", "SHADOW": "shadow_model"}  # types that name further models, which PEFT would load
+# types with a field that, where it is set, names another folder or file to start from; what is saved has started
+_STARTS = {"SIVA": "pissa", "MULTITASK_PROMPT_TUNING": "prompt_tuning_init_state_dict_path"}
 _LAST_LAYER = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight")
 
 
@@ -49,9 +51,11 @@ def check_file(folder: Path) -> None:
         config = files.read_json(folder / _CONFIG)
     except FastpeftError:  # PEFT tells what is wrong with it
         config = {}
-    if key := _OTHERS.get(str(config.get("peft_type"))):
+    kind = str(config.get("peft_type"))
+    start = _STARTS.get(kind)
+    if key := _OTHERS.get(kind) or (start if config.get(str(start)) is not None else None):
         raise FastpeftError(
-            f"the adapter in {str(folder)!r} is of the type {config['peft_type']} and names others ({key}: "
+            f"the adapter in {str(folder)!r} is of the type {kind} and names others ({key}: "
             f"{config.get(key)!r}), but only what is in its folder is read. Load it by PEFT if you trust what it names."
         )
     if not (folder / _WEIGHTS).is_file():

@@ -46,6 +46,8 @@ class Problem:
             `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out. A loss among them is in
             place of the mean over batches.
         per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
+        loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
+            `score` has it.
         digest: makes the outputs that `score` takes of logits `(B, T, words)` and labels `(B, T)`, where logits are too
             many to be kept. None: they are the logits.
     """
@@ -57,6 +59,7 @@ class Problem:
     metrics: tuple[str, ...]
     score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
     per_token: bool = False
+    loss: Callable[[np.ndarray, np.ndarray], float] | None = None
     digest: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
@@ -119,8 +122,21 @@ def _score_numbers(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]
     return {
         "pearson": _correlation(guesses, labels),
         "spearman": _correlation(_ranks(guesses), _ranks(labels)),
-        "mse": float(np.mean((guesses - labels) ** 2)),
+        "mse": _squared_error(outputs, labels),
     }
+
+
+def _cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over what has a label."""
+    labelled = labels != UNLABELLED
+    logits, classes = outputs[labelled].astype(np.float64), labels[labelled]
+    logits -= logits.max(-1, keepdims=True)
+    of_labels = np.take_along_axis(logits, classes[:, None], -1)[:, 0]
+    return float(np.mean(np.log(np.exp(logits).sum(-1)) - of_labels))
+
+
+def _squared_error(outputs: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean((outputs[:, 0].astype(np.float64) - labels.astype(np.float64)) ** 2))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -174,6 +190,7 @@ CLASSIFICATION = Problem(
     labels="classes",
     metrics=("accuracy", "f1", "matthews"),
     score=_score_classes,
+    loss=_cross_entropy,
 )
 REGRESSION = Problem(
     name="regression",
@@ -182,6 +199,7 @@ REGRESSION = Problem(
     labels="numbers",
     metrics=("pearson", "spearman", "mse"),
     score=_score_numbers,
+    loss=_squared_error,
 )
 TAGGING = Problem(
     name="token_classification",
@@ -191,6 +209,7 @@ TAGGING = Problem(
     metrics=("word_f1", "accuracy"),
     score=_score_tags,
     per_token=True,
+    loss=_cross_entropy,
 )
 MASKED_WORDS = Problem(
     name="masked_words",

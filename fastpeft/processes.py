@@ -41,9 +41,13 @@ def meet(timeout: float) -> None:
 
     Args:
         timeout: seconds after which one that does not answer is given up.
+
+    Raises:
+        LostProcessError: one of them is not there.
     """
     if launched() > 1 and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        with noticing_losses():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 def agreed(value: int, device: torch.device) -> int:

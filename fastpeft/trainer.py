@@ -175,8 +175,12 @@ class RunTrainer(Trainer):
         return [found[index] for index in range(len(rows))]
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        self._outputs = prediction.predictions
-        return self.problem.score(prediction.predictions, prediction.label_ids, self.labels)
+        self._outputs = outputs = prediction.predictions
+        scores = self.problem.score(outputs, prediction.label_ids, self.labels)
+        if self.ranks.size > 1 and self.problem.loss is not None:
+            # the Trainer lets the mean of a process stand for its rows as if each had a whole batch
+            scores[LOSS] = self.problem.loss(outputs, prediction.label_ids)
+        return scores
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, tokens = inputs["input_ids"].shape
@@ -206,11 +210,13 @@ class RunTrainer(Trainer):
         return loss
 
     def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
-        """Stop the run where a loss or a gradient is not finite."""
+        """Stop the run where a loss or a gradient is not finite, in all processes where it is so in one."""
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = torch.zeros_like(norm) if loss is None else loss
-        if not (loss.isfinite() & norm.to(loss.device).isfinite()):
+        bad = not (loss.isfinite() & norm.to(loss.device).isfinite())
+        if self.ranks.any(bad, self.args.device):
             what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
+            what = what if bad else "in another process the loss or a gradient is not finite"
             raise NotFiniteError(
                 f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."

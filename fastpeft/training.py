@@ -315,10 +315,11 @@ def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def simulated_peak_mb(task: Task, tokens: int) -> float | None:
-    """Simulated peak of one step on a batch of `tokens` tokens a row, in MB."""
+    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB."""
     model, config, problem = task.model, task.config, task.data.problem
     device = next(model.parameters()).device
-    shape = (config.batch_size, tokens)
+    rows = config.batch_size // Ranks().size
+    shape = (rows, tokens)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
         "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
@@ -327,7 +328,7 @@ def simulated_peak_mb(task: Task, tokens: int) -> float | None:
     if problem is REGRESSION:
         batch["labels"] = batch["labels"].float()
     if "mask_positions" in task.train_rows[0]:
-        batch["mask_positions"] = torch.zeros(config.batch_size, dtype=torch.long, device=device)
+        batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
     try:
         autocast_dtype = torch.bfloat16 if config.bf16 else None
         adamw: OptimizerFactory = fused_adamw

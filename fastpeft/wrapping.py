@@ -14,6 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import POOLER
 from fastpeft.prompt_model import PromptModel
 from fastpeft.siva import SivaConfig
 
@@ -140,7 +141,11 @@ def in_4_bits(model: Any) -> Any:
 
     masked_lm = model.core if isinstance(model, PromptModel) else model
     backbone = masked_lm.base_model
-    layers = {name: layer for name, layer in backbone.named_modules() if type(layer) is nn.Linear}
+    layers = {
+        name: layer
+        for name, layer in backbone.named_modules()
+        if type(layer) is nn.Linear and POOLER not in name.split(".")  # which belongs to the head
+    }
     if not layers and not getattr(model, "is_loaded_in_4bit", False):
         raise FastpeftError(
             f"qlora keeps linear layers in 4 bits, of which the backbone, a {type(backbone).__name__}, has none. "

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -379,7 +380,7 @@ def test_a_backend_that_cannot_be_had_is_one_message() -> None:
     command = [sys.executable, "-m", "fastpeft", "info"]
     refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert refused.returncode == 2
-    said = refused.stderr.splitlines()
+    said = [line for line in refused.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # torch misses Triton
     assert len(said) == 1
     assert said[0].startswith("Error: FASTPEFT_BACKEND has 'siva_linear=fast'")
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fastpeft import CompareConfig, FastpeftError, LadderConfig, LadderModel, SivaConfig, compare
-from fastpeft.adapters import load_adapter
+from fastpeft.adapters import check_file, load_adapter
 from fastpeft.data import load_data
 from fastpeft.mezo import Journal
 from fastpeft.models import load_classifier
@@ -168,7 +168,13 @@ def test_what_is_no_index_is_left_to_its_reader(tmp_path: Path, text: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "named"), [("XLORA", {"adapters": {"0": "some/adapter"}}), ("SHADOW", {"shadow_model": "some/model"})]
+    ("kind", "named"),
+    [
+        ("XLORA", {"adapters": {"0": "some/adapter"}}),
+        ("SHADOW", {"shadow_model": "some/model"}),
+        ("SIVA", {"pissa": "some/adapter"}),
+        ("MULTITASK_PROMPT_TUNING", {"prompt_tuning_init_state_dict_path": "some/file"}),
+    ],
 )
 def test_adapters_that_are_made_of_others_are_refused(
     place: Path, tmp_path: Path, kind: str, named: dict[str, Any]
@@ -177,7 +183,7 @@ def test_adapters_that_are_made_of_others_are_refused(
     values = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**values, "peft_type": kind, **named}))
     with pytest.raises(FastpeftError, match=rf"of the type {kind} and names others .*some/"):
-        load_adapter(folder)
+        check_file(folder)
 
 
 def test_a_journal_names_parameters_and_no_files(tmp_path: Path) -> None:

@@ -287,3 +287,19 @@ def test_checkpoints_are_measured_on_all_dev_rows(
     state = json.loads((result.folder / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
     assert [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry] == [result.metrics["loss"]]
     assert result.metrics["best_step"] == 5
+
+
+def test_losses_are_those_of_training() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, numbers = torch.randn(40, 3, generator=generator), torch.randn(40, 1, generator=generator)
+    classes = torch.randint(3, (40,), generator=generator)
+    tags = classes.view(8, 5).clone()
+    tags[0, 2:] = UNLABELLED
+    of_tags = torch.nn.functional.cross_entropy(logits, tags.flatten(), ignore_index=UNLABELLED)
+    for problem, outputs, labels, expected in (
+        (CLASSIFICATION, logits, classes, torch.nn.functional.cross_entropy(logits, classes)),
+        (TAGGING, logits.view(8, 5, 3), tags, of_tags),
+        (REGRESSION, numbers, logits[:, 0], torch.nn.functional.mse_loss(numbers[:, 0], logits[:, 0])),
+    ):
+        assert problem.loss is not None
+        assert problem.loss(outputs.numpy(), labels.numpy()) == pytest.approx(expected.item(), rel=1e-6)

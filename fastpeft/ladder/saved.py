@@ -25,7 +25,7 @@ ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads i
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
-    check_named_files(Path(source))
+    check_named_files(Path(source, hub.get("subfolder") or ""))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
     except Exception as error:  # a broken file surfaces as almost any type
@@ -106,7 +106,7 @@ def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = N
     """
     hub = {} if hub is None else hub
     if Path(source).is_dir():
-        check_file(Path(source) / ADAPTER_FOLDER)
+        check_file(Path(source, hub.get("subfolder") or "", ADAPTER_FOLDER))
     place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
     try:
         return PeftModel.from_pretrained(base, source, is_trainable=True, **place)

@@ -244,11 +244,14 @@ class SivaLinear(FrozenLinear):
         taken = grouping.take(self, x)
         if taken is not None:
             return taken
-        if self.quantised is not None and (factors := self._acting()) is not None:
-            dtype = compute_dtype(x, self.base_layer.weight)
-            return quantised_siva_linear(x, self.quantised, *factors, bias=self.base_layer.bias, dtype=dtype)
-        operands = self.operands()
-        return self.base_layer(x, *args, **kwargs) if operands is None else siva_linear(x, *operands)
+        factors = self._acting()  # first: an adapter taken in only now may bring a quantised residual
+        if factors is None:
+            return self.base_layer(x, *args, **kwargs)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if self.quantised is not None:
+            dtype = compute_dtype(x, weight)
+            return quantised_siva_linear(x, self.quantised, *factors, bias=bias, dtype=dtype)
+        return siva_linear(x, weight.t() if self.fan_in_fan_out else weight, *factors, bias)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""

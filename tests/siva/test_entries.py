@@ -238,19 +238,28 @@ def load(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def loader(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skips where transformers' loader leaves out a part of a LoRA, as its first versions 5 do of a head."""
+    """Skips where transformers' loader leaves out a part of a LoRA, as its first versions 5 do of a head, or where it
+    wants parts of PEFT that this one has not."""
     folder = tmp_path_factory.mktemp("lora")
     lora = peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
     model = move(peft.get_peft_model(load(checkpoint), lora).eval())
     model.save_pretrained(folder)
-    if not torch.allclose(logits(load(folder)), logits(model), atol=1e-5):
+    try:
+        loaded = logits(load(folder))
+    except ModuleNotFoundError as error:
+        pytest.skip(f"this transformers wants a newer PEFT: {error}")
+    if not torch.allclose(loaded, logits(model), atol=1e-5):
         pytest.skip("this transformers does not load adapters of classifiers")
 
 
 @pytest.mark.usefixtures("loader")
-@pytest.mark.parametrize("residual", ["frozen", "implicit"])
-def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, residual: Any) -> None:
-    model = move(peft.get_peft_model(load(checkpoint), config(residual=residual)).eval())
+@pytest.mark.parametrize(
+    "kind",
+    [{"residual": "frozen"}, {"residual": "implicit"}, {"residual_dtype": "int8", "target_modules": "all-linear"}],
+    ids=str,
+)
+def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, kind: dict[str, Any]) -> None:
+    model = move(peft.get_peft_model(load(checkpoint), config(**kind)).eval())
     model.save_pretrained(tmp_path)
     whole = load(tmp_path)  # the folder of an adapter in the place of a model's
     assert logits(whole).equal(logits(model))
@@ -261,6 +270,7 @@ def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, re
     assert all(p.grad.any() for name, p in base.named_parameters() if "siva_" in name)
 
 
+@pytest.mark.usefixtures("loader")
 def test_transformers_refuses_an_adapter_of_another_model(tmp_path: Path, checkpoint: Path) -> None:
     adapted().save_pretrained(tmp_path)
     with pytest.raises(FastpeftError, match="another weight"):
