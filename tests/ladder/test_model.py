@@ -241,6 +241,7 @@ def test_the_side_network_is_made_where_the_base_is() -> None:
     assert ladder(tiny().to("meta")).side.up.weight.is_meta
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no other device")
 def test_the_side_network_may_be_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SideNetwork, "to", lambda self, device: self)  # it is made on the CPU and stays there
     with FakeTensorMode(allow_non_fake_inputs=True):
