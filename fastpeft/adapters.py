@@ -52,8 +52,8 @@ def check_file(folder: Path) -> None:
     except FastpeftError:  # PEFT tells what is wrong with it
         config = {}
     kind = str(config.get("peft_type"))
-    start = _STARTS.get(kind)
-    if key := _OTHERS.get(kind) or (start if config.get(str(start)) is not None else None):
+    key = _OTHERS.get(kind) or _STARTS.get(kind)
+    if key and (kind in _OTHERS or config.get(key) is not None):
         raise FastpeftError(
             f"the adapter in {str(folder)!r} is of the type {kind} and names others ({key}: "
             f"{config.get(key)!r}), but only what is in its folder is read. Load it by PEFT if you trust what it names."

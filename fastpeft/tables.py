@@ -233,10 +233,8 @@ def _read_jsonl(file: Path) -> list[Record]:
             continue
         try:
             row = parse_json(line)
-            if "\\u" in line:
-                json.dumps(
-                    row, ensure_ascii=False
-                ).encode()  # half of a character, which an escape can write, has no code
+            if "\\u" in line:  # an escape can write half of a character, which has no code
+                json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
             raise FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.") from None
         if not isinstance(row, dict):

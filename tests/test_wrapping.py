@@ -35,15 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path, place: Path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        method="prompt-tuning",
-        model=str(place / "model"),
-        data=str(place / "reviews.csv"),
-        max_steps=3,
-        learning_rate=1e-2,
-    )
+def config(config: TrainConfig) -> TrainConfig:
+    return replace(config, method="prompt-tuning")
 
 
 @pytest.fixture

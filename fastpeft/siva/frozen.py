@@ -43,12 +43,17 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     @property
-    def _weight(self) -> Tensor:
-        """The stored weight as `(out_features, in_features)`."""
-        weight: Tensor = self.base_layer.weight.data
-        if self.quantised is not None and not self.merged:
-            return self.quantised.dequantise(weight.dtype)
+    def stored(self) -> Tensor:
+        """What is stored, as `(out_features, in_features)`: empty where `quantised` is in its place."""
+        weight: Tensor = self.base_layer.weight
         return weight.t() if self.fan_in_fan_out else weight
+
+    @property
+    def _weight(self) -> Tensor:
+        """The weight that does not train, apart from autograd."""
+        if self.quantised is not None and not self.merged:
+            return self.quantised.dequantise(self.base_layer.weight.dtype)
+        return self.stored.data
 
     @_weight.setter
     def _weight(self, value: Tensor) -> None:

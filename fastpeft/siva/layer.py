@@ -247,11 +247,11 @@ class SivaLinear(FrozenLinear):
         factors = self._acting()  # first: an adapter taken in only now may bring a quantised residual
         if factors is None:
             return self.base_layer(x, *args, **kwargs)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        bias = self.base_layer.bias
         if self.quantised is not None:
-            dtype = compute_dtype(x, weight)
+            dtype = compute_dtype(x, self.base_layer.weight)
             return quantised_siva_linear(x, self.quantised, *factors, bias=bias, dtype=dtype)
-        return siva_linear(x, weight.t() if self.fan_in_fan_out else weight, *factors, bias)
+        return siva_linear(x, self.stored, *factors, bias)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""
@@ -264,9 +264,8 @@ class SivaLinear(FrozenLinear):
             }
             return rows.each(x, [partial(quantised_siva_linear, **shared, **each._asdict()) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
-        weight = self.base_layer.weight.t() if self.fan_in_fan_out else self.base_layer.weight
         order = None if rows.order is None else rows.order.to(x.device)
-        return siva_linear_mixed(x, weight, us, ss, vs, list(rows.sizes.values()), order, self.base_layer.bias)
+        return siva_linear_mixed(x, self.stored, us, ss, vs, list(rows.sizes.values()), order, self.base_layer.bias)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None] | None:
         """What `siva_linear` takes beside x, as the layer acts now; None where it takes nothing.
@@ -276,8 +275,7 @@ class SivaLinear(FrozenLinear):
         factors = self._acting()
         if factors is None or self.quantised is not None:
             return None
-        weight = self.base_layer.weight
-        return (weight.t() if self.fan_in_fan_out else weight, *factors, self.base_layer.bias)
+        return (self.stored, *factors, self.base_layer.bias)
 
     @property
     def weight(self) -> Tensor:

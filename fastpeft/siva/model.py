@@ -131,8 +131,7 @@ class SivaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if self._pissa is not None:
-            stored = layer.base_layer.weight
-            factors = self._pissa.factors(current_key, stored.t() if layer.fan_in_fan_out else stored)
+            factors = self._pissa.factors(current_key, layer.stored)
             layer.load_state_dict({f"{part}.{adapter_name}": value for part, value in factors.items()}, strict=False)
         self._step(self._number_of_targets)
         if peft_config.init_weights and layer.base_fingerprint is not None:
