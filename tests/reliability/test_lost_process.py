@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from forking import PROCESSES
 from reliability import kill
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
+from transformers.trainer_callback import DefaultFlowCallback
 
 from fastpeft.export import export
 from fastpeft.mezo import Journal
@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 SECONDS = 60  # that anything may take: far above what it does
+SIGNALLED_AT = 7  # of `kill.STEPS`, after two checkpoints
 # plain gradient descent, since Adam makes whole steps of gradients that are all rounding; a window without dropout
 RUNS = {
     "siva": ("--method=siva", "--learning-rate=0.1", "--set=optim=sgd", "--save-steps=3"),
@@ -54,8 +55,24 @@ def command(place: Path, output: Path, arguments: tuple[str, ...]) -> list[str]:
     return ["train", "--resume", f"--max-steps={kill.STEPS}", *given, *arguments]
 
 
-def work(rank: int, size: int, port: int, messages: Path, command: list[str]) -> None:
+def signal_at_a_step(number: signal.Signals) -> None:
+    """Let this process send itself a signal when it has made a step in the middle, however fast it is."""
+    on_step_end = DefaultFlowCallback.on_step_end
+
+    def signalled(self: Any, args: Any, state: Any, *others: Any, **further: Any) -> Any:
+        if state.global_step == SIGNALLED_AT:
+            os.kill(os.getpid(), number)
+        return on_step_end(self, args, state, *others, **further)
+
+    DefaultFlowCallback.on_step_end = signalled
+
+
+def work(
+    rank: int, size: int, port: int, messages: Path, command: list[str], number: signal.Signals | None = None
+) -> None:
     """What one of several processes does; its exit code is that of the command."""
+    if number is not None:
+        signal_at_a_step(number)
     from fastpeft.cli import app
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -71,29 +88,28 @@ def work(rank: int, size: int, port: int, messages: Path, command: list[str]) ->
 class Launched:
     """Processes that train together."""
 
-    def __init__(self, place: Path, output: Path, size: int, *arguments: str) -> None:
+    def __init__(
+        self,
+        place: Path,
+        output: Path,
+        size: int,
+        *arguments: str,
+        signals: dict[int, signal.Signals] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.output = output
         self.messages = [output.parent / f"{output.name} rank {rank} of {size}" for rank in range(size)]
         self.processes = [
-            PROCESSES.Process(target=work, args=(rank, size, port, file, command(place, output, arguments)))
+            PROCESSES.Process(
+                target=work,
+                args=(rank, size, port, file, command(place, output, arguments), (signals or {}).get(rank)),
+            )
             for rank, file in enumerate(self.messages)
         ]
         for process in self.processes:
             process.start()
-
-    def wait_for_steps(self, steps: int) -> None:
-        """Wait until a resumed run would not make so many steps again."""
-        began = time.monotonic()
-        while kill.reached(self.output) < steps:
-            assert time.monotonic() - began < SECONDS, self.said()
-            assert all(process.is_alive() for process in self.processes), self.said()
-            time.sleep(0.01)
-
-    def send(self, rank: int, number: signal.Signals) -> None:
-        os.kill(self.processes[rank].pid, number)
 
     def exit_codes(self) -> list[int | None]:
         """Of all processes, once they have ended."""
@@ -113,8 +129,8 @@ class Launched:
 def launch(place: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Launched]:
     """Start processes, none of which outlives the test."""
 
-    def start(size: int, *arguments: str) -> Launched:
-        launched = Launched(place, tmp_path / "run", size, *arguments)
+    def start(size: int, *arguments: str, **signals: Any) -> Launched:
+        launched = Launched(place, tmp_path / "run", size, *arguments, **signals)
         request.addfinalizer(lambda: [process.kill() for process in launched.processes])
         return launched
 
@@ -153,9 +169,7 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 def lose(launched: Launched, rank: int) -> None:
-    """Kill one of the processes in the middle, and see how the others end."""
-    launched.wait_for_steps(6)
-    launched.send(rank, signal.SIGKILL)
+    """See how the others end where one of the processes was killed in the middle."""
     codes = launched.exit_codes()
     assert codes.pop(rank) == -signal.SIGKILL, launched.said()
     assert set(codes) == {2}, launched.said()
@@ -186,7 +200,7 @@ def test_any_number_goes_on(
     lost: int,
     then: int,
 ) -> None:
-    launched = launch(size, *RUNS[kind])
+    launched = launch(size, *RUNS[kind], signals={lost: signal.SIGKILL})
     lose(launched, lost)
     far, journal = kill.reached(launched.output), RunFolder(launched.output).journal
     before = list(Journal.open(journal).records())[:far] if kind == "mezo" else []
@@ -202,12 +216,10 @@ def test_any_number_goes_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siva", "mezo"])
 def test_one_that_does_not_answer_is_lost_after_the_timeout(launch: Callable[..., Launched], kind: str) -> None:
-    launched = launch(2, *RUNS[kind], "--set=ddp_timeout=10")
-    launched.wait_for_steps(6)
-    launched.send(1, signal.SIGSTOP)
+    launched = launch(2, *RUNS[kind], "--set=ddp_timeout=10", signals={1: signal.SIGSTOP})
     launched.processes[0].join(SECONDS)
     said = launched.said()[0]
-    launched.send(1, signal.SIGKILL)
+    launched.processes[1].kill()
     assert launched.processes[0].exitcode == 2, said
     assert "does not answer (Timed out" in said or "does not answer (Application timeout" in said
 
@@ -216,9 +228,7 @@ def test_one_that_does_not_answer_is_lost_after_the_timeout(launch: Callable[...
 def test_a_signal_to_one_stops_all_at_the_same_step(
     launch: Callable[..., Launched], alone: Callable[[str], Path], kind: str
 ) -> None:
-    launched = launch(2, *RUNS[kind])
-    launched.wait_for_steps(6)
-    launched.send(1, signal.SIGTERM)
+    launched = launch(2, *RUNS[kind], signals={1: signal.SIGTERM})
     assert launched.exit_codes() == [130, 130], launched.said()
     resumed = launch(2, *RUNS[kind])
     assert resumed.exit_codes() == [0, 0], resumed.said()
