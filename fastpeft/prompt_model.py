@@ -270,18 +270,19 @@ class PromptModel(PreTrainedModel):
         Raises:
             FastpeftError: there is no prompt, or the model cannot be loaded.
         """
-        from transformers import AutoModelForMaskedLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         import fastpeft  # noqa: F401  (registers adapters with PEFT and side networks with transformers)
 
         source = os.fspath(pretrained_model_name_or_path)
         try:
             values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
+            options = source_options(source)
             if masked_lm is None:
-                adapted = find_adapter_config_file(source) is not None
-                load = _load_adapter if adapted else AutoModelForMaskedLM.from_pretrained
-                masked_lm = load(source, **{**source_options(source), "use_safetensors": True, **kwargs})
-            tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source))
+                adapted = find_adapter_config_file(source, local_files_only=options["local_files_only"]) is not None
+                load = _load_adapter if adapted else _load_masked_lm
+                masked_lm = load(source, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = cls(masked_lm, tokenizer, Prompt.from_values(values))
             if values.get("calibration"):
                 model.calibration.copy_(torch.tensor(values["calibration"]))
@@ -371,12 +372,17 @@ def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str
         state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
+def _load_masked_lm(source: str, **kwargs: Any) -> Any:
+    from transformers import AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_pretrained(source, **{**source_options(source), "use_safetensors": True, **kwargs})
+
+
 def _load_adapter(source: str, **kwargs: Any) -> Any:
     """A PEFT adapter on its masked base model."""
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForMaskedLM
 
     if Path(source).is_dir():
         check_file(Path(source))
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    return PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(base, **kwargs), source)
+    return PeftModel.from_pretrained(_load_masked_lm(base, **kwargs), source)

@@ -6,6 +6,7 @@ marker's tests runs, at least one, drawn by FASTPEFT_TEST_SEED (default 0) so th
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -65,6 +66,14 @@ def device() -> str:
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 cannot run loops with NumPy 2.4 or newer")
     return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def plain_logging() -> None:
+    """The library's logger as it is without a command, which sets it up for its process: here that of all tests."""
+    logger = logging.getLogger("fastpeft")
+    logger.setLevel(logging.NOTSET)
+    logger.handlers = []
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(fastpeft.__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Give the library's logger back as it was."""
-    logger = logging.getLogger("fastpeft")
-    before = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(before[0])
-    logger.handlers = before[1]
 
 
 @pytest.fixture

@@ -13,9 +13,18 @@ import pytest
 from peft import get_peft_model
 from samples import reviews, save_tiny_model, write_csv
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fastpeft import CompareConfig, FastpeftError, LadderConfig, LadderModel, SivaConfig, compare
+from fastpeft import (
+    CompareConfig,
+    FastpeftError,
+    LadderConfig,
+    LadderModel,
+    Prompt,
+    PromptModel,
+    SivaConfig,
+    compare,
+)
 from fastpeft.adapters import check_file, load_adapter
 from fastpeft.data import load_data
 from fastpeft.mezo import Journal
@@ -124,6 +133,21 @@ def test_names_that_lead_out_of_a_folder_are_refused(
     with pytest.raises(FastpeftError) as raised:
         LOADERS[kind](folder)
     assert f"{file} names {found!r}, which lies outside of its folder" in str(raised.value)
+
+
+def test_the_base_of_a_prompted_adapter_stays_in_its_folder(place: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(place / "model", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    masked_lm = get_peft_model(AutoModelForMaskedLM.from_pretrained(base), SivaConfig(r=2))
+    prompt = Prompt("{text} <mask>", {0: "and", 1: "a"})
+    PromptModel(masked_lm, tokenizer, prompt).save_pretrained(tmp_path / "prompted")
+    PromptModel.from_pretrained(tmp_path / "prompted")
+    index = base / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    rename_shard(values, "../x.safetensors")
+    index.write_text(json.dumps(values))
+    with pytest.raises(FastpeftError, match=r"names '\.\./x\.safetensors', which lies outside"):
+        PromptModel.from_pretrained(tmp_path / "prompted")
 
 
 def test_parts_of_a_data_set_stay_in_their_folders(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +48,7 @@ class ScratchWeights:
         self._depths: list[int] = []  # how many of these belong to each module whose forward runs
         self._filling = False
         self._handles: list[Any] = []  # of the hooks that do all this
+        self._watch: _Watch | None = None
         # of each storage the bytes that are trained parameters (begin, end) and the names of these
         self._names: dict[int, list[tuple[int, int, str]]] = {}
         # for each module its trained parameters: what holds one, its name there and the parameter
@@ -77,41 +77,38 @@ class ScratchWeights:
         """Show the forward from now on theta + scale * z, with the scale of each parameter; no scales show theta."""
         self._seed, self._scales, self._noise = seed, scales, noise
 
-    @contextmanager
-    def shown(self, check: bool) -> Iterator[None]:
-        """Inside it the model's forward sees what `perturb` says.
+    @uninterrupted()
+    def begin(self, check: bool) -> None:
+        """Let the model's forward see what `perturb` says, until `end`.
+
+        No context manager of a generator: one that an interrupt parts from its end would end when it is collected, in
+        the middle of whatever runs then.
 
         Args:
-            check: watch for trained parameters that are read outside of their module's forward.
-
-        Raises:
-            FastpeftError: with `check`, there is one; its forward would see theta.
+            check: watch for trained parameters that are read outside of their module's forward. There `FastpeftError`
+                is raised, since it would see theta.
         """
         self._names = {}
         for param, path in self._paths.items():
             if param.numel():
                 self._names.setdefault(param.untyped_storage().data_ptr(), []).append((*_span(param), path))
-        try:
-            self._begin()
-            with _Watch(self) if check else nullcontext():
-                yield
-        finally:
-            self.end()
-
-    @uninterrupted()
-    def _begin(self) -> None:
         for module in self._owned:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if check:
+            self._watch = _Watch(self)
+            self._watch.__enter__()
 
     @uninterrupted()
     def end(self) -> None:
         """Leave no hook on the model, and each parameter in its place, wherever an exception ended a forward."""
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
         for handle in self._handles:
             handle.remove()
         for holder, name, param in reversed(self._borrowed):
             holder._parameters[name] = param  # type: ignore[assignment]
-        self._handles, self._borrowed, self._depths = [], [], []
+        self._handles, self._borrowed, self._depths, self._watch = [], [], [], None
 
     def refuse_bare(self, tensors: Any) -> None:
         """Raise if one of the arguments of an op is a trained parameter itself, though a perturbed one is shown."""

@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,9 @@ class MeZO(PerturbingOptimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with dropout_off(self._model), self._shown.shown(watch) if self._shown else nullcontext():
+            with dropout_off(self._model):
+                if self._shown is not None:
+                    self._shown.begin(watch)
                 for point in self.estimator.points:
                     self._go(point)
                     each = self._losses(closure)
@@ -245,6 +247,9 @@ class MeZO(PerturbingOptimizer):
         except BaseException:
             self.settle()
             raise
+        finally:
+            if self._shown is not None:
+                self._shown.end()
         epses, limit = self._epses(), self.max_projected_grad
         if limit is not None:
             limit *= min(epses) / epses[0]  # the g of the group with the smallest eps is the largest
@@ -259,10 +264,10 @@ class MeZO(PerturbingOptimizer):
         What a deferred step still owes is added, which loses nothing. The perturbation of an estimate that no step has
         applied is taken out, to rounding.
         """
-        dropped, self._points_seen = self._points_seen, 0
-        self._restore()
         if self._shown is not None:
             self._shown.end()
+        dropped, self._points_seen = self._points_seen, 0
+        self._restore()
         if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
             self._dropped += 1

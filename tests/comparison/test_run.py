@@ -6,7 +6,6 @@ import contextlib
 import csv
 import importlib.util
 import io
-import logging
 import os
 import random
 import signal
@@ -72,16 +71,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "data_for", lambda config: data)
     told = {"head": Estimate(100.0, 2.0, 0.5), "lora:learning_rate=0.25": Estimate(error="no such layers")}
     monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: told)
-
-
-@pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Give the library's logger back as it was."""
-    logger = logging.getLogger("fastpeft")
-    before = logger.level, list(logger.handlers)
-    yield
-    logger.setLevel(before[0])
-    logger.handlers = before[1]
 
 
 def started() -> list[str]:

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastpeft import MeZO
 from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo import Journal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+_AGAIN = 2.0  # seconds
 
 
 class Alarm(BaseException):
@@ -40,12 +44,19 @@ def alarm() -> Iterator[None]:
 
 
 def interrupted(work: Callable[[], Any], seconds: float) -> None:
-    """Repeat `work` until a signal ends it after this time."""
+    """Repeat `work` until a signal ends it after this time.
+
+    Python drops what a handler raises inside a callback of its garbage collector, of which hypothesis has one; then the
+    next signal ends it.
+    """
 
     def repeat() -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        while True:
-            work()
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
+        try:
+            while True:
+                work()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     with pytest.raises(Alarm):
         repeat()
@@ -157,3 +168,4 @@ def test_exact_puts_every_parameter_back_after_an_interrupt_at_any_moment() -> N
         now = dict(model.named_parameters())
         assert all(now[name] is p and torch.equal(p, before[name]) for name, p in params.items())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert not is_in_torch_dispatch_mode()
