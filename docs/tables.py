@@ -120,20 +120,46 @@ def sst2() -> str:
     )
 
 
+def comparison(folder: str) -> dict[str, list[Row]]:
+    """The runs of each variant, one a seed, of a comparison in docs/results; those of its searches are left out."""
+    runs: dict[str, list[Row]] = {}
+    for run in _read(DOCS / "results" / folder / "results.csv"):
+        if run["state"] == "finished" and not run.get("search"):
+            runs.setdefault(run["variant"], []).append(run)
+    return runs
+
+
+def _percent(runs: Sequence[Row]) -> str:
+    """The mean accuracy of runs, and its standard deviation over seeds."""
+    values = [100 * float(run["accuracy"]) for run in runs]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def targets() -> str:
+    """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for folder in ("targets-demo", "table1-full"):
+        for runs in comparison(folder).values():
+            if runs[0]["method"] in ("full", "lora", "siva"):
+                rate = f"{float(runs[0]['learning_rate']):g}"
+                cells = found.setdefault((_layers(runs[0]), NAMES[runs[0]["method"]]), [])
+                cells += [_percent(runs), rate]
+    body = [[name, layers, *cells] for (layers, name), cells in sorted(found.items())]
+    return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
+
+
 def suite(folder: str) -> str:
     """The report's rows beside what a comparison in docs/results measured."""
     wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
-    runs: dict[str, list[Row]] = {}
-    for run in _read(DOCS / "results" / folder / "results.csv"):
-        runs.setdefault(run["variant"], []).append(run)
+    runs = comparison(folder)
     body = []
     for row in wanted["rows"].values():
         found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
         if found:
-            accuracies, memory, speed = (
-                [float(run[column]) for run in found] for column in ("accuracy", "peak_memory_mb", "samples_per_second")
+            memory, speed = (
+                [float(run[column]) for run in found] for column in ("peak_memory_mb", "samples_per_second")
             )
-            here = f"{100 * mean(accuracies):.1f}" + (f" ± {100 * stdev(accuracies):.1f}" if len(found) > 1 else "")
+            here = _percent(found)
             told = ["-" if row.get(key) is None else f"{row[key]:,}" for key in ("memory_mb", "samples_per_second")]
             accuracy = " / ".join(f"{value:.2f}" for value in row["accuracy"])
             body.append([row["title"], accuracy, here, told[0], f"{mean(memory):,.0f}", told[1], f"{mean(speed):,.0f}"])
@@ -487,6 +513,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
     "table2-quick": partial(suite, "table2-quick"),
+    "table1-full": partial(suite, "table1-full"),
+    "targets": targets,
     "prompts": prompts,
     "after-mezo": after_mezo,
     "auto-prompt": auto_prompt,

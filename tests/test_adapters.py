@@ -111,6 +111,47 @@ def test_the_lora_of_a_decoder_is_one_that_vllm_takes(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in config.target_modules} == {"q_proj", "down_proj"}
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}}, {"target_modules": "all-linear"}],
+)
+def test_vllm_loads_the_lora_of_a_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: dict[str, Any]
+) -> None:
+    """Where vLLM is installed: by its own loader, whose weights on the base model give SiVA's logits."""
+    pytest.importorskip("vllm")
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **shape)).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"), SivaConfig(r=4, task_type="CAUSAL_LM", **targets)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter) * parameter.requires_grad
+    model.save_pretrained(str(tmp_path / "adapter"))
+    lora = str(export(tmp_path / "adapter", tmp_path / "lora", "lora"))
+
+    helper = PEFTHelper.from_local_dir(lora, None)
+    helper.validate_legal(LoRAConfig(max_lora_rank=8))
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)  # it needs a driver
+    names = {path.rpartition(".")[2] for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    loaded = LoRAModel.from_local_checkpoint(lora, names, helper, device="cpu", dtype=torch.float32, lora_model_id=1)
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        before = base(tokens).logits
+        for path, layer in loaded.loras.items():
+            base.get_submodule(path).weight += layer.scaling * layer.lora_b @ layer.lora_a
+        torch.testing.assert_close(base(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(before, model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_a_prompt_of_peft_is_refused(tmp_path: Path) -> None:
     peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(FastpeftError, match="of the type PROMPT_TUNING for the task CAUSAL_LM"):
