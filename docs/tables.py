@@ -296,9 +296,9 @@ def siva_speed_base() -> str:
     return table(["layers", "one training step", "ms", "time over SiVA's"], body)
 
 
-def siva_profile() -> str:
-    """Where a step of the bundled model goes, all linear layers."""
-    found = [row for row in rows("siva_profile.csv") if row["targets"] == "all linear"]
+def siva_profile(targets: str) -> str:
+    """Where a step of the bundled model goes."""
+    found = [row for row in rows("siva_profile.csv") if row["targets"] == targets]
     columns = ("siva", "limit", "lora")
     body = []
     for kind in dict.fromkeys(row["kind"] for row in found):
@@ -522,7 +522,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "siva-speed": siva_speed,
     "siva-speed-all": siva_speed_all,
     "siva-speed-base": siva_speed_base,
-    "siva-profile": siva_profile,
+    "siva-profile": partial(siva_profile, "query, key"),
+    "siva-profile-all": partial(siva_profile, "all linear"),
     "ladder-speed": ladder_speed,
     "feature-cache": feature_cache,
     "pool": pool,

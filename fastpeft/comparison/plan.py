@@ -108,16 +108,11 @@ class CompareConfig:
     def _check_suite(self) -> None:
         """Raise `FastpeftError` where the suite does not go with the rest."""
         assert self.suite is not None
-        suite = get_suite(self.suite)
+        get_suite(self.suite)
         if len(self.prompts) > 1 or "none" in self.prompts:
             raise FastpeftError(
                 f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
                 "Give the one prompt of those with."
-            )
-        if self.protocol == "full" and not suite.searches:
-            raise FastpeftError(
-                f"{self.suite} keeps one set of hyper-parameters for all its methods, so there is none to search. "
-                "Leave the protocol out."
             )
 
     @property
