@@ -32,7 +32,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_one_step(method: str, large: Path, tmp_path: Path) -> None:
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
-    prompted = {"prompt": "{text} is <mask>", "label_words": ("awful", "lovely")} if method == "mezo" else {}
+    prompted = {"prompt": "{text} is <mask>", "label_words": "awful,lovely"} if method == "mezo" else {}
     config = TrainConfig(
         output=str(tmp_path / "run"),
         method=method,
