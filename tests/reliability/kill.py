@@ -8,7 +8,6 @@ before may be lost; at the end the weights must have the bits of a run that was 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -26,7 +25,6 @@ from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 
 from fastpeft import files
-from fastpeft.comparison.plan import LOCK
 from fastpeft.mezo import Journal
 from fastpeft.runs import RunFolder
 
@@ -101,9 +99,8 @@ def kill(process: Any, output: Path) -> bool:
     except ProcessLookupError:  # it has ended, or has not yet become the first of its group
         process.kill()
     process.join()
-    if (output / LOCK).exists():  # which the process of a cell holds until it is gone
-        with (output / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    if (output / files.LOCK).exists():  # which the process of a cell holds until it is gone
+        files.lock(output / files.LOCK).close()
     return bool(process.exitcode == -signal.SIGKILL)
 
 
