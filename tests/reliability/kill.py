@@ -1,8 +1,8 @@
 """Runs that are killed at random moments, go on, and must end as if nothing had happened.
 
-`make kill-test` kills each kind of run 30 times and prints what it found. A run is killed, resumed and killed again
-until it comes to its end; then the next one begins. After each kill every file is read, and nothing that was reached
-before may be lost; at the end the weights must have the bits of a run that was left alone.
+`make kill-test` kills each kind of run 30 times; what it finds is a row of bench/data/kills.csv. A run is killed,
+resumed and killed again until it comes to its end; then the next one begins. After each kill every file is read, and
+nothing that was reached before may be lost; at the end the weights must have the bits of a run that was left alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 
+from bench.harness import DATA, put_row
 from fastpeft import files
 from fastpeft.ladder.store import _LINE_BYTES, RecordStore
 from fastpeft.mezo import Journal
 from fastpeft.runs import RunFolder
 
+FILE = DATA / "kills.csv"
 STEPS = 40
 RUNS: dict[str, dict[str, Any]] = {
     "siva": {"method": "siva", "save_steps": 3},
@@ -244,20 +246,23 @@ def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Kill runs at random moments and look at what is left.")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", type=Path, default=FILE, help="the table that the rows go to")
     parser.add_argument("kinds", nargs="*", default=[*RUNS, COMPARE])
-    given = parser.parse_args()
-    print("| run | kills | of these while something was written | runs | faults |\n| --- | --- | --- | --- | --- |")
+    given = parser.parse_args(arguments)
     faults = []
     for kind in given.kinds:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
             found = attack(Path(folder), kind, given.kills, given.seed)
         faults += found.faults
-        print(f"| {kind} | {found.kills} | {found.while_writing} | {found.runs} | {len(found.faults)} |", flush=True)
+        numbers = {"kills": found.kills, "while_writing": found.while_writing, "runs": found.runs}
+        row = {"run": kind, **{name: str(n) for name, n in numbers.items()}, "faults": str(len(found.faults))}
+        put_row(given.file, row, key=("run",))
+        print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)
     raise SystemExit(json.dumps(faults, indent=2) if faults else 0)
 
 

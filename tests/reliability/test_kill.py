@@ -86,3 +86,15 @@ def test_features_that_are_lost_are_found(tmp_path: Path, part: str) -> None:
         faults = kill.unreadable(cache)
     (fault,) = faults
     assert fault.startswith("a/index: 3 lines name ")
+
+
+def test_what_is_found_goes_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([kill.Report(2, 1, 1), kill.Report(2, 0, 2), kill.Report(2, 0, 1, ["lost"])])
+    monkeypatch.setattr(kill, "attack", lambda *_: next(found))
+    monkeypatch.setattr(kill, "prepare", lambda _: None)
+    file = tmp_path / "kills.csv"
+    for kinds, code in ((["siva", "compare"], 0), (["siva"], '[\n  "lost"\n]')):
+        with pytest.raises(SystemExit) as ended:
+            kill.main(["--file", str(file), *kinds])
+        assert ended.value.code == code
+    assert file.read_text() == "run,kills,while_writing,runs,faults\nsiva,2,0,1,1\ncompare,2,0,2,0\n"
