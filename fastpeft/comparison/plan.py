@@ -37,7 +37,6 @@ _DECIDED = {
 }
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
 SLICE = "slice"  # the folder of the rows that learning rates are tried on
-LOCK = ".lock"  # the file that a running comparison holds in its folder
 _LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
@@ -389,7 +388,9 @@ def _read(folder: Path) -> Plan:
 
 def _holds_something(folder: Path) -> bool:
     """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
-    return any(child.name not in (LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir())
+    return any(
+        child.name not in (files.LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir()
+    )
 
 
 def _check_rows(cell: Cell, other: Cell) -> None:
