@@ -62,7 +62,7 @@ def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch.save
         reason = getattr(error, "strerror", None) or first_line(error)
-        if "iostream" in reason:  # all that torch.save has to say
+        if "iostream" in reason or "inline_container" in reason:  # all that torch.save has to say
             reason = "writing broke off, as on a full disk"
         raise FastpeftError(f"cannot write {what} ({reason}). {remedy()}") from error
 

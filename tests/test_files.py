@@ -82,6 +82,10 @@ def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytes
         (OSError(28, "No space left on device"), "No space left on device"),
         (SafetensorError("I/O error: No space left"), "I/O error: No space left"),
         (RuntimeError("file write failed\nat line 3"), "file write failed"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 8176 vs 8146"),
+            "writing broke off, as on a full disk",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_one_message(error: Exception, reason: str) -> None:
