@@ -60,7 +60,10 @@ def saving(what: str, remedy: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch.save
+    except Exception as error:
+        # the third from torch.save; and tokenizers raise what has no type of its own
+        if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and type(error) is not Exception:
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         if "iostream" in reason or "inline_container" in reason:  # all that torch.save has to say
             reason = "writing broke off, as on a full disk"

@@ -82,6 +82,7 @@ def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytes
         (OSError(28, "No space left on device"), "No space left on device"),
         (SafetensorError("I/O error: No space left"), "I/O error: No space left"),
         (RuntimeError("file write failed\nat line 3"), "file write failed"),
+        (Exception("No space left on device (os error 28)"), "No space left on device (os error 28)"),
         (
             RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 8176 vs 8146"),
             "writing broke off, as on a full disk",
@@ -92,6 +93,13 @@ def test_what_cannot_be_written_is_one_message(error: Exception, reason: str) ->
     with pytest.raises(FastpeftError) as raised, files.saving("it", lambda: "Make room."):
         raise error
     assert str(raised.value) == f"cannot write it ({reason}). Make room."
+
+
+@pytest.mark.parametrize("error", [FastpeftError("no rank"), KeyError("name"), KeyboardInterrupt()], ids=repr)
+def test_what_is_wrong_otherwise_passes(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, files.saving("it", lambda: "Make room."):
+        raise error
+    assert raised.value is error
 
 
 def test_written_files_have_the_usual_permissions(tmp_path: Path) -> None:
