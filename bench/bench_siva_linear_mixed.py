@@ -1,31 +1,34 @@
-"""SiVA's linear layer over rows that belong to different adapters, against its plain formula, factors gathered for each
-row, and PEFT's LoRA.
+"""SiVA's linear layer over rows of different adapters, against its plain formula, gathered factors and PEFT's LoRA.
 
-`python -m bench.bench_siva_linear_mixed` times them side by side into `bench/data/siva_linear_mixed.csv`; `pytest bench
---benchmark-enable --benchmark-only` shows each through pytest-benchmark. Both run what `candidates` returns. PEFT's is
-its own layer with `adapter_names`, which for each adapter indexes x, and adds to the output by index; its factors are
-V and U diag(s), so that all compute the same. PEFT's model refuses `adapter_names` in training; its layer, timed here,
-does not. One adapter for all rows is the bound.
+`python -m bench.bench_siva_linear_mixed` times them side by side into `bench/data/siva_linear_mixed.csv`; `pytest
+bench --benchmark-enable --benchmark-only` shows each through pytest-benchmark. Both run what `candidates` returns.
+PEFT's is its own layer with `adapter_names`, which for each adapter indexes x, and adds to the output by index; its
+factors are V and U diag(s), so that all compute the same. PEFT's model refuses `adapter_names` in training; its
+layer, timed here, does not. One adapter for all rows is the bound.
 
 Predicted before measuring, of the CPU in float32 with one thread, which does about 60 GFLOPS in matrix products and
-moves about 10 GB a second beyond its caches, for 64 rows of 32 tokens (M = 2048, K = N = 768, rank 4, 8 adapters). The
-large product is 1.2 billion multiply-adds, 40 ms, and again for dx; those of rank 4 are 1 % of it. A pass over a tensor
-of the size of x or h moves 6.3 MB, 0.6 ms. Passes beside the large product's:
+moves about 10 GB a second beyond its caches, for 64 rows of 32 tokens (M = 2048, K = N = 768, rank 4, 8 adapters).
+The large product is 1.2 billion multiply-adds, 40 ms, and again for dx; those of rank 4 are 1 % of it. A pass over a
+tensor of the size of x or h moves 6.3 MB, 0.6 ms. Passes beside the large product's:
 
     forward      the op 3 (x for p; h, read and written, for p U^T), and 4 where rows are to be sorted
                  gathered factors 5 (x; the small product written; three to add it)
-                 reference 11, PEFT 13 (x gathered 3; the small product 1, scaled 2; h gathered 2, added 3, put back 2)
+                 reference 11, PEFT 13 (x gathered 3; small product 1, scaled 2; h gathered 2, added 3, put back 2)
     backward     the op 5, and 6 to sort
                  PEFT, for each adapter, since autograd makes a tensor of all rows of what one index reads: 10
 
 So to the op's 42 ms with sorted rows PEFT's should be 48, 1.15 times as long, and 1.08 with rows in disorder; the
 reference 1.1, gathered factors 1.05 (more, if a batched product of rank 4 is slow), one adapter 0.99. With backward
 PEFT's 80 passes should make it 1.6 times as long. In a batch of 16 rows a tensor of 1.6 MB stays in cache, and PEFT
-takes 1.05 and 1.3 times as long. With one token a row, 64 in all, weights are read once, 1.3 ms, and calls decide: the
-op's are 3 an adapter, PEFT's about 12 and two lists of rows to search, 1.3 times as long.
+takes 1.05 and 1.3 times as long. With one token a row, 64 in all, weights are read once, 1.3 ms, and calls decide:
+the op's are 3 an adapter, PEFT's about 12 and two lists of rows to search, 1.3 times as long.
 
-On a card the op is one launch over all rows for each direction, here 4 and 3 a step in all, where PEFT launches about
-ten an adapter and copies each index from the host: for 16 rows it should take 5 times as long.
+On a card the op is one launch over all rows for each direction, here 4 and 3 a step in all, where PEFT launches
+about ten an adapter and copies each index from the host: for 16 rows it should take 5 times as long.
+
+Measured on the CPU, 64 rows of 32 tokens: PEFT's 1.06 sorted and 0.80 in disorder, with backward 1.5 and 1.4. What
+seems wrong is that every pass goes to memory: an adapter's rows are 0.8 MB, which stay in cache from one pass to the
+next, and the op's sorted copy of all rows does not.
 """
 
 from __future__ import annotations
