@@ -296,9 +296,9 @@ def siva_speed_base() -> str:
     return table(["layers", "one training step", "ms", "time over SiVA's"], body)
 
 
-def siva_profile() -> str:
-    """Where a step of the bundled model goes, all linear layers."""
-    found = [row for row in rows("siva_profile.csv") if row["targets"] == "all linear"]
+def siva_profile(targets: str) -> str:
+    """Where a step of the bundled model goes."""
+    found = [row for row in rows("siva_profile.csv") if row["targets"] == targets]
     columns = ("siva", "limit", "lora")
     body = []
     for kind in dict.fromkeys(row["kind"] for row in found):
@@ -541,6 +541,38 @@ def compiled() -> str:
     return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
 
 
+KILLED = {
+    "siva": "SiVA",
+    "k-lst": "k-LST",
+    "k-lst, features cached": "k-LST, features cached",
+    "full": "full fine-tuning",
+    "mezo": "MeZO, by its journal alone",
+    "mezo, with checkpoints": "MeZO, with checkpoints",
+    "compare": "`compare`, three cells",
+}
+
+
+def kills() -> str:
+    """What was found of runs that were killed."""
+    numbers = ("kills", "while_writing", "runs", "faults")
+    body = ([KILLED[row["run"]], *(row[name] for name in numbers)] for row in rows("kills.csv"))
+    return table(["run", "kills", "of these while something was written", "runs", "faults"], body)
+
+
+def endurance() -> str:
+    """What the process of a long run held: early, in the middle and late."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows("endurance.csv"):
+        runs.setdefault(row["method"], []).append(row)
+    body = []
+    for method, found in runs.items():
+        found.sort(key=lambda row: int(row["step"]))
+        for row in (found[0], found[len(found) // 2], found[-1]):
+            numbers = (row[name] for name in ("resident_mb", "open_files", "live_tensors"))
+            body.append([KILLED[method].partition(",")[0], whole(row["step"]), *numbers])
+    return table(["run", "step", "resident memory, MB", "open files", "live tensors"], body)
+
+
 def versions() -> str:
     """The wheel's tests in each environment."""
     body = []
@@ -565,7 +597,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "siva-speed": siva_speed,
     "siva-speed-all": siva_speed_all,
     "siva-speed-base": siva_speed_base,
-    "siva-profile": siva_profile,
+    "siva-profile": partial(siva_profile, "query, key"),
+    "siva-profile-all": partial(siva_profile, "all linear"),
     "ladder-speed": ladder_speed,
     "feature-cache": feature_cache,
     "pool": pool,
@@ -582,6 +615,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "distributed-beyond": distributed_beyond,
     "growth": growth,
     "compiled": compiled,
+    "kills": kills,
+    "endurance": endurance,
     "versions": versions,
 }
 

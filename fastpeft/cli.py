@@ -57,6 +57,14 @@ def _settings(items: list[str]) -> dict[str, Any]:
     return parsed
 
 
+def _check_budget(memory_budget: float | None, dry_run: bool) -> None:
+    if memory_budget is not None and not (dry_run and memory_budget > 0):
+        raise FastpeftError(
+            f"the memory budget is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
+            "fits. Correct it, or add --dry-run."
+        )
+
+
 def _stem(data: str) -> str:
     """A name for a folder of runs on `data`; a hub data set's may have a colon."""
     return Path(data).stem.replace(":", "-")
@@ -159,7 +167,13 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained; write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing."),
+    ] = False,
+    memory_budget: Annotated[
+        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether it fits into so much memory.")
+    ] = None,
 ) -> None:
     """Fine-tune a model."""
     given: dict[str, Any] = {
@@ -212,20 +226,9 @@ def train(
     if new_settings:
         values["settings"] = {**values.get("settings", {}), **new_settings}
     run = TrainConfig.from_values(values)
+    _check_budget(memory_budget, dry_run)
     if dry_run:
-        what = training.plan(run)
-        peak = "unknown" if what.peak_memory_mb is None else f"{what.peak_memory_mb:,.0f} MB (simulated)"
-        console.show_table(
-            f"{run.method} on {run.data}: nothing was trained or written",
-            [
-                ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
-                ("estimated peak memory", peak),
-                ("steps", f"{what.steps:,}"),
-                ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
-                ("longest text", f"{what.longest_row} tokens"),
-                *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
-            ],
-        )
+        console.show_run_plan(run, memory_budget)
         return
     command = shlex.join(["fastpeft", *sys.argv[1:]])
     with console.progress_bar(quiet) as callbacks:
@@ -395,11 +398,7 @@ def compare(
         seeds=seeds,
         common={**_settings(settings or []), **{name: value for name, value in given.items() if value is not None}},
     )
-    if memory_budget is not None and not (dry_run and memory_budget > 0):
-        raise FastpeftError(
-            f"the memory budget is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
-            "fits. Correct it, or add --dry-run."
-        )
+    _check_budget(memory_budget, dry_run)
     comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
     if dry_run:
         console.show_plan(comparison, memory_budget)

@@ -16,9 +16,11 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from fastpeft import processes, training
 from fastpeft.comparison import blocks, content, report
-from fastpeft.comparison.estimates import Estimate, estimates
+from fastpeft.comparison.estimates import Estimate, estimate, estimates
 from fastpeft.comparison.run import Comparison
+from fastpeft.config import TrainConfig
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES, in_order
 from fastpeft.trainer import Clock
@@ -135,6 +137,30 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     )
 
 
+def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
+    """Print what a run would do and take, its time by a few steps that really run."""
+    with _warnings_alone(), errors.status("running a few steps"):
+        what = training.plan(config)
+        known = estimate(config, budget_mb) if processes.launched() == 1 else Estimate(what.peak_memory_mb)
+    seconds = known.seconds(what.steps * config.batch_size)
+    peak = what.peak_memory_mb
+    rows = [
+        ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
+        ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),
+    ]
+    if budget_mb is not None:
+        fits = {True: "yes", False: "no", None: "unknown"}[known.fits(budget_mb)]
+        rows.append((f"fits into {budget_mb:,.0f} MB", fits))
+    rows += [
+        ("estimated time", known.error or ("unknown" if seconds is None else _duration(seconds))),
+        ("steps", f"{what.steps:,}"),
+        ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
+        ("longest text", f"{what.longest_row} tokens"),
+        *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
+    ]
+    show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)
+
+
 def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
     """Print the cells of a comparison, in the order in which they run, and what each would take."""
     cells = comparison.plan.wanted
@@ -143,12 +169,12 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
     left = 0.0
     for cell in cells:
-        estimate = known.get(cell.variant, Estimate())
-        seconds = None if cell.state == "finished" else estimate.seconds(comparison.rows(cell))
+        found = known.get(cell.variant, Estimate())
+        seconds = None if cell.state == "finished" else found.seconds(comparison.rows(cell))
         left += seconds or 0.0
-        fits = [] if budget_mb is None else [{True: "yes", False: "no", None: "-"}[estimate.fits(budget_mb)]]
-        memory = "-" if estimate.memory_mb is None else f"{estimate.memory_mb:,.0f}"
-        time = estimate.error or ("-" if seconds is None else _duration(seconds))
+        fits = [] if budget_mb is None else [{True: "yes", False: "no", None: "-"}[found.fits(budget_mb)]]
+        memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
+        time = found.error or ("-" if seconds is None else _duration(seconds))
         table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
     console.print(table)
     finished = sum(cell.state == "finished" for cell in cells)

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 import torch
@@ -24,6 +24,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"  # the file in a folder that whoever may write there holds
 
 # the names of files whose writing was cut off, by a kill or a power cut: not worth keeping
 UNFINISHED = ".*.part"
@@ -86,6 +93,34 @@ def write_bytes(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def lock(path: Path, busy: str | None = None) -> BinaryIO:
+    """Hold a file, which is made if need be, until what is returned is closed in all processes that have it.
+
+    Where the system or the disk knows no such locks, as on Windows, the file is opened and nothing more.
+
+    Args:
+        path: of the file. Whoever holds it may remove it.
+        busy: the message of the error where somebody else holds it; None: wait for its end.
+
+    Raises:
+        FastpeftError: somebody else holds it, in this process or another.
+        OSError: it cannot be opened.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise FastpeftError(busy) from None
+        except OSError:  # a disk without locks
+            return file
+        if os.fstat(file.fileno()).st_nlink > 0:
+            return file
+        file.close()  # removed by the one who held it: it keeps nobody out
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -10,6 +10,7 @@ curves.json       what was logged while it trained, as pairs of step and value b
 predictions.json  of classes: that of each dev row, by its label and by the result
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
+.lock             held, while it is there, by the process that writes into the folder
 
 Anything else in the folder is a person's, and stays.
 """
@@ -20,7 +21,7 @@ import hashlib
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class RunFolder:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
         if self.path.exists() and not self.path.is_dir():
             raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
-        if not self.path.exists() or all(child.match(files.UNFINISHED) for child in self.path.iterdir()):
+        if not self.path.exists() or not any(map(_counts, self.path.iterdir())):
             return
         if not (resume or overwrite):
             raise FastpeftError(
@@ -198,8 +199,29 @@ class RunFolder:
                 hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:16]
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other run out of the folder, which is made if need be, while inside it.
+
+        Raises:
+            FastpeftError: another run writes there, or the folder cannot be written.
+        """
+        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = files.lock(
+                self.path / files.LOCK,
+                f"another run writes into the output folder {str(self.path)!r}. Wait for its end, or end it and go on "
+                "with --resume; or give another output folder.",
+            )
+        with lock:
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # what is left of a lock does no harm
+                    (self.path / files.LOCK).unlink()
+
     def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any] | None = None) -> None:
-        """Make the folder ready for writing: without `overwrite` what a resumed run needs stays.
+        """Make the folder, while it is held, ready for writing: without `overwrite` what a resumed run needs stays.
 
         Args:
             config: what the run was given.
@@ -212,7 +234,6 @@ class RunFolder:
         if config.get("init_from") is not None:
             notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
         with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
-            self.path.mkdir(parents=True, exist_ok=True)
             files.clear_unfinished(self.path)
             if overwrite:
                 for pattern in _WRITTEN:
@@ -312,6 +333,11 @@ def _earlier_runs(config: Mapping[str, Any]) -> Iterator[RunFolder]:
         run = earlier_run(config["init_from"])
         yield run
         config = {"init_from": None, **run.config()}
+
+
+def _counts(child: Path) -> bool:
+    """Whether a file makes a folder one that is not empty, as what a run leaves does not that was killed at once."""
+    return child.name != files.LOCK and not child.match(files.UNFINISHED)
 
 
 def _step(checkpoint: Path) -> int:

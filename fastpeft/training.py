@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,7 +145,7 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     if resume and folder.started and config.awaits_prompt:
         config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
-    with _determinism(config.deterministic):
+    with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
         config = task.config
         if config.cache_features is not None:
@@ -162,9 +162,13 @@ def train(
                 raise
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise task.refusal(error) from error
-        trainer.ranks.first_does(
-            lambda: folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
-        )
+
+        def begin() -> None:
+            held.enter_context(folder.held())
+            folder.check(config.values(), resume=resume, overwrite=overwrite)  # another run may have ended there since
+            folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
+
+        trainer.ranks.first_does(begin)
         arguments.output_dir = str(folder.staging)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,40 @@ def test_what_a_killed_write_left_is_cleared(tmp_path: Path, monkeypatch: pytest
     (tmp_path / ".hidden").touch()
     files.clear_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+
+
+def test_a_lock_keeps_others_out_until_it_is_closed(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    with files.lock(file, "it is busy"), pytest.raises(FastpeftError, match="it is busy"):
+        files.lock(file, "it is busy")
+    files.lock(file, "it is busy").close()
+
+
+def test_a_lock_that_its_holder_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited for it would otherwise hold a file that nobody else finds."""
+    file = tmp_path / "lock"
+    fcntl = pytest.importorskip("fcntl")
+    flock, calls = fcntl.flock, []
+
+    def removed_meanwhile(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            file.unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with files.lock(file), pytest.raises(FastpeftError, match="busy"):
+        files.lock(file, "busy")
+    assert len(calls) == 3
+
+
+def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    with files.lock(tmp_path / "lock", "busy"), files.lock(tmp_path / "lock", "busy"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What cells would take: memory, simulated, and seconds, from a few steps that really run."""
+"""What runs would take: memory, simulated, and seconds, from a few steps that really run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS = 128  # dev rows that are measured, timed
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the cells of a variant would take.
+    """What a run would take.
 
     Attributes:
         memory_mb: peak of a training step on the longest batch, in MB (2^20 bytes); None where it cannot be told.
@@ -59,14 +59,16 @@ def estimates(cells: Iterable[Cell], budget_mb: float | None = None) -> dict[str
         budget_mb: memory that there is, in MB; of what needs more no step is run. None: steps of every variant run.
     """
     trained = {cell.variant: cell for cell in cells if cell.method != ZERO_SHOT and not cell.search}
-    return {variant: _estimate(cell.config, budget_mb) for variant, cell in trained.items()}
+    return {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
 
 
-def _estimate(config: TrainConfig, budget_mb: float | None) -> Estimate:
+def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
+    """What one run would take; arguments as in `estimates`."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as elsewhere:
         short: dict[str, Any] = {"output": elsewhere, "init_from": None, "max_steps": _STEPS + 1}
         unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}
+        unmeasured |= {"cache_features": None, "cache_dtype": None}  # which would be written
         try:
             task = Task.load(dataclasses.replace(config, **short, **unmeasured))
             memory = simulated_peak_mb(task, max(len(row["input_ids"]) for row in task.train_rows))

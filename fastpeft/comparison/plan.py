@@ -37,7 +37,6 @@ _DECIDED = {
 }
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
 SLICE = "slice"  # the folder of the rows that learning rates are tried on
-LOCK = ".lock"  # the file that a running comparison holds in its folder
 _LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
@@ -108,16 +107,11 @@ class CompareConfig:
     def _check_suite(self) -> None:
         """Raise `FastpeftError` where the suite does not go with the rest."""
         assert self.suite is not None
-        suite = get_suite(self.suite)
+        get_suite(self.suite)
         if len(self.prompts) > 1 or "none" in self.prompts:
             raise FastpeftError(
                 f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
                 "Give the one prompt of those with."
-            )
-        if self.protocol == "full" and not suite.searches:
-            raise FastpeftError(
-                f"{self.suite} keeps one set of hyper-parameters for all its methods, so there is none to search. "
-                "Leave the protocol out."
             )
 
     @property
@@ -394,7 +388,9 @@ def _read(folder: Path) -> Plan:
 
 def _holds_something(folder: Path) -> bool:
     """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
-    return any(child.name not in (LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir())
+    return any(
+        child.name not in (files.LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir()
+    )
 
 
 def _check_rows(cell: Cell, other: Cell) -> None:

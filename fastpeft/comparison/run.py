@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from fastpeft import files
 from fastpeft.comparison import report
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.plan import LOCK, ROWS, CompareConfig, Plan
+from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
 from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data import TextData
@@ -26,11 +27,6 @@ from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import get_method
 from fastpeft.processes import refuse_several
 from fastpeft.task import data_for, head_for
-
-try:
-    import fcntl
-except ImportError:  # Windows: two comparisons in one folder are then not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +145,7 @@ class Comparison:
         remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
         return files.saving(f"to the output folder {str(self.plan.folder)!r}", lambda: remedy)
 
-    def _run_cell(self, cell: Cell, lock: IO[str] | None) -> None:
+    def _run_cell(self, cell: Cell, lock: BinaryIO) -> None:
         """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
         try:
             cell = self.plan.settle(cell)
@@ -208,12 +204,12 @@ def _command(cell: Cell) -> list[str]:
     return [*python, "fastpeft", "train", "--config", str(cell.config_file), "--resume", "--quiet"]
 
 
-def _wait(command: list[str], log: IO[bytes], lock: IO[str] | None) -> int:
+def _wait(command: list[str], log: IO[bytes], lock: BinaryIO) -> int:
     """The exit code of a process that writes to `log`; it does not outlive an exception here.
 
     It holds the folder's lock too, so that a process whose comparison was killed keeps a second one out.
     """
-    kept = () if lock is None else (lock.fileno(),)
+    kept = () if os.name == "nt" else (lock.fileno(),)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=kept
     ) as process:
@@ -253,21 +249,11 @@ def _rows(cell: Cell, train_rows: int) -> float:
     return float(epochs * train_rows)
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[IO[str] | None]:
-    """Hold a comparison's folder, so that no other comparison runs in it. Makes the folder."""
-    if fcntl is None:
-        yield None
-        return
+def _lock(folder: Path) -> BinaryIO:
+    """Hold a comparison's folder, so that no other comparison runs in it, until this is closed. Makes the folder."""
     with files.saving(f"to the output folder {str(folder)!r}", lambda: "Give one that can be written."):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FastpeftError(
-                f"another comparison, or a cell that it left, still runs in {str(folder)!r}. Wait for its end, or end "
-                "it."
-            ) from None
-        yield lock
+        return files.lock(
+            folder / files.LOCK,
+            f"another comparison, or a cell that it left, still runs in {str(folder)!r}. Wait for its end, or end it.",
+        )

@@ -52,11 +52,6 @@ class Suite:
     rows: tuple[ReportRow, ...]
     common: dict[str, Any]
 
-    @property
-    def searches(self) -> bool:
-        """Whether each method may have a learning rate of its own."""
-        return "learning_rate" not in self.common
-
 
 @cache
 def _values() -> dict[str, Any]:

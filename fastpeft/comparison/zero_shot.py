@@ -26,17 +26,18 @@ def main(file: Path) -> None:
         **columns,
     )
     assert prompt is not None  # the plan has refused none
-    folder.open(values, overwrite=False)
-    outputs, texts = zero_shot_outputs(
-        values["model"], prompt, values["data"], calibrate=values["calibrate"], **columns
-    )
-    described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
-    result = folder.staging / "result"
-    result.mkdir()
-    classes = {"labels": texts.dev.labels, "predictions": outputs.argmax(-1).tolist()}
-    files.write_json(result / PREDICTIONS, classes)
-    measured = measure_classes(outputs, texts)
-    folder.close({**described, **measured, "trainable_parameters": 0, "versions": versions()}, result)
+    with folder.held():
+        folder.open(values, overwrite=False)
+        outputs, texts = zero_shot_outputs(
+            values["model"], prompt, values["data"], calibrate=values["calibrate"], **columns
+        )
+        described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
+        result = folder.staging / "result"
+        result.mkdir()
+        classes = {"labels": texts.dev.labels, "predictions": outputs.argmax(-1).tolist()}
+        files.write_json(result / PREDICTIONS, classes)
+        measured = measure_classes(outputs, texts)
+        folder.close({**described, **measured, "trainable_parameters": 0, "versions": versions()}, result)
 
 
 if __name__ == "__main__":

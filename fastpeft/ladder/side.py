@@ -270,8 +270,10 @@ class SideRun:
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
         blocks_seed = seed if blocks_seed is None else blocks_seed
-        share, draw = side.config.layer_drop if side.training and blocks_seed else 0.0, random.Random(blocks_seed)
-        self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < share}
+        self._dropped: set[int] = set()
+        if side.config.layer_drop and side.training and blocks_seed:
+            draw = random.Random(blocks_seed)
+            self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < side.config.layer_drop}
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from fastpeft.ladder.config import SHAPE
 from fastpeft.ladder.side import SideNetwork
 
 _STACKED = ("down", "projections", "blocks", "up")  # the parts of a side network that are computed for all at once
+# which attention PyTorch takes is a setting of the whole process: one at a time sets it and sets it back
+_ATTENTION = threading.Lock()
 
 
 def shape_of(side: SideNetwork) -> Hashable:
@@ -85,7 +88,7 @@ class StackedModule(nn.Module):
     def forward(self, *operands: Any) -> Tensor:
         """Tensors `(G, ...)` are taken apart, anything else goes to every module."""
         in_dims = (0, *(0 if isinstance(operand, Tensor) else None for operand in operands))
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be stacked on a CPU
+        with _ATTENTION, sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be stacked on a CPU
             result: Tensor = vmap(self._call, in_dims=in_dims)(self._weights, *operands)
         return result
 

@@ -18,17 +18,13 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows: two processes that append at once may there lose records of each other
-    fcntl = None  # type: ignore[assignment]
+from fastpeft import files
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +105,7 @@ class RecordStore:
             OSError: the disk is full or the folder is no longer there.
         """
         refused, lines = [], []
-        with self._lock():
+        with files.lock(self.root / "lock"):  # without which two that append at once lose records of each other
             if os.fstat(self._index.fileno()).st_nlink == 0:  # the folder was deleted: nobody could read what is added
                 raise FileNotFoundError(errno.ENOENT, "the folder was deleted", self._index.name)
             self.refresh()
@@ -131,13 +127,6 @@ class RecordStore:
             _write(self._index, self._lines_end, b"".join(lines))
             self.refresh()
         return refused
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with (self.root / "lock").open("ab") as lock:  # closing it unlocks
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def _map(self) -> None:
         """Map the file of records as long as it is now."""

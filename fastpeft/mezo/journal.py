@@ -17,12 +17,13 @@ import logging
 import math
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ FILE_NAME = "mezo.journal"
 
 _MAGIC = b"MeZOjrn\x01"
 Position = tuple[int, int]  # in a run: steps made, and estimates dropped since the last of them
+_FLUSHED_EVERY = 1.0  # seconds: what a power cut may take of a run that goes on
 _BLOCK = 2**16  # elements on which all steps are repeated before the next ones: 256 KiB in float32 stay in cache
 
 
@@ -97,6 +99,7 @@ class Journal:
         self._record_size = self._layout.size + 4
         self._start = size  # of the records
         self._size = size  # of all that is whole
+        self._flushed = -math.inf  # when, by the monotonic clock
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> Journal:
@@ -117,10 +120,10 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Read a journal. A last record that was not written to its end is left out, with a warning.
+        """Read a journal. What was not written whole at its end is left out, with a warning.
 
         Raises:
-            FastpeftError: there is no journal, or a record before the last is damaged.
+            FastpeftError: there is no journal, or a record is damaged that whole ones follow.
         """
         try:
             content = path.read_bytes()
@@ -140,17 +143,18 @@ class Journal:
         for record in journal._parse(content):
             journal.count(record)
         if rest := len(content) - journal._size:
-            logger.warning("the last record of %s was not written to its end; its %d bytes are dropped", path, rest)
+            logger.warning("the end of %s was not written whole; its %d bytes are dropped", path, rest)
         return journal
 
     def append(self, record: Record) -> None:
-        """Add a record to the file; it outlives the process, and after `flush` a power cut.
+        """Add a record to the file. It outlives the process, and a power cut once it is flushed, which the first record
+        of each second does for all before it.
 
         What the file holds behind the position where the journal stands is lost with the first record after it only.
 
         Raises:
-            FastpeftError: the record is of another step than the next one; or it cannot be written, and the file then
-                ends with the record before.
+            FastpeftError: the record is of another step than the next one; or it cannot be written, and the journal
+                then ends with the record before.
         """
         if record.step != self.steps:
             raise FastpeftError(
@@ -170,6 +174,8 @@ class Journal:
                     file.seek(self._size)
                 if not made_again and file.write(packed) != len(packed):
                     raise OSError(0, "no space left")
+                if time.monotonic() - self._flushed >= _FLUSHED_EVERY:
+                    self._sync(file)
         except OSError as error:
             raise FastpeftError(
                 f"the journal {self.path} cannot be written ({error.strerror}); it ends with step {self.steps}. Make "
@@ -185,7 +191,11 @@ class Journal:
     def flush(self) -> None:
         """Wait until the file is on the disk."""
         with open(self.path, "rb+") as file:
-            os.fsync(file.fileno())
+            self._sync(file)
+
+    def _sync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())
+        self._flushed = time.monotonic()
 
     def rewind(self, at: int | Position) -> None:
         """Go back to a position; the file keeps what follows it until the next record is added.
@@ -253,16 +263,15 @@ class Journal:
         return list(itertools.accumulate(self.records(), _after, initial=self.begins_at))
 
     def _parse(self, content: bytes) -> Iterator[Record]:
-        """The records in a journal's bytes, up to one that ends the file and is not whole."""
+        """The records in a journal's bytes, up to the first of those at its end that are not whole."""
         n, position = self.estimator.num_estimates, self.begins_at
         total = (len(content) - self._start) // self._record_size
-        for number in range(1, total + 1):
-            end = self._start + number * self._record_size
-            packed, checksum = content[end - self._record_size : end - 4], content[end - 4 : end]
-            fields = self._layout.unpack(packed)
-            whole = checksum == struct.pack("<I", zlib.crc32(packed))
-            if not whole and end == len(content):
-                return
+        starts = range(self._start, self._start + total * self._record_size, self._record_size)
+        for number, start in enumerate(starts, 1):
+            whole = self._is_whole(content, start)
+            if not (whole or any(self._is_whole(content, later) for later in starts[number:])):
+                return  # a power cut may leave zeros, or anything, in the place of several
+            fields = self._layout.unpack_from(content, start)
             seed = self.estimator.seeds(self.header["seed"], position[0])[0]
             known = fields[1] in Kind.__members__.values() and fields[2] <= len(self.estimator.points)
             if not (whole and known) or (fields[0], fields[3]) != (position[0], seed):
@@ -274,6 +283,11 @@ class Journal:
             record = Record(fields[0], Kind(fields[1]), fields[2], fields[3], fields[4 : 4 + n], fields[4 + n :])
             position = _after(position, record)
             yield record
+
+    def _is_whole(self, content: bytes, start: int) -> bool:
+        """Whether the record from `start` on has its checksum."""
+        end = start + self._layout.size
+        return content[end : end + 4] == struct.pack("<I", zlib.crc32(content[start:end]))
 
     @torch.no_grad()
     def replay(

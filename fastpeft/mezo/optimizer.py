@@ -314,7 +314,7 @@ class MeZO(PerturbingOptimizer):
         Of several processes all must call this, and be able to read the file.
 
         Args:
-            path: of the journal. A last record that was not written to its end is dropped.
+            path: of the journal. What was not written whole at its end is dropped.
             weights_at: the `state_dict` of the optimizer that was saved with the weights, or how many steps of that run
                 they have behind them, which suffices if no exception ended a step there. None: they are those from
                 which the journal began.

@@ -44,7 +44,8 @@ def cells(tmp_path: Path) -> list[Cell]:
     config = CompareConfig(output=str(tmp_path / "compared"), methods=["full", "mezo"])
     Plan.make(config, "command").save()
     for cell, start, seconds in zip(config.cells(), (1_000, 500), (80, 100)):
-        cell.folder.open(cell.values, overwrite=False, recipe={})
+        with cell.folder.held():
+            cell.folder.open(cell.values, overwrite=False, recipe={})
         files.write_json(cell.config_file, cell.values)
         metrics: dict[str, Any] = {
             "peak_memory_mb": 1400.2,

@@ -200,7 +200,6 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
         ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
         ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),
-        ({"suite": "figure5", "protocol": "full"}, "figure5 keeps one set of hyper-parameters"),
         ({"suite": "table1", "prompts": ["none", "sst2"]}, "table1 has rows with a prompt and rows without"),
         ({"suite": "table1", "methods": ["lst"]}, "the variants 'lst' and 'lst' are one"),
     ],
@@ -209,6 +208,13 @@ def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError) as raised:
         CompareConfig(**{"output": "out", "methods": ["siva"], **changes})
     assert message in str(raised.value)
+
+
+def test_figure5_has_one_rate_whatever_the_protocol() -> None:
+    cells = CompareConfig(output="out", suite="figure5", protocol="full").cells()
+    assert [cell.seed for cell in cells] == [0, 1, 2] * 4
+    assert {cell.values["learning_rate"] for cell in cells} == {1e-4}
+    assert not any(cell.search for cell in cells)
 
 
 @pytest.mark.parametrize(("suite", "rows"), [("table1", 11), ("table2", 18), ("figure5", 4)])

@@ -55,7 +55,7 @@ SEEDS: dict[str, list[bytes]] = {
     "configuration": [b'{"output": "o", "method": "siva", "epochs": 2.5, "settings": {"d": 3}}'],
     "run": [json.dumps(METRICS).encode(), b'{"fastpeft_version": "0", "init_from": ".", "init_from_weights": "0"}'],
     "prompt": [b'{"template": "{text} <mask>", "label_words": {"0": "a", "1": "b"}, "head": "label_words"}'],
-    "journal": [journal(), journal(records=0)],
+    "journal": [journal(), journal(records=0), journal() + bytes(90)],
     "index": [
         b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "../x"}}',
         b'{"weight_map": [{"a": "/"}]}',

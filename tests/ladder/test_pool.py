@@ -241,6 +241,24 @@ def test_tasks_come_and_go_while_others_call() -> None:
     assert not wrong
 
 
+def test_pools_of_two_threads_leave_the_attention_of_others_as_it_was() -> None:
+    """PyTorch's choice of attention is one of the process: a pool that sets it back between another's would keep it."""
+    flags = lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())  # noqa: E731
+    before = flags()
+    pools = [pool_of(tiny(), {}, {}) for _ in range(2)]
+
+    def call(pool: LadderPool) -> None:
+        for _ in range(50):
+            pool(BATCH, ["0", "1", "0"])
+
+    threads = [threading.Thread(target=call, args=(pool,)) for pool in pools]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert flags() == before
+
+
 @pytest.mark.parametrize(
     ("base", "reads"),
     [

@@ -332,3 +332,24 @@ def test_widths_that_do_not_divide_are_refused(config: dict[str, int], message: 
 def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(FastpeftError, match=r"197 wide, which its 3 heads .* do not divide. Give side_heads"):
         SideNetwork(LadderConfig(reduction_factor=1), 197, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window_size": 3}, {"window_size": 3, "residual": True, "num_heads": 2}, {"window_size": 1, "fusion": "gated"}],
+    ids=["window", "residual, heads", "gated"],
+)
+def test_compiled_it_is_the_same(options: dict[str, object]) -> None:
+    """In one graph, with dropout drawn from the seed."""
+    side = network(**options).train()
+    compiled = torch.compile(side, backend="aot_eager", fullgraph=True)
+    found = {}
+    for name, call in (("plain", side), ("compiled", compiled)):
+        side.zero_grad()
+        torch.manual_seed(5)  # the gated fusion's dropout is PyTorch's
+        output = call(features(), MASK, 7)
+        output.square().sum().backward()
+        found[name] = [output.detach(), *(p.grad.clone() for p in side.parameters() if p.grad is not None)]
+    assert len(found["compiled"]) == len(found["plain"]) > 5
+    for one, other in zip(found["compiled"], found["plain"]):
+        torch.testing.assert_close(one, other, **EXACT)

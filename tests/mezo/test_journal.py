@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,6 +303,56 @@ def test_a_last_record_that_was_written_in_part_is_dropped(tmp_path: Path) -> No
     content = (tmp_path / "run").read_bytes()
     (tmp_path / "run").write_bytes(content[:-30] + bytes(30))
     assert Journal.open(tmp_path / "run").steps == 4
+
+
+@pytest.mark.parametrize(
+    "tail", [bytes(44), bytes(4096), b"\xff" * 100, b"x" * 44 + bytes(20)], ids=["zeros", "page", "ones", "garbage"]
+)
+def test_all_that_follows_the_last_whole_record_is_dropped(
+    tmp_path: Path, tail: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut may leave the file longer than what reached the disk."""
+    file = tmp_path / "run"
+    whole, _ = trained(tmp_path / "whole", steps=6)
+    trained(file, steps=5)
+    content = file.read_bytes()
+    file.write_bytes(content[:-44] + tail)
+    with caplog.at_level("WARNING", logger="fastpeft"):
+        assert Journal.open(file).steps == 4
+    assert f"its {len(tail)} bytes are dropped" in caplog.text
+    model = network()
+    optimizer = optimizer_of(model)
+    optimizer.resume(file)
+    schedule = falling(optimizer, done=4)
+    for step in (4, 5):
+        optimizer.step(fit(model, step))
+        schedule.step()
+    assert equal(model, whole)
+    assert file.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_damaged_records_that_a_whole_one_follows_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    trained(file, steps=6)
+    content = file.read_bytes()
+    file.write_bytes(content[: -4 * 44] + bytes(3 * 44) + content[-44:])
+    with pytest.raises(FastpeftError, match="record 3 of 6"):
+        Journal.open(file)
+    file.write_bytes(content[: -4 * 44] + bytes(3 * 44) + content[-44:] + bytes(50))
+    with pytest.raises(FastpeftError, match="record 3 of 7"):
+        Journal.open(file)
+
+
+def test_the_first_record_of_a_second_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut may take: the records since the last flush."""
+    seconds, flushed = [100.0], []
+    monkeypatch.setattr(journal_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    model, optimizer = trained(tmp_path / "run", steps=0)
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append(Journal.open(tmp_path / "run").steps))
+    for step, passed in enumerate((0.0, 0.4, 0.5, 0.2, 0.7, 0.5)):
+        seconds[0] += passed
+        optimizer.step(fit(model, step))
+    assert flushed == [1, 4, 6]
 
 
 @pytest.mark.parametrize("place", [0, 4, 17, 43])

@@ -1,6 +1,7 @@
 """Long runs of a tiny model, in which a growth of memory or of open files shows.
 
-`make endurance-test` prints, at ten moments of each run, the resident memory, the open files and the live tensors.
+`make endurance-test` puts, of eleven moments of each run, the resident memory, the open files and the live tensors into
+bench/data/endurance.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from samples import reviews, save_tiny_model, write_csv
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from bench.harness import DATA, put_row
 from fastpeft import TrainConfig, train
+
+FILE = DATA / "endurance.csv"
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,21 @@ def endure(folder: Path, method: str, steps: int, samples: int = 10) -> list[Sam
     return sampling.samples
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("method")
     parser.add_argument("steps", type=int)
-    given = parser.parse_args()
+    parser.add_argument("--file", type=Path, default=FILE, help="the table that the rows go to")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    print("| method | step | resident, MB | open files | live tensors |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for sample in endure(Path(folder), given.method, given.steps):
-            memory = f"{sample.resident / 2**20:.1f}"
-            print(f"| {given.method} | {sample.step:,} | {memory} | {sample.handles} | {sample.tensors} |", flush=True)
+            numbers = {"open_files": sample.handles, "live_tensors": sample.tensors}
+            row = {"method": given.method, "steps": str(given.steps), "step": str(sample.step)}
+            row |= {"resident_mb": f"{sample.resident / 2**20:.1f}", **{name: str(n) for name, n in numbers.items()}}
+            put_row(given.file, row, key=("method", "steps", "step"))
+            print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Runs that are killed at random moments, go on, and must end as if nothing had happened.
 
-`make kill-test` kills each kind of run 30 times and prints what it found. A run is killed, resumed and killed again
-until it comes to its end; then the next one begins. After each kill every file is read, and nothing that was reached
-before may be lost; at the end the weights must have the bits of a run that was left alone.
+`make kill-test` kills each kind of run 30 times; what it finds is a row of bench/data/kills.csv. A run is killed,
+resumed and killed again until it comes to its end; then the next one begins. After each kill every file is read, and
+nothing that was reached before may be lost; at the end the weights must have the bits of a run that was left alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
+import csv
 import json
 import os
 import random
@@ -22,14 +22,17 @@ from typing import Any
 
 import torch
 from forking import PROCESSES
+from PIL import Image
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 
+from bench.harness import DATA, put_row
 from fastpeft import files
-from fastpeft.comparison.plan import LOCK
+from fastpeft.ladder.store import _LINE_BYTES, RecordStore
 from fastpeft.mezo import Journal
 from fastpeft.runs import RunFolder
 
+FILE = DATA / "kills.csv"
 STEPS = 40
 RUNS: dict[str, dict[str, Any]] = {
     "siva": {"method": "siva", "save_steps": 3},
@@ -101,29 +104,71 @@ def kill(process: Any, output: Path) -> bool:
     except ProcessLookupError:  # it has ended, or has not yet become the first of its group
         process.kill()
     process.join()
-    if (output / LOCK).exists():  # which the process of a cell holds until it is gone
-        with (output / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    if (output / files.LOCK).exists():  # which the process of a cell holds until it is gone
+        files.lock(output / files.LOCK).close()
     return bool(process.exitcode == -signal.SIGKILL)
 
 
+def read_table(file: Path) -> None:
+    """Read a table, of which each row ends and is as long as the first."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        lengths = {len(row) for row in csv.reader(lines, strict=True)}
+    if len(lengths) != 1:
+        raise ValueError(f"rows of {sorted(lengths)} columns")
+    read_text(file)
+
+
+def read_text(file: Path, end: str = "\n") -> None:
+    """Read a text that has its end."""
+    if not file.read_text(encoding="utf-8").endswith(end):
+        raise ValueError("it has no end")
+
+
+def read_image(file: Path) -> None:
+    """Read all pixels."""
+    with Image.open(file) as image:
+        image.load()
+
+
+def read_features(index: Path) -> None:
+    """Read every record that the index of a store of features names, under its checksum."""
+    store = RecordStore(index.parents[1], index.parent.name, max_bytes=0)
+    lines, keys = index.stat().st_size // _LINE_BYTES, list(store._places)
+    if not lines == len(keys) == len(store.get(keys)):
+        raise ValueError(f"{lines} lines name {len(keys)} records, of which {len(store.get(keys))} are whole")
+
+
+READERS: dict[str, Callable[[Path], Any]] = {  # by the ends of names
+    ".json": files.read_json,
+    ".safetensors": load_file,
+    ".journal": Journal.open,
+    ".pt": lambda file: torch.load(file, weights_only=True),
+    ".csv": read_table,
+    ".md": read_text,
+    ".html": lambda file: read_text(file, "</html>"),
+    ".png": read_image,
+    "index": read_features,
+}
+
+
 def unreadable(folder: Path) -> list[str]:
-    """The files of a run or a comparison that cannot be read, but for those that are marked as unfinished."""
+    """The files of a run, a comparison or a feature cache that cannot be read, but for those marked as unfinished."""
     faults = []
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".json": files.read_json,
-        ".safetensors": load_file,
-        ".journal": Journal.open,
-        ".pt": lambda file: torch.load(file, weights_only=True),
-    }
     for file in folder.rglob("*"):
         unfinished = ".staging" in file.parts or file.match(files.UNFINISHED)
-        if not unfinished and file.suffix in readers:
+        read = READERS.get(file.suffix or file.name)
+        if read is not None and not unfinished:
             try:
-                readers[file.suffix](file)
+                read(file)
             except Exception as error:
                 faults.append(f"{file.relative_to(folder)}: {error}")
     return faults
+
+
+def places(kind: str, output: Path) -> list[Path]:
+    """The folders that a run of a kind writes: its output, and its cache of features, if it has one."""
+    cache = RUNS.get(kind, {}).get("cache_features")
+    return [output] if cache is None else [output, Path(cache.format(output=output))]
 
 
 def half_written(folder: Path) -> bool:
@@ -182,7 +227,8 @@ def attack(folder: Path, kind: str, kills: int, seed: int, report: Callable[[Rep
             if now < far:
                 found.faults.append(f"kill {found.kills}: {far} steps were saved, then {now}")
             far = now
-            found.faults += [f"kill {found.kills}: {fault}" for fault in unreadable(output)]
+            faults = [fault for place in places(kind, output) for fault in unreadable(place)]
+            found.faults += [f"kill {found.kills}: {fault}" for fault in faults]
             report(found)
         found.runs += 1
         if process.exitcode:
@@ -200,20 +246,23 @@ def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Kill runs at random moments and look at what is left.")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--file", type=Path, default=FILE, help="the table that the rows go to")
     parser.add_argument("kinds", nargs="*", default=[*RUNS, COMPARE])
-    given = parser.parse_args()
-    print("| run | kills | of these while something was written | runs | faults |\n| --- | --- | --- | --- | --- |")
+    given = parser.parse_args(arguments)
     faults = []
     for kind in given.kinds:
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
             found = attack(Path(folder), kind, given.kills, given.seed)
         faults += found.faults
-        print(f"| {kind} | {found.kills} | {found.while_writing} | {found.runs} | {len(found.faults)} |", flush=True)
+        numbers = {"kills": found.kills, "while_writing": found.while_writing, "runs": found.runs}
+        row = {"run": kind, **{name: str(n) for name, n in numbers.items()}, "faults": str(len(found.faults))}
+        put_row(given.file, row, key=("run",))
+        print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)
     raise SystemExit(json.dumps(faults, indent=2) if faults else 0)
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from reliability import kill, small_disk
 from transformers import TrainerCallback
 from typer.testing import CliRunner
+from unprivileged import bound_by_modes
 
 from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, files, train
 from fastpeft.cli import app
@@ -184,18 +186,50 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
         assert line.startswith(f"Error: cannot write to the output folder '{output}' (")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="what the superuser may write is not refused")
+@contextmanager
+def mode(path: Path, bits: int) -> Iterator[None]:
+    """Let a file or folder have a mode, which binds the superuser too."""
+    before = path.stat().st_mode
+    path.chmod(bits)
+    try:
+        with bound_by_modes():
+            yield
+    finally:
+        path.chmod(before)
+
+
 def test_a_folder_that_is_read_only(place: Path, tmp_path: Path) -> None:
     run = config(place, tmp_path / "run", save_steps=2)
     train(run)
     before = kill.results(tmp_path / "run")
-    (tmp_path / "run").chmod(0o500)
-    try:
-        with pytest.raises(FastpeftError, match="Permission denied"):
-            train(run, overwrite=True)
-    finally:
-        (tmp_path / "run").chmod(0o700)
+    with mode(tmp_path / "run", 0o500), pytest.raises(FastpeftError, match=r"output folder .*\(Permission denied\)"):
+        train(run, overwrite=True)
     assert kill.results(tmp_path / "run") == before
+
+
+def test_a_folder_in_which_none_can_be_made(place: Path, tmp_path: Path) -> None:
+    folder = train(config(place, tmp_path / "run", max_steps=1)).folder
+    (tmp_path / "closed").mkdir()
+    with mode(tmp_path / "closed", 0o500):
+        for attempt in (
+            lambda: train(config(place, tmp_path / "closed" / "run")),
+            lambda: export(folder, tmp_path / "closed" / "out", "merged"),
+        ):
+            with pytest.raises(FastpeftError, match=r"\(Permission denied"):
+                attempt()
+    assert list((tmp_path / "closed").iterdir()) == []
+
+
+def test_files_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "reviews.csv"
+    shutil.copy(place / "reviews.csv", data)
+    folder = train(config(place, tmp_path / "run", max_steps=1, data=str(data))).folder
+    with mode(data, 0), pytest.raises(FastpeftError, match=r"reviews.csv.*Permission denied"):
+        train(config(place, tmp_path / "new", data=str(data)))
+    assert not (tmp_path / "new").exists()
+    with mode(folder / "metrics.json", 0), pytest.raises(FastpeftError, match=r"metrics.json.*Permission denied"):
+        export(folder, tmp_path / "out", "merged")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["merged", "lora"])

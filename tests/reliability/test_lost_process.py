@@ -182,6 +182,16 @@ def lose(launched: Launched, rank: int) -> None:
     assert kill.unreadable(launched.output) == []
 
 
+def test_a_folder_in_use_is_refused_by_all(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").held():
+        launched = launch(2, *RUNS["siva"])
+        assert launched.exit_codes() == [2, 2], launched.said()
+    for said in launched.said():
+        assert "another run writes into the output folder" in said
+        assert "Traceback" not in said
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 SIZES = [
     pytest.param(2, 1, 1, id="2, then 1"),
     pytest.param(2, 0, 4, id="2, then 4", marks=pytest.mark.slow),
