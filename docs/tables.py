@@ -375,6 +375,49 @@ def quantised() -> str:
     return table(["format", "factors fitted by", "error of the logits"], body)
 
 
+OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
+OP_MIXED = {
+    "reference": "its plain formula",
+    "gathered": "factors gathered",
+    "peft lora": "PEFT's LoRA",
+    "one adapter": "one adapter (the bound)",
+}
+WORKS = {"forward": "forward", "training": "with backward"}
+
+
+def op_window() -> str:
+    """The attention over a window against its formula and what PyTorch has, on a CPU."""
+
+    def case(row: Row) -> list[str]:
+        extra = "padding" if row["padded"] == "True" else "dropout" if float(row["dropout"]) else ""
+        return [row["tokens"], row["window"], extra]
+
+    return _op("window_attention.csv", ["tokens", "window", ""], case, OP_WINDOW)
+
+
+def op_mixed() -> str:
+    """Rows of several adapters against the formula, gathered factors and PEFT, on a CPU."""
+
+    def case(row: Row) -> list[str]:
+        return [f"{row['rows']} x {row['tokens']}", row["order"]]
+
+    return _op("siva_linear_mixed.csv", ["rows x tokens", "their order"], case, OP_MIXED)
+
+
+def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: dict[str, str]) -> str:
+    """A line for each case: the op's time, and those of the others over it."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows(file):
+        if row["device"] == "cpu":
+            line = lines.setdefault((*case(row), WORKS[row["work"]]), [])
+            line.append(row["ratio_p50"] if line else row["ms_p50"])
+    body = [
+        [*key, f"{float(ms):,.0f}" if float(ms) >= 100 else f"{float(ms):.3g}", *(f"{float(r):.2f}" for r in ratios)]
+        for key, (ms, *ratios) in lines.items()
+    ]
+    return table([*heads, "", "the op, ms", *names.values()], body)
+
+
 def mezo_pass() -> str:
     """How many times faster than the usual loop a pass of noise is."""
     body = []
@@ -563,6 +606,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder-pretraining": ladder_pretraining,
     "backbone-dtype": backbone_dtype,
     "quantised": quantised,
+    "op-window": op_window,
+    "op-mixed": op_mixed,
     "mezo-pass": mezo_pass,
     "mezo-step": mezo_step,
     "mezo-drift": mezo_drift,

@@ -28,7 +28,8 @@ def test_kernels_then_marked_tests_then_benches(ran):
     assert words[0].endswith("tests/kernels")
     assert "-m gpu" in words[1]
     assert "tests/test_memory.py" in words[1]
-    assert any(line.endswith("bench.bench_siva_linear --device cuda") for line in words[2:])
+    for bench in ("siva_linear", "siva_linear_mixed", "window_attention", "mezo_perturb"):  # of each op
+        assert any(line.endswith(f"bench.bench_{bench} --device cuda") for line in words[2:])
 
 
 def test_limits_add_up_to_less_than_nine_minutes(ran):

@@ -1,0 +1,143 @@
+"""The attention over a window of features against its plain formula and one composed of PyTorch's operations.
+
+`python -m bench.bench_window_attention` times them side by side into `bench/data/window_attention.csv`; `pytest
+bench --benchmark-enable --benchmark-only` shows each through pytest-benchmark. Both run what `candidates` returns.
+The side network's width is that of a RoBERTa-base: 768 / 8. No library has the op; composed is what one writes
+without it: dropout and positions for each slot, the slots one after the other along the tokens, PyTorch's fused
+attention.
+
+Predicted before measuring, of the CPU in float32 with one thread, which does about 60 GFLOPS in matrix products and
+moves about 10 GB a second from memory. A pair of a query and a key costs 2 D multiply-adds forward, here as
+composed, and 5 D backward, for both make the scores again: with D = 96 6.4 and 16 ns. Elementwise passes over the
+scores differ. Here the scores lie in memory, T x k T for each row of the batch: forward moves 32 bytes a pair (the
+product 4, the largest 4, less the largest 8, exp 8, their sum 4, the output's product 4), backward 60. Composed, a
+tile of them stays in cache, so that only exp is left, about 1 ns. What belongs to the keys alone (17 bytes an
+element of C forward, 25 backward, in half precision) is divided by T. So composed should take
+
+- with 512 tokens (scores of 151 MB) 0.75 of the op's time forward and 0.8 with backward;
+- with 64 and 128 (2 and 9 MB, which the last cache holds) 0.9 to 1.0 of it, with a window of 3 the same;
+- with padding less than without, 0.85: the op fills what is hidden in one more pass;
+- with dropout 1.0: PyTorch draws it at about 4 ns an element, the op at 1, twice.
+
+The plain formula copies the scores to join slots, and reads them once more for their logarithm: 1.5 times forward,
+with backward 1.6. On a card the op reads 2 bytes an element of C where composed moves 17 (docs/kernels.md): with 128
+tokens and no dropout composed should take 2 to 4 times as long.
+
+Measured on the CPU: composed 0.63 with 512 tokens and 0.73 with backward, 0.8 and 0.75 with 128, level with 64; with
+dropout 1.08. The formula 2.4 and 2.0: masks, which it makes where there are none, were not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.harness import DATA, ROUNDS, Candidates, measure
+from fastpeft import reference
+from fastpeft.functional import window_attention
+
+FILE = DATA / "window_attention.csv"
+WIDTHS = {"base": 96}  # of the side network, an eighth of the model's
+BATCH, SEED, BLOCK = 16, 5, 1
+NAMES = ("op", "reference", "composed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch of queries over the window of a block, all of whose slots are real."""
+
+    model: str
+    width: int
+    batch: int
+    tokens: int
+    window: int
+    dtype: str
+    work: str  # "forward" as in inference, or "training": forward and the gradients of q, c and p
+    padded: bool = False  # a quarter of the tokens of every second text
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        extras = "-padded" * self.padded + "-dropout" * (self.dropout > 0)
+        return f"{self.model}-{self.tokens}-{self.window}-{self.dtype}-{self.work}{extras}"
+
+
+def cases(dtypes: tuple[str, ...] = ("float32",)) -> Iterator[Case]:
+    """Lengths with 9-LST's window, a smaller window, padding, and dropout where it works: in training."""
+    for dtype in dtypes:
+        for model, width in WIDTHS.items():
+            for tokens, window, padded, dropout in (
+                *((64, 9, False, 0.0), (128, 9, False, 0.0), (512, 9, False, 0.0), (128, 3, False, 0.0)),
+                *((128, 9, True, 0.0), (128, 9, False, 0.1)),
+            ):
+                for work in ("forward", "training") if dropout == 0 else ("training",):
+                    yield Case(model, width, BATCH, tokens, window, dtype, work, padded, dropout)
+
+
+def composed(q: Tensor, c: Tensor, p: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The window in memory, `(B, 1, k T, D)`, as keys and as values."""
+    slots = [F.dropout(feature, dropout) + position for feature, position in zip(c.unbind(1), p.unbind(0))]
+    window = torch.cat(slots, dim=1)[:, None]
+    visible = None if mask is None else mask.repeat(1, len(slots))[:, None, None]  # (B, 1, 1, k T)
+    return F.scaled_dot_product_attention(q, window, window, attn_mask=visible, scale=1.0)
+
+
+def candidates(case: Case, device: torch.device) -> Candidates:
+    """Each form of the same attention on the same tensors, ready to run; training gives dq, dc and dp."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        tensor = scale * torch.randn(shape, device=device)
+        return tensor.to(dtype).requires_grad_(case.work == "training")
+
+    q = draw(case.batch, 1, case.tokens, case.width, scale=case.width**-0.5)
+    c = draw(case.batch, case.window, case.tokens, case.width)
+    p = draw(case.window, case.width, scale=0.02)
+    mask = None
+    if case.padded:
+        mask = torch.ones(case.batch, case.tokens, dtype=torch.bool, device=device)
+        mask[1::2, -(case.tokens // 4) :] = False
+    dout = torch.randn(q.shape, device=device).to(dtype)
+    fixed = (list(range(case.window)), False, case.dropout, SEED, BLOCK)  # slots, causal, dropout, seed, block
+
+    @torch.no_grad()
+    def plain() -> Any:
+        out, lse = reference.window_attention(q, c, p, mask, *fixed)
+        if case.work == "forward":
+            return out
+        return reference.window_attention_backward(dout, q, c, p, mask, out, lse, *fixed, True, True, True)
+
+    def ready(form: Callable[[], Tensor]) -> Callable[[], object]:
+        return (lambda: torch.autograd.grad(form(), (q, c, p), dout)) if case.work == "training" else form
+
+    op = ready(lambda: window_attention(q, c, p, mask, dropout=case.dropout, seed=SEED, block=BLOCK))
+    return dict(zip(NAMES, (op, plain, ready(lambda: composed(q, c, p, mask, case.dropout)))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_window_attention(benchmark: Any, case: Case, name: str) -> None:
+    benchmark.group = str(case)
+    benchmark(candidates(case, torch.device("cpu"))[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}; 512 tokens take seconds")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
+        key = {name: str(value) for name, value in asdict(case).items()}
+        measure(FILE, key, candidates(case, device), device, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
