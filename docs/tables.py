@@ -138,7 +138,7 @@ def _percent(runs: Sequence[Row]) -> str:
 def targets() -> str:
     """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
     found: dict[tuple[str, str], list[str]] = {}
-    for folder in ("targets-demo", "table1-full"):
+    for folder in ("targets-demo", "targets-sst2"):
         for runs in comparison(folder).values():
             if runs[0]["method"] in ("full", "lora", "siva"):
                 rate = f"{float(runs[0]['learning_rate']):g}"
@@ -588,7 +588,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "sst2": sst2,
     "table2-quick": partial(suite, "table2-quick"),
-    "table1-full": partial(suite, "table1-full"),
     "targets": targets,
     "prompts": prompts,
     "after-mezo": after_mezo,
