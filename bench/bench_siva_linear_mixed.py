@@ -33,10 +33,9 @@ next, and the op's sorted copy of all rows does not.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -45,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.bench_siva_linear import RANK, Layers
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, Candidates, time_operation
 from fastpeft import reference
 from fastpeft.functional import siva_linear, siva_linear_mixed
 
@@ -164,16 +163,5 @@ def test_siva_linear_mixed(benchmark: Any, case: Case, name: str) -> None:
     benchmark(candidates(case, torch.device("cpu"))[name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
-        key = {name: str(value) for name, value in asdict(case).items()}
-        measure(FILE, key, candidates(case, device), device, arguments.rounds)
-
-
 if __name__ == "__main__":
-    main()
+    time_operation(__doc__, FILE, cases, candidates)

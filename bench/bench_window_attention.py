@@ -29,9 +29,8 @@ dropout 1.08. The formula 2.4 and 2.0: masks, which it makes where there are non
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.harness import DATA, ROUNDS, Candidates, measure
+from bench.harness import DATA, Candidates, time_operation
 from fastpeft import reference
 from fastpeft.functional import window_attention
 
@@ -128,16 +127,5 @@ def test_window_attention(benchmark: Any, case: Case, name: str) -> None:
     benchmark(candidates(case, torch.device("cpu"))[name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}; 512 tokens take seconds")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
-        key = {name: str(value) for name, value in asdict(case).items()}
-        measure(FILE, key, candidates(case, device), device, arguments.rounds)
-
-
 if __name__ == "__main__":
-    main()
+    time_operation(__doc__, FILE, cases, candidates)

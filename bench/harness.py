@@ -6,6 +6,7 @@ slows all of them; a ratio is taken within each round and its median reported.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import io
@@ -13,8 +14,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 import torch
 
@@ -108,6 +111,30 @@ def measure(file: Path, case: Row, candidates: Candidates, device: torch.device,
             for percentile, value in zip((20, 50, 80), spread(values)):
                 figures[f"{prefix}_p{percentile}"] = f"{value:.4g}"
         put_row(file, {**key, **figures}, key=(*case, "candidate", "device", "card"))
+
+
+def time_operation(
+    description: str | None,
+    file: Path,
+    cases: Callable[[tuple[str, ...]], Iterable[Any]],
+    candidates: Callable[[Any, torch.device], Candidates],
+) -> None:
+    """The command of a bench of one operation: `measure` the candidates of every case, a data class.
+
+    Args:
+        description: what `--help` says.
+        file: the table.
+        cases: those in some dtypes: float32 on a CPU, bfloat16 too on a card.
+        candidates: those of a case on a device.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    for case in cases(("float32",) if device.type == "cpu" else ("bfloat16", "float32")):
+        columns = {name: str(value) for name, value in asdict(case).items()}
+        measure(file, columns, candidates(case, device), device, arguments.rounds)
 
 
 def read_rows(file: Path) -> list[Row]:

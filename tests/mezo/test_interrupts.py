@@ -21,8 +21,7 @@ from fastpeft.mezo import Journal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-_AGAIN = 2.0  # seconds
+_AGAIN = 2.0  # seconds until the next signal
 
 
 class Alarm(BaseException):
