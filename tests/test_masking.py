@@ -17,12 +17,12 @@ from fastpeft import FastpeftError, LadderModel, TrainConfig, train
 from fastpeft.comparison.plan import CompareConfig
 from fastpeft.comparison.run import Comparison
 from fastpeft.data import Examples, load_data
+from fastpeft.estimates import plan
 from fastpeft.evaluation import evaluate, predict
 from fastpeft.loading import load_run
 from fastpeft.masking import SHARE, MaskedRows, Masker
 from fastpeft.problems import MASKED_WORDS, UNLABELLED
 from fastpeft.task import Task, encode
-from fastpeft.training import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

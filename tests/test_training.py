@@ -16,11 +16,12 @@ from samples import SMALL, reviews, save_tiny_model, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.estimates import plan
 from fastpeft.evaluation import evaluate, load_run, predict
 from fastpeft.methods import get_method
 from fastpeft.stepping import StepsInBackward
 from fastpeft.trainer import LengthGroupedOrder
-from fastpeft.training import TrainResult, plan
+from fastpeft.training import TrainResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
+from fastpeft.estimates import plan
 from fastpeft.evaluation import evaluate
 from fastpeft.loading import load_run
 from fastpeft.memory import simulate_training_step
 from fastpeft.task import Task
-from fastpeft.training import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
