@@ -273,9 +273,10 @@ def evaluate(
         title = f"{folder} on {data or 'its own data'}"
     elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
         data = data or "demo"
-        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, data, calibrate=calibrate, **columns)
+        texts = evaluation.load_classes(data, **columns)
+        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
         assert parsed is not None  # for none, this branch is not taken
-        metrics = evaluation.evaluate_zero_shot(model, parsed, data, calibrate=calibrate, **columns)
+        metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
         title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
     else:
         raise FastpeftError(

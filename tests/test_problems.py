@@ -69,6 +69,8 @@ def test_a_run_is_measured_and_used_as_it_was_trained(
     problem = PROBLEM.get(kind, CLASSIFICATION)
     assert (metrics["problem_type"], metrics["pairs"]) == (problem.name, kind == "pairs")
     found = evaluate(folder)
+    with pytest.raises(FastpeftError, match="columns are those of other data"):
+        evaluate(folder, label_column="nonsense")
     names = (*problem.metrics, "loss")
     assert {name: metrics[name] for name in names} == pytest.approx({name: found[name] for name in names}, abs=1e-4)
     assert f"{problem.primary}_before" in metrics
