@@ -16,7 +16,8 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from fastpeft.comparison import blocks, content, report
+from fastpeft.comparison import blocks, report
+from fastpeft.comparison.measured import table as table_of
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.estimates import Estimate, plan
@@ -183,14 +184,14 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
 
 def show_report(comparison: Comparison) -> None:
     """Print the table of a comparison's report, outside of a terminal as the report has it, and where that is."""
-    rows = content.table(comparison.plan.results)
+    compared = table_of(comparison.plan.results)
     if console.is_terminal:
-        table = Table(*rows[0])
-        for row in rows[1:]:
+        table = Table(*compared.rows[0])
+        for row in compared.rows[1:]:
             table.add_row(*row)
         console.print(table)
     else:
-        console.print("\n".join(blocks.table_lines(rows)), soft_wrap=True)
+        console.print("\n".join(blocks.table_lines(compared)), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 

@@ -22,6 +22,13 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Strong:
+    """A text that nobody should miss."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Items:
     items: Sequence[str]
 
@@ -33,18 +40,19 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts, the header first; `numbers` is how many columns, the last ones, are set as numbers."""
+    """Rows of texts, the header first; `numbers` are the columns that are set as numbers."""
 
     rows: Sequence[Sequence[str]]
-    numbers: int = 0
+    numbers: range = range(0)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: the name of its file, what it shows in words, and its PNG."""
+    """A picture: the name of its file, what it is, for who cannot see it, what stands below it, and its PNG."""
 
     name: str
     alt: str
+    caption: str
     png: bytes
 
     @property
@@ -53,7 +61,7 @@ class Figure:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
-Block = Heading | Text | Items | Code | Table | Figure
+Block = Heading | Text | Strong | Items | Code | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
@@ -68,20 +76,23 @@ def _lines(block: Block) -> list[str]:
             return [f"## {text}"]
         case Text(text):
             return [text]
+        case Strong(text):
+            return [f"**{text}**"]
         case Items(items):
             return [f"- {item}" for item in items]
         case Code(lines):
             return ["```", *lines, "```"]
-        case Table(rows):
-            return table_lines(rows)
-        case Figure(name, alt):
-            return [f"![{alt}]({FIGURES}/{name}.png)"]
+        case Table():
+            return table_lines(block)
+        case Figure(name, alt, caption):
+            return [f"![{alt}]({FIGURES}/{name}.png)", "", caption]
 
 
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown, given its rows, the header first."""
-    lines = [f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in rows]
-    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
+def table_lines(table: Table) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in table.rows]
+    rule = "".join("---:|" if column in table.numbers else "---|" for column in range(len(table.rows[0])))
+    return [lines[0], f"|{rule}", *lines[1:]]
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:

@@ -303,6 +303,8 @@ class Plan:
                 cell.folder.check(cell.values, resume=True, overwrite=False)
             except FastpeftError as error:
                 raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
+        rows = {cell.name: cell.row for cell in earlier.cells}
+        cells = [dataclasses.replace(cell, row=cell.row or rows.get(cell.name)) for cell in cells]
         merged = by_name | {cell.name: cell for cell in cells}
         results = [cell for cell in merged.values() if not cell.search]
         for cell in results:

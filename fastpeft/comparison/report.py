@@ -26,14 +26,15 @@ def write(plan: Plan, *, whole: bool) -> None:
     """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each in one atomic step."""
     files.write_text(plan.folder / "results.csv", _results(plan.cells))
     parts = content.report(plan, pictures=whole)
+    title = content.title(plan)
     if whole:
         pictures = plan.folder / blocks.FIGURES
         pictures.mkdir(exist_ok=True)
         for part in parts:
             if isinstance(part, blocks.Figure):
                 files.write_bytes(pictures / f"{part.name}.png", part.png)
-        files.write_text(plan.folder / "report.html", blocks.page(content.TITLE, parts))
-    files.write_text(plan.folder / "report.md", blocks.markdown(content.TITLE, parts))
+        files.write_text(plan.folder / "report.html", blocks.page(title, parts))
+    files.write_text(plan.folder / "report.md", blocks.markdown(title, parts))
 
 
 def _results(cells: Iterable[Cell]) -> str:

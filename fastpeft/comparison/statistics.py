@@ -124,11 +124,14 @@ def verdict(difference: float, p: float) -> str:
     return SEEN if difference > 0 else NOT_SEEN
 
 
-def verdict_of_ranges(first: Sequence[float], second: Sequence[float]) -> str:
-    """Whether `first` is above `second`: seen where all of its values are above all of the other's."""
-    if min(first) > max(second):
+def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> str:
+    """Whether `first` is above `second`, both positive: seen where each of its values is above each of the other's.
+
+    By more than `margin`, a share of the lower value; what differs by less is undecided.
+    """
+    if min(first) > (1 + margin) * max(second):
         return SEEN
-    return NOT_SEEN if max(first) < min(second) else UNDECIDED
+    return NOT_SEEN if min(second) > (1 + margin) * max(first) else UNDECIDED
 
 
 def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = 20) -> float | None:

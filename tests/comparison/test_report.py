@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fastpeft import CompareConfig
-from fastpeft.comparison import blocks, content, report
-from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Table, Text
+from fastpeft.comparison import blocks, content, report, suites
+from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
 
@@ -52,6 +52,7 @@ def finish(cell: Cell, right: int, memory: float, speed: float, **changes: Any) 
 
 
 RIGHT = {"full": 160, "lora": 150, "siva": 190, "9-lst": 150}
+FIGURE5 = suites.get_suite("figure5").common
 MEMORY = {"full": 400.0, "lora": 231.0, "siva": 232.0, "9-lst": 130.0}
 
 
@@ -69,26 +70,87 @@ def plan(tmp_path: Path) -> Plan:
 def test_the_reports_orderings_are_judged(plan: Plan) -> None:
     report.write(plan, whole=True)
     text = (plan.folder / "report.md").read_text()
-    orders = {
-        tuple(line.strip("| ").split(" | "))[1]: line for line in text.splitlines() if line.startswith("| accuracy |")
-    }
-    assert {order: line.strip("| ").rpartition(" | ")[2] for order, line in orders.items()} == {
-        "SiVA above full fine-tuning": "seen",
-        "SiVA above LoRA": "seen",
-        "full fine-tuning above LoRA": "seen",
+    orders = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| accuracy: ")]
+    assert {row[0]: row[1] for row in orders} == {
+        "accuracy: SiVA above full fine-tuning": "seen, for this seed alone",
+        "accuracy: SiVA above LoRA": "seen, for this seed alone",
+        "accuracy: full fine-tuning above LoRA": "seen, for this seed alone",
     }, "10 rows of one against none of the other are McNemar's 2 / 2^10, times 1 of Holm's"
-    assert "| +0.050 (" in orders["full fine-tuning above LoRA"]
-    assert "| 0.002 | seen |" in orders["full fine-tuning above LoRA"]
-    assert "| memory | LoRA below SiVA | 231 and 232 | - | seen |" in text
-    assert "| samples/s | SiVA above LoRA | 100 and 100 | - | undecided |" in text
-    assert "\n5 seen, 0 not seen, " in text
+    assert orders[2][2].startswith("+0.050 (")
+    assert orders[2][3:] == ["0.002", "0.002"]
+    assert orders[0][3:] == ["<0.001", "<0.001"]
+    assert "**Accuracies of one seed: a verdict holds for this seed alone." in text
+    assert '<p class="strong">Accuracies of one seed' in (plan.folder / "report.html").read_text()
+    assert "| memory: LoRA below SiVA | undecided | 231 and 232 (-0.4 %) | - | - |" in text, "1 MB is no order"
+    assert "| memory: SiVA below full fine-tuning | seen | 232 and 400 (-42.0 %) | - | - |" in text
+    assert "| samples/s: SiVA above LoRA | undecided | 100 and 100 (+0.0 %) | - | - |" in text
+    assert "\naccuracy: 3 seen, 0 not seen, 0 undecided; memory: 1 seen, " in text
+
+
+def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> None:
+    report.write(plan, whole=True)
+    text = (plan.folder / "report.md").read_text()
+    assert text.startswith(
+        "# Figure 5: training curves with one set of hyper-parameters, on demo\n\n"
+        "4 variants, 1 seed each. Model: demo. Data: reviews.csv, 1,000 rows to train on, 200 to measure on.\n"
+    )
+    methods = ["siva", "lora", "siva:rank=2"]
+    own = CompareConfig(output=str(tmp_path / "own"), methods=methods, seeds=2, common={"data": "some.csv"})
+    made = Plan.make(own, "command")
+    made.save()
+    report.write(made, whole=False)
+    text = (made.folder / "report.md").read_text()
+    assert text.startswith(
+        "# Comparison of SiVA and LoRA on some.csv\n\n3 variants, 2 seeds each. Model: demo. Data: some.csv.\n"
+    )
+
+
+def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
+    """What the suite has as a row stays one where it is named by itself too."""
+    again = Plan.make(CompareConfig(output=str(plan.folder), methods=["siva"], common=FIGURE5), "command")
+    assert [cell.row for cell in again.results] == ["full", "lora", "siva", "9-lst"]
+    again.save()
+    report.write(again, whole=False)
+    assert "| SiVA | 96.56 | 95.00 |" in (plan.folder / "report.md").read_text()
+
+
+def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
+    full = CompareConfig(output=str(tmp_path / "out"), methods=["siva", "lora"], protocol="full", seeds=1)
+    plan = Plan.make(full, "command")
+    plan.save()
+    best = {"siva": 0.003, "lora": 0.001}  # of 0.001, a third and three times as much; lora's the middle of its own
+    for cell in plan.searches:
+        rate = cell.values["learning_rate"]
+        middle = sorted(other.values["learning_rate"] for other in plan.searches if other.variant == cell.variant)[1]
+        finish(cell, 180 if rate == (best["siva"] if cell.variant == "siva" else middle) else 100, 1.0, 1.0)
+    for cell in plan.results:
+        finish(plan.settle(cell), 190, 1.0, 1.0)
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| siva | 0.003 | 0.900 | taken, the highest tried |" in text
+    assert "**1 of 2 took the lowest or the highest rate that was tried" in text
+    assert ": siva.**" in text
+    assert text.count("| taken |") == 1
+
+
+def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
+    for cell in plan.results:
+        file = cell.folder.path / "metrics.json"
+        metrics = {**json.loads(file.read_text()), "peak_memory_source": "simulated", "peak_rss_mb": 1507.0}
+        file.write_text(json.dumps(metrics))
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| variant | estimated, MB | resident peak of the process, MB |\n|---|---:|---:|\n" in text
+    assert "| SiVA | 255 | 1,507 |\n" in text
 
 
 def test_figures_stand_beside_the_reports(plan: Plan) -> None:
     report.write(plan, whole=False)
     text = (plan.folder / "report.md").read_text()
     assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
-    assert "| SiVA | - | 0.950 (0.910 to 0.973) | 0.500 | 100 | 232 |" in text
+    assert "| method | accuracy | F1 | samples/s | peak memory, MB |" in text
+    assert "\n|---|---:|---:|---:|---:|---:|---:|---|\n" in text
+    assert "| SiVA | 0.950 (0.910 to 0.973) | 0.500 | 100 | 232 | 12 | 0.001 | siva |" in text
     assert "RoBERTa-large, SST-2, batch 16" in text
     assert "+10.0% on average, at most +10.0%" in text
     assert "| SiVA | 255 | 232 | +10.0% |" in text
@@ -115,8 +177,11 @@ def test_one_seed_more_makes_other_tests(tmp_path: Path) -> None:
         finish(cell, RIGHT[cell.row or ""] - 2 * (cell.seed or 0), MEMORY[cell.row or ""], 100.0 + (cell.seed or 0))
     report.write(plan, whole=False)
     text = (plan.folder / "report.md").read_text()
-    assert "| SiVA | - | 2 | 0.945 (" in text
-    assert re.search(r"\| accuracy \| SiVA above LoRA \| \+0\.200 \(\+0\.\d+ to \+0\.\d+\) \| 0\.\d+ \| seen \|", text)
+    assert "| SiVA | 0.945 (" in text
+    assert "2 seeds each" in text
+    assert re.search(r"\| accuracy: SiVA above LoRA \| seen \| \+0\.200 \(\+0\.\d+ to \+0\.\d+\) \| ", text)
+    assert "one seed:" not in text
+    assert "seed alone" not in text
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -127,7 +192,7 @@ def test_without_predictions_no_accuracy_is_judged(plan: Plan, known: bool) -> N
             (cell.folder.path / "curves.json").unlink()
     report.write(plan, whole=True)
     text = (plan.folder / "report.md").read_text()
-    assert "| accuracy |" not in text.partition("## The report's orderings")[2]
+    assert "accuracy: " not in text.partition("## The report's orderings")[2]
     assert "| 0.950 | 0.500 |" in text
     assert ("## Training curves" in text) == known
 
@@ -160,7 +225,8 @@ def test_the_page_is_whole_and_needs_nothing_else(plan: Plan) -> None:
     outline.feed(text)
     assert outline.open == []
     assert [image["src"][:22] for image in outline.images if image["src"]] == ["data:image/png;base64,"] * 4
-    assert all(len(image["alt"] or "") > 20 for image in outline.images)
+    assert all(20 < len(image["alt"] or "") < 100 for image in outline.images)
+    assert all(f"<figcaption>{image['alt']}" not in text for image in outline.images), "told once"
     assert all(address.startswith("data:") for address in outline.addresses)
     assert "<script" not in text
     assert "@import" not in text
@@ -172,10 +238,18 @@ def test_the_page_is_whole_and_needs_nothing_else(plan: Plan) -> None:
 
 def test_texts_are_escaped() -> None:
     bad = '<img src=x onerror="alert(1)">&'
-    parts = [Heading(bad), Text(bad), Items([bad]), Code([bad]), Table([[bad], [bad]]), Figure("f", bad, b"png")]
+    parts = [
+        Heading(bad),
+        Text(bad),
+        Items([bad]),
+        Code([bad]),
+        Table([[bad], [bad]]),
+        Figure("f", bad, bad, b"png"),
+        Strong(bad),
+    ]
     page = blocks.page(bad, parts)
     assert "<img src=x" not in page
-    assert page.count("&lt;img src=x onerror=") == 10
+    assert page.count("&lt;img src=x onerror=") == 11
     outline = _Outline()
     outline.feed(page)
     assert outline.images[0]["alt"] == bad
@@ -191,7 +265,9 @@ frame.onload = () => {{
   document.getElementById("told").textContent = JSON.stringify({{
     wider: root.scrollWidth - root.clientWidth,
     width: root.clientWidth,
-    images: [...page.images].map((image) => [image.naturalWidth > 0, image.alt, image.width <= root.clientWidth]),
+    images: [...page.images].map((image) => [
+      image.naturalWidth > 0, image.alt, image.width >= 480 && image.parentElement.clientWidth <= root.clientWidth]),
+    accuracy: page.querySelector("td.number").getBoundingClientRect().right,
     title: page.title,
   }});
 }};
@@ -229,9 +305,10 @@ def test_in_a_browser(plan: Plan, tmp_path: Path, width: int) -> None:
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
     assert found, shown.stdout[-2000:] + shown.stderr[-2000:]
     told = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert told["title"] == content.TITLE
+    assert told["title"] == content.title(plan)
     assert told["wider"] <= 0, "no horizontal scroll"
     assert width - 20 <= told["width"] <= width
     assert len(told["images"]) == 4
-    assert all(loaded and len(alt) > 20 and fits for loaded, alt, fits in told["images"])
+    assert all(loaded and len(alt) > 20 and legible for loaded, alt, legible in told["images"])
+    assert told["accuracy"] <= width, "the accuracy is seen without scrolling"
     assert "CONSOLE" not in shown.stderr

@@ -103,12 +103,10 @@ def test_results_and_report() -> None:
     assert rows[1]["command"] == "fastpeft train"
     assert "labels" not in rows[1]
     report = Path("out/report.md").read_text()
-    header = (
-        "method | variant | seeds | accuracy | F1 | samples/s | peak memory, MB | trained parameters | learning rate"
-    )
-    assert f"| {header} |\n|---|---|---|---|---|---|---|---|---|\n" in report
-    assert "| SiVA | targets=query+value | 2 | 0.550 ± 0.071 | 0.250 | 8 | 1,234 | 1,234 | 1e-05 |\n" in report
-    assert "| head only | - | 2 |" in report
+    header = "method | accuracy | F1 | samples/s | peak memory, MB | trained parameters | learning rate | seeds"
+    assert f"| {header} |\n|---|---:|---:|---:|---:|---:|---:|---:|\n" in report
+    assert "| siva:targets=query+value | 0.550 ± 0.071 | 0.250 | 8 | 1,234 | 1,234 | 1e-05 | 2 |\n" in report
+    assert "| head | 0.550 ± 0.071 |" in report
     assert "- data: demo, 5,000 rows to train on, 50 to measure on\n" in report
     assert "- device: a chip\n- versions: python 3.11, torch 2.10\n" in report
     assert "```\nfastpeft compare ...\n```" in report
@@ -140,7 +138,7 @@ def test_the_metric_to_look_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(PROBLEMS, "tags", tags)
     Path("cell.py").write_text(STAND_IN.replace('"train_rows"', '"problem_type": "tags", "train_rows"'))
     compare(config("head"))
-    assert "| method | variant | F1 | accuracy | samples/s | peak memory" in Path("out/report.md").read_text()
+    assert "| method | F1 | accuracy | samples/s | peak memory" in Path("out/report.md").read_text()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -203,7 +201,7 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert [row["learning_rate"] for row in results() if not row["search"]] == ["0.001"] * 3
     report = Path("out/report.md").read_text()
     assert "| head | 0.001 | 0.900 | taken |\n| head | 0.009 | 0.700 |  |" in report
-    assert "| head only | - | 3 |" in report
+    assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
 
@@ -360,7 +358,7 @@ def test_on_the_command_line() -> None:
     assert "1 of 3: head-seed0" in shown.stderr
     assert "head-seed0: accuracy 0.500" in shown.stderr
     assert shown.stderr.splitlines()[-1] == "lora-learning_rate=0.25-seed0 failed: the rate is not to its taste."
-    for text in ("SiVA", "rank=2", "peak memory, MB", "1,234", "report.md"):
+    for text in ("siva:rank=2", "peak memory, MB", "1,234", "report.md"):
         assert text in shown.stdout
     again = CliRunner().invoke(app, [*command, "--dry-run"])
     assert "2 of 3 finished, about 625 s left" not in again.stdout, "a failed cell is not promised"

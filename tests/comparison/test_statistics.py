@@ -85,6 +85,26 @@ def test_no_difference_is_seldom_found() -> None:
     assert sum(p < 0.05 for p in p_values) <= 300 * 0.05 * 1.6
 
 
+def test_one_seed_tells_apart_what_three_do_not() -> None:
+    """Methods that are alike, whose seeds differ by 1.6 points: with one seed the test knows of rows alone."""
+    generator = np.random.default_rng(2)
+
+    def told_apart(seeds: int) -> float:
+        found = []
+        for _ in range(300):
+            skill = 0.82 + 0.016 * generator.standard_normal((2, seeds, 1))
+            row = generator.random((1, 1, 872))  # both find the same rows hard
+            own = generator.random((2, seeds, 872))
+            right = np.where(generator.random((2, seeds, 872)) < 0.6, row, own) < skill
+            found.append(compare_pair(*right.astype(int)).p < 0.05)
+        return float(np.mean(found))
+
+    one, three = told_apart(1), told_apart(3)
+    print(one, three)
+    assert one > 0.15
+    assert three < 0.1
+
+
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
@@ -103,6 +123,10 @@ def test_verdicts_of_ranges() -> None:
     assert verdict_of_ranges([3, 4], [1, 2]) == SEEN
     assert verdict_of_ranges([1, 2], [3]) == NOT_SEEN
     assert verdict_of_ranges([1, 3], [2]) == UNDECIDED
+    assert verdict_of_ranges([179.2], [179.0], 0.02) == UNDECIDED, "less than the margin"
+    assert verdict_of_ranges([179.0], [179.2], 0.02) == UNDECIDED
+    assert verdict_of_ranges([104], [101], 0.02) == SEEN
+    assert verdict_of_ranges([101], [104], 0.02) == NOT_SEEN
 
 
 def test_lag_in_steps() -> None:

@@ -1,0 +1,144 @@
+"""What was measured of the variants of a comparison, and the table of it."""
+
+from __future__ import annotations
+
+import statistics as plain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastpeft.comparison import statistics, suites
+from fastpeft.comparison.blocks import Table
+from fastpeft.comparison.cells import Cell
+from fastpeft.problems import CLASSIFICATION, get_problem
+
+ACCURACY = "accuracy"  # the metric that is a mean over rows, so that rows tell how good it is
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report: a key of `metrics.json`, its title and format, and how it was measured."""
+
+    key: str
+    title: str
+    format: str
+    note: str = ""
+
+    def show(self, values: Sequence[float]) -> str:
+        """The mean over seeds, with the standard deviation of one seed where they differ."""
+        if not values:
+            return "-"
+        if len(set(values)) == 1:
+            return format(values[0], self.format)
+        return f"{plain.mean(values):{self.format}} ± {plain.stdev(values):{self.format}}"
+
+
+COLUMNS = (
+    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
+    Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
+    Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
+    Column("matthews", "Matthews", ".3f"),
+    Column("pearson", "Pearson", ".3f"),
+    Column("spearman", "Spearman", ".3f"),
+    Column("mse", "MSE", ".3g"),
+    Column("masked_accuracy", "accuracy of masked words", ".3f", "of the words hidden in the dev texts"),
+    Column("perplexity", "perplexity", ".3g", "of the same words"),
+    Column(
+        "samples_per_second",
+        "samples/s",
+        ".0f",
+        "rows trained on by the seconds spent in training steps, each cell by itself and one after another, so "
+        "whatever else the machine did is in it",
+    ),
+    Column(
+        "peak_memory_mb",
+        "peak memory, MB",
+        ",.0f",
+        "(2^20 bytes) of a training step on the longest batch: from the CUDA allocator on a GPU; else simulated, with "
+        "what a GPU would run fused counted fused",
+    ),
+    Column("trainable_parameters", "trained parameters", ",.0f"),
+    Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
+    Column("train_seconds", "seconds", ",.0f", "spent in training steps"),
+)
+
+
+class Variant:
+    """What a comparison has of one variant.
+
+    Attributes:
+        cells: one a seed.
+        runs: what was measured, of those that are finished.
+    """
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = cells
+        self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
+
+    @property
+    def name(self) -> str:
+        """As written, or the name of its row in the report's tables."""
+        row = self.cells[0].row
+        return self.cells[0].variant if row is None else suites.report_row(row).title
+
+    @property
+    def seeds(self) -> str:
+        """How many are finished."""
+        return f"{len(self.runs)}" if len(self.runs) == len(self.cells) else f"{len(self.runs)} of {len(self.cells)}"
+
+    def values(self, key: str) -> list[float]:
+        return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
+
+    def answers(self) -> dict[int | None, np.ndarray]:
+        """By seed, of each dev row whether its class was told `(rows,)`; empty where that was not kept."""
+        kept = {cell.seed: found for cell in self.cells if (found := cell.predictions())}
+        return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in kept.items()}
+
+    def interval(self) -> tuple[float, float] | None:
+        """Of its accuracy; None where rows do not tell."""
+        answers = list(self.answers().values())
+        return statistics.interval(np.stack(answers)) if answers else None
+
+
+def variants(cells: Iterable[Cell]) -> list[Variant]:
+    """The variants that cells are of, in their order."""
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.variant, []).append(cell)
+    return [Variant(group) for group in grouped.values()]
+
+
+def table(cells: Sequence[Cell]) -> Table:
+    """The report's table: a row a variant, the columns that any cell has, the metric to look at first.
+
+    What stands in a row of the report's tables is called as there, and told as written at the end.
+    """
+    compared = variants(cells)
+    shown = columns(compared)
+    several = any(len(variant.cells) > 1 for variant in compared)
+    written = any(variant.cells[0].row for variant in compared)
+    header = ["method", *(column.title for column in shown)]
+    rows = [header + ["seeds"] * several + ["variant"] * written]
+    for variant in compared:
+        row = [variant.name, *(_show(variant, column) for column in shown)]
+        rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
+    return Table(rows, numbers=range(1, len(header) + several))
+
+
+def columns(compared: Iterable[Variant]) -> list[Column]:
+    """The columns of which any variant has a value: metrics first, in the order of their problem."""
+    compared = list(compared)
+    runs = [metrics for variant in compared for metrics in variant.runs]
+    problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
+    metrics_first = list(dict.fromkeys(name for problem in problems for name in problem.metrics))
+    ordered = sorted(COLUMNS, key=lambda column: (*metrics_first, column.key).index(column.key))
+    return [column for column in ordered if any(variant.values(column.key) for variant in compared)]
+
+
+def _show(variant: Variant, column: Column) -> str:
+    """A variant's figure: an accuracy with its interval where rows tell it."""
+    values = variant.values(column.key)
+    if column.key == ACCURACY and values and (ends := variant.interval()):
+        return f"{plain.mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+    return column.show(values)
