@@ -2,9 +2,10 @@
 
 PLAN is the text that `fastpeft compare ... --dry-run` printed, FOLDER the output of the same comparison, run in one go:
 `bench/data/dry_run.csv`. Seconds are those of a cell's whole process, from its configuration's file to its
-`metrics.json`; a plan shows 100 s and more in whole minutes. Memory is measured on a GPU alone. On a CPU it is
-simulated before and after alike, so that the two are one where the longest batch is; there the process's peak of
-resident memory, libraries and data included, should rise from cell to cell as the estimate does.
+`metrics.json`; a plan shows 100 s and more in whole minutes, 100 minutes and more in tenths of an hour. Memory is
+measured on a GPU alone. On a CPU it is simulated before and after alike, so that the two are one where the longest
+batch is; there the process's peak of resident memory, libraries and data included, should rise from cell to cell as the
+estimate does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastpeft import files
 from fastpeft.comparison.cells import Cell
 
 FILE = DATA / "dry_run.csv"
-_UNITS = {"s": 1.0, "min": 60.0}
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def planned(text: str) -> list[dict[str, str]]:

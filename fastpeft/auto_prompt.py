@@ -107,8 +107,10 @@ def settle_prompt(config: TrainConfig, data: TextData, max_length: int) -> Train
     """`config`, with the prompt `auto` found on the training rows of `data` where it is not found yet."""
     if not config.awaits_prompt:
         return config
-    found = find_prompt(config.model, data, seed=config.seed, max_length=max_length)
-    return dataclasses.replace(config, found_prompt=found.values())
+    found = find_prompt(config.model, data, seed=config.seed, max_length=max_length).values()
+    if config.prompt_head == "classifier":  # then the template alone serves
+        found |= {"label_words": None, "head": config.prompt_head}
+    return dataclasses.replace(config, found_prompt=found)
 
 
 def find_prompt(

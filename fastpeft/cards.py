@@ -128,12 +128,12 @@ def chosen_by(metrics: Mapping[str, Any]) -> str | None:
 
 def found_settings(found: Mapping[str, Any]) -> dict[str, str]:
     """What a card shows of a prompt that was found, as `run.json` holds it."""
-    words = ", ".join(f"{label}={word}" for label, word in found["label_words"].items())
+    words = ", ".join(f"{label}={word}" for label, word in (found["label_words"] or {}).items())
     search = (
         f"the best of {found['templates']} templates on {found['rows']} and {found['ranked_rows']} training rows, "
         f"accuracy {found['accuracy']:.3f} with no training"
     )
-    return {"prompt": found["template"], "label_words": words, "prompt found": search}
+    return {"prompt": found["template"], **({"label_words": words} if words else {}), "prompt found": search}
 
 
 def model_card(

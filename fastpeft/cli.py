@@ -330,9 +330,9 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="VARIANT,...",
-            help="As siva,k-lst:window=5,siva:targets=query+value:rank=8, where + is a comma inside a list; "
-            'a value that has a comma goes in "". zero-shot:prompt=sst2:calibrate=true is not trained; '
-            "lst:init_from=mezo starts from another variant.",
+            help=f"Of {', '.join(METHODS)}, zero-shot. A variant is a method and its options after colons: "
+            "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
+            "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
         ),
     ] = None,
     protocol: Annotated[
@@ -349,8 +349,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="TEMPLATE|NAME|auto|none,...",
-            help="Combine each variant that has none with each of these, as none,sst2:prompt_head=classifier or "
-            "'\"{a}? <mask>, {b}\":label_words=Yes+No'.",
+            help="Combine each variant that has none with each of these: none, sst2 or "
+            "sst2:label_words=bad+good. With --suite one, for its prompted rows; none leaves them out.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="As for train, as are all below.")] = None,
@@ -374,7 +374,8 @@ def compare(
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
 
-    The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed.
+    The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed, or
+    with --dry-run would.
     """
     from fastpeft import console
     from fastpeft.comparison.plan import CompareConfig
@@ -402,8 +403,10 @@ def compare(
     _check_budget(memory_budget, dry_run)
     comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
     if dry_run:
-        console.show_plan(comparison, memory_budget)
-        return
+        failing = console.show_plan(comparison, memory_budget)
+        for variant, error in failing.items():
+            typer.echo(f"{variant} would fail: {error}", err=True)
+        raise typer.Exit(1 if failing else 0)
     try:
         with console.live_comparison(comparison, quiet):
             result = comparison.run()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from fastpeft.comparison import blocks, report
+from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.measured import table as table_of
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
@@ -160,8 +161,12 @@ def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
     show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)
 
 
-def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
-    """Print the cells of a comparison, in the order in which they run, and what each would take."""
+def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]:
+    """Print the cells of a comparison, in the order in which they run, and what each would take.
+
+    Returns:
+        Why variants would fail, by the variant.
+    """
     cells = comparison.plan.wanted
     with _warnings_alone(), errors.status("running a few steps of each variant"):
         known = comparison.estimates(budget_mb)
@@ -173,13 +178,14 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
         left += seconds or 0.0
         fits = [] if budget_mb is None else [{True: "yes", False: "no", None: "-"}[found.fits(budget_mb)]]
         memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
-        time = found.error or ("-" if seconds is None else _duration(seconds))
+        time = "fails" if found.error else "-" if seconds is None else _duration(seconds)
         table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
     console.print(table)
     finished = sum(cell.state == "finished" for cell in cells)
     console.print(
         f"{finished} of {len(cells)} finished, about {_duration(left)} for what has a time; nothing was written"
     )
+    return {variant: found.error for variant, found in known.items() if found.error}
 
 
 def show_report(comparison: Comparison) -> None:
@@ -201,7 +207,7 @@ def live_comparison(comparison: Comparison, quiet: bool) -> Iterator[None]:
     if quiet or not errors.is_terminal:
         yield
         return
-    table = Live(get_renderable=lambda: _cells_table(comparison), console=errors, refresh_per_second=2)
+    table = Live(get_renderable=lambda: _cells_view(comparison), console=errors, refresh_per_second=2)
     with _warnings_alone(), table:
         yield
 
@@ -218,16 +224,58 @@ def _warnings_alone() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cells_table(comparison: Comparison) -> Table:
+def _cells_view(comparison: Comparison) -> Group:
+    """How far a comparison has come, and its cells: where they do not all fit the screen, the nearest of each state."""
     cells = comparison.plan.wanted
-    done = sum(cell.state == "finished" for cell in cells)
-    left = comparison.seconds_left()
-    time_left = "" if left is None or done == len(cells) else f", about {_duration(left)} left"
-    table = Table("cell", "state", "result", caption=f"{done} of {len(cells)} finished{time_left}")
-    for cell in cells:
-        table.add_row(cell.name, comparison.state(cell), report.headline(cell.metrics() or {}) or cell.error() or "")
-    return table
+    width, height = errors.size
+    states = {state: [cell for cell in cells if comparison.state(cell) == state] for state in _STATES}
+    done, failed, left = len(states["finished"]), len(states["failed"]), comparison.seconds_left()
+    head = f"{done} of {len(cells)} finished"
+    head += f", {failed} failed" if failed else ""
+    if done + failed < len(cells):
+        head += ", time left not known yet" if left is None else f", about {_duration(left)} left"
+    room = max(1, height - _BESIDE_ROWS)
+    shown, hidden = cells, ""
+    if len(cells) > room:
+        shown = _nearest(states, room)
+        counts = {state: len(found) - sum(cell in shown for cell in found) for state, found in states.items()}
+        hidden = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    table = Table("cell", "state", "result")
+    names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
+    for cell in shown:
+        state, text = comparison.state(cell), report.headline(cell.metrics() or {}) or cell.error() or ""
+        text = _duration(comparison.seconds_running()) if state == "running" else text
+        table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
+    return Group(head, table, *([f"not shown: {hidden}"] if hidden else []))
+
+
+_STATES = ("running", "failed", "finished", "waiting")
+_BESIDE_ROWS = 7  # lines: progress, the table's head and lines, what is not shown, and the cursor's
+_BESIDE_NAMES = 36  # letters: state, a short result, and the lines between them
+_LINES = 18  # letters: state, and the lines
+
+
+def _nearest(states: Mapping[str, list[Cell]], room: int) -> list[Cell]:
+    """So many cells: the one that runs, the last that failed, the last that finished, the next that wait."""
+    shown = [*states["running"], *_last(states["failed"], room // 4)]
+    rest = max(0, room - len(shown))
+    waiting = states["waiting"][: max(rest // 2, rest - len(states["finished"]))]
+    return [*shown, *_last(states["finished"], rest - len(waiting)), *waiting]
+
+
+def _last(cells: list[Cell], count: int) -> list[Cell]:
+    return cells[max(0, len(cells) - count) :]
+
+
+def _middle_cut(name: str, width: int) -> str:
+    """A name within so many letters: the ends of long ones, where seeds are, tell them apart."""
+    if len(name) <= width:
+        return name
+    end = width // 2
+    return f"{name[: width - end - 1]}…{name[len(name) - end :]}"
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

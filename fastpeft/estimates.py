@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -56,6 +58,12 @@ class Estimate:
         if self.start_seconds is None or self.row_seconds is None:
             return None
         return self.start_seconds + self.row_seconds * rows
+
+    def later(self, seconds: float) -> Estimate:
+        """It, begun so many seconds later."""
+        if self.start_seconds is None:
+            return self
+        return dataclasses.replace(self, start_seconds=self.start_seconds + seconds)
 
     def fits(self, budget_mb: float) -> bool | None:
         """Whether the peak is within a budget; None where that cannot be told."""
@@ -136,6 +144,14 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
     except FastpeftError as error:
         return Estimate(error=str(error))
     return _estimate(task, begin, budget_mb)
+
+
+def process_seconds() -> float:
+    """Seconds that a process of `fastpeft train` takes beside its run: it starts, loads its libraries, and ends."""
+    begin = time.perf_counter()
+    libraries = "import fastpeft.console, fastpeft.training, matplotlib.backends.backend_agg, matplotlib.figure"
+    subprocess.run([sys.executable, "-c", libraries], check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    return time.perf_counter() - begin
 
 
 def _estimate(task: Task, begin: float, budget_mb: float | None) -> Estimate:

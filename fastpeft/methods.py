@@ -37,6 +37,7 @@ class Preparation:
         window: features that each block of a side network reads; None takes the method's own.
         reduction: how many times narrower than the backbone a side network is; None takes the method's own.
         task_type: what PEFT calls the problem.
+        by_words: whether the head predicts words.
     """
 
     head: Sequence[str]
@@ -47,6 +48,7 @@ class Preparation:
     window: int | None = None
     reduction: int | None = None
     task_type: str | None = "SEQ_CLS"
+    by_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Method:
         recipe: how it trains by default; the bundled model has its own, see `recipe_for`.
         prepare: makes a loaded model ready: sets what trains, and returns the module to train.
         settings: what `--set` may put into the method's configuration, with the type of each.
-        check: raises `FastpeftError` where options or settings cannot be used with any model; `prepare` does too.
+        check: raises `FastpeftError` where options or settings cannot be used with any model, or with such a head.
         options: which of the options in `OPTIONS` it takes.
         adapts: whether what it saves is a PEFT adapter.
         merges: whether such an adapter can become a part of its base's weights.
@@ -320,6 +322,16 @@ def _virtual_tokens(preparation: Preparation) -> int:
     return count
 
 
+def _check_virtual_tokens(preparation: Preparation) -> None:
+    """Refuse a head whose outputs PEFT does not put right where it has put vectors before the words."""
+    _virtual_tokens(preparation)
+    if preparation.by_words or preparation.task_type != "SEQ_CLS":
+        raise FastpeftError(
+            "prompt tuning is for a classification head that reads a text as a whole: not for tags of words, masked "
+            "words or label words. Choose another method, or add --prompt-head classifier to a prompt."
+        )
+
+
 _LADDER = Recipe(2e-4, warmup=0.12, schedule="polynomial", last_rate=2e-6)  # the report's
 _LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the report's
 _MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12)  # the report's: 48,000 steps, 11.4 epochs of SST-2
@@ -442,7 +454,7 @@ METHODS = {
             None,
             lambda _: {"num_virtual_tokens": _VIRTUAL_TOKENS},
             options=(),
-            check=_virtual_tokens,
+            check=_check_virtual_tokens,
             own_tokens=_virtual_tokens,
             merges=False,
         ),

@@ -84,6 +84,22 @@ def resolve_model(model: str) -> str:
     return model
 
 
+def check_model(model: str) -> None:
+    """Raise `FastpeftError` where there is no `model`, or its configuration cannot be read. Loads no weights."""
+    source = resolve_model(model)
+    try:
+        transformers.AutoConfig.from_pretrained(source, **source_options(source))
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise _unloadable(model, error) from error
+
+
+def _unloadable(model: str, error: Exception) -> FastpeftError:
+    return FastpeftError(
+        f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "
+        "model.safetensors and a tokenizer, or a hub id."
+    )
+
+
 def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Classifier:
     """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
 
@@ -190,10 +206,7 @@ def _load(
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
-        raise FastpeftError(
-            f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "
-            "model.safetensors and a tokenizer, or a hub id."
-        ) from error
+        raise _unloadable(model, error) from error
     _check_encoder(model, loaded.base_model_prefix, info)
     return loaded, tokenizer, info
 

@@ -92,7 +92,7 @@ def parse_prompt(prompt: str, label_words: str | None = None, head: str = HEADS[
         head: `label_words` or `classifier`.
 
     Returns:
-        The prompt, or None for `none` and for `auto`, which is yet to be found.
+        The prompt, or None for `none` and for `auto`, which is yet to be found; with a classifier, its template alone.
 
     Raises:
         FastpeftError: the name, the template or the words cannot be used, or come with `auto`.
@@ -106,11 +106,13 @@ def parse_prompt(prompt: str, label_words: str | None = None, head: str = HEADS[
     if prompt.casefold() == "none":
         return None
     if is_auto(prompt):
-        if label_words is not None or head != HEADS[0]:
+        if label_words is not None:
             raise FastpeftError(
-                f"the prompt {AUTO!r} finds a template and label words together, but label words or the head {head!r} "
-                "are given too. Leave these out, or write the template."
+                f"the prompt {AUTO!r} finds a template and label words together, but label words are given too. Leave "
+                "these out, or write the template."
             )
+        if head not in HEADS:
+            raise FastpeftError(f"the head {head!r} is not one of {', '.join(HEADS)}. Choose one of these.")
         return None
     is_template = "{" in prompt or MASK in prompt
     named = None if is_template else get_prompt(prompt)

@@ -248,7 +248,7 @@ def head_for(config: TrainConfig, data: TextData) -> Head:
     """The head of a run with `config` on `data`; its prompt is missing while `config` awaits it.
 
     Raises:
-        FastpeftError: metric, prompt or label words do not go with what the data has.
+        FastpeftError: metric, prompt, label words or method do not go with what the data has.
     """
     if config.awaits_prompt:
         check_searchable(data)
@@ -256,6 +256,9 @@ def head_for(config: TrainConfig, data: TextData) -> Head:
         data.problem.check_metric(config.metric)
     head = Head.of(config, data.labels, data.problem)
     check_texts(head.prompt, data.train)
+    method, given, _ = method_options(config)
+    by_words = head.by_words or (config.awaits_prompt and config.prompt_head != "classifier")
+    method.check(dataclasses.replace(given, task_type=data.problem.task_type, by_words=by_words))
     return head
 
 

@@ -71,8 +71,6 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     values = {**values, "task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
     try:
         made = _config_class(config)(**values)
-        if made.is_prompt_learning:
-            _check_takes_vectors(model, preparation)
         wrapped: nn.Module = peft.get_peft_model(model, made)
     except FastpeftError:
         raise
@@ -93,15 +91,6 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
                     f"a rank from 1 to {limit}."
                 )
     return wrapped
-
-
-def _check_takes_vectors(model: nn.Module, preparation: Preparation) -> None:
-    """Refuse a model whose outputs PEFT does not put right where it has put vectors before the words."""
-    if isinstance(model, PromptModel) or preparation.task_type != "SEQ_CLS":
-        raise FastpeftError(
-            "prompt tuning is for a classification head that reads a text as a whole: not for tags of words, masked "
-            "words or label words. Choose another method, or add --prompt-head classifier to a prompt."
-        )
 
 
 def merge(model: PeftModel) -> Any:

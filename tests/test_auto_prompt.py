@@ -277,7 +277,17 @@ def test_a_tokenizer_without_enough_words(place: Path, monkeypatch: pytest.Monke
         find_prompt(str(place / "model"), load_data(str(place / "reviews.csv")))
 
 
-@pytest.mark.parametrize("extra", [{"label_words": "bad,good"}, {"prompt_head": "classifier"}])
-def test_nothing_of_a_prompt_goes_with_auto(config: TrainConfig, extra: dict[str, str]) -> None:
+def test_no_label_words_go_with_auto(config: TrainConfig) -> None:
     with pytest.raises(FastpeftError, match="the prompt 'auto' finds a template and label words together"):
-        replace(config, **extra)
+        replace(config, label_words="bad,good")
+    with pytest.raises(FastpeftError, match="'words'"):
+        replace(config, prompt_head="words")
+
+
+def test_a_classification_head_takes_the_template_alone(config: TrainConfig) -> None:
+    found = train(replace(config, prompt_head="classifier")).metrics["found_prompt"]
+    assert (
+        found["template"] == train(replace(config, output=f"{config.output}-words")).metrics["found_prompt"]["template"]
+    )
+    assert (found["head"], found["label_words"]) == ("classifier", None)
+    assert Prompt.load(config.output) == Prompt(found["template"], None, "classifier")

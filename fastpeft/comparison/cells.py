@@ -68,6 +68,18 @@ class Cell:
         return Path(f"{self.values['output']}.log")
 
     @property
+    def clock(self) -> Path:
+        """How many seconds the process took that finished it, from its start to its end."""
+        return Path(f"{self.values['output']}.seconds")
+
+    def seconds(self) -> float | None:
+        """What `clock` says; None where that was not kept."""
+        try:
+            return float(self.clock.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Names of the cells that come before it."""
         return (*self.after, *self.rates)

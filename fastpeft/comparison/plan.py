@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 from fastpeft import files
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.search import rates
-from fastpeft.comparison.suites import get_suite
+from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
 from fastpeft.config import FOR_LABELS, TrainConfig
 from fastpeft.errors import FastpeftError
@@ -60,7 +61,8 @@ class CompareConfig:
             on a slice of the training rows. None: one seed, recipes as they are.
         prompts: prompts that each variant without one is combined with, and the variant that it starts from likewise:
             names or templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty:
-            each variant as it is. With a suite at most one, in the place of that in its own prompted rows.
+            each variant as it is. With a suite at most one, in the place of that in its own prompted rows, which
+            `none` leaves out.
         seeds: every variant runs with the seeds 0 to `seeds - 1`. None: as the protocol has it.
         common: keys and values that all cells share.
 
@@ -93,7 +95,10 @@ class CompareConfig:
         if self.suite is not None:
             self._check_suite()
         elif not self.methods:
-            raise FastpeftError(f"there is no method to compare. Name some of {', '.join((*METHODS, ZERO_SHOT))}.")
+            raise FastpeftError(
+                f"there is no method to compare. Name some by --methods, as {', '.join((*METHODS, ZERO_SHOT))}; or a "
+                f"table by --suite, as {', '.join(suite_names())}."
+            )
         if self.seeds is not None and (type(self.seeds) is not int or self.seeds < 1):
             raise FastpeftError(f"seeds is {self.seeds!r}; it must be a whole number from 1.")
         if self.prompts and "prompt" in self.common:
@@ -108,10 +113,10 @@ class CompareConfig:
         """Raise `FastpeftError` where the suite does not go with the rest."""
         assert self.suite is not None
         get_suite(self.suite)
-        if len(self.prompts) > 1 or "none" in self.prompts:
+        if len(self.prompts) > 1:
             raise FastpeftError(
                 f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
-                "Give the one prompt of those with."
+                "Give the one prompt of those with, auto, or none to leave them out."
             )
 
     @property
@@ -215,7 +220,10 @@ class CompareConfig:
         if self.protocol == "quick" and not METHODS[method].zeroth_order and "max_steps" not in values:
             values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
-        method_options(config)
+        try:
+            method_options(config)
+        except FastpeftError as error:
+            raise FastpeftError(f"{error}{_meant(values['settings'])}") from None
         return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))
 
     @property
@@ -254,6 +262,13 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
             raise FastpeftError(f"{name} cannot be given; {_DECIDED[name]}.")
         (values if name in fields else settings)[name] = value
     return {**values, "settings": settings}
+
+
+def _meant(settings: Iterable[str]) -> str:
+    """What to say of settings that are almost an option of a run, which a variant takes too."""
+    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in (*_DECIDED, "found_prompt")]
+    close = [name for setting in settings for name in difflib.get_close_matches(setting, options, 1, cutoff=0.8)]
+    return f" Did you mean {close[0]}? A variant takes {', '.join(options)} too." if close else ""
 
 
 def _folder_name(variant: str) -> str:

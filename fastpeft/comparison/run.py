@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,15 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
 from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
+from fastpeft.config import TrainConfig
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
-from fastpeft.estimates import Estimate, estimate
+from fastpeft.estimates import Estimate, estimate, process_seconds
 from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import get_method
+from fastpeft.models import check_model
+from fastpeft.named_prompts import AUTO
+from fastpeft.problems import CLASSIFICATION
 from fastpeft.processes import refuse_several
 from fastpeft.task import data_for, head_for
 
@@ -75,7 +79,7 @@ class Comparison:
     def __init__(self, config: CompareConfig, command: str | None = None) -> None:
         refuse_several("a comparison")
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
-        data = _check_data(self.plan.wanted)
+        data = _check(self.plan.wanted, "--prompts " if config.suite or config.prompts else "prompt=")
         self._train_rows = None if data is None else len(data.train)
         self._slice: TextData | None = None
         if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
@@ -92,19 +96,25 @@ class Comparison:
         """`running`, `finished`, `failed` or `waiting`."""
         return "running" if cell is self.running else cell.state
 
+    def seconds_running(self) -> float:
+        """How long the process of the running cell has run."""
+        return time.monotonic() - self._started if self.running else 0.0
+
     def seconds_left(self) -> float | None:
-        """A guess by the speed of finished cells, of the same method where there are some; None before the first."""
-        finished = [(cell, metrics) for cell in self.plan.cells if (metrics := cell.metrics())]
-        finished = [(cell, metrics) for cell, metrics in finished if metrics.get("samples_per_second")]
-        if not finished:
+        """A guess by what finished cells took, of the same method where there are some; None before the first."""
+        taken: dict[str, list[_Taken]] = {}
+        for cell in self.plan.cells:
+            if (metrics := cell.metrics()) and metrics.get("samples_per_second"):
+                taken.setdefault(cell.method, []).append(_Taken.of(cell, metrics))
+        everything = [item for items in taken.values() for item in items]
+        if not everything:
             return None
         left = 0.0
         for cell in self.plan.wanted:
-            if self.state(cell) in ("running", "waiting") and cell.method != ZERO_SHOT:
-                same = [metrics for other, metrics in finished if other.method == cell.method]
-                speeds = [metrics["samples_per_second"] for metrics in same or [metrics for _, metrics in finished]]
-                seconds = self.rows(cell) / mean(speeds)
-                left += max(0.0, seconds - (time.monotonic() - self._started if cell is self.running else 0.0))
+            if self.state(cell) in ("running", "waiting"):
+                same = taken.get(cell.method, everything)
+                seconds = mean(item.beside for item in same) + self.rows(cell) * mean(item.row for item in same)
+                left += max(0.0, seconds - (self.seconds_running() if cell is self.running else 0.0))
         return left
 
     def rows(self, cell: Cell) -> float:
@@ -124,7 +134,9 @@ class Comparison:
         """
         left = [cell for cell in self.plan.wanted if cell.state != "finished" and cell.method != ZERO_SHOT]
         trained = {cell.variant: cell for cell in left if not cell.search}
-        return {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
+        process = process_seconds() if trained else 0.0
+        found = {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
+        return {variant: what.later(process) for variant, what in found.items()}
 
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""
@@ -167,7 +179,8 @@ class Comparison:
         with self._saving():
             files.write_json(cell.config_file, cell.values)
             log = cell.log.open("wb")
-        self.running, self._started = cell, time.monotonic()
+        started = time.monotonic()
+        self.running, self._started = cell, started
         try:
             with log:
                 code = _wait(_command(cell), log, lock)
@@ -176,22 +189,44 @@ class Comparison:
             raise
         finally:
             self.running = None
-        metrics = cell.metrics()
+        metrics, seconds = cell.metrics(), time.monotonic() - started
         if metrics is None:
             with self._saving():
                 _mark_failed(cell.log, code)
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
-            logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), time.monotonic() - self._started)
+            with self._saving():
+                files.write_text(cell.clock, f"{seconds:.1f}\n")
+            logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), seconds)
 
 
-def _check_data(cells: Iterable[Cell]) -> TextData | None:
+@dataclass(frozen=True)
+class _Taken:
+    """Seconds that a finished cell took: for a row that it trained on, and beside these."""
+
+    row: float
+    beside: float
+
+    @classmethod
+    def of(cls, cell: Cell, metrics: Mapping[str, Any]) -> _Taken:
+        whole, training = cell.seconds(), metrics.get("train_seconds")
+        known = whole is not None and training is not None
+        return cls(1 / metrics["samples_per_second"], max(0.0, whole - training) if known else 0.0)
+
+
+def _check(cells: Iterable[Cell], option: str) -> TextData | None:
     """The rows with labels of those cells that are not finished, of a cell that trains on all of them; None without.
 
+    Args:
+        cells: what is to run.
+        option: how a prompt is given, for the error where its words are not those of the classes.
+
     Raises:
-        FastpeftError: the rows cannot be loaded, or a cell's prompt or metric is not for them.
+        FastpeftError: there is no such model, the rows cannot be loaded, or a cell's prompt, metric or method is not
+            for them.
     """
     loaded: dict[Any, TextData] = {}
+    models: set[str] = set()
     for cell in cells:
         if cell.search or cell.state == "finished":  # what tries rates is as what takes them, on rows of these
             continue
@@ -200,10 +235,31 @@ def _check_data(cells: Iterable[Cell]) -> TextData | None:
         if rows not in loaded:
             loaded[rows] = data_for(config)
         try:
+            if config.model not in models:
+                check_model(config.model)
+                models.add(config.model)
             head_for(config, loaded[rows])
         except FastpeftError as error:
-            raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}") from None
+            how = _words_option(config, loaded[rows], option)
+            raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}{how}") from None
     return next((data for (objective, *_), data in loaded.items() if objective is None), None)
+
+
+def _words_option(config: TrainConfig, data: TextData, option: str) -> str:
+    """How to give the label words of a prompt in a comparison, where its own are not those of the classes."""
+    prompt = config.parse_prompt()
+    if prompt is None or prompt.label_words is None or data.problem is not CLASSIFICATION:
+        return ""
+    try:
+        prompt.for_labels(data.labels)
+    except FastpeftError:
+        own = list(prompt.label_words.values())
+        words = own if len(own) == len(data.labels) else [f"word{index}" for index in range(1, 1 + len(data.labels))]
+        return (
+            f" In a comparison write them in this order, as {option}{config.prompt}:label_words={'+'.join(words)}, or "
+            f"let them be found by {option}{AUTO}."
+        )
+    return ""
 
 
 def _command(cell: Cell) -> list[str]:

@@ -70,7 +70,11 @@ def suite_names() -> list[str]:
 
 
 def get_suite(name: str, prompt: str | None = None) -> Suite:
-    """The suite called `name`, its prompted rows with `prompt` (as in a variant; None: that of film reviews).
+    """The suite called `name`, its prompted rows with `prompt`.
+
+    Args:
+        name: one of `suite_names()`.
+        prompt: as in a variant. None: that of film reviews. `none`: the prompted rows are left out.
 
     Raises:
         FastpeftError: there is none.
@@ -82,11 +86,12 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
     if name not in suite_names():
         raise FastpeftError(f"unknown suite {name!r}; allowed are {', '.join(suite_names())}. Choose one of these.")
     values = _values()["suites"][name]
+    rows = [key for key in values["rows"] if prompt != "none" or _PROMPT not in _values()["rows"][key]["variant"]]
     prompt = _values()["default_prompt"] if prompt is None else prompt
     return Suite(
         name,
         values["title"],
-        tuple(_row(key, prompt) for key in values["rows"]),
+        tuple(_row(key, prompt) for key in rows),
         dict(values.get("common", {})),
     )
 

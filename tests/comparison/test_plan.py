@@ -154,7 +154,10 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": []}, "no method to compare. Name some of siva"),
+        ({"methods": []}, "no method to compare. Name some by --methods, as siva, k-lst"),
+        ({"methods": []}, "or a table by --suite, as table1, table2, figure5."),
+        ({"methods": ["siva:tagets=query"]}, "Did you mean targets? A variant takes"),
+        ({"methods": ["siva:learning_rat=1"]}, "Did you mean learning_rate? A variant takes"),
         ({"methods": "siva"}, "methods are 'siva'; they must be a list"),
         ({"methods": ["siva", ""]}, "that are not empty"),
         ({"output": ""}, "output is ''"),
@@ -250,6 +253,20 @@ def test_a_suite_takes_another_prompt_and_other_values() -> None:
     assert {(cell.values["learning_rate"], cell.values["max_steps"], cell.values["epochs"]) for cell in figure} == {
         (0.5, 5, None)
     }
+
+
+def test_a_suite_without_its_prompts() -> None:
+    rows = [cell.row for cell in CompareConfig(output="out", suite="table2", prompts=["none"]).cells()]
+    assert rows == ["full", "lora", "lst", "last-3", "siva", "siva-kv", "5-lst", "9-lst"]
+
+
+def test_a_suite_finds_its_prompts() -> None:
+    """Rows with a prompt and a classification head take the template alone."""
+    cells = CompareConfig(output="out", suite="table2", prompts=["auto"]).cells()
+    prompted = [cell for cell in cells if cell.values["prompt"]]
+    assert len(prompted) == 7
+    assert {cell.values["prompt_head"] for cell in prompted} == {None, "classifier"}
+    assert all(cell.config.awaits_prompt for cell in prompted)
 
 
 def test_quick_is_one_epoch_but_for_mezo() -> None:

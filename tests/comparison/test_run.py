@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import json
 import os
 import random
 import signal
@@ -341,12 +342,13 @@ def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
 def test_on_the_command_line() -> None:
     command = ["compare", "--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25", "--output", "out"]
     dry = CliRunner().invoke(app, [*command, "--dry-run"])
-    assert dry.exit_code == 0, dry.output
-    for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "no such layers", "0 of 3 finished, about 3 s for"):
+    assert dry.exit_code == 1, dry.output
+    for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "fails", "0 of 3 finished, about 3 s for"):
         assert text in dry.stdout
+    assert dry.stderr == "lora:learning_rate=0.25 would fail: no such layers\n"
     assert "fits" not in dry.stdout
     budget = CliRunner().invoke(app, [*command, "--dry-run", "--memory-budget", "50"])
-    assert budget.exit_code == 0, budget.output
+    assert budget.exit_code == 1, budget.output
     head = next(line for line in budget.stdout.splitlines() if "head-seed0" in line)
     assert [text.strip() for text in head.split("│")[2:6]] == ["waiting", "100", "no", "3 s"]
     alone = CliRunner().invoke(app, [*command, "--memory-budget", "50"])
@@ -385,6 +387,7 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=120))
     comparison = Comparison(config("head", "head:max_steps=4:batch_size=8"))
     assert comparison.seconds_left() is None
+    assert "0 of 2 finished, time left not known yet" in view(comparison, 120)
     with console.live_comparison(comparison, quiet=True):
         assert terminal.getvalue() == ""
     with console.live_comparison(comparison, quiet=False):
@@ -396,7 +399,69 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     by_recipe = [get_method(method).recipe_for("demo").epochs for method in ("lora", "mezo")]
     assert len(set(by_recipe)) == 2
     epochs = sum(by_recipe) + 0.5
-    assert more.seconds_left() == (4 * 8 * 3 + epochs * 5000) / 8.0, "rows by the rows a second of finished cells"
+    for cell, whole in zip(comparison.plan.wanted, ("7.0", "9.0")):
+        assert cell.seconds() is not None
+        cell.clock.write_text(whole)
+        metrics = {**json.loads(cell.folder.metrics_file.read_text()), "train_seconds": 6.0}
+        cell.folder.metrics_file.write_text(json.dumps(metrics))
+    beside = 4 * (1.0 + 3.0) / 2  # of four cells: to start, load, measure and end
+    expected = (4 * 8 * 3 + epochs * 5000) / 8.0 + beside
+    assert more.seconds_left() == pytest.approx(expected), "by the seconds of finished cells"
+
+
+def view(comparison: Comparison, width: int) -> str:
+    """What the live table shows."""
+    shown = console.errors.render_lines(console._cells_view(comparison), pad=False)
+    return "\n".join("".join(part.text for part in line) for line in shown)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many cells the running one, the progress and what is next stay in sight."""
+    monkeypatch.setattr(console, "errors", Console(file=io.StringIO(), force_terminal=True, width=80, height=24))
+    comparison = Comparison(CompareConfig(output="out", suite="table2", protocol="full"))
+    cells = comparison.plan.wanted
+    assert len(cells) == 108
+    states = {cell.name: "waiting" for cell in cells}
+    states |= {cell.name: "finished" for cell in cells[:60]} | {cells[index].name: "failed" for index in (3, 70)}
+    monkeypatch.setattr(comparison, "state", lambda cell: states[cell.name])
+    states[cells[60].name] = "running"
+    comparison.running, comparison._started = cells[60], time.monotonic() - 300
+    lines = view(comparison, 80).splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("59 of 108 finished, 2 failed, ")
+    rows = [[part.strip() for part in line.split("│")[1:4]] for line in lines if line.startswith("│")]
+    assert rows[0][1:] == ["running", "5 min"]
+    assert [row[1] for row in rows[1:]] == ["failed"] * 2 + ["finished"] * 7 + ["waiting"] * 7
+    assert rows[-1][0][-5:] == cells[67].name[-5:], "the ends of names are kept"
+    assert lines[-1] == "not shown: 52 finished, 39 waiting"
+
+
+def test_hours_are_told_as_hours() -> None:
+    assert [console._duration(seconds) for seconds in (99, 100, 5400, 12_240)] == ["99 s", "2 min", "90 min", "3.4 h"]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_suite_on_other_classes_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Examples(["good", "bad"] * 20, [1, 0] * 20)
+    data = TextData(rows, rows, ["neg", "pos"], "two words", CLASSIFICATION)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
+    with pytest.raises(FastpeftError, match=r"no word for neg, pos") as raised:
+        Comparison(CompareConfig(output="out", suite="table1"))
+    assert "--prompts sst2:label_words=terrible+great, or let them be found by --prompts auto." in str(raised.value)
+    for prompt in ("sst2:label_words=terrible+great", "auto", "none"):
+        Comparison(CompareConfig(output="out", suite="table1", prompts=[prompt]))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_model_that_is_not_there_is_told_before_the_first_cell() -> None:
+    command = ["compare", "--methods", "head,lora", "--model", "nosuch/model", "--output", "out"]
+    for arguments in (command, [*command, "--dry-run"]):
+        shown = CliRunner().invoke(app, arguments)
+        assert (shown.exit_code, shown.stdout) == (2, "")
+        assert "cannot load the model 'nosuch/model'" in shown.stderr
+        assert not Path("out").exists()
 
 
 def test_the_public_name_is_the_function() -> None:
@@ -457,6 +522,10 @@ def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
         ("head:prompt={a} or {b}? <mask>:label_words=No+Yes", "takes a pair of texts a row, but the data has one text"),
         ("zero-shot:prompt=mnli", "has no word for negative, positive"),
         ("head:prompt=trec", "has no word for negative, positive"),
+        ("head:prompt=trec", "write them in this order, as prompt=trec:label_words=word1+word2, or"),
+        ("prompt-tuning:prompt=sst2", "prompt tuning is for a classification head"),
+        ("prompt-tuning:prompt=auto", "prompt tuning is for a classification head"),
+        ("head:model=nosuch/model", "cannot load the model 'nosuch/model': "),
         ("head:metric=pearson:save_steps=2", "the metric 'pearson' is not measured"),
     ],
 )
