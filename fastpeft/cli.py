@@ -348,8 +348,8 @@ def compare(
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEMPLATE|NAME|auto|none,...",
-            help="Combine each variant that has none with each of these: none, sst2 or "
+            metavar="PROMPT,...",
+            help="Combine each variant that has none with each of these: templates, names, auto or none, as "
             "sst2:label_words=bad+good. With --suite one, for its prompted rows; none leaves them out.",
         ),
     ] = None,
@@ -374,8 +374,9 @@ def compare(
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
 
-    The same command goes on where it was: finished runs are kept, failed ones tried again. Exit code 1: some failed, or
-    with --dry-run would.
+    The same command goes on where it was: finished runs are kept, failed ones tried again.
+
+    Exit code 1: some failed, or with --dry-run would.
     """
     from fastpeft import console
     from fastpeft.comparison.plan import CompareConfig
