@@ -224,6 +224,12 @@ def _warnings_alone() -> Iterator[None]:
         logger.setLevel(level)
 
 
+_STATES = ("running", "failed", "finished", "waiting")
+_BESIDE_ROWS = 7  # lines: progress, the table's head and lines, what is not shown, and the cursor's
+_BESIDE_NAMES = 36  # letters: state, a short result, and the lines between them
+_LINES = 18  # letters: state, and the lines
+
+
 def _cells_view(comparison: Comparison) -> Group:
     """How far a comparison has come, and its cells: where they do not all fit the screen, the nearest of each state."""
     cells = comparison.plan.wanted
@@ -247,12 +253,6 @@ def _cells_view(comparison: Comparison) -> Group:
         text = _duration(comparison.seconds_running()) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(head, table, *([f"not shown: {hidden}"] if hidden else []))
-
-
-_STATES = ("running", "failed", "finished", "waiting")
-_BESIDE_ROWS = 7  # lines: progress, the table's head and lines, what is not shown, and the cursor's
-_BESIDE_NAMES = 36  # letters: state, a short result, and the lines between them
-_LINES = 18  # letters: state, and the lines
 
 
 def _nearest(states: Mapping[str, list[Cell]], room: int) -> list[Cell]:

@@ -441,6 +441,13 @@ def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[-1] == "not shown: 52 finished, 39 waiting"
 
 
+def test_a_dry_run_counts_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "process_seconds", lambda: 4.0)
+    monkeypatch.setattr(run, "estimate", lambda config, budget_mb: Estimate(100.0, 2.0, 0.5))
+    known = Comparison(CompareConfig(output=str(tmp_path / "out"), methods=["head", "lora"])).estimates()
+    assert [known[variant].seconds(10) for variant in ("head", "lora")] == [4.0 + 2.0 + 5.0] * 2
+
+
 def test_hours_are_told_as_hours() -> None:
     assert [console._duration(seconds) for seconds in (99, 100, 5400, 12_240)] == ["99 s", "2 min", "90 min", "3.4 h"]
 
