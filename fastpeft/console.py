@@ -234,7 +234,8 @@ def _cells_view(comparison: Comparison) -> Group:
     """How far a comparison has come, and its cells: where they do not all fit the screen, the nearest of each state."""
     cells = comparison.plan.wanted
     width, height = errors.size
-    states = {state: [cell for cell in cells if comparison.state(cell) == state] for state in _STATES}
+    known = {cell.name: comparison.state(cell) for cell in cells}
+    states = {state: [cell for cell in cells if known[cell.name] == state] for state in _STATES}
     done, failed, left = len(states["finished"]), len(states["failed"]), comparison.seconds_left()
     head = f"{done} of {len(cells)} finished"
     head += f", {failed} failed" if failed else ""
@@ -244,12 +245,14 @@ def _cells_view(comparison: Comparison) -> Group:
     shown, hidden = cells, ""
     if len(cells) > room:
         shown = _nearest(states, room)
-        counts = {state: len(found) - sum(cell in shown for cell in found) for state, found in states.items()}
+        counts = {
+            state: len(found) - sum(known[cell.name] == state for cell in shown) for state, found in states.items()
+        }
         hidden = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     table = Table("cell", "state", "result")
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
-        state, text = comparison.state(cell), report.headline(cell.metrics() or {}) or cell.error() or ""
+        state, text = known[cell.name], report.headline(cell.metrics() or {}) or cell.error() or ""
         text = _duration(comparison.seconds_running()) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(head, table, *([f"not shown: {hidden}"] if hidden else []))

@@ -121,10 +121,8 @@ class Comparison:
         """Rows that a cell trains on, those of every epoch counted."""
         if cell.method == ZERO_SHOT:
             return 0.0
-        found = [
-            metrics["train_rows"] for other in self.plan.results if (metrics := other.metrics() or {}).get("train_rows")
-        ]
-        train_rows = found[0] if found else self._train_rows or 0
+        measured = (metrics.get("train_rows") for other in self.plan.results if (metrics := other.metrics()))
+        train_rows = next(filter(None, measured), self._train_rows or 0)
         return _rows(cell, slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
