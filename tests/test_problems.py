@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from samples import SMALL, Interrupt, pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
 from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
@@ -221,17 +221,6 @@ class Forge(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         metrics[self.metric] = state.log_history[-1][self.metric] = self.values.get(state.global_step, 0.5)
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "awful,lovely"}

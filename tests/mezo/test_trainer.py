@@ -10,8 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from mezo_trainer import TINY, Interrupt, config, language_model, logged, rows
+from mezo_trainer import TINY, config, language_model, logged, rows
 from networks import equal, weights
+from samples import Interrupt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -294,7 +295,7 @@ def test_the_settings_of_the_optimizer(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_path: Path) -> None:
     trainer = MeZOTrainer(
-        language_model(), config(tmp_path), train_dataset=rows(), callbacks=[Interrupt("on_pre_optimizer_step", 0)]
+        language_model(), config(tmp_path), train_dataset=rows(), callbacks=[Interrupt(0, "on_pre_optimizer_step")]
     )
     before = weights(trainer.model)
     with pytest.raises(KeyboardInterrupt):
