@@ -208,8 +208,8 @@ class _Taken:
     @classmethod
     def of(cls, cell: Cell, metrics: Mapping[str, Any]) -> _Taken:
         whole, training = cell.seconds(), metrics.get("train_seconds")
-        known = whole is not None and training is not None
-        return cls(1 / metrics["samples_per_second"], max(0.0, whole - training) if known else 0.0)
+        beside = 0.0 if whole is None or training is None else max(0.0, whole - training)
+        return cls(1 / metrics["samples_per_second"], beside)
 
 
 def _check(cells: Iterable[Cell], option: str) -> TextData | None:
