@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -255,7 +256,7 @@ def _cells_view(comparison: Comparison) -> Group:
         state, text = known[cell.name], report.headline(cell.metrics() or {}) or cell.error() or ""
         text = _duration(comparison.seconds_running()) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
-    return Group(head, table, *([f"not shown: {hidden}"] if hidden else []))
+    return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))
 
 
 def _nearest(states: Mapping[str, list[Cell]], room: int) -> list[Cell]:

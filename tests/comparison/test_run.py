@@ -52,12 +52,13 @@ if values["learning_rate"] == 0.125:
     time.sleep(60)
 folder.mkdir()
 (folder / "run.json").write_text(json.dumps({"fastpeft_version": "0", **values}))
-(folder / "metrics.json").write_text(json.dumps({
+(folder / "written").write_text(json.dumps({
     "method": values["method"], "model": values["model"], "data": values["data"], "labels": ["a", "b"],
     "accuracy": 0.5 + values["seed"] / 10, "f1": 0.25, "samples_per_second": 8.0, "peak_memory_mb": 1234.5,
     "train_rows": 5000, "dev_rows": 50, "trainable_parameters": 1234, "learning_rate": 1e-5, "seed": values["seed"],
     "device": "a chip", "versions": {"python": "3.11", "torch": "2.10"}, "command": "fastpeft train",
 }))
+(folder / "written").replace(folder / "metrics.json")
 """
 
 
