@@ -247,26 +247,40 @@ def window_attention_backward(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference. PyTorch makes the gradients of queries, of keys and of values whichever are needed."""
+    """As the reference, for as many sentences at a time as there are threads, each of which takes one.
+
+    PyTorch makes the gradients of keys and those of values apart. For a few sentences both are small, and their sums
+    take the place of keys that are done with: fresh memory costs more time than what is done there.
+    """
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
-    if 0 in (rows.shape[2], keys.shape[2]):
-        drows, dkeys, dvalues = (torch.zeros_like(x) for x in (rows, keys, keys))
-    else:
-        bias, _ = _window_bias(q, p, mask, slots, causal, keys.dtype)
-        lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # as PyTorch has it
-        drows, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            drows, rows, keys, keys, of_out, lse, 0.0, False, attn_mask=bias, scale=1.0
-        )
+    needs = need_dq, need_dc, need_dp
+    if 0 in (rows.shape[2], keys.shape[2]):  # by which PyTorch divides
+        dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
+        return dq, dc, dp
+    bias, _ = _window_bias(q, p, mask, slots, causal, keys.dtype)
+    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # 0 where nothing is seen, as out
+    dq = torch.empty_like(rows)
+    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lies in or before its keys
     last = len(slots) * c.shape[2]  # of the real keys
-    dreal, dabsent = (dkeys[:, 0, part] + dvalues[:, 0, part] for part in (slice(last), slice(last, None)))
-    dreal = dreal.view(c.shape)
-    dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
-    if need_dq:
-        dq = drows.view(q.shape).to(q.dtype)
+    dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
+    at_once = torch.get_num_threads()
+    for start in range(0, len(q), at_once):
+        some = slice(start, start + at_once)
+        dq[some], dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x[some] for x in (drows, rows, keys, keys, of_out, lse)),
+            0.0,
+            False,
+            attn_mask=bias if bias is None or len(bias) == 1 else bias[some],
+            scale=1.0,
+        )
+        torch.add(*(x[:, 0, :last].unflatten(1, c.shape[1:3]) for x in (dkeys, dvalues)), out=dreal[some])
+        torch.add(dkeys[:, 0, last:], dvalues[:, 0, last:], out=dabsent[some])
+    dq = dq.view(q.shape).to(q.dtype) if need_dq else q.new_empty(0)
+    dc, dp = c.new_empty(0), p.new_empty(0)
     if need_dp:
         dp = torch.empty_like(p)
-        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
+        dp[list(slots)] = dreal.sum(2).sum(0).to(p.dtype)  # much faster than both dimensions at once
         dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
     if need_dc:
         if dropout > 0:
@@ -287,7 +301,7 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _window_keys(
     q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
 ) -> Tensor:
-    """The keys, which are the values, `(B, 1, S T + k - S, D)`, made where they stay; those of absent slots come last."""
+    """The keys, which are the values: `(B, 1, S T + k - S, D)`, made where they stay, those of absent slots last."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, real, tokens, width = c.shape
     absent, p = absent_slots(p, slots), p.to(compute)
@@ -304,10 +318,10 @@ def _window_keys(
 def _window_bias(
     q: Tensor, p: Tensor, mask: Tensor | None, slots: Sequence[int], causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to scores, the logarithm of how many of the tokens that a query sees a key stands for; and whether
-    it sees none.
+    """What is added to scores, `(B, 1, H T, S T + k - S)`: the logarithm of how many of the tokens that a query sees a
+    key stands for. And which queries see none, `(B, H, T)`.
 
-    `(B, 1, H T, S T + k - S)` and `(B, H, T)`, with 1 for what makes no difference, or None where they are 0 and False.
+    A size is 1 where it makes no difference. Both are None where the logarithms are 0.
     """
     absent = p.shape[0] - len(slots)
     if mask is not None and mask.all():  # a CPU knows what its masks say
