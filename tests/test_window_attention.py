@@ -201,10 +201,10 @@ def test_fused_calls_have_no_scores_in_memory(masked: bool) -> None:
     q, c, p = (t.float() for t in operands(batch, heads, tokens, width, window, window))
     mask = torch.arange(tokens) < torch.tensor([[tokens - 2]] * batch) if masked else None
     fixed = mask, list(range(window)), False, 0.2, 7, 2
-    rows, keys = 4 * batch * heads * tokens, 4 * batch * window * tokens * width  # bytes of a column, and of all keys
+    rows, keys = 4 * batch * heads * tokens, 4 * batch * window * tokens * width  # bytes of a number each, of all keys
     at_once = min(torch.get_num_threads(), batch) * 2 * keys // batch  # gradients as keys and as values
     few = keys // batch
-    forward, backward = (keys + rows * (width + 1) + more for more in (few, 2 * at_once + 2 * few))
+    forward, backward = (keys + rows * (width + 1) + more for more in (2 * few, 2 * (at_once + few)))
     assert max(forward, backward) < rows * window * tokens / 2  # which scores would take
     with MemoryTracker() as tracker:
         tracker.add((q, c, p))
