@@ -206,6 +206,9 @@ def _scaled(u: Tensor, s: Tensor) -> Tensor:
     return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))
 
 
+_AT_ONCE = 2**18  # numbers in keys: with fewer, a call costs as much as what it does
+
+
 def window_attention(
     q: Tensor,
     c: Tensor,
@@ -247,7 +250,7 @@ def window_attention_backward(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, for as many sentences at a time as there are threads, each of which takes one.
+    """As the reference, for a few sentences at a time, of which each thread takes some.
 
     PyTorch makes the gradients of keys and those of values apart. For a few sentences both are small, and their sums
     take the place of keys that are done with: fresh memory costs more time than what is done there.
@@ -255,7 +258,7 @@ def window_attention_backward(
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
     needs = need_dq, need_dc, need_dp
-    if 0 in (rows.shape[2], keys.shape[2]):  # by which PyTorch divides
+    if 0 in (*rows.shape, *keys.shape):
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
         return dq, dc, dp
     bias, _ = _window_bias(q, p, mask, slots, causal, keys.dtype)
@@ -264,7 +267,8 @@ def window_attention_backward(
     dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lies in or before its keys
     last = len(slots) * c.shape[2]  # of the real keys
     dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
-    at_once = torch.get_num_threads()
+    threads = torch.get_num_threads()
+    at_once = threads * max(1, _AT_ONCE // (threads * keys[0].numel()))
     for start in range(0, len(q), at_once):
         some = slice(start, start + at_once)
         dq[some], dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

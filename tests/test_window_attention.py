@@ -177,15 +177,18 @@ def test_fused_calls_equal_the_reference_beyond_a_tile(tokens: int, slots: list[
 
 @pytest.mark.parametrize("slots", [[1, 2, 4], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_fused_calls_have_the_same_bits_on_any_number_of_threads(slots: list[int], dropout: float) -> None:
-    """And no number of them is one that was in memory before."""
+def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
+    slots: list[int], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which as many sentences or more are done at a time. And no number is one that was in memory before."""
     operators = [t.float() for t in operands(5, 2, 20, 6, 5, len(slots))]
     mask = torch.arange(20) < torch.tensor([20, 3, 0, 20, 7])[:, None]
     before = torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 3, 1):
+        for threads, at_once in ((1, aten._AT_ONCE), (1, 1), (2, 1), (3, 1), (1, 2 * 6 * 103)):
             torch.set_num_threads(threads)
+            monkeypatch.setattr(aten, "_AT_ONCE", at_once)
             with poisoned_memory():
                 found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, 7, 2))
     finally:
@@ -195,8 +198,9 @@ def test_fused_calls_have_the_same_bits_on_any_number_of_threads(slots: list[int
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fused_calls_have_no_scores_in_memory(masked: bool) -> None:
+def test_fused_calls_have_no_scores_in_memory(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the window, beside what they return, and backward for a sentence a thread its gradients."""
+    monkeypatch.setattr(aten, "_AT_ONCE", 1)
     batch, heads, tokens, width, window = 8, 4, 32, 8, 9
     q, c, p = (t.float() for t in operands(batch, heads, tokens, width, window, window))
     mask = torch.arange(tokens) < torch.tensor([[tokens - 2]] * batch) if masked else None
