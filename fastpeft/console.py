@@ -16,11 +16,10 @@ from rich.table import Table
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from fastpeft import processes, training
 from fastpeft.comparison import blocks, content, report
-from fastpeft.comparison.estimates import Estimate, estimate, estimates
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
+from fastpeft.estimates import Estimate, plan
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES, in_order
 from fastpeft.trainer import Clock
@@ -140,10 +139,9 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
 def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
     """Print what a run would do and take, its time by a few steps that really run."""
     with _warnings_alone(), errors.status("running a few steps"):
-        what = training.plan(config)
-        known = estimate(config, budget_mb) if processes.launched() == 1 else Estimate(what.peak_memory_mb)
+        what = plan(config, timed=True, budget_mb=budget_mb)
+    known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.steps * config.batch_size)
-    peak = what.peak_memory_mb
     rows = [
         ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
         ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),
@@ -165,7 +163,7 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> None:
     """Print the cells of a comparison, in the order in which they run, and what each would take."""
     cells = comparison.plan.wanted
     with _warnings_alone(), errors.status("running a few steps of each variant"):
-        known = estimates([cell for cell in cells if cell.state != "finished"], budget_mb)
+        known = comparison.estimates(budget_mb)
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
     left = 0.0
     for cell in cells:

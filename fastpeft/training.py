@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,18 @@ from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
+from fastpeft.estimates import count_parameters, simulated_peak_mb
 from fastpeft.interrupts import noting_stops
 from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.loading import inside_prompt
-from fastpeft.memory import (
-    MEBIBYTE,
-    OptimizerFactory,
-    adamw_8bit,
-    embeddings_in_float,
-    fused_adamw,
-    peak_rss_mb,
-    simulate_training_step,
-)
+from fastpeft.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.mezo.parallel import Ranks
 from fastpeft.models import resolve_model
-from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, TITLES, best_step
+from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step
 from fastpeft.processes import noticing_losses
 from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
-from fastpeft.task import Task, recipe_used, total_steps
+from fastpeft.task import Task, recipe_used
 from fastpeft.trainer import RunTrainer, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -55,51 +47,6 @@ class TrainResult:
 
     folder: Path
     metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainPlan:
-    """What a run would do.
-
-    Attributes:
-        trainable_parameters, parameters: numbers of values.
-        peak_memory_mb: simulated peak of a step on the longest batch, in MB (2^20 bytes); None where it cannot be told.
-        steps: optimizer steps.
-        train_rows, dev_rows: rows of data.
-        longest_row: tokens of the longest training row.
-        recipe: rates, schedule and length, by name.
-    """
-
-    trainable_parameters: int
-    parameters: int
-    peak_memory_mb: float | None
-    steps: int
-    train_rows: int
-    dev_rows: int
-    longest_row: int
-    recipe: dict[str, Any]
-
-
-def plan(config: TrainConfig) -> TrainPlan:
-    """What `train(config)` would do, without training and without writing anything.
-
-    Raises:
-        FastpeftError: something given cannot be used.
-    """
-    task = Task.load(config)
-    longest = max(len(row["input_ids"]) for row in task.train_rows)
-    trainable, total = _count_parameters(task.model)
-    arguments = task.training_arguments(config.output)
-    return TrainPlan(
-        trainable_parameters=trainable,
-        parameters=total,
-        peak_memory_mb=simulated_peak_mb(task, longest),
-        steps=total_steps(arguments, len(task.train_rows)),
-        train_rows=len(task.train_rows),
-        dev_rows=len(task.dev_rows),
-        longest_row=longest,
-        recipe=recipe_used(arguments),
-    )
 
 
 def train(
@@ -311,41 +258,6 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Numbers of trained and of all values."""
-    # in 4 bits a weight is packed, and only its state knows its shape
-    counts = [((getattr(p, "quant_state", None) or p).shape.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-
-def simulated_peak_mb(task: Task, tokens: int) -> float | None:
-    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB."""
-    model, config, problem = task.model, task.config, task.data.problem
-    device = next(model.parameters()).device
-    rows = config.batch_size // Ranks().size
-    shape = (rows, tokens)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
-        "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
-        "labels": torch.zeros(shape if problem.per_token else shape[:1], dtype=torch.long, device=device),
-    }
-    if problem is REGRESSION:
-        batch["labels"] = batch["labels"].float()
-    if "mask_positions" in task.train_rows[0]:
-        batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
-    try:
-        autocast_dtype = torch.bfloat16 if config.bf16 else None
-        adamw: OptimizerFactory = fused_adamw
-        if config.settings.get("optim") in ("adamw_8bit", "adamw_bnb_8bit"):
-            adamw = partial(adamw_8bit, in_float=embeddings_in_float(model))
-        optimizer_factory = None if task.method.zeroth_order else adamw
-        estimate = simulate_training_step(model, batch, optimizer_factory, autocast_dtype, config.optimizer_in_backward)
-    except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
-        logger.warning("peak memory cannot be simulated for this model: %s", error)
-        return None
-    return round(estimate.peak / MEBIBYTE, 1)
-
-
 def _metrics(
     trainer: RunTrainer,
     task: Task,
@@ -357,7 +269,7 @@ def _metrics(
     """What `metrics.json` holds."""
     config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
-    trainable, total = _count_parameters(trainer.model)
+    trainable, total = count_parameters(trainer.model)
     longest = max(trainer.order.lengths)
     estimate = peak = simulated_peak_mb(task, longest)
     if device.type == "cuda":

@@ -22,8 +22,8 @@ from fastpeft.comparison import zero_shot
 from fastpeft.comparison.plan import CompareConfig
 from fastpeft.comparison.run import Comparison
 from fastpeft.data import load_data
+from fastpeft.estimates import plan
 from fastpeft.evaluation import evaluate, evaluate_zero_shot, predict
-from fastpeft.training import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -111,11 +111,11 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
     assert given.keys() | alone.keys() | without == {field.name for field in dataclasses.fields(TrainConfig)}
     seen = []
 
-    def plan(config: TrainConfig) -> None:
+    def plan(config: TrainConfig, **options: Any) -> None:
         seen.append(dataclasses.asdict(config))
         raise FastpeftError("seen")
 
-    monkeypatch.setattr("fastpeft.training.plan", plan)
+    monkeypatch.setattr("fastpeft.console.plan", plan)
     for values in (given, alone):
         arguments = []
         for name, value in values.items():

@@ -13,6 +13,7 @@ import torch
 from samples import PROMPT, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 
 from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, train
+from fastpeft.estimates import plan
 from fastpeft.evaluation import evaluate
 from fastpeft.export import export
 from fastpeft.loading import load_run
@@ -20,7 +21,6 @@ from fastpeft.methods import Preparation, get_method
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.problems import CLASSIFICATION
 from fastpeft.task import Task
-from fastpeft.training import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

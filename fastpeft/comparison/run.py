@@ -23,6 +23,7 @@ from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
+from fastpeft.estimates import Estimate, estimate
 from fastpeft.interrupts import sigterm_interrupts
 from fastpeft.methods import get_method
 from fastpeft.processes import refuse_several
@@ -115,6 +116,15 @@ class Comparison:
         ]
         train_rows = found[0] if found else self._train_rows or 0
         return _rows(cell, slice_sizes(train_rows)[0] if cell.search else train_rows)
+
+    def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
+        """What each cell of a variant that is not finished would take, by the variant; `fastpeft.estimates.estimate`.
+
+        A cell that tries a rate is not told of: it takes what the variant's others take, but for fewer rows.
+        """
+        left = [cell for cell in self.plan.wanted if cell.state != "finished" and cell.method != ZERO_SHOT]
+        trained = {cell.variant: cell for cell in left if not cell.search}
+        return {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
 
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""

@@ -26,10 +26,10 @@ import fastpeft
 from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
-from fastpeft.comparison.estimates import Estimate
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
+from fastpeft.estimates import Estimate
 from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
 
@@ -70,7 +70,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
     monkeypatch.setattr(run, "data_for", lambda config: data)
     told = {"head": Estimate(100.0, 2.0, 0.5), "lora:learning_rate=0.25": Estimate(error="no such layers")}
-    monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: told)
+    monkeypatch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: told)
 
 
 def started() -> list[str]:
@@ -440,7 +440,7 @@ def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(console, "estimates", lambda cells, budget_mb: {})
+    monkeypatch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: {})
     command = ["compare", "--methods", "head,zero-shot:prompt=sst2", "--data", "reviews.csv", "--output", "out"]
     for arguments in (command, [*command, "--dry-run"]):
         shown = CliRunner().invoke(app, arguments)

@@ -1,0 +1,225 @@
+"""What methods reach: accuracies and errors, from bench/data and docs/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+
+from table_rows import DOCS, NAMES, Row, read, rows, settings, table, whole
+
+LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
+OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
+    "siva": "query, key",
+    "lora": "query, value",
+    "pissa": "query, value",
+    "lokr": "query, value",
+    "qlora": "all linear",
+    "ia3": "key, value, outputs",
+}
+
+
+def results(file: str, keep: Callable[[Row], bool]) -> list[Row]:
+    """Runs of a comparison, least memory first; what was not trained has none."""
+    kept = [row for row in rows(file) if keep(row)]
+    return sorted(kept, key=lambda row: float(row["peak_memory_mb"] or 0))
+
+
+def _layers(row: Row) -> str:
+    targets = settings(row["variant"]).get("targets")
+    return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
+
+
+def demo() -> str:
+    """Every method on the demo data, without a prompt."""
+    plain = {"targets", "rank", "learning_rate", "optim"}
+    found = results("compare_demo.csv", lambda row: set(settings(row["variant"])) <= plain)
+    milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
+    body = []
+    for row in found:
+        layers = _layers(row)
+        in_8_bits = "optim" in settings(row["variant"])
+        name = NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
+        work = layers.replace("query, value", "query, key")  # two matrices of one size a block are the same work
+        timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
+        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and not in_8_bits else "-"
+        accuracy = f"{float(row['accuracy']):.3f}"
+        body.append(
+            [
+                name,
+                layers,
+                whole(row["peak_memory_mb"]),
+                accuracy,
+                speed,
+                whole(row["trainable_parameters"]),
+            ]
+        )
+    return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trained parameters"], body)
+
+
+def sst2() -> str:
+    found = results("compare_sst2.csv", lambda row: row["method"] != "zero-shot")
+    return table(
+        ["method", "peak memory, MB", "accuracy", "F1", "learning rate"],
+        (
+            [NAMES[row["method"]], whole(row["peak_memory_mb"]), *_scores(row), f"{float(row['learning_rate']):g}"]
+            for row in found
+        ),
+    )
+
+
+def comparison(folder: str) -> dict[str, list[Row]]:
+    """The runs of each variant, one a seed, of a comparison in docs/results; those of its searches are left out."""
+    runs: dict[str, list[Row]] = {}
+    for run in read(DOCS / "results" / folder / "results.csv"):
+        if run["state"] == "finished" and not run.get("search"):
+            runs.setdefault(run["variant"], []).append(run)
+    return runs
+
+
+def _percent(runs: Sequence[Row]) -> str:
+    """The mean accuracy of runs, and its standard deviation over seeds."""
+    values = [100 * float(run["accuracy"]) for run in runs]
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def targets() -> str:
+    """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for folder in ("targets-demo", "targets-sst2"):
+        for runs in comparison(folder).values():
+            if runs[0]["method"] in ("full", "lora", "siva"):
+                rate = f"{float(runs[0]['learning_rate']):g}"
+                cells = found.setdefault((_layers(runs[0]), NAMES[runs[0]["method"]]), [])
+                cells += [_percent(runs), rate]
+    body = [[name, layers, *cells] for (layers, name), cells in sorted(found.items())]
+    return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
+
+
+def suite(folder: str) -> str:
+    """The report's rows beside what a comparison in docs/results measured."""
+    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
+    runs = comparison(folder)
+    body = []
+    for row in wanted["rows"].values():
+        found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
+        if found:
+            memory, speed = (
+                [float(run[column]) for run in found] for column in ("peak_memory_mb", "samples_per_second")
+            )
+            here = _percent(found)
+            told = ["-" if row.get(key) is None else f"{row[key]:,}" for key in ("memory_mb", "samples_per_second")]
+            accuracy = " / ".join(f"{value:.2f}" for value in row["accuracy"])
+            body.append([row["title"], accuracy, here, told[0], f"{mean(memory):,.0f}", told[1], f"{mean(speed):,.0f}"])
+    heads = ("accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here")
+    return table(["", *heads], body)
+
+
+def _scores(row: Row) -> list[str]:
+    return [f"{float(row[name]):.3f}" for name in ("accuracy", "f1")]
+
+
+def prompts() -> str:
+    """What a prompt does on the demo data: label words, or a template for a head."""
+
+    def keep(row: Row) -> bool:
+        given = settings(row["variant"])
+        return "prompt" in given and "init_from" not in given and "max_steps" not in given
+
+    return table(PROMPTED, map(_prompted, results("compare_demo.csv", keep)))
+
+
+def after_mezo() -> str:
+    """What methods reach from the weights that MeZO left."""
+    found = results(
+        "compare_demo.csv", lambda row: ":init_from=" in row["variant"] and "max_steps" not in row["variant"]
+    )
+    return table(PROMPTED, map(_prompted, found))
+
+
+WAYS = {
+    "zero-shot": "no training",
+    "calibrated": "no training, calibrated",
+    "few-shot": "a few rows",
+    "siva": "2,000 rows",
+}
+
+
+def auto_prompt() -> str:
+    """Prompts that were found beside the manual one, with no training and after some; of several seeds the mean."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
+        found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
+    body = []
+    for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
+        accuracies = (_several(prompts.get(prompt, [])) for prompt in ("none", "manual", "auto"))
+        first = prompts.get("auto", [{"template": "-", "label_words": "-"}])[0]
+        body.append([task, WAYS[way], *accuracies, f"`{first['template']}`", first["label_words"]])
+    return table(["data", "trained on", "none", "manual", "auto", "found", "label words"], body)
+
+
+def _several(measured: Sequence[Row]) -> str:
+    """The accuracy of runs that differ in their seed: the mean, and from where to where."""
+    values = [float(row["accuracy"]) for row in measured]
+    if not values:
+        return "-"
+    spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.3f}{spread}"
+
+
+PROMPTED = ("method", "answer", "peak memory, MB", "accuracy", "F1")
+
+
+def _prompted(row: Row) -> list[str]:
+    given = settings(row["variant"].partition(":init_from=")[0])
+    answer = given.get("prompt_head", "label words" if "prompt" in given else "no prompt")
+    name = NAMES[row["method"]] + (", calibrated" if "calibrate" in given else "")
+    return [name, answer, whole(row["peak_memory_mb"]), *_scores(row)]
+
+
+def ladder_options() -> str:
+    """Options of the side network, on slices of 2,000 rows."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows("ladder_options.csv"):
+        runs.setdefault((row["data"], row["variant"]), []).append(row)
+    body = []
+    for (data, variant), found in sorted(runs.items(), key=lambda item: item[0][0]):
+        accuracies, losses = ([float(row[column]) for row in found] for column in ("accuracy", "loss"))
+        parameters = whole(found[0]["trainable_parameters"])
+        body.append(
+            [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
+        )
+    return table(["data", "variant", "seeds", "accuracy", "loss", "trained parameters"], body)
+
+
+def ladder_pretraining() -> str:
+    """What masked words, learned first, and SiVA beside it give a side network."""
+    found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]
+    body = [[row["cell"], f"{float(row['accuracy']):.3f}", f"{float(row['loss']):.3f}"] for row in found]
+    return table(["trained", "accuracy", "loss"], body)
+
+
+def quantised() -> str:
+    ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
+    found = (row for row in rows("siva_quantised.csv") if row["r"] in ("", "16"))
+    body = ([row["format"], ways[row["way"]], f"{100 * float(row['logit_error']):.1f} %"] for row in found)
+    return table(["format", "factors fitted by", "error of the logits"], body)
+
+
+def backbone_dtype() -> str:
+    body = (
+        [row["backbone_dtype"] or "float32", row["weights_mb"], _share(row["feature_error"]), row["accuracy"]]
+        for row in rows("backbone_dtype.csv")
+    )
+    return table(["backbone", "its weights, MB", "change of the last features", "accuracy"], body)
+
+
+def mezo_drift() -> str:
+    found = (row for row in rows("mezo_drift.csv") if row["way"] in ("in place", "exact"))
+    body = ([row["dtype"], f'`restore="{row["way"].replace(" ", "_")}"`', _share(row["drift"])] for row in found)
+    return table(["weights", "", "moved, of their root mean square"], body)
+
+
+def _share(number: str) -> str:
+    value = float(number)
+    return "0" if value == 0 else f"{100 * value:.0f} %" if value >= 0.01 else f"{value:.0e}"

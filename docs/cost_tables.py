@@ -1,0 +1,313 @@
+"""What methods and operations take: time, memory, bytes sent; and what runs stood, from bench/data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from table_rows import NAMES, Row, rows, table, whole
+
+# rows of bench/data/memory.csv by what tells them apart: method, targets, adapter and residual dtype, optimizer
+LARGE = {
+    ("mezo", "", "", "", ""): "**MeZO**",
+    ("lst", "", "float32", "", ""): "LST",
+    ("k-lst", "", "float32", "", "8-bit AdamW"): "**9-LST**, 8-bit AdamW",
+    ("k-lst", "", "float32", "", ""): "**9-LST**",
+    ("siva", "all linear", "float32", "nf4", ""): "**SiVA**, all linear, nf4",
+    ("siva", "query+key", "float32", "", ""): "**SiVA**, query and key",
+    ("lora", "query+key", "float32", "", ""): "LoRA or PiSSA, query and key",
+    ("siva", "all linear", "float32", "", ""): "**SiVA**, all linear",
+    ("lora", "all linear", "float32", "", ""): "LoRA or PiSSA, all linear",
+    ("full", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
+}
+LENGTHS = ("64", "128", "512")
+
+
+def memory() -> str:
+    """Peaks of a RoBERTa-large, by method and length."""
+    peaks: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
+    for row in rows("memory.csv"):
+        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
+        if case in LARGE:
+            peaks[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
+    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks.items())
+    return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
+
+
+def _ratios(found: Iterable[Row], names: dict[str, str]) -> list[list[str]]:
+    return [
+        [names[row["candidate"]], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in found
+        if row["candidate"] in names
+    ]
+
+
+ADAPTER_STEPS = {
+    "siva": "**SiVA**",
+    "lora": "LoRA",
+    "lora-compiled": "LoRA under `torch.compile`",
+    "lora-dora": "DoRA",
+    "pissa": "PiSSA",
+    "limit": "frozen layers that pass gradients (the bound)",
+}
+
+
+def _adapters(targets: str) -> str:
+    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"]) == ("demo", targets))
+    return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
+
+
+def siva_speed() -> str:
+    return _adapters("query, key")
+
+
+def siva_speed_all() -> str:
+    return _adapters("all linear")
+
+
+def siva_speed_base() -> str:
+    """RoBERTa-base's shapes, on both choices of layers."""
+    body = []
+    for row in rows("siva_training.csv"):
+        if row["model"] == "base":
+            body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
+    return table(["layers", "one training step", "ms", "time over SiVA's"], body)
+
+
+def siva_profile(targets: str) -> str:
+    """Where a step of the bundled model goes."""
+    found = [row for row in rows("siva_profile.csv") if row["targets"] == targets]
+    columns = ("siva", "limit", "lora")
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        spent = {row["candidate"]: row["ms"] for row in found if row["kind"] == kind}
+        body.append([kind, *(f"{float(spent[column]):.1f}" for column in columns)])
+    return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
+
+
+LADDER_STEPS = {
+    "9-lst": "**9-LST**",
+    "lst": "LST",
+    "lora": "LoRA, query and key",
+    "lst direct": "LST, composed of PyTorch's layers",
+    "9-lst direct": "9-LST, composed of PyTorch's layers",
+    "backbone forward": "the backbone's forward alone (the bound)",
+}
+
+
+def ladder_speed() -> str:
+    body = []
+    for row in rows("ladder.csv"):
+        if row["candidate"] in LADDER_STEPS:
+            body += [[SHAPES[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
+    return table(["model", "one training step", "ms", "time over 9-LST's"], body)
+
+
+SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
+
+
+def feature_cache() -> str:
+    """A training step of 9-LST on features from disk."""
+    body = [
+        [SHAPES[row["model"]], row["candidate"], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in rows("feature_cache.csv")
+    ]
+    return table(["model", "features", "ms", "time over bfloat16's"], body)
+
+
+def pool() -> str:
+    """What many tasks cost, RoBERTa-base's shapes."""
+    body = [
+        [row["work"], row["candidate"], f"{float(row['ms_p50']):,.0f}", f"{float(row['ratio_p50']):.2f}"]
+        for row in rows("pool.csv")
+    ]
+    return table(["work", "", "ms", "time over the first"], body)
+
+
+OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
+OP_MIXED = {
+    "reference": "its plain formula",
+    "gathered": "factors gathered",
+    "peft lora": "PEFT's LoRA",
+    "one adapter": "one adapter (the bound)",
+}
+WORKS = {"forward": "forward", "training": "with backward"}
+
+
+def op_window() -> str:
+    """The attention over a window against its formula and what PyTorch has, on a CPU."""
+
+    def case(row: Row) -> list[str]:
+        extra = "padding" if row["padded"] == "True" else "dropout" if float(row["dropout"]) else ""
+        return [row["tokens"], row["window"], extra]
+
+    return _op("window_attention.csv", ["tokens", "window", ""], case, OP_WINDOW)
+
+
+def op_mixed() -> str:
+    """Rows of several adapters against the formula, gathered factors and PEFT, on a CPU."""
+
+    def case(row: Row) -> list[str]:
+        return [f"{row['rows']} x {row['tokens']}", row["order"]]
+
+    return _op("siva_linear_mixed.csv", ["rows x tokens", "their order"], case, OP_MIXED)
+
+
+def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: dict[str, str]) -> str:
+    """A line for each case: the op's time, and those of the others over it."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows(file):
+        if row["device"] == "cpu":
+            line = lines.setdefault((*case(row), WORKS[row["work"]]), [])
+            line.append(row["ratio_p50"] if line else row["ms_p50"])
+    body = [
+        [*key, f"{float(ms):,.0f}" if float(ms) >= 100 else f"{float(ms):.3g}", *(f"{float(r):.2f}" for r in ratios)]
+        for key, (ms, *ratios) in lines.items()
+    ]
+    return table([*heads, "", "the op, ms", *names.values()], body)
+
+
+def mezo_pass() -> str:
+    """How many times faster than the usual loop a pass of noise is."""
+    body = []
+    for row in rows("mezo_perturb.csv"):
+        known = row["model"] == "base" and row["pass_threads"] == "1" and row["work"] == "one pass"
+        noise, _, variant = row["candidate"].partition(" ")
+        if known and row["dtype"] == "float32" and noise in ("gaussian", "rademacher"):
+            named = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}[variant]
+            body.append([noise, named, whole(row["ms_p50"]), f"{1 / float(row['ratio_p50']):.1f}"])
+    return table(["noise", "instructions", "ms", "times as fast as the loop"], body)
+
+
+def mezo_step() -> str:
+    named = {"step": "a step", "step, deferred": "a step, its end left to the next", "reference's loop": "usual loop"}
+    body = []
+    for row in rows("mezo_step.csv"):
+        if row["candidate"] in named:
+            kind = f"{row['estimator']}, {row['noise']}, {row['forwards']} forwards"
+            body.append([kind, named[row["candidate"]], whole(row["ms_p50"]), f"{float(row['ratio_p50']):.2f}"])
+    return table(["estimator", "", "ms", "time over its forwards alone"], body)
+
+
+def distributed() -> str:
+    """A step of the bundled model by several processes."""
+    layers = {"": "", "query,key": ", query and key", "all-linear": ", all linear"}
+    engines = {"ddp": "DDP", "fsdp2": "FSDP2", "mezo": "-"}
+    body = [
+        [
+            NAMES[row["method"]] + layers[row["layers"]],
+            engines[row["engine"]],
+            row["ranks"],
+            *(_kilobytes(row[name]) for name in ("sent_bytes", "sent_bytes_predicted")),
+            row["memory_mb"],
+            whole(row["ms_p50"]),
+        ]
+        for row in rows("distributed.csv")
+    ]
+    return table(["method", "engine", "processes", "sent, kB", "predicted, kB", "memory, MB", "ms"], body)
+
+
+def _kilobytes(number: str) -> str:
+    value = float(number) / 1e3
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
+# what FSDP2 holds whole of a RoBERTa-large at a time: what is outside of the blocks, and two of these
+GATHERED = (355.4 - 302.3 + 2 * 302.3 / 24) / 355.4
+GIGABIT = 125.0  # MB a second
+
+
+def distributed_beyond() -> str:
+    """A step of a RoBERTa-large, calculated: sums of what `memory.csv` has, divided and sent."""
+    body = []
+    for row in rows("memory.csv"):
+        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
+        if case not in LARGE or row["tokens"] != "128" or row["residual_dtype"]:
+            continue
+        weights, gradients, state, rest, peak = (
+            float(row[f"{part}_mb"]) for part in ("weights", "gradients", "optimizer", "activations", "peak")
+        )
+        is_mezo = row["method"] == "mezo"
+        sent = {n: 2 * 8e-6 * (n - 1) if is_mezo else 2 * (n - 1) / n * gradients for n in (2, 8, 64)}
+        body.append(
+            [
+                LARGE[case],
+                *map(_megabytes, sent.values()),
+                f"{sent[64] / (10 * GIGABIT):.1g}",
+                f"{peak + gradients:,.0f}",
+                f"{(weights + gradients + state) / 8 + GATHERED * weights + rest:,.0f}",
+            ]
+        )
+    heads = ["method", *(f"{n} processes" for n in (2, 8, 64)), "s at 10 Gbit/s", "MB, DDP", "MB, FSDP2 on 8"]
+    return table(heads, body)
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def growth() -> str:
+    """How the time of a step grows with a size, in one process: exponents, measured and of the operations."""
+    names = {**NAMES, "pool": "**9-LST**, a pool"}
+    found = {
+        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"]) for row in rows("scaling.csv")
+    }
+    body = ([*axis, *exponents] for axis, exponents in found.items())
+    return table(["method", "size", "exponent of the time", "of the operations"], body)
+
+
+def compiled() -> str:
+    """What compiling the Triton kernels offline gave: the most registers a thread has, by kernel and architecture."""
+    found = rows("static.csv")
+    architectures = list(dict.fromkeys(row["arch"] for row in found))
+    body = []
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        own = [row for row in found if row["kernel"] == kernel]
+        registers = [[int(row["registers"]) for row in own if row["arch"] == arch] for arch in architectures]
+        spilled = max(int(row["stack_bytes"]) for row in own)
+        body.append(
+            [f"`{kernel}`", f"{len(own)}", *(f"{max(found, default='-')}" for found in registers), f"{spilled}"]
+        )
+    return table(["kernel", "tiles", *architectures, "bytes spilled"], body)
+
+
+KILLED = {
+    "siva": "SiVA",
+    "k-lst": "k-LST",
+    "k-lst, features cached": "k-LST, features cached",
+    "full": "full fine-tuning",
+    "mezo": "MeZO, by its journal alone",
+    "mezo, with checkpoints": "MeZO, with checkpoints",
+    "compare": "`compare`, three cells",
+}
+
+
+def kills() -> str:
+    """What was found of runs that were killed."""
+    numbers = ("kills", "while_writing", "runs", "faults")
+    body = ([KILLED[row["run"]], *(row[name] for name in numbers)] for row in rows("kills.csv"))
+    return table(["run", "kills", "of these while something was written", "runs", "faults"], body)
+
+
+def endurance() -> str:
+    """What the process of a long run held: early, in the middle and late."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows("endurance.csv"):
+        runs.setdefault(row["method"], []).append(row)
+    body = []
+    for method, found in runs.items():
+        found.sort(key=lambda row: int(row["step"]))
+        for row in (found[0], found[len(found) // 2], found[-1]):
+            numbers = (row[name] for name in ("resident_mb", "open_files", "live_tensors"))
+            body.append([KILLED[method].partition(",")[0], whole(row["step"]), *numbers])
+    return table(["run", "step", "resident memory, MB", "open files", "live tensors"], body)
+
+
+def versions() -> str:
+    """The wheel's tests in each environment."""
+    body = []
+    for row in rows("versions.csv"):
+        given = [row[name] or "-" for name in ("python", "torch", "transformers", "peft", "triton")]
+        tests = [row[name] or "-" for name in ("passed", "failed", "skipped")]
+        body.append([row["environment"], *given, row["fault"] or row["tests"], *tests])
+    heads = ["environment", "Python", "torch", "transformers", "PEFT", "Triton", "tests", "passed", "failed", "skipped"]
+    return table(heads, body)

@@ -1,0 +1,53 @@
+"""What the tables of the pages are made of: rows of CSV files, the names of methods, lines of Markdown."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+DATA = DOCS.parent / "bench" / "data"
+
+Row = dict[str, str]
+
+NAMES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "pissa": "PiSSA",
+    "qlora": "QLoRA",
+    "lokr": "LoKr",
+    "ia3": "IA3",
+    "prompt-tuning": "prompt tuning",
+    "siva": "**SiVA**",
+    "k-lst": "**9-LST**",
+    "lst": "LST",
+    "last-n": "last 3 layers",
+    "bitfit": "BitFit",
+    "head": "head only",
+    "mezo": "**MeZO**",
+    "zero-shot": "no training",
+}
+
+
+def rows(file: str) -> list[Row]:
+    return read(DATA / file)
+
+
+def read(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def settings(variant: str) -> dict[str, str]:
+    """What follows the method in `siva:targets=all-linear:rank=4`."""
+    return dict(part.partition("=")[::2] for part in variant.split(":")[1:])
+
+
+def whole(number: str) -> str:
+    return f"{float(number):,.0f}" if number else "-"
