@@ -258,13 +258,13 @@ def window_attention_backward(
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
     needs = need_dq, need_dc, need_dp
-    if 0 in (*rows.shape, *keys.shape):
+    if 0 in (*rows.shape, *keys.shape):  # by some of which PyTorch divides
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
         return dq, dc, dp
     bias, _ = _window_bias(q, p, mask, slots, causal, keys.dtype)
-    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # 0 where nothing is seen, as out
+    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # PyTorch's: 0 if it sees none
     dq = torch.empty_like(rows)
-    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lies in or before its keys
+    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lie in its keys or before
     last = len(slots) * c.shape[2]  # of the real keys
     dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
     threads = torch.get_num_threads()
