@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
@@ -36,8 +37,10 @@ DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
-# treat each parameter by itself
-_STEP_IN_BACKWARD = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit")
+# names of optimizers that treat each parameter by itself
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
+_STEP_IN_BACKWARD = (*ADAMW, *ADAMW_8BIT)
 
 # names that `settings` may not touch, with what decides them
 _DECIDED_ELSEWHERE = {
@@ -56,6 +59,10 @@ _DECIDED_ELSEWHERE = {
     "save_steps": "use save_steps in its place",
     "save_strategy": "use save_steps in its place",
     "save_total_limit": "the newest checkpoints are kept",
+    "save_only_model": "a checkpoint holds all that resume needs",
+    "ignore_data_skip": "a resumed run meets the rows that it would have met",
+    "enable_jit_checkpoint": "a run that is told to end saves a checkpoint",
+    "auto_find_batch_size": "use batch_size in its place; a dry run tells how much memory it needs",
     "eval_strategy": "dev rows are measured a few times a run, or with metric at each checkpoint",
     "eval_on_start": "dev rows are always measured before the first step",
     "load_best_model_at_end": "use metric in its place",
@@ -65,6 +72,11 @@ _DECIDED_ELSEWHERE = {
     "train_sampling_strategy": "rows of about one length share a batch",
     "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
     "prediction_loss_only": "metrics are always measured",
+    "eval_do_concat_batches": "metrics are of all rows together",
+    "batch_eval_metrics": "metrics are of all rows together",
+    "bf16_full_eval": "it would round the weights that train",
+    "fp16_full_eval": "it would round the weights that train",
+    "dataloader_in_order": "rows keep their order",
     "label_names": "the model's labels are in the column labels",
     "resume_from_checkpoint": "use resume in its place",
     "push_to_hub": "push the folder of the finished run",
@@ -181,6 +193,8 @@ class Task:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
             if first.gradient_checkpointing and not _supports_checkpointing(self.model):
                 raise ValueError(f"{self.method.title} does not go with gradient_checkpointing.")
+            if (first.neftune_noise_alpha or 0) < 0:
+                raise ValueError("neftune_noise_alpha must be at least 0.")
             if first.use_liger_kernel and not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
             if first.label_smoothing_factor and self.data.problem is REGRESSION:
@@ -189,7 +203,10 @@ class Task:
                 _check_steps_in_backward(first)
             # refuse what they cannot do before anything is written
             stand_in = torch.optim.SGD([torch.zeros(1)], learning_rate)
-            get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs or None)
+            get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs)
+            if first.gradient_checkpointing:
+                _, options = checkpointing_options(first)
+                checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
             if "warmup_ratio" not in values:
@@ -199,7 +216,9 @@ class Task:
             if arguments.world_size > 1:
                 self._divide(arguments)
             return arguments
-        except (ValueError, TypeError, ImportError) as error:
+        except FastpeftError:
+            raise
+        except Exception as error:  # of almost any type
             raise self.refusal(error) from error
 
     def _divide(self, arguments: TrainingArguments) -> None:
@@ -223,6 +242,8 @@ class Task:
     def refusal(self, error: Exception) -> FastpeftError:
         """The error to raise where the Trainer or what it is made of cannot take the settings."""
         reason = str(error).strip().rstrip(".")
+        if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
+            reason = f"{type(error).__name__}: {reason}"
         return FastpeftError(
             f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
             "them out."
@@ -334,7 +355,22 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
         "pin_memory": arguments.dataloader_pin_memory,
         "persistent_workers": arguments.dataloader_persistent_workers,
         "prefetch_factor": arguments.dataloader_prefetch_factor,
+        "multiprocessing_context": getattr(arguments, "dataloader_multiprocessing_context", None),  # not in the older
     }
+
+
+def checkpointing_options(arguments: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `gradient_checkpointing_kwargs` have for transformers, and what for `torch.utils.checkpoint.checkpoint`.
+
+    Raises:
+        ValueError: they are nothing of the kind.
+    """
+    options = dict(arguments.gradient_checkpointing_kwargs or {})
+    own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    every = own.get("every_n_layers", 1)
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every_n_layers is {every!r}, but must be a whole number from 1.")
+    return own, options
 
 
 def check_texts(prompt: Prompt | None, examples: Examples) -> None:
@@ -469,7 +505,8 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
     of_method = method.settings()
     arguments_class = arguments_of(method)
     hints = get_type_hints(arguments_class)
-    of_training = {item.name: hints[item.name] for item in dataclasses.fields(arguments_class) if item.init}
+    fields = {item.name: item for item in dataclasses.fields(arguments_class) if item.init}
+    of_training = {name: hints[name] for name in fields}
     for name, value in settings.items():
         if name not in of_method and name in _DECIDED_ELSEWHERE:
             raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED_ELSEWHERE[name]}.")
@@ -486,6 +523,9 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if not _fits(value, hint):
             allowed = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise FastpeftError(f"the setting {name} is {value!r}; it must be of the type {allowed}.")
+        choices = None if name in of_method else fields[name].metadata.get("choices")
+        if choices and value not in (*choices, fields[name].default):
+            raise FastpeftError(f"the setting {name} is {value!r}; it must be one of {', '.join(choices)}.")
     return (
         {name: value for name, value in settings.items() if name in of_method},
         {name: value for name, value in settings.items() if name not in of_method},

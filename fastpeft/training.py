@@ -105,9 +105,9 @@ def train(
                     trainer = trainer_class(task)(task, arguments, folder, callbacks)
                     trainer.create_optimizer()
                     before = trainer.measure(task.dev_rows)
-            except LostProcessError:
+            except FastpeftError:
                 raise
-            except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            except Exception as error:  # of almost any type
                 raise task.refusal(error) from error
 
         def begin() -> None:
@@ -271,11 +271,11 @@ def _metrics(
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = count_parameters(trainer.model)
     longest = max(trainer.order.lengths)
-    estimate = peak = simulated_peak_mb(task, longest)
+    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
     if device.type == "cuda":
         peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
     elif trainer.longest_seen not in (0, longest):
-        peak = simulated_peak_mb(task, trainer.longest_seen)
+        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
     return {
         "method": config.method,
         "model": config.model,
