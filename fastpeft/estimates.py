@@ -28,7 +28,8 @@ from fastpeft.methods import get_method
 from fastpeft.mezo.parallel import Ranks
 from fastpeft.problems import REGRESSION
 from fastpeft.runs import RunFolder
-from fastpeft.task import ADAMW, ADAMW_8BIT, Task, checkpointing_options, recipe_used, total_steps
+from fastpeft.settings import checkpointing_options
+from fastpeft.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
 from fastpeft.trainer import CURVE_POINTS, CURVE_ROWS, Clock, LengthGroupedOrder, trainer_class
 
 logger = logging.getLogger(__name__)

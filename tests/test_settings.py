@@ -15,7 +15,8 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.errors import LostProcessError, NotFiniteError
 from fastpeft.methods import get_method
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.task import Task, sort_settings
+from fastpeft.settings import sort_settings
+from fastpeft.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
