@@ -148,7 +148,7 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
 def rows_trained(config: TrainConfig, train_rows: int) -> float:
     """Rows that `train(config)` trains on, those of every epoch counted, where the data has `train_rows`."""
     if config.max_steps is not None:
-        return config.max_steps * config.batch_size * config.settings.get("gradient_accumulation_steps", 1)
+        return float(config.max_steps * config.batch_size * config.settings.get("gradient_accumulation_steps", 1))
     recipe = get_method(config.method, config.settings).recipe_for(config.model)
     return (config.epochs or recipe.epochs) * train_rows
 
@@ -166,9 +166,11 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
         try:
             task = dataclasses.replace(task, config=short)
             clock = _LaterSteps()
-            trainer = trainer_class(task)(task, task.training_arguments(elsewhere), RunFolder(elsewhere), [clock])
-            loaded = time.perf_counter()
-            trainer.measure(task.dev_rows[:_ROWS])
+            arguments = task.training_arguments(elsewhere)
+            with task.refusing():
+                trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
+                loaded = time.perf_counter()
+                trainer.measure(task.dev_rows[:_ROWS])
             measured = (time.perf_counter() - loaded) / len(task.dev_rows[:_ROWS])
             trainer.train()
         except FastpeftError as error:

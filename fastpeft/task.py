@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,7 @@ class Task:
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **self.arguments,
         }
-        try:
+        with self.refusing():
             arguments_class = arguments_of(self.method)
             if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
                 processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
@@ -166,10 +167,6 @@ class Task:
             if arguments.world_size > 1:
                 self._divide(arguments)
             return arguments
-        except FastpeftError:
-            raise
-        except Exception as error:  # of almost any type
-            raise self.refusal(error) from error
 
     def _divide(self, arguments: TrainingArguments) -> None:
         """Let several processes share each batch in equal parts."""
@@ -189,15 +186,25 @@ class Task:
             arguments.ddp_broadcast_buffers = False
         arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / size) * size
 
-    def refusal(self, error: Exception) -> FastpeftError:
-        """The error to raise where the Trainer or what it is made of cannot take the settings."""
-        reason = str(error).strip().rstrip(".")
-        if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
-            reason = f"{type(error).__name__}: {reason}"
-        return FastpeftError(
-            f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
-            "them out."
-        )
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Lay to the settings what the Trainer, or what it is made of, raises in the block.
+
+        Raises:
+            FastpeftError: with what was raised in words; one that is raised in the block stays as it is.
+        """
+        try:
+            yield
+        except FastpeftError:
+            raise
+        except Exception as error:  # transformers raises almost any type
+            reason = str(error).strip().rstrip(".")
+            if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
+                reason = f"{type(error).__name__}: {reason}"
+            raise FastpeftError(
+                f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or "
+                "leave them out."
+            ) from error
 
 
 def data_for(config: TrainConfig) -> TextData:

@@ -100,15 +100,10 @@ def train(
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
             Ranks().check_same(config.values())
-            try:
-                with noticing_losses():
-                    trainer = trainer_class(task)(task, arguments, folder, callbacks)
-                    trainer.create_optimizer()
-                    before = trainer.measure(task.dev_rows)
-            except FastpeftError:
-                raise
-            except Exception as error:  # of almost any type
-                raise task.refusal(error) from error
+            with task.refusing(), noticing_losses():
+                trainer = trainer_class(task)(task, arguments, folder, callbacks)
+                trainer.create_optimizer()
+                before = trainer.measure(task.dev_rows)
 
         def begin() -> None:
             held.enter_context(folder.held())
