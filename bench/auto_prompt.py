@@ -3,7 +3,7 @@
 Accuracy on dev rows of the bundled model, `bench/data/auto_prompt.csv`: with no training, with no training and
 calibrated, after SiVA on a few rows and after SiVA on 2,000 rows by its recipe. Prompts are found on a few of the same
 2,000 rows, 80 a class that the seed decides; the few that are trained on are the same, by the manual prompt too, in 100
-steps of 16 rows by the recipe's rate. The tasks:
+steps of 16 rows by the recipe's rate. SiVA without a prompt, which learns a head of its own, is the third. The tasks:
 
 - demo: the demo data, its own dev rows; the prompt is LM-BFF's for sentiment.
 - sst2: a copy of SST-2 that `--sst2` names, its own dev rows; the same prompt. Nothing comes from the demo data, which
@@ -53,6 +53,8 @@ SAVE_STEPS = 25  # a run that is cut off goes on from the last
 TASKS = ("demo", "sst2", "genre")
 WAYS = ("zero-shot", "calibrated", "few-shot", "siva")
 TRAINED = ("few-shot", "siva")
+NONE = "none"  # as `--prompt` takes it
+PROMPTS = (NONE, "manual", AUTO)
 KEY = ("task", "prompt", "way", "seed")
 
 GENRES = {
@@ -138,13 +140,16 @@ def few_rows(data: str, seed: int, runs: Path) -> str:
 def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) -> dict[str, Any]:
     """Accuracy by a prompt in one way, and what the prompt was."""
     calibrate = way == "calibrated"
-    used, seconds, found = MANUAL[task], "", None
+    seconds, found = "", None
+    used = None if prompt == NONE else MANUAL[task]
     if prompt == AUTO:
         found, seconds = found_for(task, data, calibrate, seed, runs)
         used = Prompt.from_values(found)
     if way in TRAINED:
-        words = ",".join(f"{label}={word}" for label, word in used.label_words.items())
-        written: dict[str, Any] = {"prompt": used.template, "label_words": words}
+        written: dict[str, Any] = {}
+        if used is not None:
+            words = ",".join(f"{label}={word}" for label, word in used.label_words.items())
+            written = {"prompt": used.template, "label_words": words}
         if way == "few-shot":
             data, written["max_steps"] = few_rows(data, seed, runs), FEW_STEPS
         config = TrainConfig(
@@ -152,12 +157,13 @@ def measure(task: str, data: str, prompt: str, way: str, seed: int, runs: Path) 
         )
         metrics: dict[str, Any] = train(config, resume=True).metrics
     else:
+        assert used is not None  # without training there is nothing else to answer
         metrics = evaluate_zero_shot("demo", used, data, calibrate=calibrate)
     return {
         "accuracy": f"{metrics['accuracy']:.4f}",
         "dev_rows": metrics["dev_rows"],
-        "template": used.template,
-        "label_words": ",".join(used.label_words.values()),
+        "template": "" if used is None else used.template,
+        "label_words": "" if used is None else ",".join(used.label_words.values()),
         "accuracy_found": "" if found is None else f"{found['accuracy']:.4f}",
         "search_s": seconds,
     }
@@ -167,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, help="this one only")
     parser.add_argument("--way", choices=WAYS, help="this one only")
-    parser.add_argument("--prompt", choices=("manual", AUTO), help="this one only")
+    parser.add_argument("--prompt", choices=PROMPTS, help="this one only")
     parser.add_argument(
         "--seed", type=int, default=0, help="decides the rows that prompts are found on, and SiVA's run"
     )
@@ -180,7 +186,8 @@ def main() -> None:
             if not data.exists():
                 write_rows(task_data(task, given.sst2), data)
             for way in WAYS if given.way is None else (given.way,):
-                for prompt in ("manual", AUTO) if given.prompt is None else (given.prompt,):
+                prompts = PROMPTS if way in TRAINED else PROMPTS[1:]
+                for prompt in prompts if given.prompt is None else (given.prompt,):
                     case = {"task": task, "prompt": prompt, "way": way, "seed": str(given.seed)}
                     if any(case.items() <= row.items() for row in read_rows(FILE)):
                         continue

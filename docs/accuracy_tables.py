@@ -152,10 +152,10 @@ def auto_prompt() -> str:
         found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
     body = []
     for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
-        manual, auto = (_several(prompts.get(prompt, [])) for prompt in ("manual", "auto"))
+        accuracies = (_several(prompts.get(prompt, [])) for prompt in ("none", "manual", "auto"))
         first = prompts.get("auto", [{"template": "-", "label_words": "-"}])[0]
-        body.append([task, WAYS[way], manual, auto, f"`{first['template']}`", first["label_words"]])
-    return table(["data", "trained on", "manual", "auto", "found", "label words"], body)
+        body.append([task, WAYS[way], *accuracies, f"`{first['template']}`", first["label_words"]])
+    return table(["data", "trained on", "none", "manual", "auto", "found", "label words"], body)
 
 
 def _several(measured: Sequence[Row]) -> str:

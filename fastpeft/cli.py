@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ def _stem(data: str) -> str:
 
 @app.command()
 def train(
+    ctx: typer.Context,
     method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)} (default: siva)")] = None,
     model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id (default: demo)")] = None,
     init_from: Annotated[
@@ -176,46 +178,14 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model."""
-    given: dict[str, Any] = {
-        "method": method,
-        "model": model,
-        "init_from": init_from,
-        "data": data,
-        "objective": objective,
-        "problem_type": problem_type,
-        "output": output,
-        "targets": targets,
-        "rank": rank,
-        "window": window,
-        "reduction": reduction,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "max_length": max_length,
-        "seed": seed,
-        "split_seed": split_seed,
-        "save_steps": save_steps,
-        "metric": metric,
-        "patience": patience,
-        "prompt": prompt,
-        "label_words": label_words,
-        "prompt_head": prompt_head,
-        "cache_features": cache_features,
-        "cache_dtype": cache_dtype,
-        "bf16": bf16,
-        "optimizer_in_backward": optimizer_in_backward,
-        "deterministic": deterministic,
-        "text_column": text_column,
-        "label_column": label_column,
-    }
-    values = {name: value for name, value in given.items() if value is not None}
-    new_settings = _settings(settings or [])
-
     from fastpeft import console, processes, training
     from fastpeft.config import TrainConfig
     from fastpeft.runs import RunFolder, read_config
 
+    # most options are fields of the configuration, and are read by their names
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"settings"}
+    values = {name: value for name, value in ctx.params.items() if name in names and value is not None}
+    new_settings = _settings(settings or [])
     quiet = quiet or not processes.is_first()
     console.quieten(quiet)
     if config is not None:
@@ -273,9 +243,10 @@ def evaluate(
         title = f"{folder} on {data or 'its own data'}"
     elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
         data = data or "demo"
-        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, data, calibrate=calibrate, **columns)
+        texts = evaluation.load_classes(data, **columns)
+        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
         assert parsed is not None  # for none, this branch is not taken
-        metrics = evaluation.evaluate_zero_shot(model, parsed, data, calibrate=calibrate, **columns)
+        metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
         title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
     else:
         raise FastpeftError(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, mse_loss
 
 from fastpeft.auto_prompt import find_prompt
 from fastpeft.data import Examples, TextData, load_data, load_rows, texts_in_words
@@ -32,12 +31,17 @@ def evaluate(
     Args:
         folder: folder of the run.
         data: other data: all rows of a file, or the dev part of anything else.
-        text_column, label_column: columns of `data`. None: found by their names.
+        text_column, label_column: columns of `data`; without it none. None: found by their names.
 
     Raises:
         FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
             run's own data has other classes than when it was trained.
     """
+    if data is None and (text_column or label_column):
+        raise FastpeftError(
+            "columns are those of other data, and a run's own has the columns that it was trained with. Name the data "
+            "with --data, or leave --text-column and --label-column out."
+        )
     run = load_run(folder)
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
@@ -73,7 +77,7 @@ def evaluate(
 def evaluate_zero_shot(
     model: str,
     prompt: Prompt,
-    data: str,
+    data: str | TextData,
     *,
     calibrate: bool = False,
     text_column: str | None = None,
@@ -84,59 +88,32 @@ def evaluate_zero_shot(
     Args:
         model: `"demo"`, a folder or a hub id.
         prompt: template and label words.
-        data: as `load_data` takes it; where it has no dev part, its rows are those that a run holds out.
+        data: rows with classes that are loaded, or what `load_data` takes; where that has no dev part, its rows are
+            those that a run holds out.
         calibrate: subtract what the label words score for an empty text.
-        text_column, label_column: columns of `data`. None: found by their names.
+        text_column, label_column: columns of `data`, where it is not loaded. None: found by their names.
 
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
-    outputs, texts = zero_shot_outputs(
-        model, prompt, data, calibrate=calibrate, text_column=text_column, label_column=label_column
-    )
-    return measure_classes(outputs, texts)
+    texts = data if isinstance(data, TextData) else load_classes(data, text_column, label_column)
+    return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
 
 
-def zero_shot_outputs(
-    model: str,
-    prompt: Prompt,
-    data: str,
-    *,
-    calibrate: bool = False,
-    text_column: str | None = None,
-    label_column: str | None = None,
-) -> tuple[np.ndarray, TextData]:
-    """What a masked language model scores for each class `(dev rows, classes)`, and the data: `evaluate_zero_shot`."""
-    texts = load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
-    check_texts(prompt, texts.dev)
-    classifier = load_prompted(model, prompt.for_labels(texts.labels))
-    prompted = classifier.model.eval().to(best_device())
-    if calibrate:
-        prompted.calibrate()
-    limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy(), texts
-
-
-def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
-    """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
-    return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
+def load_classes(data: str, text_column: str | None = None, label_column: str | None = None) -> TextData:
+    """What a prompt without training is measured on: `load_data` of classes."""
+    return load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
 
 
 def zero_shot_prompt(
-    prompt: str,
-    label_words: str | None,
-    model: str,
-    data: str,
-    *,
-    calibrate: bool = False,
-    text_column: str | None = None,
-    label_column: str | None = None,
+    prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool = False
 ) -> tuple[Prompt | None, dict[str, Any] | None]:
     """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
 
     Args:
         prompt, label_words: as `parse_prompt` takes them.
-        model, data, calibrate, text_column, label_column: as `evaluate_zero_shot` takes them.
+        model, calibrate: as `evaluate_zero_shot` takes them.
+        texts: where `auto` is found.
 
     Returns:
         The prompt, None for `none`; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
@@ -144,12 +121,27 @@ def zero_shot_prompt(
     Raises:
         FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
     """
-    written = parse_prompt(prompt, label_words)
     if not is_auto(prompt):
-        return written, None
-    texts = load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
+        return parse_prompt(prompt, label_words), None
+    parse_prompt(prompt, label_words)  # refuses words beside it
     found = find_prompt(model, texts, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
     return found.prompt, found.values()
+
+
+def zero_shot_outputs(model: str, prompt: Prompt, texts: TextData, *, calibrate: bool = False) -> np.ndarray:
+    """What a masked language model scores for each class, `(dev rows, classes)`; as `evaluate_zero_shot`."""
+    check_texts(prompt, texts.dev)
+    classifier = load_prompted(model, prompt.for_labels(texts.labels))
+    prompted = classifier.model.eval().to(best_device())
+    if calibrate:
+        prompted.calibrate()
+    limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
+    return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
+
+
+def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
+    """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
+    return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
 
 
 def _measure(
@@ -158,9 +150,8 @@ def _measure(
     """The metrics of a problem, the loss and the number of rows."""
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
-        found, expected = torch.from_numpy(outputs), torch.from_numpy(labels)
-        loss = mse_loss(found[:, 0], expected.float()) if problem is REGRESSION else cross_entropy(found, expected)
-        scores[LOSS] = loss.item()
+        assert problem.loss is not None  # which is so where the score has it
+        scores[LOSS] = problem.loss(outputs, labels)
     return {**scores, "dev_rows": rows}
 
 

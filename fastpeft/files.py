@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -84,16 +85,15 @@ def _sync_tree(path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one atomic step."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # as UNFINISHED
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
@@ -135,13 +135,6 @@ def clear_unfinished(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8 to `path` in one atomic step."""
     write_bytes(path, text.encode())
-
-
-def _umask() -> int:
-    """The process's file mode mask, which `mkstemp` ignores and which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

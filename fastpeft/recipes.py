@@ -34,14 +34,11 @@ class Recipe:
     epochs: float = 5
 
     def for_model(self, model: str, method: str) -> Recipe:
-        """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data.
-
-        Not searched yet: QLoRA and LoKr have LoRA's rate, IA3 that of its paper, prompt tuning the only one tried.
-        """
+        """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
         if model != DEMO:
             return self
         recipes: dict[str, Any] = files.read_json(Path(resolve_model(DEMO)) / _DEMO_FILE)
-        return replace(self, **{**recipes["every method"], **recipes[method]})
+        return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
 
     def schedule_settings(self, learning_rate: float) -> dict[str, float]:
         """What the schedule takes beside the peak, in the names of transformers."""

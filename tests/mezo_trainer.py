@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import RobertaConfig, RobertaForMaskedLM, TrainerCallback
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from fastpeft import MeZOConfig, MeZOTrainer
 
@@ -45,18 +45,6 @@ def config(folder: Path, **changes: Any) -> MeZOConfig:
         "use_cpu": True,
     }
     return MeZOConfig(str(folder), **{**options, **changes})
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run as a signal would, at `step`, when `event` comes."""
-
-    def __init__(self, event: str, step: int) -> None:
-        self.step = step
-        setattr(self, event, self._interrupt)
-
-    def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def logged(trainer: MeZOTrainer, name: str) -> list[float]:

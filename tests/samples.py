@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from fastpeft.methods import METHODS
 from fastpeft.prompts import HEADS
@@ -28,6 +29,18 @@ _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 # what trains a model of `save_tiny_model`: 4 bits need rows of 64 weights
 SMALL = [name for name in METHODS if name != "qlora"]
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run as a signal would, at `step`, when `event` comes."""
+
+    def __init__(self, step: int, event: str = "on_step_end") -> None:
+        self.step = step
+        setattr(self, event, self._interrupt)
+
+    def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def prompted(methods: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT
+from samples import PROMPT, Interrupt
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from fastpeft import FastpeftError, Prompt, PromptModel, TrainConfig, train
@@ -174,14 +174,9 @@ def test_a_failed_write_leaves_nothing(config: TrainConfig, tmp_path: Path, monk
 
 
 def test_a_journal_that_begins_late_is_told(config: TrainConfig, tmp_path: Path) -> None:
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     config = replace(config, method="mezo", save_steps=1)
     with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt()])
+        train(config, callbacks=[Interrupt(2)])
     (Path(config.output) / "mezo.journal").unlink()
     train(config, resume=True)
     with pytest.raises(FastpeftError, match="begins after step 1, and the weights it began with"):

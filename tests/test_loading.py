@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, SMALL, prompted, reviews, write_csv
+from samples import PROMPT, SMALL, Interrupt, prompted, reviews, write_csv
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -36,17 +36,6 @@ def logits(model: Any, config: TrainConfig) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(**batch).logits
     return found
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))

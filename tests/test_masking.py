@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from samples import WORDS, pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import WORDS, Interrupt, pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from fastpeft import FastpeftError, LadderModel, TrainConfig, train
 from fastpeft.comparison.plan import CompareConfig
@@ -179,17 +179,6 @@ def test_metrics_are_the_means_over_hidden_words(config: TrainConfig) -> None:
 def test_masked_words_are_learned(config: TrainConfig) -> None:
     metrics = train(replace(config, method="full", window=None, max_steps=60)).metrics
     assert metrics["masked_accuracy"] > metrics["masked_accuracy_before"] + 0.1
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])

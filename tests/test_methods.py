@@ -13,6 +13,7 @@ from fastpeft import FastpeftError
 from fastpeft.methods import METHODS, Preparation, get_method, parse_targets
 from fastpeft.models import Classifier, load_classifier
 from fastpeft.problems import CLASSIFICATION
+from fastpeft.recipes import Recipe
 
 LABELS = ("no", "yes", "perhaps")
 
@@ -151,6 +152,12 @@ def test_refusals_name_what_is_allowed(
     with pytest.raises(FastpeftError) as error:
         get_method(name).prepare(classifier.model, Preparation(classifier.head, rank, targets))
     assert all(part in str(error.value) for part in parts)
+
+
+def test_a_method_without_rates_for_the_demo_has_its_own() -> None:
+    own = Recipe(learning_rate=0.25, epochs=3)
+    recipe = own.for_model("demo", "a method of tomorrow")
+    assert (recipe.learning_rate, recipe.epochs) == (0.25, 1), "an epoch is what every method has there"
 
 
 def test_every_method_is_described() -> None:

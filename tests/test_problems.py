@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from samples import SMALL, Interrupt, pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
 from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
@@ -69,6 +69,8 @@ def test_a_run_is_measured_and_used_as_it_was_trained(
     problem = PROBLEM.get(kind, CLASSIFICATION)
     assert (metrics["problem_type"], metrics["pairs"]) == (problem.name, kind == "pairs")
     found = evaluate(folder)
+    with pytest.raises(FastpeftError, match="columns are those of other data"):
+        evaluate(folder, label_column="nonsense")
     names = (*problem.metrics, "loss")
     assert {name: metrics[name] for name in names} == pytest.approx({name: found[name] for name in names}, abs=1e-4)
     assert f"{problem.primary}_before" in metrics
@@ -219,17 +221,6 @@ class Forge(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         metrics[self.metric] = state.log_history[-1][self.metric] = self.values.get(state.global_step, 0.5)
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "awful,lovely"}

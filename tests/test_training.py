@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, reviews, save_tiny_model, write_csv
+from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -49,17 +49,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("method", SMALL)

@@ -50,16 +50,13 @@ def interval(right: np.ndarray) -> tuple[float, float]:
         >>> f"{low:.3f} {high:.3f}"
         '0.490 0.943'
     """
-    from scipy.stats import norm
+    from scipy.stats import binomtest
 
     seeds, rows = right.shape
     if seeds == 1:
-        mean, z = float(right.mean()), float(norm.ppf(1 - LEVEL / 2))
-        centre = (mean + z**2 / (2 * rows)) / (1 + z**2 / rows)
-        half = z / (1 + z**2 / rows) * math.sqrt(mean * (1 - mean) / rows + z**2 / (4 * rows**2))
-    else:
-        centre = float(right.mean())
-        half = _half_width(*_error(right))
+        wilson = binomtest(int(right.sum()), rows).proportion_ci(1 - LEVEL, method="wilson")
+        return float(wilson.low), float(wilson.high)
+    centre, half = float(right.mean()), _half_width(*_error(right))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

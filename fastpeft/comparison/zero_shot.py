@@ -8,7 +8,7 @@ from pathlib import Path
 from fastpeft import console, files
 from fastpeft.environment import versions
 from fastpeft.errors import FastpeftError
-from fastpeft.evaluation import measure_classes, zero_shot_outputs, zero_shot_prompt
+from fastpeft.evaluation import load_classes, measure_classes, zero_shot_outputs, zero_shot_prompt
 from fastpeft.runs import PREDICTIONS, RunFolder, read_config
 
 
@@ -16,21 +16,15 @@ def main(file: Path) -> None:
     """Measure the prompt that `file` names, and write what was measured into its output."""
     values = read_config(file)
     folder = RunFolder(values["output"])
-    columns = {name: values[name] for name in ("text_column", "label_column")}
+    model, calibrate = values["model"], values["calibrate"]
+    texts = load_classes(values["data"], values["text_column"], values["label_column"])
     prompt, values["found_prompt"] = zero_shot_prompt(
-        values["prompt"],
-        values["label_words"],
-        values["model"],
-        values["data"],
-        calibrate=values["calibrate"],
-        **columns,
+        values["prompt"], values["label_words"], model, texts, calibrate=calibrate
     )
     assert prompt is not None  # the plan has refused none
     with folder.held():
         folder.open(values, overwrite=False)
-        outputs, texts = zero_shot_outputs(
-            values["model"], prompt, values["data"], calibrate=values["calibrate"], **columns
-        )
+        outputs = zero_shot_outputs(model, prompt, texts, calibrate=calibrate)
         described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
         result = folder.staging / "result"
         result.mkdir()

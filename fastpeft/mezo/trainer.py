@@ -420,10 +420,11 @@ class MeZOTrainer(Trainer):
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
     """Name what `args` set and an optimizer of the user's own has otherwise."""
-    mine = {name: getattr(optimizer, name) for name in ("seed", "noise", "max_projected_grad", "on_nonfinite")}
+    own = ("seed", "noise", "rounding", "max_projected_grad", "on_nonfinite", "restore")
+    mine = {name: getattr(optimizer, name) for name in own}
     mine |= {"estimator": optimizer.estimator.kind, "num_estimates": optimizer.estimator.num_estimates}
     mine |= {name: optimizer.defaults[name] for name in ("eps", "weight_decay")}
-    mine |= {"learning_rate": optimizer.defaults["lr"], "restore": optimizer.restore}
+    mine["learning_rate"] = optimizer.defaults["lr"]
     defaults = {each.name: each.default for each in fields(args)}
     unused = [
         f"{name} {getattr(args, name)!r} (it has {value!r})"

@@ -38,7 +38,7 @@ def test_every_part_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for arguments in (["--task", "genre"], []):
         monkeypatch.setattr("sys.argv", ["bench", *arguments, "--runs", str(tmp_path)])
         bench.main()
-    assert len(asked) == len({*asked}) == len(read_rows(bench.FILE)) == 24
+    assert len(asked) == len({*asked}) == len(read_rows(bench.FILE)) == 30
 
 
 def test_the_few_rows_are_those_that_prompts_are_found_on(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
-"""The memory table: every method on a model of two layers."""
+"""The memory table: every method on a model of two layers, and a row of the committed one."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 
 import pytest
 from transformers import RobertaConfig
 
-from bench.memory_table import CASES, Case, rows
+from bench.backbones import LARGE
+from bench.harness import read_rows
+from bench.memory_table import CASES, FILE, Case, rows
 
 TINY = RobertaConfig(
     vocab_size=999,
@@ -68,3 +71,13 @@ def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -
     weights = [table[case, 16]["weights_mb"] for case in backbones if case in RUNNABLE]
     assert weights == sorted(weights, reverse=True)
     assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)
+
+
+@pytest.mark.parametrize("case", [Case("k-lst", "", "float32"), Case("siva", "query+key", "float32")], ids=str)
+def test_what_is_committed_is_what_the_code_takes(case: Case) -> None:
+    """Where this fails a method takes another amount of memory: `python -m bench.memory_table` writes it anew."""
+    (now,) = rows([case], LARGE, (64,))
+    same = [row for row in read_rows(FILE) if all(row[name] == now[name] for name in (*asdict(case), "tokens"))]
+    if same[0]["torch"].rpartition(".")[0] != now["torch"].rpartition(".")[0]:
+        pytest.skip("measured with another torch")
+    assert same == [now]

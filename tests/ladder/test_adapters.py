@@ -11,9 +11,9 @@ import pytest
 import torch
 from backbones import IDS, MASK, ladder, logits, tiny
 from safetensors.torch import load_file
-from samples import reviews, save_tiny_model, write_csv
+from samples import Interrupt, reviews, save_tiny_model, write_csv
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
 from fastpeft.estimates import plan
@@ -218,17 +218,6 @@ def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, changes: dict[
     more = {**config.settings, "siva_layers": 2}
     if "method" not in changes:
         assert plan(config).peak_memory_mb < plan(replace(config, settings=more)).peak_memory_mb
-
-
-class Interrupt(TrainerCallback):
-    """Ends a run after `step` as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_a_run_resumes_and_takes_its_best_checkpoint_with_the_adapter(config: TrainConfig, tmp_path: Path) -> None:

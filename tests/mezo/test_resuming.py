@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from mezo_trainer import Interrupt, config, language_model, logged, rows
+from mezo_trainer import config, language_model, logged, rows
 from networks import equal, weights
+from samples import Interrupt
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, MeZOTrainer
@@ -41,7 +42,7 @@ def journaled(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> MeZO
 def killed(folder: Path, step: int, **changes: Any) -> None:
     """A run with a journal that ends in step number `step`, after its update and before anything that follows it."""
     with pytest.raises(KeyboardInterrupt):
-        journaled(folder, Interrupt("on_optimizer_step", step - 1), **changes).train()
+        journaled(folder, Interrupt(step - 1, "on_optimizer_step"), **changes).train()
 
 
 def tail(trainer: MeZOTrainer, name: str, steps: int) -> list[float]:
@@ -73,7 +74,7 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Pat
     whole = trainer("whole")
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        trainer("broken", Interrupt("on_step_end", interrupted_at)).train()
+        trainer("broken", Interrupt(interrupted_at)).train()
     resumed = trainer("broken")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.mezo.steps_done == 7
@@ -192,9 +193,9 @@ def test_a_journal_can_begin_at_a_checkpoint(tmp_path: Path) -> None:
     whole = journaled(tmp_path / "whole", **saving)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        journaled(tmp_path / "late", Interrupt("on_step_end", 4), journal=False, **saving).train()
+        journaled(tmp_path / "late", Interrupt(4), journal=False, **saving).train()
     with pytest.raises(KeyboardInterrupt):
-        journaled(tmp_path / "late", Interrupt("on_step_end", 5), **saving).train(resume_from_checkpoint=True)
+        journaled(tmp_path / "late", Interrupt(5), **saving).train(resume_from_checkpoint=True)
     journal = Journal.open(tmp_path / "late" / "mezo.journal")
     assert (journal.header["first_step"], journal.steps) == (3, 5)
     resumed = journaled(tmp_path / "late", **saving)
@@ -243,10 +244,10 @@ def test_a_run_that_went_back_and_was_ended_at_once_can_still_go_on(tmp_path: Pa
     file = tmp_path / "mezo.journal"
     content = file.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        journaled(tmp_path, Interrupt("on_step_begin", 2), **saving).train(str(tmp_path / "checkpoint-2"))
+        journaled(tmp_path, Interrupt(2, "on_step_begin"), **saving).train(str(tmp_path / "checkpoint-2"))
     assert file.read_bytes() == content
     with pytest.raises(KeyboardInterrupt):
-        journaled(tmp_path, Interrupt("on_optimizer_step", 2), **saving).train(str(tmp_path / "checkpoint-2"))
+        journaled(tmp_path, Interrupt(2, "on_optimizer_step"), **saving).train(str(tmp_path / "checkpoint-2"))
     assert Journal.open(file).steps == 3
     resumed = journaled(tmp_path, **saving)
     resumed.train(resume_from_checkpoint=True)
@@ -300,11 +301,11 @@ def test_checkpoints_without_weights_need_a_journal_from_the_beginning(tmp_path:
     whole.train()
     folder = tmp_path / "late"
     with pytest.raises(KeyboardInterrupt):
-        journaled(folder, Interrupt("on_step_end", 3), journal=False, **saving).train()
+        journaled(folder, Interrupt(3), journal=False, **saving).train()
     with pytest.raises(FastpeftError, match="begins after 2 steps of the run"):
         journaled(folder, save_weights=False, **saving).train(True)
     with pytest.raises(KeyboardInterrupt):
-        journaled(folder, Interrupt("on_step_end", 5), **saving).train(True)
+        journaled(folder, Interrupt(5), **saving).train(True)
     for name in ("model.safetensors", "config.json"):  # as what was begun without this check left it
         (folder / "checkpoint-4" / name).unlink()
     (folder / "checkpoint-4" / "mezo.journal").write_bytes((folder / "mezo.journal").read_bytes())

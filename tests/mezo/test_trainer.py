@@ -10,8 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from mezo_trainer import TINY, Interrupt, config, language_model, logged, rows
+from mezo_trainer import TINY, config, language_model, logged, rows
 from networks import equal, weights
+from samples import Interrupt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -294,7 +295,7 @@ def test_the_settings_of_the_optimizer(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_path: Path) -> None:
     trainer = MeZOTrainer(
-        language_model(), config(tmp_path), train_dataset=rows(), callbacks=[Interrupt("on_pre_optimizer_step", 0)]
+        language_model(), config(tmp_path), train_dataset=rows(), callbacks=[Interrupt(0, "on_pre_optimizer_step")]
     )
     before = weights(trainer.model)
     with pytest.raises(KeyboardInterrupt):
@@ -305,12 +306,13 @@ def test_an_interrupt_between_the_halves_of_a_step_leaves_restored_weights(tmp_p
 
 def test_an_optimizer_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = language_model()
-    optimizer = MeZO(model.lm_head.parameters(), lr=0.1, noise="rademacher")
+    optimizer = MeZO(model.lm_head.parameters(), lr=0.1, noise="rademacher", restore="exact", model=model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = config(tmp_path, eps=1e-2, noise="rademacher", learning_rate=0.1)
+    common = {"noise": "rademacher", "learning_rate": 0.1, "restore": "exact"}
+    arguments = config(tmp_path, eps=1e-2, rounding="nearest", **common)
     MeZOTrainer(model, arguments, train_dataset=rows(), optimizers=(optimizer, None)).train()
     (warning,) = [message for message in caplog.messages if "have no effect" in message]
-    assert warning.endswith("no effect: eps 0.01 (it has 0.001).")
+    assert warning.endswith("no effect: rounding 'nearest' (it has 'stochastic'), eps 0.01 (it has 0.001).")
     assert optimizer.steps_done == 4
     changed = {id(p) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {id(p) for p in model.lm_head.parameters()}
@@ -345,7 +347,8 @@ def test_a_loss_that_is_not_finite_names_step_and_seed(tmp_path: Path) -> None:
     assert trainer.state.global_step == 2
 
 
-def test_the_recipe_is_the_default(tmp_path: Path) -> None:
+def test_the_recipe_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where a Trainer without arguments makes its folder
     arguments = MeZOConfig(str(tmp_path))
     assert (arguments.learning_rate, arguments.eps, arguments.train_batch_size) == (1e-6, 1e-3, 16)
     assert arguments.lr_scheduler_type == "constant"
