@@ -23,9 +23,8 @@ from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
-from fastpeft.estimates import Estimate, estimate
+from fastpeft.estimates import Estimate, estimate, rows_trained
 from fastpeft.interrupts import sigterm_interrupts
-from fastpeft.methods import get_method
 from fastpeft.processes import refuse_several
 from fastpeft.task import data_for, head_for
 
@@ -115,7 +114,7 @@ class Comparison:
             metrics["train_rows"] for other in self.plan.results if (metrics := other.metrics() or {}).get("train_rows")
         ]
         train_rows = found[0] if found else self._train_rows or 0
-        return _rows(cell, slice_sizes(train_rows)[0] if cell.search else train_rows)
+        return rows_trained(cell.config, slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
         """What each cell of a variant that is not finished would take, by the variant; `fastpeft.estimates.estimate`.
@@ -248,15 +247,6 @@ def _mark_failed(log: Path, code: int) -> None:
         killed = " (perhaps for lack of memory)" if -code == getattr(signal, "SIGKILL", 9) else ""
         ended = f"by signal {-code}{killed}"
     files.write_text(log, f"{text}\nError: the process ended {ended}{f': {last}' if last else '.'}\n".lstrip())
-
-
-def _rows(cell: Cell, train_rows: int) -> float:
-    """Rows that a cell trains on, of a data set with `train_rows`."""
-    values, settings = cell.values, cell.values["settings"]
-    if values["max_steps"] is not None:
-        return float(values["max_steps"] * values["batch_size"] * settings.get("gradient_accumulation_steps", 1))
-    epochs = values["epochs"] or get_method(cell.method, settings).recipe_for(values["model"]).epochs
-    return float(epochs * train_rows)
 
 
 def _lock(folder: Path) -> BinaryIO:
