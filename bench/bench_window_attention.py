@@ -8,23 +8,26 @@ attention.
 
 Predicted before measuring, of the CPU in float32 with one thread, which does about 60 GFLOPS in matrix products and
 moves about 10 GB a second from memory. A pair of a query and a key costs 2 D multiply-adds forward, here as
-composed, and 5 D backward, for both make the scores again: with D = 96 6.4 and 16 ns. Elementwise passes over the
-scores differ. Here the scores lie in memory, T x k T for each row of the batch: forward moves 32 bytes a pair (the
-product 4, the largest 4, less the largest 8, exp 8, their sum 4, the output's product 4), backward 60. Composed, a
-tile of them stays in cache, so that only exp is left, about 1 ns. What belongs to the keys alone (17 bytes an
-element of C forward, 25 backward, in half precision) is divided by T. So composed should take
+composed, and 5 D backward, for both make the scores again: with D = 96 6.4 and 16 ns. Both run PyTorch's kernel, which
+has a tile of the scores in cache, so what differs belongs to the keys. For each of their elements composed moves 16
+bytes forward (positions added 8, slots joined 8) and 32 more backward (zeros for the gradients of keys and of values 8,
+their sum 12, positions 4, slots apart 8); the op 8 forward, and backward 8 for the same keys again, 8 + 12 and 4. So
+composed should take
 
-- with 512 tokens (scores of 151 MB) 0.75 of the op's time forward and 0.8 with backward;
-- with 64 and 128 (2 and 9 MB, which the last cache holds) 0.9 to 1.0 of it, with a window of 3 the same;
-- with padding less than without, 0.85: the op fills what is hidden in one more pass;
-- with dropout 1.0: PyTorch draws it at about 4 ns an element, the op at 1, twice.
+- without dropout 1.1 of the op's time forward with 128 tokens and less with more, and 1.0 to 1.05 with backward;
+- with padding the same: the mask is one row for each sentence in both;
+- with dropout 1.1 to 1.2: PyTorch draws it at about 4 ns an element, the op at 1, three times.
 
-The plain formula copies the scores to join slots, and reads them once more for their logarithm: 1.5 times forward,
-with backward 1.6. On a card the op reads 2 bytes an element of C where composed moves 17 (docs/kernels.md): with 128
-tokens and no dropout composed should take 2 to 4 times as long.
+The plain formula has its scores in memory, several copies of them, and makes masks where there are none: 2 to 3. On a
+card the op reads 2 bytes an element of C where composed moves 17 (docs/kernels.md): with 128 tokens and no dropout
+composed should take 2 to 4 times as long.
 
-Measured on the CPU: composed 0.63 with 512 tokens and 0.73 with backward, 0.8 and 0.75 with 128, level with 64; with
-dropout 1.08. The formula 2.4 and 2.0: masks, which it makes where there are none, were not counted.
+Measured by the time of the processor, which other work disturbs less than the clock on the wall, 15 rounds, 5 with 512
+tokens: composed 1.02 of the op's forward, 1.07 with 64 tokens, 0.96 with a window of 3; with backward 1.08 with 512
+tokens, 1.1 to 1.2 with 128, 1.33 with 64, 0.95 with a window of 3 or padding; with dropout 1.2. More than was
+predicted, for pages that are new to the process were not counted: about 1.8 microseconds each, which is 4.5 of 15 ms
+with 64 tokens. The op needs few, as backward goes a few sentences at a time. Before, with the scores in memory, it took
+1.1 to 1.6 times as long as now forward, 1.1 to 1.4 with backward.
 """
 
 from __future__ import annotations

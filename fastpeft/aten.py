@@ -10,7 +10,6 @@ turned to `(R, N)` first, which costs little. Forms and names are those of `fast
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
-from fastpeft.reference import absent_slots, as_matrix, visibility
+from fastpeft.reference import absent_slots, as_matrix
 
 
 def siva_linear(
@@ -207,6 +206,9 @@ def _scaled(u: Tensor, s: Tensor) -> Tensor:
     return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))
 
 
+_AT_ONCE = 2**18  # numbers in keys: with fewer, a call costs as much as what it does
+
+
 def window_attention(
     q: Tensor,
     c: Tensor,
@@ -218,20 +220,17 @@ def window_attention(
     seed: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference: one product over all slots for the scores and one for the output, the softmax in place."""
+    """As the reference, by PyTorch's fused attention, which has one tile of the scores at a time."""
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
-    if keys.shape[1] == 0:  # of which there is no largest
+    rows = _rows(q, keys.dtype)
+    if 0 in (rows.shape[2], keys.shape[2]):  # by which PyTorch divides
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
-    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    out = torch.bmm(weights, keys).div_(total).view(q.shape)
-    lse = total.log_().add_(top).view(q.shape[:-1])
-    if nothing is not None:
-        out.masked_fill_(nothing[:, None, :, None], 0)
-        lse.masked_fill_(nothing[:, None], -torch.inf)
-    return out.to(q.dtype), lse.to(torch.float32)
+    bias, nothing = _window_bias(q, p, mask, slots, causal, keys.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, attn_mask=bias, scale=1.0)
+    lse = lse.view(q.shape[:-1]).to(torch.float32)
+    if nothing is not None:  # where PyTorch's out is 0, and its lse too
+        lse.masked_fill_(nothing, -torch.inf)
+    return out.view(q.shape).to(q.dtype), lse
 
 
 def window_attention_backward(
@@ -251,27 +250,42 @@ def window_attention_backward(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, the heads one after the other as rows, so that products add them up."""
+    """As the reference, for a few sentences at a time, of which each thread takes some.
+
+    PyTorch makes the gradients of keys and those of values apart. For a few sentences both are small, and their sums
+    take the place of keys that are done with: fresh memory costs more time than what is done there.
+    """
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
-    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
-    if nothing is not None:
-        lse = lse.masked_fill(nothing[:, None], torch.inf)  # no weight at all
-    weights = scores.sub_(lse.reshape(*scores.shape[:2], 1)).exp_()  # P
-    rows, drows = _rows(q, keys.dtype), _rows(dout, keys.dtype)
-    delta = (drows * _rows(out, keys.dtype)).sum(-1, keepdim=True)
-    dscores = torch.bmm(drows, keys.mT).sub_(delta).mul_(weights)
-    dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
-    if need_dq:
-        dq = torch.bmm(dscores, keys).view(q.shape).to(q.dtype)
-    if need_dc or need_dp:
-        last = len(slots) * c.shape[2]  # of the real keys
-        dreal = torch.bmm(weights[..., :last].mT, drows).baddbmm_(dscores[..., :last].mT, rows).view(c.shape)
+    rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
+    needs = need_dq, need_dc, need_dp
+    if 0 in (*rows.shape, *keys.shape):  # by some of which PyTorch divides
+        dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
+        return dq, dc, dp
+    bias, _ = _window_bias(q, p, mask, slots, causal, keys.dtype)
+    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # PyTorch's: 0 if it sees none
+    dq = torch.empty_like(rows)
+    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lie in its keys or before
+    last = len(slots) * c.shape[2]  # of the real keys
+    dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
+    threads = torch.get_num_threads()
+    at_once = threads * max(1, _AT_ONCE // (threads * keys[0].numel()))
+    for start in range(0, len(q), at_once):
+        some = slice(start, start + at_once)
+        dq[some], dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x[some] for x in (drows, rows, keys, keys, of_out, lse)),
+            0.0,
+            False,
+            attn_mask=bias if bias is None or len(bias) == 1 else bias[some],
+            scale=1.0,
+        )
+        torch.add(*(x[:, 0, :last].unflatten(1, c.shape[1:3]) for x in (dkeys, dvalues)), out=dreal[some])
+        torch.add(dkeys[:, 0, last:], dvalues[:, 0, last:], out=dabsent[some])
+    dq = dq.view(q.shape).to(q.dtype) if need_dq else q.new_empty(0)
+    dc, dp = c.new_empty(0), p.new_empty(0)
     if need_dp:
         dp = torch.empty_like(p)
-        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
-        if absent := absent_slots(p, slots):
-            dabsent = weights[..., last:].flatten(0, 1).t() @ drows.flatten(0, 1)
-            dp[absent] = dabsent.addmm_(dscores[..., last:].flatten(0, 1).t(), rows.flatten(0, 1)).to(p.dtype)
+        dp[list(slots)] = dreal.sum(2).sum(0).to(p.dtype)  # much faster than both dimensions at once
+        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
     if need_dc:
         if dropout > 0:
             torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, seed, block)
@@ -280,41 +294,51 @@ def window_attention_backward(
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x `(B, H, T, D)` as `(B, H T, D)`; a -1 could not be told where another size is 0."""
+    """x `(B, H, T, D)` as `(B, 1, H T, D)`, dense: as all heads see the same keys, they are one with the rows of all.
+
+    A -1 could not be told where another size is 0.
+    """
     batch, heads, tokens, width = x.shape
-    return x.to(dtype).reshape(batch, heads * tokens, width)
+    return x.to(dtype).reshape(batch, 1, heads * tokens, width).contiguous()
 
 
 def _window_keys(
     q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
 ) -> Tensor:
-    """The keys `(B, S T + k - S, D)`, made where they stay; those of absent slots come last."""
+    """The keys, which are the values: `(B, 1, S T + k - S, D)`, made where they stay, those of absent slots last."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, real, tokens, width = c.shape
-    absent = absent_slots(p, slots)
-    keys = c.new_empty(batch, real * tokens + len(absent), width, dtype=compute)
-    window = keys[:, : real * tokens].unflatten(1, (real, tokens)).copy_(c)
+    absent, p = absent_slots(p, slots), p.to(compute)
+    keys = c.new_empty(batch, 1, real * tokens + len(absent), width, dtype=compute)
+    window = keys[:, 0, : real * tokens].unflatten(1, (real, tokens))
     if dropout > 0:
-        torch.ops.fastpeft.feature_dropout_(window, slots, dropout, seed, block)
-    window += p[list(slots), None]
-    if absent:
-        keys[:, real * tokens :] = p[absent]
+        c = window.copy_(c)
+        torch.ops.fastpeft.feature_dropout_(c, slots, dropout, seed, block)
+    torch.add(c, p[list(slots), None], out=window)
+    keys[:, 0, real * tokens :] = p[absent]
     return keys
 
 
-def _window_scores(
-    q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int
-) -> tuple[Tensor, Tensor | None]:
-    """The scores `(B, H T, S T + k - S)`, and which queries see nothing, `(B, T)`, or None where all see all."""
-    batch, heads, tokens, _ = q.shape
-    scores = torch.bmm(_rows(q, keys.dtype), keys.mT)
-    by_head = scores.view(batch, heads, tokens, keys.shape[1])
-    of_real = by_head[..., : real * tokens].unflatten(-1, (real, tokens))
-    of_absent = by_head[..., real * tokens :]
-    if not causal and (mask is None or mask.all()):  # a CPU knows what its masks say
-        of_absent += math.log(max(tokens, 1))  # without tokens there is no query either
-        return scores, None
-    hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
-    of_real.masked_fill_(hidden[:, None, :, None], -torch.inf)
-    of_absent += number.to(keys.dtype).log()[:, None, :, None]
-    return scores, nothing
+def _window_bias(
+    q: Tensor, p: Tensor, mask: Tensor | None, slots: Sequence[int], causal: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, `(B, 1, H T, S T + k - S)`: the logarithm of how many of the tokens that a query sees a
+    key stands for. And which queries see none, `(B, H, T)`.
+
+    A size is 1 where it makes no difference. Both are None where the logarithms are 0.
+    """
+    absent = p.shape[0] - len(slots)
+    if mask is not None and mask.all():  # a CPU knows what its masks say
+        mask = None
+    if mask is None and not causal and absent == 0:
+        return None, None
+    heads, tokens = q.shape[1:3]
+    visible = q.new_ones(1, 1, tokens, dtype=torch.bool) if mask is None else mask[:, None]
+    if causal:
+        visible = visible.expand(-1, tokens, -1).tril()
+    number = visible.sum(-1, keepdim=True)
+    of_real, of_absent = (count.to(dtype).log() for count in (visible, number))
+    bias = torch.cat((*[of_real] * len(slots), of_absent.expand(-1, -1, absent)), dim=-1)[:, None]
+    if bias.shape[2] > 1:
+        bias = bias.expand(-1, heads, -1, -1).flatten(1, 2)[:, None]
+    return bias, (number == 0).mT

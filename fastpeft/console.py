@@ -144,7 +144,7 @@ def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
     with _warnings_alone(), errors.status("running a few steps"):
         what = plan(config, timed=True, budget_mb=budget_mb)
     known, peak = what.estimate, what.peak_memory_mb
-    seconds = known.seconds(what.steps * config.batch_size)
+    seconds = known.seconds(what.rows)
     rows = [
         ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
         ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from fastpeft import processes
 from fastpeft.config import TrainConfig
@@ -25,10 +26,12 @@ from fastpeft.memory import (
     fused_adamw,
     simulate_training_step,
 )
+from fastpeft.methods import get_method
 from fastpeft.mezo.parallel import Ranks
 from fastpeft.problems import REGRESSION
 from fastpeft.runs import RunFolder
-from fastpeft.task import Task, recipe_used, total_steps
+from fastpeft.settings import checkpointing_options
+from fastpeft.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
 from fastpeft.trainer import CURVE_POINTS, CURVE_ROWS, Clock, LengthGroupedOrder, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ class TrainPlan:
     Attributes:
         trainable_parameters, parameters: numbers of values.
         steps: optimizer steps.
+        rows: trained on in all of them, those of every epoch counted.
         train_rows, dev_rows: rows of data.
         longest_row: tokens of the longest training row.
         recipe: rates, schedule and length, by name.
@@ -86,6 +90,7 @@ class TrainPlan:
     trainable_parameters: int
     parameters: int
     steps: int
+    rows: float
     train_rows: int
     dev_rows: int
     longest_row: int
@@ -117,13 +122,14 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     arguments = task.training_arguments(config.output)
     trainable, total = count_parameters(task.model)
     if timed and processes.launched() == 1:
-        taken = _estimate(task, begin, budget_mb)
+        taken = _estimate(task, arguments, begin, budget_mb)
     else:
-        taken = Estimate(simulated_peak_mb(task, _longest(task)))
+        taken = Estimate(simulated_peak_mb(task, arguments, _longest(task)))
     return TrainPlan(
         trainable_parameters=trainable,
         parameters=total,
         steps=total_steps(arguments, len(task.train_rows)),
+        rows=rows_trained(config, len(task.train_rows)),
         train_rows=len(task.train_rows),
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
@@ -141,9 +147,10 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
     begin = time.perf_counter()
     try:
         task = Task.load(dataclasses.replace(config, init_from=None))
+        arguments = task.training_arguments(config.output)
     except FastpeftError as error:
         return Estimate(error=str(error))
-    return _estimate(task, begin, budget_mb)
+    return _estimate(task, arguments, begin, budget_mb)
 
 
 def process_seconds() -> float:
@@ -154,9 +161,17 @@ def process_seconds() -> float:
     return time.perf_counter() - begin
 
 
-def _estimate(task: Task, begin: float, budget_mb: float | None) -> Estimate:
+def rows_trained(config: TrainConfig, train_rows: int) -> float:
+    """Rows that `train(config)` trains on, those of every epoch counted, where the data has `train_rows`."""
+    if config.max_steps is not None:
+        return float(config.max_steps * config.batch_size * config.settings.get("gradient_accumulation_steps", 1))
+    recipe = get_method(config.method, config.settings).recipe_for(config.model)
+    return (config.epochs or recipe.epochs) * train_rows
+
+
+def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb: float | None) -> Estimate:
     """What a run on `task` would take, whose loading began at `begin`, by `time.perf_counter`. It trains the model."""
-    memory = simulated_peak_mb(task, _longest(task))
+    memory = simulated_peak_mb(task, arguments, _longest(task))
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -167,9 +182,11 @@ def _estimate(task: Task, begin: float, budget_mb: float | None) -> Estimate:
         try:
             task = dataclasses.replace(task, config=short)
             clock = _LaterSteps()
-            trainer = trainer_class(task)(task, task.training_arguments(elsewhere), RunFolder(elsewhere), [clock])
-            loaded = time.perf_counter()
-            trainer.measure(task.dev_rows[:_ROWS])
+            arguments = task.training_arguments(elsewhere)
+            with task.refusing():
+                trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
+                loaded = time.perf_counter()
+                trainer.measure(task.dev_rows[:_ROWS])
             measured = (time.perf_counter() - loaded) / len(task.dev_rows[:_ROWS])
             trainer.train()
         except FastpeftError as error:
@@ -189,9 +206,18 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
-def simulated_peak_mb(task: Task, tokens: int) -> float | None:
-    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB."""
+def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> float | None:
+    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB.
+
+    None where it cannot be told. As the Trainer does before its first step, this lets a model compute its activations
+    again where `arguments` say so.
+    """
     model, config, problem = task.model, task.config, task.data.problem
+    optimizer = None
+    if not task.method.zeroth_order:
+        optimizer = _optimizer(model, arguments)
+        if optimizer is None:
+            return None
     device = next(model.parameters()).device
     rows = config.batch_size // Ranks().size
     shape = (rows, tokens)
@@ -205,16 +231,35 @@ def simulated_peak_mb(task: Task, tokens: int) -> float | None:
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
     try:
+        if arguments.gradient_checkpointing:
+            _checkpoint_activations(model, arguments)
         autocast_dtype = torch.bfloat16 if config.bf16 else None
-        adamw: OptimizerFactory = fused_adamw
-        if config.settings.get("optim") in ("adamw_8bit", "adamw_bnb_8bit"):
-            adamw = partial(adamw_8bit, in_float=embeddings_in_float(model))
-        optimizer_factory = None if task.method.zeroth_order else adamw
-        step = simulate_training_step(model, batch, optimizer_factory, autocast_dtype, config.optimizer_in_backward)
+        step = simulate_training_step(model, batch, optimizer, autocast_dtype, config.optimizer_in_backward)
     except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
         logger.warning("peak memory cannot be simulated for this model: %s", error)
         return None
     return round(step.peak / MEBIBYTE, 1)
+
+
+def _optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> OptimizerFactory | None:
+    """What makes an optimizer with the state of the Trainer's, for a simulation; None where that is not known."""
+    name = arguments.optim.value
+    if name in ADAMW:
+        return fused_adamw
+    if name in ADAMW_8BIT:
+        return partial(adamw_8bit, in_float=embeddings_in_float(model))
+    if name == "sgd" and not arguments.optim_args:  # as momentum
+        together = arguments.device.type == "cuda"  # as torch steps there
+        return partial(torch.optim.SGD, weight_decay=arguments.weight_decay, foreach=together)
+    return None
+
+
+def _checkpoint_activations(model: Any, arguments: TrainingArguments) -> None:
+    """Let a model compute its activations again in backward, as the Trainer does."""
+    own, options = checkpointing_options(arguments)
+    # the older transformers have the second name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None, **own)
 
 
 def _longest(task: Task) -> int:
@@ -223,8 +268,7 @@ def _longest(task: Task) -> int:
 
 def _padded_tokens(order: LengthGroupedOrder, batches_a_step: int) -> list[int]:
     """Tokens of each step of the first epoch, with padding."""
-    order.epoch = 0
-    lengths = [order.lengths[index] for index in order]
+    lengths = [order.lengths[row] for row in order.rows(0)]
     batches = [lengths[start : start + order.batch_size] for start in range(0, len(lengths), order.batch_size)]
     tokens = [len(batch) * max(batch) for batch in batches]
     return [sum(tokens[start : start + batches_a_step]) for start in range(0, len(tokens), batches_a_step)]

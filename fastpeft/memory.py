@@ -232,7 +232,8 @@ def simulate_training_step(
 
     Notes:
         Counts tensors at the bytes they ask for; an allocator's rounding and a library's workspaces come on top.
-        Gradients are taken as freed between steps, as `zero_grad` does. An attention mask is taken to mask something.
+        Gradients are taken as freed between steps, as `zero_grad` does. What is checkpointed (`torch.utils.checkpoint`)
+        is computed again in backward, and counted there. An attention mask is taken to mask something.
         The noise that MeZO's reference makes, at most 2^20 values at a time, is not counted.
 
     Example:
@@ -246,7 +247,7 @@ def simulate_training_step(
     real = {name: tensor for named in (model.named_parameters, model.named_buffers) for name, tensor in named()}
     state: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in real.items()}
     # a weight of a kind of its own, as bitsandbytes', knows more than its values: it stays, and ops meet it as its fake
-    put_in = {name: fake for name, fake in state.items() if type(real[name]) in (Tensor, nn.Parameter)}
+    put_in = {f"model.{name}": fake for name, fake in state.items() if type(real[name]) in (Tensor, nn.Parameter)}
     beside = [fakes.from_tensor(tensor) for weight in real.values() for tensor in _scales(weight)]
     trained = [tensor for tensor in state.values() if tensor.requires_grad]
     if not trained:
@@ -279,10 +280,8 @@ def simulate_training_step(
             tracker.add(leaf for leaf in tree_leaves(fake_batch) if isinstance(leaf, Tensor))
             tracker.reset_peak()
             autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
-            with autocast, torch.set_grad_enabled(optimizer is not None):
-                loss = _loss(torch.func.functional_call(model, put_in, kwargs=fake_batch))
+            torch.func.functional_call(_Pass(model, autocast, optimizer is not None), put_in, kwargs=fake_batch)
             if optimizer is not None:
-                loss.backward()
                 optimizer.step()
     finally:
         for module, training in modes:
@@ -296,6 +295,26 @@ def simulate_training_step(
         trained_dtype=_dtypes(trained),
         activation_dtype=_dtypes(frozen or trained) if autocast_dtype is None else _name(autocast_dtype),
     )
+
+
+class _Pass(nn.Module):
+    """Forward and backward of a model in one call, in which what computes activations again meets the same weights."""
+
+    def __init__(self, model: nn.Module, autocast: torch.autocast, backward: bool) -> None:
+        super().__init__()
+        self.model, self.autocast, self.backward = model, autocast, backward
+
+    def forward(self, **batch: Any) -> None:
+        with self.autocast, torch.set_grad_enabled(self.backward):
+            loss = _loss(self.model(**batch))
+        if self.backward:
+            _run_backward(loss)
+
+
+def _run_backward(loss: Tensor) -> None:
+    """`loss.backward()` in which the modes of torch functions stay: what is computed again is fused as it was."""
+    # where a tensor is given, the mode that sees the call is left for the time that it takes
+    torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
 
 
 def _scales(weight: Tensor) -> Iterator[Tensor]:

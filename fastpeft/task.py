@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
@@ -23,12 +23,12 @@ from fastpeft.data import Examples, TextData, load_data, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import Head, begin_from_earlier, load_start
 from fastpeft.masking import Masker
-from fastpeft.methods import OPTIONS, Method, Preparation, get_method, parse_targets
-from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.methods import Method
 from fastpeft.models import Classifier
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.prompt_model import PromptCollator
 from fastpeft.prompts import Prompt, Row
+from fastpeft.settings import arguments_of, checkpointing_options, method_options
 
 logger = logging.getLogger(__name__)
 
@@ -36,47 +36,10 @@ DEFAULT_MAX_LENGTH = 128  # tokens
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
-# treat each parameter by itself
-_STEP_IN_BACKWARD = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit")
-
-# names that `settings` may not touch, with what decides them
-_DECIDED_ELSEWHERE = {
-    "r": "use rank in its place",
-    "target_modules": "use targets in its place",
-    "window_size": "use window in its place",
-    "reduction_factor": "use reduction in its place",
-    "output_dir": "use output in its place",
-    "per_device_train_batch_size": "use batch_size in its place",
-    "learning_rate": "use learning_rate in its place",
-    "num_train_epochs": "use epochs in its place",
-    "max_steps": "use max_steps in its place",
-    "seed": "use seed in its place",
-    "data_seed": "use seed in its place, which decides the order of rows too",
-    "bf16": "use bf16 in its place",
-    "save_steps": "use save_steps in its place",
-    "save_strategy": "use save_steps in its place",
-    "save_total_limit": "the newest checkpoints are kept",
-    "eval_strategy": "dev rows are measured a few times a run, or with metric at each checkpoint",
-    "eval_on_start": "dev rows are always measured before the first step",
-    "load_best_model_at_end": "use metric in its place",
-    "metric_for_best_model": "use metric in its place",
-    "greater_is_better": "it follows from metric",
-    "dataloader_drop_last": "every row is trained on in every epoch",
-    "train_sampling_strategy": "rows of about one length share a batch",
-    "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
-    "prediction_loss_only": "metrics are always measured",
-    "label_names": "the model's labels are in the column labels",
-    "resume_from_checkpoint": "use resume in its place",
-    "push_to_hub": "push the folder of the finished run",
-    "full_determinism": "use deterministic in its place",
-    "accelerator_config": "a batch is divided among the processes of a launcher",
-    "parallelism_config": "each process of a launcher has the whole model",
-    "fsdp": "each process of a launcher has the whole model",
-    "fsdp_config": "each process of a launcher has the whole model",
-    "deepspeed": "each process of a launcher has the whole model",
-    "journal": "a run by MeZO always keeps one",
-    "save_weights": "leave save_steps out, and the journal is the only checkpoint",
-}
+# names of optimizers that treat each parameter by itself
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
+_STEP_IN_BACKWARD = (*ADAMW, *ADAMW_8BIT)
 
 
 @dataclass(frozen=True)
@@ -172,7 +135,7 @@ class Task:
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **self.arguments,
         }
-        try:
+        with self.refusing():
             arguments_class = arguments_of(self.method)
             if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
                 processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
@@ -181,6 +144,8 @@ class Task:
                 raise ValueError("gradient_accumulation_steps must be at least 1.")
             if first.gradient_checkpointing and not _supports_checkpointing(self.model):
                 raise ValueError(f"{self.method.title} does not go with gradient_checkpointing.")
+            if (first.neftune_noise_alpha or 0) < 0:
+                raise ValueError("neftune_noise_alpha must be at least 0.")
             if first.use_liger_kernel and not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
             if first.label_smoothing_factor and self.data.problem is REGRESSION:
@@ -189,7 +154,10 @@ class Task:
                 _check_steps_in_backward(first)
             # refuse what they cannot do before anything is written
             stand_in = torch.optim.SGD([torch.zeros(1)], learning_rate)
-            get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs or None)
+            get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs)
+            if first.gradient_checkpointing:
+                _, options = checkpointing_options(first)
+                checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
             DataLoader(self.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
             steps = total_steps(first, len(self.train_rows))
             if "warmup_ratio" not in values:
@@ -199,8 +167,6 @@ class Task:
             if arguments.world_size > 1:
                 self._divide(arguments)
             return arguments
-        except (ValueError, TypeError, ImportError) as error:
-            raise self.refusal(error) from error
 
     def _divide(self, arguments: TrainingArguments) -> None:
         """Let several processes share each batch in equal parts."""
@@ -220,13 +186,25 @@ class Task:
             arguments.ddp_broadcast_buffers = False
         arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / size) * size
 
-    def refusal(self, error: Exception) -> FastpeftError:
-        """The error to raise where the Trainer or what it is made of cannot take the settings."""
-        reason = str(error).strip().rstrip(".")
-        return FastpeftError(
-            f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or leave "
-            "them out."
-        )
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Lay to the settings what the Trainer, or what it is made of, raises in the block.
+
+        Raises:
+            FastpeftError: with what was raised in words; one that is raised in the block stays as it is.
+        """
+        try:
+            yield
+        except FastpeftError:
+            raise
+        except Exception as error:  # transformers raises almost any type
+            reason = str(error).strip().rstrip(".")
+            if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
+                reason = f"{type(error).__name__}: {reason}"
+            raise FastpeftError(
+                f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or "
+                "leave them out."
+            ) from error
 
 
 def data_for(config: TrainConfig) -> TextData:
@@ -325,11 +303,6 @@ def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
     return {**used, **length}
 
 
-def arguments_of(method: Method) -> type[TrainingArguments]:
-    """The class of a method's arguments for its Trainer."""
-    return MeZOConfig if method.zeroth_order else TrainingArguments
-
-
 def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
     """What a DataLoader takes from the Trainer's arguments."""
     return {
@@ -337,6 +310,7 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
         "pin_memory": arguments.dataloader_pin_memory,
         "persistent_workers": arguments.dataloader_persistent_workers,
         "prefetch_factor": arguments.dataloader_prefetch_factor,
+        "multiprocessing_context": getattr(arguments, "dataloader_multiprocessing_context", None),  # not in the older
     }
 
 
@@ -425,83 +399,3 @@ def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
     """Optimizer steps of one pass over `rows` rows, as the Trainer counts them."""
     batches = math.ceil(rows / arguments.train_batch_size)
     return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-
-
-def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, Any]]:
-    """The method that `config` names, what that is given but for the model's part, and fields of TrainingArguments.
-
-    Raises:
-        FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
-    """
-    method = get_method(config.method, config.settings)
-    settings, arguments = sort_settings(method, config.settings)
-    if method.zeroth_order and config.optimizer_in_backward:
-        raise FastpeftError(
-            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
-            "it out."
-        )
-    if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
-        raise FastpeftError(
-            "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "
-            "are scaled by the spread of the losses. Give one; 1e-6 serves the bundled model with 8 estimates."
-        )
-    for option in OPTIONS:
-        if option not in method.options and getattr(config, option) is not None:
-            raise FastpeftError(
-                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
-                f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
-            )
-    preparation = Preparation(
-        head=(),
-        rank=config.rank,
-        targets=parse_targets(config.targets),
-        settings=settings,
-        window=config.window,
-        reduction=config.reduction,
-    )
-    method.check(preparation)
-    return method, preparation, arguments
-
-
-def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide settings between the method's configuration and TrainingArguments.
-
-    Raises:
-        FastpeftError: a name is unknown or decided elsewhere, or a value is not of its type.
-    """
-    of_method = method.settings()
-    arguments_class = arguments_of(method)
-    hints = get_type_hints(arguments_class)
-    of_training = {item.name: hints[item.name] for item in dataclasses.fields(arguments_class) if item.init}
-    for name, value in settings.items():
-        if name not in of_method and name in _DECIDED_ELSEWHERE:
-            raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED_ELSEWHERE[name]}.")
-        if name not in of_method and name not in of_training:
-            close = difflib.get_close_matches(name, [*of_method, *of_training], 3)
-            advice = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise FastpeftError(
-                f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and the fields of "
-                f"{'fastpeft.MeZOConfig' if method.zeroth_order else 'transformers.TrainingArguments'}."
-                f"{advice}"
-            )
-        hint = of_method[name] if name in of_method else of_training[name]
-        if not _fits(value, hint):
-            allowed = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise FastpeftError(f"the setting {name} is {value!r}; it must be of the type {allowed}.")
-    return (
-        {name: value for name, value in settings.items() if name in of_method},
-        {name: value for name, value in settings.items() if name not in of_method},
-    )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that came from JSON can be of a type; of types that JSON does not have, their owner decides."""
-    kind = get_origin(hint) or hint
-    if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if kind is Literal:  # its owner may take more than it lists, as PEFT does pissa_niter_16
-        return any(_fits(value, type(listed)) for listed in get_args(hint))
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind or kind not in (bool, int, str, list, dict, NoneType)

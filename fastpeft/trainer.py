@@ -65,7 +65,12 @@ class LengthGroupedOrder(Sampler[Any]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[Any]:
-        generator = random.Random(f"{self.seed}:{self.epoch}")
+        rows = self.rows(self.epoch)
+        yield from ((self.epoch, row) for row in rows) if self.with_epoch else rows
+
+    def rows(self, epoch: int) -> list[int]:
+        """Indices of the rows, in the order of an epoch."""
+        generator = random.Random(f"{self.seed}:{epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         group = self.batch_size * self._BATCHES_SORTED_TOGETHER
@@ -76,8 +81,7 @@ class LengthGroupedOrder(Sampler[Any]):
             grouped = sorted(full[start : start + group], key=self.lengths.__getitem__)
             batches += [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
         generator.shuffle(batches)
-        for batch in (*batches, last):
-            yield from ((self.epoch, row) for row in batch) if self.with_epoch else batch
+        return [row for batch in (*batches, last) for row in batch]
 
 
 class RunTrainer(Trainer):

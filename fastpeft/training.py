@@ -100,15 +100,10 @@ def train(
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
             arguments = task.training_arguments(elsewhere)
             Ranks().check_same(config.values())
-            try:
-                with noticing_losses():
-                    trainer = trainer_class(task)(task, arguments, folder, callbacks)
-                    trainer.create_optimizer()
-                    before = trainer.measure(task.dev_rows)
-            except LostProcessError:
-                raise
-            except (ValueError, TypeError, ImportError, RuntimeError) as error:
-                raise task.refusal(error) from error
+            with task.refusing(), noticing_losses():
+                trainer = trainer_class(task)(task, arguments, folder, callbacks)
+                trainer.create_optimizer()
+                before = trainer.measure(task.dev_rows)
 
         def begin() -> None:
             held.enter_context(folder.held())
@@ -271,11 +266,11 @@ def _metrics(
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = count_parameters(trainer.model)
     longest = max(trainer.order.lengths)
-    estimate = peak = simulated_peak_mb(task, longest)
+    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
     if device.type == "cuda":
         peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
     elif trainer.longest_seen not in (0, longest):
-        peak = simulated_peak_mb(task, trainer.longest_seen)
+        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
     return {
         "method": config.method,
         "model": config.model,

@@ -468,7 +468,7 @@ def test_a_run_in_several_processes(
     before = snapshot(place)
     result = CliRunner().invoke(app, [*TRAIN, *arguments])
     assert result.exit_code == 2
-    assert part in re.sub(r"\s+", " ", result.stderr)
+    assert f"Error: {part}" in re.sub(r"\s+", " ", result.stderr), "as it is, without other advice"
     assert snapshot(place) == before
 
 

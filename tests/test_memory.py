@@ -24,6 +24,7 @@ from fastpeft.memory import (
     MemoryTracker,
     _FusedForms,
     _loss,
+    _run_backward,
     adamw_8bit,
     embeddings_in_float,
     fused_adamw,
@@ -97,8 +98,7 @@ def tracked_real_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
     model.train()
 
     def step() -> None:
-        loss = _loss(model(**batch))
-        loss.backward()
+        _run_backward(_loss(model(**batch)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -198,6 +198,20 @@ class Grouped(nn.Module):
         key = self.key.repeat_interleave(4, dim=1) if self.repeat else self.key
         attend = nn.functional.scaled_dot_product_attention
         return attend(self.query, key, key, enable_gqa=not self.repeat).sum()
+
+
+@pytest.mark.parametrize(("make", "use_reentrant"), [(roberta, False), (lora, True)])
+def test_activations_computed_again_agree_with_real_tensors(make, use_reentrant):
+    kept = simulate_training_step(make(attention_probs_dropout_prob=0.0), text_batch())
+    model = make(attention_probs_dropout_prob=0.0)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    random_state = torch.get_rng_state()
+    estimate = simulate_training_step(model, text_batch())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []
+    assert estimate.peak == tracked_real_step(model, text_batch())
+    assert estimate.activations < kept.activations
 
 
 def test_grouped_heads_are_not_repeated():

@@ -391,8 +391,12 @@ def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypat
 
 @pytest.mark.parametrize("method", ["siva", "full"])
 def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> None:
-    result = train(replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True}))
+    config = replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True})
+    told = plan(config)
+    result = train(config)
     assert result.metrics["steps"] == 2
+    assert result.metrics["estimated_memory_mb"] == told.peak_memory_mb
+    assert told.peak_memory_mb is not None
 
 
 def test_bf16_trains_float32_weights(config: TrainConfig) -> None:

@@ -6,17 +6,21 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poison import poisoned_memory
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
 from fastpeft import FastpeftError, aten, backends, noise, reference
 from fastpeft.functional import window_attention
+from fastpeft.memory import MemoryTracker
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -147,6 +151,74 @@ def test_fused_calls_equal_the_reference(mask: str, causal: bool, slots: list[in
         arguments = (dout, q, c, p, fixed[0], *expected, *fixed[1:], *needs)
         found, correct = (module.window_attention_backward(*arguments) for module in (aten, reference))
         torch.testing.assert_close(found, correct, **EXACT)
+
+
+def forward_and_backward(module: ModuleType, q: Tensor, c: Tensor, p: Tensor, *fixed: Any) -> list[Tensor]:
+    """out, lse, dq, dc and dp."""
+    out, lse = module.window_attention(q, c, p, *fixed)
+    dout = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(3))
+    return [
+        out,
+        lse,
+        *module.window_attention_backward(dout, q, c, p, fixed[0], out, lse, *fixed[1:], True, True, True),
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("tokens", "slots"), [(100, [0, 1, 2, 3, 4, 5]), (530, [1])])
+def test_fused_calls_equal_the_reference_beyond_a_tile(tokens: int, slots: list[int], causal: bool) -> None:
+    """PyTorch's are of up to 512 keys, all of which padding may hide."""
+    operators = operands(2, 2, tokens, 4, 7, len(slots))
+    mask = torch.arange(tokens) >= torch.tensor([[tokens - 7], [0]])
+    fixed = mask, slots, causal, 0.2, 7, 2
+    found, expected = (forward_and_backward(module, *operators, *fixed) for module in (aten, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # backward reads an lse in float32
+
+
+@pytest.mark.parametrize("slots", [[1, 2, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
+    slots: list[int], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which as many sentences or more are done at a time. And no number is one that was in memory before."""
+    operators = [t.float() for t in operands(5, 2, 20, 6, 5, len(slots))]
+    mask = torch.arange(20) < torch.tensor([20, 3, 0, 20, 7])[:, None]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, at_once in ((1, aten._AT_ONCE), (1, 1), (2, 1), (3, 1), (1, 2 * 6 * 103)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(aten, "_AT_ONCE", at_once)
+            with poisoned_memory():
+                found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, 7, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0][2].isfinite().all()
+    assert all(one.equal(first) for others in found[1:] for one, first in zip(others, found[0], strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_calls_have_no_scores_in_memory(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the window, beside what they return, and backward for a sentence a thread its gradients."""
+    monkeypatch.setattr(aten, "_AT_ONCE", 1)
+    batch, heads, tokens, width, window = 8, 4, 32, 8, 9
+    q, c, p = (t.float() for t in operands(batch, heads, tokens, width, window, window))
+    mask = torch.arange(tokens) < torch.tensor([[tokens - 2]] * batch) if masked else None
+    fixed = mask, list(range(window)), False, 0.2, 7, 2
+    rows, keys = 4 * batch * heads * tokens, 4 * batch * window * tokens * width  # bytes of a number each, of all keys
+    at_once = min(torch.get_num_threads(), batch) * 2 * keys // batch  # gradients as keys and as values
+    few = keys // batch
+    forward, backward = (keys + rows * (width + 1) + more for more in (2 * few, 2 * (at_once + few)))
+    assert max(forward, backward) < rows * window * tokens / 2  # which scores would take
+    with MemoryTracker() as tracker:
+        tracker.add((q, c, p))
+        before = tracker.current
+        out, lse = aten.window_attention(q, c, p, *fixed)
+        assert keys < tracker.peak - before <= forward
+        before = tracker.current
+        tracker.reset_peak()
+        aten.window_attention_backward(torch.ones_like(q), q, c, p, mask, out, lse, *fixed[1:], True, True, True)
+        assert keys < tracker.peak - before <= backward + rows * width  # and what is given, ones
 
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])

@@ -18,7 +18,7 @@ from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_var
 from fastpeft.config import FOR_LABELS, TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS, get_method
-from fastpeft.task import method_options
+from fastpeft.settings import method_options
 
 _ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
 ROWS = (

@@ -24,9 +24,8 @@ from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.config import TrainConfig
 from fastpeft.data import TextData
 from fastpeft.errors import FastpeftError
-from fastpeft.estimates import Estimate, estimate, process_seconds
+from fastpeft.estimates import Estimate, estimate, process_seconds, rows_trained
 from fastpeft.interrupts import sigterm_interrupts
-from fastpeft.methods import get_method
 from fastpeft.models import check_model
 from fastpeft.named_prompts import AUTO
 from fastpeft.problems import CLASSIFICATION
@@ -123,7 +122,7 @@ class Comparison:
             return 0.0
         measured = (metrics.get("train_rows") for other in self.plan.results if (metrics := other.metrics()))
         train_rows = next(filter(None, measured), self._train_rows or 0)
-        return _rows(cell, slice_sizes(train_rows)[0] if cell.search else train_rows)
+        return rows_trained(cell.config, slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
         """What each cell of a variant that is not finished would take, by the variant; `fastpeft.estimates.estimate`.
@@ -302,15 +301,6 @@ def _mark_failed(log: Path, code: int) -> None:
         killed = " (perhaps for lack of memory)" if -code == getattr(signal, "SIGKILL", 9) else ""
         ended = f"by signal {-code}{killed}"
     files.write_text(log, f"{text}\nError: the process ended {ended}{f': {last}' if last else '.'}\n".lstrip())
-
-
-def _rows(cell: Cell, train_rows: int) -> float:
-    """Rows that a cell trains on, of a data set with `train_rows`."""
-    values, settings = cell.values, cell.values["settings"]
-    if values["max_steps"] is not None:
-        return float(values["max_steps"] * values["batch_size"] * settings.get("gradient_accumulation_steps", 1))
-    epochs = values["epochs"] or get_method(cell.method, settings).recipe_for(values["model"]).epochs
-    return float(epochs * train_rows)
 
 
 def _lock(folder: Path) -> BinaryIO:

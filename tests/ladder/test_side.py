@@ -15,7 +15,7 @@ from fastpeft import FastpeftError, LadderConfig
 from fastpeft.config import parse_value
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
 from fastpeft.methods import get_method
-from fastpeft.task import sort_settings
+from fastpeft.settings import sort_settings
 
 LAYERS, WIDTH, NARROW = 3, 16, 8
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
