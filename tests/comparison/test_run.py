@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib.util
-import io
-import json
 import os
 import random
 import signal
@@ -19,74 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from compared import STAND_IN, config, results, started
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner
 
 import fastpeft
-from fastpeft import CompareConfig, FastpeftError, compare, console
+from fastpeft import CompareConfig, FastpeftError, compare
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.data import Examples, TextData, load_data
-from fastpeft.estimates import Estimate
-from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
 
 ROOT = Path(fastpeft.__file__).parents[1]
-
-# In the place of a training process: what it leaves depends on its learning rate and its seed.
-STAND_IN = """
-import json, os, pathlib, sys, time
-values = json.loads(pathlib.Path(sys.argv[1]).read_text())
-folder = pathlib.Path(values["output"])
-with (folder.parent / "started").open("a") as file:
-    file.write(folder.name + "\\n")
-if values["learning_rate"] == 0.5:
-    sys.exit("Traceback ...\\nZeroDivisionError: division by zero")
-if values["learning_rate"] == 0.25:
-    sys.exit("a warning\\nError: the rate is not to its taste.")
-if values["learning_rate"] == 0.125:
-    (folder.parent / "pid").write_text(str(os.getpid()))
-    time.sleep(60)
-folder.mkdir()
-(folder / "run.json").write_text(json.dumps({"fastpeft_version": "0", **values}))
-(folder / "written").write_text(json.dumps({
-    "method": values["method"], "model": values["model"], "data": values["data"], "labels": ["a", "b"],
-    "accuracy": 0.5 + values["seed"] / 10, "f1": 0.25, "samples_per_second": 8.0, "peak_memory_mb": 1234.5,
-    "train_rows": 5000, "dev_rows": 50, "trainable_parameters": 1234, "learning_rate": 1e-5, "seed": values["seed"],
-    "device": "a chip", "versions": {"python": "3.11", "torch": "2.10"}, "command": "fastpeft train",
-}))
-(folder / "written").replace(folder / "metrics.json")
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells that take no time, in the folder `out` of the working folder."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cell.py").write_text(STAND_IN)
-    monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
-    rows = Examples(["good", "bad"], [1, 0])
-    data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
-    monkeypatch.setattr(run, "data_for", lambda config: data)
-    told = {"head": Estimate(100.0, 2.0, 0.5), "lora:learning_rate=0.25": Estimate(error="no such layers")}
-    monkeypatch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: told)
-
-
-def started() -> list[str]:
-    """The cells whose process was started, in order."""
-    return Path("out/cells/started").read_text().splitlines()
-
-
-def results(folder: Path = Path("out")) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def config(*methods: str, **changes: int) -> CompareConfig:
-    return CompareConfig(output="out", methods=methods, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -339,142 +282,6 @@ def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
     assert compare(config("head")).failed == {}
 
 
-@pytest.mark.usefixtures("stand_in")
-def test_on_the_command_line() -> None:
-    command = ["compare", "--methods", "head,siva:rank=2", "--methods", "lora:learning_rate=0.25", "--output", "out"]
-    dry = CliRunner().invoke(app, [*command, "--dry-run"])
-    assert dry.exit_code == 1, dry.output
-    for text in ("head-seed0", "siva-rank=2-seed0", "waiting", "fails", "0 of 3 finished, about 3 s for"):
-        assert text in dry.stdout
-    assert "lora:learning_rate=0.25 would fail: no such layers\n" in dry.stderr
-    assert "fits" not in dry.stdout
-    budget = CliRunner().invoke(app, [*command, "--dry-run", "--memory-budget", "50"])
-    assert budget.exit_code == 1, budget.output
-    head = next(line for line in budget.stdout.splitlines() if "head-seed0" in line)
-    assert [text.strip() for text in head.split("│")[2:6]] == ["waiting", "100", "no", "3 s"]
-    alone = CliRunner().invoke(app, [*command, "--memory-budget", "50"])
-    assert (alone.exit_code, "goes with --dry-run" in alone.stderr) == (2, True)
-    assert not Path("out").exists()
-
-    shown = CliRunner().invoke(app, command)
-    assert shown.exit_code == 1
-    assert "1 of 3: head-seed0" in shown.stderr
-    assert "head-seed0: accuracy 0.500" in shown.stderr
-    assert shown.stderr.splitlines()[-1] == "lora-learning_rate=0.25-seed0 failed: the rate is not to its taste."
-    for text in ("siva:rank=2", "peak memory, MB", "1,234", "report.md"):
-        assert text in shown.stdout
-    again = CliRunner().invoke(app, [*command, "--dry-run"])
-    assert "2 of 3 finished, about 625 s left" not in again.stdout, "a failed cell is not promised"
-    assert "2 of 3 finished" in again.stdout
-
-    quiet = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", "--quiet"])
-    assert (quiet.exit_code, quiet.output) == (0, "")
-    refused = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", "--epochs", "2"])
-    assert refused.exit_code == 2
-    assert refused.stderr.startswith("Error: the cell 'head-seed0' cannot be run in 'out'")
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_a_template_with_a_comma_on_the_command_line() -> None:
-    prompts = '"{text}, <mask>":label_words=No+Yes,none'
-    shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--prompts", prompts, "--output", "out"])
-    assert shown.exit_code == 0, shown.output
-    assert [row["variant"] for row in results()] == ['head:prompt="{text}, <mask>":label_words=No+Yes', "head"]
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(console, "errors", Console(file=terminal, force_terminal=True, width=120))
-    comparison = Comparison(config("head", "head:max_steps=4:batch_size=8"))
-    assert comparison.seconds_left() is None
-    assert "0 of 2 finished, time left not known yet" in view(comparison)
-    with console.live_comparison(comparison, quiet=True):
-        assert terminal.getvalue() == ""
-    with console.live_comparison(comparison, quiet=False):
-        comparison.run()
-    assert "head-max_steps=4-batch_size=8-seed0" in terminal.getvalue()
-    assert "2 of 2 finished" in terminal.getvalue()
-    steps = "head:max_steps=4:batch_size=8:gradient_accumulation_steps=3"
-    more = Comparison(config(steps, "lora", "mezo", "lora:epochs=0.5", "head"))
-    by_recipe = [get_method(method).recipe_for("demo").epochs for method in ("lora", "mezo")]
-    assert len(set(by_recipe)) == 2
-    epochs = sum(by_recipe) + 0.5
-    for cell, whole in zip(comparison.plan.wanted, ("7.0", "9.0")):
-        assert cell.seconds() is not None
-        cell.clock.write_text(whole)
-        metrics = {**json.loads(cell.folder.metrics_file.read_text()), "train_seconds": 6.0}
-        cell.folder.metrics_file.write_text(json.dumps(metrics))
-    beside = 4 * (1.0 + 3.0) / 2  # of four cells: to start, load, measure and end
-    expected = (4 * 8 * 3 + epochs * 5000) / 8.0 + beside
-    assert more.seconds_left() == pytest.approx(expected), "by the seconds of finished cells"
-
-
-def view(comparison: Comparison) -> str:
-    """What the live table shows."""
-    shown = console.errors.render_lines(console._cells_view(comparison), pad=False)
-    return "\n".join("".join(part.text for part in line) for line in shown)
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many cells the running one, the progress and what is next stay in sight."""
-    monkeypatch.setattr(console, "errors", Console(file=io.StringIO(), force_terminal=True, width=80, height=24))
-    rows = Examples(["good", "bad"] * 20, [1, 0] * 20)
-    data = TextData(rows, rows, ["negative", "positive"], "words", CLASSIFICATION)
-    monkeypatch.setattr(run, "data_for", lambda config: data)
-    comparison = Comparison(CompareConfig(output="out", suite="table2", protocol="full"))
-    cells = comparison.plan.wanted
-    assert len(cells) == 108
-    states = {cell.name: "waiting" for cell in cells}
-    states |= {cell.name: "finished" for cell in cells[:60]} | {cells[index].name: "failed" for index in (3, 70)}
-    monkeypatch.setattr(comparison, "state", lambda cell: states[cell.name])
-    states[cells[60].name] = "running"
-    comparison.running, comparison._started = cells[60], time.monotonic() - 300
-    lines = view(comparison).splitlines()
-    assert len(lines) <= 23
-    assert max(map(len, lines)) <= 80
-    assert lines[0].startswith("59 of 108 finished, 2 failed, ")
-    shown = [[part.strip() for part in line.split("│")[1:4]] for line in lines if line.startswith("│")]
-    assert shown[0][1:] == ["running", "5 min"]
-    assert [row[1] for row in shown[1:]] == ["failed"] * 2 + ["finished"] * 7 + ["waiting"] * 7
-    assert shown[-1][0][-5:] == cells[67].name[-5:], "the ends of names are kept"
-    assert lines[-1] == "not shown: 52 finished, 39 waiting"
-
-
-def test_a_dry_run_counts_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "process_seconds", lambda: 4.0)
-    monkeypatch.setattr(run, "estimate", lambda config, budget_mb: Estimate(100.0, 2.0, 0.5))
-    known = Comparison(CompareConfig(output=str(tmp_path / "out"), methods=["head", "lora"])).estimates()
-    assert [known[variant].seconds(10) for variant in ("head", "lora")] == [4.0 + 2.0 + 5.0] * 2
-
-
-def test_hours_are_told_as_hours() -> None:
-    assert [console._duration(seconds) for seconds in (99, 100, 5400, 12_240)] == ["99 s", "2 min", "90 min", "3.4 h"]
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_a_suite_on_other_classes_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Examples(["good", "bad"] * 20, [1, 0] * 20)
-    data = TextData(rows, rows, ["neg", "pos"], "two words", CLASSIFICATION)
-    monkeypatch.setattr(run, "data_for", lambda config: data)
-    with pytest.raises(FastpeftError, match=r"no word for neg, pos") as raised:
-        Comparison(CompareConfig(output="out", suite="table1"))
-    assert "--prompts sst2:label_words=terrible+great, or let them be found by --prompts auto." in str(raised.value)
-    for prompt in ("sst2:label_words=terrible+great", "auto", "none"):
-        Comparison(CompareConfig(output="out", suite="table1", prompts=[prompt]))
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_a_model_that_is_not_there_is_told_before_the_first_cell() -> None:
-    command = ["compare", "--methods", "head,lora", "--model", "nosuch/model", "--output", "out"]
-    for arguments in (command, [*command, "--dry-run"]):
-        shown = CliRunner().invoke(app, arguments)
-        assert (shown.exit_code, shown.stdout) == (2, "")
-        assert "cannot load the model 'nosuch/model'" in shown.stderr
-        assert not Path("out").exists()
-
-
 def test_the_public_name_is_the_function() -> None:
     """Whatever is imported before: a module of that name would take its place."""
     assert fastpeft.compare is run.compare
@@ -508,43 +315,6 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     again = CliRunner().invoke(app, command[3:])
     assert again.exit_code == 0, again.output
     assert {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")} == files
-
-
-def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: {})
-    command = ["compare", "--methods", "head,zero-shot:prompt=sst2", "--data", "reviews.csv", "--output", "out"]
-    for arguments in (command, [*command, "--dry-run"]):
-        shown = CliRunner().invoke(app, arguments)
-        assert (shown.exit_code, shown.stdout) == (2, "")
-        assert "reviews.csv" in shown.stderr
-        assert not Path("out").exists()
-    write_csv(Path("reviews.csv"), reviews(20))
-    assert CliRunner().invoke(app, [*command, "--dry-run"]).exit_code == 0
-    shown = CliRunner().invoke(app, [*command, "--dry-run", "--set", "label_column=stars"])
-    assert (shown.exit_code, "no column 'stars'" in shown.stderr) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("variant", "fault"),
-    [
-        ("head:prompt={a} or {b}? <mask>:label_words=No+Yes", "takes a pair of texts a row, but the data has one text"),
-        ("zero-shot:prompt=mnli", "has no word for negative, positive"),
-        ("head:prompt=trec", "has no word for negative, positive"),
-        ("head:prompt=trec", "write them in this order, as prompt=trec:label_words=word1+word2, or"),
-        ("prompt-tuning:prompt=sst2", "prompt tuning is for a classification head"),
-        ("head:model=nosuch/model", "cannot load the model 'nosuch/model': "),
-        ("head:metric=pearson:save_steps=2", "the metric 'pearson' is not measured"),
-    ],
-)
-def test_what_does_not_fit_the_data_is_told_before_the_first_cell(stand_in: None, variant: str, fault: str) -> None:
-    with pytest.raises(FastpeftError) as raised:
-        compare(config("head", variant))
-    assert str(raised.value).startswith(f"the variant '{variant}' cannot be used: ")
-    assert fault in str(raised.value)
-    assert not Path("out").exists()
 
 
 @pytest.mark.usefixtures("stand_in")
