@@ -52,7 +52,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import aten
+from fastpeft import reference
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
@@ -193,13 +193,13 @@ def window_attention(
         there; contiguous.
 
     Notes:
-        Tiles of C are multiplied in the dtype of q. ATen calls serve widths without a tile, above 256 and above 128 for
-        float32 outside matrix units; float64, because the kernels accumulate in float32; and 16-bit operands on cards
-        before compute capability 8.0.
+        Tiles of C are multiplied in the dtype of q. The reference serves widths without a tile, above 256 and above 128
+        for float32 outside matrix units; float64, because the kernels accumulate in float32; and 16-bit operands on
+        cards before compute capability 8.0.
     """
     kind = kind_of(q)
     if kind is None:
-        return aten.window_attention(q, c, p, mask, slots, causal, dropout, seed, block)
+        return reference.window_attention(q, c, p, mask, slots, causal, dropout, seed, block)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:

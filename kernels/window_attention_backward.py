@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import aten
+from fastpeft import reference
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
@@ -261,11 +261,11 @@ def window_attention_backward(
 
     Notes:
         No atomics: repeats are bit-equal. dp takes k D floats for each sentence and block of queries or keys, whichever
-        are more, until they are added up. ATen calls serve what they serve in the forward.
+        are more, until they are added up. The reference serves what it serves in the forward.
     """
     kind = kind_of(q)
     if kind is None:
-        return aten.window_attention_backward(
+        return reference.window_attention_backward(
             dout, q, c, p, mask, out, lse, slots, causal, dropout, seed, block, need_dq, need_dc, need_dp
         )
     batch, heads, tokens, width = q.shape
