@@ -57,17 +57,6 @@ def demo() -> str:
     return table(["method", "layers", "peak memory, MB", "accuracy", "samples/s", "trained parameters"], body)
 
 
-def sst2() -> str:
-    found = results("compare_sst2.csv", lambda row: row["method"] != "zero-shot")
-    return table(
-        ["method", "peak memory, MB", "accuracy", "F1", "learning rate"],
-        (
-            [NAMES[row["method"]], whole(row["peak_memory_mb"]), *_scores(row), f"{float(row['learning_rate']):g}"]
-            for row in found
-        ),
-    )
-
-
 def comparison(folder: str) -> dict[str, list[Row]]:
     """The runs of each variant, one a seed, of a comparison in docs/results; those of its searches are left out."""
     runs: dict[str, list[Row]] = {}
@@ -77,18 +66,32 @@ def comparison(folder: str) -> dict[str, list[Row]]:
     return runs
 
 
-def _percent(runs: Sequence[Row]) -> str:
-    """The mean accuracy of runs, and its standard deviation over seeds."""
-    values = [100 * float(run["accuracy"]) for run in runs]
+def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
+    """The mean of runs, and its standard deviation over seeds."""
+    values = [100 * float(run[metric]) for run in runs]
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def sst2() -> str:
+    """Every method on SST-2, without a prompt and from the pretrained model, least memory first."""
+    body = []
+    for runs in comparison("table2-full").values():
+        first = runs[0]
+        if settings(first["variant"]).keys() <= {"targets", "rank", "window"}:
+            name = NAMES[first["method"]].replace("9", settings(first["variant"]).get("window", "9"))
+            scores = [_percent(runs, metric) for metric in ("accuracy", "f1")]
+            rate = f"{float(first['learning_rate']):g}"
+            body.append((float(first["peak_memory_mb"]), [name, _layers(first), *scores, rate]))
+    heads = ["method", "layers", "accuracy, %", "F1, %", "learning rate", "peak memory, MB"]
+    return table(heads, ([*cells, f"{memory:,.0f}"] for memory, cells in sorted(body)))
 
 
 def targets() -> str:
     """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
     found: dict[tuple[str, str], list[str]] = {}
-    for folder in ("targets-demo", "targets-sst2"):
+    for folder in ("targets-demo", "table2-full"):
         for runs in comparison(folder).values():
-            if runs[0]["method"] in ("full", "lora", "siva"):
+            if runs[0]["method"] in ("full", "lora", "siva"):  # which the suites have without prompts
                 rate = f"{float(runs[0]['learning_rate']):g}"
                 cells = found.setdefault((_layers(runs[0]), NAMES[runs[0]["method"]]), [])
                 cells += [_percent(runs), rate]
@@ -96,23 +99,23 @@ def targets() -> str:
     return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
 
 
-def suite(folder: str) -> str:
-    """The report's rows beside what a comparison in docs/results measured."""
+def suite(folder: str, *, speeds: bool = True) -> str:
+    """The report's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
     wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
     runs = comparison(folder)
     body = []
     for row in wanted["rows"].values():
         found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
         if found:
-            memory, speed = (
-                [float(run[column]) for run in found] for column in ("peak_memory_mb", "samples_per_second")
-            )
-            here = _percent(found)
-            told = ["-" if row.get(key) is None else f"{row[key]:,}" for key in ("memory_mb", "samples_per_second")]
-            accuracy = " / ".join(f"{value:.2f}" for value in row["accuracy"])
-            body.append([row["title"], accuracy, here, told[0], f"{mean(memory):,.0f}", told[1], f"{mean(speed):,.0f}"])
-    heads = ("accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here")
-    return table(["", *heads], body)
+            cells = [" / ".join(f"{value:.2f}" for value in row["accuracy"]), _percent(found)]
+            for key, column in (("memory_mb", "peak_memory_mb"), ("samples_per_second", "samples_per_second")):
+                measured = mean(float(run[column]) for run in found)
+                cells += ["-" if row.get(key) is None else f"{row[key]:,}", f"{measured:,.0f}"]
+            body.append([row["title"], *cells])
+    heads = ["", "accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here"]
+    if not speeds:
+        heads, body = heads[:-2], [cells[:-2] for cells in body]
+    return table(heads, body)
 
 
 def _scores(row: Row) -> list[str]:

@@ -20,6 +20,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": accuracy_tables.demo,
     "sst2": accuracy_tables.sst2,
     "table2-quick": partial(accuracy_tables.suite, "table2-quick"),
+    "table2-full": partial(accuracy_tables.suite, "table2-full", speeds=False),
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
     "after-mezo": accuracy_tables.after_mezo,

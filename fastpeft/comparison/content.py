@@ -136,7 +136,8 @@ def _rates(plan: Plan) -> Iterator[Block]:
     """What was tried to find learning rates, and which of the best has none beyond it that was tried."""
     rows, at_the_edge = [], []
     for variant in variants(plan.searches):
-        taken = {cell.values["learning_rate"] for cell in plan.results if cell.variant == variant.cells[0].variant}
+        runs = [cell.metrics() for cell in plan.results if cell.variant == variant.cells[0].variant]
+        taken = {metrics["learning_rate"] for metrics in runs if metrics is not None}
         tried = [cell.values["learning_rate"] for cell in variant.cells]
         edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
         for cell in variant.cells:

@@ -121,15 +121,19 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
     for cell in plan.searches:  # siva's highest rate is best, and lora's middle one
         tried = sorted(other.values["learning_rate"] for other in plan.searches if other.variant == cell.variant)
         best = tried[2 if cell.variant == "siva" else 1]
-        finish(cell, 180 if cell.values["learning_rate"] == best else 100, 1.0, 1.0)
+        rate = cell.values["learning_rate"]
+        finish(cell, 180 if rate == best else 100, 1.0, 1.0, learning_rate=rate)
     for cell in plan.results:
-        finish(plan.settle(cell), 190, 1.0, 1.0)
-    report.write(plan, whole=False)
-    text = (plan.folder / "report.md").read_text()
-    assert "| siva | 0.003 | 0.900 | taken, the highest tried |" in text
-    assert "**1 of 2 took the lowest or the highest rate that was tried" in text
-    assert ": siva.**" in text
-    assert text.count("| taken |") == 1
+        settled = plan.settle(cell)
+        finish(settled, 190, 1.0, 1.0, learning_rate=settled.values["learning_rate"])
+    later = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["head"]), "another command")
+    for known in (plan, later):  # which reads of the first what was known before rates were chosen
+        report.write(known, whole=False)
+        text = (plan.folder / "report.md").read_text()
+        assert "| siva | 0.003 | 0.900 | taken, the highest tried |" in text
+        assert "**1 of 2 took the lowest or the highest rate that was tried" in text
+        assert ": siva.**" in text
+        assert text.count("| taken |") == 1
 
 
 def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
