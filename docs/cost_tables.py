@@ -247,9 +247,12 @@ def _megabytes(value: float) -> str:
 
 def growth() -> str:
     """How the time of a step grows with a size, in one process: exponents, measured and of the operations."""
-    names = {**NAMES, "pool": "**9-LST**, a pool"}
+    names = {"siva": NAMES["siva"], "k-lst": NAMES["k-lst"], "pool": "**9-LST**, a pool"}
     found = {
-        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"]) for row in rows("scaling.csv")
+        (names[row["method"]], row["axis"]): (row["exponent"], row["exponent_predicted"])
+        for method in names
+        for row in rows("scaling.csv")
+        if row["method"] == method
     }
     body = ([*axis, *exponents] for axis, exponents in found.items())
     return table(["method", "size", "exponent of the time", "of the operations"], body)
