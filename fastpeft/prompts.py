@@ -104,12 +104,12 @@ class Prompt:
         """This prompt with its words in the order of a data set's classes.
 
         Classes are matched by name, whatever their case, spaces and underscores. Where one side only numbers them from
-        0, they are matched by position.
+        0, they are matched by position. With head="classifier" no word is read, so any will do.
 
         Raises:
             FastpeftError: a class has no word, or a word no class.
         """
-        if self.label_words is None:
+        if self.label_words is None or self.head == "classifier":
             return self
         own = {plain(label): word for label, word in self.label_words.items()}
         numbered = [str(index) for index in range(len(own))]
