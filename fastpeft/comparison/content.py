@@ -134,10 +134,10 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def _rates(plan: Plan) -> Iterator[Block]:
     """What was tried to find learning rates, and which of the best has none beyond it that was tried."""
-    rows, at_the_edge = [], []
-    for variant in variants(plan.searches):
-        runs = [cell.metrics() for cell in plan.results if cell.variant == variant.cells[0].variant]
-        taken = {metrics["learning_rate"] for metrics in runs if metrics is not None}
+    results = {variant.cells[0].variant: variant for variant in variants(plan.results)}
+    searched, rows, at_the_edge = variants(plan.searches), [], []
+    for variant in searched:
+        taken = set(results[variant.cells[0].variant].values("learning_rate"))
         tried = [cell.values["learning_rate"] for cell in variant.cells]
         edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
         for cell in variant.cells:
@@ -155,7 +155,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
         )
         if at_the_edge:
             yield Strong(
-                f"{len(at_the_edge)} of {len(variants(plan.searches))} took the lowest or the highest rate that was "
+                f"{len(at_the_edge)} of {len(searched)} took the lowest or the highest rate that was "
                 "tried, so a better one may lie beyond, and these figures may be below what the method reaches: "
                 f"{', '.join(at_the_edge)}."
             )
