@@ -104,12 +104,13 @@ class Prompt:
         """This prompt with its words in the order of a data set's classes.
 
         Classes are matched by name, whatever their case, spaces and underscores. Where one side only numbers them from
-        0, they are matched by position. With head="classifier" no word is read, so any will do.
+        0, they are matched by position. With head="classifier" no word is read, and words of other classes stay as they
+        are.
 
         Raises:
-            FastpeftError: a class has no word, or a word no class.
+            FastpeftError: a class has no word, or a word no class, and the head reads them.
         """
-        if self.label_words is None or self.head == "classifier":
+        if self.label_words is None:
             return self
         own = {plain(label): word for label, word in self.label_words.items()}
         numbered = [str(index) for index in range(len(own))]
@@ -117,6 +118,8 @@ class Prompt:
             return replace(self, label_words=dict(zip(labels, own.values())))
         missing = [label for label in labels if plain(label) not in own]
         strange = [label for label in self.labels if plain(label) not in map(plain, labels)]
+        if (missing or strange) and self.head == "classifier":
+            return self
         if missing or strange:
             problem = f"no word for {', '.join(missing)}" if missing else f"words for unknown {', '.join(strange)}"
             raise FastpeftError(

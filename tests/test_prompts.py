@@ -227,6 +227,8 @@ def test_words_follow_the_classes_of_the_data() -> None:
     assert Prompt(SINGLE.template, {1: "good", 0: "bad"}) == Prompt(SINGLE.template, ["bad", "good"])
     template = Prompt(SINGLE.template, {"negative": "bad", "positive": "good"}, head="classifier")
     assert template.for_labels(["mixed", "0", "1"]) == template
+    assert template.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
+    assert template.for_labels(["Negative", "Positive"]).label_words == {"Negative": "bad", "Positive": "good"}
     with pytest.raises(FastpeftError, match="no word for mixed"):
         prompt.for_labels(["negative", "positive", "mixed"])
     with pytest.raises(FastpeftError, match="words for unknown negative"):
