@@ -25,9 +25,7 @@ from torch import nn
 
 from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, step_of
-from bench.direct_ladder import DirectLadder
 from bench.harness import DATA, ROUNDS, Candidates, measure
-from fastpeft import LadderConfig, LadderModel
 from fastpeft.methods import Preparation, get_method
 
 FILE = DATA / "ladder.csv"
@@ -36,22 +34,28 @@ FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
 
 
+ENTRIES = {
+    "9-lst": "k-lst",
+    "9-lst direct": "k-lst-direct",
+    DIRECT_AS_TRAINED: "k-lst-direct",
+    "lst direct": "lst-direct",
+}
+
+
 def prepared(model: str, method: str) -> nn.Module:
-    """`model` with what `method` trains."""
+    """`model` with what `method` trains, in training mode."""
     torch.manual_seed(0)
-    base = MODELS[model]()
-    if method.startswith("9-lst"):
-        ladder = LadderModel(base, LadderConfig(window_size=9))
-        return ladder if method == "9-lst" else DirectLadder(ladder, backbone_in_training=method == DIRECT_AS_TRAINED)
-    if method == "lst direct":
-        return DirectLadder(LadderModel(base, LadderConfig(window_size=1, fusion="gated")))
     targets = ["query", "key"] if method == "lora" else None
-    return get_method(method).prepare(base, Preparation(["classifier"], RANK, targets))
+    preparation = Preparation(["classifier"], RANK, targets)
+    ready = get_method(ENTRIES.get(method, method)).prepare(MODELS[model](), preparation).train()
+    if method == DIRECT_AS_TRAINED:
+        nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode
+    return ready
 
 
 def training_step(model: str, method: str, device: torch.device) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run."""
-    return step_of(prepared(model, method).to(device).train(), weight_decay=0.0, device=device)
+    return step_of(prepared(model, method).to(device), weight_decay=0.0, device=device)
 
 
 def backbone_forward(model: str, device: torch.device) -> Callable[[], object]:

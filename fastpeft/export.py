@@ -178,10 +178,11 @@ def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to:
 def _replay(folder: RunFolder, step: int) -> FinishedRun:
     """The run as it was after `step` of its steps."""
     config, head = outline(folder)
-    if not get_method(config.method, config.settings).zeroth_order:
+    method = get_method(config.method, config.settings)
+    if not method.zeroth_order or method.usual_loop:
         raise FastpeftError(
-            f"step is {step}, but the run in {str(folder.path)!r} was not by MeZO, whose journal alone tells of single "
-            "steps. Leave it out."
+            f"step is {step}, but the run in {str(folder.path)!r} was by {method.title}: only the journal of the "
+            "method 'mezo' tells of single steps. Leave it out."
         )
     journal = Journal.open(folder.journal)
     first = journal.header["first_step"]

@@ -70,6 +70,7 @@ class Method:
         own_tokens: how many tokens of what the model reads it takes for itself.
         ladder: whether what it saves is a side network.
         zeroth_order: whether it trains by MeZO, without gradients; it then takes the fields of `MeZOConfig`.
+        usual_loop: whether that goes by MeZO's usual loop, which keeps no journal, in the place of the library's.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Method:
     own_tokens: Callable[[Preparation], int] = lambda preparation: 0
     ladder: bool = False
     zeroth_order: bool = False
+    usual_loop: bool = False
 
     def recipe_for(self, model: str) -> Recipe:
         """How it trains `model` by default."""
@@ -147,6 +149,7 @@ def _over(method: Method, inner: Method) -> Method:
         description=method.description,
         recipe=method.recipe,
         zeroth_order=True,
+        usual_loop=method.usual_loop,
         prepare=lambda model, preparation: inner.prepare(model, of_inner(preparation)),
         settings=lambda: {**method.settings(), **inner.settings()},
         check=lambda preparation: inner.check(of_inner(preparation)),
@@ -219,12 +222,14 @@ def _ladder_config(preparation: Preparation, **defaults: Any) -> Any:
     return LadderConfig(**{**defaults, **given, **own}, train_adapters=SIVA_LAYERS in preparation.settings)
 
 
-def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any) -> nn.Module:
+def _prepare_ladder(model: nn.Module, preparation: Preparation, direct: bool = False, **defaults: Any) -> nn.Module:
     """A side network beside the model; of a prompted one, beside the masked language model in it.
 
-    With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it.
+    With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it. `direct` computes
+    it as its equations are written.
     """
     from fastpeft.ladder import LadderModel
+    from fastpeft.ladder.direct import DirectRun
     from fastpeft.prompt_model import PromptModel
 
     config = _ladder_config(preparation, **defaults)
@@ -232,7 +237,10 @@ def _prepare_ladder(model: nn.Module, preparation: Preparation, **defaults: Any)
     def beside(base: Any) -> LadderModel:
         if config.train_adapters:
             base = _with_siva(base, preparation.settings[SIVA_LAYERS], config.feature_modules)
-        return LadderModel(base, config)
+        ladder = LadderModel(base, config)
+        if direct:
+            ladder.side_run = DirectRun
+        return ladder
 
     return model.around(beside) if isinstance(model, PromptModel) else beside(model)
 
@@ -479,6 +487,38 @@ METHODS = {
             description="the classification head trains on frozen features",
             recipe=_HEAD,
             prepare=_prepare_head,
+        ),
+        Method(
+            name="mezo-loop",
+            title="MeZO, usual loop",
+            description="MeZO with noise drawn anew for each of four passes over the weights, to compare with",
+            recipe=_MEZO,
+            prepare=_prepare_full,
+            settings=lambda: {"over": str},
+            zeroth_order=True,
+            usual_loop=True,
+        ),
+        Method(
+            name="lst-direct",
+            title="LST, direct",
+            description="LST written directly from its equations, to compare with",
+            recipe=_LADDER,
+            prepare=partial(_prepare_ladder, direct=True, **_GATED),
+            settings=_ladder_settings,
+            check=partial(_ladder_config, **_GATED),
+            options=("reduction",),
+            ladder=True,
+        ),
+        Method(
+            name="k-lst-direct",
+            title="k-LST, direct",
+            description="k-LST written directly from its equations, to compare with",
+            recipe=_LADDER,
+            prepare=partial(_prepare_ladder, direct=True),
+            settings=_ladder_settings,
+            check=_ladder_config,
+            options=("window", "reduction"),
+            ladder=True,
         ),
     )
 }

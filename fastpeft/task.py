@@ -131,7 +131,7 @@ class Task:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
             "report_to": "none",
-            **({"journal": True} if self.method.zeroth_order else {}),
+            **({"journal": not self.method.usual_loop} if self.method.zeroth_order else {}),
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **self.arguments,
         }

@@ -24,6 +24,7 @@ from transformers import (
 from fastpeft.errors import NotFiniteError
 from fastpeft.interrupts import StopRequest
 from fastpeft.masking import MaskedRows
+from fastpeft.mezo.loop import MeZOLoop
 from fastpeft.mezo.parallel import Ranks, digest
 from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.nonfinite import where_it_began
@@ -274,8 +275,16 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
         return self.folder.all_checkpoints()
 
 
+class MeZOLoopRunTrainer(MeZORunTrainer):
+    """The Trainer of one run by MeZO's usual loop."""
+
+    optimizer_type = MeZOLoop
+
+
 def trainer_class(task: Task) -> type[RunTrainer]:
     """The Trainer of a run on `task`."""
+    if task.method.usual_loop:
+        return MeZOLoopRunTrainer
     return MeZORunTrainer if task.method.zeroth_order else RunTrainer
 
 

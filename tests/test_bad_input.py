@@ -424,7 +424,7 @@ CASES = [
     (["export", "--to", "lora", "run", "deep/new"], ["only SiVA's is exported as a LoRA"]),
     (["export", "--to", "lora", "lossy", "deep/new"], ["d=9", "Merge it"]),
     (["export", "siva-of-another", "new"], ["another"]),
-    (["export", "--step", "1", "run", "new"], ["step is 1", "was not by MeZO"]),
+    (["export", "--step", "1", "run", "new"], ["step is 1", "only the journal of the method 'mezo'"]),
     (["export", "--step", "2", "mezo", "new"], ["step is 2", "made 1"]),
     (["export", "--step", "-1", "mezo", "new"], ["step is -1", "made 1"]),
     (["export", "--step", "1", "no-journal", "new"], ["cannot read the journal"]),

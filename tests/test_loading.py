@@ -25,7 +25,7 @@ from fastpeft.wrapping import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUBSETS = [name for name in SMALL if name != "mezo"]
+SUBSETS = [name for name in SMALL if not METHODS[name].zeroth_order]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:

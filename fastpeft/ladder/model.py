@@ -112,6 +112,7 @@ class LadderModel(PreTrainedModel):
         self.main_input_name = backbone.input_name
         self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
+        self.side_run: type[SideRun] = SideRun  # what makes a pass of the side network
         # what takes the place of a pass through the backbone, and of one through the side network
         self._given_features: Sequence[Tensor] | None = None
         self._given_output: Tensor | None = None
@@ -211,7 +212,7 @@ class LadderModel(PreTrainedModel):
         seed = blocks_seed = self.draw_seed()
         if seed and self.config.layer_drop and torch.is_grad_enabled():
             blocks_seed = agreed(seed, device)  # or each process would wait for gradients that others do not have
-        run = SideRun(self.side, mask, seed, bool(output_hidden_states), blocks_seed)
+        run = self.side_run(self.side, mask, seed, bool(output_hidden_states), blocks_seed)
         if self.backbone.plain:
             with self._around_base(run, {}):
                 outputs = _with_loss(self.base(inputs), labels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +72,13 @@ class WindowFusion(nn.Module):
             block=self.block,
         )
         if self.output is None:
-            x = self.value(attended[:, 0])
-        else:
-            x = self.output((attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+            return self.finish(theta, self.value(attended[:, 0]))
+        return self.finish(theta, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+
+    def finish(self, theta: Tensor, x: Tensor) -> Tensor:
+        """What follows the attended values of all heads, `(B, T, D)`."""
+        if self.output is not None:
+            x = self.output(x)
         return x if self.norm is None else self.norm(theta + x)
 
 
@@ -108,7 +113,10 @@ class SideBlock(nn.Module):
 
     def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int) -> Tensor:
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`."""
-        x = self.fusion(theta, window, mask, seed)
+        return self.encode(self.fusion(theta, window, mask, seed), visible)
+
+    def encode(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        """What comes after the fusion, `(B, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
@@ -208,16 +216,23 @@ class SideNetwork(nn.Module):
         self.up = nn.Linear(self.width, self.feature_sizes[-1])
         self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix else None
 
+    def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias by which `B_layer` is projected for each of `readers[layer]`, D rows for each of them."""
+        shared = self.shared_projection
+        if shared is None:
+            own: Any = self.projections[str(layer)]  # an nn.Linear
+            return own.weight, own.bias
+        first = self._shared_rows[self.readers[layer][0][1]]  # slots go down as blocks go up
+        rows = slice(first, first + len(self.readers[layer]) * self.width)
+        return shared.weight[rows], None if shared.bias is None else shared.bias[rows]
+
     def project(self, layer: int, feature: Tensor) -> Sequence[Tensor]:
         """The projections of `B_layer`, `(B, T, d)`, by one product: a `(B, T, D)` for each of `readers[layer]`."""
         readers = self.readers.get(layer, [])
         if not readers:
             return ()
-        shared = self.shared_projection
-        if shared is not None:
-            first = self._shared_rows[readers[0][1]]  # slots go down as blocks go up
-            rows = slice(first, first + len(readers) * self.width)
-            projected = F.linear(feature, shared.weight[rows], None if shared.bias is None else shared.bias[rows])
+        if self.shared_projection is not None:
+            projected = F.linear(feature, *self.projection(layer))
         else:
             projected = self.projections[str(layer)](feature)
         return projected.chunk(len(readers), dim=-1)
@@ -277,6 +292,21 @@ class SideRun:
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""
+        side, feature = self.side, self._accept(layer, feature)
+        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
+            self._windows.setdefault(block, []).append(part)
+        reach = side.config.window_size // 2
+        last = layer - reach if layer < side.num_layers else side.num_layers
+        for block in range(max(1, layer - reach), last + 1):
+            parts = self._windows.pop(block)
+            if block in self._dropped:
+                self._advance(self._theta)
+            else:
+                window = torch.stack(parts, dim=-3)
+                self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
+
+    def _accept(self, layer: int, feature: Tensor) -> Tensor:
+        """The feature as the side network reads it; of `B_0` the side state is made."""
         if layer != self._next:
             raise FastpeftError(
                 f"the feature of layer {layer} came where that of layer {self._next} was expected: the backbone's "
@@ -291,17 +321,7 @@ class SideRun:
             self._advance(side.down(feature))
         if layer == side.num_layers and side.side_share is not None:
             self._last_feature = feature
-        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
-            self._windows.setdefault(block, []).append(part)
-        reach = side.config.window_size // 2
-        last = layer - reach if layer < side.num_layers else side.num_layers
-        for block in range(max(1, layer - reach), last + 1):
-            parts = self._windows.pop(block)
-            if block in self._dropped:
-                self._advance(self._theta)
-            else:
-                window = torch.stack(parts, dim=-3)
-                self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
+        return feature
 
     def _advance(self, theta: Tensor) -> None:
         self._theta = theta
@@ -310,14 +330,17 @@ class SideRun:
 
     def output(self) -> Tensor:
         """The up-projection of the last state, `(B, T, d)`, mixed with `B_L` where the side network does so."""
+        self._check_complete()
+        output: Tensor = self.side.up(self._theta)
+        last, share = self._last_feature, self.side.side_share
+        return output if last is None or share is None else last + share * (output - last)
+
+    def _check_complete(self) -> None:
         if self._next != self.side.num_layers + 1:
             raise FastpeftError(
                 f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
                 "layers in feature_modules."
             )
-        output: Tensor = self.side.up(self._theta)
-        last, share = self._last_feature, self.side.side_share
-        return output if last is None or share is None else last + share * (output - last)
 
 
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:

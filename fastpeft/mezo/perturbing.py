@@ -33,9 +33,12 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         FastpeftError: nothing requires a gradient, or a parameter or a setting of its group cannot be trained with.
 
     Notes:
+        A subclass may add noise by another function than `mezo_perturb_`, as `_perturb`.
         Where the weights are is one state of three parts: the point of the present step, what the step before still
         owes, and with `restore="exact"` what the model's forward is shown in their place.
     """
+
+    _perturb = staticmethod(mezo_perturb_)
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             seeds, scales, decay = self._deferred[index] if self._deferred else ([], [], 0.0)
             seeds = [*seeds, *(drawn[draw] for draw, _ in terms)]
             scales = [*scales, *(scale * group["eps"] for _, scale in terms)]
-            mezo_perturb_(*local_parts(group, offsets), seeds, scales, decay, self.noise, self.rounding)
+            self._perturb(*local_parts(group, offsets), seeds, scales, decay, self.noise, self.rounding)
         self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
 

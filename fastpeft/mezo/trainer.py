@@ -129,6 +129,7 @@ class MeZOTrainer(Trainer):
     """
 
     optimizer: Any  # a MeZO, while training in accelerate's wrapper; None before
+    optimizer_type: type[MeZO] = MeZO  # of the one that it makes itself
 
     def __init__(self, model: nn.Module | None = None, args: MeZOConfig | None = None, **kwargs: Any) -> None:
         args = MeZOConfig() if args is None else args
@@ -331,7 +332,7 @@ class MeZOTrainer(Trainer):
                 ]
                 groups = [group for group in groups if group["params"]]  # factors all decay, biases none
             args = self.args
-            self.optimizer = MeZO(
+            self.optimizer = self.optimizer_type(
                 groups,
                 args.learning_rate,
                 args.eps,

@@ -1,8 +1,6 @@
-"""The peer of k-LST's bench computes what the library does, and every candidate runs."""
+"""Every candidate of k-LST's bench is what its name says, and runs."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -11,8 +9,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from bench import bench_ladder as bench
 from bench import harness
-from bench.direct_ladder import DirectLadder
-from fastpeft import LadderConfig, LadderModel
+from fastpeft.ladder.direct import DirectRun
 
 CPU = torch.device("cpu")
 
@@ -26,43 +23,16 @@ def tiny() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("window", [1, 3, 9])
-def test_the_direct_formulation_is_the_same_function(window: int) -> None:
-    config = LadderConfig(window_size=window, reduction_factor=2, feature_dropout=0.0)
-    ladder = LadderModel(tiny(), config).eval()
-    direct = DirectLadder(copy.deepcopy(ladder)).eval()
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    batch = {"input_ids": torch.randint(5, 60, (2, 5)), "attention_mask": mask, "labels": torch.tensor([0, 1])}
-    losses = [model(**batch).loss for model in (ladder, direct)]
-    torch.testing.assert_close(*losses)
-    for loss in losses:
-        loss.backward()
-    for name in ("base.classifier.dense.weight", "side.down.weight", "side.blocks.1.fusion.positions"):
-        torch.testing.assert_close(
-            *(model.get_parameter(name).grad for model in (ladder, direct)), rtol=1e-4, atol=1e-6
-        )
-    number = window // 2  # the slot of block 1 that reads B_1
-    rows = ladder.side.readers[1].index((1, number)) * ladder.side.width
-    ours = ladder.side.projections["1"].weight.grad[rows : rows + ladder.side.width]
-    theirs = direct.side.blocks[0].fusion.projections[number].grad
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
-def test_the_direct_lst_is_the_same_function() -> None:
-    ladder = LadderModel(tiny(), LadderConfig(window_size=1, fusion="gated", reduction_factor=2)).eval()
-    for block in ladder.side.blocks:
-        nn.init.constant_(block.fusion.alpha, 0.1)
-    direct = DirectLadder(copy.deepcopy(ladder)).eval()
-    batch = {"input_ids": torch.randint(5, 60, (2, 5)), "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])}
-    losses = [model(**batch, labels=torch.tensor([0, 1])).loss for model in (ladder, direct)]
-    torch.testing.assert_close(*losses)
-    for loss in losses:
-        loss.backward()
-    ours = ladder.side.projections["1"], ladder.side.blocks[0].fusion
-    theirs = direct.side.blocks[0].fusion.projection, direct.side.blocks[0].fusion.gate
-    for mine, other in zip(ours, theirs):
-        for parameter, same in zip(mine.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(parameter.grad, same.grad, rtol=1e-4, atol=1e-6)
+def test_the_direct_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.MODELS, "demo", tiny)
+    for name in ("9-lst direct", "lst direct", bench.DIRECT_AS_TRAINED):
+        model = bench.prepared("demo", name)
+        assert (model.side_run, model.side.config.window_size) == (DirectRun, 1 if name == "lst direct" else 9)
+        as_trained = name == bench.DIRECT_AS_TRAINED
+        assert {module.training for module in model.backbone.frozen} == {as_trained}
+        features = [model.base.base_model.encoder.layer[0](torch.ones(1, 2, 16)) for _ in range(2)]
+        assert torch.equal(*features) != as_trained
+    assert bench.prepared("demo", "9-lst").side_run is not DirectRun
 
 
 def test_every_candidate_is_recorded(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

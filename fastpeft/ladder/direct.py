@@ -1,0 +1,100 @@
+"""k-LST and LST written directly from their equations: what the library's form of a side network is compared with.
+
+The backbone keeps all its features until the side network runs. Each side block projects the k features of its window
+one by one, drops out, adds positions, concatenates them along the tokens, makes keys and values of them and attends to
+all k * T, by PyTorch's fused attention; a feature outside the backbone is zeros, projected like the others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpeft.ladder.side import GatedFusion, SideRun, WindowFusion
+
+
+class DirectRun(SideRun):
+    """One pass of a side network in the direct form, with the weights that it has for its own form.
+
+    `model.side_run = DirectRun` makes a `LadderModel` compute so. It trains, saves and loads as before, and PyTorch
+    draws its dropout. What comes after the fusion of a block is the library's.
+
+    Args:
+        args, kwargs: as for `SideRun`.
+
+    Example:
+        >>> from fastpeft import LadderConfig, SideNetwork
+        >>> side, features = SideNetwork(LadderConfig(window_size=3), 64, 2).eval(), torch.randn(3, 1, 5, 64)
+        >>> run = DirectRun(side, mask=None, seed=0)
+        >>> for layer, feature in enumerate(features):
+        ...     run.feed(layer, feature)
+        >>> torch.testing.assert_close(run.output(), side(features))
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._features: list[Tensor] = []
+        self._projections = {layer: self._split(layer) for layer in self.side.readers}
+
+    def _split(self, layer: int) -> dict[tuple[int, int], tuple[Tensor, Tensor | None]]:
+        """Weight `(D, d)` and bias of the projection of `B_layer` for each block and slot."""
+        weight, bias = self.side.projection(layer)
+        width, readers = self.side.width, self.side.readers[layer]
+        biases = len(readers) * [None] if bias is None else bias.split(width)
+        return dict(zip(readers, zip(weight.split(width), biases)))
+
+    def feed(self, layer: int, feature: Tensor) -> None:
+        self._features.append(self._accept(layer, feature))
+
+    def output(self) -> Tensor:
+        self._check_complete()
+        for number, block in enumerate(self.side.blocks, 1):
+            self._advance(self._theta if number in self._dropped else self._block(number, block))
+        return super().output()
+
+    def _block(self, number: int, block: Any) -> Tensor:
+        """The state after a `SideBlock`."""
+        fusion: GatedFusion | WindowFusion = block.fusion
+        window = self._window(number)
+        if isinstance(fusion, GatedFusion):
+            x = fusion(self._theta, window[0][:, None], self.mask, self.seed)
+        else:
+            x = self._attend(fusion, window)
+        encoded: Tensor = block.encode(x, self._visible)
+        return encoded
+
+    def _window(self, number: int) -> list[Tensor]:
+        """The projection of each feature in the window of a block, `(B, T, D)` by slot."""
+        first = number - self.side.config.window_size // 2
+        nothing = torch.zeros_like(self._features[0])
+        found = []
+        for slot in range(self.side.config.window_size):
+            layer = first + slot
+            inside = 0 <= layer <= self.side.num_layers
+            own = self._projections[layer][number, slot] if inside else self._projections[0][self.side.readers[0][0]]
+            found.append(F.linear(self._features[layer] if inside else nothing, *own))
+        return found
+
+    def _attend(self, fusion: WindowFusion, window: list[Tensor]) -> Tensor:
+        """Cross-attention of the side state over the concatenated window."""
+        theta = self._theta
+        c = torch.cat(
+            [
+                F.dropout(part, fusion.dropout, fusion.training) + position
+                for part, position in zip(window, fusion.positions)
+            ],
+            dim=1,
+        )  # (B, k T, D)
+        q, k, v = (
+            part.unflatten(-1, (fusion.num_heads, -1)).transpose(1, 2)  # (B, H, T or k T, D / H)
+            for part in (fusion.query(theta), fusion.key(c), fusion.value(c))
+        )
+        mask = None if self.mask is None else self.mask[:, None, None, :]  # (B, 1, 1, T)
+        visible = self._visible if fusion.causal else mask
+        if visible is not None:
+            visible = visible.repeat(1, 1, 1, len(window))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
+        return fusion.finish(theta, attended)

@@ -1,0 +1,79 @@
+"""MeZO by its usual loop: what the library's is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.interrupts import uninterrupted
+from fastpeft.mezo.optimizer import MeZO
+from fastpeft.mezo.parallel import is_sharded
+
+
+class MeZOLoop(MeZO):
+    """MeZO in the loop of its paper (Malladi et al., 2023, algorithm 1), in plain PyTorch.
+
+    A step goes over the weights four times, to theta + eps z, to theta - eps z, back to theta and to the update, and
+    each time PyTorch's generator draws z anew, a tensor of noise for each parameter. The estimates are those of `MeZO`
+    with other noise, which is not the same on all devices.
+
+    Args:
+        model_or_params, lr, eps, weight_decay, seed, kwargs: as for `MeZO`. `noise` is "gaussian", `restore` is
+            "in_place", and nothing is deferred, whatever `defer` says.
+
+    Raises:
+        FastpeftError: as by `MeZO`, or another noise or way to restore is asked for.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = MeZOLoop(model, lr=1e-2)
+        >>> loss = optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
+    """
+
+    def __init__(self, model_or_params: nn.Module | Iterable[Any], lr: float, *args: Any, **kwargs: Any) -> None:
+        for name, only in (("noise", "gaussian"), ("restore", "in_place")):
+            if kwargs.get(name, only) != only:
+                raise FastpeftError(f"the usual loop of MeZO has {name} {only!r} alone; got {kwargs[name]!r}.")
+        super().__init__(model_or_params, lr, *args, **{**kwargs, "defer": False})
+        if is_sharded(self._params()):
+            raise FastpeftError("the usual loop of MeZO draws noise for whole parameters, not for shards. Use MeZO.")
+
+    def record(self, path: str | Path) -> NoReturn:
+        """Raise a `FastpeftError`: the noise of a journal is the library's."""
+        raise FastpeftError("the usual loop of MeZO keeps no journal. Leave the journal out, or train by MeZO.")
+
+    def resume(self, path: str | Path, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a `FastpeftError`, as `record`."""
+        self.record(path)
+
+    @uninterrupted()
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self._restore()  # a pass of its own
+        super()._finish()
+
+    @staticmethod
+    def _perturb(
+        tensors: Sequence[Tensor],
+        offsets: Sequence[int],
+        seeds: Sequence[int] | Tensor,
+        scales: Sequence[float] | Tensor,
+        decay: float = 0.0,
+        noise: str = "gaussian",
+        rounding: str = "nearest",
+    ) -> None:
+        """As `fastpeft.functional.mezo_perturb_`, with PyTorch's noise."""
+        for tensor in tensors:
+            if decay:
+                tensor.mul_(1 - decay)
+        for seed, scale in zip(seeds, scales):
+            # of several groups each begins elsewhere in the noise
+            generator = torch.Generator(tensors[0].device).manual_seed((int(seed) + offsets[0]) % 2**63)
+            for tensor in tensors:
+                z = torch.normal(0.0, 1.0, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+                tensor.add_(z, alpha=float(scale))

@@ -1,0 +1,121 @@
+"""Side networks in the direct form compute what the library's form does, and go through a run as these do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from side_networks import EXACT, LAYERS, MASK, features, network
+from torch import Tensor
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft.ladder.direct import DirectRun
+from fastpeft.ladder.side import SideNetwork, SideRun
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def output(run: SideRun, given: list[Tensor]) -> Tensor:
+    for layer, feature in enumerate(given):
+        run.feed(layer, feature)
+    return run.output()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"window_size": 1},
+        {"window_size": 3},
+        {"window_size": 9},
+        {"window_size": 3, "num_heads": 2},
+        {"window_size": 3, "residual": True},
+        {"window_size": 5, "share_projections": True},
+        {"window_size": 3, "output_mix": True},
+        {"window_size": 1, "fusion": "gated"},
+        {"window_size": 1, "fusion": "gated", "share_projections": True},
+    ],
+    ids=str,
+)
+def test_it_is_the_same_function(config: dict[str, Any], causal: bool) -> None:
+    side = network(causal, **config)
+    results = []
+    for kind in (SideRun, DirectRun):
+        given = [feature.requires_grad_() for feature in features()]
+        made = output(kind(side, MASK, 0), given)
+        seen = made[MASK]  # what padding has for a state nobody reads
+        asked = [*side.parameters(), *given]
+        results.append([seen, *torch.autograd.grad(seen.square().sum(), asked, allow_unused=True)])
+    torch.testing.assert_close(results[1][0], results[0][0], **EXACT)
+    for own, direct in zip(*results, strict=True):
+        if own is None or direct is None:  # zeros outside the backbone meet some weight
+            assert not any(each.any() for each in (own, direct) if each is not None)
+        else:  # the library keeps its log-sum-exp in float32 for backward
+            assert (direct - own).abs().max() <= 5e-6 * own.abs().max()
+
+
+def test_without_a_mask_and_with_states() -> None:
+    side = network(window_size=3)
+    runs = [kind(side, None, 0, keep_states=True) for kind in (SideRun, DirectRun)]
+    own, direct = (output(run, features()) for run in runs)
+    torch.testing.assert_close(direct, own, **EXACT)
+    torch.testing.assert_close(runs[1].states, runs[0].states, **EXACT)
+    assert len(runs[1].states) == LAYERS + 1
+
+
+def test_it_drops_features_and_blocks_in_training() -> None:
+    side = network(window_size=3, feature_dropout=0.5).train()
+    torch.manual_seed(0)
+    first, second = (output(DirectRun(side, MASK, 1), features()) for _ in range(2))
+    assert not torch.equal(first, second)
+    dropping = network(window_size=3, feature_dropout=0.0, layer_drop=0.5).train()
+    found = [output(kind(dropping, MASK, 3), features()) for kind in (SideRun, DirectRun)]
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+    assert not torch.allclose(found[1], output(DirectRun(dropping.eval(), MASK, 3), features()))
+
+
+def test_features_must_come_in_order_and_all() -> None:
+    run = DirectRun(network(window_size=3), MASK, 0)
+    with pytest.raises(FastpeftError, match="layer 1 came where that of layer 0 was expected"):
+        run.feed(1, features()[1])
+    run.feed(0, features()[0])
+    with pytest.raises(FastpeftError, match="read 1 features of 4"):
+        run.output()
+
+
+@pytest.mark.parametrize("config", [{"window_size": 3}, {"window_size": 1, "fusion": "gated"}], ids=str)
+def test_a_model_that_computes_so_is_saved_and_loaded_as_ever(config: dict[str, Any], tmp_path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=80, **shape))
+    model = LadderModel(copy.deepcopy(base), LadderConfig(reduction_factor=2, **config))
+    model.side_run = DirectRun
+    model.eval()
+    batch = {
+        "input_ids": torch.randint(5, 60, (2, 5)),
+        "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
+        "labels": torch.tensor([0, 1]),
+    }
+    model(**batch).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    model.save_pretrained(tmp_path)
+    loaded = LadderModel.from_pretrained(tmp_path, base=base)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_it_keeps_all_features_where_the_library_streams() -> None:
+    side = SideNetwork(LadderConfig(window_size=3), 64, 8).eval()
+    alive: dict[type[SideRun], int] = {}
+    for kind in (SideRun, DirectRun):
+        run = kind(side, None, 0)
+        with torch.no_grad():
+            for layer in range(9):
+                run.feed(layer, torch.randn(2, 5, 64))
+        held = [value for value in vars(run).values() if isinstance(value, list | dict)]
+        tensors = [each for group in held for each in (group.values() if isinstance(group, dict) else group)]
+        alive[kind] = sum(each.nbytes for each in tensors if isinstance(each, Tensor))
+    assert alive == {SideRun: 0, DirectRun: 9 * 2 * 5 * 64 * 4}
