@@ -149,14 +149,16 @@ WAYS = {
 
 
 def auto_prompt() -> str:
-    """Prompts that were found beside the manual one, with no training and after some; of several seeds the mean."""
+    """Prompts that were found beside others, with no training and after some; of several seeds the mean."""
     found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in sorted(rows("auto_prompt.csv"), key=lambda row: int(row["seed"])):
         found.setdefault((row["task"], row["way"]), {}).setdefault(row["prompt"], []).append(row)
     body = []
     for (task, way), prompts in sorted(found.items(), key=lambda item: (item[0][0], [*WAYS].index(item[0][1]))):
+        if "auto" not in prompts:  # no prompt was found for it, so that there is nothing to compare
+            continue
         accuracies = (_several(prompts.get(prompt, [])) for prompt in ("none", "manual", "auto"))
-        first = prompts.get("auto", [{"template": "-", "label_words": "-"}])[0]
+        first = prompts["auto"][0]
         body.append([task, WAYS[way], *accuracies, f"`{first['template']}`", first["label_words"]])
     return table(["data", "trained on", "none", "manual", "auto", "found", "label words"], body)
 

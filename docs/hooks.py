@@ -1,4 +1,7 @@
-"""What mkdocs does beside its own work: equations become MathML, and measurements are copied into the site."""
+"""What mkdocs does beside its own work.
+
+Equations become MathML, measurements are copied into the site, and a page gets the options of the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import commands
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+COMMANDS = "<!-- commands -->"  # where a page has the options of the command line
 MEASUREMENTS = "bench/data"
 ROOT = Path(__file__).parents[1]
 
@@ -33,5 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A link to bench/data leaves docs/ in the repository, and does not in the site."""
+    """Fill in commands; and a link to bench/data leaves docs/ in the repository, and does not in the site."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, commands.reference())
     return re.sub(rf"\]\(\.\./((?:\.\./)*{MEASUREMENTS}/)", r"](\1", markdown)

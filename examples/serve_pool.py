@@ -1,6 +1,6 @@
 """Serve many text classifiers on one backbone: requests for different tasks share a batch.
 
-    pip install "fastpeft[serve]"
+    pip install --no-build-isolation ".[serve]"  # from the root of a clone
     python examples/serve_pool.py --base FacebookAI/roberta-base --runs runs --tasks sentiment=sst2 topic=news
 
 `runs` holds folders that `LadderModel.save_pretrained` wrote; clients may add tasks from there and nowhere else.

@@ -1,0 +1,34 @@
+"""The options of the command line as a page: what `fastpeft COMMAND --help` says, so that it is written once."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from table_rows import table
+
+SIGNS = re.compile(r"([\\`*_\[\]|])")  # what Markdown would take for its own
+
+
+def reference() -> str:
+    """A section for each command: what it does, its arguments and its options."""
+    import typer.main
+
+    from fastpeft.cli import app  # here, since it loads PyTorch, which the other pages do without
+
+    group: Any = typer.main.get_command(app)
+    return "\n".join(section(name, command) for name, command in group.commands.items())
+
+
+def section(name: str, command: Any) -> str:
+    context = command.make_context(f"fastpeft {name}", [], resilient_parsing=True)
+    records = [parameter.get_help_record(context) for parameter in command.params]
+    body = [[f"`{names}`", plain(text)] for names, text in records]
+    parts = [f"## fastpeft {name}", plain(command.help), table(["option", "what it does"], body) if body else ""]
+    return "\n\n".join(parts)
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return SIGNS.sub(r"\\\1", html.escape(text, quote=False))
