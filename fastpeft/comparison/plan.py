@@ -38,7 +38,7 @@ _DECIDED = {
 }
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
 SLICE = "slice"  # the folder of the rows that learning rates are tried on
-_LONGEST_NAME = 200  # characters; file systems take 255 bytes
+_LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +274,11 @@ def _meant(settings: Iterable[str]) -> str:
 def _folder_name(variant: str) -> str:
     """A variant as the name of a folder."""
     name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")
-    if len(name) > _LONGEST_NAME:
-        raise FastpeftError(f"it would name a folder of {len(name)} characters; allowed are {_LONGEST_NAME}.")
+    if (length := len(name.encode())) > _LONGEST_NAME:
+        raise FastpeftError(
+            f"it would name a folder of {length} bytes, in which a letter of some scripts takes two to four; allowed "
+            f"are {_LONGEST_NAME}. Shorten what it is given."
+        )
     return name
 
 

@@ -189,6 +189,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             "would share the folder",
         ),
         ({"methods": ["head:prompt={text} <mask>" + "x" * 200]}, "would name a folder of"),
+        ({"methods": ["head:prompt={text} " + "я" * 150 + " <mask>"]}, "would name a folder of 323 bytes"),
         ({"methods": ["zero-shot"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot"], "prompts": ["none"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot:prompt=sst2:calibrate=maybe"]}, "calibrate is 'maybe'; it must be true or false"),
@@ -211,6 +212,16 @@ def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError) as raised:
         CompareConfig(**{"output": "out", "methods": ["siva"], **changes})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("letter", "count"), [("x", 141), ("я", 70), ("字", 47)])
+def test_the_longest_name_leaves_room_for_the_files_of_a_cell(letter: str, count: int) -> None:
+    """File systems take 255 bytes: of a cell's name, what stands around it, and the ending while it is written."""
+    longest = f"head:prompt={{text}} {letter * count}<mask>:label_words=a+b"
+    names = [f".{cell.clock.name}.{'0' * 8}.part" for cell in config(longest, protocol="full", seeds=100).cells()]
+    assert 225 < max(len(name.encode()) for name in names) <= 255
+    with pytest.raises(FastpeftError, match="would name a folder of 20[1-3] bytes"):
+        config(longest.replace("<mask>", f"{letter}<mask>"), protocol="full")
 
 
 def test_figure5_has_one_rate_whatever_the_protocol() -> None:
