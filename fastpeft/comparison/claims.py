@@ -142,15 +142,19 @@ def _measured_orders(by_row: Mapping[str | None, Variant]) -> Iterator[list[str]
 
 def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     """How many steps LoRA is behind the others."""
-    kept = {variant.cells[0].row: (variant.name, found) for variant in compared if (found := variant.cells[0].curves())}
-    if "lora" not in kept or len(kept) < 2:
+    kept = [(variant, found) for variant in compared if (found := variant.cells[0].curves())]
+    slow = next((found for variant, found in kept if variant.cells[0].row == "lora"), None)
+    if slow is None or len(kept) < 2:
         return
-    _, slow = kept.pop("lora")
     measures = [name for name in slow if name.startswith("dev ")]
     rows = [["LoRA behind", *(f"by {name}, steps" for name in measures)]]
-    for other, fast in kept.values():
-        behind = [statistics.lag(_rising(name, slow[name]), _rising(name, fast[name])) for name in measures]
-        rows.append([other, *("-" if lag is None else f"{lag:+.0f}" for lag in behind)])
+    for variant, fast in kept:
+        if fast is not slow:
+            behind = [
+                statistics.lag(_rising(name, slow[name]), _rising(name, fast[name])) if name in fast else None
+                for name in measures
+            ]
+            rows.append([variant.name, *("-" if lag is None else f"{lag:+.0f}" for lag in behind)])
     steps = next(iter(slow.values()))[-1][0]
     yield Heading("LoRA's lag")
     yield Text(

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from fastpeft import CompareConfig
-from fastpeft.comparison import blocks, content, report, suites
+from fastpeft.comparison import blocks, claims, content, report, suites
 from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.measured import variants
 from fastpeft.comparison.plan import Plan
 
 ROWS = 200
@@ -170,6 +171,15 @@ def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
     lags = {row[0]: row[1] for row in table.rows[1:]}
     assert lags["9-LST"] == "+21", "40 steps at the end, and in the middle of 20 levels half of them"
     assert set(lags) == {"full fine-tuning", "SiVA", "9-LST"}
+
+
+def test_loras_lag_is_told_behind_every_variant_that_was_added(plan: Plan) -> None:
+    own = CompareConfig(output=str(plan.folder), methods=["head", "bitfit", "lora:rank=2"], common=FIGURE5)
+    added = Plan.make(own, "command")
+    for cell in added.wanted:
+        finish(cell, 160, 100.0, 100.0)
+    (table,) = [part for part in claims.lags(variants(added.results)) if isinstance(part, Table)]
+    assert [row[0] for row in table.rows[1:]] == ["full fine-tuning", "SiVA", "9-LST", "head", "bitfit", "lora:rank=2"]
 
 
 def test_one_seed_more_makes_other_tests(tmp_path: Path) -> None:
