@@ -15,6 +15,7 @@ from fastpeft.problems import LOSS
 # What two variants that are alike may differ by, as a share of the lower. Three runs each of 11 variants on a machine
 # with other work differed in speed by 12 to 72 %, by 18 % in the median; memory does not vary, but 1 MB is no order.
 MEMORY_MARGIN, SPEED_MARGIN = 0.02, 0.2
+_AT_RATES = ", at rates "
 _MEASURES = ("accuracy", "memory", "samples/s")
 _VERDICTS = (statistics.SEEN, statistics.NOT_SEEN, statistics.UNDECIDED)
 
@@ -85,6 +86,11 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         f"{100 * MEMORY_MARGIN:g} % of memory and {100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as "
         "much in speed on a machine that does other things too."
     )
+    if any(_AT_RATES in row[0] for row in judged):
+        yield Text(
+            "At rates: the two took other learning rates, those that the search found best for each of a few, so a "
+            "part of the difference may be the rate's and not the method's."
+        )
 
 
 def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
@@ -98,7 +104,7 @@ def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
             compared = statistics.compare_pair(
                 np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds])
             )
-            found.append((f"{one.name} above {other.name}", compared, len(seeds)))
+            found.append((f"{one.name} above {other.name}{_rates(one, other)}", compared, len(seeds)))
     corrected = statistics.holm([difference.p for _, difference, _ in found])
     return [
         [
@@ -110,6 +116,15 @@ def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
         ]
         for (text, difference, seeds), p in zip(found, corrected)
     ]
+
+
+def _rates(one: Variant, other: Variant) -> str:
+    """The learning rates of two variants, where a search found other ones for the one than for the other."""
+    taken = [
+        " or ".join(f"{rate:g}" for rate in sorted(set(variant.values("learning_rate")))) for variant in (one, other)
+    ]
+    searched = any(variant.cells[0].rates for variant in (one, other))
+    return f"{_AT_RATES}{' and '.join(taken)}" if searched and taken[0] != taken[1] and all(taken) else ""
 
 
 def _verdict(difference: float, p: float, seeds: int) -> str:

@@ -137,6 +137,28 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
         assert text.count("| taken |") == 1
 
 
+def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> None:
+    """A method and its rate are one there: neither alone is what differs."""
+    full = CompareConfig(output=str(tmp_path / "out"), suite="table1", prompts=["none"], protocol="full", seeds=1)
+    plan = Plan.make(full, "command")
+    plan.save()
+    for cell in plan.results:
+        finish(cell, 150, 1.0, 1.0, learning_rate=0.003 if cell.row == "siva" else 0.001)
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
+    assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
+    assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
+    assert text.count("\nAt rates: the two took other learning rates, ") == 1
+
+
+def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:
+    file = plan.results[0].folder.metrics_file
+    file.write_text(json.dumps({**json.loads(file.read_text()), "learning_rate": 0.003}))
+    report.write(plan, whole=False)
+    assert "t rates" not in (plan.folder / "report.md").read_text()
+
+
 def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
     for cell in plan.results:
         file = cell.folder.path / "metrics.json"
