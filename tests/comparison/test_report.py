@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from fastpeft import CompareConfig
 from fastpeft.comparison import blocks, claims, content, report, suites
@@ -289,6 +291,30 @@ def test_texts_are_escaped() -> None:
     outline.feed(page)
     assert outline.images[0]["alt"] == bad
     assert "| a&#124;b |" in blocks.markdown("t", [Table([["a|b"], ["c"]])])
+    assert "<img" not in blocks.markdown(bad, [part for part in parts if not isinstance(part, Code)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "head:prompt={text} It was <mask>.:label_words=bad+good",
+        "<img src=x onerror=alert(1)> &lt; & <!-- --> </td>",
+        "**bold** *slanted* _slanted_ `code` a*b*c __init__",
+        "[here](javascript:alert) ![x](http://example.org/x.png)",
+        r"C:\data \<b> \*a* \\*a* a\|b \[here](x)",
+        "a | b",
+    ],
+)
+def test_markdown_shows_texts_letter_by_letter(text: str) -> None:
+    parts = [Heading(text), Text(text), Strong(text), Items([text]), Table([[text], [text]])]
+    rendered = MarkdownIt("commonmark").enable("table").render(blocks.markdown(text, parts))
+    shown = re.sub(r"</?(h1|h2|p|ul|li|strong|table|thead|tbody|tr|th|td)>", "", rendered)
+    assert [html.unescape(line) for line in shown.splitlines() if line] == [text] * 7
+
+
+@pytest.mark.parametrize("text", ["<0.001", "label_words=bad+good", "0.950 (0.910 to 0.973)", "5 of 8 [1], (2^20)"])
+def test_markdown_leaves_what_is_no_markup(text: str) -> None:
+    assert blocks.markdown("t", [Text(text)]) == f"# t\n\n{text}\n"
 
 
 # Shows the page in a frame as wide as a screen, and tells what is seen there: a window may be no narrower than 500 px.
