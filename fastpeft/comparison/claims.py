@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _VERDICTS = (statistics.SEEN, statistics.NOT_SEEN, statistics.UNDECIDED)
 
 def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
     """The figures of the report's own tables beside ours."""
-    own = [variant for variant in compared if variant.cells[0].row and variant.runs]
+    own = [variant for variant in compared if variant.row and variant.runs]
     if not own:
         return
     header = ["row"]
@@ -30,7 +31,7 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         header += [f"{measure}: report", "here"]
     rows = [header]
     for variant in own:
-        row = suites.report_row(variant.cells[0].row or "")
+        row = suites.report_row(variant.row or "")
         theirs = [" / ".join(f"{value:.2f}" for value in row.accuracy)]
         theirs += [_given(row.f1, ".2f"), _given(row.memory_mb, ",.0f"), _given(row.samples_per_second, ".1f")]
         ours = [_mean(variant, "accuracy", 100, ".2f"), _mean(variant, "f1", 100, ".2f")]
@@ -55,13 +56,13 @@ def _mean(variant: Variant, key: str, factor: float, form: str) -> str:
 
 def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
     """Which of the report's orders are seen here."""
-    by_row = {variant.cells[0].row: variant for variant in compared if variant.runs}
-    judged = list(_accuracy_orders(by_row))
-    rows = [*judged, *_measured_orders(by_row)]
+    finished = [variant for variant in compared if variant.runs]
+    judged = list(_accuracy_orders(finished))
+    rows = [*judged, *_measured_orders(finished)]
     if not rows:
         return
     yield Heading("The report's orderings")
-    if judged and any(len(variant.runs) == 1 for variant in by_row.values()):
+    if judged and any(len(variant.runs) == 1 for variant in finished if variant.row):
         yield Strong(
             "Accuracies of one seed: a verdict holds for this seed alone. Its test counts how far other rows would "
             "move the difference, and not how far another seed would, so it tells apart too many methods that are "
@@ -93,18 +94,24 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         )
 
 
-def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
+def _pairs(compared: Sequence[Variant], measure: str) -> Iterator[tuple[Variant, Variant]]:
+    """The variants that the report's orders are about: of two with prompts, those with the same one."""
+    for first, second in suites.orderings(measure):
+        for one, other in product(compared, compared):
+            prompts = {one.prompt, other.prompt} - {None}
+            if (one.row, other.row) == (first, second) and len(prompts) <= 1:
+                yield one, other
+
+
+def _accuracy_orders(compared: Sequence[Variant]) -> list[list[str]]:
     found = []
-    for first, second in suites.orderings("accuracy"):
-        if first not in by_row or second not in by_row:
-            continue
-        one, other = by_row[first], by_row[second]
+    for one, other in _pairs(compared, "accuracy"):
         ours, theirs = one.answers(), other.answers()
         if seeds := [seed for seed in ours if seed in theirs]:
-            compared = statistics.compare_pair(
+            difference = statistics.compare_pair(
                 np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds])
             )
-            found.append((f"{one.name} above {other.name}{_rates(one, other)}", compared, len(seeds)))
+            found.append((f"{one.name} above {other.name}{_rates(one, other)}", difference, len(seeds)))
     corrected = statistics.holm([difference.p for _, difference, _ in found])
     return [
         [
@@ -136,15 +143,12 @@ def _shown(p: float) -> str:
     return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
-def _measured_orders(by_row: Mapping[str | None, Variant]) -> Iterator[list[str]]:
+def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:
     for measure, key, title, word, margin in (
         ("memory_mb", "peak_memory_mb", "memory", "below", MEMORY_MARGIN),
         ("samples_per_second", "samples_per_second", "samples/s", "above", SPEED_MARGIN),
     ):
-        for first, second in suites.orderings(measure):
-            if first not in by_row or second not in by_row:
-                continue
-            one, other = by_row[first], by_row[second]
+        for one, other in _pairs(compared, measure):
             ours, theirs = one.values(key), other.values(key)
             if ours and theirs:
                 pair = (ours, theirs) if word == "above" else (theirs, ours)
@@ -158,7 +162,7 @@ def _measured_orders(by_row: Mapping[str | None, Variant]) -> Iterator[list[str]
 def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     """How many steps LoRA is behind the others."""
     kept = [(variant, found) for variant in compared if (found := variant.cells[0].curves())]
-    slow = next((found for variant, found in kept if variant.cells[0].row == "lora"), None)
+    slow = next((found for variant, found in kept if variant.row == "lora"), None)
     if slow is None or len(kept) < 2:
         return
     measures = [name for name in slow if name.startswith("dev ")]

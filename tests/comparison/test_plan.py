@@ -220,7 +220,7 @@ def test_the_longest_name_leaves_room_for_the_files_of_a_cell(letter: str, count
     longest = f"head:prompt={{text}} {letter * count}<mask>:label_words=a+b"
     names = [f".{cell.clock.name}.{'0' * 8}.part" for cell in config(longest, protocol="full", seeds=100).cells()]
     assert 225 < max(len(name.encode()) for name in names) <= 255
-    with pytest.raises(FastpeftError, match="would name a folder of 20[1-3] bytes"):
+    with pytest.raises(FastpeftError, match=r"would name a folder of 20[1-3] bytes"):
         config(longest.replace("<mask>", f"{letter}<mask>"), protocol="full")
 
 

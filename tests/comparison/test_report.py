@@ -117,6 +117,42 @@ def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
     assert "| SiVA | 96.56 | 95.00 |" in (plan.folder / "report.md").read_text()
 
 
+def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
+    """Two comparisons of one folder, each with the report's rows by a prompt of its own."""
+    for prompts in ([], ["MR"]):
+        suite = CompareConfig(output=str(tmp_path / "out"), suite="table1", prompts=prompts)
+        plan = Plan.make(suite, "command")
+        plan.save()
+        for cell in plan.wanted:
+            if not cell.folder.finished:
+                finish(cell, 180 if prompts else 150, 1.0, 1.0)
+    parts = content.report(plan, pictures=False)
+    table, beside, orders = [part for part in parts if isinstance(part, Table)][:3]
+    prompted = ["LST + prompt", "9-LST + prompt", "last 3 layers + prompt"]
+    names = {f"{name} ({prompt})" for name in prompted for prompt in ("sst2", "MR")}
+    for shown in (table, beside):
+        assert {row[0] for row in shown.rows if "prompt" in row[0]} == names
+        assert "LST" in {row[0] for row in shown.rows}, "of which there is one"
+    told = {row[0]: row[1] for row in orders.rows}
+    assert told["accuracy: LST + prompt (sst2) above LST"] == "undecided"
+    assert told["accuracy: LST + prompt (MR) above LST"] == "seen, for this seed alone"
+    curves = [part.alt for part in content.report(plan, pictures=True) if isinstance(part, blocks.Figure)]
+    assert "Dev accuracy over the steps: 14 curves." in curves
+
+
+def test_orderings_of_two_prompts_are_of_the_same(tmp_path: Path) -> None:
+    for prompt in ("sst2", "MR:label_words=bad+good"):
+        plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), suite="table2", prompts=[prompt]), "command")
+        plan.save()
+        for cell in plan.wanted:
+            if not cell.folder.finished:
+                finish(cell, 150, 1.0, 1.0)
+    shown = "".join(map(str, claims.orderings(variants(plan.results))))
+    assert "LST + MeZO (sst2) above MeZO (sst2)" in shown
+    assert "LST + MeZO (MR:label_words=bad+good) above MeZO (MR:label_words=bad+good)" in shown
+    assert "LST + MeZO (sst2) above MeZO (MR" not in shown
+
+
 def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
     full = CompareConfig(output=str(tmp_path / "out"), methods=["siva", "lora"], protocol="full", seeds=1)
     plan = Plan.make(full, "command")
