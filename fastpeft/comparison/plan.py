@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft import files
-from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.search import rates
 from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
@@ -37,7 +37,6 @@ _DECIDED = {
     "settings": "name each setting by itself",
 }
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
-SLICE = "slice"  # the folder of the rows that learning rates are tried on
 _LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
 
 
@@ -283,7 +282,7 @@ def _folder_name(variant: str) -> str:
 
 
 def _cells_folder(output: str | Path) -> Path:
-    return Path(output).expanduser() / "cells"
+    return Path(output).expanduser() / CELLS
 
 
 @dataclass(frozen=True)
@@ -318,7 +317,7 @@ class Plan:
         cells = [_settled(cell, by_name) for cell in config.cells()]
         for cell in cells:
             try:
-                cell.folder.check(cell.values, resume=True, overwrite=False)
+                cell.folder.check(cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
             except FastpeftError as error:
                 raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
         rows = {cell.name: cell.row for cell in earlier.cells}
@@ -362,7 +361,7 @@ class Plan:
         return settled
 
     def save(self) -> None:
-        """Make the folder, and write `comparison.json` into it."""
+        """Make the folder, and write `comparison.json` into it; runs of a folder that moved then name where it is."""
         with files.saving(f"to the output folder {str(self.folder)!r}", lambda: "Give one that can be written."):
             cells = _cells_folder(self.folder)
             cells.mkdir(parents=True, exist_ok=True)
@@ -374,6 +373,9 @@ class Plan:
                 "cells": [dataclasses.asdict(cell) for cell in self.cells],
             }
             files.write_json(self.folder / "comparison.json", values)
+            for cell in self.cells:
+                if cell.folder.started:
+                    cell.folder.note_moved(cell.own_paths(cell.values))
 
 
 def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
@@ -401,6 +403,7 @@ def _read(folder: Path) -> Plan:
             if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
                 raise TypeError(f"a cell is named {cell.name!r}")
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
+            cell.values.update(cell.own_paths(cell.values))
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
@@ -409,7 +412,7 @@ def _read(folder: Path) -> Plan:
 def _holds_something(folder: Path) -> bool:
     """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
     return any(
-        child.name not in (files.LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir()
+        child.name not in (files.LOCK, CELLS) and not child.match(files.UNFINISHED) for child in folder.iterdir()
     )
 
 

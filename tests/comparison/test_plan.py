@@ -14,6 +14,7 @@ from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import parse_variant, split_items
 from fastpeft.config import TrainConfig
+from fastpeft.runs import RunFolder
 
 
 def config(*methods: str, output: str = "out", **changes: Any) -> CompareConfig:
@@ -337,6 +338,40 @@ def test_the_best_rate_is_taken_and_kept(tmp_path: Path) -> None:
     metrics = plan.searches[2].folder.metrics_file
     metrics.write_text(json.dumps({"accuracy": 0.99}))
     assert Plan.make(full, "command").results[0].values["learning_rate"] == 0.000333, "what has started keeps its own"
+
+
+def test_a_folder_that_moved_goes_on(tmp_path: Path) -> None:
+    """What tries rates has its slice in the folder, and what starts from another run has that there."""
+    old, new = tmp_path / "old", tmp_path / "elsewhere" / "new"
+    methods = ("head:init_from=lst:init_from=mezo", "lst:init_from=mezo", "mezo")
+    plan = Plan.make(config(*methods, output=str(old), protocol="full", seeds=1), "command")
+    plan.save()
+    for cell in list(plan.wanted):
+        settled = plan.settle(cell)
+        finish(settled, accuracy=0.5)
+        if start := settled.values["init_from"]:  # as a run writes it
+            file = settled.folder.config_file
+            weights = {"init_from": str(Path(start).resolve()), "init_from_weights": RunFolder(start).fingerprint()}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **weights}))
+    new.parent.mkdir()
+    old.rename(new)
+    moved = Plan.make(config(*methods, output=str(new), protocol="full", seeds=1), "command")
+    written = {cell.name: cell.folder.config_file.read_text() for cell in moved.cells}
+    assert any(str(old) in text for text in written.values()), "a plan writes nothing"
+    assert [cell.state for cell in moved.wanted] == ["finished"] * len(plan.wanted)
+    moved.save()
+    for file in [new / "comparison.json", *(cell.folder.config_file for cell in moved.cells)]:
+        assert str(old / "slice") not in file.read_text()
+        assert f'"init_from": "{old}' not in file.read_text()
+    for cell in moved.cells:
+        cell.folder.check_start()
+    assert not old.exists()
+    (new / "cells" / "lst-init_from=mezo-seed0" / "metrics.json").unlink()
+    again = Plan.make(config(*methods[1:], output=str(new), protocol="full", seeds=1), "command")
+    cell = again.settle(again.results[1])
+    assert (cell.name, cell.state) == ("lst-init_from=mezo-seed0", "waiting")
+    assert cell.values["init_from"] == str(new / "cells" / "mezo-seed0")
+    cell.folder.check(cell.config.values(), resume=True, overwrite=False)  # as its process does
 
 
 def test_a_rate_that_failed_is_not_taken(tmp_path: Path) -> None:
