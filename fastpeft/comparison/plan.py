@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,8 +164,11 @@ class CompareConfig:
                         f"it has {key}, but all cells share their rows. Give {key} once, for all of them."
                     )
             if earlier is not None and earlier not in variants:
+                others = [text for text in variants if text != variant and text.partition(":")[0] != ZERO_SHOT]
+                named = f"; or name one of {', '.join(others)}" if others else ""
                 raise FastpeftError(
-                    f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
+                    f"init_from names {earlier!r}, which is no variant of the comparison. Add it, as --methods "
+                    f"{shlex.quote(f'{earlier},{variant}')}{named}."
                 )
             if earlier is not None:
                 start, of_start, _ = parse_variant(earlier)

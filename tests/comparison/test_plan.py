@@ -126,7 +126,9 @@ def test_a_chain_and_its_start_are_combined_with_one_prompt() -> None:
     )
     assert own["lst-prompt=sst2-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
     assert own["head-prompt=MR-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
-    with pytest.raises(FastpeftError, match=r"'mezo', but the comparison has mezo:prompt=sst2, .*Name one of them"):
+    with pytest.raises(
+        FastpeftError, match=r"no variant of the comparison. Add it, .*; or name one of mezo:prompt=sst2\.$"
+    ):
         config("mezo", "lst:prompt=MR:init_from=mezo", prompts=["sst2"])
 
 
@@ -199,7 +201,12 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["zero-shot:prompt=sst2"], "common": {"split_seed": 1}}, "zero-shot takes no split_seed"),
         ({"methods": ["siva"], "prompts": ["sst2"], "common": {"prompt": "MR"}}, "Give one of the two"),
         ({"methods": ["siva"], "prompts": ["sst99"]}, "no prompt is named 'sst99'"),
-        ({"methods": ["lst:init_from=mezo", "siva"]}, "init_from names 'mezo', but the comparison has"),
+        (
+            {"methods": ["lst:init_from=mezo", "siva", "zero-shot:prompt=sst2"]},
+            "init_from names 'mezo', which is no variant of the comparison. Add it, as --methods "
+            "mezo,lst:init_from=mezo; or name one of siva.",
+        ),
+        ({"methods": ["lst:init_from=mezo"]}, "Add it, as --methods mezo,lst:init_from=mezo."),
         ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "nor leaves one"),
         ({"methods": ["lst:init_from=lst"]}, "init_from names 'lst'"),
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
