@@ -394,7 +394,9 @@ def _read(folder: Path) -> Plan:
     """What a folder's `comparison.json` says; a plan of nothing where the folder is new or empty."""
     file = folder / "comparison.json"
     if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+        if folder.exists() and not folder.is_dir():
+            raise FastpeftError(f"the output {str(folder)!r} is a file. Give the name of a new folder.")
+        if folder.exists() and _holds_something(folder):
             raise FastpeftError(
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."

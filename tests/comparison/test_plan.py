@@ -401,7 +401,7 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match=r"comparison\.json is not of a comparison"):
         Plan.make(config("siva", output=str(tmp_path)), "command")
     file = tmp_path / "notes.txt"
-    with pytest.raises(FastpeftError, match="left alone"):
+    with pytest.raises(FastpeftError, match=r"notes\.txt' is a file\. Give the name of a new folder"):
         Plan.make(config("siva", output=str(file)), "command")
 
 
