@@ -68,6 +68,14 @@ def test_commas_in_quotes_join_nothing() -> None:
     assert cell.name == "mezo-prompt=-a-mask-b-label_words=Yes+No-seed0"
 
 
+@pytest.mark.parametrize("text", ["siva,,", ",siva", "siva, ,lora", "siva,"])
+def test_a_comma_with_nothing_beside_it_is_told(text: str) -> None:
+    with pytest.raises(FastpeftError, match=f"nothing before, between or after the commas of '{text}'"):
+        split_items(text)
+    with pytest.raises(FastpeftError, match="a list is empty"):
+        split_items(" ")
+
+
 def test_cells_of_variants_and_seeds() -> None:
     cells = config(
         "k-lst:num_heads=2",
@@ -169,6 +177,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva", "adapterz"]}, "unknown method 'adapterz'; allowed are siva"),
         ({"methods": ["siva:rank"]}, "unknown method 'siva:rank'"),
         ({"methods": ["siva:rank="]}, "rank has no value"),
+        ({"methods": ["siva:"]}, "nothing follows the colon of 'siva:'. Write a key and its value after it"),
+        ({"methods": ["siva::rank=8"]}, "nothing follows the colon of 'siva:'"),
         ({"methods": ['siva:targets="query":rank=2', 'siva:targets=".*\\.key"']}, "which is no text of JSON. Close"),
         ({"methods": ['head:prompt="{text} <mask>:rank=2']}, "which is no text of JSON. Close the quotes"),
         ({"methods": ["siva:rank=2:rank=3"]}, "rank has two values"),
