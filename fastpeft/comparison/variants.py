@@ -28,7 +28,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
     method, *items = _split(own, r":(?=\w+=)")
     if method.endswith(":"):
         raise FastpeftError(
-            f"nothing follows the colon of {method!r}. Write a key and its value after it, as siva:rank=8, or leave it out."
+            f"nothing follows the colon of {method!r}. Write a key and its value after it, as siva:rank=8, or none."
         )
     if method not in (*METHODS, ZERO_SHOT):
         raise FastpeftError(
