@@ -323,7 +323,10 @@ class Plan:
             try:
                 cell.folder.check(cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
             except FastpeftError as error:
-                raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
+                raise FastpeftError(
+                    f"the cell {cell.name!r} cannot be run in {str(folder)!r}: "
+                    f"{_of_another_protocol(config, cell, by_name) or error}"
+                ) from None
         rows = {cell.name: cell.row for cell in earlier.cells}
         cells = [dataclasses.replace(cell, row=cell.row or rows.get(cell.name)) for cell in cells]
         merged = by_name | {cell.name: cell for cell in cells}
@@ -388,6 +391,24 @@ def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
         return cell.settled(by_name)
     except FastpeftError:
         return cell
+
+
+def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
+    """What to say of a cell that was run by another protocol than that of `config`; nothing where that is not so."""
+    for protocol in (None, *PROTOCOLS):
+        other = next(
+            (other for other in dataclasses.replace(config, protocol=protocol).cells() if other.name == cell.name), None
+        )
+        if other is None:
+            continue
+        try:
+            settled = _settled(other, by_name)
+            settled.folder.check(settled.values, resume=True, overwrite=False, moved=cell.own_paths(settled.values))
+        except FastpeftError:
+            continue
+        before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))
+        return f"it was run by {before}, and is now to be run by {now}. Give another output, or {before} again."
+    return ""
 
 
 def _read(folder: Path) -> Plan:

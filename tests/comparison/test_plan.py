@@ -308,6 +308,20 @@ def test_quick_is_one_epoch_but_for_mezo() -> None:
     ]
 
 
+@pytest.mark.parametrize(("before", "now"), [("quick", "full"), ("quick", None), (None, "quick")])
+def test_another_protocol_is_named_as_the_cause(tmp_path: Path, before: str | None, now: str | None) -> None:
+    output = str(tmp_path / "out")
+    plan = Plan.make(config("siva", output=output, protocol=before), "command")
+    plan.save()
+    finish(plan.results[0], accuracy=0.5)
+    first, second = (f"the protocol {name}" if name else "no protocol" for name in (before, now))
+    told = f"it was run by {first}, and is now to be run by {second}. Give another output, or {first} again."
+    with pytest.raises(FastpeftError, match=re.escape(told)):
+        Plan.make(config("siva", output=output, protocol=now), "command")
+    with pytest.raises(FastpeftError, match="rank None -> 2"):
+        Plan.make(config("siva", output=output, protocol=now, common={"rank": 2}), "command")
+
+
 def test_full_tries_as_many_rates_for_every_method(tmp_path: Path) -> None:
     full = config(
         "siva", "lst:init_from=mezo", "mezo", "lora:learning_rate=1e-3", output=str(tmp_path), protocol="full"
