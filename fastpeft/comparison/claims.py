@@ -18,7 +18,7 @@ from fastpeft.problems import LOSS
 MEMORY_MARGIN, SPEED_MARGIN = 0.02, 0.2
 _AT_RATES = ", at rates "
 _MEASURES = ("accuracy", "memory", "samples/s")
-_VERDICTS = (statistics.SEEN, statistics.NOT_SEEN, statistics.UNDECIDED)
+_VERDICTS = (statistics.SEEN, statistics.REVERSED, statistics.UNDECIDED)
 
 
 def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
@@ -82,15 +82,16 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows (McNemar's "
         "exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by the p that Holm "
         f"corrects for the number of orderings: {statistics.UNDECIDED} from {statistics.LEVEL:g}, even where the "
-        "interval, which is not corrected, leaves out 0. Memory and samples/s: the two means, and how far the first is "
-        "from the second; decided where every run of the one is on one side of every run of the other, by more than "
-        f"{100 * MEMORY_MARGIN:g} % of memory and {100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as "
-        "much in speed on a machine that does other things too."
+        f"interval, which is not corrected, leaves out 0; {statistics.REVERSED}: not seen, the opposite is. Memory and "
+        "samples/s: the two means, and how far the first is from the second; decided where every run of the one is on "
+        f"one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory and "
+        f"{100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as much in speed on a machine that does "
+        "other things too."
     )
     if any(_AT_RATES in row[0] for row in judged):
         yield Text(
-            "At rates: the two took other learning rates, those that the search found best for each of a few, so a "
-            "part of the difference may be the rate's and not the method's."
+            "At rates: the two took different learning rates, by the search or as given, so a part of the difference "
+            "may be the rate's and not the method's."
         )
 
 

@@ -87,7 +87,8 @@ def test_the_reports_orderings_are_judged(plan: Plan) -> None:
     assert "| memory: LoRA below SiVA | undecided | 231 and 232 (-0.4 %) | - | - |" in text, "1 MB is no order"
     assert "| memory: SiVA below full fine-tuning | seen | 232 and 400 (-42.0 %) | - | - |" in text
     assert "| samples/s: SiVA above LoRA | undecided | 100 and 100 (+0.0 %) | - | - |" in text
-    assert "\naccuracy: 3 seen, 0 not seen, 0 undecided; memory: 1 seen, " in text
+    assert "\naccuracy: 3 seen, 0 reversed, 0 undecided; memory: 1 seen, " in text
+    assert text.count("; reversed: not seen, the opposite is. ") == 1
 
 
 def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> N
     assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
     assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
     assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
-    assert text.count("\nAt rates: the two took other learning rates, ") == 1
+    assert text.count("\nAt rates: the two took different learning rates, ") == 1
 
 
 def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:
