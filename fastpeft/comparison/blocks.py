@@ -65,7 +65,7 @@ class Figure:
 
 # What Markdown takes for more than a letter inside a line: tags and entities, but not the < of "<0.001"; what makes
 # letters bold, slanted or code, but not the _ of "label_words"; a link's middle; a backslash that would undo another.
-_MARKUP = re.compile(r"<(?!\d)|[&>]|[*`]|(?<!\w)_|_(?!\w)|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
+_MARKUP = re.compile(r"<(?!\d)|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
 
 Block = Heading | Text | Strong | Items | Code | Table | Figure
 
