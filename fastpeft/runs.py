@@ -157,14 +157,8 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
                 "Give another one."
             )
-        own = self.path.resolve()
-        needed = [(name, config[name]) for name in ("model", "data")] if overwrite else []
-        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)] if overwrite else []
-        for name, path in needed:
-            if Path(path).is_relative_to(own):
-                raise FastpeftError(
-                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
-                )
+        if overwrite:
+            self._check_outside(config)
         before = self.config()
         free = {"output", *moved}
         if config.get("found_prompt") is None:  # it is not searched for again
@@ -182,6 +176,17 @@ class RunFolder:
             self.check_start(config["init_from"] if "init_from" in moved else None)
             if self.journal.exists():
                 Journal.open(self.journal)  # refuses one that cannot be read
+
+    def _check_outside(self, config: Mapping[str, Any]) -> None:
+        """Raise `FastpeftError` where a run with `config` needs what it would delete here."""
+        own = self.path.resolve()
+        needed = [(name, config[name]) for name in ("model", "data")]
+        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
+        for name, path in needed:
+            if Path(path).is_relative_to(own):
+                raise FastpeftError(
+                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
+                )
 
     def note_moved(self, paths: Mapping[str, str]) -> None:
         """Let run.json name `paths`, which moved along with the folder, where they lie now."""
