@@ -96,7 +96,7 @@ def _lines(block: Block) -> list[str]:
 
 def _plain(text: str) -> str:
     """A text as one line of Markdown that shows it letter by letter: a variant, a class or an error may hold markup."""
-    line = re.sub(r"\s*\n\s*", " ", text)
+    line = re.sub(r"\s*[\r\n]\s*", " ", text)
     return _MARKUP.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", line)
 
 

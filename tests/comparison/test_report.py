@@ -354,6 +354,11 @@ def test_markdown_leaves_what_is_no_markup(text: str) -> None:
     assert blocks.markdown("t", [Text(text)]) == f"# t\n\n{text}\n"
 
 
+def test_markdown_has_a_text_in_one_line() -> None:
+    table = blocks.table_lines(Table([["a\r\n# b\r| c"], ["d\n\n- e"]]))
+    assert table == ["| a # b &#124; c |", "|---|", "| d - e |"]
+
+
 # Shows the page in a frame as wide as a screen, and tells what is seen there: a window may be no narrower than 500 px.
 _PROBE = """<!doctype html><meta charset="utf-8"><body style="margin:0">
 <iframe id="frame" style="border:0;width:{width}px;height:900px"></iframe><pre id="told"></pre><script>
