@@ -248,6 +248,12 @@ def evaluate(
         assert parsed is not None  # for none, this branch is not taken
         metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
         title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
+    elif folder is None and model:
+        raise FastpeftError(
+            "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "
+            "and its words, as --prompt '{text} It was <mask>.' --label-words terrible,great; or --prompt auto, which "
+            "finds one on the training rows of --data."
+        )
     else:
         raise FastpeftError(
             "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."

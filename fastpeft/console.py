@@ -150,16 +150,26 @@ def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
         ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),
     ]
     if budget_mb is not None:
-        fits = {True: "yes", False: "no", None: "unknown"}[known.fits(budget_mb)]
-        rows.append((f"fits into {budget_mb:,.0f} MB", fits))
+        rows.append((f"fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [
-        ("estimated time", known.error or ("unknown" if seconds is None else _duration(seconds))),
+        ("estimated time", known.error or _time(known, seconds, budget_mb)),
         ("steps", f"{what.steps:,}"),
         ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
         ("longest text", f"{what.longest_row} tokens"),
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]
     show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)
+
+
+def _fits(known: Estimate, budget_mb: float) -> str:
+    return {True: "yes", False: "no", None: "unknown"}[known.fits(budget_mb)]
+
+
+def _time(known: Estimate, seconds: float | None, budget_mb: float | None) -> str:
+    """What a run would take; no step is run of what does not fit."""
+    if seconds is not None:
+        return _duration(seconds)
+    return "not timed: does not fit" if budget_mb is not None and known.fits(budget_mb) is False else "unknown"
 
 
 def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]:
@@ -172,20 +182,22 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]
     with _warnings_alone(), errors.status("running a few steps of each variant"):
         known = comparison.estimates(budget_mb)
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
-    left = 0.0
+    timed: list[float] = []
     for cell in cells:
+        if cell.state == "finished":
+            table.add_row(cell.name, cell.state, "-", *(["-"] if budget_mb else []), "-")
+            continue
         found = known.get(cell.variant, Estimate())
-        seconds = None if cell.state == "finished" else found.seconds(comparison.rows(cell))
-        left += seconds or 0.0
-        fits = [] if budget_mb is None else [{True: "yes", False: "no", None: "-"}[found.fits(budget_mb)]]
+        seconds = found.seconds(comparison.rows(cell))
+        timed += [] if seconds is None else [seconds]
+        fits = [] if budget_mb is None else [_fits(found, budget_mb)]
         memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
-        time = "fails" if found.error else "-" if seconds is None else _duration(seconds)
+        time = "fails" if found.error else _time(found, seconds, budget_mb)
         table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
     console.print(table)
     finished = sum(cell.state == "finished" for cell in cells)
-    console.print(
-        f"{finished} of {len(cells)} finished, about {_duration(left)} for what has a time; nothing was written"
-    )
+    left = f", about {_duration(sum(timed))} for what has a time" if timed else ""
+    console.print(f"{finished} of {len(cells)} finished{left}; nothing was written")
     return {variant: found.error for variant, found in known.items() if found.error}
 
 

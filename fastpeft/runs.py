@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,11 @@ class RunFolder:
             )
         return _Metrics(self.metrics_file)
 
-    def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing."""
+    def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()) -> None:
+        """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing.
+
+        `moved` are names of paths in `config` that run.json may have otherwise: they moved along with the folder.
+        """
         if resume and overwrite:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
         if self.path.exists() and not self.path.is_dir():
@@ -154,16 +157,10 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
                 "Give another one."
             )
-        own = self.path.resolve()
-        needed = [(name, config[name]) for name in ("model", "data")]
-        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
-        for name, path in needed:
-            if overwrite and Path(path).is_relative_to(own):
-                raise FastpeftError(
-                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
-                )
+        if overwrite:
+            self._check_outside(config)
         before = self.config()
-        free = {"output"}
+        free = {"output", *moved}
         if config.get("found_prompt") is None:  # it is not searched for again
             free.add("found_prompt")
         changed = [
@@ -176,14 +173,35 @@ class RunFolder:
                 "or give another output folder."
             )
         if resume:
-            self.check_start()
+            self.check_start(config["init_from"] if "init_from" in moved else None)
             if self.journal.exists():
                 Journal.open(self.journal)  # refuses one that cannot be read
 
-    def check_start(self) -> None:
-        """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone."""
+    def _check_outside(self, config: Mapping[str, Any]) -> None:
+        """Raise `FastpeftError` where a run with `config` needs what it would delete here."""
+        own = self.path.resolve()
+        needed = [(name, config[name]) for name in ("model", "data")]
+        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
+        for name, path in needed:
+            if Path(path).is_relative_to(own):
+                raise FastpeftError(
+                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
+                )
+
+    def note_moved(self, paths: Mapping[str, str]) -> None:
+        """Let run.json name `paths`, which moved along with the folder, where they lie now."""
         values = files.read_json(self.config_file)
-        start = values.get("init_from")
+        if any(values.get(name) != path for name, path in paths.items()):
+            files.write_json(self.config_file, {**values, **paths})
+
+    def check_start(self, start: str | None = None) -> None:
+        """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone.
+
+        Args:
+            start: where that lies now; None: where run.json says.
+        """
+        values = files.read_json(self.config_file)
+        start = start or values.get("init_from")
         if _START_KEY in values and (start is None or values[_START_KEY] != earlier_run(start).fingerprint()):
             raise FastpeftError(
                 f"the run in {str(self.path)!r} started from that in {start!r}, which holds other "

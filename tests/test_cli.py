@@ -165,6 +165,19 @@ def test_zero_shot(place: Path) -> None:
     assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in calibrated
 
 
+@pytest.mark.parametrize("prompt", [(), ("--prompt", "none"), ("--calibrate",)])
+def test_a_model_without_its_prompt_is_told_to_have_one(prompt: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(app, ["eval", "--model", "demo", *prompt])
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith("Error: --prompt is missing: ")
+    for example in (
+        "--prompt sst2;",
+        "--prompt '{text} It was <mask>.' --label-words terrible,great;",
+        "--prompt auto,",
+    ):
+        assert example in shown.stderr
+
+
 PAIR_PROMPT = ("--prompt", "{a} <mask> {b}", "--label-words", "different=odd,same=lovely")
 
 
@@ -280,7 +293,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout
     assert re.search(r"fits into 0 MB +│ no", shown)
-    assert re.search(r"estimated time +│ unknown", shown), "no step is run of what does not fit"
+    assert re.search(r"estimated time +│ not timed: does not fit", shown), "no step is run of what does not fit"
     run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "500")
     assert sorted(place.rglob("*")) == before
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,36 +63,46 @@ class Figure:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
+# What Markdown takes for more than a letter inside a line: tags and entities, but not the < of "<0.001"; what makes
+# letters bold, slanted or code, but not the _ of "label_words"; a link's middle; a backslash that would undo another.
+_MARKUP = re.compile(r"<(?!\d)|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
+
 Block = Heading | Text | Strong | Items | Code | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
     """The report in Markdown, with links to the pictures in `FIGURES`."""
-    parts = [[f"# {title}"], *(_lines(block) for block in blocks)]
+    parts = [[f"# {_plain(title)}"], *(_lines(block) for block in blocks)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
 def _lines(block: Block) -> list[str]:
     match block:
         case Heading(text):
-            return [f"## {text}"]
+            return [f"## {_plain(text)}"]
         case Text(text):
-            return [text]
+            return [_plain(text)]
         case Strong(text):
-            return [f"**{text}**"]
+            return [f"**{_plain(text)}**"]
         case Items(items):
-            return [f"- {item}" for item in items]
+            return [f"- {_plain(item)}" for item in items]
         case Code(lines):
             return ["```", *lines, "```"]
         case Table():
             return table_lines(block)
         case Figure(name, alt, caption):
-            return [f"![{alt}]({FIGURES}/{name}.png)", "", caption]
+            return [f"![{_plain(alt)}]({FIGURES}/{name}.png)", "", _plain(caption)]
+
+
+def _plain(text: str) -> str:
+    """A text as one line of Markdown that shows it letter by letter: a variant, a class or an error may hold markup."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", text)
+    return _MARKUP.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", line)
 
 
 def table_lines(table: Table) -> list[str]:
     """The lines of a table in Markdown."""
-    lines = [f"| {' | '.join(text.replace('|', '&#124;') for text in row)} |" for row in table.rows]
+    lines = [f"| {' | '.join(_plain(text).replace('|', '&#124;') for text in row)} |" for row in table.rows]
     rule = "".join("---:|" if column in table.numbers else "---|" for column in range(len(table.rows[0])))
     return [lines[0], f"|{rule}", *lines[1:]]
 

@@ -15,6 +15,8 @@ from fastpeft.errors import FastpeftError
 from fastpeft.problems import CLASSIFICATION, best_step, get_problem
 from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
 
+CELLS, SLICE = "cells", "slice"  # folders of a comparison: its runs, and the rows that learning rates are tried on
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -128,6 +130,7 @@ class Cell:
         """
         if self.needs and self.folder.started:
             begun = self.folder.config()
+            begun |= self.own_paths(begun)
             return self._with({name: begun[name] for name in ("learning_rate", "init_from")})
         found = {}
         if best := _best([cells[name] for name in self.rates], "whose learning rate it takes"):
@@ -135,6 +138,17 @@ class Cell:
         if best := _best([cells[name] for name in self.after], "whose result it starts from"):
             found["init_from"] = best.values["output"]
         return self._with(found)
+
+    def own_paths(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Of `values`, its own at any time, the absolute paths into the comparison's folder, as that lies now.
+
+        It may have moved: `values` then have the slice, and the run that it starts from, where they were.
+        """
+        cells = Path(self.values["output"]).parent.resolve()
+        found = {"data": str(cells.with_name(SLICE))} if self.search else {}
+        if self.after and values["init_from"] is not None:
+            found["init_from"] = str(cells / Path(values["init_from"]).name)
+        return found
 
     def _with(self, values: Mapping[str, Any]) -> Cell:
         return dataclasses.replace(self, values={**self.values, **values})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics as plain
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -15,13 +16,14 @@ from fastpeft.problems import LOSS
 # What two variants that are alike may differ by, as a share of the lower. Three runs each of 11 variants on a machine
 # with other work differed in speed by 12 to 72 %, by 18 % in the median; memory does not vary, but 1 MB is no order.
 MEMORY_MARGIN, SPEED_MARGIN = 0.02, 0.2
+_AT_RATES = ", at rates "
 _MEASURES = ("accuracy", "memory", "samples/s")
-_VERDICTS = (statistics.SEEN, statistics.NOT_SEEN, statistics.UNDECIDED)
+_VERDICTS = (statistics.SEEN, statistics.REVERSED, statistics.UNDECIDED)
 
 
 def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
     """The figures of the report's own tables beside ours."""
-    own = [variant for variant in compared if variant.cells[0].row and variant.runs]
+    own = [variant for variant in compared if variant.row and variant.runs]
     if not own:
         return
     header = ["row"]
@@ -29,7 +31,7 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         header += [f"{measure}: report", "here"]
     rows = [header]
     for variant in own:
-        row = suites.report_row(variant.cells[0].row or "")
+        row = suites.report_row(variant.row or "")
         theirs = [" / ".join(f"{value:.2f}" for value in row.accuracy)]
         theirs += [_given(row.f1, ".2f"), _given(row.memory_mb, ",.0f"), _given(row.samples_per_second, ".1f")]
         ours = [_mean(variant, "accuracy", 100, ".2f"), _mean(variant, "f1", 100, ".2f")]
@@ -54,13 +56,13 @@ def _mean(variant: Variant, key: str, factor: float, form: str) -> str:
 
 def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
     """Which of the report's orders are seen here."""
-    by_row = {variant.cells[0].row: variant for variant in compared if variant.runs}
-    judged = list(_accuracy_orders(by_row))
-    rows = [*judged, *_measured_orders(by_row)]
+    finished = [variant for variant in compared if variant.runs]
+    judged = list(_accuracy_orders(finished))
+    rows = [*judged, *_measured_orders(finished)]
     if not rows:
         return
     yield Heading("The report's orderings")
-    if judged and any(len(variant.runs) == 1 for variant in by_row.values()):
+    if judged and any(len(variant.runs) == 1 for variant in finished if variant.row):
         yield Strong(
             "Accuracies of one seed: a verdict holds for this seed alone. Its test counts how far other rows would "
             "move the difference, and not how far another seed would, so it tells apart too many methods that are "
@@ -80,25 +82,37 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows (McNemar's "
         "exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by the p that Holm "
         f"corrects for the number of orderings: {statistics.UNDECIDED} from {statistics.LEVEL:g}, even where the "
-        "interval, which is not corrected, leaves out 0. Memory and samples/s: the two means, and how far the first is "
-        "from the second; decided where every run of the one is on one side of every run of the other, by more than "
-        f"{100 * MEMORY_MARGIN:g} % of memory and {100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as "
-        "much in speed on a machine that does other things too."
+        f"interval, which is not corrected, leaves out 0; {statistics.REVERSED}: not seen, the opposite is. Memory and "
+        "samples/s: the two means, and how far the first is from the second; decided where every run of the one is on "
+        f"one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory and "
+        f"{100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as much in speed on a machine that does "
+        "other things too."
     )
+    if any(_AT_RATES in row[0] for row in judged):
+        yield Text(
+            "At rates: the two took different learning rates, by the search or as given, so a part of the difference "
+            "may be the rate's and not the method's."
+        )
 
 
-def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
+def _pairs(compared: Sequence[Variant], measure: str) -> Iterator[tuple[Variant, Variant]]:
+    """The variants that the report's orders are about: of two with prompts, those with the same one."""
+    for first, second in suites.orderings(measure):
+        for one, other in product(compared, compared):
+            prompts = {one.prompt, other.prompt} - {None}
+            if (one.row, other.row) == (first, second) and len(prompts) <= 1:
+                yield one, other
+
+
+def _accuracy_orders(compared: Sequence[Variant]) -> list[list[str]]:
     found = []
-    for first, second in suites.orderings("accuracy"):
-        if first not in by_row or second not in by_row:
-            continue
-        one, other = by_row[first], by_row[second]
+    for one, other in _pairs(compared, "accuracy"):
         ours, theirs = one.answers(), other.answers()
         if seeds := [seed for seed in ours if seed in theirs]:
-            compared = statistics.compare_pair(
+            difference = statistics.compare_pair(
                 np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds])
             )
-            found.append((f"{one.name} above {other.name}", compared, len(seeds)))
+            found.append((f"{one.name} above {other.name}{_rates(one, other)}", difference, len(seeds)))
     corrected = statistics.holm([difference.p for _, difference, _ in found])
     return [
         [
@@ -112,6 +126,15 @@ def _accuracy_orders(by_row: Mapping[str | None, Variant]) -> list[list[str]]:
     ]
 
 
+def _rates(one: Variant, other: Variant) -> str:
+    """The learning rates of two variants, where a search found other ones for the one than for the other."""
+    taken = [
+        " or ".join(f"{rate:g}" for rate in sorted(set(variant.values("learning_rate")))) for variant in (one, other)
+    ]
+    searched = any(variant.cells[0].rates for variant in (one, other))
+    return f"{_AT_RATES}{' and '.join(taken)}" if searched and taken[0] != taken[1] and all(taken) else ""
+
+
 def _verdict(difference: float, p: float, seeds: int) -> str:
     word = statistics.verdict(difference, p)
     return word if seeds > 1 or word == statistics.UNDECIDED else f"{word}, for this seed alone"
@@ -121,15 +144,12 @@ def _shown(p: float) -> str:
     return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
-def _measured_orders(by_row: Mapping[str | None, Variant]) -> Iterator[list[str]]:
+def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:
     for measure, key, title, word, margin in (
         ("memory_mb", "peak_memory_mb", "memory", "below", MEMORY_MARGIN),
         ("samples_per_second", "samples_per_second", "samples/s", "above", SPEED_MARGIN),
     ):
-        for first, second in suites.orderings(measure):
-            if first not in by_row or second not in by_row:
-                continue
-            one, other = by_row[first], by_row[second]
+        for one, other in _pairs(compared, measure):
             ours, theirs = one.values(key), other.values(key)
             if ours and theirs:
                 pair = (ours, theirs) if word == "above" else (theirs, ours)
@@ -142,15 +162,19 @@ def _measured_orders(by_row: Mapping[str | None, Variant]) -> Iterator[list[str]
 
 def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     """How many steps LoRA is behind the others."""
-    kept = {variant.cells[0].row: (variant.name, found) for variant in compared if (found := variant.cells[0].curves())}
-    if "lora" not in kept or len(kept) < 2:
+    kept = [(variant, found) for variant in compared if (found := variant.cells[0].curves())]
+    slow = next((found for variant, found in kept if variant.row == "lora"), None)
+    if slow is None or len(kept) < 2:
         return
-    _, slow = kept.pop("lora")
     measures = [name for name in slow if name.startswith("dev ")]
     rows = [["LoRA behind", *(f"by {name}, steps" for name in measures)]]
-    for other, fast in kept.values():
-        behind = [statistics.lag(_rising(name, slow[name]), _rising(name, fast[name])) for name in measures]
-        rows.append([other, *("-" if lag is None else f"{lag:+.0f}" for lag in behind)])
+    for variant, fast in kept:
+        if fast is not slow:
+            behind = [
+                statistics.lag(_rising(name, slow[name]), _rising(name, fast[name])) if name in fast else None
+                for name in measures
+            ]
+            rows.append([variant.name, *("-" if lag is None else f"{lag:+.0f}" for lag in behind)])
     steps = next(iter(slow.values()))[-1][0]
     yield Heading("LoRA's lag")
     yield Text(

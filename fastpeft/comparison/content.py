@@ -217,7 +217,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
     if len(set(filter(None, devices))) > 1:
         notes.append(
             "Not all cells ran on the same device with as many threads: speeds and seconds compare only among those "
-            "that did. `results.csv` has device and threads of each."
+            "that did. results.csv has device and threads of each."
         )
     if any(variant.interval() for variant in compared):
         notes.append(

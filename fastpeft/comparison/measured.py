@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics as plain
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,19 +69,20 @@ class Variant:
     """What a comparison has of one variant.
 
     Attributes:
+        name: as written, or the name of its row in the report's tables, with its prompt where several are of that row.
         cells: one a seed.
+        row: key of its row in the report's tables; None where it is of none.
+        prompt: as written, of a row that has one.
         runs: what was measured, of those that are finished.
     """
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.cells = cells
+    def __init__(self, cells: Sequence[Cell], several: bool = False) -> None:
+        first = cells[0]
+        self.cells, self.row = cells, first.row
+        self.prompt = None if self.row is None else suites.prompt_of(self.row, first.variant)
+        self.name = first.variant if self.row is None else suites.report_row(self.row).title
+        self.name += f" ({self.prompt})" if several and self.prompt else ""
         self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
-
-    @property
-    def name(self) -> str:
-        """As written, or the name of its row in the report's tables."""
-        row = self.cells[0].row
-        return self.cells[0].variant if row is None else suites.report_row(row).title
 
     @property
     def seeds(self) -> str:
@@ -106,7 +108,8 @@ def variants(cells: Iterable[Cell]) -> list[Variant]:
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.variant, []).append(cell)
-    return [Variant(group) for group in grouped.values()]
+    rows = Counter(group[0].row for group in grouped.values())
+    return [Variant(group, rows[group[0].row] > 1) for group in grouped.values()]
 
 
 def table(cells: Sequence[Cell]) -> Table:
@@ -117,7 +120,7 @@ def table(cells: Sequence[Cell]) -> Table:
     compared = variants(cells)
     shown = columns(compared)
     several = any(len(variant.cells) > 1 for variant in compared)
-    written = any(variant.cells[0].row for variant in compared)
+    written = any(variant.row for variant in compared)
     header = ["method", *(column.title for column in shown)]
     rows = [header + ["seeds"] * several + ["variant"] * written]
     for variant in compared:

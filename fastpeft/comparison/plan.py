@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastpeft import files
-from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.search import rates
 from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
@@ -37,8 +38,7 @@ _DECIDED = {
     "settings": "name each setting by itself",
 }
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
-SLICE = "slice"  # the folder of the rows that learning rates are tried on
-_LONGEST_NAME = 200  # characters; file systems take 255 bytes
+_LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,11 @@ class CompareConfig:
                         f"it has {key}, but all cells share their rows. Give {key} once, for all of them."
                     )
             if earlier is not None and earlier not in variants:
+                others = [text for text in variants if text != variant and text.partition(":")[0] != ZERO_SHOT]
+                named = f"; or name one of {', '.join(others)}" if others else ""
                 raise FastpeftError(
-                    f"init_from names {earlier!r}, but the comparison has {', '.join(variants)}. Name one of them."
+                    f"init_from names {earlier!r}, which is no variant of the comparison. Add it, as --methods "
+                    f"{shlex.quote(f'{earlier},{variant}')}{named}."
                 )
             if earlier is not None:
                 start, of_start, _ = parse_variant(earlier)
@@ -274,13 +277,16 @@ def _meant(settings: Iterable[str]) -> str:
 def _folder_name(variant: str) -> str:
     """A variant as the name of a folder."""
     name = re.sub(r"[^\w.+=-]+", "-", variant).strip("-")
-    if len(name) > _LONGEST_NAME:
-        raise FastpeftError(f"it would name a folder of {len(name)} characters; allowed are {_LONGEST_NAME}.")
+    if (length := len(name.encode())) > _LONGEST_NAME:
+        raise FastpeftError(
+            f"it would name a folder of {length} bytes, in which a letter of some scripts takes two to four; allowed "
+            f"are {_LONGEST_NAME}. Shorten what it is given."
+        )
     return name
 
 
 def _cells_folder(output: str | Path) -> Path:
-    return Path(output).expanduser() / "cells"
+    return Path(output).expanduser() / CELLS
 
 
 @dataclass(frozen=True)
@@ -315,9 +321,12 @@ class Plan:
         cells = [_settled(cell, by_name) for cell in config.cells()]
         for cell in cells:
             try:
-                cell.folder.check(cell.values, resume=True, overwrite=False)
+                cell.folder.check(cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
             except FastpeftError as error:
-                raise FastpeftError(f"the cell {cell.name!r} cannot be run in {str(folder)!r}: {error}") from None
+                raise FastpeftError(
+                    f"the cell {cell.name!r} cannot be run in {str(folder)!r}: "
+                    f"{_of_another_protocol(config, cell, by_name) or error}"
+                ) from None
         rows = {cell.name: cell.row for cell in earlier.cells}
         cells = [dataclasses.replace(cell, row=cell.row or rows.get(cell.name)) for cell in cells]
         merged = by_name | {cell.name: cell for cell in cells}
@@ -359,7 +368,7 @@ class Plan:
         return settled
 
     def save(self) -> None:
-        """Make the folder, and write `comparison.json` into it."""
+        """Make the folder, and write `comparison.json` into it; runs of a folder that moved then name where it is."""
         with files.saving(f"to the output folder {str(self.folder)!r}", lambda: "Give one that can be written."):
             cells = _cells_folder(self.folder)
             cells.mkdir(parents=True, exist_ok=True)
@@ -371,6 +380,9 @@ class Plan:
                 "cells": [dataclasses.asdict(cell) for cell in self.cells],
             }
             files.write_json(self.folder / "comparison.json", values)
+            for cell in self.cells:
+                if cell.folder.started:
+                    cell.folder.note_moved(cell.own_paths(cell.values))
 
 
 def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
@@ -381,11 +393,31 @@ def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
         return cell
 
 
+def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
+    """What to say of a cell that was run by another protocol than that of `config`; nothing where that is not so."""
+    for protocol in (None, *PROTOCOLS):
+        other = next(
+            (other for other in dataclasses.replace(config, protocol=protocol).cells() if other.name == cell.name), None
+        )
+        if other is None:
+            continue
+        try:
+            settled = _settled(other, by_name)
+            settled.folder.check(settled.values, resume=True, overwrite=False, moved=cell.own_paths(settled.values))
+        except FastpeftError:
+            continue
+        before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))
+        return f"it was run by {before}, and is now to be run by {now}. Give another output, or {before} again."
+    return ""
+
+
 def _read(folder: Path) -> Plan:
     """What a folder's `comparison.json` says; a plan of nothing where the folder is new or empty."""
     file = folder / "comparison.json"
     if not file.is_file():
-        if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+        if folder.exists() and not folder.is_dir():
+            raise FastpeftError(f"the output {str(folder)!r} is a file. Give the name of a new folder.")
+        if folder.exists() and _holds_something(folder):
             raise FastpeftError(
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."
@@ -398,6 +430,7 @@ def _read(folder: Path) -> Plan:
             if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
                 raise TypeError(f"a cell is named {cell.name!r}")
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
+            cell.values.update(cell.own_paths(cell.values))
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))
     except (KeyError, TypeError) as error:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
@@ -406,7 +439,7 @@ def _read(folder: Path) -> Plan:
 def _holds_something(folder: Path) -> bool:
     """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
     return any(
-        child.name not in (files.LOCK, "cells") and not child.match(files.UNFINISHED) for child in folder.iterdir()
+        child.name not in (files.LOCK, CELLS) and not child.match(files.UNFINISHED) for child in folder.iterdir()
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
 
-SEEN, NOT_SEEN, UNDECIDED = "seen", "not seen", "undecided"
+SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: not seen, the opposite order is
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def verdict(difference: float, p: float) -> str:
     """Whether the order that a positive difference has is seen, given its p value as `holm` corrects it."""
     if p >= LEVEL or difference == 0:
         return UNDECIDED
-    return SEEN if difference > 0 else NOT_SEEN
+    return SEEN if difference > 0 else REVERSED
 
 
 def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> str:
@@ -131,7 +131,7 @@ def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: f
     """
     if min(first) > (1 + margin) * max(second):
         return SEEN
-    return NOT_SEEN if min(second) > (1 + margin) * max(first) else UNDECIDED
+    return REVERSED if min(second) > (1 + margin) * max(first) else UNDECIDED
 
 
 def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = 20) -> float | None:

@@ -101,6 +101,21 @@ def report_row(key: str) -> ReportRow:
     return _row(key, _values()["default_prompt"])
 
 
+def prompt_of(key: str, variant: str) -> str | None:
+    """The prompt, as written, with which `variant` was made of the row `key`; None where that has none.
+
+    Example:
+        >>> prompt_of("lst+mezo", "lst:init_from=mezo:prompt=MR:label_words=bad+good")
+        'MR:label_words=bad+good'
+    """
+    template = _values()["rows"][key]["variant"]
+    before, *rest = template.split(_PROMPT)
+    if not rest:
+        return None
+    length = (len(variant) - len(template.replace(_PROMPT, ""))) // len(rest)
+    return variant[len(before) :][:length]
+
+
 def orderings(measure: str) -> list[tuple[str, str]]:
     """Keys of rows of which the report has the first above the second in `measure`; in `memory_mb`, below."""
     return [(first, second) for first, second in _values()["orderings"][measure]]

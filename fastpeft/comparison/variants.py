@@ -26,6 +26,10 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
     """
     own, chain, earlier = partition_chain(text)
     method, *items = _split(own, r":(?=\w+=)")
+    if method.endswith(":"):
+        raise FastpeftError(
+            f"nothing follows the colon of {method!r}. Write a key and its value after it, as siva:rank=8, or none."
+        )
     if method not in (*METHODS, ZERO_SHOT):
         raise FastpeftError(
             f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
@@ -45,11 +49,20 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
 def split_items(text: str) -> list[str]:
     """Variants or prompts as written on a command line, joined by commas; a comma in double quotes joins nothing.
 
+    Raises:
+        FastpeftError: there is nothing on one side of a comma, or nothing at all.
+
     Example:
         >>> split_items('none, "{a}? <mask>, {b}":label_words=Yes+No')
         ['none', '"{a}? <mask>, {b}":label_words=Yes+No']
     """
-    return [item.strip() for item in _split(text, ",")]
+    items = [item.strip() for item in _split(text, ",")]
+    if "" in items:
+        where = (
+            f"there is nothing before, between or after the commas of {text!r}" if len(items) > 1 else "a list is empty"
+        )
+        raise FastpeftError(f"{where}. Write one comma between two names, as in siva,lora, and none at an end.")
+    return items
 
 
 def has_prompt(variant: str) -> bool:

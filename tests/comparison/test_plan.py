@@ -14,6 +14,7 @@ from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import parse_variant, split_items
 from fastpeft.config import TrainConfig
+from fastpeft.runs import RunFolder
 
 
 def config(*methods: str, output: str = "out", **changes: Any) -> CompareConfig:
@@ -65,6 +66,14 @@ def test_commas_in_quotes_join_nothing() -> None:
     cell = config("mezo", prompts=prompts[1:2]).cells()[0]
     assert (cell.values["prompt"], cell.values["label_words"]) == ("{a}? <mask>, {b}", "Yes,No")
     assert cell.name == "mezo-prompt=-a-mask-b-label_words=Yes+No-seed0"
+
+
+@pytest.mark.parametrize("text", ["siva,,", ",siva", "siva, ,lora", "siva,"])
+def test_a_comma_with_nothing_beside_it_is_told(text: str) -> None:
+    with pytest.raises(FastpeftError, match=f"nothing before, between or after the commas of '{text}'"):
+        split_items(text)
+    with pytest.raises(FastpeftError, match="a list is empty"):
+        split_items(" ")
 
 
 def test_cells_of_variants_and_seeds() -> None:
@@ -125,7 +134,9 @@ def test_a_chain_and_its_start_are_combined_with_one_prompt() -> None:
     )
     assert own["lst-prompt=sst2-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
     assert own["head-prompt=MR-init_from=mezo-prompt=MR-seed0"] == "mezo-prompt=MR-seed0"
-    with pytest.raises(FastpeftError, match=r"'mezo', but the comparison has mezo:prompt=sst2, .*Name one of them"):
+    with pytest.raises(
+        FastpeftError, match=r"no variant of the comparison. Add it, .*; or name one of mezo:prompt=sst2\.$"
+    ):
         config("mezo", "lst:prompt=MR:init_from=mezo", prompts=["sst2"])
 
 
@@ -166,6 +177,8 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["siva", "adapterz"]}, "unknown method 'adapterz'; allowed are siva"),
         ({"methods": ["siva:rank"]}, "unknown method 'siva:rank'"),
         ({"methods": ["siva:rank="]}, "rank has no value"),
+        ({"methods": ["siva:"]}, "nothing follows the colon of 'siva:'. Write a key and its value after it"),
+        ({"methods": ["siva::rank=8"]}, "nothing follows the colon of 'siva:'"),
         ({"methods": ['siva:targets="query":rank=2', 'siva:targets=".*\\.key"']}, "which is no text of JSON. Close"),
         ({"methods": ['head:prompt="{text} <mask>:rank=2']}, "which is no text of JSON. Close the quotes"),
         ({"methods": ["siva:rank=2:rank=3"]}, "rank has two values"),
@@ -189,6 +202,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
             "would share the folder",
         ),
         ({"methods": ["head:prompt={text} <mask>" + "x" * 200]}, "would name a folder of"),
+        ({"methods": ["head:prompt={text} " + "я" * 150 + " <mask>"]}, "would name a folder of 323 bytes"),
         ({"methods": ["zero-shot"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot"], "prompts": ["none"]}, "zero-shot needs a prompt"),
         ({"methods": ["zero-shot:prompt=sst2:calibrate=maybe"]}, "calibrate is 'maybe'; it must be true or false"),
@@ -197,7 +211,12 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"methods": ["zero-shot:prompt=sst2"], "common": {"split_seed": 1}}, "zero-shot takes no split_seed"),
         ({"methods": ["siva"], "prompts": ["sst2"], "common": {"prompt": "MR"}}, "Give one of the two"),
         ({"methods": ["siva"], "prompts": ["sst99"]}, "no prompt is named 'sst99'"),
-        ({"methods": ["lst:init_from=mezo", "siva"]}, "init_from names 'mezo', but the comparison has"),
+        (
+            {"methods": ["lst:init_from=mezo", "siva", "zero-shot:prompt=sst2"]},
+            "init_from names 'mezo', which is no variant of the comparison. Add it, as --methods "
+            "mezo,lst:init_from=mezo; or name one of siva.",
+        ),
+        ({"methods": ["lst:init_from=mezo"]}, "Add it, as --methods mezo,lst:init_from=mezo."),
         ({"methods": ["lst:init_from=zero-shot:prompt=MR", "zero-shot:prompt=MR"]}, "nor leaves one"),
         ({"methods": ["lst:init_from=lst"]}, "init_from names 'lst'"),
         ({"methods": ["lst:init_from=mezo", "mezo"], "common": {"init_from": "x"}}, "for all cells and by a variant"),
@@ -211,6 +230,16 @@ def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError) as raised:
         CompareConfig(**{"output": "out", "methods": ["siva"], **changes})
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("letter", "count"), [("x", 141), ("я", 70), ("字", 47)])
+def test_the_longest_name_leaves_room_for_the_files_of_a_cell(letter: str, count: int) -> None:
+    """File systems take 255 bytes: of a cell's name, what stands around it, and the ending while it is written."""
+    longest = f"head:prompt={{text}} {letter * count}<mask>:label_words=a+b"
+    names = [f".{cell.clock.name}.{'0' * 8}.part" for cell in config(longest, protocol="full", seeds=100).cells()]
+    assert 225 < max(len(name.encode()) for name in names) <= 255
+    with pytest.raises(FastpeftError, match=r"would name a folder of 20[1-3] bytes"):
+        config(longest.replace("<mask>", f"{letter}<mask>"), protocol="full")
 
 
 def test_figure5_has_one_rate_whatever_the_protocol() -> None:
@@ -279,6 +308,20 @@ def test_quick_is_one_epoch_but_for_mezo() -> None:
     ]
 
 
+@pytest.mark.parametrize(("before", "now"), [("quick", "full"), ("quick", None), (None, "quick")])
+def test_another_protocol_is_named_as_the_cause(tmp_path: Path, before: str | None, now: str | None) -> None:
+    output = str(tmp_path / "out")
+    plan = Plan.make(config("siva", output=output, protocol=before), "command")
+    plan.save()
+    finish(plan.results[0], accuracy=0.5)
+    first, second = (f"the protocol {name}" if name else "no protocol" for name in (before, now))
+    told = f"it was run by {first}, and is now to be run by {second}. Give another output, or {first} again."
+    with pytest.raises(FastpeftError, match=re.escape(told)):
+        Plan.make(config("siva", output=output, protocol=now), "command")
+    with pytest.raises(FastpeftError, match="rank None -> 2"):
+        Plan.make(config("siva", output=output, protocol=now, common={"rank": 2}), "command")
+
+
 def test_full_tries_as_many_rates_for_every_method(tmp_path: Path) -> None:
     full = config(
         "siva", "lst:init_from=mezo", "mezo", "lora:learning_rate=1e-3", output=str(tmp_path), protocol="full"
@@ -328,6 +371,40 @@ def test_the_best_rate_is_taken_and_kept(tmp_path: Path) -> None:
     assert Plan.make(full, "command").results[0].values["learning_rate"] == 0.000333, "what has started keeps its own"
 
 
+def test_a_folder_that_moved_goes_on(tmp_path: Path) -> None:
+    """What tries rates has its slice in the folder, and what starts from another run has that there."""
+    old, new = tmp_path / "old", tmp_path / "elsewhere" / "new"
+    methods = ("head:init_from=lst:init_from=mezo", "lst:init_from=mezo", "mezo")
+    plan = Plan.make(config(*methods, output=str(old), protocol="full", seeds=1), "command")
+    plan.save()
+    for cell in list(plan.wanted):
+        settled = plan.settle(cell)
+        finish(settled, accuracy=0.5)
+        if start := settled.values["init_from"]:  # as a run writes it
+            file = settled.folder.config_file
+            weights = {"init_from": str(Path(start).resolve()), "init_from_weights": RunFolder(start).fingerprint()}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **weights}))
+    new.parent.mkdir()
+    old.rename(new)
+    moved = Plan.make(config(*methods, output=str(new), protocol="full", seeds=1), "command")
+    written = {cell.name: cell.folder.config_file.read_text() for cell in moved.cells}
+    assert any(str(old) in text for text in written.values()), "a plan writes nothing"
+    assert [cell.state for cell in moved.wanted] == ["finished"] * len(plan.wanted)
+    moved.save()
+    for file in [new / "comparison.json", *(cell.folder.config_file for cell in moved.cells)]:
+        assert str(old / "slice") not in file.read_text()
+        assert f'"init_from": "{old}' not in file.read_text()
+    for cell in moved.cells:
+        cell.folder.check_start()
+    assert not old.exists()
+    (new / "cells" / "lst-init_from=mezo-seed0" / "metrics.json").unlink()
+    again = Plan.make(config(*methods[1:], output=str(new), protocol="full", seeds=1), "command")
+    cell = again.settle(again.results[1])
+    assert (cell.name, cell.state) == ("lst-init_from=mezo-seed0", "waiting")
+    assert cell.values["init_from"] == str(new / "cells" / "mezo-seed0")
+    cell.folder.check(cell.config.values(), resume=True, overwrite=False)  # as its process does
+
+
 def test_a_rate_that_failed_is_not_taken(tmp_path: Path) -> None:
     plan = Plan.make(config("siva", output=str(tmp_path / "out"), protocol="full", seeds=1), "command")
     plan.save()
@@ -348,7 +425,7 @@ def test_another_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match=r"comparison\.json is not of a comparison"):
         Plan.make(config("siva", output=str(tmp_path)), "command")
     file = tmp_path / "notes.txt"
-    with pytest.raises(FastpeftError, match="left alone"):
+    with pytest.raises(FastpeftError, match=r"notes\.txt' is a file\. Give the name of a new folder"):
         Plan.make(config("siva", output=str(file)), "command")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from fastpeft import CompareConfig
-from fastpeft.comparison import blocks, content, report, suites
+from fastpeft.comparison import blocks, claims, content, report, suites
 from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.measured import variants
 from fastpeft.comparison.plan import Plan
 
 ROWS = 200
@@ -84,7 +87,8 @@ def test_the_reports_orderings_are_judged(plan: Plan) -> None:
     assert "| memory: LoRA below SiVA | undecided | 231 and 232 (-0.4 %) | - | - |" in text, "1 MB is no order"
     assert "| memory: SiVA below full fine-tuning | seen | 232 and 400 (-42.0 %) | - | - |" in text
     assert "| samples/s: SiVA above LoRA | undecided | 100 and 100 (+0.0 %) | - | - |" in text
-    assert "\naccuracy: 3 seen, 0 not seen, 0 undecided; memory: 1 seen, " in text
+    assert "\naccuracy: 3 seen, 0 reversed, 0 undecided; memory: 1 seen, " in text
+    assert text.count("; reversed: not seen, the opposite is. ") == 1
 
 
 def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> None:
@@ -114,6 +118,42 @@ def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
     assert "| SiVA | 96.56 | 95.00 |" in (plan.folder / "report.md").read_text()
 
 
+def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
+    """Two comparisons of one folder, each with the report's rows by a prompt of its own."""
+    for prompts in ([], ["MR"]):
+        suite = CompareConfig(output=str(tmp_path / "out"), suite="table1", prompts=prompts)
+        plan = Plan.make(suite, "command")
+        plan.save()
+        for cell in plan.wanted:
+            if not cell.folder.finished:
+                finish(cell, 180 if prompts else 150, 1.0, 1.0)
+    parts = content.report(plan, pictures=False)
+    table, beside, orders = [part for part in parts if isinstance(part, Table)][:3]
+    prompted = ["LST + prompt", "9-LST + prompt", "last 3 layers + prompt"]
+    names = {f"{name} ({prompt})" for name in prompted for prompt in ("sst2", "MR")}
+    for shown in (table, beside):
+        assert {row[0] for row in shown.rows if "prompt" in row[0]} == names
+        assert "LST" in {row[0] for row in shown.rows}, "of which there is one"
+    told = {row[0]: row[1] for row in orders.rows}
+    assert told["accuracy: LST + prompt (sst2) above LST"] == "undecided"
+    assert told["accuracy: LST + prompt (MR) above LST"] == "seen, for this seed alone"
+    curves = [part.alt for part in content.report(plan, pictures=True) if isinstance(part, blocks.Figure)]
+    assert "Dev accuracy over the steps: 14 curves." in curves
+
+
+def test_orderings_of_two_prompts_are_of_the_same(tmp_path: Path) -> None:
+    for prompt in ("sst2", "MR:label_words=bad+good"):
+        plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), suite="table2", prompts=[prompt]), "command")
+        plan.save()
+        for cell in plan.wanted:
+            if not cell.folder.finished:
+                finish(cell, 150, 1.0, 1.0)
+    shown = "".join(map(str, claims.orderings(variants(plan.results))))
+    assert "LST + MeZO (sst2) above MeZO (sst2)" in shown
+    assert "LST + MeZO (MR:label_words=bad+good) above MeZO (MR:label_words=bad+good)" in shown
+    assert "LST + MeZO (sst2) above MeZO (MR" not in shown
+
+
 def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
     full = CompareConfig(output=str(tmp_path / "out"), methods=["siva", "lora"], protocol="full", seeds=1)
     plan = Plan.make(full, "command")
@@ -134,6 +174,28 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
         assert "**1 of 2 took the lowest or the highest rate that was tried" in text
         assert ": siva.**" in text
         assert text.count("| taken |") == 1
+
+
+def test_an_ordering_of_searched_rates_says_which_they_were(tmp_path: Path) -> None:
+    """A method and its rate are one there: neither alone is what differs."""
+    full = CompareConfig(output=str(tmp_path / "out"), suite="table1", prompts=["none"], protocol="full", seeds=1)
+    plan = Plan.make(full, "command")
+    plan.save()
+    for cell in plan.results:
+        finish(cell, 150, 1.0, 1.0, learning_rate=0.003 if cell.row == "siva" else 0.001)
+    report.write(plan, whole=False)
+    text = (plan.folder / "report.md").read_text()
+    assert "| accuracy: SiVA above LoRA, at rates 0.003 and 0.001 | undecided |" in text
+    assert "| accuracy: full fine-tuning above LoRA | undecided |" in text, "at the same rate"
+    assert "| memory: LoRA below SiVA | undecided |" in text, "which no rate changes"
+    assert text.count("\nAt rates: the two took different learning rates, ") == 1
+
+
+def test_rates_that_were_not_searched_are_not_told_again(plan: Plan) -> None:
+    file = plan.results[0].folder.metrics_file
+    file.write_text(json.dumps({**json.loads(file.read_text()), "learning_rate": 0.003}))
+    report.write(plan, whole=False)
+    assert "t rates" not in (plan.folder / "report.md").read_text()
 
 
 def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
@@ -170,6 +232,15 @@ def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
     lags = {row[0]: row[1] for row in table.rows[1:]}
     assert lags["9-LST"] == "+21", "40 steps at the end, and in the middle of 20 levels half of them"
     assert set(lags) == {"full fine-tuning", "SiVA", "9-LST"}
+
+
+def test_loras_lag_is_told_behind_every_variant_that_was_added(plan: Plan) -> None:
+    own = CompareConfig(output=str(plan.folder), methods=["head", "bitfit", "lora:rank=2"], common=FIGURE5)
+    added = Plan.make(own, "command")
+    for cell in added.wanted:
+        finish(cell, 160, 100.0, 100.0)
+    (table,) = [part for part in claims.lags(variants(added.results)) if isinstance(part, Table)]
+    assert [row[0] for row in table.rows[1:]] == ["full fine-tuning", "SiVA", "9-LST", "head", "bitfit", "lora:rank=2"]
 
 
 def test_one_seed_more_makes_other_tests(tmp_path: Path) -> None:
@@ -257,6 +328,35 @@ def test_texts_are_escaped() -> None:
     outline.feed(page)
     assert outline.images[0]["alt"] == bad
     assert "| a&#124;b |" in blocks.markdown("t", [Table([["a|b"], ["c"]])])
+    assert "<img" not in blocks.markdown(bad, [part for part in parts if not isinstance(part, Code)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "head:prompt={text} It was <mask>.:label_words=bad+good",
+        "<img src=x onerror=alert(1)> &lt; & <!-- --> </td>",
+        "**bold** *slanted* _slanted_ `code` a*b*c __init__",
+        "[here](javascript:alert) ![x](http://example.org/x.png)",
+        r"C:\data \<b> \*a* \\*a* a\|b \[here](x)",
+        "a | b",
+    ],
+)
+def test_markdown_shows_texts_letter_by_letter(text: str) -> None:
+    parts = [Heading(text), Text(text), Strong(text), Items([text]), Table([[text], [text]])]
+    rendered = MarkdownIt("commonmark").enable("table").render(blocks.markdown(text, parts))
+    shown = re.sub(r"</?(h1|h2|p|ul|li|strong|table|thead|tbody|tr|th|td)>", "", rendered)
+    assert [html.unescape(line) for line in shown.splitlines() if line] == [text] * 7
+
+
+@pytest.mark.parametrize("text", ["<0.001", "label_words=bad+good", "0.950 (0.910 to 0.973)", "5 of 8 [1], (2^20)"])
+def test_markdown_leaves_what_is_no_markup(text: str) -> None:
+    assert blocks.markdown("t", [Text(text)]) == f"# t\n\n{text}\n"
+
+
+def test_markdown_has_a_text_in_one_line() -> None:
+    table = blocks.table_lines(Table([["a\r\n# b\r| c"], ["d\n\n- e"]]))
+    assert table == ["| a # b &#124; c |", "|---|", "| d - e |"]
 
 
 # Shows the page in a frame as wide as a screen, and tells what is seen there: a window may be no narrower than 500 px.

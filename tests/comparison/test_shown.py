@@ -59,6 +59,20 @@ def test_on_the_command_line() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_what_does_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"head": Estimate(100.0), "siva": Estimate()}
+    monkeypatch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: told)
+    command = ["compare", "--methods", "head,siva", "--output", "out", "--dry-run", "--memory-budget", "50"]
+    shown = CliRunner().invoke(app, command).stdout
+    cells = [[text.strip() for text in line.split("│")[1:6]] for line in shown.splitlines() if "seed0" in line]
+    assert cells == [
+        ["head-seed0", "waiting", "100", "no", "not timed: does not fit"],
+        ["siva-seed0", "waiting", "-", "unknown", "unknown"],
+    ]
+    assert shown.endswith("0 of 2 finished; nothing was written\n")
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_template_with_a_comma_on_the_command_line() -> None:
     prompts = '"{text}, <mask>":label_words=No+Yes,none'
     shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--prompts", prompts, "--output", "out"])

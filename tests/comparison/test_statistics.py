@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastpeft.comparison.statistics import (
-    NOT_SEEN,
+    REVERSED,
     SEEN,
     UNDECIDED,
     compare_pair,
@@ -111,7 +111,7 @@ def test_holm() -> None:
 
 @pytest.mark.parametrize(
     ("difference", "p", "expected"),
-    [(0.1, 0.01, SEEN), (-0.1, 0.01, NOT_SEEN), (0.1, 0.05, UNDECIDED), (0.0, 0.0, UNDECIDED)],
+    [(0.1, 0.01, SEEN), (-0.1, 0.01, REVERSED), (0.1, 0.05, UNDECIDED), (0.0, 0.0, UNDECIDED)],
 )
 def test_verdicts(difference: float, p: float, expected: str) -> None:
     assert verdict(difference, p) == expected
@@ -119,12 +119,12 @@ def test_verdicts(difference: float, p: float, expected: str) -> None:
 
 def test_verdicts_of_ranges() -> None:
     assert verdict_of_ranges([3, 4], [1, 2]) == SEEN
-    assert verdict_of_ranges([1, 2], [3]) == NOT_SEEN
+    assert verdict_of_ranges([1, 2], [3]) == REVERSED
     assert verdict_of_ranges([1, 3], [2]) == UNDECIDED
     assert verdict_of_ranges([179.2], [179.0], 0.02) == UNDECIDED, "less than the margin"
     assert verdict_of_ranges([179.0], [179.2], 0.02) == UNDECIDED
     assert verdict_of_ranges([104], [101], 0.02) == SEEN
-    assert verdict_of_ranges([101], [104], 0.02) == NOT_SEEN
+    assert verdict_of_ranges([101], [104], 0.02) == REVERSED
 
 
 def test_lag_in_steps() -> None:
