@@ -318,9 +318,12 @@ class Plan:
         folder = Path(config.output).expanduser()
         earlier = _read(folder)
         by_name = {cell.name: cell for cell in (*earlier.cells, *config.cells())}
+        unsearched = {cell.name for cell in earlier.cells if not cell.rates and cell.folder.started}
         cells = [_settled(cell, by_name) for cell in config.cells()]
         for cell in cells:
             try:
+                if cell.rates and cell.name in unsearched:
+                    raise FastpeftError("its learning rate was not searched, and is now to be. Give another output.")
                 cell.folder.check(cell.values, resume=True, overwrite=False, moved=cell.own_paths(cell.values))
             except FastpeftError as error:
                 raise FastpeftError(
