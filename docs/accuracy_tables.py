@@ -30,6 +30,11 @@ def _layers(row: Row) -> str:
     return LAYERS[targets] if targets else OWN_LAYERS.get(row["method"], "-")
 
 
+def _named(row: Row) -> str:
+    in_8_bits = "optim" in settings(row["variant"])
+    return NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
+
+
 def demo() -> str:
     """Every method on the demo data, without a prompt."""
     plain = {"targets", "rank", "learning_rate", "optim"}
@@ -38,15 +43,13 @@ def demo() -> str:
     body = []
     for row in found:
         layers = _layers(row)
-        in_8_bits = "optim" in settings(row["variant"])
-        name = NAMES[row["method"]] + (", 8-bit AdamW" if in_8_bits else "")
         work = layers.replace("query, value", "query, key")  # two matrices of one size a block are the same work
         timed = row["method"] + ("" if work == "-" else f"-{work.replace(', ', '-').replace(' ', '-')}")
-        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and not in_8_bits else "-"
+        speed = f"{16e3 / milliseconds[timed]:.0f}" if timed in milliseconds and "optim" not in row["variant"] else "-"
         accuracy = f"{float(row['accuracy']):.3f}"
         body.append(
             [
-                name,
+                _named(row),
                 layers,
                 whole(row["peak_memory_mb"]),
                 accuracy,
@@ -75,10 +78,11 @@ def _percent(runs: Sequence[Row], metric: str = "accuracy") -> str:
 def sst2() -> str:
     """Every method on SST-2, without a prompt and from the pretrained model, least memory first."""
     body = []
-    for runs in comparison("table2-full").values():
+    for runs in (*comparison("table2-full").values(), *comparison("peers").values()):
         first = runs[0]
-        if settings(first["variant"]).keys() <= {"targets", "rank", "window"}:
-            name = NAMES[first["method"]].replace("9", settings(first["variant"]).get("window", "9"))
+        given = settings(first["variant"])
+        if given.keys() <= {"targets", "rank", "window", "optim", "learning_rate"}:
+            name = _named(first).replace("9", given.get("window", "9"))
             scores = [_percent(runs, metric) for metric in ("accuracy", "f1")]
             rate = f"{float(first['learning_rate']):g}"
             body.append((float(first["peak_memory_mb"]), [name, _layers(first), *scores, rate]))
