@@ -61,7 +61,7 @@ COLUMNS = (
     ),
     Column("trainable_parameters", "trained parameters", ",.0f"),
     Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
-    Column("train_seconds", "seconds", ",.0f", "spent in training steps"),
+    Column("train_seconds", "seconds", ",.0f", "spent in training steps; of a run that was resumed, since then"),
 )
 
 
