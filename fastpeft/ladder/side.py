@@ -257,8 +257,10 @@ class SideNetwork(nn.Module):
 class SideRun:
     """One pass of a side network over features as the backbone makes them.
 
-    Each feature is projected as it comes and each block runs as soon as its window is complete, so that without
-    gradients the projections of at most k layers are alive, and no feature.
+    Without gradients each feature is projected as it comes and each block runs as soon as its window is complete, so
+    that the projections of at most k layers are alive, and no feature. With gradients the features are kept for
+    backward anyway; then the blocks run after the last one, so that what they keep is not there while the backbone's
+    layers need room.
 
     Args:
         side: the side network; of a `SideStack` every tensor has one dimension more in front.
@@ -281,6 +283,7 @@ class SideRun:
         self._keep_states = keep_states
         self._theta: Tensor  # the last state, from the first feature on
         self._last_feature: Tensor | None = None  # B_L, where it is mixed into the output
+        self._waiting: list[tuple[int, Tensor]] = []  # features that are not read yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
@@ -292,7 +295,15 @@ class SideRun:
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""
-        side, feature = self.side, self._accept(layer, feature)
+        self._waiting.append((layer, self._accept(layer, feature)))
+        if layer == self.side.num_layers or not torch.is_grad_enabled():
+            for waiting in self._waiting:
+                self._read(*waiting)
+            self._waiting.clear()
+
+    def _read(self, layer: int, feature: Tensor) -> None:
+        """Project a feature, and run the blocks whose windows it completes."""
+        side = self.side
         for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
             self._windows.setdefault(block, []).append(part)
         reach = side.config.window_size // 2
