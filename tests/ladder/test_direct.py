@@ -107,16 +107,6 @@ def test_a_model_that_computes_so_is_saved_and_loaded_as_ever(config: dict[str, 
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("kind", [SideRun, DirectRun])
-def test_in_training_the_blocks_run_after_the_backbone(kind: type[SideRun]) -> None:
-    run = kind(network(window_size=1), None, 0, keep_states=True)
-    for layer, feature in enumerate(features()):
-        assert len(run.states) == 1 or layer == 0
-        run.feed(layer, feature)
-    run.output()
-    assert len(run.states) == LAYERS + 1
-
-
 def test_it_keeps_all_features_where_the_library_streams() -> None:
     side = SideNetwork(LadderConfig(window_size=3), 64, 8).eval()
     alive: dict[type[SideRun], int] = {}

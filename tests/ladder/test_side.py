@@ -140,14 +140,22 @@ def test_the_gate_starts_in_the_middle() -> None:
     assert fusion(theta, c, None, 0).equal((theta + c[:, 0]) / 2)
 
 
-def test_blocks_run_as_soon_as_their_window_is_complete() -> None:
+@pytest.mark.parametrize(
+    ("gradients", "expected"),
+    [
+        (False, [1, 1, 2, 4]),  # theta_0; none; block 1; blocks 2 and 3
+        (True, [1, 1, 1, 4]),  # all at the end, when the backbone has run
+    ],
+)
+def test_blocks_run_as_soon_as_their_window_is_complete(gradients: bool, expected: list[int]) -> None:
     side = network(window_size=3)
     run = SideRun(side, None, 0, keep_states=True)
     lengths = []
-    for layer, feature in enumerate(features()):
-        run.feed(layer, feature)
-        lengths.append(len(run.states))
-    assert lengths == [1, 1, 2, 4]  # theta_0; none; block 1; blocks 2 and 3
+    with torch.set_grad_enabled(gradients):
+        for layer, feature in enumerate(features()):
+            run.feed(layer, feature)
+            lengths.append(len(run.states))
+    assert lengths == expected
     assert [tuple(state.shape) for state in run.states] == [(3, 5, NARROW)] * 4
 
 
