@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastpeft.adapters import check_file, check_weights
 from fastpeft.config import TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
+from fastpeft.ladder.direct import DirectRun
 from fastpeft.ladder.saved import with_adapter
 from fastpeft.methods import SIVA_LAYERS, get_method
 from fastpeft.models import Classifier, load_classifier, load_for_masked_words
@@ -114,8 +116,8 @@ def assemble(folder: RunFolder) -> FinishedRun:
     if method.adapts or method.ladder:
         folder.check_start()
         base = load_start(config, head)
-        load = _load_adapter if method.adapts else _load_ladder
         model = base.model if method.base is None else method.base(base.model)
+        load = _load_adapter if method.adapts else partial(_load_ladder, direct=method.direct)
         classifier = Classifier(load(folder.path, model), base.tokenizer, base.head)
     else:
         classifier = load_model(str(folder.path), head)
@@ -253,8 +255,11 @@ def _load_adapter(folder: Path, base: Any) -> Any:
     return model
 
 
-def _load_ladder(folder: Path, base: Any) -> Any:
+def _load_ladder(folder: Path, base: Any, direct: bool) -> Any:
     def beside(model: Any) -> LadderModel:
-        return LadderModel.from_pretrained(folder, base=model)
+        ladder = LadderModel.from_pretrained(folder, base=model)
+        if direct:
+            ladder.side_run = DirectRun
+        return ladder
 
     return base.around(beside) if isinstance(base, PromptModel) else beside(base)

@@ -69,6 +69,7 @@ class Method:
         base: makes of a loaded model what its adapter is put onto; None: it is put onto the model as it is.
         own_tokens: how many tokens of what the model reads it takes for itself.
         ladder: whether what it saves is a side network.
+        direct: whether that is computed as its equations are written, by `DirectRun`.
         zeroth_order: whether it trains by MeZO, without gradients; it then takes the fields of `MeZOConfig`.
         usual_loop: whether that goes by MeZO's usual loop, which keeps no journal, in the place of the library's.
     """
@@ -86,6 +87,7 @@ class Method:
     base: Callable[[Any], Any] | None = None
     own_tokens: Callable[[Preparation], int] = lambda preparation: 0
     ladder: bool = False
+    direct: bool = False
     zeroth_order: bool = False
     usual_loop: bool = False
 
@@ -508,6 +510,7 @@ METHODS = {
             check=partial(_ladder_config, **_GATED),
             options=("reduction",),
             ladder=True,
+            direct=True,
         ),
         Method(
             name="k-lst-direct",
@@ -519,6 +522,7 @@ METHODS = {
             check=_ladder_config,
             options=("window", "reduction"),
             ladder=True,
+            direct=True,
         ),
     )
 }

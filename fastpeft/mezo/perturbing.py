@@ -33,12 +33,9 @@ class PerturbingOptimizer(torch.optim.Optimizer):
         FastpeftError: nothing requires a gradient, or a parameter or a setting of its group cannot be trained with.
 
     Notes:
-        A subclass may add noise by another function than `mezo_perturb_`, as `_perturb`.
         Where the weights are is one state of three parts: the point of the present step, what the step before still
         owes, and with `restore="exact"` what the model's forward is shown in their place.
     """
-
-    _perturb = staticmethod(mezo_perturb_)
 
     def __init__(
         self,
@@ -150,6 +147,11 @@ class PerturbingOptimizer(torch.optim.Optimizer):
             self._perturb(*local_parts(group, offsets), seeds, scales, decay, self.noise, self.rounding)
         self._deferred = []
         torch.clear_autocast_cache()  # an autocast around the step would go on with casts of the weights before
+
+    @staticmethod
+    def _perturb(*args: Any, **kwargs: Any) -> None:
+        """Add noise to weights, as `mezo_perturb_` does; a subclass may have noise of its own."""
+        mezo_perturb_(*args, **kwargs)
 
     def _reshard(self) -> None:
         """Make what the optimizer changes what the next forward sees."""
