@@ -181,7 +181,7 @@ def _replay(folder: RunFolder, step: int) -> FinishedRun:
     method = get_method(config.method, config.settings)
     if not method.zeroth_order or method.usual_loop:
         raise FastpeftError(
-            f"step is {step}, but the run in {str(folder.path)!r} was by {method.title}: only the journal of the "
+            f"step is {step}, but the run in {str(folder.path)!r} was made by {method.title}: only the journal of the "
             "method 'mezo' tells of single steps. Leave it out."
         )
     journal = Journal.open(folder.journal)

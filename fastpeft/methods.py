@@ -492,7 +492,7 @@ METHODS = {
         ),
         Method(
             name="mezo-loop",
-            title="MeZO, usual loop",
+            title="MeZO by its usual loop",
             description="MeZO with noise drawn anew for each of four passes over the weights, to compare with",
             recipe=_MEZO,
             prepare=_prepare_full,
@@ -502,7 +502,7 @@ METHODS = {
         ),
         Method(
             name="lst-direct",
-            title="LST, direct",
+            title="direct LST",
             description="LST written directly from its equations, to compare with",
             recipe=_LADDER,
             prepare=partial(_prepare_ladder, direct=True, **_GATED),
@@ -514,7 +514,7 @@ METHODS = {
         ),
         Method(
             name="k-lst-direct",
-            title="k-LST, direct",
+            title="direct k-LST",
             description="k-LST written directly from its equations, to compare with",
             recipe=_LADDER,
             prepare=partial(_prepare_ladder, direct=True),
