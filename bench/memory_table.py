@@ -10,7 +10,7 @@ What to expect of the parts: 355.4 M weights are 678 MB. A layer that an adapter
 another one, and SiVA keeps its factors' start (in float32, 0.4 % of the adapted weights) to give the pretrained
 weight back. A quantised residual is 1 byte a weight (int8) or 0.5625 (nf4) in place of 2, plus one layer's dequantised
 weight at a time; so is, in the same column, the backbone of a side network. That keeps nothing of its backbone but the
-features that its blocks still have to read.
+features, which the gradients of its projections need.
 """
 
 from __future__ import annotations
