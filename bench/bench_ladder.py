@@ -32,9 +32,7 @@ FILE = DATA / "ladder.csv"
 RANK = 4
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
-
-
-ENTRIES = {
+ENTRIES = {  # of the registry, where a name here is none
     "9-lst": "k-lst",
     "9-lst direct": "k-lst-direct",
     DIRECT_AS_TRAINED: "k-lst-direct",
