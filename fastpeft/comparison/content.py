@@ -18,7 +18,7 @@ from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, TITLES, get_problem
 
 _NAMED = 4  # methods that a title names, variants that a caption does
-WARNINGS = f"Warnings ({MARK})"
+WARNINGS = "Warnings"
 
 
 def title(plan: Plan) -> str:
@@ -39,7 +39,7 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
         parts += [Heading(WARNINGS), Items(warned)]
     parts += claims.figures_beside(compared)
     parts += claims.orderings(compared)
-    parts += pairs.report(tested, compared)
+    parts += pairs.report(compared, tested)
     if pictures:
         parts += _trade_offs(compared, tested)
         parts += _training_curves(compared)
@@ -129,9 +129,7 @@ def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[pairs.
     warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
     if len(ties) > 1:
         return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
-    held = [pair for pair in tested if best.name in (pair.first.name, pair.second.name)]
-    above = f"{sum(pair.significant for pair in held) or 'none'} of the other {len(held)}"
-    shown = f"; significantly above {above}" if held else ""
+    shown = f"; {pairs.standing(tested, best.name)}" if pairs.of(tested, best.name) else ""
     return f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}{shown}.{warned}"
 
 

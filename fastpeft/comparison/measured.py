@@ -16,7 +16,6 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.problems import CLASSIFICATION, get_problem
 
 MARK = "†"  # of a variant with a warning
-MOST_FREQUENT = "most frequent class"  # what always answers that: the row to be better than
 ACCURACY = "accuracy"  # the metric that is a mean over rows, so that rows tell how good it is
 
 
@@ -176,7 +175,8 @@ def _warnings(cell: Cell) -> list[str]:
 def table(compared: Sequence[Variant]) -> Table:
     """The report's table: a row a variant, the columns that any cell has, the metric to look at first.
 
-    What stands in a row of the report's tables is called as there, and told as written at the end.
+    What stands in a row of the report's tables is called as there, and told as written at the end. The last row is what
+    always answering the most frequent class of the training rows measures, where that is known.
     """
     shown = columns(compared)
     several = any(len(variant.cells) > 1 for variant in compared)
@@ -186,9 +186,10 @@ def table(compared: Sequence[Variant]) -> Table:
     for variant in compared:
         row = [variant.name, *(_show(variant, column) for column in shown)]
         rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
-    if constant := next(filter(None, (run.get("most_frequent") for variant in compared for run in variant.runs)), None):
-        row = [column.show([constant[column.key]] if column.key in constant else []) for column in shown]
-        rows.append([MOST_FREQUENT, *row, *["-"] * (several + written)])
+    always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
+    if always:  # the row to be better than
+        row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
+        rows.append([f"most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
     return Table(rows, numbers=range(1, len(header) + several))
 
 

@@ -68,13 +68,27 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
             these += "" if len(names) == len(compared) else " that could be tested"
         return f"No significant difference in accuracy {these} on {_rows(tested):,} dev rows."
     if len(found) > _NAMED:
-        most = max(found, key=lambda pair: pair.difference.mean)
-        return (
-            f"{len(found)} of {len(tested)} pairs of variants differ significantly in accuracy; the largest "
-            f"difference: {_told(most, f'{most.difference.mean:+.3f}, ')}."
-        )
+        highest = [
+            name for name in names if all(pair.first.name == name and pair.difference.mean for pair in of(tested, name))
+        ]
+        shown = f"; {highest[0]}, the highest, is {standing(tested, highest[0])}" if len(highest) == 1 else ""
+        return f"{len(found)} of {len(tested)} pairs of variants differ significantly in accuracy (Holm){shown}."
     rest = f"; no significant difference in the other {f'{left} pairs' if left > 1 else 'pair'}" if left else ""
     return f"{', '.join(map(_told, found))}{rest}."
+
+
+def of(tested: Sequence[Pair], name: str) -> list[Pair]:
+    """The pairs that a variant is of."""
+    return [pair for pair in tested if name in (pair.first.name, pair.second.name)]
+
+
+def standing(tested: Sequence[Pair], name: str) -> str:
+    """How many others the variant with the highest accuracy is significantly above."""
+    held = of(tested, name)
+    below = [pair for pair in held if pair.first.name == name and pair.significant]
+    if len(held) == 1:
+        return f"{'' if below else 'not '}significantly above the other"
+    return f"significantly above {len(below) or 'none'} of the other {len(held)} variants"
 
 
 def limits(tested: Sequence[Pair]) -> str:
@@ -88,17 +102,14 @@ def limits(tested: Sequence[Pair]) -> str:
     if tested and (rows := _rows(tested)) < FEW_ROWS:
         if all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
             least = _least_rows(len(tested)) / rows
-            told.append(
-                f"On {rows} dev rows no difference below {least:.2f} can be significant."
-                if least <= 1
-                else f"On {rows} dev rows no difference can be significant."
-            )
+            size = f" below {math.floor(100 * least) / 100:.2f}" if least <= 1 else ""
+            told.append(f"On {rows} dev rows no difference{size} can be significant.")
         else:
             told.append(f"{rows} dev rows are few: the test can miss a difference that more rows would show.")
     return " ".join(told)
 
 
-def report(tested: Sequence[Pair], compared: Sequence[Variant]) -> Iterator[Block]:
+def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
     """The pairs, a row each, or a matrix of them where they are many."""
     if not tested:
         return
@@ -141,10 +152,10 @@ def report(tested: Sequence[Pair], compared: Sequence[Variant]) -> Iterator[Bloc
     yield Table(matrix, numbers=range(1, len(names)))
 
 
-def _told(pair: Pair, size: str = "") -> str:
+def _told(pair: Pair) -> str:
     p = statistics.show_p(pair.p)
     shown = p.replace("<", "< ") if p.startswith("<") else f"= {p}"
-    return f"{pair.first.name} is above {pair.second.name} ({size}p {shown}, Holm)"
+    return f"{pair.first.name} is above {pair.second.name} (p {shown}, Holm)"
 
 
 def _rows(tested: Sequence[Pair]) -> int:

@@ -87,12 +87,12 @@ def test_what_is_significant_is_named_with_its_p(tmp_path: Path) -> None:
     assert [row[4] for row in table.rows[2:]] == ["0.062", "0.125"]
 
 
-def test_of_many_significant_pairs_the_largest_is_named(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"head": 20, "siva": 190, "lora": 100, "full": 140})
-    assert first_lines(plan)[0] == (
-        "6 of 6 pairs of variants differ significantly in accuracy; the largest difference: siva is above head "
-        "(+0.850, p < 0.001, Holm)."
-    )
+def test_of_many_significant_pairs_the_highest_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "one", {"head": 20, "siva": 181, "lora": 180, "full": 140})
+    told = "5 of 6 pairs of variants differ significantly in accuracy (Holm)"
+    assert first_lines(plan)[0] == f"{told}; siva, the highest, is significantly above 2 of the other 3 variants."
+    tie = plan_of(tmp_path / "other", {"head": 20, "siva": 180, "lora": 180, "full": 140})
+    assert first_lines(tie)[0] == f"{told}.", "of which none is the highest"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,10 @@ def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
 def test_a_caption_says_whether_the_highest_is_significantly_so(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"head": 100, "siva": 181, "lora": 180})
     captions = [part.caption for part in content.report(plan, pictures=True) if isinstance(part, Figure)]
-    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; significantly above 1 of the other 2.")
+    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; significantly above 1 of the other 2 variants.")
+    two = plan_of(tmp_path / "two", {"siva": 181, "lora": 180})
+    captions = [part.caption for part in content.report(two, pictures=True) if isinstance(part, Figure)]
+    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; not significantly above the other.")
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------
@@ -217,15 +220,15 @@ def test_warnings_stand_beside_their_variant(
     )
     report.write(plan, whole=True)
     text, page = ((plan.folder / f"report.{end}").read_text() for end in ("md", "html"))
-    assert f"\n## Warnings (†)\n\n- all variants: {FEW}\n- head †: {CONSTANT}\n" in text
+    assert f"\n## Warnings\n\n- all variants: {FEW}\n- head †: {CONSTANT}\n" in text
     assert "\n| head † | 0.950 (" in text
     assert "\n| siva | 0.750 (" in text, "what all warn of marks none"
     assert "\n**head † is above siva (p < 0.001, Holm), " in text
-    assert "Highest is head †, 0.950 at 200 MB; significantly above 2 of the other 2. †: see Warnings." in text
+    assert "Highest is head †, 0.950 at 200 MB; significantly above 2 of the other 2 variants. †: see Warnings." in text
     assert f"<li>head †: {CONSTANT}</li>" in page
     lines = shown(plan, monkeypatch, capsys).splitlines()
     assert lines[0].startswith("head † is above siva (p < 0.001, Holm), ")
-    assert lines[-4:-1] == ["Warnings (†):", f"all variants: {FEW}", f"head †: {CONSTANT}"]
+    assert lines[-4:-1] == ["Warnings:", f"all variants: {FEW}", f"head †: {CONSTANT}"]
     assert any(line.startswith("| head † | 0.950 (") for line in lines)
 
 
@@ -246,11 +249,11 @@ def test_an_older_run_that_predicts_one_class_is_told_too(tmp_path: Path) -> Non
 
 
 def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:
-    constant = {"most_frequent": {"accuracy": 0.51}, "peak_memory_source": "simulated"}
+    constant = {"most_frequent_class": {"class": "bad", "accuracy": 0.51}, "peak_memory_source": "simulated"}
     plan = plan_of(
         tmp_path, {"siva": 150, "head": 150}, seeds=2, head=constant, siva={"peak_memory_source": "simulated"}
     )
     table = tables(plan)[0]
     assert table.rows[0][:5] == ["method", "accuracy", "F1", "samples/s", "simulated step peak, MB"]
-    assert table.rows[-1] == ["most frequent class", "0.510", *["-"] * (len(table.rows[0]) - 2)]
-    assert [row[0] for row in table.rows].count("most frequent class") == 1
+    assert table.rows[-1] == ["most frequent class (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
+    assert [row[0] for row in table.rows].count("most frequent class (bad)") == 1

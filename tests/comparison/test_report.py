@@ -65,8 +65,8 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
     text = (plan.folder / "report.md").read_text()
     assert text.startswith(
         "# Figure 5: training curves with one set of hyper-parameters, on demo\n\n"
-        "**5 of 6 pairs of variants differ significantly in accuracy; the largest difference: SiVA is above LoRA "
-        "(+0.200, p < 0.001, Holm).**\n\n"
+        "**5 of 6 pairs of variants differ significantly in accuracy (Holm); SiVA, the highest, is significantly above "
+        "3 of the other 3 variants.**\n\n"
         "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds 3 or "
         "more.\n\n"
         "4 variants, 1 seed each. Model: demo. Data: reviews.csv, 1,000 rows to train on, 200 to measure on.\n"
