@@ -11,7 +11,7 @@ from fastpeft.comparison import statistics
 from fastpeft.comparison.blocks import Block, Heading, Table, Text
 from fastpeft.comparison.measured import Variant
 
-FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
+_FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
 _NAMED = 3  # pairs that the verdict names
 _LISTED = 15  # pairs that have a row each: those of six variants
 
@@ -99,7 +99,7 @@ def limits(tested: Sequence[Pair]) -> str:
             "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds "
             "3 or more."
         )
-    if tested and (rows := _rows(tested)) < FEW_ROWS:
+    if tested and (rows := _rows(tested)) < _FEW_ROWS:
         if all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
             least = _least_rows(len(tested)) / rows
             size = f" below {math.floor(100 * least) / 100:.2f}" if least <= 1 else ""
@@ -134,16 +134,12 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
         header = ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
         yield Table([header, *rows], numbers=range(2, 5))
         return
-    yield Text("p by Holm; above or below: the row's variant is significantly above or below the column's.")
+    yield Text("In each cell p by Holm; higher or lower: the row's variant is so, significantly, beside the column's.")
     cells = {}
     for pair in tested:
-        for row, column, word in (
-            (pair.first, pair.second, "above"),
-            (pair.second, pair.first, "below"),
-        ):
-            cells[row.name, column.name] = (
-                f"{word} {statistics.show_p(pair.p)}" if pair.significant else f"{pair.p:.3f}"
-            )
+        first, second, p = pair.first.name, pair.second.name, statistics.show_p(pair.p)
+        words = ("higher, p ", "lower, p ") if pair.significant else ("", "")
+        cells[first, second], cells[second, first] = (f"{word}{p if pair.p < 1 else 1}" for word in words)
     names = [variant.name for variant in compared if any(variant in (pair.first, pair.second) for pair in tested)]
     matrix = [["", *(f"{number}" for number in range(1, len(names)))]]
     for number, name in enumerate(names):

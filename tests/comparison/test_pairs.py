@@ -179,10 +179,10 @@ def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
     (_, matrix) = tables(plan)
     assert matrix.rows[0] == ["", "1", "2", "3", "4", "5", "6"]
     assert [row[0] for row in matrix.rows[1:]] == [f"{number} {name}" for number, name in enumerate(names, 1)]
-    assert matrix.rows[2][1:] == ["1.000", "", "", "", "", ""]
-    assert matrix.rows[3][1:] == ["below <0.001", "below <0.001", "", "", "", ""]
-    assert matrix.rows[7][1:] == ["1.000", "1.000", "above <0.001", "1.000", "1.000", "1.000"]
-    assert "| 3 siva:rank=3 | below <0.001 |" in blocks.markdown("t", [matrix])
+    assert matrix.rows[2][1:] == ["1", "", "", "", "", ""]
+    assert matrix.rows[3][1:] == ["lower, p <0.001", "lower, p <0.001", "", "", "", ""]
+    assert matrix.rows[7][1:] == ["1", "1", "higher, p <0.001", "1", "1", "1"]
+    assert "| 3 siva:rank=3 | lower, p <0.001 |" in blocks.markdown("t", [matrix])
 
 
 def test_a_caption_says_whether_the_highest_is_significantly_so(tmp_path: Path) -> None:
