@@ -17,10 +17,8 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from fastpeft.comparison import blocks, content, report
-from fastpeft.comparison import measured as measured_of
+from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.pairs import paired_tests
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.estimates import Estimate, plan
@@ -204,10 +202,8 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]
 
 def show_report(comparison: Comparison) -> None:
     """Print how a comparison's report begins, its table, outside of a terminal as there, warnings, and where it is."""
-    compared = measured_of.variants(comparison.plan.results)
-    for text in content.opening(compared, paired_tests(compared)):
-        console.print(text, soft_wrap=True)
-    shown = measured_of.table(compared)
+    opening, shown, warned = report.summary(comparison.plan)
+    console.print("\n".join(opening), soft_wrap=True)
     if console.is_terminal:
         table = Table(*shown.rows[0])
         for row in shown.rows[1:]:
@@ -215,8 +211,8 @@ def show_report(comparison: Comparison) -> None:
         console.print(table)
     else:
         console.print("\n".join(blocks.table_lines(shown)), soft_wrap=True)
-    if warned := measured_of.warnings(compared):
-        console.print("\n".join([f"{content.WARNINGS}:", *warned]), soft_wrap=True)
+    if warned:
+        console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 

@@ -18,7 +18,6 @@ from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, TITLES, get_problem
 
 _NAMED = 4  # methods that a title names, variants that a caption does
-WARNINGS = "Warnings"
 
 
 def title(plan: Plan) -> str:
@@ -36,7 +35,7 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
     first, *others = opening(compared, tested)
     parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
     if warned := warnings(compared):
-        parts += [Heading(WARNINGS), Items(warned)]
+        parts += [Heading("Warnings"), Items(warned)]
     parts += claims.figures_beside(compared)
     parts += claims.orderings(compared)
     parts += pairs.report(compared, tested)
