@@ -29,7 +29,8 @@ def _check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if optimizer in _checked or not _layers:
         return
     _checked.add(optimizer)
-    factors = {id(p) for layer in _layers for p in layer.parameters() if p.requires_grad}
+    named = (each for layer in _layers for each in layer.named_parameters())
+    factors = {id(p) for name, p in named if p.requires_grad and name.startswith("siva_")}  # a bias may train too
     for group in optimizer.param_groups:
         if group.get("weight_decay") and any(id(p) in factors for p in group["params"]):
             logger.warning(

@@ -262,7 +262,9 @@ def fsdp1_step(residual: str, passes: int) -> dict[str, Tensor]:
     torch.stack([wrapped(**own_rows(batch())).loss for _ in range(passes)]).sum().backward()
     optimizer.step()
     with FullyShardedDataParallel.summon_full_params(wrapped):
-        whole = {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in wrapped.named_parameters()}
+        whole = {
+            name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in wrapped.named_parameters()
+        }
     assert all(whole.pop(name).equal(weight) for name, weight in kept.items())
     return whole
 

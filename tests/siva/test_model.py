@@ -225,11 +225,11 @@ def test_a_checkpoint_loads_into_the_model_that_wrote_it(tmp_path: Path) -> None
     """What the Trainer does at resume and for the best model."""
     model = adapted(r=3)
     model.save_pretrained(tmp_path)
-    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model.layers()]
+    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model._siva_layers()]
     train_a_little(model, seed=5)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert logits(model).equal(expected)
-    assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model.layers()))
+    assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model._siva_layers()))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
