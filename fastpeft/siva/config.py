@@ -153,9 +153,9 @@ class SivaConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise FastpeftError(
-                        f"{name}={getattr(self, name)!r} with target_modules={self.target_modules!r}: blocks are chosen "
-                        "among layers that a list names. Give target_modules as a list of names, or choose the blocks "
-                        "in the regular expression itself."
+                        f"{name}={getattr(self, name)!r} with target_modules={self.target_modules!r}: blocks are "
+                        "chosen among layers that a list names. Give target_modules as a list of names, or choose the "
+                        "blocks in the regular expression itself."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise FastpeftError(
@@ -172,8 +172,8 @@ class SivaConfig(PeftConfig):
             numbers = isinstance(tokens, (list, tuple)) and all(type(token) is int and token >= 0 for token in tokens)
             if not numbers or len(set(tokens)) < len(tokens):
                 raise FastpeftError(
-                    f"trainable_token_indices={given!r}; give a list of different token numbers from 0, or a dictionary "
-                    "of such lists by the names of embeddings."
+                    f"trainable_token_indices={given!r}; give a list of different token numbers from 0, or a "
+                    "dictionary of such lists by the names of embeddings."
                 )
         if self.target_parameters:
             raise FastpeftError(

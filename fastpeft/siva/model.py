@@ -53,6 +53,11 @@ class SivaModel(BaseTuner):
     prefix: str = "siva_"
     tuner_layer_cls = SivaLinear
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, *args, **kwargs)
+        if isinstance(peft_config, dict):  # of a PeftModel; a model with adapters injected saves itself as it is
+            model.register_state_dict_post_hook(_give_pretrained)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         check_name(adapter_name)
@@ -229,6 +234,20 @@ class SivaModel(BaseTuner):
                     f"adapter_names={names!r}: {adapter!r} trains biases (bias={config.bias!r}), which are the model's "
                     f"own and act on every row. Give {adapter!r} to all rows, or train with bias='none'."
                 )
+
+
+def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Give the wrapped model's own state dict the pretrained weights where W_r is stored.
+
+    PEFT's `get_base_model_state_dict` calls it and strips the names of all that belongs to adapters, so that W_r would
+    pass for the pretrained weight. The state dict of the whole PeftModel, a checkpoint, is as it is stored.
+    """
+    if prefix:
+        return
+    for name, layer in model.named_modules():
+        weight = layer.pretrained_weight() if isinstance(layer, SivaLinear) else None
+        if weight is not None:
+            state_dict[f"{name}.base_layer.weight"] = weight
 
 
 def _copies(arguments: dict[str, Any]) -> int:

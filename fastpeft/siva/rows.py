@@ -150,6 +150,6 @@ def _saved(wrapper: Any, adapter: str) -> Callable[..., Any]:
 
 def _not_by_rows(reader: str, what: str) -> FastpeftError:
     return FastpeftError(
-        f"adapter_names: {reader}, {what}. A module that adapters saved whole can run by rows if it takes one tensor and "
-        "gives one, both with the rows in the first dimension. Run the model once for each adapter instead."
+        f"adapter_names: {reader}, {what}. A module that adapters saved whole can run by rows if it takes one tensor "
+        "and gives one, both with the rows in the first dimension. Run the model once for each adapter instead."
     )
