@@ -473,8 +473,8 @@ class SivaLinear(FrozenLinear):
             return shared
         if not loaded and not belongs(add(weight, initial), initial):
             raise FastpeftError(
-                f"{self.name}: the weight that is being loaded is not the one that the adapter was made from. Load base "
-                "weights before the adapter is put onto the model."
+                f"{self.name}: the weight that is being loaded is not the one that the adapter was made from. Load "
+                "base weights before the adapter is put onto the model."
             )
         return None
 
