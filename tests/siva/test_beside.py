@@ -112,15 +112,6 @@ def test_biases_of_two_adapters_and_of_rows() -> None:
         logits(model, adapter_names=["default", "third", BASE])
 
 
-def test_a_bias_may_decay_where_factors_may_not(caplog: pytest.LogCaptureFixture) -> None:
-    model = adapted(encoder(), bias="siva_only")
-    biases = [p for name, p in model.named_parameters() if name.endswith("base_layer.bias") and p.requires_grad]
-    optimizer = torch.optim.AdamW(biases, weight_decay=0.1)
-    model(ids()).logits.sum().backward()
-    optimizer.step()
-    assert "weight_decay" not in caplog.text
-
-
 # -- embeddings of tokens --------------------------------------------------------------------------------------------
 
 
