@@ -131,10 +131,9 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
 def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
     """While the block runs, the backbone evaluates, without gradients or compilation; random states stay."""
     core = backbone.core
-    devices = {parameter.device for parameter in core.parameters() if parameter.device.type != "cpu"}
-    kind = next((device.type for device in devices), "cuda")
+    devices = {parameter.device.index for parameter in core.parameters() if parameter.device.type == "cuda"}
     sparse = [(module, module.attention_type) for module in core.modules() if hasattr(module, "set_attention_type")]
-    with torch.random.fork_rng([device.index for device in devices], device_type=kind):
+    with torch.random.fork_rng(devices):
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(core.modules()):
                 yield

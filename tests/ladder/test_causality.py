@@ -75,8 +75,8 @@ def changes(model: LadderModel, ids: Tensor = IDS) -> Tensor:
 
 def assert_no_later_token_is_seen(model: LadderModel) -> None:
     *before, last = changes(model).tolist()
-    assert last > 1e-5
-    assert max(before) < 1e-2 * last  # the measured error is 0, beside experts up to 1e-4 of it
+    assert last > 5e-6
+    assert max(before) < 1e-6  # the measured error is 0, beside experts up to 9e-8
 
 
 def train_a_step(model: LadderModel) -> None:
@@ -244,9 +244,12 @@ def test_to_find_out_leaves_no_trace(training: bool) -> None:
     base = causal_model("gpt2").train(training)
     base.transformer.h[1].train(not training)
     calls: list[nn.Module] = []
-    base.transformer.h[0].register_forward_hook(
-        lambda module, *_: (torch.rand(3), calls.append(module)) and None  # some layers draw
-    )
+
+    def draw(module: nn.Module, *_: Any) -> None:
+        torch.rand(3)  # as some layers do
+        calls.append(module)
+
+    base.transformer.h[0].register_forward_hook(draw)
     modes = [module.training for module in base.modules()]
     weights = {name: (tensor.clone(), tensor._version) for name, tensor in base.state_dict(keep_vars=True).items()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules()]
