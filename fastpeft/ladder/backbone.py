@@ -173,11 +173,6 @@ class Backbone:
         return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
 
     @property
-    def causal(self) -> bool:
-        """Whether its attention says that tokens see only those before them."""
-        return any(getattr(module, "is_causal", False) for module in self.layers[0].modules())
-
-    @property
     def poolers(self) -> list[nn.Module]:
         """Poolers inside the body of a transformers model: they come after the layers and belong to the head."""
         return [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == POOLER]
