@@ -34,7 +34,7 @@ def move(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
