@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def of_dev_rows(
             "one result from another."
         )
     if problem.has_classes:
-        found += _one_answer(outputs, labels, names)
+        found += _one_answer(problem.labels, outputs, labels, names)
     return found
 
 
@@ -70,7 +70,7 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
     - the median of the last tenth of what was logged, three points at least, is above that of the first tenth by more
       than two standard errors. The noise behind these is the median difference between neighbours, which neither a
       slope nor a few leaps change;
-    - the median of the last tenth is more than twice the loss before training, however large the noise.
+    - the mean of the last tenth is more than twice the loss before training, however large the noise.
 
     Of fewer than ten points nothing is said.
 
@@ -82,15 +82,18 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
     if len(losses) < _FEWEST_POINTS:
         return []
     size = max(3, len(losses) // 10)
-    first, last = statistics.median(losses[:size]), statistics.median(losses[-size:])
+    start, end = losses[:size], losses[-size:]
     # 0.954: the median of |a - b| in standard deviations of one; 1.25: the error of a median in those of a mean
-    noise = statistics.median(abs(b - a) for a, b in pairwise(losses)) / 0.954
+    noise = median(abs(b - a) for a, b in pairwise(losses)) / 0.954
     error = noise * 1.25 * math.sqrt(2 / size)
-    if last <= first + _CERTAIN * error and last <= _GROSS * before:
+    if mean(end) > _GROSS * before:
+        first, last = before, mean(end)
+    elif median(end) > median(start) + _CERTAIN * error:
+        first, last = median(start), median(end)
+    else:
         return []
-    start = min(first, before)
     return [
-        f"The training loss ended above its start ({start:.3g} at first, {last:.3g} at last), so training made the "
+        f"The training loss ended above its start ({first:.3g} at first, {last:.3g} at last), so training made the "
         "model worse; lower the learning rate."
     ]
 
@@ -101,14 +104,11 @@ def tell(warnings: Iterable[str]) -> None:
         logger.warning("%s", warning)
 
 
-def _one_answer(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Whether always the same class was told, of two rows or words at least."""
+def _one_answer(what: str, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Whether always the same of the classes or tags was told, of two rows or words at least."""
     labelled = labels != UNLABELLED
     answers = np.unique(outputs[labelled].argmax(-1))
     if len(answers) > 1 or labelled.sum() < 2:
         return []
-    also = ", and no other class is among their labels" if len(np.unique(labels[labelled])) == 1 else ""
-    return [
-        f"Every answer is {names[answers[0]]!r}{also}, so the figures do not show that anything but the most frequent "
-        "class was learned."
-    ]
+    also = ", and no other is among their labels" if len(np.unique(labels[labelled])) == 1 else ""
+    return [f"Every answer is {names[answers[0]]!r}{also}, so nothing shows that the model tells the {what} apart."]
