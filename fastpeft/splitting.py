@@ -43,8 +43,8 @@ def stratified(
     The strata take their turns, the one with the fewest different rows first, and each gives the dev part its share of
     `dev_rows`, rounded, and one row at least. Equal rows that are more than what is left of a share stay in the
     training part. What is missing then is filled up at random. No stratum gives away the last of its different rows, so
-    one whose rows are all equal is only trained on. The dev part has more than `dev_rows` rows where many strata are
-    rare.
+    one whose rows are all equal is only trained on. The dev part has more than `dev_rows` rows where there are more
+    strata, or where what is equal is more.
 
     Args:
         keys: `(rows,)`; rows with the same key are equal.
@@ -78,6 +78,7 @@ def stratified(
     left = {stratum: len(of) for stratum, of in members.items()}  # different rows in the training part
     taken: Counter[Hashable] = Counter()  # rows in the dev part
     dev: set[Hashable] = set()
+    size = 0  # in rows
 
     def rows_of(key: Hashable, stratum: Hashable) -> int:
         return sum(stratum in strata[row] for row in groups[key])
@@ -85,7 +86,12 @@ def stratified(
     def is_free(key: Hashable) -> bool:
         return key not in dev and all(left[stratum] > 1 for stratum in strata_of[key])
 
+    def lacking(key: Hashable) -> int:
+        return sum(not taken[stratum] for stratum in strata_of[key])
+
     def take(key: Hashable) -> None:
+        nonlocal size
+        size += len(groups[key])
         dev.add(key)
         for stratum in strata_of[key]:
             taken[stratum] += rows_of(key, stratum)
@@ -93,19 +99,18 @@ def stratified(
 
     settled: set[Hashable] = set()
     for stratum in sorted(members, key=lambda stratum: len(members[stratum])):
-        # rounded, a half down
-        share = max(1, -((len(keys) - 2 * dev_rows * totals[stratum]) // (2 * len(keys))))
-        for key in members[stratum]:
-            if key not in settled and is_free(key) and taken[stratum] + rows_of(key, stratum) <= share:
+        share = max(1, round(dev_rows * totals[stratum] / len(keys)))
+        # first what is of most strata that the dev part lacks, as a row with several rare tags
+        for key in sorted(members[stratum], key=lacking, reverse=True):
+            fits = size + len(groups[key]) <= dev_rows and taken[stratum] + rows_of(key, stratum) <= share
+            if fits and key not in settled and is_free(key):
                 take(key)
         if not taken[stratum] and (free := [key for key in members[stratum] if is_free(key)]):
             take(min(free, key=lambda key: len(groups[key])))
         settled.update(members[stratum])
-    size = sum(len(groups[key]) for key in dev)
     for key, of in groups.items():
         if size + len(of) <= dev_rows and is_free(key):
             take(key)
-            size += len(of)
     if not dev:  # of no stratum, two rows differ
         take(min(groups, key=lambda key: len(groups[key])))
     parts: tuple[list[int], list[int]] = ([], [])
