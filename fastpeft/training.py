@@ -32,7 +32,7 @@ from fastpeft.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.mezo.parallel import Ranks
 from fastpeft.models import resolve_model
 from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step, describe, most_frequent
-from fastpeft.processes import noticing_losses
+from fastpeft.processes import is_first, noticing_losses
 from fastpeft.runs import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
 from fastpeft.splitting import digest
 from fastpeft.task import Task, recipe_used
@@ -102,8 +102,9 @@ def train(
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
-        for warning in pitfalls.seen_rows(task.data.dev.texts, trained_on):  # while there is time to stop
-            logger.warning("%s", warning)
+        if is_first():  # while there is time to stop
+            for warning in pitfalls.seen_rows(task.data.dev.texts, trained_on):
+                logger.warning("%s", warning)
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
@@ -129,7 +130,8 @@ def train(
             raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
-    pitfalls.tell(metrics["warnings"])
+    if is_first():
+        pitfalls.tell(metrics["warnings"])
     if trainer.stop.asked:
         raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
