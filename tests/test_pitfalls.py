@@ -180,10 +180,14 @@ def test_a_run_of_an_earlier_version_is_measured_as_before(config: TrainConfig) 
         train(replace(again, split="stratified"), resume=True)
 
 
-def test_a_damaged_list_of_texts_is_told(config: TrainConfig) -> None:
+def test_damaged_files_are_told(config: TrainConfig) -> None:
     folder = train(config).folder
     (folder / "trained_on.txt").write_text("no digest\n")
     with pytest.raises(FastpeftError, match=r"trained_on\.txt is damaged"):
+        evaluate(folder)
+    values = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**values, "most_frequent_class": {"class": 3}}))
+    with pytest.raises(FastpeftError, match=r"metrics\.json is damaged: most_frequent_class is"):
         evaluate(folder)
 
 

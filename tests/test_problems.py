@@ -74,7 +74,8 @@ def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
 def test_a_run_is_measured_and_used_as_it_was_trained(
     config: TrainConfig, tmp_path: Path, kind: str, method: str
 ) -> None:
-    config = replace(config, method=method, data=str(ROWS[kind](tmp_path)), max_steps=2, learning_rate=1e-2)
+    # a larger rate makes outputs of full fine-tuning one number but for rounding, whose correlation is noise
+    config = replace(config, method=method, data=str(ROWS[kind](tmp_path)), max_steps=2, learning_rate=1e-3)
     folder, metrics = (result := train(config)).folder, result.metrics
     problem = PROBLEM.get(kind, CLASSIFICATION)
     assert (metrics["problem_type"], metrics["pairs"]) == (problem.name, kind == "pairs")
