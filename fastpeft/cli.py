@@ -118,6 +118,9 @@ def train(
     split_seed: Annotated[
         int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="How they are chosen: stratified or shuffled (default: stratified)")
+    ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
     metric: Annotated[
         str | None, typer.Option(help="Keep the checkpoint best by it: accuracy, f1, word_f1, pearson, loss ...")
@@ -243,7 +246,7 @@ def evaluate(
         title = f"{folder} on {data or 'its own data'}"
     elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
         data = data or "demo"
-        texts = evaluation.load_classes(data, **columns)
+        texts = evaluation.load_classes(data, text_column, label_column)
         parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
         assert parsed is not None  # for none, this branch is not taken
         metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
@@ -262,6 +265,7 @@ def evaluate(
         title,
         [*console.measured(metrics), ("loss", f"{metrics['loss']:.3f}"), ("rows", f"{metrics['dev_rows']:,}")],
     )
+    console.show_warnings(metrics)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from fastpeft import pitfalls
 from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.run import Comparison
@@ -41,6 +42,7 @@ def quieten(quiet: bool) -> None:
     logger = logging.getLogger("fastpeft")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
 
 
 class ProgressBar(TrainerCallback):
@@ -111,7 +113,8 @@ def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what was measured, and what it was before training where that is known.
 
-    First comes the metric that the result was chosen by, then those of the problem, the one to look at first.
+    First comes the metric that the result was chosen by, then those of the problem, the one to look at first; last,
+    where there are classes, what always answering the most frequent one of the training rows would measure.
     """
     rows = []
     for name in in_order(metrics):
@@ -120,7 +123,17 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         if before is not None:
             rows.append((f"{title} before", f"{before:.3f}"))
         rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
+    if always := metrics.get("most_frequent_class"):
+        kind = "tag" if "word_f1" in always else "class"
+        scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
+        rows.append((f"most frequent {kind}", f"{scores} (always {always['class']})"))
     return rows
+
+
+def show_warnings(metrics: Mapping[str, Any]) -> None:
+    """Print what makes the figures doubtful, a line each; of runs of earlier versions nothing is known."""
+    for warning in metrics.get("warnings", []):
+        console.print(f"Warning: {warning}", soft_wrap=True)
 
 
 def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
@@ -136,6 +149,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
             ("saved in", str(folder)),
         ],
     )
+    show_warnings(metrics)
 
 
 def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:

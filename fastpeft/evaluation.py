@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastpeft import pitfalls
 from fastpeft.auto_prompt import find_prompt
 from fastpeft.data import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.masking import Masker
 from fastpeft.named_prompts import is_auto, parse_prompt
-from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, UNLABELLED, Problem
+from fastpeft.problems import (
+    CLASSIFICATION,
+    LOSS,
+    MASKED_WORDS,
+    REGRESSION,
+    UNLABELLED,
+    Problem,
+    describe,
+    most_frequent,
+)
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row, is_text
+from fastpeft.runs import RunFolder
+from fastpeft.splitting import STRATIFIED
 from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
@@ -25,8 +37,11 @@ _BATCH_SIZE = 64
 
 def evaluate(
     folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
+
+    Beside these it has what `metrics.json` has of classes, see `fastpeft.problems.describe`, and `warnings`, which are
+    logged too: what makes the figures doubtful, as rows that the run was trained on.
 
     Args:
         folder: folder of the run.
@@ -43,6 +58,8 @@ def evaluate(
             "with --data, or leave --text-column and --label-column out."
         )
     run = load_run(folder)
+    trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
+    frequent = run.labels.index(known["class"]) if known.get("class") in run.labels else None
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
@@ -53,6 +70,7 @@ def evaluate(
             text_column=config.text_column,
             label_column=config.label_column,
             split_seed=config.split_seed,
+            split=config.split,
         )
         if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
             raise FastpeftError(
@@ -60,6 +78,7 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
+        frequent = most_frequent(own.train.labels, own.problem)
     if dev.is_pair != run.is_pair:
         raise FastpeftError(
             f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "
@@ -71,7 +90,9 @@ def evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = np.concatenate if run.problem.per_token else np.stack
     outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
-    return _measure(run.problem, outputs, labels, run.labels, len(rows))
+    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
+    pitfalls.tell(measured["warnings"])
+    return {**measured, "dev_rows": len(rows)}
 
 
 def evaluate_zero_shot(
@@ -82,7 +103,7 @@ def evaluate_zero_shot(
     calibrate: bool = False,
     text_column: str | None = None,
     label_column: str | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
 
     Args:
@@ -100,9 +121,13 @@ def evaluate_zero_shot(
     return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
 
 
-def load_classes(data: str, text_column: str | None = None, label_column: str | None = None) -> TextData:
+def load_classes(
+    data: str, text_column: str | None = None, label_column: str | None = None, split: str = STRATIFIED
+) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
-    return load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
+    return load_data(
+        data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column, split=split
+    )
 
 
 def zero_shot_prompt(
@@ -139,20 +164,29 @@ def zero_shot_outputs(model: str, prompt: Prompt, texts: TextData, *, calibrate:
     return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
 
 
-def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
-    """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
-    return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
+def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, Any]:
+    """What `evaluate` gives, of outputs `(dev rows, classes)` on the dev rows of `texts`, with no training."""
+    labels, frequent = np.array(texts.dev.labels), most_frequent(texts.train.labels, texts.problem)
+    return _measure(texts.problem, texts.dev, set(), outputs, labels, texts.labels, frequent)
 
 
 def _measure(
-    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], rows: int
-) -> dict[str, float]:
-    """The metrics of a problem, the loss and the number of rows."""
+    problem: Problem,
+    dev: Examples,
+    trained_on: Set[str],
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    frequent: int | None,
+) -> dict[str, Any]:
+    """The metrics of a problem, the loss, the number of rows, what there is of classes, and warnings."""
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(outputs, labels)
-    return {**scores, "dev_rows": rows}
+    warnings = pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)
+    described = describe(problem, outputs, labels, names, frequent)
+    return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:

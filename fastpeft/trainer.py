@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -179,8 +180,12 @@ class RunTrainer(Trainer):
         found = dict(zip(order, self._outputs.argmax(-1).tolist()))
         return [found[index] for index in range(len(rows))]
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs and labels, as the problem scores them, of the rows that were measured last."""
+        return self._outputs, self._labels
+
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        self._outputs = outputs = prediction.predictions
+        self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
         scores = self.problem.score(outputs, prediction.label_ids, self.labels)
         if self.ranks.size > 1 and self.problem.loss is not None:
             # the Trainer lets the mean of a process stand for its rows as if each had a whole batch

@@ -104,7 +104,13 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
         **{"prompt": "{text} <mask>", "label_words": "a,b", "prompt_head": "classifier"},
         **{"rank": 3, "window": 5, "reduction": 2, "max_steps": 7, "batch_size": 4, "max_length": 9, "save_steps": 6},
         **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
-        **{"patience": 8, "cache_features": "features", "cache_dtype": "int8", "optimizer_in_backward": True},
+        **{
+            "patience": 8,
+            "split": "shuffled",
+            "cache_features": "features",
+            "cache_dtype": "int8",
+            "optimizer_in_backward": True,
+        },
     }
     alone = {"output": "out", "objective": "mlm"}  # with a problem or a prompt, it is refused
     without = {"settings", "found_prompt"}  # --set gives the one, a search the other
