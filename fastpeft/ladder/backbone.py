@@ -116,7 +116,8 @@ class Backbone:
             found = f"its lists of like modules are {_lengths(lists)}" if lists else "it holds no list of like modules"
             raise FastpeftError(
                 f"the layers of {kind} are not found: {found}, and its configuration says {expected} layers. Name "
-                "them in feature_modules, in the order in which they run."
+                "them in feature_modules, in the order in which they run, each once; layers that a model runs several "
+                "times, as ALBERT's, cannot be read."
             )
         return lists[name]
 

@@ -498,7 +498,7 @@ def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
             {},
             "RobertaModel has no head .* RobertaForSequenceClassification or RobertaForTokenCl",
         ),
-        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification are not found.*says 3 layers"),
+        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers.*as ALBERT's"),
         (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
         (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
     ],
