@@ -174,7 +174,7 @@ def train(
         typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing."),
     ] = False,
     memory_budget: Annotated[
-        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether it fits into so much memory.")
+        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether a step fits into so much memory.")
     ] = None,
 ) -> None:
     """Fine-tune a model."""

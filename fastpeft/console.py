@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.logging import RichHandler
@@ -17,12 +18,14 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from fastpeft.cards import memory
 from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.measured import table as table_of
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.estimates import Estimate, plan
+from fastpeft.memory import peak_rss_mb
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES, in_order
 from fastpeft.trainer import Clock
@@ -126,13 +129,13 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     """Print the last table of a run."""
-    peak, speed = metrics["peak_memory_mb"], metrics["samples_per_second"]
+    speed = metrics["samples_per_second"]
     show_table(
         f"{metrics['method']} on {metrics['data']}",
         [
             *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
-            ("peak memory", "-" if peak is None else f"{peak:,.0f} MB ({metrics['peak_memory_source']})"),
+            *memory(metrics).items(),
             ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
             ("saved in", str(folder)),
         ],
@@ -147,8 +150,10 @@ def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
     seconds = known.seconds(what.rows)
     rows = [
         ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
-        ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),
+        ("estimated peak memory of a step", "unknown" if peak is None else f"{peak:,.0f} MB (simulated: tensors only)"),
     ]
+    if seconds is not None and (resident := peak_rss_mb()) is not None and not torch.accelerator.is_available():
+        rows.append(("peak resident memory", f"{resident:,.0f} MB (the whole process)"))
     if budget_mb is not None:
         rows.append((f"fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [
