@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,6 +101,17 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
         yield [ProgressBar(progress)]
     finally:
         progress.stop()
+
+
+@contextmanager
+def row_bar(rows: int, beside_output: bool) -> Iterator[Callable[[int], None]]:
+    """What moves a bar over so many rows on, on a terminal alone; and not where results come to the same one."""
+    hidden = not errors.is_terminal or (beside_output and console.is_terminal)
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # standard output is not the bar's: results may go to a file from there
+    with Progress(*columns, console=errors, redirect_stdout=False, disable=hidden) as progress:
+        task = progress.add_task("predicting", total=rows)
+        yield lambda done: progress.advance(task, done)
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

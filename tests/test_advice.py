@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -62,10 +63,8 @@ def known() -> set[str]:
         names |= set(dir(owner))
         for member in members:
             if callable(member):
-                try:
+                with contextlib.suppress(TypeError, ValueError):  # of what is written in C
                     names |= set(inspect.signature(member).parameters)
-                except (TypeError, ValueError):  # written in C
-                    pass
     return names | {name for module in (fastpeft, peft, transformers) for name in dir(module)}
 
 
