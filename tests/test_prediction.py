@@ -146,7 +146,13 @@ BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         ["row 2 of x.jsonl has None in column 'text'", "row 3 of x.jsonl has None"],
     ),
     "a broken pair": ("pairs", "x.txt", "a\tb\nc\nd\te\tf\ng\th", ["a\tb", "g\th"], ["row 2 of x.txt: ", "row 3 of"]),
-    "half a pair": ("pairs", "x.csv", "text1,text2\na,b\nc,\n", ["a\tb"], ["row 2 of x.csv has an empty text in column"]),
+    "half a pair": (
+        "pairs",
+        "x.csv",
+        "text1,text2\na,b\nc,\n",
+        ["a\tb"],
+        ["row 2 of x.csv has an empty text in column"],
+    ),
     "words beyond": ("tags", "x.txt", f"a b\n{'the ' * 50}\n", ["a", "b"], ["row 2 of x.txt: of the 50 words that"]),
 }
 
@@ -258,13 +264,14 @@ def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.Monk
     def full(row: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    with (
-        pytest.raises(FastpeftError, match=r"cannot write out\.jsonl \(No space left on device\)"),
-        writing(Path("out.jsonl"), {"row": int}) as write,
-    ):
-        write([{"row": 1}])
-        monkeypatch.setattr(prediction.json, "dumps", full)
-        write([{"row": 2}])
+    def twice() -> None:
+        with writing(Path("out.jsonl"), {"row": int}) as write:
+            write([{"row": 1}])
+            monkeypatch.setattr(prediction.json, "dumps", full)
+            write([{"row": 2}])
+
+    with pytest.raises(FastpeftError, match=r"cannot write out\.jsonl \(No space left on device\)"):
+        twice()
     assert not [path for path in place.iterdir() if path.is_file()]
 
 
