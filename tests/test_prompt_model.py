@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def test_models_that_cannot_be_prompted() -> None:
 
 
 def test_advice_for_a_causal_model_works() -> None:
-    tokenizer = tokenizer_of("Roberta")
+    tokenizer = copy.deepcopy(tokenizer_of("Roberta"))  # which others share
     tokenizer.mask_token = None  # as a causal model's
     shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
     config = transformers.GPT2Config(vocab_size=len(tokenizer), **shape)
