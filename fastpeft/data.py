@@ -16,7 +16,7 @@ from fastpeft.columns import Columns, class_names, pick_columns, tell_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
 from fastpeft.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
-from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables, read_text
+from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables
 
 logger = logging.getLogger(__name__)
 
@@ -171,15 +171,6 @@ def load_rows(
     columns = pick_columns(tables[-1], problem, text_column, label_column)
     part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
     return _to_examples(part, list(labels), problem, data)
-
-
-def read_lines(file: str) -> list[str]:
-    """The non-empty lines of a text file, one text each."""
-    path = Path(file).expanduser()
-    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not texts:
-        raise FastpeftError(f"{path} holds no text. Give a file with one text a line.")
-    return texts
 
 
 def count_labels(data: TextData) -> list[tuple[int, int]]:

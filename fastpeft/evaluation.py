@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -189,8 +189,63 @@ def _measure(
     return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
 
 
+class Taken(NamedTuple):
+    """One text, or pair, or list of words, as `Examples` holds it, and its tokens."""
+
+    text: Any
+    row: Row
+
+
+class Predictor:
+    """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
+
+    Args:
+        folder: folder of the run.
+
+    Attributes:
+        run: the run, with its model.
+
+    Raises:
+        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.run = load_run(folder)
+        if self.run.problem is MASKED_WORDS:
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
+                f"labelled texts: --init-from {folder}."
+            )
+
+    def take(self, text: Any) -> Taken:
+        """A text, as `predict` takes one, made ready.
+
+        Raises:
+            FastpeftError: it is not what the run reads.
+        """
+        run = self.run
+        given = _as_input(text, run)
+        # what the text would be labelled with; where words have tags, the labels show which tokens to read
+        none = [list(range(len(given))) if run.problem.per_token else 0]
+        (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
+        if run.problem.per_token:
+            _word_tokens(row, given, run.max_length)
+        return Taken(given, row)
+
+    def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
+        """Of each text the probability of every class, `(classes,)`; its number, `(1,)`; or of every word those of the
+        tags, `(words, tags)`; float32."""
+        problem = self.run.problem
+        outputs = _outputs(self.run, [row for _, row in taken])
+        if problem.per_token:
+            outputs = [
+                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
+            ]
+        return outputs if problem is REGRESSION else [torch.from_numpy(o).softmax(-1).numpy() for o in outputs]
+
+
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
-    """What a finished run says of each text.
+    """What a finished run says of each text; of the rows of a file, see `fastpeft.prediction`.
 
     Args:
         folder: folder of the run.
@@ -202,38 +257,23 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
 
     Raises:
-        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text; or
-            `texts` is one text, whose characters would be taken for texts; or one of them is not what the run reads.
+        FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
+            them is not what the run reads.
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
-    run = load_run(folder)
-    if run.problem is MASKED_WORDS:
-        raise FastpeftError(
-            f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
-            f"labelled texts: --init-from {folder}."
-        )
-    given = [_as_input(text, run) for text in texts]
-    if not given:
-        return []
-    # what the texts would be labelled with; where words have tags, the labels show which tokens to read
-    none = [list(range(len(text))) if run.problem.per_token else 0 for text in given]
-    rows = encode(run.classifier.tokenizer, Examples(given, none), run.max_length, run.prompt, run.problem)
-    outputs = _outputs(run, rows)
-    if run.problem is REGRESSION:
-        return [(run.labels[0], float(output[0])) for output in outputs]
-    if not run.problem.per_token:
-        return _most_likely(np.stack(outputs), run.labels)
-    return [
-        _most_likely(output[_word_tokens(row, words, run.max_length)], run.labels)
-        for output, row, words in zip(outputs, rows, given)
-    ]
+    predictor = Predictor(folder)
+    labels = predictor.run.labels
+    found = predictor.scores([predictor.take(text) for text in texts])
+    if predictor.run.problem.per_token:
+        return [[most_likely(word, labels) for word in scores] for scores in found]
+    return [most_likely(scores, labels) for scores in found]
 
 
-def _most_likely(outputs: np.ndarray, labels: Sequence[str]) -> list[tuple[str, float]]:
-    """Of each row of outputs `(N, classes)` the most likely class, with its probability."""
-    best = torch.from_numpy(outputs).softmax(-1).max(-1)
-    return [(labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]
+def most_likely(scores: np.ndarray, labels: Sequence[str]) -> tuple[str, float]:
+    """The class of the largest score, with that; of a number its name and value."""
+    best = int(scores.argmax())
+    return labels[best], float(scores[best])
 
 
 def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:

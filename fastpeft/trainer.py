@@ -132,7 +132,7 @@ class RunTrainer(Trainer):
             processing_class=task.tokenizer,
             data_collator=collator(task.tokenizer, self.problem, multiple),
             compute_metrics=self._score,
-            preprocess_logits_for_metrics=self.problem.digest,
+            preprocess_logits_for_metrics=self.problem.digest or _logits_alone,
             callbacks=[
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
@@ -291,6 +291,11 @@ def trainer_class(task: Task) -> type[RunTrainer]:
     if task.method.usual_loop:
         return MeZOLoopRunTrainer
     return MeZORunTrainer if task.method.zeroth_order else RunTrainer
+
+
+def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The logits; an encoder-decoder model as T5 gives its encoder's hidden states beside them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:

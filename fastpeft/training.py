@@ -17,7 +17,7 @@ from transformers import TrainerCallback, set_seed
 
 from fastpeft import files, pitfalls
 from fastpeft.adapters import check_file
-from fastpeft.cards import chosen_by, found_settings, loading_snippet, model_card, results
+from fastpeft.cards import SIMULATED, chosen_by, found_settings, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
 from fastpeft.data import labels_in_words
@@ -327,8 +327,8 @@ def _metrics(
         "parameters": total,
         "peak_memory_mb": peak,
         "estimated_memory_mb": estimate,
-        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else "simulated",
-        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
+        "peak_rss_mb": peak_rss_mb(),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
         "seed": config.seed,

@@ -58,8 +58,16 @@ def test_train_eval_predict(place: Path, method: str) -> None:
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     for shown in (f"{metrics['accuracy']:.3f}", f"{metrics['f1']:.3f}", f"{metrics['trainable_parameters']:,}"):
         assert shown in trained.stdout
-    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "peak memory", "trained parameters"):
+    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "trained parameters"):
         assert name in trained.stdout
+    peaks = {
+        "peak memory of a step": f"{metrics['peak_memory_mb']:,.0f} MB (simulated: tensors only)",
+        "peak resident memory": f"{metrics['peak_rss_mb']:,.0f} MB (the whole process)",
+    }
+    card = (place / "out" / "README.md").read_text()
+    for name, peak in peaks.items():
+        assert re.search(rf"{name} +│ {re.escape(peak)}", trained.stdout)
+        assert f"| {name} | {peak} |" in card
     assert "texts from column 'review'" in trained.stderr
     assert "4/4" in trained.stderr
     assert f"{metrics['accuracy']:.3f}" in run("eval", "out").stdout
@@ -290,7 +298,8 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
     shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
     assert "trained parameters" in shown
-    assert "estimated peak memory" in shown
+    assert re.search(r"estimated peak memory of a step │ \d+ MB \(simulated: tensors only\)", shown)
+    assert re.search(r"peak resident memory +│ [\d,]+ MB \(the whole process\)", shown)
     assert re.search(r"estimated time +│ \d+ s", shown)
     assert "fits" not in shown
     assert [line.split()[-2] for line in shown.splitlines() if "learning rate" in line or "schedule" in line] == [
@@ -299,6 +308,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout
     assert re.search(r"fits into 0 MB +│ no", shown)
+    assert "resident" not in shown
     assert re.search(r"estimated time +│ not timed: does not fit", shown), "no step is run of what does not fit"
     run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "500")
     assert sorted(place.rglob("*")) == before

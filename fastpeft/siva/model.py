@@ -206,8 +206,9 @@ class SivaModel(BaseTuner):
         """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
         raise FastpeftError(
             f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
-            "with weight 1, by model.base_model.set_adapter([...]), or export each as a LoRA (`fastpeft export --to "
-            "lora`) and combine those."
+            f"with weight 1, in each layer: for layer in model.base_model.layers(): layer.set_adapter({adapters!r}); "
+            "the head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
+            'export each as a LoRA (`fastpeft export --to lora`) and combine those with combination_type="cat".'
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
