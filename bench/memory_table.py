@@ -95,7 +95,7 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
     if case.method == "siva":
         adapted = wrap(
-            model, SivaConfig(**common, init_weights=False, residual_dtype=case.residual_dtype or None)
+            model, SivaConfig(**common, init_weights="saved", residual_dtype=case.residual_dtype or None)
         )  # not decomposed, but filled in:
         set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
         return adapted

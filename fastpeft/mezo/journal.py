@@ -370,7 +370,7 @@ class Journal:
             if missing:
                 raise FastpeftError(
                     f"the model has no parameter {missing[0]!r}, which the run of {self.path} trained. Load the model "
-                    "of that run."
+                    "of that run, by the version of the library that made it."
                 )
             given: list[Tensor] = [named[each["name"]] for each in described]
         else:

@@ -19,6 +19,7 @@ from fastpeft.siva.quantise import ITERATIONS, check_format
 from fastpeft.siva.rows import BASE
 
 Residual = Literal["frozen", "implicit"]
+InitWeights = bool | Literal["saved"]
 
 _OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
 _BLANK_CARD = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
@@ -56,8 +57,8 @@ def check_residual(residual: str, d: int | None, residual_dtype: str | None) -> 
 class SivaConfig(PeftConfig):
     r"""Configuration of a SiVA adapter, used as any PEFT configuration is.
 
-    `h = x W_r^T + ((x V^T) * s) U^T + b`, where `U diag(s) V` are the top-r singular triplets of the pretrained
-    weight, U and V train, and the rest `W_r` is frozen.
+    `h = x W_r^T + ((x V^T) * s) U^T + b` with `U = U0 + dU` and `V = V0 + dV`, where `U0 diag(s) V0` are the top-r
+    singular triplets of the pretrained weight, dU and dV train from 0, and the rest `W_r` is frozen.
 
     Args:
         r: Number of singular triplets that train.
@@ -77,8 +78,9 @@ class SivaConfig(PeftConfig):
         layers_pattern: Name of the list of blocks, where it is not the usual one.
         exclude_modules: Names or a regular expression of layers to leave out.
         modules_to_save: Further modules that train and are saved whole; a classification head is added by itself.
-        init_weights: False makes layers that wait for a saved adapter, with no decomposition. Saved
-            configurations hold False.
+        init_weights: True starts from the pretrained model. False starts from a random change of it, as LoRA's
+            `init_lora_weights=False` does, which is for tests. `"saved"` makes layers that wait for a saved adapter,
+            with no decomposition; saved configurations hold it.
         pissa: Folder of a PiSSA adapter whose training goes on here, see `from_pissa`. Saved configurations hold None.
         base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
 
@@ -102,13 +104,17 @@ class SivaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None
     modules_to_save: list[str] | None = None
-    init_weights: bool = True
+    init_weights: InitWeights = True
     pissa: str | None = None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SIVA
+        if self.init_weights is False and self.base_fingerprints:
+            self.init_weights = "saved"  # as earlier versions wrote it
+        if self.init_weights not in (True, False, "saved"):
+            raise FastpeftError(f"init_weights={self.init_weights!r}; allowed are True, False and 'saved'.")
         ranks = {"r": self.r, **({} if self.d is None else {"d": self.d})}
         if not isinstance(self.rank_pattern, dict):
             raise FastpeftError(f"rank_pattern={self.rank_pattern!r}; give a dictionary of layer names and ranks.")
@@ -164,7 +170,7 @@ class SivaConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration and a model card beside a saved adapter, whose factors serve at loading."""
         made_from = self.init_weights, self.pissa
-        self.init_weights, self.pissa = False, None
+        self.init_weights, self.pissa = "saved", None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

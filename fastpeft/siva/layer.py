@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.quantise import Format, QuantisedWeight
-from fastpeft.siva import grouping, weight_decay
-from fastpeft.siva.config import Residual, check_name, check_residual
+from fastpeft.siva import grouping
+from fastpeft.siva.change import Change, Start
+from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
+from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
 from fastpeft.siva.rows import Rows
 
@@ -24,10 +27,11 @@ from fastpeft.siva.rows import Rows
 class SivaLinear(FrozenLinear):
     r"""A linear layer whose top-r singular triplets train while the rest of its weight is frozen.
 
-    `h = x W_r^T + ((x V^T) * s) U^T + b`
+    `h = x W_r^T + ((x V^T) * s) U^T + b` with `U = U0 + dU` and `V = V0 + dV`
 
-    Per adapter it holds `siva_u (N, r)` and `siva_v (r, K)`, which train, and `siva_s (r,)`, `siva_u0`, `siva_v0`,
-    which do not: the initial factors, by which the pretrained weight can be given back. All are float32.
+    Per adapter it holds the change `siva_du (N, r)` and `siva_dv (r, K)`, which trains and is 0 at the start, and the
+    initial factors `siva_s (r,)`, `siva_u0`, `siva_v0`, which do not train. All are float32. So weight decay pulls
+    towards the pretrained weight, and an optimizer's steps are those that it would take on U and V.
 
     With `residual="frozen"` the wrapped layer's weight is `W_r`; adapters share it, so their initial factors must
     agree. With `"implicit"` it stays the pretrained `W0` and `((x V0^T) * s) U0^T` is subtracted at run time.
@@ -36,7 +40,7 @@ class SivaLinear(FrozenLinear):
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
         r, d, residual, residual_dtype, quant_iterations: As in `SivaConfig`.
-        init_weights: False leaves the factors for `load_state_dict` to fill in.
+        init_weights: `"saved"` leaves the factors for `load_state_dict` to fill in; else as in `SivaConfig`.
         name: What error messages call the layer.
 
     Raises:
@@ -52,7 +56,7 @@ class SivaLinear(FrozenLinear):
         torch.Size([3, 8])
     """
 
-    adapter_layer_names = ("siva_u", "siva_v")
+    adapter_layer_names = ("siva_du", "siva_dv")
     other_param_names = ("siva_s", "siva_u0", "siva_v0", "siva_residual", "r", "d", "residual", "residual_dtype")
     rows: Rows | None = None  # while the model runs with an adapter for each row of the batch
 
@@ -63,13 +67,13 @@ class SivaLinear(FrozenLinear):
         r: int = 4,
         d: int | None = None,
         residual: Residual = "frozen",
-        init_weights: bool = True,
+        init_weights: InitWeights = True,
         name: str = "the layer",
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
     ) -> None:
         super().__init__(base_layer, name)
-        self.siva_u, self.siva_v = nn.ParameterDict(), nn.ParameterDict()
+        self.siva_du, self.siva_dv = nn.ModuleDict(), nn.ModuleDict()
         self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))
         self.siva_residual = BufferDict(persistent=True)  # W_r where the file must hold it: d below the full rank
         self.r: dict[str, int] = {}
@@ -81,7 +85,6 @@ class SivaLinear(FrozenLinear):
         self._disable_adapters = False
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
-        weight_decay.watch(self)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, d, residual, init_weights, residual_dtype, quant_iterations)
 
@@ -100,39 +103,40 @@ class SivaLinear(FrozenLinear):
         r: int,
         d: int | None,
         residual: Residual,
-        init_weights: bool = True,
+        init_weights: InitWeights = True,
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
     ) -> None:
         """Add an adapter, in place of one that has its name."""
         sibling = self.check_addable(adapter_name, r, d, residual, residual_dtype)
         active = list(self.active_adapters)  # type: ignore[arg-type]
-        if adapter_name in self.siva_u:
+        if adapter_name in self.siva_du:
             self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
         d = d if is_lossy(weight, d) else None
         if self.base_fingerprint is None:
             self.base_fingerprint = original_fingerprint(self.base_layer)
+        waits = init_weights == "saved"
         if sibling is not None:
-            initial = self._initial(sibling) if init_weights else self._blank(r)
-        elif init_weights and residual_dtype is not None:
+            initial = self._initial(sibling)
+        elif waits:
+            initial = self._blank(r)
+        elif residual_dtype is not None:
             initial, quantised = decompose_quantised(weight, r, residual_dtype, quant_iterations, self.name)
             self._hold(quantised)
-        elif init_weights:
+        else:
             initial, rest = decompose(weight, r, d, self.name)
             if residual == "frozen":
                 self._weight = rest
-        else:
-            initial = self._blank(r)
         self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, residual
         self.residual_dtype[adapter_name] = residual_dtype
-        self.siva_u[adapter_name] = nn.Parameter(initial.u.clone())
-        self.siva_v[adapter_name] = nn.Parameter(initial.v.clone())
+        start: Start = "empty" if waits and sibling is None else "zero" if init_weights else "random"
+        self.siva_du[adapter_name], self.siva_dv[adapter_name] = Change(initial.u, start), Change(initial.v, start)
         self.siva_s[adapter_name] = initial.s.clone()
         self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
         if d is not None:
             self.siva_residual[adapter_name] = self.base_layer.weight.data
-        if not init_weights:
+        if waits:
             self._waiting.add(adapter_name)
         self.set_adapter(active)  # type: ignore[operator]
 
@@ -142,7 +146,7 @@ class SivaLinear(FrozenLinear):
         """Raise `FastpeftError` unless an adapter can be added.
 
         Returns:
-            The adapter whose frozen W_r it will share, None if there is none yet.
+            The adapter of the same decomposition whose initial factors it can start from, None if there is none yet.
         """
         check_name(adapter_name)
         check_residual(residual, d, residual_dtype)
@@ -152,16 +156,18 @@ class SivaLinear(FrozenLinear):
                 f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
                 "unmerge_adapter() first."
             )
-        if list(self.siva_u) == [adapter_name]:
+        if list(self.siva_du) == [adapter_name]:
             self.check_restorable()
         d = d if is_lossy(self._weight, d) else None
         found = None
-        for other in self.siva_u:
-            if other == adapter_name or (residual == "implicit" and self.residual[other] == "implicit"):
+        given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
+        for other in self.siva_du:
+            if other == adapter_name:
                 continue
-            given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
             held = {name: getattr(self, name)[other] for name in given}
             if given != held:
+                if residual == self.residual[other] == "implicit":
+                    continue
                 mine, its = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
                 raise FastpeftError(
                     f"{self.name}: adapter {adapter_name!r} ({mine}) cannot share the layer with {other!r} ({its}): a "
@@ -183,7 +189,11 @@ class SivaLinear(FrozenLinear):
         return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
 
     def _trained(self, adapter: str) -> Factors:
-        return Factors(self.siva_u[adapter], self.siva_s[adapter], self.siva_v[adapter])
+        u0, s, v0 = self._initial(adapter)
+        return Factors(self.siva_du[adapter](u0), s, self.siva_dv[adapter](v0))
+
+    def _changes(self, adapter: str) -> tuple[Change, Change]:
+        return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
 
     @property
     def _frozen(self) -> bool:
@@ -215,21 +225,19 @@ class SivaLinear(FrozenLinear):
         self._share_residual()  # a move to another device or dtype would part them
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        weight_decay.watch(self)  # copies and unpickled layers too
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move without PEFT's cast to the dtype of the base layer: the factors are float32."""
         device = device or self.base_layer.weight.device
-        for attribute in (*self.adapter_layer_names, "siva_s", "siva_u0", "siva_v0"):
-            tensors = getattr(self, attribute)
+        for change in self._changes(adapter_name):
+            if change.weight.device.type != "meta":
+                change.to(device)
+        for tensors in (self.siva_s, self.siva_u0, self.siva_v0):
             if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
                 tensors[adapter_name] = tensors[adapter_name].to(device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; with the last one the pretrained weight comes back."""
-        if adapter_name in self.siva_u and len(self.siva_u) == 1:
+        if adapter_name in self.siva_du and len(self.siva_du) == 1:
             self.restore()
         elif adapter_name in self.merged_adapters:
             self.unmerge()  # while its factors are there
@@ -255,7 +263,7 @@ class SivaLinear(FrozenLinear):
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""
-        factors = [self._low_rank([name] if name in self.siva_u else []) or self._blank(0) for name in rows.sizes]
+        factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
         if self.quantised is not None:  # one adapter after the other: the weight is there for one product at a time
             shared = {
                 "rest": self.quantised,
@@ -281,11 +289,18 @@ class SivaLinear(FrozenLinear):
     def weight(self) -> Tensor:
         """The weight by which the layer acts, differentiable in the factors, in the layout of the base layer's.
 
-        Modules such as `nn.MultiheadAttention` read it instead of calling the layer.
+        Modules such as `nn.MultiheadAttention` read it instead of calling the layer. It is computed at its first use:
+        see `LazyWeight`.
 
         Raises:
-            FastpeftError: Each row of the batch has an adapter of its own.
+            FastpeftError: At its use, if each row of the batch has an adapter of its own.
         """
+        if torch.compiler.is_compiling():  # the compiler leaves out what nothing uses
+            return self._compute_weight()
+        shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
+        return LazyWeight(self._compute_weight, self.base_layer.weight, shape)
+
+    def _compute_weight(self) -> Tensor:
         if self.rows is not None and not self.disable_adapters:
             raise FastpeftError(
                 f"{self.name}: adapter_names needs layers that are called, but a module reads this one's weight. Run "
@@ -306,7 +321,7 @@ class SivaLinear(FrozenLinear):
             return self._low_rank([])
         if self.merged:
             return None
-        return self._low_rank([name for name in self.active_adapters if name in self.siva_u])  # type: ignore[union-attr]
+        return self._low_rank([name for name in self.active_adapters if name in self.siva_du])  # type: ignore[union-attr]
 
     def _low_rank(self, active: list[str]) -> Factors | None:
         """What must be added to the stored weight when the adapters `active` apply; None if nothing.
@@ -320,7 +335,7 @@ class SivaLinear(FrozenLinear):
         terms = [self._trained(name) for name in active]
         if self._frozen:
             count = 1 - len(active)
-            shared = next(name for name in self.siva_u if name not in self._waiting)
+            shared = next(name for name in self.siva_du if name not in self._waiting)
             initial = [self._initial(shared)] if count else []
             terms += [term._replace(s=count * term.s) for term in initial]
         else:
@@ -349,7 +364,7 @@ class SivaLinear(FrozenLinear):
             safe_merge: Refuse a merged weight with NaN or infinite values before it is stored.
             adapter_names: The adapters.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_u]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_du]
         if not names:
             return
         factors = self._low_rank(self.merged_adapters + names)
@@ -419,10 +434,24 @@ class SivaLinear(FrozenLinear):
 
     # -- saving and loading --------------------------------------------------------------------------------------
 
+    def load_factors(self, adapter_name: str, trained: Factors, initial: Factors) -> None:
+        """Fill an adapter that waits.
+
+        Raises:
+            FastpeftError: `initial` are no singular triplets of the layer's weight.
+        """
+        changes = {"siva_du": trained.u - initial.u, "siva_dv": trained.v - initial.v}
+        tensors = {"siva_s": initial.s, "siva_u0": initial.u, "siva_v0": initial.v}
+        state = {f"{part}.{adapter_name}.weight": change for part, change in changes.items()}
+        self.load_state_dict(
+            {**state, **{f"{part}.{adapter_name}": tensor for part, tensor in tensors.items()}}, strict=False
+        )
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Before the factors of this layer change: refuse what does not fit its weight."""
         loaded = {}
-        for name in self.siva_u:
+        _convert_whole_factors(state_dict, prefix)
+        for name in self.siva_du:
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
@@ -446,7 +475,7 @@ class SivaLinear(FrozenLinear):
 
     def _starts_from(self, name: str, initial: Factors) -> bool:
         """Whether these are, bit by bit, the initial factors of the adapters that `name` must agree with."""
-        peers = [name] if self.residual[name] == "implicit" else list(self.siva_u)
+        peers = [name] if self.residual[name] == "implicit" else list(self.siva_du)
         return all(
             torch.equal(part.to(own), own)
             for peer in peers
@@ -460,7 +489,7 @@ class SivaLinear(FrozenLinear):
         initial = self._initial(name)
         if not initial.s.any():
             raise FastpeftError(
-                f"{self.name}: adapter {name!r} was made with init_weights=False and holds nothing yet. Load a "
+                f"{self.name}: adapter {name!r} was made with init_weights='saved' and holds nothing yet. Load a "
                 "saved adapter into it, or create it with init_weights=True."
             )
         if not self._starts_from(name, initial):
@@ -476,7 +505,7 @@ class SivaLinear(FrozenLinear):
                 f"{self.name}: adapter {name!r} starts from another decomposition than the quantised residual that is "
                 "in place, for which the pretrained weight is no longer there. Load it into a fresh base model."
             )
-        others = [other for other in self.siva_u if other != name and other not in self._waiting]
+        others = [other for other in self.siva_du if other != name and other not in self._waiting]
         if frozen and others:
             raise FastpeftError(
                 f"{self.name}: adapter {name!r} starts from another decomposition than {others}, whose frozen "
@@ -498,6 +527,11 @@ class SivaLinear(FrozenLinear):
 def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
     """After a state dict was loaded: split the weight for the adapters that were waiting for their factors."""
     for name in sorted(layer._waiting & layer._arriving):
+        if any(change.is_empty() for change in layer._changes(name)):
+            raise FastpeftError(
+                f"{layer.name}: what was loaded for adapter {name!r} lacks siva_du or siva_dv. A file with siva_u and "
+                "siva_v is of an earlier form: load it by PeftModel.from_pretrained and save it again."
+            )
         if layer.d[name] is not None:
             layer._share_residual(name)
         elif layer.residual[name] == "frozen" and not layer._frozen:
@@ -512,3 +546,19 @@ def _save_in_float32(layer: SivaLinear, state_dict: dict[str, Tensor], prefix: s
         factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
         if factor and tensor.dtype in (torch.float16, torch.bfloat16):
             state_dict[key] = tensor.float()
+
+
+def current_key(key: str) -> str:
+    """The key of a saved adapter's tensor, given the one that an earlier version saved it by."""
+    return re.sub(r"\.siva_([uv])$", r".siva_d\1.weight", key)
+
+
+def _convert_whole_factors(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Put the changes in the place of whole factors, U and V, which earlier versions saved."""
+    for part in ("u", "v"):
+        start = f"{prefix}siva_{part}."
+        for key in [key for key in state_dict if key.startswith(start)]:
+            name = key.removeprefix(start)
+            initial = state_dict.get(f"{prefix}siva_{part}0.{name}")
+            if initial is not None:  # else it stays a key that nothing expects
+                state_dict[f"{prefix}siva_d{part}.{name}.weight"] = state_dict.pop(key).to(initial.dtype) - initial

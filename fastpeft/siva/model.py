@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
@@ -51,7 +51,7 @@ class SivaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         check_name(adapter_name)
-        if config.init_weights and (kwargs.get("low_cpu_mem_usage") or _makes_empty_factors(model)):
+        if config.init_weights != "saved" and (kwargs.get("low_cpu_mem_usage") or _makes_empty_factors(model)):
             raise FastpeftError(
                 f"low_cpu_mem_usage=True for the new adapter {adapter_name!r}: it makes empty factors, which a saved "
                 "adapter fills. Those of a new one are computed from the weights: leave it out."
@@ -120,7 +120,7 @@ class SivaModel(BaseTuner):
             "residual": peft_config.residual,
             "residual_dtype": peft_config.residual_dtype,
             "quant_iterations": peft_config.quant_iterations,
-            "init_weights": peft_config.init_weights and self._pissa is None,
+            "init_weights": peft_config.init_weights if self._pissa is None else "saved",
         }
         if isinstance(target, SivaLinear):
             layer = target
@@ -131,10 +131,9 @@ class SivaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if self._pissa is not None:
-            factors = self._pissa.factors(current_key, layer.stored)
-            layer.load_state_dict({f"{part}.{adapter_name}": value for part, value in factors.items()}, strict=False)
+            layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.stored))
         self._step(self._number_of_targets)
-        if peft_config.init_weights and layer.base_fingerprint is not None:
+        if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -149,13 +148,24 @@ class SivaModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         for layer in self.layers():
-            for tensors in (layer.siva_u, layer.siva_v):
-                if adapter_name in tensors:
-                    tensors[adapter_name].data = tensors[adapter_name].data.to(layer.base_layer.weight.dtype)
+            for changes in (layer.siva_du, layer.siva_dv):
+                if adapter_name in changes:
+                    changes[adapter_name].to(layer.base_layer.weight.dtype)
 
     def layers(self) -> Iterator[SivaLinear]:
         """The adapted layers."""
         return (module for module in self.model.modules() if isinstance(module, SivaLinear))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SivaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Whole factors, as earlier versions saved them, get the adapter's name too; the layer then converts them."""
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        whole = (".siva_u", ".siva_v")
+        return {f"{key}.{adapter_name}" if key.endswith(whole) else key: value for key, value in remapped.items()}
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if not merge:
@@ -180,7 +190,7 @@ class SivaModel(BaseTuner):
                 "first, or merge_and_unload() to keep it there."
             )
         for layer in self.layers():
-            if list(layer.siva_u) == [adapter_name]:
+            if list(layer.siva_du) == [adapter_name]:
                 layer.check_restorable()
         super().delete_adapter(adapter_name)
 
@@ -288,7 +298,7 @@ def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: 
                 f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
                 "leave the layer out with exclude_modules."
             )
-    expected = None if peft_config.init_weights else peft_config.base_fingerprints.get(key)
+    expected = peft_config.base_fingerprints.get(key) if peft_config.init_weights == "saved" else None
     if expected is None:
         return
     found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastpeft import files
 from fastpeft.errors import FastpeftError
+from fastpeft.siva.decompose import Factors
 
 _PREFIX = "base_model.model."  # what PEFT puts before the name of a layer
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -95,8 +96,8 @@ class PissaAdapter:
                 "configuration from SivaConfig.from_pissa as it is."
             )
 
-    def factors(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """What `SivaLinear` keeps for the layer `name` with the pretrained `weight` `(N, K)`, by the names there.
+    def factors(self, name: str, weight: Tensor) -> tuple[Factors, Factors]:
+        """The trained and the initial factors of the layer `name` with the pretrained `weight` `(N, K)`.
 
         Raises:
             FastpeftError: the shapes do not go together.
@@ -112,7 +113,7 @@ class PissaAdapter:
         u0, s, v0 = u0[:, :r].contiguous(), s[:r].contiguous(), v0[:r].contiguous()
         root = torch.where(s > 0, self._scaling(name, r) / s, 0).sqrt()
         a, b = a.to(s.device), b.to(s.device)
-        return {"siva_u": b * root, "siva_s": s, "siva_v": root[:, None] * a, "siva_u0": u0, "siva_v0": v0}
+        return Factors(b * root, s, root[:, None] * a), Factors(u0, s, v0)
 
     def _scaling(self, name: str, r: int) -> float:
         pattern = get_pattern_key(list(self.config.alpha_pattern), name)

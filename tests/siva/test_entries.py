@@ -156,7 +156,7 @@ def test_a_new_adapter_is_not_made_of_nothing(tmp_path: Path) -> None:
         model.add_adapter("other", config(), low_cpu_mem_usage=True)
     assert logits(model).equal(expected)
     assert list(model.peft_config) == ["default"]
-    empty = peft.get_peft_model(tiny_classifier(), config(init_weights=False), low_cpu_mem_usage=True)
+    empty = peft.get_peft_model(tiny_classifier(), config(init_weights="saved"), low_cpu_mem_usage=True)
     peft.set_peft_model_state_dict(empty, peft.get_peft_model_state_dict(model), low_cpu_mem_usage=True)
     assert logits(empty.eval()).equal(expected)
 

@@ -138,7 +138,7 @@ def test_one_layer_is_no_group(sizes: list[int]) -> None:
 
 
 def test_activations_are_saved_once() -> None:
-    model, _ = adapted()
+    model, attention = adapted()
     kept: list[Tensor] = []
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -149,7 +149,9 @@ def test_activations_are_saved_once() -> None:
         if t.untyped_storage().data_ptr() not in own
     }
     rows = 10
-    assert sorted(nbytes.values()) == [4 * rows * 3 * 2, 4 * rows * 16]  # p of three layers of rank 2, and x
+    changed = [change.weight.nbytes for name in ALL for change in getattr(attention, name)._changes("default")]
+    # U and V of three layers of rank 2, their p, and x
+    assert sorted(nbytes.values()) == sorted([*changed, 4 * rows * 3 * 2, 4 * rows * 16])
 
 
 def test_ranks_may_differ(sizes: list[int]) -> None:
@@ -281,7 +283,7 @@ def test_a_layer_called_by_itself_computes_for_itself(sizes: list[int]) -> None:
     x = inputs()
     attention.query(x)
     before = attention.key(x)
-    attention.key.siva_u["default"].data *= 2
+    attention.key.siva_du["default"].weight.data += 1
     assert not attention.key(x).equal(before)
     assert sizes == []
 

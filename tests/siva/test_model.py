@@ -54,7 +54,7 @@ def train_a_little(model: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.numel() > 1:
-            parameter.data += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.3 * max(parameter.shape) ** -0.5 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -247,13 +247,12 @@ def test_the_file_holds_float32_factors_and_the_head(tmp_path: Path) -> None:
 
     base = tiny().to(torch.bfloat16)
     model = peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS"), autocast_adapter_dtype=False)
-    assert (
-        model.base_model.model.roberta.encoder.layer[0].attention.self.query.siva_u["default"].dtype == torch.bfloat16
-    )
+    query = model.base_model.model.roberta.encoder.layer[0].attention.self.query
+    assert query.siva_du["default"].weight.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    parts = {name.rpartition(".")[2] for name in tensors if "siva_" in name}
-    assert parts == {"siva_u", "siva_v", "siva_s", "siva_u0", "siva_v0"}
+    parts = {name.partition("query.")[2] for name in tensors if "query.siva_" in name}
+    assert parts == {"siva_du.weight", "siva_dv.weight", "siva_s", "siva_u0", "siva_v0"}
     assert {t.dtype for name, t in tensors.items() if "siva_" in name} == {torch.float32}
     assert any("classifier" in name for name in tensors)
 

@@ -156,16 +156,16 @@ def test_starts_near_the_base_layer_and_computes_what_its_weight_says(kind: Any,
 @KINDS
 def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
     layer = move(quantised(kind))
-    factors = [layer.siva_u["default"], layer.siva_s["default"], layer.siva_v["default"]]
     x, copied = inputs().requires_grad_(), inputs().requires_grad_()
-    u, s, v = (factor.detach().clone().requires_grad_(factor.requires_grad) for factor in factors)
+    u, s, v = (factor.detach().requires_grad_(factor.requires_grad) for factor in layer._trained("default"))
+    du, dv = (change.weight for change in layer._changes("default"))
     expected = siva_linear(copied, layer.quantised.dequantise(torch.float32), u, s, v, layer.bias)
     found = layer(x)
     weights = torch.randn(found.shape)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     assert found.equal(expected)
-    for gradient, same in ((x.grad, copied.grad), (factors[0].grad, u.grad), (factors[2].grad, v.grad)):
+    for gradient, same in ((x.grad, copied.grad), (du.grad, u.grad), (dv.grad, v.grad)):
         torch.testing.assert_close(gradient, same)
 
 
@@ -206,7 +206,7 @@ def test_merging_gives_a_plain_layer_and_unmerging_the_same_codes(kind: Any) -> 
 @KINDS
 def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     layer = move(quantised(kind))
-    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights=False)
+    blank = SivaLinear(nn.Linear(32, 48), residual_dtype=kind, init_weights="saved")
     blank.load_state_dict(layer.state_dict())
     assert blank(inputs()).equal(layer(inputs()))
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))

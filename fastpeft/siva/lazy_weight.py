@@ -1,0 +1,46 @@
+"""A weight that is computed where its values are wanted only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+_KNOWN = (
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "layout")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+)
+
+
+class LazyWeight(Tensor):
+    """A tensor with a dtype, a device and a shape, whose values are computed by whatever uses them, at each use.
+
+    Modules read the weight of a layer for two reasons. T5 asks for its dtype before each call of the layer;
+    `nn.MultiheadAttention` multiplies by it and never calls the layer.
+
+    Args:
+        compute: makes the values.
+        like: has the dtype and the device.
+        shape: the shape.
+    """
+
+    _compute: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, compute: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> LazyWeight:
+        blank = like.detach().new_full((1,) * len(shape), float("nan")).expand(shape)  # what takes no notice shows it
+        weight = blank.as_subclass(cls)
+        weight._compute = compute
+        return weight
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _KNOWN:
+            return super().__torch_function__(function, types, args, kwargs)
+        args, kwargs = tree_map_only(LazyWeight, lambda weight: weight._compute(), (args, kwargs or {}))
+        return function(*args, **kwargs)

@@ -1,0 +1,272 @@
+"""What trains is the change of the factors, which is 0 at the start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import optimizer as optimizers
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+
+from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
+from fastpeft.siva.decompose import decompose
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+RESIDUALS = pytest.mark.parametrize("residual", ["frozen", "implicit"])
+
+
+def linear(seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(20, 12)
+
+
+def moved(layer: SivaLinear, size: float = 0.05) -> SivaLinear:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for p in layer.parameters() if p.requires_grad):
+        parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return layer
+
+
+def tiny(seed: int = 0) -> BertModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertModel(BertConfig(**sizes, intermediate_size=32)).eval()
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).last_hidden_state
+
+
+def adapted(**given: Any) -> Any:
+    model = peft.get_peft_model(tiny(), SivaConfig(r=3, **given)).eval()
+    for layer in model.modules():
+        if isinstance(layer, SivaLinear):
+            moved(layer)
+    return model
+
+
+def test_adam_takes_the_steps_that_it_takes_on_the_factors_themselves() -> None:
+    weight = linear().weight.detach().double()
+    (u, s, v), rest = decompose(weight, 4)
+    u, s, v = (factor.double() for factor in (u, s, v))
+    rest = weight - (u * s) @ v
+    u.requires_grad_(), v.requires_grad_()
+    layer = SivaLinear.from_linear(linear().double(), 4)
+    layer.siva_du.double(), layer.siva_dv.double()
+    layer.base_layer.weight.data = rest
+    torch.manual_seed(2)
+    xs, ys = torch.randn(200, 7, 20).double(), torch.randn(200, 7, 12).double()
+    whole = torch.optim.AdamW([u, v], lr=1e-3, weight_decay=0.0)
+    change = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    for x, y in zip(xs, ys, strict=True):
+        (F.linear(x, rest + (u * s) @ v, layer.bias) - y).square().mean().backward()
+        (layer(x) - y).square().mean().backward()
+        for optimizer in (whole, change):
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = layer._trained("default")
+    assert (u - layer.siva_u0["default"]).abs().max() > 0.01
+    torch.testing.assert_close(trained.u, u, rtol=0, atol=1e-10)
+    torch.testing.assert_close(trained.v, v, rtol=0, atol=1e-10)
+
+
+@RESIDUALS
+@pytest.mark.parametrize("trained", [False, True])
+def test_weight_decay_goes_back_to_the_pretrained_weight(residual: str, trained: bool) -> None:
+    weight = linear().weight.detach().clone()
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    if trained:
+        moved(layer)
+        assert (layer.weight - weight).abs().max() > 1e-2
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.5, weight_decay=0.1)
+    for _ in range(300):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.weight.detach(), weight, **CLOSE)
+
+
+@pytest.mark.parametrize("given", [{"d": 8}, {"residual_dtype": "int8"}])
+def test_a_lossy_residual_decays_to_its_own_start(given: dict[str, Any]) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, **given)
+    start = layer.weight.detach()
+    moved(layer)
+    for change in layer._changes("default"):
+        change.weight.data *= 0
+    assert layer.weight.detach().equal(start)
+    assert not start.equal(linear().weight)
+
+
+def test_mezo_takes_the_steps_that_it_takes_on_the_factors_themselves() -> None:
+    torch.manual_seed(2)
+    x, y = torch.randn(7, 20), torch.randn(7, 12)
+    layer = SivaLinear.from_linear(linear(), 4)
+    u, s, v = (t.clone() for t in layer._initial("default"))
+    rest, bias = layer.base_layer.weight.detach(), layer.bias.detach()
+    u, v = nn.Parameter(u), nn.Parameter(v)
+    of_factors = MeZO([u, v], lr=1e-3, eps=1e-3, seed=5)
+    of_change = MeZO([p for p in layer.parameters() if p.requires_grad], lr=1e-3, eps=1e-3, seed=5)
+    for _ in range(20):
+        of_factors.step(lambda: (F.linear(x, rest + (u * s) @ v, bias) - y).square().mean())
+        of_change.step(lambda: (layer(x) - y).square().mean())
+    assert (u - layer.siva_u0["default"]).abs().max() > 1e-3
+    torch.testing.assert_close(layer._trained("default").u.detach(), u.detach(), rtol=0, atol=2e-4)
+
+
+def test_small_steps_of_half_precision_adapters_are_kept() -> None:
+    layer = SivaLinear.from_linear(linear().bfloat16(), 4)
+    layer.siva_du.bfloat16()
+    du = layer.siva_du["default"].weight
+    for _ in range(100):
+        du.data += 1e-5  # an entry of U0 in bfloat16, of 0.3, would round it away
+    torch.testing.assert_close(du.float(), torch.full_like(du, 1e-3, dtype=torch.float32), rtol=0.05, atol=0)
+
+
+# -- half precision ------------------------------------------------------------------------------------------------
+
+
+@RESIDUALS
+@pytest.mark.parametrize("cast", [lambda model: model, lambda model: model.to(torch.bfloat16)])
+def test_half_precision_factors_merge_and_convert(residual: str, cast: Any) -> None:
+    model = peft.get_peft_model(
+        tiny().to(torch.bfloat16), SivaConfig(r=3, residual=residual), autocast_adapter_dtype=False
+    )
+    model = cast(model).eval()
+    layer = next(each for each in model.modules() if isinstance(each, SivaLinear))
+    moved(layer)
+    assert layer.siva_du["default"].weight.dtype == torch.bfloat16
+    expected = output(model).float()
+    delta = layer.get_delta_weight("default")
+    assert delta.dtype == torch.float32
+    assert delta.abs().max() > 1e-2
+    model.merge_adapter()
+    assert (output(model) - expected).abs().max() < 0.05
+    model.unmerge_adapter()
+    assert (output(model) - expected).abs().max() < 0.05
+    lora, _ = peft.convert_to_lora(model, rank=6)
+    assert lora.r == 6
+    assert (output(model.merge_and_unload()) - expected).abs().max() < 0.05
+
+
+# -- starts --------------------------------------------------------------------------------------------------------
+
+
+def test_random_changes_over_the_real_decomposition() -> None:
+    weight = linear().weight.detach()
+    layer = SivaLinear(linear(), r=4, init_weights=False)
+    assert (layer.weight - weight).abs().max() > 1e-2
+    torch.testing.assert_close(layer.siva_u0["default"], decompose(weight, 4).factors.u)
+    layer.restore()
+    torch.testing.assert_close(layer.base_layer.weight.detach(), weight, **CLOSE)
+
+
+def test_only_known_ways_to_start() -> None:
+    with pytest.raises(FastpeftError, match="init_weights='pissa'; allowed are True, False and 'saved'"):
+        SivaConfig(init_weights="pissa")  # type: ignore[arg-type]
+
+
+@RESIDUALS
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_reference_adapter_of_the_same_configuration_is_the_base(
+    residual: str, reloaded: bool, tmp_path: Path
+) -> None:
+    """As TRL makes one beside the adapter that trains, and copies what has its name in it."""
+    expected, model = output(tiny()), adapted(residual=residual)
+    if reloaded:
+        model.save_pretrained(str(tmp_path))
+        model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path), is_trainable=True).eval()
+    trained = output(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    torch.testing.assert_close(output(model), expected, **CLOSE)
+    parameters = dict(model.named_parameters())
+    copied = [name for name in parameters if ".default." in name]
+    for name in copied:
+        parameters[name.replace(".default.", ".ref.")].data.copy_(parameters[name].data)
+    assert len(copied) == 8
+    assert output(model).equal(trained)
+
+
+# -- files of earlier versions -------------------------------------------------------------------------------------
+
+
+def as_before(folder: Path) -> None:
+    """Give a saved adapter the form that it had when the factors themselves trained."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if ".siva_d" in key]:
+        layer, part = key.removesuffix(".weight").split(".siva_d")
+        tensors[f"{layer}.siva_{part}"] = tensors.pop(key) + tensors[f"{layer}.siva_{part}0"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_weights": False}))
+
+
+@RESIDUALS
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_files_of_whole_factors_load(residual: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    model = adapted(residual=residual)
+    model.save_pretrained(str(tmp_path))
+    as_before(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=1e-6)
+    changes = {name: p for name, p in loaded.named_parameters() if "siva_d" in name}
+    assert len(changes) == 8
+    for name, change in model.named_parameters():
+        if name in changes:
+            torch.testing.assert_close(changes[name], change, rtol=0, atol=1e-7)
+
+
+def test_a_whole_state_dict_of_whole_factors_loads() -> None:
+    layer = moved(SivaLinear.from_linear(linear(), 4))
+    state = layer.state_dict()
+    for part in "uv":
+        change = state.pop(f"siva_d{part}.default.weight")
+        state[f"siva_{part}.default"] = state[f"siva_{part}0.default"] + change
+    other = SivaLinear.from_linear(linear(), 4)
+    other.load_state_dict(state)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=1e-6)
+
+
+def test_whole_factors_are_refused_where_they_cannot_be_converted(tmp_path: Path) -> None:
+    """Transformers sets the tensors of a file one by one and leaves out what it does not know."""
+    adapted().save_pretrained(str(tmp_path))
+    as_before(tmp_path)
+    model = tiny()
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(FastpeftError, match=r"lacks siva_du or siva_dv.*PeftModel\.from_pretrained"):
+        output(model)
+
+
+# -- what others see -----------------------------------------------------------------------------------------------
+
+
+def test_no_optimizer_of_the_process_is_watched() -> None:
+    assert not optimizers._global_optimizer_pre_hooks
+
+
+def test_a_weight_that_is_asked_for_its_dtype_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    model = peft.get_peft_model(T5EncoderModel(T5Config(**sizes)).eval(), SivaConfig(r=3, target_modules=["wo", "q"]))
+    model.add_adapter("other", SivaConfig(r=3, target_modules=["wo", "q"], residual="frozen"))
+    computed = []
+    monkeypatch.setattr(SivaLinear, "_compute_weight", lambda layer: computed.append(layer))
+    first = output(model)
+    mixed = model(input_ids=IDS, adapter_names=["default", "other"]).last_hidden_state
+    torch.testing.assert_close(mixed, first, **CLOSE)
+    assert not computed
