@@ -19,6 +19,7 @@ from fastpeft.siva.quantise import ITERATIONS, check_format
 from fastpeft.siva.rows import BASE
 
 Residual = Literal["frozen", "implicit"]
+Bias = Literal["none", "all", "siva_only"]
 InitWeights = bool | Literal["saved"]
 
 _OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
@@ -63,7 +64,10 @@ class SivaConfig(PeftConfig):
     Args:
         r: Number of singular triplets that train.
         target_modules: Names (suffixes) of the linear layers, a regular expression that a whole name must match,
-            or `"all-linear"`. None takes the query and key projections. Heads are never targeted.
+            or `"all-linear"`. None takes the query and key projections. Heads of transformers models are never
+            targeted. Of other modules nothing tells the head: `"all-linear"` takes their output layer too, as it does
+            with LoRA, and a layer that is smaller than r gets the largest rank that it has, which is logged and written
+            into `rank_pattern`.
         d: Rank of the decomposition. None keeps the weight whole; less drops the smallest singular values on
             purpose and needs `residual="frozen"`.
         residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and
@@ -74,19 +78,26 @@ class SivaConfig(PeftConfig):
         quant_iterations: With `residual_dtype`, how often the factors are made again to fit what quantising left.
             0 takes the weight's own triplets, as QPiSSA does.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
-        layers_to_transform: Indices of the blocks to adapt; None adapts all.
-        layers_pattern: Name of the list of blocks, where it is not the usual one.
+        layers_to_transform: Indices of the blocks to adapt; None adapts all. It goes with names in
+            `target_modules`, not with a regular expression or `"all-linear"`.
+        layers_pattern: Name of the list of blocks, where it is not the usual one; with `layers_to_transform`.
         exclude_modules: Names or a regular expression of layers to leave out.
         modules_to_save: Further modules that train and are saved whole; a classification head is added by itself.
+        trainable_token_indices: Tokens whose embeddings train and are saved, `[token, ...]` for the model's input
+            embeddings or `{name of an embedding: [token, ...]}`. Weights that are tied to them follow.
+        bias: Biases that train and are saved: `"none"`, `"all"` of the model, or `"siva_only"`, those of the adapted
+            layers. They are the model's own: they stay when the adapter is disabled, unloaded or deleted.
         init_weights: True starts from the pretrained model. False starts from a random change of it, as LoRA's
             `init_lora_weights=False` does, which is for tests. `"saved"` makes layers that wait for a saved adapter,
             with no decomposition; saved configurations hold it.
         pissa: Folder of a PiSSA adapter whose training goes on here, see `from_pissa`. Saved configurations hold None.
         base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
+        target_parameters, layer_replication: LoRA's; here they are refused.
 
     Raises:
-        FastpeftError: r below 1, an unknown residual or residual_dtype, d or residual_dtype with `residual="implicit"`,
-            d with residual_dtype, or nf4 without bitsandbytes.
+        FastpeftError: r below 1, an unknown residual, residual_dtype or bias, d or residual_dtype with
+            `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes, layers_to_transform without names
+            or layers_pattern without layers_to_transform.
 
     Example:
         >>> import fastpeft, peft
@@ -104,9 +115,13 @@ class SivaConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     exclude_modules: Collection[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: Bias = "none"
     init_weights: InitWeights = True
     pissa: str | None = None
     base_fingerprints: dict[str, str] = field(default_factory=dict)
+    target_parameters: list[str] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +142,8 @@ class SivaConfig(PeftConfig):
             isinstance(i, int) for i in ([layers] if isinstance(layers, int) else layers)
         ):
             raise FastpeftError(f"layers_to_transform={layers!r}; give the number of a block, or a list of numbers.")
+        self._check_layers()
+        self._check_further()
         check_residual(self.residual, self.d, self.residual_dtype)
         count = self.quant_iterations
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -135,6 +152,46 @@ class SivaConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))  # as PEFT's own configurations keep them
+
+    def _check_layers(self) -> None:
+        """Refuse, as LoRA does, a choice of blocks that PEFT would leave out without a word."""
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise FastpeftError(
+                        f"{name}={getattr(self, name)!r} with target_modules={self.target_modules!r}: blocks are "
+                        "chosen among layers that a list names. Give target_modules as a list of names, or choose the "
+                        "blocks in the regular expression itself."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise FastpeftError(
+                f"layers_pattern={self.layers_pattern!r} without layers_to_transform chooses nothing. Give the numbers "
+                "of the blocks in layers_to_transform too."
+            )
+
+    def _check_further(self) -> None:
+        """Refuse what cannot train beside the factors."""
+        if self.bias not in get_args(Bias):
+            raise FastpeftError(f"bias={self.bias!r}; allowed are {', '.join(map(repr, get_args(Bias)))}.")
+        given = self.trainable_token_indices
+        for tokens in given.values() if isinstance(given, dict) else [] if given is None else [given]:
+            numbers = isinstance(tokens, (list, tuple)) and all(type(token) is int and token >= 0 for token in tokens)
+            if not numbers or len(set(tokens)) < len(tokens):
+                raise FastpeftError(
+                    f"trainable_token_indices={given!r}; give a list of different token numbers from 0, or a "
+                    "dictionary of such lists by the names of embeddings."
+                )
+        if self.target_parameters:
+            raise FastpeftError(
+                f"target_parameters={self.target_parameters!r}: SiVA decomposes the weight of a linear layer, and a "
+                "parameter of another module, as of stacked experts, is not one. Name linear layers in target_modules, "
+                "or use LoRA."
+            )
+        if self.layer_replication:
+            raise FastpeftError(
+                f"layer_replication={self.layer_replication!r}: replicated layers share their weights, in whose place "
+                "SiVA would put what is left of them. Replicate the layers in the base model, or use LoRA."
+            )
 
     @classmethod
     def from_pissa(

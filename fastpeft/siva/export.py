@@ -38,7 +38,7 @@ def lora_factors(trained: Factors, initial: Factors) -> tuple[Tensor, Tensor]:
 def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
     """Save a SiVA adapter as a LoRA of twice its rank, for the base model that it was made from.
 
-    Modules that trained whole, as a classification head, are saved with it.
+    Modules that trained whole, as a classification head, are saved with it, and so are biases and embeddings of tokens.
 
     PEFT loads it on any base model. vLLM takes the format for the decoders that it serves, if the adapter has no
     `modules_to_save` (which a classification head is) and 2r is at most its `max_lora_rank`; ranks may differ between
@@ -93,6 +93,8 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
         alpha_pattern=different,
         fan_in_fan_out=any(isinstance(model.get_base_model().get_submodule(name).base_layer, Conv1D) for name in ranks),
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        bias="lora_only" if config.bias == "siva_only" else config.bias,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -105,6 +107,8 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors of a saved SiVA adapter as those of a LoRA, and the rank of each layer."""
     tensors = {key: tensor.contiguous() for key, tensor in state.items() if ".siva_" not in key}
+    # with bias="all" those of a module that was saved whole have two names; safetensors writes no memory twice
+    tensors = {key: tensor.clone() if key.endswith(".bias") else tensor for key, tensor in tensors.items()}
     ranks = {}
     for key in state:
         layer, separator, _ = key.partition(".siva_u0")

@@ -46,6 +46,8 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     def stored(self) -> Tensor:
         """What is stored, as `(out_features, in_features)`: empty where `quantised` is in its place."""
         weight: Tensor = self.base_layer.weight
+        if weight.requires_grad and not weight.is_leaf:  # FSDP1: a view of a flat parameter of which other parts train
+            weight = weight.detach()
         return weight.t() if self.fan_in_fan_out else weight
 
     @property

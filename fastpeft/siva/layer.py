@@ -82,6 +82,7 @@ class SivaLinear(FrozenLinear):
         self.residual_dtype: dict[str, Format | None] = {}
         self._waiting: set[str] = set()  # adapters that have not been filled in yet
         self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
+        self._whole: str | None = None  # the adapter whose W_r must be made of a pretrained weight that is being loaded
         self._disable_adapters = False
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
@@ -413,6 +414,20 @@ class SivaLinear(FrozenLinear):
             )
 
     @torch.no_grad()
+    def pretrained_weight(self) -> Tensor | None:
+        """The pretrained weight, to rounding, in the layout of the base layer's, where W_r is stored; else None.
+
+        Raises:
+            FastpeftError: It is no longer there.
+        """
+        if not self._frozen or self.merged:
+            return None
+        self.check_restorable()
+        factors = self._low_rank([])
+        weight = self._weight if factors is None else add(self._weight, factors)
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Make the stored weight the pretrained one again, to rounding."""
         self.check_restorable()
@@ -457,15 +472,40 @@ class SivaLinear(FrozenLinear):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
         if loaded and self.merged:
             self.unmerge()  # what is merged is about to change
-        if f"{prefix}base_layer.weight" in state_dict:
+        key, self._whole = f"{prefix}base_layer.weight", None
+        if key in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
             self._expect_quantised(f"{prefix}quantised.codes" in state_dict)
+            self._whole = self._arrives_whole(state_dict[key], loaded)
         else:
             for name, initial in loaded.items():
                 if not self._starts_from(name, initial):
                     self._prepare_for(name, initial)
         self._arriving = set(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
+        """The adapter whose initial factors must be taken out of a stored weight that is being loaded; None: it is W_r.
+
+        A checkpoint has W_r, but PEFT's `set_base_model_state_dict` brings the pretrained weight.
+        """
+        weight = weight.t() if self.fan_in_fan_out else weight
+        if not self._frozen or self.merged or weight.shape != self._weight.shape or weight.device.type == "meta":
+            return None
+        if self._lossy and not loaded:
+            self.check_restorable()
+        if self._lossy or type(weight) not in (Tensor, nn.Parameter):  # a shard
+            return None
+        shared = next(name for name in self.siva_du if name not in self._waiting)
+        initial = loaded.get(shared) or self._initial(shared)
+        if belongs(weight, initial):
+            return shared
+        if not loaded and not belongs(add(weight, initial), initial):
+            raise FastpeftError(
+                f"{self.name}: the weight that is being loaded is not the one that the adapter was made from. Load "
+                "base weights before the adapter is put onto the model."
+            )
+        return None
 
     def _expect_quantised(self, arriving: bool) -> None:
         """Before a whole state dict is loaded: make room for a quantised W_r if one is `arriving`."""
@@ -526,6 +566,9 @@ class SivaLinear(FrozenLinear):
 
 def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
     """After a state dict was loaded: split the weight for the adapters that were waiting for their factors."""
+    if layer._whole is not None:
+        layer._take_out(layer._initial(layer._whole), None)
+        layer._whole = None
     for name in sorted(layer._waiting & layer._arriving):
         if any(change.is_empty() for change in layer._changes(name)):
             raise FastpeftError(

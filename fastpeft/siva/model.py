@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, cast_adapter_dtype
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +26,8 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import progress
 from fastpeft.siva.rows import BASE, Rows, acting
+
+logger = logging.getLogger(__name__)
 
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
@@ -47,6 +52,11 @@ class SivaModel(BaseTuner):
 
     prefix: str = "siva_"
     tuner_layer_cls = SivaLinear
+
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, *args, **kwargs)
+        if isinstance(peft_config, dict):  # of a PeftModel; a model with adapters injected saves itself as it is
+            model.register_state_dict_post_hook(_give_pretrained)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
@@ -74,6 +84,8 @@ class SivaModel(BaseTuner):
         """Resolve the targets and refuse what cannot be adapted, before the first layer is touched."""
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
+        wanted = peft_config.target_modules
+        all_linear = isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         _maybe_include_all_linear_layers(peft_config, model)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
@@ -91,6 +103,9 @@ class SivaModel(BaseTuner):
                 f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
                 f'here end in {", ".join(sorted(endings))}; name some of them in a list, or pass "all-linear".'
             )
+        if all_linear:
+            _limit_ranks(peft_config, {name: modules[name] for name in targets})
+        _check_tokens(peft_config, model)
         tied = _tied_parameters(model)
         for name in targets:
             _check_target(peft_config, self._adding, name, modules[name], tied)
@@ -146,14 +161,17 @@ class SivaModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Factors are made in float32; without autocast what trains takes the dtype of the base layer."""
         if autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, TrainableTokensWrapper):
+                    cast_adapter_dtype(module, adapter_name)
             return
-        for layer in self.layers():
+        for layer in self._siva_layers():
             for changes in (layer.siva_du, layer.siva_dv):
                 if adapter_name in changes:
                     changes[adapter_name].to(layer.base_layer.weight.dtype)
 
-    def layers(self) -> Iterator[SivaLinear]:
-        """The adapted layers."""
+    def _siva_layers(self) -> Iterator[SivaLinear]:
+        """The adapted layers. No public name: PEFT hands those that are not here on to the wrapped model."""
         return (module for module in self.model.modules() if isinstance(module, SivaLinear))
 
     @classmethod
@@ -169,7 +187,7 @@ class SivaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if not merge:
-            for layer in self.layers():
+            for layer in self._siva_layers():
                 layer.check_restorable()  # before the first layer is touched
         grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -184,12 +202,12 @@ class SivaModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for layer in self._siva_layers()):
             raise FastpeftError(
                 f"adapter {adapter_name!r} is merged into the weights, where it would stay. Call unmerge_adapter() "
                 "first, or merge_and_unload() to keep it there."
             )
-        for layer in self.layers():
+        for layer in self._siva_layers():
             if list(layer.siva_du) == [adapter_name]:
                 layer.check_restorable()
         super().delete_adapter(adapter_name)
@@ -202,7 +220,7 @@ class SivaModel(BaseTuner):
             yield
             return
         self._check_adapter_names(names)
-        device = next(self.layers()).base_layer.weight.device
+        device = next(self._siva_layers()).base_layer.weight.device
         with acting(self.model, SivaLinear, Rows(names, device, _copies(kwargs))):
             yield
 
@@ -214,12 +232,32 @@ class SivaModel(BaseTuner):
                 f"adapter_names={names!r}; give a list with a name for each row of the batch, each one of "
                 f"{', '.join(map(repr, known))}, where {BASE!r} is the pretrained model."
             )
-        merged = sorted({name for layer in self.layers() for name in layer.merged_adapters})
+        merged = sorted({name for layer in self._siva_layers() for name in layer.merged_adapters})
         if merged:
             raise FastpeftError(
                 f"adapter_names cannot be given while {', '.join(map(repr, merged))} is merged into the weights, which "
                 "then act on every row. Call unmerge_adapter() first."
             )
+        for adapter, config in self.peft_config.items():
+            if config.bias != "none" and set(names) != {adapter}:
+                raise FastpeftError(
+                    f"adapter_names={names!r}: {adapter!r} trains biases (bias={config.bias!r}), which are the model's "
+                    f"own and act on every row. Give {adapter!r} to all rows, or train with bias='none'."
+                )
+
+
+def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Give the wrapped model's own state dict the pretrained weights where W_r is stored.
+
+    PEFT's `get_base_model_state_dict` calls it and strips the names of all that belongs to adapters, so that W_r would
+    pass for the pretrained weight. The state dict of the whole PeftModel, a checkpoint, is as it is stored.
+    """
+    if prefix:
+        return
+    for name, layer in model.named_modules():
+        weight = layer.pretrained_weight() if isinstance(layer, SivaLinear) else None
+        if weight is not None:
+            state_dict[f"{name}.base_layer.weight"] = weight
 
 
 def _copies(arguments: dict[str, Any]) -> int:
@@ -270,6 +308,54 @@ def _rank(peft_config: SivaConfig, key: str) -> int:
     """The rank of the layer `key`."""
     pattern = get_pattern_key(list(peft_config.rank_pattern), key)
     return peft_config.rank_pattern.get(pattern, peft_config.r)
+
+
+def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
+    """Give layers that "all-linear" found and that are smaller than r the largest rank that they have."""
+    limited = {}
+    for name, module in targets.items():
+        shape = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
+        if get_pattern_key(list(peft_config.rank_pattern), name) == name and min(shape) < peft_config.r:
+            limited[name] = min(shape)
+    if limited:
+        shown = ", ".join(f"{name} ({rank})" for name, rank in limited.items())
+        logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
+        patterns = {f"^{re.escape(name)}": rank for name, rank in limited.items()}
+        peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
+
+
+def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
+    """Raise `FastpeftError` unless the tokens that train have embeddings, which PEFT looks up by the same names."""
+    given = peft_config.trainable_token_indices
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        given = {_get_input_embeddings_name(model, "embed_tokens"): given}
+    for ending, tokens in given.items():
+        found = {name: module for name, module in model.named_modules() if name.endswith(ending)}
+        if not found:
+            raise FastpeftError(
+                f"trainable_token_indices: no module has a name that ends in {ending!r}. Name the embedding by a "
+                "dictionary, {name: [token, ...]}."
+            )
+        if ending in (peft_config.modules_to_save or ()):
+            raise FastpeftError(
+                f"trainable_token_indices: {ending} is among modules_to_save, which trains all its rows. Leave out "
+                "either."
+            )
+        for name, module in found.items():
+            weight = getattr(module, "weight", None)
+            if weight is None:
+                raise FastpeftError(
+                    f"trainable_token_indices: {name} is a {type(module).__name__}, which is no embedding. Give the "
+                    "name of an embedding that no other name ends in."
+                )
+            rows = len(weight)
+            if tokens and max(tokens) >= rows:
+                raise FastpeftError(
+                    f"trainable_token_indices={sorted(tokens)}: {name} has {rows} rows, so tokens are 0 to {rows - 1}. "
+                    "Call model.resize_token_embeddings first if the tokenizer has new tokens."
+                )
 
 
 def _makes_empty_factors(model: nn.Module) -> bool:

@@ -70,7 +70,7 @@ class PissaAdapter:
         if used or config.bias != "none":
             raise FastpeftError(
                 f"the adapter in {str(path)!r} has {', '.join(used) or f'bias={config.bias!r}'}, which SiVA does not "
-                "know. Merge it into its base model instead."
+                "take over. Merge it into its base model instead."
             )
         weights = path / "adapter_model.safetensors"
         if not weights.is_file():

@@ -1,7 +1,8 @@
 """Batches whose rows belong to different adapters: PEFT's `adapter_names`.
 
 While a model runs with a name for each row, every adapted layer of it holds the `Rows` and takes the factors of each
-row's adapter. Modules that adapters save whole, as classification heads, run once for each adapter on its rows.
+row's adapter. Modules that adapters save whole, as classification heads, and embeddings of which they train tokens run
+once for each adapter on its rows.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpeft.errors import FastpeftError
 
@@ -60,10 +62,10 @@ class Rows:
             "must run once for each adapter instead."
         )
 
-    def each(self, x: Tensor, functions: Iterable[Callable[..., Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+    def each(self, x: Tensor, functions: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
         """What `functions`, one for each adapter, make of the adapters' rows of x, in the order of x."""
         parts = (x if self.order is None else x[self.order]).split(list(self.sizes.values()))
-        found = torch.cat([function(part, *args, **kwargs) for function, part in zip(functions, parts, strict=True)])
+        found = torch.cat([function(part) for function, part in zip(functions, parts, strict=True)])
         return found if self.order is None else found[self.order.argsort()]
 
 
@@ -74,11 +76,11 @@ def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[Non
     What transformers checkpoints meanwhile takes the same rows when backward runs it again.
     """
     changes: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, kind):
             changes.append((module, "rows", rows))
-        elif isinstance(module, ModulesToSaveWrapper):
-            changes.append((module, "forward", partial(_run_saved, module, rows)))
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            changes.append((module, "forward", partial(_run_saved, module, name, rows)))
         if _CHECKPOINT in module.__dict__:
             function = partial(_checkpoint, module.__dict__[_CHECKPOINT], module, kind, rows)
             changes.append((module, _CHECKPOINT, function))
@@ -107,9 +109,47 @@ def _checkpoint(
     return function(run_by_rows, *args)
 
 
-def _run_saved(wrapper: ModulesToSaveWrapper, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Each row of x by the module that its adapter saved, by the pretrained one where it saved none."""
-    rows = rows.of(x, f"a {type(wrapper.original_module).__name__}")
-    saved = {} if wrapper.disable_adapters else dict(wrapper.modules_to_save.items())
-    modules = (saved.get(name, wrapper.original_module) for name in rows.sizes)
-    return rows.each(x, modules, *args, **kwargs)
+def _run_saved(wrapper: Any, name: str, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+    """Each row by what its adapter saved for the module, by the pretrained one where it saved nothing.
+
+    Raises:
+        FastpeftError: the module takes or gives anything but one tensor with the rows in its first dimension.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    reader = f"{name}, a {type(wrapper.original_module).__name__}"
+    if len(places) != 1:
+        raise _not_by_rows(reader, f"takes {len(places)}")
+    place, x = places[0], leaves[places[0]]
+
+    def run(function: Callable[..., Any], part: Tensor) -> Tensor:
+        args, kwargs = tree_unflatten([*leaves[:place], part, *leaves[place + 1 :]], spec)
+        found = function(*args, **kwargs)
+        if not isinstance(found, Tensor):
+            raise _not_by_rows(reader, f"gives a {type(found).__name__}")
+        if found.shape[:1] != part.shape[:1]:
+            raise _not_by_rows(reader, f"gives {tuple(found.shape)} for {tuple(part.shape)}")
+        return found
+
+    rows = rows.of(x, reader)
+    return rows.each(x, [partial(run, _saved(wrapper, adapter)) for adapter in rows.sizes])
+
+
+def _saved(wrapper: Any, adapter: str) -> Callable[..., Any]:
+    """What `adapter` runs in the place of a module of the base model."""
+    if not wrapper.disable_adapters:
+        if isinstance(wrapper, TrainableTokensWrapper):
+            if adapter in wrapper.token_adapter.token_indices:
+                return partial(wrapper.token_adapter.forward_adapters, active_adapters=[adapter])
+        elif adapter in wrapper.modules_to_save:
+            module: nn.Module = wrapper.modules_to_save[adapter]
+            return module
+    original: nn.Module = wrapper.original_module
+    return original
+
+
+def _not_by_rows(reader: str, what: str) -> FastpeftError:
+    return FastpeftError(
+        f"adapter_names: {reader}, {what}. A module that adapters saved whole can run by rows if it takes one tensor "
+        "and gives one, both with the rows in the first dimension. Run the model once for each adapter instead."
+    )

@@ -159,7 +159,7 @@ def test_a_new_adapter_is_the_base_model_and_says_what_it_is(case: Case, residua
     model = peft.get_peft_model(case.make(), config(case, residual=residual)).eval()
     torch.testing.assert_close(output(model, case), output(case.make(), case), **CLOSE)
     status = model.get_model_status()
-    assert len(list(model.base_model.layers())) == case.layers
+    assert len(list(model.base_model._siva_layers())) == case.layers
     assert (status.peft_types, status.available_adapters) == ({"default": "SIVA"}, ["default"])
     assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
     assert status.requires_grad == {"default": True}
@@ -324,7 +324,7 @@ def test_merged_unmerged_unloaded(case: Case, residual: str) -> None:
     expected, weights = output(model, case), {name: p.clone() for name, p in model.named_parameters()}
     for safe_merge in (False, True):
         model.merge_adapter(safe_merge=safe_merge)
-        assert all(layer.merged_adapters == ["default"] for layer in model.base_model.layers())
+        assert all(layer.merged_adapters == ["default"] for layer in model.base_model._siva_layers())
         torch.testing.assert_close(output(model, case), expected, **CLOSE)
         with pytest.warns(UserWarning, match="lready"):
             model.merge_adapter()
@@ -344,7 +344,7 @@ def test_merged_unmerged_unloaded(case: Case, residual: str) -> None:
 def test_safe_merge_stops_before_a_weight_is_spoilt(case: Case) -> None:
     model = adapted(case)
     expected = output(model, case)
-    layer = list(model.base_model.layers())[-1]
+    layer = list(model.base_model._siva_layers())[-1]
     change = layer.siva_du["default"].weight.data
     kept = change.clone()
     change.fill_(float("nan"))
@@ -400,7 +400,7 @@ def test_adapters_take_turns_and_act_together(case: Case, residual: str) -> None
     model.base_model.set_adapter(["default", "other"])
     assert model.active_adapters == ["default", "other"]
     assert trained(model) >= trains
-    layer = next(iter(model.base_model.layers()))
+    layer = next(iter(model.base_model._siva_layers()))
     change = layer.get_delta_weight("default") + layer.get_delta_weight("other")
     weight = dict(case.make().named_modules())[layer.name].weight
     torch.testing.assert_close(layer.weight.detach(), weight + change, **CLOSE)
@@ -464,7 +464,7 @@ def test_each_adapter_has_its_own_saved_modules(tmp_path: Path) -> None:
     case = CASES["nested"]
     targets = ["lin", "lin2", "head.1"]
     model = adapted(case, target_modules=targets)
-    layers = [layer.name for layer in model.base_model.layers()]
+    layers = [layer.name for layer in model.base_model._siva_layers()]
     assert len(layers) == 5
     assert not any(name.startswith("head") for name in layers), "it is saved whole"
     first = output(model, case)

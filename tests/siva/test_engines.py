@@ -18,7 +18,8 @@ from samples import tiny_classifier
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -250,6 +251,24 @@ def fsdp_step(residual: str, half: bool) -> dict[str, Tensor]:
     return sgd_step(model, own_rows(batch()))
 
 
+def fsdp1_step(residual: str, passes: int) -> dict[str, Tensor]:
+    """In FSDP1 a frozen weight is a view of a flat parameter, which requires a gradient as soon as one part does."""
+    model = adapted(residual)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    blocks = ModuleWrapPolicy({type(model.base_model.model.roberta.encoder.layer[0])})
+    cpu = torch.device("cpu")
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=cpu, auto_wrap_policy=blocks)
+    optimizer = torch.optim.SGD(trained(wrapped).values(), lr=0.5)
+    torch.stack([wrapped(**own_rows(batch())).loss for _ in range(passes)]).sum().backward()
+    optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        whole = {
+            name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in wrapped.named_parameters()
+        }
+    assert all(whole.pop(name).equal(weight) for name, weight in kept.items())
+    return whole
+
+
 def assert_same(
     found: list[dict[str, Tensor]], expected: dict[str, Tensor], start: dict[str, Tensor], **tolerance: float
 ) -> None:
@@ -275,6 +294,15 @@ def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
     model = adapted(residual)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     assert_same(ranks(fsdp_step, residual, False), sgd_step(model, batch()), start)
+
+
+@needs_gloo
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_fsdp1_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
+    model = adapted(residual)
+    start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    assert_same(ranks(fsdp1_step, residual, passes), sgd_step(model, batch(), passes), start)
 
 
 @needs_gloo

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
+from fastpeft.siva import SivaModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +72,54 @@ def test_any_other_name_will_do(tmp_path: Path, name: str) -> None:
 SELF = "roberta.encoder.layer.{}.attention.self.{}"
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(query|key)"])
+@pytest.mark.parametrize("chosen", [{"layers_to_transform": [1]}, {"layers_pattern": "layer"}])
+def test_blocks_are_chosen_among_named_layers_alone(targets: str, chosen: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be used when `target_modules` is a str"):
+        peft.LoraConfig(target_modules=targets, **chosen)
+    with pytest.raises(FastpeftError, match=rf"{next(iter(chosen))}=.* with target_modules="):
+        config(target_modules=targets, **chosen)
+
+
+def test_a_pattern_of_blocks_needs_their_numbers() -> None:
+    with pytest.raises(FastpeftError, match="layers_pattern='layer' without layers_to_transform"):
+        config(layers_pattern="layer")
+
+
+def test_all_linear_gives_small_layers_their_full_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a module that is none of transformers' LoRA adapts the output layer too, of any rank; SiVA's has a limit."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
+
+    lora = peft.get_peft_model(base(), peft.LoraConfig(target_modules="all-linear"))
+    model = peft.get_peft_model(base(), SivaConfig(r=4, target_modules="all-linear"))
+    assert "all-linear with r=4: layers that are smaller get their full rank: 2.1 (3)" in caplog.text
+    assert set(model.targeted_module_names) == set(lora.targeted_module_names)
+    assert {layer.name: layer.r["default"] for layer in model.base_model._siva_layers()} == {"0": 4, "2.0": 4, "2.1": 3}
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(model(x), base()(x), **CLOSE)
+    move(model)
+    model.add_adapter("second", SivaConfig(r=4, target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(base(), tmp_path)(x).equal(model(x))
+    for asked in ({"target_modules": ["2.1"]}, {"target_modules": "all-linear", "rank_pattern": {"2.1": 4}}):
+        with pytest.raises(FastpeftError, match=r"r=4 for 2\.1 of shape \(3, 8\); allowed are 1 to 3"):
+            peft.get_peft_model(base(), SivaConfig(r=4, **asked))
+
+
+def test_no_attribute_of_the_model_is_hidden() -> None:
+    """PEFT hands on what SivaModel lacks, so it has no public names but those that LoRA's model has too."""
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = transformers.LlamaModel(transformers.LlamaConfig(**shape, intermediate_size=24))
+    model = peft.get_peft_model(base, SivaConfig(r=2))
+    assert model.layers[0] is base.layers[0]
+    own = {name for name in (*vars(SivaModel), *vars(model.base_model)) if not name.startswith("_")}
+    lora = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(target_modules=["query"])).base_model
+    assert own <= {*dir(peft.LoraModel), *vars(lora)}
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -88,7 +137,7 @@ SELF = "roberta.encoder.layer.{}.attention.self.{}"
 )  # fmt: skip
 def test_targets_are_those_of_any_method(given: dict[str, Any], expected: set[tuple[int, str]]) -> None:
     model = peft.get_peft_model(tiny_classifier(), config(**given))
-    found = {layer.name for layer in model.base_model.layers()}
+    found = {layer.name for layer in model.base_model._siva_layers()}
     assert found == {SELF.format(*each) for each in expected}
     assert set(model.targeted_module_names) == found
     lora = peft.LoraConfig(
@@ -108,10 +157,10 @@ def test_targets_are_those_of_any_method(given: dict[str, Any], expected: set[tu
 )
 def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, Any], ranks: list[int]) -> None:
     model = adapted(**given)
-    assert [layer.r["default"] for layer in model.base_model.layers()] == ranks
+    assert [layer.r["default"] for layer in model.base_model._siva_layers()] == ranks
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
-    assert [layer.r["default"] for layer in loaded.base_model.layers()] == ranks
+    assert [layer.r["default"] for layer in loaded.base_model._siva_layers()] == ranks
     assert logits(loaded).equal(logits(model))
 
 

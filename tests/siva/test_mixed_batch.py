@@ -205,7 +205,7 @@ def test_a_mixed_batch_equals_a_batch_for_each_adapter(residual: str, names: lis
         expected = one_by_one(model, names, ids())
         torch.testing.assert_close(model(ids(), adapter_names=names).logits, expected, **CLOSE)
         assert len(set(names)) == 1 or not torch.allclose(model(ids()).logits, expected, atol=0.01)
-    assert all(layer.rows is None for layer in model.base_model.layers())
+    assert all(layer.rows is None for layer in model.base_model._siva_layers())
 
 
 def gradients(model: peft.PeftModel, logits: Tensor) -> dict[str, Tensor]:
@@ -325,7 +325,7 @@ def test_wrong_names_are_refused(names: Any, message: str) -> None:
     model = classifier()
     with pytest.raises(FastpeftError, match=message):
         model(ids(), adapter_names=names)
-    assert all(layer.rows is None for layer in model.base_model.layers())
+    assert all(layer.rows is None for layer in model.base_model._siva_layers())
 
 
 @pytest.mark.parametrize("training", [False, True])

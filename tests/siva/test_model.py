@@ -225,11 +225,11 @@ def test_a_checkpoint_loads_into_the_model_that_wrote_it(tmp_path: Path) -> None
     """What the Trainer does at resume and for the best model."""
     model = adapted(r=3)
     model.save_pretrained(tmp_path)
-    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model.layers()]
+    expected, weights = logits(model), [layer.base_layer.weight.clone() for layer in model.base_model._siva_layers()]
     train_a_little(model, seed=5)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert logits(model).equal(expected)
-    assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model.layers()))
+    assert all(a.equal(layer.base_layer.weight) for a, layer in zip(weights, model.base_model._siva_layers()))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -316,6 +316,55 @@ def test_disable_merge_unmerge(residual: str) -> None:
     torch.testing.assert_close(logits(model), expected, **CLOSE)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "GPT2"])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_the_base_models_state_dict_has_the_pretrained_weights(kind: str, residual: str) -> None:
+    """PEFT's functions name them as the base model does: W_r under such a name would pass for the pretrained weight."""
+
+    def base() -> Any:
+        return tiny(kind, **({"bos_token_id": 1, "eos_token_id": 2} if kind == "GPT2" else {}))
+
+    settings = {"r": 3, "residual": residual, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    model = train_a_little(peft.get_peft_model(base(), SivaConfig(**settings)).eval())
+    expected, pretrained = logits(model), base().state_dict()
+    found = peft.get_base_model_state_dict(model)
+    assert found.keys() == pretrained.keys()
+    for name, weight in pretrained.items():
+        torch.testing.assert_close(found[name], weight, **CLOSE)
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for load in (
+        lambda: peft.set_base_model_state_dict(model, pretrained),
+        lambda: peft.set_base_model_state_dict(model, found),
+        lambda: model.get_base_model().load_state_dict(model.get_base_model().state_dict()),
+        lambda: model.load_state_dict(checkpoint),
+    ):
+        load()
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+    assert logits(model).equal(expected)  # a checkpoint has every bit of W_r
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged.state_dict(), {**pretrained, **merged.state_dict()})  # and gains no key
+    if residual == "frozen":
+        with pytest.raises(FastpeftError, match="not the one that the adapter was made from"):
+            peft.set_base_model_state_dict(model, {name: 2 * weight for name, weight in pretrained.items()})
+
+
+@pytest.mark.parametrize("config", [{"d": 8}, {"residual_dtype": "int8"}])
+def test_a_lossy_base_model_has_no_state_dict_of_its_own(config: dict[str, Any]) -> None:
+    model = adapted(r=3, **config)
+    with pytest.raises(FastpeftError, match="cannot be given back"):
+        peft.get_base_model_state_dict(model)
+    if "d" in config:
+        with pytest.raises(FastpeftError, match="cannot be given back"):
+            peft.set_base_model_state_dict(model, tiny().state_dict())
+    model.load_state_dict(model.state_dict())
+
+
+def test_injected_adapters_are_saved_as_they_are_stored() -> None:
+    base = peft.inject_adapter_in_model(SivaConfig(r=3), tiny())
+    stored = base.roberta.encoder.layer[0].attention.self.query.base_layer.weight
+    assert base.state_dict()["roberta.encoder.layer.0.attention.self.query.base_layer.weight"].equal(stored)
 
 
 def test_lossy_models_refuse_to_unload_before_touching_anything() -> None:

@@ -74,8 +74,8 @@ def test_before_training_the_factors_are_the_initial_ones(tmp_path: Path) -> Non
     [
         ({"init_lora_weights": True}, "is not PiSSA's: its type is LORA, its init_lora_weights True"),
         ({"init_lora_weights": "pissa_niter_4"}, "a decomposition drawn at random"),
-        ({"use_dora": True}, "use_dora, which SiVA does not know"),
-        ({"bias": "lora_only"}, "bias='lora_only', which SiVA does not know"),
+        ({"use_dora": True}, "use_dora, which SiVA does not take over"),
+        ({"bias": "lora_only"}, "bias='lora_only', which SiVA does not take over"),
     ],
     ids=str,
 )
