@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastpeft import SivaConfig
 
@@ -68,5 +69,20 @@ def _fit_for_siva(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr(module, "LoraConfig", SivaConfig)
     # meant for one method, it skips models and changes targets for all
     monkeypatch.setattr(request.module, "check_beft_config", lambda *_: None, raising=False)
+    # the decoders' inputs repeat one token, of which all queries and keys find the same
+    if "decoder" in request.module.__name__:
+        monkeypatch.setattr(request.cls, "prepare_inputs_for_testing", _other_tokens(request.cls))
     utils = importlib.import_module(".testing_utils", request.module.__package__)
     utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(STAND_INS, 1))  # what was asked before is read from the cache
+
+
+def _other_tokens(tests: Any) -> Any:
+    """`tests.prepare_inputs_for_testing`, with another token at each place."""
+    prepare = tests.prepare_inputs_for_testing
+
+    def prepare_inputs_for_testing(self: Any) -> dict[str, torch.Tensor]:
+        inputs = prepare(self)
+        ids = inputs["input_ids"]
+        return {**inputs, "input_ids": torch.arange(3, 3 + ids.numel(), device=ids.device).view(ids.shape)}
+
+    return prepare_inputs_for_testing
