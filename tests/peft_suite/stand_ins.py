@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 _COMMIT = "0" * 40
 # wide weights: an adapter of query and key must change the logits by more than the tests' tolerances
-_COMMON = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+_COMMON = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
 _SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = _SIZE | {"num_key_value_heads": 2, "max_position_embeddings": 64}
 _BERT = _SIZE | {"max_position_embeddings": 64, "type_vocab_size": 2}
@@ -27,7 +27,7 @@ STAND_INS = {
         "OPTForCausalLM",
         "opt",
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"max_position_embeddings": 64, "init_std": 0.3},
+        | {"max_position_embeddings": 64, "init_std": 0.1},
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (
         "GPT2LMHeadModel",
@@ -54,7 +54,7 @@ STAND_INS = {
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         "BartForConditionalGeneration",
         "bart",
-        {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2, "init_std": 0.3} | _BART,
+        {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2, "init_std": 0.1} | _BART,
     ),
     "peft-internal-testing/tiny-random-BertModel": ("BertModel", "bert", _BERT),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "roberta", _BERT),
