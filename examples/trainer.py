@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         TrainingArguments(
             str(options.output / "trainer"),
             learning_rate=options.learning_rate,
-            weight_decay=0.0,  # decay would shrink the pretrained weight itself
             warmup_steps=2,
             num_train_epochs=options.epochs,
             per_device_train_batch_size=16,

@@ -177,6 +177,25 @@ def test_each_row_has_the_tokens_of_its_adapter(tied: bool) -> None:
     assert all(gradient is not None and gradient[0].abs().max() > 1e-4 for gradient in gradients.values())
 
 
+def test_tokens_that_a_chat_template_adds(tmp_path: Path) -> None:
+    """What TRL's SFTTrainer does: it gives a configuration the new tokens, and has the output layer saved whole."""
+
+    def base() -> Any:
+        grown = decoder()
+        torch.manual_seed(0)
+        grown.resize_token_embeddings(52, mean_resizing=False)
+        return grown
+
+    config = SivaConfig(r=2, task_type="CAUSAL_LM")
+    config.trainable_token_indices, config.modules_to_save = {"embed_tokens": [50, 51]}, ["lm_head"]
+    model = move(peft.get_peft_model(base(), config))
+    model.save_pretrained(tmp_path)
+    new = torch.full((1, 4), 51)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert logits(loaded, new).equal(logits(model, new))
+    assert not torch.allclose(logits(model, new), logits(base(), new), atol=1e-2)
+
+
 def test_tokens_are_float32_on_a_half_precision_base() -> None:
     for config in (peft.LoraConfig, SivaConfig):
         settings = {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS, "task_type": "CAUSAL_LM"}
