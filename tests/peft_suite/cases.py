@@ -15,6 +15,7 @@ def _configs(task_type: str, **more: Any) -> list[Any]:
         {"target_modules": None},
         {"target_modules": "all-linear", "r": 2},
         {"target_modules": "all-linear", "r": 2, "residual": "implicit"},
+        {"target_modules": "all-linear", "r": 2, "trainable_token_indices": [0, 1, 3]},
     ]
     return [(SivaConfig, {"task_type": task_type, **kind, **more}) for kind in kinds]
 
@@ -55,6 +56,12 @@ TABLES: dict[tuple[str, str], list[Any]] = {
             "EmbConv1D",
             SivaConfig,
             {"target_modules": ["conv1d"], "r": 1, "modules_to_save": ["emb"]},
+        ),
+        (
+            "Embedding + transformers Conv1D 3 SiVA",
+            "EmbConv1D",
+            SivaConfig,
+            {"target_modules": ["conv1d"], "r": 1, "trainable_token_indices": {"emb": [0, 10]}},
         ),
         ("MHA 1 SiVA", "MHA", SivaConfig, {"target_modules": ["lin0"], "r": 2}),
     ],
@@ -106,11 +113,11 @@ class NotForSiva:
 
 EXCEPTIONS = (
     NotForSiva(
-        "test_*::test_training*_layer_indexing[[]SivaConfig-config_kwargs[12]-*",
+        "test_*::test_training*_layer_indexing[[]SivaConfig-config_kwargs[123]-*",
         "layers_to_transform goes with names in target_modules, here is \"all-linear\": LoRA refuses it too",
     ),
     NotForSiva(
-        "test_decoder_models::test_*mixed_adapter_batches[[]SivaConfig-config_kwargs[12]-*OPT*",
+        "test_decoder_models::test_*mixed_adapter_batches[[]SivaConfig-config_kwargs[123]-*OPT*",
         "OPT's fc1 reads tokens of all rows as rows: SiVA finds and refuses it",
     ),
     NotForSiva(

@@ -29,7 +29,10 @@ def _file(module: ModuleType) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Before pytest reads a test's tables: let those of methods hold SiVA's rows alone."""
+    """Before pytest reads a test's tables: let those of methods hold SiVA's rows alone.
+
+    The lists are changed in place, since the test's marks hold them.
+    """
     tables = {id(values): name for name, values in vars(metafunc.module).items() if isinstance(values, list)}
     for mark in metafunc.definition.iter_markers("parametrize"):
         values = mark.args[1]
@@ -48,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     files = {_file(item.module) for item in items}  # type: ignore[attr-defined]
     for exception in EXCEPTIONS:
         meant = [item for item, name in names.items() if fnmatch.fnmatchcase(name, exception.tests)]
-        if not meant and exception.tests.partition("::")[0] in files:
+        if not meant and fnmatch.filter(files, exception.tests.partition("::")[0]):
             raise pytest.UsageError(f"EXCEPTIONS: no test is called {exception.tests}")
         for item in meant:
             item.add_marker(pytest.mark.xfail(reason=exception.reason, raises=exception.raises, strict=True))
