@@ -214,8 +214,8 @@ class SivaModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in layer.merged_adapters for layer in self._siva_layers()):
             raise FastpeftError(
-                f"adapter {adapter_name!r} is merged into the weights, where it would stay. Call unmerge_adapter() "
-                "first, or merge_and_unload() to keep it there."
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. Call "
+                "unmerge_adapter(), or merge_and_unload() to keep the adapter in the weights."
             )
         for layer in self._siva_layers():
             if list(layer.siva_du) == [adapter_name]:
@@ -245,8 +245,8 @@ class SivaModel(BaseTuner):
         merged = sorted({name for layer in self._siva_layers() for name in layer.merged_adapters})
         if merged:
             raise FastpeftError(
-                f"adapter_names cannot be given while {', '.join(map(repr, merged))} is merged into the weights, which "
-                "then act on every row. Call unmerge_adapter() first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Now "
+                f"{', '.join(map(repr, merged))} would act on every row."
             )
         for adapter, config in self.peft_config.items():
             if config.bias != "none" and set(names) != {adapter}:
