@@ -373,8 +373,8 @@ class SivaLinear(FrozenLinear):
         merged = weight if factors is None else add(weight, factors)
         if safe_merge and not torch.isfinite(merged).all():
             raise FastpeftError(
-                f"{self.name}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken, as "
-                "when training diverged. Nothing was changed. Use an earlier checkpoint."
+                f"{self.name}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                "training diverged. Nothing was changed. Use an earlier checkpoint."
             )
         self._weight = merged
         self.merged_adapters.extend(names)

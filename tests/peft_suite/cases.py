@@ -114,7 +114,7 @@ class NotForSiva:
 EXCEPTIONS = (
     NotForSiva(
         "test_*::test_training*_layer_indexing[[]SivaConfig-config_kwargs[123]-*",
-        "layers_to_transform goes with names in target_modules, here is \"all-linear\": LoRA refuses it too",
+        'layers_to_transform goes with names in target_modules, here is "all-linear": LoRA refuses it too',
     ),
     NotForSiva(
         "test_decoder_models::test_*mixed_adapter_batches[[]SivaConfig-config_kwargs[123]-*OPT*",

@@ -348,7 +348,7 @@ def test_safe_merge_stops_before_a_weight_is_spoilt(case: Case) -> None:
     change = layer.siva_du["default"].weight.data
     kept = change.clone()
     change.fill_(float("nan"))
-    with pytest.raises(FastpeftError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(FastpeftError, match=r"NaNs detected in the merged weights\. The adapter default seems"):
         model.merge_adapter(safe_merge=True)
     change.copy_(kept)
     torch.testing.assert_close(output(model, case), expected, **CLOSE)
