@@ -29,6 +29,12 @@ from fastpeft.siva.rows import BASE, Rows, acting
 
 logger = logging.getLogger(__name__)
 
+# `scaling="spectral"`: how far each triplet's part of the weight moves, in the spectral norm and as a share of the
+# weight's, where an optimizer moves what trains by 1 an entry. It is divided by the number of layers, since what they
+# do adds up. A learning rate of 1e-3 then serves all of `bench/data/siva_rates.csv`.
+SPECTRAL_STEP = 1500.0
+_FEWEST_LAYERS = 12  # of those measured; fewer take no larger steps
+
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
     ("query", "key"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
@@ -135,6 +141,9 @@ class SivaModel(BaseTuner):
             "residual": peft_config.residual,
             "residual_dtype": peft_config.residual_dtype,
             "quant_iterations": peft_config.quant_iterations,
+            "step": SPECTRAL_STEP / max(self._number_of_targets, _FEWEST_LAYERS)
+            if peft_config.scaling == "spectral"
+            else None,
             "init_weights": peft_config.init_weights if self._pissa is None else "saved",
         }
         if isinstance(target, SivaLinear):
@@ -197,8 +206,9 @@ class SivaModel(BaseTuner):
         """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
         raise FastpeftError(
             f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
-            "with weight 1, by model.base_model.set_adapter([...]), or export each as a LoRA (`fastpeft export --to "
-            "lora`) and combine those."
+            f"with weight 1, in each layer: for layer in model.base_model.layers(): layer.set_adapter({adapters!r}); "
+            "the head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
+            'export each as a LoRA (`fastpeft export --to lora`) and combine those with combination_type="cat".'
         )
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -154,7 +154,7 @@ def train_a_little(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "siva_" in name or "modules_to_save" in name:
-            parameter.data += 0.3 * max(parameter.shape) ** -0.5 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.03 * max(parameter.shape) ** -0.5 * torch.randn(parameter.shape, generator=generator)
 
 
 def classifier(residual: str = "frozen") -> peft.PeftModel:
