@@ -208,6 +208,19 @@ def ladder_pretraining() -> str:
     return table(["trained", "accuracy", "loss"], body)
 
 
+def siva_rates() -> str:
+    """What each rate makes of each model and set of layers."""
+    found: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in rows("siva_rates.csv"):
+        cell = row["scaling"], row["learning_rate"]
+        found.setdefault((row["model"], LAYERS[row["targets"]]), {})[cell] = f"{float(row['accuracy']):.3f}"
+    columns = sorted(
+        {cell for cells in found.values() for cell in cells}, key=lambda cell: (-len(cell[0]), float(cell[1]))
+    )
+    body = [[*key, *(cells.get(column, "-") for column in columns)] for key, cells in sorted(found.items())]
+    return table(["model", "layers", *(f"{scaling}, {rate}" for scaling, rate in columns)], body)
+
+
 def quantised() -> str:
     ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
     found = (row for row in rows("siva_quantised.csv") if row["r"] in ("", "16"))

@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder-options": accuracy_tables.ladder_options,
     "ladder-pretraining": accuracy_tables.ladder_pretraining,
     "backbone-dtype": accuracy_tables.backbone_dtype,
+    "siva-rates": accuracy_tables.siva_rates,
     "quantised": accuracy_tables.quantised,
     "op-window": cost_tables.op_window,
     "op-mixed": cost_tables.op_mixed,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import peft
 from peft import PeftConfig, PeftType
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from fastpeft.cards import loading_snippet, model_card
@@ -180,6 +182,11 @@ class SivaConfig(PeftConfig):
         """Refuse what cannot train beside the factors."""
         if self.bias not in get_args(Bias):
             raise FastpeftError(f"bias={self.bias!r}; allowed are {', '.join(map(repr, get_args(Bias)))}.")
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise FastpeftError(
+                f"bias={self.bias!r} with peft {peft.__version__}, which saves the biases of LoRA alone. Install peft "
+                "0.21 or newer, or use bias='none'."
+            )
         given = self.trainable_token_indices
         for tokens in given.values() if isinstance(given, dict) else [] if given is None else [given]:
             numbers = isinstance(tokens, (list, tuple)) and all(type(token) is int and token >= 0 for token in tokens)

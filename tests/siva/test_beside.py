@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -72,7 +73,19 @@ def beside(model: nn.Module) -> set[str]:
 
 # -- biases ----------------------------------------------------------------------------------------------------------
 
+SAVES_BIASES = pytest.mark.skipif(
+    not hasattr(BaseTuner, "_get_learnable_bias_state_dict"), reason="this PEFT saves the biases of LoRA alone"
+)
 
+
+def test_biases_are_refused_where_peft_would_not_save_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, "_get_learnable_bias_state_dict", raising=False)
+    SivaConfig(bias="none")
+    with pytest.raises(FastpeftError, match=r"saves the biases of LoRA alone\. Install peft 0\.21"):
+        SivaConfig(bias="all")
+
+
+@SAVES_BIASES
 @pytest.mark.parametrize("bias", ["none", "all", "siva_only"])
 def test_the_biases_that_train_are_those_of_lora(bias: str) -> None:
     lora = peft.LoraConfig(target_modules=["query", "key"], bias=bias.replace("siva", "lora"), task_type="SEQ_CLS")
@@ -80,6 +93,7 @@ def test_the_biases_that_train_are_those_of_lora(bias: str) -> None:
     assert beside(peft.get_peft_model(encoder(), SivaConfig(r=2, bias=bias, task_type="SEQ_CLS"))) == expected
 
 
+@SAVES_BIASES
 @pytest.mark.parametrize("residual", [{}, {"residual": "implicit"}, {"residual_dtype": "int8"}])
 @pytest.mark.parametrize("bias", ["all", "siva_only"])
 def test_biases_get_gradients_are_saved_merged_and_exported(
@@ -101,6 +115,7 @@ def test_biases_get_gradients_are_saved_merged_and_exported(
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
 
 
+@SAVES_BIASES
 def test_biases_of_two_adapters_and_of_rows() -> None:
     """Biases are the model's own, so that one adapter alone can train them, and all rows have them."""
     model = adapted(encoder(), bias="siva_only")
@@ -203,6 +218,7 @@ def test_tokens_are_float32_on_a_half_precision_base() -> None:
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+@SAVES_BIASES
 def test_what_cannot_become_a_lora_of_peft() -> None:
     for config in ({"bias": "all"}, {"trainable_token_indices": TOKENS}):
         with pytest.raises((TypeError, ValueError), match=r"bias=all|TrainableTokensLayer"):
@@ -235,6 +251,7 @@ def test_what_cannot_train_is_refused_before_the_model_changes(config: dict[str,
     assert [name for name, _ in base.named_modules()] == names
 
 
+@SAVES_BIASES
 def test_a_saved_configuration_names_them(tmp_path: Path) -> None:
     SivaConfig(trainable_token_indices={"wte": [1]}, bias="all").save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -158,8 +158,9 @@ def test_half_precision_factors_merge_and_convert(residual: str, cast: Any) -> N
     assert (output(model) - expected).abs().max() < 0.05
     model.unmerge_adapter()
     assert (output(model) - expected).abs().max() < 0.05
-    lora, _ = peft.convert_to_lora(model, rank=6)
-    assert lora.r == 6
+    if hasattr(peft, "convert_to_lora"):  # of newer versions
+        lora, _ = peft.convert_to_lora(model, rank=6)
+        assert lora.r == 6
     assert (output(model.merge_and_unload()) - expected).abs().max() < 0.05
 
 
