@@ -19,7 +19,7 @@ from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.hub import source_options
 from fastpeft.named_files import check_named_files
-from fastpeft.siva.layer import current_key
+from fastpeft.siva.layer import current_keys
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def check_weights(model: PeftModel, folder: Path) -> None:
     """
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     with safe_open(folder / _WEIGHTS, "pt") as file:
-        kinds = {current_key(key): file.get_slice(key).get_dtype() for key in sorted(file.keys())}
+        kinds = current_keys({key: file.get_slice(key).get_dtype() for key in sorted(file.keys())})
     for fault, names in _faults(own, kinds).items():
         if names:
             raise FastpeftError(

@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.measured import table as table_of
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.estimates import Estimate, plan
@@ -202,15 +201,18 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]
 
 
 def show_report(comparison: Comparison) -> None:
-    """Print the table of a comparison's report, outside of a terminal as the report has it, and where that is."""
-    compared = table_of(comparison.plan.results)
+    """Print how a comparison's report begins, its table, outside of a terminal as there, warnings, and where it is."""
+    opening, shown, warned = report.summary(comparison.plan)
+    console.print("\n".join(opening), soft_wrap=True)
     if console.is_terminal:
-        table = Table(*compared.rows[0])
-        for row in compared.rows[1:]:
+        table = Table(*shown.rows[0])
+        for row in shown.rows[1:]:
             table.add_row(*row)
         console.print(table)
     else:
-        console.print("\n".join(blocks.table_lines(compared)), soft_wrap=True)
+        console.print("\n".join(blocks.table_lines(shown)), soft_wrap=True)
+    if warned:
+        console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -10,16 +11,20 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, constants
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER
 from fastpeft.prompt_model import PromptModel
 from fastpeft.siva import SivaConfig
+from fastpeft.siva.model import FUSED, QUERY_AND_KEY
 
 if TYPE_CHECKING:
     from fastpeft.methods import Preparation
+
+logger = logging.getLogger(__name__)
 
 # fields of a PEFT configuration that have an option of their own, follow from the model or are filled in when it is
 # saved
@@ -42,6 +47,15 @@ _OWN_FIELDS = (
     "num_layers",
 )
 _BLOCK = 64  # weights in 4 bits that share a scale
+
+# kinds of model for which PEFT knows what its adapters go onto
+_KNOWN = {
+    "LoraConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    "LoKrConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,  # of which PEFT's is a copy
+    "IA3Config": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+}
+_VALUE = {"key": "value", "k_lin": "v_lin", "key_proj": "value_proj", "k_proj": "v_proj", "k": "v"}  # beside a key
+_FEED_FORWARD = ("output.dense", "lin2", "fc2", "down_proj", "wo", "mlp.Wo", "ffn_output")  # from its inside out
 
 
 def _config_class(name: str) -> Any:
@@ -67,6 +81,8 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     """
     if preparation.targets is not None:
         values = {**values, "target_modules": preparation.targets}
+    named = {"target_modules", "target_parameters"} & {*values, *preparation.settings}
+    values = {**({} if named else _usual_layers(model, config)), **values}
     new = list(preparation.head) if preparation.head_is_new else []
     values = {**values, "task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
     try:
@@ -91,6 +107,32 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
                     f"a rank from 1 to {limit}."
                 )
     return wrapped
+
+
+def _usual_layers(model: Any, config: str) -> dict[str, Any]:
+    """What an adapter goes onto by default where PEFT does not know the kind of model, told by the names of layers.
+
+    As in PEFT's own tables: query and value, or the matrix that holds them all; for IA3 key, value and the layer that
+    leads out of the feed-forward's inside. Nothing where PEFT knows, or where no layers have names that are known here.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _KNOWN.get(config, {kind}):
+        return {}
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = {name.rpartition(".")[2] for name in layers}
+    triples = [(query, key, _VALUE[key]) for query, key in QUERY_AND_KEY if key in _VALUE]
+    fused = [(name, name, name) for name in FUSED]
+    query, key, value = next((each for each in triples + fused if names.issuperset(each)), ("", "", ""))
+    end = next((end for end in _FEED_FORWARD if any(name.endswith(f".{end}") for name in layers)), "")
+    if config == "IA3Config":
+        found: dict[str, Any] = {"target_modules": list({key, value, end}), "feedforward_modules": [end]}
+    else:
+        found = {"target_modules": list({query, value})}
+    if "" in found["target_modules"]:
+        return {}
+    shown = " and ".join(sorted(found["target_modules"]))
+    logger.info("PEFT has no default layers for %s models; adapting %s", kind, shown)
+    return found
 
 
 def merge(model: PeftModel) -> Any:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from backbones import tiny
 from samples import PROMPT, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 
 from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, train
@@ -46,6 +48,77 @@ def classifier(place: Path) -> Classifier:
 
 def trained(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# -- layers that PEFT has no default for -------------------------------------------------------------------------------
+
+
+def adapted(name: str, model: Any, **settings: Any) -> Any:
+    """The configuration of an adapter on `model` that was given no targets."""
+    return get_method(name).prepare(model, Preparation(("classifier",), settings=settings)).peft_config["default"]
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "dora", "olora", "lokr"])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("MPNet", {"q", "v"}),
+        ("DistilBert", {"q_lin", "v_lin"}),
+        ("ModernBert", {"Wqkv"}),
+    ],
+)
+def test_query_and_value_are_found_where_peft_does_not_know_the_model(
+    name: str, kind: str, expected: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="fastpeft"):
+        assert adapted(name, tiny(kind)).target_modules == expected
+    told = f"PEFT has no default layers for {kind.lower()} models; adapting {' and '.join(sorted(expected))}"
+    assert told in caplog.messages
+
+
+def test_what_peft_knows_is_left_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fastpeft"):
+        assert adapted("lora", tiny("Roberta")).target_modules == {"query", "value"}
+        assert adapted("lora", tiny("GPT2")).target_modules == {"c_attn"}
+        assert adapted("ia3", tiny("Roberta")).target_modules == {"key", "value", "output.dense"}
+        by_parameters = {"target_parameters": ["encoder.layer.0.attention.attn.q.weight"]}
+        assert not adapted("lora", tiny("MPNet"), **by_parameters).target_modules
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "feed_forward"),
+    [
+        ("MPNet", {"k", "v", "output.dense"}, "output.dense"),
+        ("DistilBert", {"k_lin", "v_lin", "lin2"}, "lin2"),
+        ("ModernBert", {"Wqkv", "mlp.Wo"}, "mlp.Wo"),
+        ("Electra", {"key", "value", "output.dense"}, "output.dense"),
+    ],
+)
+def test_ia3_finds_the_feed_forwards_inside_too(kind: str, expected: set[str], feed_forward: str) -> None:
+    found = adapted("ia3", tiny(kind))
+    assert (found.target_modules, found.feedforward_modules) == (expected, {feed_forward})
+
+
+def test_layers_with_other_names_are_asked_for() -> None:
+    for name in ("lora", "ia3"):
+        model = tiny("MPNet")
+        for layer in model.mpnet.encoder.layer:
+            layer.attention.attn.w_q = layer.attention.attn.q
+            del layer.attention.attn.q
+            layer.attention.attn.w_k = layer.attention.attn.k
+            del layer.attention.attn.k
+        with pytest.raises(FastpeftError, match=r"linear layers are named dense, o, .*, w_k, w_q; name some"):
+            adapted(name, model)
+
+
+def test_a_run_on_layers_that_peft_has_no_default_for(config: TrainConfig, tmp_path: Path) -> None:
+    model = str(save_tiny_model(tmp_path / "mpnet", "MPNet"))
+    config = replace(config, method="lora", model=model)
+    assert plan(config, timed=True).estimate.error is None
+    result = train(config)
+    assert peft.PeftConfig.from_pretrained(result.folder).target_modules == {"q", "v"}
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
 
 
 # -- vectors before the words ------------------------------------------------------------------------------------------

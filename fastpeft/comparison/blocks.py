@@ -63,9 +63,9 @@ class Figure:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
-# What Markdown takes for more than a letter inside a line: tags and entities, but not the < of "<0.001"; what makes
+# What Markdown takes for more than a letter inside a line: tags and entities, but not the < of "< 0.001"; what makes
 # letters bold, slanted or code, but not the _ of "label_words"; a link's middle; a backslash that would undo another.
-_MARKUP = re.compile(r"<(?!\d)|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
+_MARKUP = re.compile(r"<(?![\d ])|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
 
 Block = Heading | Text | Strong | Items | Code | Table | Figure
 

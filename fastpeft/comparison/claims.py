@@ -6,8 +6,6 @@ import statistics as plain
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import numpy as np
-
 from fastpeft.comparison import statistics, suites
 from fastpeft.comparison.blocks import Block, Heading, Strong, Table, Text
 from fastpeft.comparison.measured import Variant
@@ -65,8 +63,8 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
     if judged and any(len(variant.runs) == 1 for variant in finished if variant.row):
         yield Strong(
             "Accuracies of one seed: a verdict holds for this seed alone. Its test counts how far other rows would "
-            "move the difference, and not how far another seed would, so it tells apart too many methods that are "
-            "alike. Run --seeds 3 or more before you conclude that one method is better."
+            "move the difference, and not how far another seed would, so it finds too many differences between "
+            "methods that are alike. Run --seeds 3 or more before you conclude that one method is better."
         )
     counted = {
         measure: [row[1].partition(",")[0] for row in rows if row[0].startswith(measure)] for measure in _MEASURES
@@ -107,20 +105,16 @@ def _pairs(compared: Sequence[Variant], measure: str) -> Iterator[tuple[Variant,
 def _accuracy_orders(compared: Sequence[Variant]) -> list[list[str]]:
     found = []
     for one, other in _pairs(compared, "accuracy"):
-        ours, theirs = one.answers(), other.answers()
-        if seeds := [seed for seed in ours if seed in theirs]:
-            difference = statistics.compare_pair(
-                np.stack([ours[seed] for seed in seeds]), np.stack([theirs[seed] for seed in seeds])
-            )
-            found.append((f"{one.name} above {other.name}{_rates(one, other)}", difference, len(seeds)))
+        if tested := one.above(other):
+            found.append((f"{one.name} above {other.name}{_rates(one, other)}", *tested))
     corrected = statistics.holm([difference.p for _, difference, _ in found])
     return [
         [
             f"accuracy: {text}",
             _verdict(difference.mean, p, seeds),
-            f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})",
-            _shown(difference.p),
-            _shown(p),
+            statistics.show_difference(difference),
+            statistics.show_p(difference.p),
+            statistics.show_p(p),
         ]
         for (text, difference, seeds), p in zip(found, corrected)
     ]
@@ -138,10 +132,6 @@ def _rates(one: Variant, other: Variant) -> str:
 def _verdict(difference: float, p: float, seeds: int) -> str:
     word = statistics.verdict(difference, p)
     return word if seeds > 1 or word == statistics.UNDECIDED else f"{word}, for this seed alone"
-
-
-def _shown(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
 
 
 def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics as plain
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpeft.comparison import claims, figures, suites
+from fastpeft.comparison import claims, figures, pairs, suites
 from fastpeft.comparison.blocks import Block, Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.measured import ACCURACY, Variant, columns, table, variants
+from fastpeft.comparison.measured import ACCURACY, MARK, Variant, columns, table, variants, warnings
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.methods import get_method
 from fastpeft.problems import CLASSIFICATION, TITLES, get_problem
 
-_NAMED = 4  # methods that a title names
+_NAMED = 4  # methods that a title names, variants that a caption does
 
 
 def title(plan: Plan) -> str:
@@ -24,19 +25,22 @@ def title(plan: Plan) -> str:
     data = _short(plan.results[0].values["data"])
     if plan.suites:
         return f"{'; '.join(suites.get_suite(name).title for name in plan.suites)}, on {data}"
-    named = list(dict.fromkeys(_method(cell) for cell in plan.results))
-    shown = named if len(named) <= _NAMED else [*named[: _NAMED - 1], f"{len(named) - _NAMED + 1} more"]
-    return f"Comparison of {' and '.join(filter(None, (', '.join(shown[:-1]), shown[-1])))} on {data}"
+    return f"Comparison of {_listed(list(dict.fromkeys(_method(cell) for cell in plan.results)))} on {data}"
 
 
 def report(plan: Plan, *, pictures: bool) -> list[Block]:
     """The report, without its title; `pictures`: with them."""
     compared = variants(plan.results)
-    parts: list[Block] = [Text(_summary(plan, compared)), table(plan.results)]
+    tested = pairs.paired_tests(compared)
+    first, *others = opening(compared, tested)
+    parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
+    if warned := warnings(compared):
+        parts += [Heading("Warnings"), Items(warned)]
     parts += claims.figures_beside(compared)
     parts += claims.orderings(compared)
+    parts += pairs.report(compared, tested)
     if pictures:
-        parts += _trade_offs(compared)
+        parts += _trade_offs(compared, tested)
         parts += _training_curves(compared)
     if "figure5" in plan.suites:
         parts += claims.lags(compared)
@@ -48,6 +52,16 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
         if items:
             parts += [Heading(heading), Items(items)]
     return [*parts, *_where_and_how(plan, compared)]
+
+
+def opening(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> list[str]:
+    """What a report begins with: whether any difference is significant, and what the tests cannot show."""
+    return list(filter(None, (pairs.verdict(compared, tested), pairs.limits(tested))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
 
 
 def _method(cell: Cell) -> str:
@@ -75,7 +89,7 @@ def versions(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
 
 
-def _trade_offs(compared: Sequence[Variant]) -> Iterator[Block]:
+def _trade_offs(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> Iterator[Block]:
     """Pictures of the metric to look at against memory and against speed."""
     metric = next((column for column in columns(compared) if column.key in TITLES), None)
     if metric is None:
@@ -95,17 +109,27 @@ def _trade_offs(compared: Sequence[Variant]) -> Iterator[Block]:
             if (values := [value for value in variant.values(key) if value > 0]) and variant.values(metric.key)
         ]
         if places:
-            best = max(places, key=lambda place: place.y)
             shown = f"{_sentence(metric.title)} on the dev rows against {x_title}"
             if name == "memory":
                 yield Heading(f"{_sentence(metric.title)} against memory and speed")
             yield Figure(
                 f"{metric.key}-{name}",
                 f"{shown}: {len(places)} variants.",
-                f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}."
+                f"{_highest(places, unit, tested if metric.key == ACCURACY else ())}"
                 f"{' Faint lines: 95 % intervals.' if metric.key == ACCURACY else ''}",
                 figures.scatter(places, x_title, f"dev {metric.title}"),
             )
+
+
+def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[pairs.Pair]) -> str:
+    """Which variant measured highest, and whether that is significant; where several did, none is called so."""
+    best = max(places, key=lambda place: place.y)
+    ties = [place.name for place in places if math.isclose(place.y, best.y)]
+    warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
+    if len(ties) > 1:
+        return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
+    shown = f"; {pairs.standing(tested, best.name)}" if pairs.of(tested, best.name) else ""
+    return f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}{shown}.{warned}"
 
 
 def _sentence(text: str) -> str:
@@ -124,10 +148,11 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
         drawn = {variant: found[name] for variant, found in kept.items() if found.get(name)}
         ends = sorted((points[-1][1], variant) for variant, points in drawn.items())
         low, high = (f"{value:.3f} ({variant})" for value, variant in (ends[0], ends[-1]))
+        last = f"from {low} to {high}" if ends[0][0] < ends[-1][0] else f"all {ends[0][0]:.3f}"
         yield Figure(
             name.replace(" ", "-"),
             f"{_sentence(name)} over the steps: {len(drawn)} curve{'s' * (len(drawn) > 1)}.",
-            f"Last values: {low if len(ends) == 1 else f'from {low} to {high}'}.",
+            f"Last values: {low if len(ends) == 1 else last}.",
             figures.curves(drawn, name),
         )
 

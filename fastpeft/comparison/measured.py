@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics as plain
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from fastpeft.comparison.blocks import Table
 from fastpeft.comparison.cells import Cell
 from fastpeft.problems import CLASSIFICATION, get_problem
 
+MARK = "†"  # of a variant with a warning
 ACCURACY = "accuracy"  # the metric that is a mean over rows, so that rows tell how good it is
 
 
@@ -64,16 +66,20 @@ COLUMNS = (
     Column("train_seconds", "seconds", ",.0f", "spent in training steps; of a run that was resumed, since then"),
 )
 
+_MEMORY_TITLES = {"simulated": "simulated step peak, MB", "CUDA allocator": "CUDA allocator peak, MB"}  # by the source
+
 
 class Variant:
     """What a comparison has of one variant.
 
     Attributes:
-        name: as written, or the name of its row in the report's tables, with its prompt where several are of that row.
+        name: as written, or the name of its row in the report's tables, with its prompt where several are of that row,
+            and `MARK` where there is a warning that is not of all variants.
         cells: one a seed.
         row: key of its row in the report's tables; None where it is of none.
         prompt: as written, of a row that has one.
         runs: what was measured, of those that are finished.
+        warnings: what these warn of, and the seeds of those that do.
     """
 
     def __init__(self, cells: Sequence[Cell], several: bool = False) -> None:
@@ -83,6 +89,10 @@ class Variant:
         self.name = first.variant if self.row is None else suites.report_row(self.row).title
         self.name += f" ({self.prompt})" if several and self.prompt else ""
         self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
+        self.warnings: dict[str, list[int | None]] = {}
+        for cell in cells:
+            for sentence in _warnings(cell):
+                self.warnings.setdefault(sentence, []).append(cell.seed)
 
     @property
     def seeds(self) -> str:
@@ -92,6 +102,7 @@ class Variant:
     def values(self, key: str) -> list[float]:
         return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
 
+    @cached_property
     def answers(self) -> dict[int | None, np.ndarray]:
         """By seed, of each dev row whether its class was told `(rows,)`; empty where that was not kept."""
         kept = {cell.seed: found for cell in self.cells if (found := cell.predictions())}
@@ -99,8 +110,24 @@ class Variant:
 
     def interval(self) -> tuple[float, float] | None:
         """Of its accuracy; None where rows do not tell."""
-        answers = list(self.answers().values())
+        answers = list(self.answers.values())
         return statistics.interval(np.stack(answers)) if answers else None
+
+    def above(self, other: Variant) -> tuple[statistics.Difference, int] | None:
+        """How far its accuracy is above another's, paired by dev row and seed, and over how many seeds.
+
+        What has no seed answers alike beside each of the other's. None where no rows tell.
+        """
+        ours, theirs = self.answers, other.answers
+        seeds = [
+            seed for seed in {**ours, **theirs} if all({seed, None} & answers.keys() for answers in (ours, theirs))
+        ]
+        if not seeds:
+            return None
+        first, second = (
+            np.stack([answers[seed if seed in answers else None] for seed in seeds]) for answers in (ours, theirs)
+        )
+        return statistics.compare_pair(first, second), len(seeds) - (None in seeds)
 
 
 def variants(cells: Iterable[Cell]) -> list[Variant]:
@@ -109,15 +136,48 @@ def variants(cells: Iterable[Cell]) -> list[Variant]:
     for cell in cells:
         grouped.setdefault(cell.variant, []).append(cell)
     rows = Counter(group[0].row for group in grouped.values())
-    return [Variant(group, rows[group[0].row] > 1) for group in grouped.values()]
+    made = [Variant(group, rows[group[0].row] > 1) for group in grouped.values()]
+    of_all = _of_all(made)
+    for variant in made:
+        variant.name += f" {MARK}" if variant.warnings.keys() - of_all else ""
+    return made
 
 
-def table(cells: Sequence[Cell]) -> Table:
+def warnings(compared: Sequence[Variant]) -> list[str]:
+    """What runs warn of, each after the names of the variants, and of the seeds where not all of a variant do."""
+    named: dict[str, list[str]] = {}
+    for variant in compared:
+        for sentence, seeds in variant.warnings.items():
+            some = f" (seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))})"
+            named.setdefault(sentence, []).append(variant.name + some * (len(seeds) < len(variant.runs)))
+    of_all = _of_all(compared)
+    return [
+        f"{'all variants' if sentence in of_all else ', '.join(names)}: {sentence}" for sentence, names in named.items()
+    ]
+
+
+def _of_all(compared: Sequence[Variant]) -> set[str]:
+    """Warnings of every run of several variants that were trained, which are of the data."""
+    trained = [variant for variant in compared if variant.runs and variant.cells[0].seed is not None]
+    whole = [{text for text, seeds in each.warnings.items() if len(seeds) == len(each.runs)} for each in trained]
+    return set.intersection(*whole) if len(whole) > 1 else set()
+
+
+def _warnings(cell: Cell) -> list[str]:
+    """What a finished run warns of; of one that keeps no warnings, whether it predicts one class."""
+    metrics = cell.metrics() or {}
+    if "warnings" in metrics:
+        return list(metrics["warnings"])
+    predicted = set((cell.predictions() or {}).get("predictions", ()))
+    return ["It predicts the same class for every dev row."] if len(predicted) == 1 else []
+
+
+def table(compared: Sequence[Variant]) -> Table:
     """The report's table: a row a variant, the columns that any cell has, the metric to look at first.
 
-    What stands in a row of the report's tables is called as there, and told as written at the end.
+    What stands in a row of the report's tables is called as there, and told as written at the end. The last row is what
+    always answering the most frequent class of the training rows measures, where that is known.
     """
-    compared = variants(cells)
     shown = columns(compared)
     several = any(len(variant.cells) > 1 for variant in compared)
     written = any(variant.row for variant in compared)
@@ -126,6 +186,10 @@ def table(cells: Sequence[Cell]) -> Table:
     for variant in compared:
         row = [variant.name, *(_show(variant, column) for column in shown)]
         rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
+    always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
+    if always:  # the row to be better than
+        row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
+        rows.append([f"most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
     return Table(rows, numbers=range(1, len(header) + several))
 
 
@@ -136,6 +200,9 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
     problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
     metrics_first = list(dict.fromkeys(name for problem in problems for name in problem.metrics))
     ordered = sorted(COLUMNS, key=lambda column: (*metrics_first, column.key).index(column.key))
+    sources = {metrics.get("peak_memory_source") for metrics in runs if metrics.get("peak_memory_mb") is not None}
+    if len(sources) == 1 and (measured := _MEMORY_TITLES.get(str(*sources))):
+        ordered = [replace(each, title=measured) if each.key == "peak_memory_mb" else each for each in ordered]
     return [column for column in ordered if any(variant.values(column.key) for variant in compared)]
 
 

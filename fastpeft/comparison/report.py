@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastpeft import files
-from fastpeft.comparison import blocks, content
+from fastpeft.comparison import blocks, content, measured, pairs
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
 from fastpeft.problems import TITLES, in_order
@@ -20,6 +20,13 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """The figure to look at of a finished cell, with its name."""
     names = in_order(metrics)
     return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
+
+
+def summary(plan: Plan) -> tuple[list[str], blocks.Table, list[str]]:
+    """The report in short: the sentences that it opens with, its table, and what runs warn of."""
+    compared = measured.variants(plan.results)
+    opening = content.opening(compared, pairs.paired_tests(compared))
+    return opening, measured.table(compared), measured.warnings(compared)
 
 
 def write(plan: Plan, *, whole: bool) -> None:
@@ -42,7 +49,7 @@ def _results(cells: Iterable[Cell]) -> str:
     rows = []
     for cell in cells:
         metrics = cell.metrics() or {}
-        measured = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict)) and k not in _OWN_COLUMNS}
+        single = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict)) and k not in _OWN_COLUMNS}
         rows.append(
             {
                 "variant": cell.variant,
@@ -50,7 +57,7 @@ def _results(cells: Iterable[Cell]) -> str:
                 "seed": cell.seed,
                 "state": cell.state,
                 **({"search": True} if cell.search else {}),
-                **measured,
+                **single,
                 "versions": content.versions(metrics),
                 "error": cell.error(),
             }

@@ -35,6 +35,10 @@ class Difference:
     p: float
     test: str
 
+    def __neg__(self) -> Difference:
+        """How far the other method is above the one."""
+        return Difference(-self.mean, -self.high, -self.low, self.p, self.test)
+
 
 def interval(right: np.ndarray) -> tuple[float, float]:
     """The interval of an accuracy over new rows and, with several seeds, over new seeds.
@@ -115,6 +119,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - rank) * p_values[index]))
         corrected[index] = highest
     return corrected
+
+
+def show_p(p: float) -> str:
+    """A p value as it is written."""
+    return f"{p:.3f}" if p >= 0.0005 else "<0.001"
+
+
+def show_difference(difference: Difference) -> str:
+    """A difference and its interval as they are written."""
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def verdict(difference: float, p: float) -> str:

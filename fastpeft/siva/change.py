@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Start = Literal["zero", "random", "empty"]
 
+_LEAST = 0.1  # of the largest singular value: what smaller ones count as, or the product dU dV would grow without bound
+
 
 class Change(nn.Module):
-    """The change of a factor, `dU` of `U = U0 + dU` say.
+    """The trained change of a factor: `U = U0 + dU diag(a)`, or `V = V0 + diag(a) dV`.
 
     Args:
         initial: the factor that it is added to, U0 `(N, r)` or V0 `(r, K)`.
-        start: `"zero"`; `"random"`, as large as the factor itself; or `"empty"`, NaN until a file fills it.
+        start: `"zero"`; `"random"`, about as large as the factor itself; or `"empty"`, NaN until a file fills it.
+        scale: a, float32, of a shape that multiplies `initial`; None for 1.
 
     Attributes:
         weight: the change, of the shape and dtype of `initial`; it trains.
+        scale: a, which stays in float32 whatever dtype the module is cast to.
 
     Notes:
         It is a module that is called, and not a tensor that is read, so that what shards parameters and gathers them
-        for a module's call does so with it too. Nothing is saved for backward.
+        for a module's call does so with it too. Only `scale` is saved for backward.
     """
 
-    def __init__(self, initial: Tensor, start: Start) -> None:
+    scale: Tensor | None
+
+    def __init__(self, initial: Tensor, start: Start, scale: Tensor | None = None) -> None:
         super().__init__()
         value = torch.zeros_like(initial)
         if start == "random":
@@ -34,13 +40,48 @@ class Change(nn.Module):
         elif start == "empty":
             value.fill_(float("nan"))
         self.weight = nn.Parameter(value)
+        self.register_buffer("scale", scale)
 
     def forward(self, initial: Tensor) -> Tensor:
-        return initial + self.weight
+        return initial + self.weight if self.scale is None else torch.addcmul(initial, self.weight, self.scale)
 
     def is_empty(self) -> bool:
         """Whether it still waits for a file."""
         return self.weight.device.type != "meta" and bool(self.weight.isnan().all())
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Change:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.weight.shape))
+
+
+def scales(s: Tensor, shape: tuple[int, int], step: float | None) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of dU and dV by which a step of an optimizer is as large for every triplet of every layer.
+
+    `a_U = step / (s sqrt(N))` and `a_V = step / (s sqrt(K))`: where Adam moves every entry of dU by eta, each triplet's
+    part of the weight moves by `eta step` in the spectral norm. After the condition for feature learning of Yang, Simon
+    and Bernstein (2023), by which that norm is what a rate should fix.
+
+    Args:
+        s: singular values `(r,)`, the largest first.
+        shape: `(N, K)` of the weight.
+        step: None for scales of 1, by which a triplet moves in proportion to its singular value.
+
+    Returns:
+        `(r,)` and `(r, 1)`, float32, or None.
+    """
+    if step is None:
+        return None, None
+    a = torch.where(s[0] > 0, step / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros has no triplet that could train
+    return a / shape[0] ** 0.5, (a / shape[1] ** 0.5)[:, None]
+
+
+def weight_of(factor: Tensor, initial: Tensor, scale: Tensor | None) -> Tensor:
+    """The weight of a `Change` of that scale by which `initial` becomes `factor`."""
+    change = factor.to(initial.dtype) - initial
+    return change if scale is None else torch.where(scale > 0, change / scale, 0)

@@ -20,6 +20,7 @@ from fastpeft.siva.rows import BASE
 
 Residual = Literal["frozen", "implicit"]
 Bias = Literal["none", "all", "siva_only"]
+Scaling = Literal["spectral", "plain"]
 InitWeights = bool | Literal["saved"]
 
 _OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
@@ -77,6 +78,9 @@ class SivaConfig(PeftConfig):
             the dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
         quant_iterations: With `residual_dtype`, how often the factors are made again to fit what quantising left.
             0 takes the weight's own triplets, as QPiSSA does.
+        scaling: How far a step of an optimizer moves a triplet. `"spectral"`: as far for every triplet of every layer,
+            and less far the more layers there are, so that a learning rate found for one model serves another.
+            `"plain"`: in proportion to its singular value, as where U and V themselves train.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
         layers_to_transform: Indices of the blocks to adapt; None adapts all. It goes with names in
             `target_modules`, not with a regular expression or `"all-linear"`.
@@ -110,6 +114,7 @@ class SivaConfig(PeftConfig):
     residual: Residual = "frozen"
     residual_dtype: Format | None = None
     quant_iterations: int = ITERATIONS
+    scaling: Scaling = "spectral"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -130,6 +135,8 @@ class SivaConfig(PeftConfig):
             self.init_weights = "saved"  # as earlier versions wrote it
         if self.init_weights not in (True, False, "saved"):
             raise FastpeftError(f"init_weights={self.init_weights!r}; allowed are True, False and 'saved'.")
+        if self.scaling not in get_args(Scaling):
+            raise FastpeftError(f"scaling={self.scaling!r}; allowed are {' and '.join(map(repr, get_args(Scaling)))}.")
         ranks = {"r": self.r, **({} if self.d is None else {"d": self.d})}
         if not isinstance(self.rank_pattern, dict):
             raise FastpeftError(f"rank_pattern={self.rank_pattern!r}; give a dictionary of layer names and ranks.")

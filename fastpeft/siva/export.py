@@ -114,9 +114,12 @@ def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         layer, separator, _ = key.partition(".siva_u0")
         if not separator:
             continue
-        parts = ("du.weight", "dv.weight", "s", "u0", "v0")
-        du, dv, s, u0, v0 = (state[f"{layer}.siva_{part}"].float() for part in parts)
-        a, b = lora_factors(Factors(u0 + du, s, v0 + dv), Factors(u0, s, v0))
+        s, u0, v0 = (state[f"{layer}.siva_{part}"].float() for part in ("s", "u0", "v0"))
+        u, v = (
+            initial + state[f"{layer}.siva_{part}.weight"].float() * state.get(f"{layer}.siva_{part}.scale", 1.0)
+            for part, initial in (("du", u0), ("dv", v0))
+        )
+        a, b = lora_factors(Factors(u, s, v), Factors(u0, s, v0))
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = a.contiguous(), b.contiguous()
         ranks[layer.removeprefix(_LAYERS)] = len(a)
     return tensors, ranks

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -15,13 +15,15 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
 from fastpeft.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping
-from fastpeft.siva.change import Change, Start
+from fastpeft.siva.change import Change, Start, scales, weight_of
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, belongs, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised, quantised_siva_linear
 from fastpeft.siva.rows import Rows
+
+T = TypeVar("T")
 
 
 class SivaLinear(FrozenLinear):
@@ -40,6 +42,8 @@ class SivaLinear(FrozenLinear):
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
         r, d, residual, residual_dtype, quant_iterations: As in `SivaConfig`.
+        step: How far each triplet's part of the weight moves, in the spectral norm, when an optimizer moves what trains
+            by 1 an entry; see `fastpeft.siva.change.scales`. None: in proportion to the triplet's singular value.
         init_weights: `"saved"` leaves the factors for `load_state_dict` to fill in; else as in `SivaConfig`.
         name: What error messages call the layer.
 
@@ -57,7 +61,17 @@ class SivaLinear(FrozenLinear):
     """
 
     adapter_layer_names = ("siva_du", "siva_dv")
-    other_param_names = ("siva_s", "siva_u0", "siva_v0", "siva_residual", "r", "d", "residual", "residual_dtype")
+    other_param_names = (
+        "siva_s",
+        "siva_u0",
+        "siva_v0",
+        "siva_residual",
+        "r",
+        "d",
+        "residual",
+        "residual_dtype",
+        "step",
+    )
     rows: Rows | None = None  # while the model runs with an adapter for each row of the batch
 
     def __init__(
@@ -71,6 +85,7 @@ class SivaLinear(FrozenLinear):
         name: str = "the layer",
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
+        step: float | None = None,
     ) -> None:
         super().__init__(base_layer, name)
         self.siva_du, self.siva_dv = nn.ModuleDict(), nn.ModuleDict()
@@ -80,6 +95,7 @@ class SivaLinear(FrozenLinear):
         self.d: dict[str, int | None] = {}
         self.residual: dict[str, Residual] = {}
         self.residual_dtype: dict[str, Format | None] = {}
+        self.step: dict[str, float | None] = {}
         self._waiting: set[str] = set()  # adapters that have not been filled in yet
         self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
         self._whole: str | None = None  # the adapter whose W_r must be made of a pretrained weight that is being loaded
@@ -87,7 +103,7 @@ class SivaLinear(FrozenLinear):
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, d, residual, init_weights, residual_dtype, quant_iterations)
+        self.update_layer(adapter_name, r, d, residual, init_weights, residual_dtype, quant_iterations, step)
 
     @classmethod
     def from_linear(
@@ -107,6 +123,7 @@ class SivaLinear(FrozenLinear):
         init_weights: InitWeights = True,
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
+        step: float | None = None,
     ) -> None:
         """Add an adapter, in place of one that has its name."""
         sibling = self.check_addable(adapter_name, r, d, residual, residual_dtype)
@@ -132,7 +149,10 @@ class SivaLinear(FrozenLinear):
         self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, residual
         self.residual_dtype[adapter_name] = residual_dtype
         start: Start = "empty" if waits and sibling is None else "zero" if init_weights else "random"
-        self.siva_du[adapter_name], self.siva_dv[adapter_name] = Change(initial.u, start), Change(initial.v, start)
+        self.step[adapter_name] = step
+        of_u, of_v = self._scales(initial.s, adapter_name)
+        self.siva_du[adapter_name] = Change(initial.u, start, of_u)
+        self.siva_dv[adapter_name] = Change(initial.v, start, of_v)
         self.siva_s[adapter_name] = initial.s.clone()
         self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
         if d is not None:
@@ -192,6 +212,9 @@ class SivaLinear(FrozenLinear):
     def _trained(self, adapter: str) -> Factors:
         u0, s, v0 = self._initial(adapter)
         return Factors(self.siva_du[adapter](u0), s, self.siva_dv[adapter](v0))
+
+    def _scales(self, s: Tensor, adapter: str) -> tuple[Tensor | None, Tensor | None]:
+        return scales(s, (self.out_features, self.in_features), self.step[adapter])
 
     def _changes(self, adapter: str) -> tuple[Change, Change]:
         return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
@@ -455,17 +478,13 @@ class SivaLinear(FrozenLinear):
         Raises:
             FastpeftError: `initial` are no singular triplets of the layer's weight.
         """
-        changes = {"siva_du": trained.u - initial.u, "siva_dv": trained.v - initial.v}
-        tensors = {"siva_s": initial.s, "siva_u0": initial.u, "siva_v0": initial.v}
-        state = {f"{part}.{adapter_name}.weight": change for part, change in changes.items()}
-        self.load_state_dict(
-            {**state, **{f"{part}.{adapter_name}": tensor for part, tensor in tensors.items()}}, strict=False
-        )
+        tensors = {"u": trained.u, "v": trained.v, "s": initial.s, "u0": initial.u, "v0": initial.v}
+        self.load_state_dict({f"siva_{part}.{adapter_name}": each for part, each in tensors.items()}, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Before the factors of this layer change: refuse what does not fit its weight."""
         loaded = {}
-        _convert_whole_factors(state_dict, prefix)
+        self._convert_whole_factors(state_dict, prefix)
         for name in self.siva_du:
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
@@ -506,6 +525,20 @@ class SivaLinear(FrozenLinear):
                 "base weights before the adapter is put onto the model."
             )
         return None
+
+    def _convert_whole_factors(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Put changes in the place of whole factors, U and V, which earlier versions saved."""
+        for name in self.siva_du:
+            keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
+            if not all(key in state_dict for key in keys.values()):
+                continue
+            of_u, of_v = self._scales(state_dict[keys["s"]], name)
+            for part, scale in ("u", of_u), ("v", of_v):
+                whole, initial = state_dict.pop(keys[part]), state_dict[keys[f"{part}0"]]
+                change = f"{prefix}siva_d{part}.{name}"
+                state_dict[f"{change}.weight"] = weight_of(whole, initial, scale)
+                if scale is not None:
+                    state_dict[f"{change}.scale"] = scale
 
     def _expect_quantised(self, arriving: bool) -> None:
         """Before a whole state dict is loaded: make room for a quantised W_r if one is `arriving`."""
@@ -592,17 +625,13 @@ def _save_in_float32(layer: SivaLinear, state_dict: dict[str, Tensor], prefix: s
             state_dict[key] = tensor.float()
 
 
-def current_key(key: str) -> str:
-    """The key of a saved adapter's tensor, given the one that an earlier version saved it by."""
-    return re.sub(r"\.siva_([uv])$", r".siva_d\1.weight", key)
-
-
-def _convert_whole_factors(state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Put the changes in the place of whole factors, U and V, which earlier versions saved."""
-    for part in ("u", "v"):
-        start = f"{prefix}siva_{part}."
-        for key in [key for key in state_dict if key.startswith(start)]:
-            name = key.removeprefix(start)
-            initial = state_dict.get(f"{prefix}siva_{part}0.{name}")
-            if initial is not None:  # else it stays a key that nothing expects
-                state_dict[f"{prefix}siva_d{part}.{name}.weight"] = state_dict.pop(key).to(initial.dtype) - initial
+def current_keys(keys: Mapping[str, T]) -> dict[str, T]:
+    """What an adapter's file holds, by the names of this version where an earlier one saved it."""
+    current: dict[str, T] = {}
+    for key, value in keys.items():
+        layer, whole, part = key.rpartition(".siva_")
+        if whole and part in ("u", "v"):
+            current |= {f"{layer}.siva_d{part}.{each}": value for each in ("weight", "scale")}
+        else:
+            current[key] = value
+    return current

@@ -29,6 +29,12 @@ from fastpeft.siva.rows import BASE, Rows, acting
 
 logger = logging.getLogger(__name__)
 
+# What `scaling="spectral"` makes of a step: the spectral norm by which a triplet's part of the weight moves when an
+# optimizer moves what trains by 1 an entry, if one layer is adapted. What several layers do adds up as a random sum
+# does, so it is divided by the square root of their number. A learning rate of 1e-3 then serves all of
+# `bench/data/siva_rates.csv`.
+SPECTRAL_STEP = 680.0
+
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
     ("query", "key"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
@@ -135,6 +141,7 @@ class SivaModel(BaseTuner):
             "residual": peft_config.residual,
             "residual_dtype": peft_config.residual_dtype,
             "quant_iterations": peft_config.quant_iterations,
+            "step": SPECTRAL_STEP / self._number_of_targets**0.5 if peft_config.scaling == "spectral" else None,
             "init_weights": peft_config.init_weights if self._pissa is None else "saved",
         }
         if isinstance(target, SivaLinear):

@@ -16,7 +16,9 @@ from torch.optim import optimizer as optimizers
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
+from fastpeft.adapters import check_weights
 from fastpeft.siva.decompose import decompose
+from fastpeft.siva.model import SPECTRAL_STEP
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 RESIDUALS = pytest.mark.parametrize("residual", ["frozen", "implicit"])
@@ -207,11 +209,13 @@ def as_before(folder: Path) -> None:
     """Give a saved adapter the form that it had when the factors themselves trained."""
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    for key in [key for key in tensors if ".siva_d" in key]:
+    for key in [key for key in tensors if ".siva_d" in key and key.endswith(".weight")]:
         layer, part = key.removesuffix(".weight").split(".siva_d")
-        tensors[f"{layer}.siva_{part}"] = tensors.pop(key) + tensors[f"{layer}.siva_{part}0"]
+        scale = tensors.pop(f"{layer}.siva_d{part}.scale")
+        tensors[f"{layer}.siva_{part}"] = tensors[f"{layer}.siva_{part}0"] + tensors.pop(key) * scale
     save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
+    del config["scaling"]
     (folder / "adapter_config.json").write_text(json.dumps({**config, "init_weights": False}))
 
 
@@ -228,6 +232,74 @@ def test_files_of_whole_factors_load(residual: str, low_cpu_mem_usage: bool, tmp
     for name, change in model.named_parameters():
         if name in changes:
             torch.testing.assert_close(changes[name], change, rtol=0, atol=1e-7)
+    scales = [name for name, _ in loaded.named_buffers() if name.endswith("scale")]
+    assert all(loaded.get_buffer(name).equal(model.get_buffer(name)) for name in scales)
+    assert len(scales) == 8
+
+
+def test_a_run_checks_files_of_whole_factors(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(str(tmp_path))
+    as_before(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path))
+    check_weights(loaded, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if key.endswith(".siva_u"))]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FastpeftError, match=r"siva_du.* is missing"):
+        check_weights(loaded, tmp_path)
+
+
+# -- the size of a step --------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_as_large_for_every_triplet_of_every_layer() -> None:
+    """Where Adam moves every entry by eta, that of the spectral norm is `eta SPECTRAL_STEP / sqrt(layers)`."""
+    model = peft.get_peft_model(tiny(), SivaConfig(r=3, target_modules=["query", "dense"], exclude_modules=["pooler"]))
+    layers = [module for module in model.modules() if isinstance(module, SivaLinear)]
+    assert {(layer.out_features, layer.in_features) for layer in layers} == {(16, 16), (32, 16), (16, 32)}
+    for layer in layers:
+        for change in layer._changes("default"):
+            for i in range(3):
+                change.weight.data.zero_()
+                triplet = change.weight.data[:, i] if change is layer.siva_du["default"] else change.weight.data[i]
+                triplet += 1e-4
+                moved = torch.linalg.matrix_norm(layer.get_delta_weight("default"), ord=2)
+                assert moved.item() == pytest.approx(1e-4 * SPECTRAL_STEP / len(layers) ** 0.5, rel=1e-3)
+            change.weight.data.zero_()
+
+
+def test_the_plain_form_moves_a_triplet_in_proportion_to_its_singular_value() -> None:
+    model = peft.get_peft_model(tiny(), SivaConfig(r=3, scaling="plain"))
+    layer = next(module for module in model.modules() if isinstance(module, SivaLinear))
+    assert layer.siva_du["default"].scale is None
+    layer.siva_du["default"].weight.data += 1e-4
+    torch.testing.assert_close(layer._trained("default").u, layer.siva_u0["default"] + 1e-4)
+    with pytest.raises(FastpeftError, match="scaling='even'; allowed are 'spectral' and 'plain'"):
+        SivaConfig(scaling="even")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_triplets_of_a_weight_that_lacks_them_stay_finite(rank: int) -> None:
+    weight = torch.randn(12, rank) @ torch.randn(rank, 20)
+    base = linear()
+    base.weight.data.copy_(weight)
+    layer = SivaLinear(base, r=4, step=1.0)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(20):
+        layer(torch.randn(8, 20)).square().mean().backward()
+        optimizer.step()
+    assert layer.weight.isfinite().all()
+    assert (layer.weight - weight).abs().max() < 1
+
+
+def test_scales_stay_in_float32() -> None:
+    layer = SivaLinear(linear(), r=4, step=1.0)
+    scale = layer.siva_du["default"].scale.clone()
+    layer.to(torch.bfloat16)
+    assert layer.siva_du["default"].weight.dtype == torch.bfloat16
+    assert layer.siva_du["default"].scale.equal(scale)
 
 
 def test_a_whole_state_dict_of_whole_factors_loads() -> None:

@@ -1,0 +1,259 @@
+"""Paired tests of a person's own variants: what a report begins with, its table of pairs, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compared import finish
+
+from fastpeft import CompareConfig, console
+from fastpeft.comparison import blocks, content, measured, pairs, report, statistics
+from fastpeft.comparison.blocks import Figure, Items, Table
+from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.run import Comparison
+
+
+def plan_of(place: Path, right: dict[str, Any], seeds: int = 1, **changes: dict[str, Any]) -> Plan:
+    """A finished comparison: of each variant how many of 200 rows are right, or which; `changes` of its metrics."""
+    plan = Plan.make(CompareConfig(output=str(place / "out"), methods=list(right), seeds=seeds), "command")
+    plan.save()
+    for cell in plan.results:
+        finish(cell, right[cell.variant], 200.0, 100.0, **changes.get(cell.method.replace("-", "_"), {}))
+    return plan
+
+
+def first_lines(plan: Plan) -> list[str]:
+    compared = measured.variants(plan.results)
+    return content.opening(compared, pairs.paired_tests(compared))
+
+
+def tables(plan: Plan) -> list[Table]:
+    """The table of results, and that of pairs."""
+    found = [part for part in content.report(plan, pictures=False) if isinstance(part, Table)]
+    return [table for table in found if "estimated, MB" not in table.rows[0]]
+
+
+def without(*wrong: int, rows: int = 1000) -> list[int]:
+    """Answers of which those of some rows are wrong."""
+    return [int(row not in wrong) for row in range(rows)]
+
+
+# -- the first lines ---------------------------------------------------------------------------------------------------
+
+ONE_SEED = (
+    "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run "
+    "--seeds 3 or more."
+)
+
+
+def test_nothing_is_significant(tmp_path: Path) -> None:
+    six = {name: without(index) for index, name in enumerate(("siva", "lora", "head", "bitfit", "full", "lst"))}
+    plan = plan_of(tmp_path, six)
+    told = "No significant difference in accuracy among these 6 variants on 1,000 dev rows."
+    assert first_lines(plan) == [told, ONE_SEED]
+    report.write(plan, whole=True)
+    text, page = ((plan.folder / f"report.{end}").read_text() for end in ("md", "html"))
+    assert f"\n\n**{told}**\n\n{ONE_SEED}\n\n6 variants, 1 seed each." in text
+    assert f'</h1>\n<p class="strong">{told}</p>\n<p>{ONE_SEED}</p>' in page
+    assert "Highest" not in text, "all have the same accuracy"
+    assert "siva, lora, head and 3 more have the same, 0.999, and none is higher." in text
+    assert "Last values: all " in text
+    assert "told apart" not in text
+
+
+def test_two_variants_are_named(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": without(1), "head": without(2, 3)}, seeds=3)
+    assert first_lines(plan) == ["No significant difference in accuracy between siva and head on 1,000 dev rows."]
+
+
+def test_what_is_significant_is_named_with_its_p(tmp_path: Path) -> None:
+    """10 rows of one against none of the other are McNemar's 2 / 2^10, times 3 pairs."""
+    plan = plan_of(tmp_path, {"head": without(*range(10)), "siva": without(), "lora": without(*range(4))})
+    assert (
+        first_lines(plan)[0] == "siva is above head (p = 0.006, Holm); no significant difference in the other 2 pairs."
+    )
+    (_, table) = tables(plan)
+    assert table.rows[0] == ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
+    assert [row[:2] for row in table.rows[1:]] == [
+        ["siva above head", "yes"],
+        ["lora above head", "no"],
+        ["siva above lora", "no"],
+    ]
+    assert table.rows[1][2:] == ["+0.010 (+0.004 to +0.016)", "0.002", "0.006"]
+    assert [row[4] for row in table.rows[2:]] == ["0.062", "0.125"]
+
+
+def test_of_many_significant_pairs_the_highest_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "one", {"head": 20, "siva": 181, "lora": 180, "full": 140})
+    told = "5 of 6 pairs of variants differ significantly in accuracy (Holm)"
+    assert first_lines(plan)[0] == f"{told}; siva, the highest, is significantly above 2 of the other 3 variants."
+    tie = plan_of(tmp_path / "other", {"head": 20, "siva": 180, "lora": 180, "full": 140})
+    assert first_lines(tie)[0] == f"{told}.", "of which none is the highest"
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (30, "On 30 dev rows no difference below 0.23 can be significant."),  # 7 of them: 3 pairs * 2 / 2^7 = 0.047
+        (6, "On 6 dev rows no difference can be significant."),
+    ],
+)
+def test_what_few_rows_cannot_show(tmp_path: Path, rows: int, told: str) -> None:
+    same = {name: without(index, rows=rows) for index, name in enumerate(("siva", "lora", "head"))}
+    assert first_lines(plan_of(tmp_path, same)) == [
+        f"No significant difference in accuracy among these 3 variants on {rows} dev rows.",
+        f"{ONE_SEED} {told}",
+    ]
+
+
+def test_few_rows_and_several_seeds(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": without(1, rows=30), "head": without(2, rows=30)}, seeds=3)
+    assert first_lines(plan)[1:] == ["30 dev rows are few: the test can miss a difference that more rows would show."]
+
+
+@pytest.mark.parametrize("number", [1, 3, 15, 153])
+def test_the_least_difference_is_that_of_the_test(number: int) -> None:
+    def corrected(rows: int) -> float:
+        right = np.zeros((2, 1, 100), dtype=int)
+        right[0, 0, :rows] = 1
+        return statistics.holm([statistics.compare_pair(*right).p, *[1.0] * (number - 1)])[0]
+
+    least = pairs._least_rows(number)
+    assert corrected(least) < statistics.LEVEL <= corrected(least - 1)
+
+
+def test_without_classes_nothing_is_tested(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": 100, "head": 100, "lora": 100})
+    for cell in plan.results[1:]:
+        (cell.folder.path / "predictions.json").unlink()
+    told = "No difference was tested: a paired test needs the classes that two finished variants predict."
+    assert first_lines(plan) == [told]
+    assert len(tables(plan)) == 1
+
+
+def test_variants_that_could_not_be_tested_are_not_counted(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, dict.fromkeys(("siva", "lora", "head", "full"), 150))
+    (plan.results[0].folder.path / "predictions.json").unlink()
+    told = "No significant difference in accuracy among the 3 variants that could be tested on 200 dev rows."
+    assert first_lines(plan)[0] == told
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
+    """Of two with the same accuracy the rows that are right may differ; only seeds of both count."""
+    config = CompareConfig(output=str(tmp_path / "out"), methods=["siva", "head"], seeds=3)
+    plan = Plan.make(config, "command")
+    plan.save()
+    generator = np.random.default_rng(0)
+    for cell in plan.results:
+        if (cell.variant, cell.seed) != ("head", 2):
+            finish(cell, generator.integers(0, 2, 200).tolist(), 1.0, 1.0)
+    (pair,) = pairs.paired_tests(measured.variants(plan.results))
+    assert (pair.seeds, pair.difference.test) == (2, "t test over seeds and rows")
+    first, second = (np.stack([pair_of.answers[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
+    assert pair.difference == statistics.compare_pair(first, second)
+    assert pair.difference.mean >= 0, "the higher one is first"
+
+
+def test_zero_shot_answers_alike_beside_each_seed(tmp_path: Path) -> None:
+    prompts = {"zero-shot:prompt=sst2": 100, "zero-shot:prompt=MR": 110, "siva": 180}
+    plan = plan_of(tmp_path, prompts, seeds=2)
+    found = {str(pair): pair.seeds for pair in pairs.paired_tests(measured.variants(plan.results))}
+    assert found == {
+        "zero-shot:prompt=MR above zero-shot:prompt=sst2": 0,
+        "siva above zero-shot:prompt=sst2": 2,
+        "siva above zero-shot:prompt=MR": 2,
+    }
+    assert ONE_SEED not in " ".join(first_lines(plan)), "where nothing trains no seed changes anything"
+
+
+def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
+    names = [f"siva:rank={rank}" for rank in range(1, 8)]
+    plan = plan_of(tmp_path, {name: 100 if name == names[2] else 180 for name in names})
+    (_, matrix) = tables(plan)
+    assert matrix.rows[0] == ["", "1", "2", "3", "4", "5", "6"]
+    assert [row[0] for row in matrix.rows[1:]] == [f"{number} {name}" for number, name in enumerate(names, 1)]
+    assert matrix.rows[2][1:] == ["1", "", "", "", "", ""]
+    assert matrix.rows[3][1:] == ["lower, p <0.001", "lower, p <0.001", "", "", "", ""]
+    assert matrix.rows[7][1:] == ["1", "1", "higher, p <0.001", "1", "1", "1"]
+    assert "| 3 siva:rank=3 | lower, p <0.001 |" in blocks.markdown("t", [matrix])
+
+
+def test_a_caption_says_whether_the_highest_is_significantly_so(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"head": 100, "siva": 181, "lora": 180})
+    captions = [part.caption for part in content.report(plan, pictures=True) if isinstance(part, Figure)]
+    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; significantly above 1 of the other 2 variants.")
+    two = plan_of(tmp_path / "two", {"siva": 181, "lora": 180})
+    captions = [part.caption for part in content.report(two, pictures=True) if isinstance(part, Figure)]
+    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; not significantly above the other.")
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+
+CONSTANT = "It predicts negative for every dev row."
+FEW = "200 dev rows are few."
+
+
+def shown(plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    comparison = object.__new__(Comparison)
+    comparison.plan = plan
+    monkeypatch.setattr(console, "console", console.Console(highlight=False, markup=False, width=200))
+    console.show_report(comparison)
+    return capsys.readouterr().out
+
+
+def test_warnings_stand_beside_their_variant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(
+        tmp_path,
+        {"siva": 150, "head": 190, "lora": 180},
+        siva={"warnings": [FEW]},
+        head={"warnings": [FEW, CONSTANT]},
+        lora={"warnings": [FEW]},
+    )
+    report.write(plan, whole=True)
+    text, page = ((plan.folder / f"report.{end}").read_text() for end in ("md", "html"))
+    assert f"\n## Warnings\n\n- all variants: {FEW}\n- head †: {CONSTANT}\n" in text
+    assert "\n| head † | 0.950 (" in text
+    assert "\n| siva | 0.750 (" in text, "what all warn of marks none"
+    assert "\n**head † is above siva (p < 0.001, Holm), " in text
+    assert "Highest is head †, 0.950 at 200 MB; significantly above 2 of the other 2 variants. †: see Warnings." in text
+    assert f"<li>head †: {CONSTANT}</li>" in page
+    lines = shown(plan, monkeypatch, capsys).splitlines()
+    assert lines[0].startswith("head † is above siva (p < 0.001, Holm), ")
+    assert lines[-4:-1] == ["Warnings:", f"all variants: {FEW}", f"head †: {CONSTANT}"]
+    assert any(line.startswith("| head † | 0.950 (") for line in lines)
+
+
+def test_a_warning_of_some_seeds_names_them(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": 150, "head": 150}, seeds=3)
+    for cell in plan.results:
+        warned = [CONSTANT] if cell.variant == "head" and cell.seed != 1 else []
+        metrics = {**json.loads(cell.folder.metrics_file.read_text()), "warnings": warned}
+        cell.folder.metrics_file.write_text(json.dumps(metrics))
+    assert measured.warnings(measured.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
+
+
+def test_an_older_run_that_predicts_one_class_is_told_too(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"siva": 50, "head": without(*range(0, 200, 2), rows=200)})
+    (items,) = [part for part in content.report(plan, pictures=False) if isinstance(part, Items)][:1]
+    assert items.items == ["head †: It predicts the same class for every dev row."]
+    assert first_lines(plan)[0] == "head † is above siva (p < 0.001, Holm)."
+
+
+def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:
+    constant = {"most_frequent_class": {"class": "bad", "accuracy": 0.51}, "peak_memory_source": "simulated"}
+    plan = plan_of(
+        tmp_path, {"siva": 150, "head": 150}, seeds=2, head=constant, siva={"peak_memory_source": "simulated"}
+    )
+    table = tables(plan)[0]
+    assert table.rows[0][:5] == ["method", "accuracy", "F1", "samples/s", "simulated step peak, MB"]
+    assert table.rows[-1] == ["most frequent class (bad)", "0.510", *["-"] * (len(table.rows[0]) - 2)]
+    assert [row[0] for row in table.rows].count("most frequent class (bad)") == 1
