@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all kill-test endurance-test distributed-test version-test docs fuzz audit \
+.PHONY: demo install-dev check test test-all kill-test endurance-test distributed-test peft-suite version-test docs fuzz audit \
 	native sanitize sanitize-thread valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
@@ -51,6 +51,10 @@ endurance-test: $(VENV)/dev.stamp
 # 2 and 4 processes that train together, in every engine, with one of them killed; `make test` runs a part
 distributed-test: $(VENV)/dev.stamp
 	$(PYTEST) --full tests/test_processes.py tests/reliability/test_lost_process.py
+
+# PEFT's own tests with SiVA in their tables; the first time it fetches them, then it is offline
+peft-suite: $(VENV)/dev.stamp
+	PYTHONPATH=tests OMP_NUM_THREADS=1 python -m peft_suite --numprocesses $(TEST_WORKERS) --quiet
 
 # the wheel beside each version that it claims; what passed is not run again unless ENVIRONMENTS names it
 version-test: $(VENV)/dev.stamp

@@ -110,12 +110,30 @@ def _prompt_line(folder: str) -> str:
     return f"prompt = Prompt.load({folder!r})  # prompt.encode(tokenizer, texts) makes what the model reads"
 
 
+SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
+
+
+def memory(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The peaks of memory in a `metrics.json`: of a step and, where that is simulated, of the process as it was.
+
+    The simulated one has tensors alone, as they would be on a card. On a CPU a process takes its libraries and what
+    its allocator keeps beside them.
+    """
+    peak, source, resident = metrics["peak_memory_mb"], metrics["peak_memory_source"], metrics.get("peak_rss_mb")
+    what = f"{source}: tensors only" if source == SIMULATED else source
+    shown = {"peak memory of a step": "-" if peak is None else f"{peak:,.0f} MB ({what})"}
+    if source == SIMULATED and resident:
+        shown["peak resident memory"] = f"{resident:,.0f} MB (the whole process)"
+    return shown
+
+
 def results(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What a card shows of the values of a `metrics.json`."""
     problem = get_problem(metrics["problem_type"])
     return {
         **{TITLES[name]: f"{metrics[name]:.3f}" for name in problem.metrics},
         f"{TITLES[problem.primary]} before training": f"{metrics[f'{problem.primary}_before']:.3f}",
+        **memory(metrics),
         "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
     }
 

@@ -79,7 +79,7 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
         what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
             f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
-            "column with --label-column, or learn numbers with --problem-type regression."
+            "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
         )
     if number is None:
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +119,9 @@ def train(
     split_seed: Annotated[
         int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="How they are chosen: stratified or shuffled (default: stratified)")
+    ] = None,
     save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
     metric: Annotated[
         str | None, typer.Option(help="Keep the checkpoint best by it: accuracy, f1, word_f1, pearson, loss ...")
@@ -174,7 +178,7 @@ def train(
         typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing."),
     ] = False,
     memory_budget: Annotated[
-        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether it fits into so much memory.")
+        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether a step fits into so much memory.")
     ] = None,
 ) -> None:
     """Fine-tune a model."""
@@ -243,7 +247,7 @@ def evaluate(
         title = f"{folder} on {data or 'its own data'}"
     elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
         data = data or "demo"
-        texts = evaluation.load_classes(data, **columns)
+        texts = evaluation.load_classes(data, text_column, label_column)
         parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
         assert parsed is not None  # for none, this branch is not taken
         metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
@@ -262,6 +266,7 @@ def evaluate(
         title,
         [*console.measured(metrics), ("loss", f"{metrics['loss']:.3f}"), ("rows", f"{metrics['dev_rows']:,}")],
     )
+    console.show_warnings(metrics)
 
 
 @app.command()
@@ -271,26 +276,61 @@ def predict(
         list[str] | None,
         typer.Argument(metavar="TEXT...", help="Texts to classify; of a pair both, separated by a tab."),
     ] = None,
-    file: Annotated[str | None, typer.Option(help="A file with one text, or pair separated by a tab, a line.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            help="A csv, tsv, jsonl or parquet file, read as train does; or txt with one text, or pair separated by a "
+            "tab, a line. - is the standard input, txt without --format."
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", help="What --file is: csv, tsv, jsonl, parquet or txt (default: by its name)"),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of texts in --file, or two joined by a comma for pairs.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show the probability of every class, not of one.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is the output.")] = False,
 ) -> None:
     """Classify texts: prints class, probability and text, separated by tabs.
 
     A run on numbers prints the number's name, its value and the text; one on tags prints tag, probability and word, a
     word a line, and an empty line after each text.
+
+    Exit code 1: rows of the file were left out, each named on standard error.
     """
-    from fastpeft import console, data, evaluation
+    from fastpeft import console, prediction
 
     console.quieten(quiet=False)
-    given = list(texts or []) + (data.read_lines(file) if file is not None else [])
-    if not given:
-        raise FastpeftError("nothing to classify; give texts, or --file with one text a line.")
-    for text, found in zip(given, evaluation.predict(folder, given)):
-        if isinstance(found, tuple):
-            typer.echo(f"{found[0]}\t{found[1]:.3f}\t{text}")
-            continue
-        for word, (tag, probability) in zip(text.split(), found):
-            typer.echo(f"{tag}\t{probability:.3f}\t{word}")
-        typer.echo()
+    if not texts and file is None:
+        raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
+    if kind is not None and file is None:
+        raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
+    target = None if output is None else prediction.check_output(output, overwrite)
+    found = prediction.Predictions(folder, texts or [], file, kind=kind, text_column=text_column)
+    with ExitStack() as held:
+        write = None if target is None else held.enter_context(prediction.writing(target, found.columns))
+        advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))
+        count = 0
+        for some, left_out in found:
+            for error in left_out:
+                typer.echo(f"Left out: {error}", err=True)
+            if write is not None:
+                write([record for each in some for record in found.records(each)])
+            else:
+                for each in some:
+                    for line in found.lines(each, every):
+                        typer.echo(line)
+            advance(len(some) + len(left_out))
+            count += len(left_out)
+    if target is not None:
+        typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
+    raise typer.Exit(1 if count else 0)
 
 
 @app.command()

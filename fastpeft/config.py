@@ -19,6 +19,7 @@ from fastpeft.named_prompts import is_auto, parse_prompt
 from fastpeft.problems import MASKED_WORDS, OBJECTIVES, get_problem
 from fastpeft.prompts import HEADS, Prompt, is_text
 from fastpeft.runs import earlier_run, read_config
+from fastpeft.splitting import SPLITS, STRATIFIED
 
 _TEXTS = (
     "objective",
@@ -62,6 +63,8 @@ class TrainConfig:
         max_length: longest text in tokens; what is longer is cut. None: 128, or the model's limit where that is less.
         seed: decides the new head, the order of rows and dropout.
         split_seed: decides which rows become the dev part where the data has none.
+        split: how they are chosen: `stratified`, every class on both sides and equal texts on one; or `shuffled`, as in
+            runs whose `run.json` does not say.
         save_steps: a checkpoint every so many steps. None: none.
         metric: the result is the checkpoint that is best by this metric of the dev rows, or by `loss`. None: the
             weights after the last step.
@@ -111,6 +114,7 @@ class TrainConfig:
     max_length: int | None = None
     seed: int = 0
     split_seed: int = 0
+    split: str = STRATIFIED
     save_steps: int | None = None
     metric: str | None = None
     patience: int | None = None
@@ -162,6 +166,7 @@ class TrainConfig:
         for name in ("seed", "split_seed"):
             value = getattr(self, name)
             self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
+        self._check("split", self.split in SPLITS, " or ".join(SPLITS))
         for name in ("bf16", "optimizer_in_backward", "deterministic"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.logging import RichHandler
@@ -17,11 +18,14 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from fastpeft import pitfalls
+from fastpeft.cards import memory
 from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.run import Comparison
 from fastpeft.config import TrainConfig
 from fastpeft.estimates import Estimate, plan
+from fastpeft.memory import peak_rss_mb
 from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.problems import TITLES, in_order
 from fastpeft.trainer import Clock
@@ -41,6 +45,7 @@ def quieten(quiet: bool) -> None:
     logger = logging.getLogger("fastpeft")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
 
 
 class ProgressBar(TrainerCallback):
@@ -99,6 +104,17 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
         progress.stop()
 
 
+@contextmanager
+def row_bar(rows: int, beside_output: bool) -> Iterator[Callable[[int], None]]:
+    """What moves a bar over so many rows on, on a terminal alone; and not where results come to the same one."""
+    hidden = not errors.is_terminal or (beside_output and console.is_terminal)
+    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # standard output is not the bar's: results may go to a file from there
+    with Progress(*columns, console=errors, redirect_stdout=False, disable=hidden) as progress:
+        task = progress.add_task("predicting", total=rows)
+        yield lambda done: progress.advance(task, done)
+
+
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values."""
     console.print(title)  # not the table's own, which would be cut to the table's width
@@ -111,7 +127,8 @@ def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what was measured, and what it was before training where that is known.
 
-    First comes the metric that the result was chosen by, then those of the problem, the one to look at first.
+    First comes the metric that the result was chosen by, then those of the problem, the one to look at first; last,
+    where there are classes, what always answering the most frequent one of the training rows would measure.
     """
     rows = []
     for name in in_order(metrics):
@@ -120,22 +137,33 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         if before is not None:
             rows.append((f"{title} before", f"{before:.3f}"))
         rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
+    if always := metrics.get("most_frequent_class"):
+        kind = "tag" if "word_f1" in always else "class"
+        scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
+        rows.append((f"most frequent {kind}", f"{scores} (always {always['class']})"))
     return rows
+
+
+def show_warnings(metrics: Mapping[str, Any]) -> None:
+    """Print what makes the figures doubtful, a line each; of runs of earlier versions nothing is known."""
+    for warning in metrics.get("warnings", []):
+        console.print(f"Warning: {warning}", soft_wrap=True)
 
 
 def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     """Print the last table of a run."""
-    peak, speed = metrics["peak_memory_mb"], metrics["samples_per_second"]
+    speed = metrics["samples_per_second"]
     show_table(
         f"{metrics['method']} on {metrics['data']}",
         [
             *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
-            ("peak memory", "-" if peak is None else f"{peak:,.0f} MB ({metrics['peak_memory_source']})"),
+            *memory(metrics).items(),
             ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
             ("saved in", str(folder)),
         ],
     )
+    show_warnings(metrics)
 
 
 def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
@@ -146,8 +174,10 @@ def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
     seconds = known.seconds(what.rows)
     rows = [
         ("trained parameters", f"{what.trainable_parameters:,} of {what.parameters:,}"),
-        ("estimated peak memory", "unknown" if peak is None else f"{peak:,.0f} MB (simulated)"),
+        ("estimated peak memory of a step", "unknown" if peak is None else f"{peak:,.0f} MB (simulated: tensors only)"),
     ]
+    if seconds is not None and (resident := peak_rss_mb()) is not None and not torch.accelerator.is_available():
+        rows.append(("peak resident memory", f"{resident:,.0f} MB (the whole process)"))
     if budget_mb is not None:
         rows.append((f"fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [

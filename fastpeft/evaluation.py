@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastpeft import pitfalls
 from fastpeft.auto_prompt import find_prompt
 from fastpeft.data import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.errors import FastpeftError
 from fastpeft.loading import FinishedRun, best_device, load_run
 from fastpeft.masking import Masker
 from fastpeft.named_prompts import is_auto, parse_prompt
-from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, REGRESSION, UNLABELLED, Problem
+from fastpeft.problems import (
+    CLASSIFICATION,
+    LOSS,
+    MASKED_WORDS,
+    REGRESSION,
+    UNLABELLED,
+    Problem,
+    describe,
+    most_frequent,
+)
 from fastpeft.prompt_model import load_prompted
 from fastpeft.prompts import Prompt, Row, is_text
+from fastpeft.runs import RunFolder
+from fastpeft.splitting import STRATIFIED
 from fastpeft.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
@@ -25,8 +37,11 @@ _BATCH_SIZE = 64
 
 def evaluate(
     folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
+
+    Beside these it has what `metrics.json` has of classes, see `fastpeft.problems.describe`, and `warnings`, which are
+    logged too: what makes the figures doubtful, as rows that the run was trained on.
 
     Args:
         folder: folder of the run.
@@ -43,6 +58,8 @@ def evaluate(
             "with --data, or leave --text-column and --label-column out."
         )
     run = load_run(folder)
+    trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
+    frequent = run.labels.index(known["class"]) if known.get("class") in run.labels else None
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
@@ -53,6 +70,7 @@ def evaluate(
             text_column=config.text_column,
             label_column=config.label_column,
             split_seed=config.split_seed,
+            split=config.split,
         )
         if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
             raise FastpeftError(
@@ -60,6 +78,7 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
+        frequent = most_frequent(own.train.labels, own.problem)
     if dev.is_pair != run.is_pair:
         raise FastpeftError(
             f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "
@@ -71,7 +90,9 @@ def evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = np.concatenate if run.problem.per_token else np.stack
     outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
-    return _measure(run.problem, outputs, labels, run.labels, len(rows))
+    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
+    pitfalls.tell(measured["warnings"])
+    return {**measured, "dev_rows": len(rows)}
 
 
 def evaluate_zero_shot(
@@ -82,7 +103,7 @@ def evaluate_zero_shot(
     calibrate: bool = False,
     text_column: str | None = None,
     label_column: str | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
 
     Args:
@@ -100,9 +121,13 @@ def evaluate_zero_shot(
     return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
 
 
-def load_classes(data: str, text_column: str | None = None, label_column: str | None = None) -> TextData:
+def load_classes(
+    data: str, text_column: str | None = None, label_column: str | None = None, split: str = STRATIFIED
+) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
-    return load_data(data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column)
+    return load_data(
+        data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column, split=split
+    )
 
 
 def zero_shot_prompt(
@@ -139,24 +164,88 @@ def zero_shot_outputs(model: str, prompt: Prompt, texts: TextData, *, calibrate:
     return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
 
 
-def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, float]:
-    """Metrics and loss of outputs `(dev rows, classes)` on the dev rows of `texts`, and their number."""
-    return _measure(texts.problem, outputs, np.array(texts.dev.labels), texts.labels, len(texts.dev))
+def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, Any]:
+    """What `evaluate` gives, of outputs `(dev rows, classes)` on the dev rows of `texts`, with no training."""
+    labels, frequent = np.array(texts.dev.labels), most_frequent(texts.train.labels, texts.problem)
+    return _measure(texts.problem, texts.dev, set(), outputs, labels, texts.labels, frequent)
 
 
 def _measure(
-    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], rows: int
-) -> dict[str, float]:
-    """The metrics of a problem, the loss and the number of rows."""
+    problem: Problem,
+    dev: Examples,
+    trained_on: Set[str],
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    frequent: int | None,
+) -> dict[str, Any]:
+    """The metrics of a problem, the loss, the number of rows, what there is of classes, and warnings."""
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(outputs, labels)
-    return {**scores, "dev_rows": rows}
+    warnings = pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)
+    described = describe(problem, outputs, labels, names, frequent)
+    return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
+
+
+class Taken(NamedTuple):
+    """One text, or pair, or list of words, as `Examples` holds it, and its tokens."""
+
+    text: Any
+    row: Row
+
+
+class Predictor:
+    """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
+
+    Args:
+        folder: folder of the run.
+
+    Attributes:
+        run: the run, with its model.
+
+    Raises:
+        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.run = load_run(folder)
+        if self.run.problem is MASKED_WORDS:
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
+                f"labelled texts: --init-from {folder}."
+            )
+
+    def take(self, text: Any) -> Taken:
+        """A text, as `predict` takes one, made ready.
+
+        Raises:
+            FastpeftError: it is not what the run reads.
+        """
+        run = self.run
+        given = _as_input(text, run)
+        # what the text would be labelled with; where words have tags, the labels show which tokens to read
+        none = [list(range(len(given))) if run.problem.per_token else 0]
+        (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
+        if run.problem.per_token:
+            _word_tokens(row, given, run.max_length)
+        return Taken(given, row)
+
+    def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
+        """Of each text the probability of every class, `(classes,)`; its number, `(1,)`; or of every word those of the
+        tags, `(words, tags)`; float32."""
+        problem = self.run.problem
+        outputs = _outputs(self.run, [row for _, row in taken])
+        if problem.per_token:
+            outputs = [
+                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
+            ]
+        return outputs if problem is REGRESSION else [torch.from_numpy(o).softmax(-1).numpy() for o in outputs]
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
-    """What a finished run says of each text.
+    """What a finished run says of each text; of the rows of a file, see `fastpeft.prediction`.
 
     Args:
         folder: folder of the run.
@@ -168,38 +257,23 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
 
     Raises:
-        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text; or
-            `texts` is one text, whose characters would be taken for texts; or one of them is not what the run reads.
+        FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
+            them is not what the run reads.
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
-    run = load_run(folder)
-    if run.problem is MASKED_WORDS:
-        raise FastpeftError(
-            f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
-            f"labelled texts: --init-from {folder}."
-        )
-    given = [_as_input(text, run) for text in texts]
-    if not given:
-        return []
-    # what the texts would be labelled with; where words have tags, the labels show which tokens to read
-    none = [list(range(len(text))) if run.problem.per_token else 0 for text in given]
-    rows = encode(run.classifier.tokenizer, Examples(given, none), run.max_length, run.prompt, run.problem)
-    outputs = _outputs(run, rows)
-    if run.problem is REGRESSION:
-        return [(run.labels[0], float(output[0])) for output in outputs]
-    if not run.problem.per_token:
-        return _most_likely(np.stack(outputs), run.labels)
-    return [
-        _most_likely(output[_word_tokens(row, words, run.max_length)], run.labels)
-        for output, row, words in zip(outputs, rows, given)
-    ]
+    predictor = Predictor(folder)
+    labels = predictor.run.labels
+    found = predictor.scores([predictor.take(text) for text in texts])
+    if predictor.run.problem.per_token:
+        return [[most_likely(word, labels) for word in scores] for scores in found]
+    return [most_likely(scores, labels) for scores in found]
 
 
-def _most_likely(outputs: np.ndarray, labels: Sequence[str]) -> list[tuple[str, float]]:
-    """Of each row of outputs `(N, classes)` the most likely class, with its probability."""
-    best = torch.from_numpy(outputs).softmax(-1).max(-1)
-    return [(labels[index], probability) for probability, index in zip(best.values.tolist(), best.indices.tolist())]
+def most_likely(scores: np.ndarray, labels: Sequence[str]) -> tuple[str, float]:
+    """The class of the largest score, with that; of a number its name and value."""
+    best = int(scores.argmax())
+    return labels[best], float(scores[best])
 
 
 def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:

@@ -375,11 +375,11 @@ def measured_peak(device: torch.device | str) -> Iterator[MeasuredPeak]:
         peak.nbytes = tracker.peak
 
 
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process since its start, in MB (2^20 bytes); 0 where the system does not say."""
+def peak_rss_mb() -> float | None:
+    """Peak resident memory of this process since its start, in MB (2^20 bytes); None where the system does not say."""
     try:
         import resource  # absent on Windows
     except ImportError:
-        return 0.0
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS and kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEBIBYTE
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEBIBYTE, 1)

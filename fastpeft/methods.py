@@ -351,7 +351,7 @@ _QLORA = Recipe(2e-4)  # Dettmers et al. 2023, models of 7 and 13 billion weight
 _IA3 = Recipe(3e-3)  # Liu et al. 2022
 _PROMPT_TUNING = Recipe(1e-3, epochs=20)  # PEFT's example of RoBERTa-large
 _BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
-_SIVA = Recipe(5e-4)  # of ours, as the next
+_SIVA = Recipe(1e-3)  # of ours, as the next; see `bench/data/siva_rates.csv`
 _HEAD = Recipe(1e-3, weight_decay=0.01)
 
 # of adapters: as PEFT has them, LoRA with its usual scaling of 2, what starts from the weight itself unscaled

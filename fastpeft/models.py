@@ -153,7 +153,8 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
             return loaded, tokenizer
     raise FastpeftError(
         f"the model {model!r} has no masked-word head, which label words and the objective mlm need. Give a model that "
-        "predicts masked words; a prompt can have a classification head instead (--prompt-head classifier)."
+        "predicts masked words; to train by labels, a prompt can have a classification head instead (fastpeft train "
+        "--prompt-head classifier)."
     )
 
 

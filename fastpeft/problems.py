@@ -17,6 +17,7 @@ OUTSIDE = "O"  # the tag of words that belong to nothing
 UNLABELLED = -100  # the label of tokens that no loss and no metric looks at
 LOSS = "loss"
 _LESS_IS_BETTER = (LOSS, "mse", "perplexity")
+_MOST_IN_MATRIX = 200  # classes of a confusion matrix
 
 # what is measured beside the loss, by the names in `metrics.json`, in words
 TITLES = {
@@ -67,6 +68,11 @@ class Problem:
         """The metric to look at where a person names none."""
         return self.metrics[0]
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether outputs are those of classes, of a text or of each word, the greatest of which is the answer."""
+        return self in (CLASSIFICATION, TAGGING)
+
     def check_metric(self, metric: str) -> None:
         """Raise `FastpeftError` unless `metric` is measured here."""
         allowed = (*self.metrics, LOSS)
@@ -100,6 +106,48 @@ def get_problem(name: str) -> Problem:
     if name not in PROBLEMS:
         raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
     return PROBLEMS[name]
+
+
+def most_frequent(labels: Sequence[Any], problem: Problem) -> int | None:
+    """The index of the most frequent class of rows, or tag of their words, the first of several; None of no classes."""
+    if not problem.has_classes:
+        return None
+    return int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())
+
+
+def describe(
+    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], frequent: int | None
+) -> dict[str, Any]:
+    """What `metrics.json` holds of the classes of rows, or the tags of words, beside the metrics.
+
+    Args:
+        problem: what was learned; without classes nothing is held.
+        outputs, labels: as its `score` takes them.
+        names: of the outputs.
+        frequent: the class that is most frequent among the training rows; None where it is not known.
+
+    Returns:
+        `most_frequent_class`: that `class`, and every metric of always answering it, where it is known. `per_class`:
+        by its name, `precision`, `recall`, `f1` and `support` (its rows). `confusion_matrix`: a row for the label, a
+        column for the answer, in the order of `names`; None of more than 200.
+    """
+    if not problem.has_classes:
+        return {}
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    labelled = labels != UNLABELLED
+    labels, answers, classes = labels[labelled], outputs[labelled].argmax(-1), np.arange(len(names))
+    found: dict[str, Any] = {}
+    if frequent is not None:
+        always = np.tile(classes == frequent, (len(labels), 1)).astype(np.float64)
+        found["most_frequent_class"] = {"class": names[frequent], **problem.score(always, labels, names)}
+    figures = precision_recall_fscore_support(labels, answers, labels=classes, zero_division=0.0)
+    found["per_class"] = {
+        name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(rows)}
+        for name, p, r, f1, rows in zip(names, *figures)
+    }
+    matrix = confusion_matrix(labels, answers, labels=classes).tolist() if len(names) <= _MOST_IN_MATRIX else None
+    return {**found, "confusion_matrix": matrix}
 
 
 def _score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -83,8 +83,10 @@ class PromptModel(PreTrainedModel):
             )
         if _find_core(masked_lm) is None:
             raise FastpeftError(
-                f"{type(masked_lm).__name__} has no masked-word head, which label words need. Load the model by "
-                'AutoModelForMaskedLM, or use head="classifier".'
+                f"{type(masked_lm).__name__} has no masked-word head, which label words need. Load a masked language "
+                "model by AutoModelForMaskedLM. Any other, as a causal one, needs no PromptModel: load it by "
+                "AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> and with "
+                'head="classifier" encodes.'
             )
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))

@@ -64,7 +64,8 @@ class Prompt:
         elif self.head == "label_words":
             raise FastpeftError(
                 f"the prompt {self.template!r} has no label words. Give one word for each class, as "
-                '{"negative": "terrible", "positive": "great"}, or take head="classifier".'
+                '{"negative": "terrible", "positive": "great"} (--label-words negative=terrible,positive=great), or '
+                'train with head="classifier" (--prompt-head classifier).'
             )
 
     def _check_template(self) -> None:
@@ -190,7 +191,8 @@ class Prompt:
         if tokenizer.mask_token is None and MASK in self.template:
             raise FastpeftError(
                 f"{type(tokenizer).__name__} has no mask token, so the template {self.template!r} cannot be filled. "
-                'Give a model that predicts masked words, or a template without <mask> and head="classifier".'
+                "Give a model that predicts masked words, or train with a template without <mask> and "
+                'head="classifier" (--prompt-head classifier).'
             )
 
     # -- texts to tokens ---------------------------------------------------------------------------------------------

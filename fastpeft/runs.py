@@ -8,6 +8,7 @@ adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.
 adapter/          a part of the result: the adapter that trained beside a side network
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
+trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
 .lock             held, while it is there, by the process that writes into the folder
@@ -18,6 +19,7 @@ Anything else in the folder is a person's, and stays.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -28,9 +30,11 @@ from typing import Any
 from fastpeft import __version__, files
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.journal import FILE_NAME, Journal
+from fastpeft.splitting import SHUFFLED
 
 CURVES = "curves.json"
 PREDICTIONS = "predictions.json"
+TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 _START_KEY = "init_from_weights"
@@ -62,6 +66,7 @@ _WRITTEN = (
     "curves.png",
     CURVES,
     PREDICTIONS,
+    TRAINED_ON,
     "run.json",
 )
 
@@ -77,6 +82,7 @@ class _Metrics(dict[str, Any]):
             "problem_type": lambda name: isinstance(name, str),
             "pairs": lambda pairs: isinstance(pairs, bool),
             "max_length": lambda length: type(length) is int and length > 0,
+            "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
         }
         for name, fit in fits.items():
             if name in self and not fit(self[name]):
@@ -135,6 +141,25 @@ class RunFolder:
                 f"{self.path} --resume`."
             )
         return _Metrics(self.metrics_file)
+
+    def trained_on(self) -> set[str]:
+        """Digests, as `fastpeft.splitting.digest` makes them, of the texts that the result was trained on.
+
+        None of a run that kept none, as earlier versions did not.
+
+        Raises:
+            FastpeftError: the file holds anything else.
+        """
+        file = self.path / TRAINED_ON
+        if not file.is_file():
+            return set()
+        found = set(file.read_text(encoding="utf-8", errors="replace").split())
+        if not all(map(re.compile("[0-9a-f]{12}").fullmatch, found)):
+            raise FastpeftError(
+                f"{file} is damaged: it holds what is no digest of a text. Restore it; without it the run is measured "
+                "without a word on rows that it was trained on."
+            )
+        return found
 
     def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()) -> None:
         """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing.
@@ -316,8 +341,11 @@ class RunFolder:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The values of a `run.json`."""
-    return {name: value for name, value in files.read_json(file).items() if name not in _NOTES}
+    """The values of a `run.json`; what a person wrote, which has no notes, may lack any."""
+    values = files.read_json(file)
+    if _VERSION_KEY in values:
+        values.setdefault("split", SHUFFLED)  # how rows were split before run.json said it
+    return {name: value for name, value in values.items() if name not in _NOTES}
 
 
 def earlier_run(folder: str) -> RunFolder:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 Reader = Callable[[Path], list[Record]]
+Numbered = tuple[int, Record | FastpeftError]  # a row, or what is wrong with it, with its number
+
+STDIN = Path("standard input")  # stands for it, and is what messages call it
 
 # the stems of files and the names of parts, GLUE's own for MNLI among them
 _TRAIN = ("train",)
@@ -155,9 +159,39 @@ def _read_rows(file: Path, readers: Mapping[str, Reader]) -> list[Record]:
     return rows
 
 
+def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbered]]:
+    """The rows of a file, each by itself: of one that cannot be read there is the error, and the others are read.
+
+    Args:
+        file: its path, or `-` for the standard input.
+        kind: csv, tsv, jsonl, parquet or txt, which has one text a line; None: by the end of its name, txt where that
+            has none.
+
+    Returns:
+        What messages call the file, its kind, and its rows with their numbers from 1: of csv, tsv and parquet those of
+        rows, of jsonl and txt those of lines, the blank ones counted and left out.
+
+    Raises:
+        FastpeftError: the file cannot be read at all, or it has no rows.
+    """
+    path = STDIN if file == "-" else Path(file).expanduser()
+    allowed = [name for name in _APART if path is not STDIN or name != "parquet"]
+    kind = kind or path.suffix[1:].lower() or "txt"
+    if kind not in allowed:
+        raise FastpeftError(
+            f"{path} is of the kind {kind!r}; allowed are {', '.join(allowed)}. Convert it, or say its kind by "
+            "--format."
+        )
+    rows = _APART[kind](path)
+    if not rows:
+        raise FastpeftError(f"{path} holds no text. Give a file with one text a row, or of the kind txt a line.")
+    return str(path), kind, rows
+
+
 def read_text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        content = sys.stdin.buffer.read() if file is STDIN else file.read_bytes()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FastpeftError(
             f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
@@ -169,29 +203,35 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _read_csv(file: Path) -> list[Record]:
+def _read_csv(file: Path) -> list[Numbered]:
     return _table(file, _parse(file, read_text(file), delimiter=",", strict=True))
 
 
-def _read_tsv(file: Path) -> list[Record]:
-    """Plain as GLUE's files are, unless its fields do not fit the header so, or all its quotes enclose whole fields."""
+def _read_tsv(file: Path) -> list[Numbered]:
+    """Plain as GLUE's files are, unless its fields fit the header better, or as well where all its quotes enclose whole
+    fields, as quoted ones."""
     text = read_text(file)
-    plain = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if plain and all(map(_is_cola, plain)):
-        return _table(file, [_COLA, *plain])
-    fits = all(len(fields) == len(plain[0]) for fields in plain)
-    begun = [field for fields in plain for field in fields if field.startswith('"')]
-    if fits and not all(_QUOTED.fullmatch(field) for field in begun):
-        return _table(file, plain)  # parsed as quoted, a text that begins with a quote would swallow the rows after it
+    lines = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if lines and all(map(_is_cola, lines)):
+        return _table(file, [_COLA, *lines])
+    begun = [field for fields in lines for field in fields if field.startswith('"')]
+    plain = _table(file, lines)
+    if (bad := _count_errors(plain)) == 0 and not all(_QUOTED.fullmatch(field) for field in begun):
+        return plain  # parsed as quoted, a text that begins with a quote would swallow the rows after it
     try:
-        return _table(file, _parse(file, text, delimiter="\t", strict=True))
-    except FastpeftError:
-        return _table(file, plain)
+        quoted = _table(file, _parse(file, text, delimiter="\t", strict=True))
+    except FastpeftError:  # no header that is one
+        return plain
+    return quoted if _count_errors(quoted) <= bad else plain
 
 
-def _is_cola(fields: list[str]) -> bool:
+def _count_errors(rows: list[Numbered]) -> int:
+    return sum(isinstance(row, FastpeftError) for _, row in rows)
+
+
+def _is_cola(fields: list[str] | FastpeftError) -> bool:
     """Whether a line is one of GLUE's CoLA, whose files have no header."""
-    return len(fields) == len(_COLA) and fields[1] in ("0", "1") and fields[2] in ("", "*")
+    return isinstance(fields, list) and len(fields) == len(_COLA) and fields[1] in ("0", "1") and fields[2] in ("", "*")
 
 
 _COLA = ["source", "label", "star", "sentence"]
@@ -199,35 +239,54 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
 
 
-def _parse(file: Path, text: str, **dialect: Any) -> list[list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+def _parse(file: Path, text: str, **dialect: Any) -> list[Any]:
+    """The fields of each row, or an error; after one that begins in a line the next line begins anew."""
+    lines, start = list(io.StringIO(text, newline="")), 0
+    found: list[Any] = []
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        return [fields for fields in reader if fields]
-    except csv.Error as error:
-        raise FastpeftError(f"{file} is broken at line {reader.line_num}: {error}. Correct that line.") from None
+        while start < len(lines):
+            reader, done = csv.reader(map(lines.__getitem__, range(start, len(lines))), **dialect), 0
+            try:
+                for fields in reader:
+                    done = reader.line_num
+                    if fields:
+                        found.append(fields)
+                break
+            except csv.Error as error:
+                start += done + 1
+                found.append(FastpeftError(f"{file} is broken at line {start}: {error}. Correct that line."))
     finally:
         csv.field_size_limit(limit)
+    return found
 
 
-def _table(file: Path, lines: list[list[str]]) -> list[Record]:
+def _table(file: Path, lines: list[Any]) -> list[Numbered]:
     """Rows of a file whose first line names the columns."""
     if not lines:
         return []
     header = lines[0]
+    if isinstance(header, FastpeftError):
+        raise header
     if len(set(header)) < len(header):
         raise FastpeftError(f"{file} names a column twice: {', '.join(header)}. Give every column its own name.")
+    rows: list[Numbered] = []
     for number, fields in enumerate(lines[1:], start=1):
-        if len(fields) != len(header):
-            raise FastpeftError(
+        if isinstance(fields, FastpeftError):
+            rows.append((number, FastpeftError(f"row {number}: {fields}")))
+        elif len(fields) != len(header):
+            error = FastpeftError(
                 f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
                 "Correct the row, or quote fields that hold the separator."
             )
-    return [dict(zip(header, fields)) for fields in lines[1:]]
+            rows.append((number, error))
+        else:
+            rows.append((number, dict(zip(header, fields))))
+    return rows
 
 
-def _read_jsonl(file: Path) -> list[Record]:
-    rows = []
+def _read_jsonl(file: Path) -> list[Numbered]:
+    rows: list[Numbered] = []
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -236,33 +295,52 @@ def _read_jsonl(file: Path) -> list[Record]:
             if "\\u" in line:  # an escape can write half of a character, which has no code
                 json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
-            raise FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.") from None
-        if not isinstance(row, dict):
-            raise FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")
-        rows.append(row)
+            row = FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.")
+        else:
+            if not isinstance(row, dict):
+                row = FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")
+        rows.append((number, row))
     return rows
 
 
-def _read_parquet(file: Path) -> list[Record]:
+def _read_parquet(file: Path) -> list[Numbered]:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(file).to_pylist()
+        return list(enumerate(parquet.read_table(file).to_pylist(), start=1))
     except (pyarrow.ArrowException, OSError) as error:
         raise FastpeftError(
             f"{file} is not a readable parquet file ({first_line(error)}). Restore or write it anew."
         ) from None
 
 
-def _read_txt(file: Path) -> list[Record]:
-    return [{"text": line} for line in read_text(file).splitlines() if line.strip()]
+def _read_txt(file: Path) -> list[Numbered]:
+    return [
+        (number, {"text": line}) for number, line in enumerate(read_text(file).splitlines(), start=1) if line.strip()
+    ]
 
 
-READERS: dict[str, Reader] = {
+def _whole(read: Callable[[Path], list[Numbered]]) -> Reader:
+    """A reader that raises the first error of a row."""
+
+    def whole(file: Path) -> list[Record]:
+        rows = []
+        for _, row in read(file):
+            if isinstance(row, FastpeftError):
+                raise row from None
+            rows.append(row)
+        return rows
+
+    return whole
+
+
+_APART: dict[str, Callable[[Path], list[Numbered]]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
+    "txt": _read_txt,
 }
-TEXT_READERS = {**READERS, "txt": _read_txt}  # for texts alone
+TEXT_READERS = {kind: _whole(read) for kind, read in _APART.items()}  # for texts alone
+READERS = {kind: read for kind, read in TEXT_READERS.items() if kind != "txt"}

@@ -219,6 +219,7 @@ def data_for(config: TrainConfig) -> TextData:
         text_column=config.text_column,
         label_column=config.label_column,
         split_seed=config.split_seed,
+        split=config.split,
     )
 
 

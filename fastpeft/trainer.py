@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -131,7 +132,7 @@ class RunTrainer(Trainer):
             processing_class=task.tokenizer,
             data_collator=collator(task.tokenizer, self.problem, multiple),
             compute_metrics=self._score,
-            preprocess_logits_for_metrics=self.problem.digest,
+            preprocess_logits_for_metrics=self.problem.digest or _logits_alone,
             callbacks=[
                 _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
@@ -179,8 +180,12 @@ class RunTrainer(Trainer):
         found = dict(zip(order, self._outputs.argmax(-1).tolist()))
         return [found[index] for index in range(len(rows))]
 
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs and labels, as the problem scores them, of the rows that were measured last."""
+        return self._outputs, self._labels
+
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        self._outputs = outputs = prediction.predictions
+        self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
         scores = self.problem.score(outputs, prediction.label_ids, self.labels)
         if self.ranks.size > 1 and self.problem.loss is not None:
             # the Trainer lets the mean of a process stand for its rows as if each had a whole batch
@@ -286,6 +291,11 @@ def trainer_class(task: Task) -> type[RunTrainer]:
     if task.method.usual_loop:
         return MeZOLoopRunTrainer
     return MeZORunTrainer if task.method.zeroth_order else RunTrainer
+
+
+def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The logits; an encoder-decoder model as T5 gives its encoder's hidden states beside them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from fastpeft import files
+from fastpeft import files, pitfalls
 from fastpeft.adapters import check_file
-from fastpeft.cards import chosen_by, found_settings, loading_snippet, model_card, results
+from fastpeft.cards import SIMULATED, chosen_by, found_settings, loading_snippet, model_card, results
 from fastpeft.config import TrainConfig
 from fastpeft.curves import draw_curves
+from fastpeft.data import labels_in_words
 from fastpeft.environment import device_name, versions
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.estimates import count_parameters, simulated_peak_mb
@@ -30,9 +31,10 @@ from fastpeft.loading import inside_prompt
 from fastpeft.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.mezo.parallel import Ranks
 from fastpeft.models import resolve_model
-from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step
-from fastpeft.processes import noticing_losses
-from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
+from fastpeft.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step, describe, most_frequent
+from fastpeft.processes import is_first, noticing_losses
+from fastpeft.runs import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
+from fastpeft.splitting import digest
 from fastpeft.task import Task, recipe_used
 from fastpeft.trainer import RunTrainer, trainer_class
 
@@ -58,6 +60,8 @@ def train(
     command: str | None = None,
 ) -> TrainResult:
     """Train as `config` says and leave in `config.output` what loads, measures and repeats the result.
+
+    What makes the figures of the result doubtful is logged, and is in `warnings` of its metrics.
 
     Args:
         config: all that decides the run.
@@ -95,6 +99,12 @@ def train(
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
         config = task.config
+        if task.data.problem.has_classes:
+            logger.info("%s", labels_in_words(task.data))
+        trained_on = _trained_on(task)
+        if is_first():  # while there is time to stop
+            for warning in pitfalls.seen_rows(task.data.dev.texts, trained_on):
+                logger.warning("%s", warning)
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
@@ -115,14 +125,23 @@ def train(
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)
-                metrics = _finish(trainer, task, folder, before, command)
+                metrics = _finish(trainer, task, folder, before, trained_on, command)
         except LostProcessError as error:
             raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
+    if is_first():
+        pitfalls.tell(metrics["warnings"])
     if trainer.stop.asked:
         raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
+
+
+def _trained_on(task: Task) -> set[str]:
+    """Digests of the texts that the run trains on, and of those that what it starts from was trained on."""
+    start = task.config.init_from
+    earlier = set() if start is None else RunFolder(start).trained_on()
+    return earlier.union(map(digest, task.data.train.texts))
 
 
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
@@ -158,7 +177,12 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
 
 
 def _finish(
-    trainer: RunTrainer, task: Task, folder: RunFolder, before: Mapping[str, float], command: str | None
+    trainer: RunTrainer,
+    task: Task,
+    folder: RunFolder,
+    before: Mapping[str, float],
+    trained_on: Set[str],
+    command: str | None,
 ) -> dict[str, Any]:
     """Measure the result and write it; what `metrics.json` then holds."""
     config = task.config
@@ -172,7 +196,15 @@ def _finish(
     if task.metric != LOSS:
         curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
     command = command or f"fastpeft train --config {folder.config_file}"
-    metrics = _metrics(trainer, task, before, after, chosen, command)
+    data, (outputs, labels) = task.data, trainer.answers()
+    metrics = {
+        **_metrics(trainer, task, before, after, chosen, command),
+        **describe(data.problem, outputs, labels, data.labels, most_frequent(data.train.labels, data.problem)),
+        "warnings": [
+            *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
+            *pitfalls.of_training_loss(trainer.points("loss"), before[LOSS]),
+        ],
+    }
     staged = folder.staging / "result"
 
     def write() -> None:
@@ -180,8 +212,9 @@ def _finish(
             _save(trainer, task, staged)
             files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
             files.write_json(staged / CURVES, curves)
-            if task.data.problem is CLASSIFICATION:
-                predictions = {"labels": task.data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+            files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
+            if data.problem is CLASSIFICATION:
+                predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
                 files.write_json(staged / PREDICTIONS, predictions)
             title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
             draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, shown)
@@ -294,8 +327,8 @@ def _metrics(
         "parameters": total,
         "peak_memory_mb": peak,
         "estimated_memory_mb": estimate,
-        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else "simulated",
-        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
+        "peak_rss_mb": peak_rss_mb(),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
         "seed": config.seed,

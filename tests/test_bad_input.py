@@ -91,6 +91,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "unknown.json").write_text(json.dumps({"output": "out", "methd": "lora"}))
     (place / "wrong-type.json").write_text(json.dumps({"output": "out", "batch_size": "many"}))
     (place / "blank.txt").write_text("\n \n")
+    (place / "good.xlsx").write_text("x")
+    (place / "two-columns.csv").write_text("this,that\na film,a plot\n")
+    (place / "taken.csv").write_text("class\na film\n")
     (place / "train-only").mkdir()
     write_csv(place / "train-only" / "train.csv", reviews(8))
     (place / "empty-metrics").mkdir()
@@ -319,6 +322,7 @@ CASES = [
     (["--max-length", "1"], ["max_length is 1", "from 2"]),
     (["--max-length", "500"], ["max_length 500", "38 tokens"]),
     (["--seed", "-1"], ["seed is -1"]),
+    (["--split", "halves"], ["split is 'halves'", "stratified or shuffled"]),
     (["--save-steps", "0"], ["save_steps is 0"]),
     # settings
     (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),
@@ -407,6 +411,24 @@ CASES = [
     (["predict", "empty-metrics", "a text"], ["does not hold 'labels'"]),
     (["predict", "run", "--file", "nowhere.txt"], ["nowhere.txt"]),
     (["predict", "run", "--file", "blank.txt"], ["blank.txt holds no text"]),
+    (["predict", "run", "--file", "good.xlsx"], ["good.xlsx is of the kind 'xlsx'", "csv, tsv, jsonl, parquet, txt"]),
+    (["predict", "run", "--file", "-", "--format", "parquet"], ["standard input is of the kind 'parquet'"]),
+    (["predict", "run", "a text", "--format", "csv"], ["--format is 'csv', but there is no --file"]),
+    (["predict", "run", "a text", "--text-column", "text"], ["text_column is 'text', but there is no file"]),
+    (["predict", "run", "--file", "good.csv", "--text-column", "body"], ["good.csv has no column 'body'"]),
+    (["predict", "run", "--file", "two-columns.csv"], ["cannot tell which column of two-columns.csv", "--text-column"]),
+    (["predict", "run", "--file", "pairs.jsonl"], ["learned from one text a row, but pairs.jsonl has pairs of texts"]),
+    (["predict", "pair-run", "--file", "alike.csv"], ["learned from pairs of texts, but alike.csv has one text a row"]),
+    (
+        ["predict", "run", "--file", "taken.csv", "--text-column", "class", "--output", "x.csv"],
+        ["texts 'class' of taken.csv has the name of a"],
+    ),
+    (
+        ["predict", "run", "a text", "--output", "new.txt"],
+        ["'new.txt' must end in one of .csv, .tsv, .jsonl, .parquet"],
+    ),
+    (["predict", "run", "a text", "--output", "good.csv"], ["'good.csv' exists", "--overwrite"]),
+    (["predict", "run", "a text", "--output", "nowhere/new.csv"], ["cannot write nowhere/new.csv (No such file"]),
     (["predict", "unfinished", "a text"], ["not finished"]),
     (["export"], ["RUN"]),
     (["export", "run"], ["OUT"]),

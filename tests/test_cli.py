@@ -58,8 +58,16 @@ def test_train_eval_predict(place: Path, method: str) -> None:
     metrics = json.loads((place / "out" / "metrics.json").read_text())
     for shown in (f"{metrics['accuracy']:.3f}", f"{metrics['f1']:.3f}", f"{metrics['trainable_parameters']:,}"):
         assert shown in trained.stdout
-    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "peak memory", "trained parameters"):
+    for name in ("accuracy before", "accuracy after", "F1", "samples/s", "trained parameters"):
         assert name in trained.stdout
+    peaks = {
+        "peak memory of a step": f"{metrics['peak_memory_mb']:,.0f} MB (simulated: tensors only)",
+        "peak resident memory": f"{metrics['peak_rss_mb']:,.0f} MB (the whole process)",
+    }
+    card = (place / "out" / "README.md").read_text()
+    for name, peak in peaks.items():
+        assert re.search(rf"{name} +│ {re.escape(peak)}", trained.stdout)
+        assert f"| {name} | {peak} |" in card
     assert "texts from column 'review'" in trained.stderr
     assert "4/4" in trained.stderr
     assert f"{metrics['accuracy']:.3f}" in run("eval", "out").stdout
@@ -104,7 +112,13 @@ def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) ->
         **{"prompt": "{text} <mask>", "label_words": "a,b", "prompt_head": "classifier"},
         **{"rank": 3, "window": 5, "reduction": 2, "max_steps": 7, "batch_size": 4, "max_length": 9, "save_steps": 6},
         **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
-        **{"patience": 8, "cache_features": "features", "cache_dtype": "int8", "optimizer_in_backward": True},
+        **{
+            "patience": 8,
+            "split": "shuffled",
+            "cache_features": "features",
+            "cache_dtype": "int8",
+            "optimizer_in_backward": True,
+        },
     }
     alone = {"output": "out", "objective": "mlm"}  # with a problem or a prompt, it is refused
     without = {"settings", "found_prompt"}  # --set gives the one, a search the other
@@ -284,7 +298,8 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
     shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
     assert "trained parameters" in shown
-    assert "estimated peak memory" in shown
+    assert re.search(r"estimated peak memory of a step │ \d+ MB \(simulated: tensors only\)", shown)
+    assert re.search(r"peak resident memory +│ [\d,]+ MB \(the whole process\)", shown)
     assert re.search(r"estimated time +│ \d+ s", shown)
     assert "fits" not in shown
     assert [line.split()[-2] for line in shown.splitlines() if "learning rate" in line or "schedule" in line] == [
@@ -293,6 +308,7 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     ]
     shown = run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "0.01").stdout
     assert re.search(r"fits into 0 MB +│ no", shown)
+    assert "resident" not in shown
     assert re.search(r"estimated time +│ not timed: does not fit", shown), "no step is run of what does not fit"
     run(*TRAIN, "--method", "lst", "--cache-features", "kept", "--dry-run", "--memory-budget", "500")
     assert sorted(place.rglob("*")) == before

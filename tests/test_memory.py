@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,11 @@ def test_peak_rss_is_what_the_kernel_says():
     torch.ones(2**20)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert peak_rss_mb() == pytest.approx(int(status["VmHWM"].split()[0]) / 1024, rel=0.02)
+
+
+def test_peak_rss_is_unknown_without_the_module(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert peak_rss_mb() is None
 
 
 def test_an_optimizer_in_backward_frees_gradients():

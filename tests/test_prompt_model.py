@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,19 @@ def test_models_that_cannot_be_prompted() -> None:
             PromptModel(model, tokenizer, PROMPT)
     with pytest.raises(FastpeftError, match="needs no PromptModel"):
         PromptModel(masked_lm(), tokenizer, Prompt("{text}", head="classifier"))
+
+
+def test_advice_for_a_causal_model_works() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("Roberta"))  # which others share
+    tokenizer.mask_token = None  # as a causal model's
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **shape)
+    advice = r'AutoModelForSequenceClassification .* a Prompt without <mask> and with head="classifier"'
+    with pytest.raises(FastpeftError, match=advice):
+        PromptModel(transformers.GPT2LMHeadModel(config), tokenizer, PROMPT)
+    rows = Prompt("{text} it was", head="classifier").encode(tokenizer, TEXTS, labels=[0, 1, 0, 1])
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert model(**PromptCollator(tokenizer)(rows)).loss.isfinite()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

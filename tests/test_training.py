@@ -98,6 +98,19 @@ def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> No
         predict(folder, "hello")
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"), [("full", {}), ("k-lst", {"feature_modules": "transformer.decoder.block"})]
+)
+def test_a_model_that_gives_more_than_logits_is_measured(
+    config: TrainConfig, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 1}
+    model = str(save_tiny_model(tmp_path / "t5", "T5", "ForConditionalGeneration", **shape))
+    result = train(replace(config, model=model, method=method, settings=settings, max_steps=2))
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    assert len(predict(result.folder, ["a lovely film"])) == 1
+
+
 def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
     labels = ("negative", "positive", "mixed")
     folder = tmp_path / "data"

@@ -20,14 +20,16 @@ from fastpeft.config import FOR_LABELS, TrainConfig
 from fastpeft.errors import FastpeftError
 from fastpeft.methods import METHODS, get_method
 from fastpeft.settings import method_options
+from fastpeft.splitting import SHUFFLED
 
-_ZERO_SHOT_FIELDS = ("model", "data", "prompt", "label_words", "text_column", "label_column")
+_ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
 ROWS = (
     "data",
     "problem_type",
     "text_column",
     "label_column",
     "split_seed",
+    "split",
 )  # what decides the rows, of all cells alike
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
@@ -317,6 +319,9 @@ class Plan:
         """
         folder = Path(config.output).expanduser()
         earlier = _read(folder)
+        if earlier.cells and "split" not in config.common:  # cells are added to those of before run.json said it
+            split = earlier.cells[0].values["split"]
+            config = dataclasses.replace(config, common={**config.common, "split": split})
         by_name = {cell.name: cell for cell in (*earlier.cells, *config.cells())}
         unsearched = {cell.name for cell in earlier.cells if not cell.rates and cell.folder.started}
         cells = [_settled(cell, by_name) for cell in config.cells()]
@@ -432,6 +437,7 @@ def _read(folder: Path) -> Plan:
         for cell in cells:  # the folder may have moved
             if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
                 raise TypeError(f"a cell is named {cell.name!r}")
+            cell.values.setdefault("split", SHUFFLED)  # as in `read_config`
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
             cell.values.update(cell.own_paths(cell.values))
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
@@ -78,8 +82,8 @@ class Backbone:
         self.body: nn.Module = core if self.plain else core.base_model
         if self.body is core and not self.plain:
             raise FastpeftError(
-                f"{type(core).__name__} has no head for the side network to feed. Load the model with "
-                "AutoModelForSequenceClassification or another class with a head."
+                f"{type(core).__name__} has no head apart from its body that a side network could feed. "
+                f"{_cure_of_headless(core.config)}"
             )
         self._given_sizes = feature_sizes
         self._tuple_size: int | None = None  # of what layers return, 0 for a tensor; learnt when one runs
@@ -91,8 +95,14 @@ class Backbone:
         """The largest list of modules of one class: a transformer's blocks."""
         kind, config = type(self.core).__name__, self.core.config
         if getattr(config, "is_encoder_decoder", False):
+            stacks = [
+                name
+                for name, module in self.core.named_modules()
+                if isinstance(module, nn.ModuleList) and not any(map(str.isdigit, name.split(".")))
+            ]
             raise FastpeftError(
-                f"{kind} has an encoder and a decoder; name the layers of one of them in feature_modules."
+                f"{kind} has an encoder and a decoder; name the layers of one of them in feature_modules: "
+                f"{' or '.join(map(repr, stacks))}."
             )
         lists = {
             name: list(module)
@@ -106,7 +116,8 @@ class Backbone:
             found = f"its lists of like modules are {_lengths(lists)}" if lists else "it holds no list of like modules"
             raise FastpeftError(
                 f"the layers of {kind} are not found: {found}, and its configuration says {expected} layers. Name "
-                "them in feature_modules, in the order in which they run."
+                "them in feature_modules, in the order in which they run, each once; layers that a model runs several "
+                "times, as ALBERT's, cannot be read."
             )
         return lists[name]
 
@@ -171,11 +182,6 @@ class Backbone:
         config = getattr(self.core, "config", None)
         named = (getattr(config, name, None) for name in _ACTIVATIONS)
         return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
-
-    @property
-    def causal(self) -> bool:
-        """Whether its attention says that tokens see only those before them."""
-        return any(getattr(module, "is_causal", False) for module in self.layers[0].modules())
 
     @property
     def poolers(self) -> list[nn.Module]:
@@ -477,6 +483,19 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """All values in one vector, in the least precise of their dtypes, so that a cast of some stays comparable."""
     dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.cat([tensor.detach().flatten().to(dtype) for tensor in tensors])
+
+
+def _cure_of_headless(config: Any) -> str:
+    """What to load in place of a model without a head of its own."""
+    heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
+    if named := [classes[type(config)].__name__ for classes in heads if type(config) in classes]:
+        return f"Load the model with {' or '.join(named)}."
+    if getattr(config, "is_encoder_decoder", False):  # as LongT5, whose models for text keep all in one
+        return (
+            f"Transformers has no classifier of the kind {config.model_type}: put its encoder and a head into an "
+            "nn.Module of your own, and name the encoder's layers in feature_modules."
+        )
+    return "Load the model with another class, which has one."
 
 
 def _lengths(lists: Mapping[str, Sequence[nn.Module]]) -> str:

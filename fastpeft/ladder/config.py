@@ -67,7 +67,9 @@ class LadderConfig(PretrainedConfig):
             `ModuleList` that holds them. None finds them in a transformers model; of another module they are needed.
         feature_sizes: Widths of the L + 1 features, the first of which is the input of the first layer. None takes
             that of the model's configuration, or those of the layers' matrices where it has none.
-        causal: Whether tokens see only those before them. None takes over what the backbone does.
+        causal: Whether tokens see only those before them. None takes over what the backbone does, which a pass over
+            four tokens tells. False is refused beside a model that predicts next tokens. It must be given beside a
+            module that is no transformers model and answers for each token, `(B, T, classes)`.
         train_adapters: Whether the active adapter of a base that PEFT wraps trains beside the side network, through the
             features that it changes. The layers before the first that it adapts run without gradients all the same,
             so that one in the last layers keeps most of the memory that is saved.

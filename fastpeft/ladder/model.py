@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone, autocast_of, tokens_of
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
+from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.frozen import convert, is_quantised
 from fastpeft.ladder.pruning import prune
@@ -67,7 +68,8 @@ class LadderModel(PreTrainedModel):
 
     Raises:
         FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be brought to
-            `backbone_dtype`, widths do not divide, or the configuration is that of a side network on another backbone.
+            `backbone_dtype`, widths do not divide, or the configuration is that of a side network on another backbone;
+            or the base predicts next tokens, and later ones would be seen: see `LadderConfig.causal`.
 
     Notes:
         A model that answers questions has `start_positions` and `end_positions` for labels, which
@@ -97,10 +99,11 @@ class LadderModel(PreTrainedModel):
         config = copy.deepcopy(config)
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
+        config.causal = decide_causal(backbone, config.causal)
         if config.base_fingerprints:
             backbone.check(config.base_fingerprints, config.base_model_name_or_path, adapters.values())
-        config.causal = backbone.causal if config.causal is None else config.causal
-        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), backbone.activation, config.causal)
+        causal = bool(config.causal)
+        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), backbone.activation, causal)
         head = backbone.head_parameters()
         _check_floating(head, type(backbone.core).__name__)
         if config.init == "pruned":
@@ -180,7 +183,8 @@ class LadderModel(PreTrainedModel):
             return_dict: False for a tuple.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input, or the base was copied or replaced.
+            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, or it is
+                no transformers model and answers for each token, and the configuration's `causal` is None.
         """
         if self.backbone.model is not self.base:
             raise FastpeftError(
@@ -215,7 +219,9 @@ class LadderModel(PreTrainedModel):
         run = self.side_run(self.side, mask, seed, bool(output_hidden_states), blocks_seed)
         if self.backbone.plain:
             with self._around_base(run, {}):
-                outputs = _with_loss(self.base(inputs), labels)
+                logits = self.base(inputs)
+            check_told(self.config.causal, self.base, logits)
+            outputs = _with_loss(logits, labels)
         else:
             arguments = self.backbone.arguments(given)
             with self._around_base(run, arguments):
@@ -225,6 +231,17 @@ class LadderModel(PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: a side network keeps no keys and values, and the base's own `generate` would leave it out.
+
+        Raises:
+            FastpeftError: always.
+        """
+        raise FastpeftError(
+            "a LadderModel does not generate: its side network keeps no keys and values of earlier tokens. Append the "
+            "token that you choose of logits[:, -1] and call the model again. model.base.generate() is the base alone."
+        )
 
     @contextlib.contextmanager
     def _around_base(self, run: SideRun, arguments: Mapping[str, Any]) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
+from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.frozen import conversion_of, convert
 from fastpeft.ladder.joint import (
@@ -81,6 +82,8 @@ class LadderPool:
                 f"a {type(self.backbone.core).__name__} takes {self.backbone.input_name}; a pool is for transformers "
                 "models of text, whose batches have input_ids. Give each task a LadderModel of its own."
             )
+        # as members will; and RWKV scales its weights in its first pass, which must be before members share them
+        decide_causal(self.backbone, True)
         found = conversion_of(self.backbone.core)
         self._backbone_dtype = backbone_dtype or (found.dtype if found else None)
         convert(self.backbone, self._backbone_dtype)

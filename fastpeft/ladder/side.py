@@ -321,7 +321,8 @@ class SideRun:
         if layer != self._next:
             raise FastpeftError(
                 f"the feature of layer {layer} came where that of layer {self._next} was expected: the backbone's "
-                "layers run in another order, or more than once. Name them in feature_modules in their order."
+                "layers run in another order, or more than once. Name them in feature_modules in their order; layers "
+                "that a model runs several times, as ALBERT's, cannot be read."
             )
         side = self.side
         self._next += 1

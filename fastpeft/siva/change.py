@@ -60,23 +60,24 @@ class Change(nn.Module):
         return " x ".join(map(str, self.weight.shape))
 
 
-def scales(s: Tensor, shape: tuple[int, int], step: float | None) -> tuple[Tensor | None, Tensor | None]:
-    """The scales of dU and dV by which a step of an optimizer is as large for every triplet of every layer.
+def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """The scales of dU and dV by which a step of an optimizer moves every triplet of a weight equally far.
 
-    `a_U = step / (s sqrt(N))` and `a_V = step / (s sqrt(K))`: where Adam moves every entry of dU by eta, each triplet's
-    part of the weight moves by `eta step` in the spectral norm. After the condition for feature learning of Yang, Simon
-    and Bernstein (2023), by which that norm is what a rate should fix.
+    `a_U = step q / (s sqrt(N))` and `a_V = step q / (s sqrt(K))`, where `q = |W0|_F / sqrt(min(N, K))` is the root mean
+    square of the weight's singular values. Where Adam moves every entry of dU by eta, each triplet's part of the weight
+    moves by `eta step q` in the spectral norm. That norm is what a rate should fix, by the condition for feature
+    learning of Yang, Simon and Bernstein (2023).
 
     Args:
         s: singular values `(r,)`, the largest first.
-        shape: `(N, K)` of the weight.
-        step: None for scales of 1, by which a triplet moves in proportion to its singular value.
+        weight: the pretrained weight `(N, K)`.
+        step: see above.
 
     Returns:
-        `(r,)` and `(r, 1)`, float32, or None.
+        `(r,)` and `(r, 1)`, float32.
     """
-    if step is None:
-        return None, None
+    shape = weight.shape
+    step = step * torch.linalg.matrix_norm(weight.float()) / min(shape) ** 0.5
     a = torch.where(s[0] > 0, step / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros has no triplet that could train
     return a / shape[0] ** 0.5, (a / shape[1] ** 0.5)[:, None]
 

@@ -42,8 +42,9 @@ class SivaLinear(FrozenLinear):
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
         r, d, residual, residual_dtype, quant_iterations: As in `SivaConfig`.
-        step: How far each triplet's part of the weight moves, in the spectral norm, when an optimizer moves what trains
-            by 1 an entry; see `fastpeft.siva.change.scales`. None: in proportion to the triplet's singular value.
+        step: How far each triplet's part of the weight moves when an optimizer moves what trains by 1 an entry, in the
+            spectral norm and as a share of the weight's, see `fastpeft.siva.change.scales`. None: in proportion to the
+            triplet's singular value.
         init_weights: `"saved"` leaves the factors for `load_state_dict` to fill in; else as in `SivaConfig`.
         name: What error messages call the layer.
 
@@ -150,7 +151,7 @@ class SivaLinear(FrozenLinear):
         self.residual_dtype[adapter_name] = residual_dtype
         start: Start = "empty" if waits and sibling is None else "zero" if init_weights else "random"
         self.step[adapter_name] = step
-        of_u, of_v = self._scales(initial.s, adapter_name)
+        of_u, of_v = self._scales(adapter_name, initial)
         self.siva_du[adapter_name] = Change(initial.u, start, of_u)
         self.siva_dv[adapter_name] = Change(initial.v, start, of_v)
         self.siva_s[adapter_name] = initial.s.clone()
@@ -213,8 +214,12 @@ class SivaLinear(FrozenLinear):
         u0, s, v0 = self._initial(adapter)
         return Factors(self.siva_du[adapter](u0), s, self.siva_dv[adapter](v0))
 
-    def _scales(self, s: Tensor, adapter: str) -> tuple[Tensor | None, Tensor | None]:
-        return scales(s, (self.out_features, self.in_features), self.step[adapter])
+    def _scales(self, adapter: str, initial: Factors) -> tuple[Tensor | None, Tensor | None]:
+        step = self.step[adapter]
+        if step is None:
+            return None, None
+        weight = add(self._weight.float(), initial) if self._frozen else self._weight
+        return scales(initial.s, weight, step)
 
     def _changes(self, adapter: str) -> tuple[Change, Change]:
         return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
@@ -396,8 +401,8 @@ class SivaLinear(FrozenLinear):
         merged = weight if factors is None else add(weight, factors)
         if safe_merge and not torch.isfinite(merged).all():
             raise FastpeftError(
-                f"{self.name}: merging {names} would give NaN or infinite weights; nothing was changed. The adapter's "
-                "training diverged: use an earlier checkpoint."
+                f"{self.name}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                "its training diverged. Nothing was changed. Use an earlier checkpoint."
             )
         self._weight = merged
         self.merged_adapters.extend(names)
@@ -484,13 +489,13 @@ class SivaLinear(FrozenLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Before the factors of this layer change: refuse what does not fit its weight."""
         loaded = {}
-        self._convert_whole_factors(state_dict, prefix)
         for name in self.siva_du:
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
         if loaded and self.merged:
             self.unmerge()  # what is merged is about to change
+        self._convert_whole_factors(state_dict, prefix)
         key, self._whole = f"{prefix}base_layer.weight", None
         if key in state_dict:
             self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
@@ -532,7 +537,7 @@ class SivaLinear(FrozenLinear):
             keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
             if not all(key in state_dict for key in keys.values()):
                 continue
-            of_u, of_v = self._scales(state_dict[keys["s"]], name)
+            of_u, of_v = self._scales(name, Factors(*(state_dict[keys[part]] for part in ("u0", "s", "v0"))))
             for part, scale in ("u", of_u), ("v", of_v):
                 whole, initial = state_dict.pop(keys[part]), state_dict[keys[f"{part}0"]]
                 change = f"{prefix}siva_d{part}.{name}"

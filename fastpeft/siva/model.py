@@ -29,11 +29,11 @@ from fastpeft.siva.rows import BASE, Rows, acting
 
 logger = logging.getLogger(__name__)
 
-# What `scaling="spectral"` makes of a step: the spectral norm by which a triplet's part of the weight moves when an
-# optimizer moves what trains by 1 an entry, if one layer is adapted. What several layers do adds up as a random sum
-# does, so it is divided by the square root of their number. A learning rate of 1e-3 then serves all of
-# `bench/data/siva_rates.csv`.
-SPECTRAL_STEP = 680.0
+# `scaling="spectral"`: how far each triplet's part of the weight moves, in the spectral norm and as a share of the
+# weight's, where an optimizer moves what trains by 1 an entry. It is divided by the number of layers, since what they
+# do adds up. A learning rate of 1e-3 then serves all of `bench/data/siva_rates.csv`.
+SPECTRAL_STEP = 1500.0
+_FEWEST_LAYERS = 12  # of those measured; fewer take no larger steps
 
 # Names of the query and key projections, architecture by architecture.
 QUERY_AND_KEY = (
@@ -141,7 +141,9 @@ class SivaModel(BaseTuner):
             "residual": peft_config.residual,
             "residual_dtype": peft_config.residual_dtype,
             "quant_iterations": peft_config.quant_iterations,
-            "step": SPECTRAL_STEP / self._number_of_targets**0.5 if peft_config.scaling == "spectral" else None,
+            "step": SPECTRAL_STEP / max(self._number_of_targets, _FEWEST_LAYERS)
+            if peft_config.scaling == "spectral"
+            else None,
             "init_weights": peft_config.init_weights if self._pissa is None else "saved",
         }
         if isinstance(target, SivaLinear):
@@ -204,15 +206,16 @@ class SivaModel(BaseTuner):
         """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
         raise FastpeftError(
             f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
-            "with weight 1, by model.base_model.set_adapter([...]), or export each as a LoRA (`fastpeft export --to "
-            "lora`) and combine those."
+            f"with weight 1, in each layer: for layer in model.base_model.layers(): layer.set_adapter({adapters!r}); "
+            "the head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
+            'export each as a LoRA (`fastpeft export --to lora`) and combine those with combination_type="cat".'
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
         if any(adapter_name in layer.merged_adapters for layer in self._siva_layers()):
             raise FastpeftError(
-                f"adapter {adapter_name!r} is merged into the weights, where it would stay. Call unmerge_adapter() "
-                "first, or merge_and_unload() to keep it there."
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. Call "
+                "unmerge_adapter(), or merge_and_unload() to keep the adapter in the weights."
             )
         for layer in self._siva_layers():
             if list(layer.siva_du) == [adapter_name]:
@@ -242,8 +245,8 @@ class SivaModel(BaseTuner):
         merged = sorted({name for layer in self._siva_layers() for name in layer.merged_adapters})
         if merged:
             raise FastpeftError(
-                f"adapter_names cannot be given while {', '.join(map(repr, merged))} is merged into the weights, which "
-                "then act on every row. Call unmerge_adapter() first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Now "
+                f"{', '.join(map(repr, merged))} would act on every row."
             )
         for adapter, config in self.peft_config.items():
             if config.bias != "none" and set(names) != {adapter}:

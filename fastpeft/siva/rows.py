@@ -57,9 +57,10 @@ class Rows:
             if rows is not None and x.dim() > 1 and len(x) == len(rows._names):
                 return rows
         raise FastpeftError(
-            f"adapter_names has {len(self._names)} names, but {reader} reads an input of shape {tuple(x.shape)}. Give "
-            "one name for each row of the batch; a model whose layers do not keep the batch as their first dimension "
-            "must run once for each adapter instead."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self._names)} names, and {reader} reads an input of shape {tuple(x.shape)}. Give one name for each "
+            "row of the batch; a model whose layers do not keep the batch as their first dimension must run once for "
+            "each adapter instead."
         )
 
     def each(self, x: Tensor, functions: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:

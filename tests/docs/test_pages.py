@@ -24,6 +24,7 @@ PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name != "report.md") 
 RUN = {"python", "sh"}
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
 SHOWN = {OUTPUT, "math"}
+NEEDS = {"how-to/integrations.md": ("trl", "sentence_transformers", "lightning")}  # of the extra `integrations`
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +72,8 @@ def test_nothing_escapes_the_tests(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom in one folder, as a reader at the root of a clone does, and in one Python program."""
+    for package in NEEDS.get(name(page), ()):
+        pytest.importorskip(package, reason="the extra `integrations` is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands = tmp_path / "bin"

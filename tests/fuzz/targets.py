@@ -12,13 +12,14 @@ from pathlib import Path
 
 from fastpeft import FastpeftError
 from fastpeft.config import TrainConfig, parse_value
-from fastpeft.data import load_data, read_lines
+from fastpeft.data import load_data
 from fastpeft.files import fingerprints_agree
 from fastpeft.mezo.journal import Journal
 from fastpeft.named_files import check_named_files
 from fastpeft.named_prompts import parse_prompt
 from fastpeft.prompts import Prompt
 from fastpeft.runs import RunFolder
+from fastpeft.tables import read_apart
 
 
 def _file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], None]:
@@ -68,7 +69,7 @@ def _label_words(text: str) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     **{f"table.{kind}": _file(f"rows.{kind}", lambda path: load_data(str(path))) for kind in ("csv", "tsv", "jsonl")},
-    "lines": _file("texts.txt", lambda path: read_lines(str(path))),
+    "lines": _file("texts.txt", lambda path: read_apart(str(path))),
     "configuration": _file("run.json", TrainConfig.from_file),
     "run": _file("metrics.json", _run),
     "prompt": _file("prompt.json", lambda path: Prompt.load(path.parent)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, labels, ladder, logits, tiny
+from backbones import IDS, MASK, SPECIAL, labels, ladder, logits, tiny
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model
 from torch import Tensor, nn
@@ -492,9 +493,12 @@ def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
     ("base", "config", "message"),
     [
         (lambda: nn.Linear(4, 4), {}, "the base is a Linear"),
-        (lambda: tiny(head="Model"), {}, "RobertaModel has no head"),
-        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification are not found.*says 3 layers"),
-        (lambda: tiny("T5", "ForSequenceClassification", num_layers=2, d_model=16, d_kv=8), {}, "an encoder and a dec"),
+        (
+            lambda: tiny(head="Model"),
+            {},
+            "RobertaModel has no head .* RobertaForSequenceClassification or RobertaForTokenCl",
+        ),
+        (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers.*as ALBERT's"),
         (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
         (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
     ],
@@ -502,6 +506,62 @@ def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
 def test_bases_that_do_not_fit_are_refused(base: Any, config: dict[str, Any], message: str) -> None:
     with pytest.raises(FastpeftError, match=message):
         ladder(base(), **config)
+
+
+T5 = {"num_layers": 3, "num_decoder_layers": 3, "d_model": 16, "d_kv": 8, "decoder_start_token_id": 0, **SPECIAL}
+BART = {"d_model": 16, "encoder_layers": 3, "decoder_layers": 3, **SPECIAL}
+ENCODER_DECODERS = {
+    "T5": (T5, ("Model", "EncoderModel", "ForConditionalGeneration"), ("Sequence", "Token")),
+    "Bart": (BART, ("Model",), ("Sequence",)),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_advice_on_models_with_encoder_and_decoder_works(kind: str) -> None:
+    shape, headless, problems = ENCODER_DECODERS[kind]
+    named = " or ".join(f"{kind}For{problem}Classification" for problem in problems)
+    for head in headless:
+        with pytest.raises(FastpeftError, match=rf"{kind}{head} has no head .*Load the model with {named}\.$"):
+            ladder(tiny(kind, head, **shape))
+    with pytest.raises(FastpeftError, match="an encoder and a decoder") as error:
+        ladder(tiny(kind, "ForSequenceClassification", **shape))
+    stacks = re.findall(r"'(.+?)'", str(error.value))
+    assert len(stacks) == 2
+    ids = torch.cat([IDS, torch.full((3, 1), SPECIAL["eos_token_id"])], dim=1)  # what these heads read
+    for stack in stacks:
+        model = ladder(tiny(kind, "ForSequenceClassification", **shape), feature_modules=stack)
+        learns(model, ids, torch.tensor([0, 1, 2]))
+    if "Token" in problems:
+        learns(ladder(tiny(kind, "ForTokenClassification", **shape)), ids, ids % 3)
+
+
+def learns(model: LadderModel, ids: Tensor, labels: Tensor) -> None:
+    """Steps lower the loss."""
+    optimizer = torch.optim.Adam([p for p in model.eval().parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        losses.append(model(ids, labels=labels).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_advice_on_models_without_a_classifier_works() -> None:
+    long_t5 = {**T5, "encoder_attention_type": "local"}
+    with pytest.raises(FastpeftError, match=r"no classifier of the kind longt5: put its encoder and a head into an nn"):
+        ladder(tiny("LongT5", "EncoderModel", **long_t5))
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = tiny("LongT5", "EncoderModel", **long_t5)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.encoder(ids).last_hidden_state.mean(1))
+
+    assert ladder(Own(), feature_modules="encoder.encoder.block")(inputs=IDS).logits.shape == (3, 3)
 
 
 def test_something_else_than_a_configuration_is_refused() -> None:

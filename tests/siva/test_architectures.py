@@ -119,7 +119,7 @@ def test_the_whole_way(tmp_path: Path, name: str, residual: str) -> None:
     assert sum(isinstance(module, SivaLinear) for module in model.modules()) == case.layers
     torch.testing.assert_close(output(model, inputs), pretrained, **CLOSE)
 
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses = []
     for _ in range(5):
         loss = loss_of(model, inputs)

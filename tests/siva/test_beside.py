@@ -52,7 +52,7 @@ def move(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model.eval()
 
 

@@ -131,7 +131,7 @@ def move(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return model
 
 
@@ -174,7 +174,7 @@ def test_a_new_adapter_is_the_base_model_and_says_what_it_is(case: Case, residua
 def test_training_lowers_the_loss_and_changes_nothing_else(case: Case, residual: str) -> None:
     model = peft.get_peft_model(case.make(), config(case, residual=residual))
     fixed = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in trained(model)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses = []
     for _ in range(4):
         found = answer(model.eval(), case)
@@ -348,7 +348,7 @@ def test_safe_merge_stops_before_a_weight_is_spoilt(case: Case) -> None:
     change = layer.siva_du["default"].weight.data
     kept = change.clone()
     change.fill_(float("nan"))
-    with pytest.raises(FastpeftError, match="NaN or infinite"):
+    with pytest.raises(FastpeftError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     change.copy_(kept)
     torch.testing.assert_close(output(model, case), expected, **CLOSE)

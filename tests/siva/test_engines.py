@@ -47,7 +47,7 @@ def adapted(residual: str = "frozen", **config: Any) -> peft.PeftModel:
     settings: dict[str, Any] = {"r": 3, "target_modules": ["query", "key", "dense"], "task_type": "SEQ_CLS"} | config
     model = peft.get_peft_model(base, SivaConfig(residual=residual, **settings)).eval()
     for parameter in trained(model).values():
-        parameter.data += 0.1 * torch.randn(parameter.shape)
+        parameter.data += 0.01 * torch.randn(parameter.shape)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
 from fastpeft.siva import SivaModel
+from fastpeft.siva.export import save_as_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +36,7 @@ def move(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -259,6 +261,55 @@ def test_what_siva_cannot_do_is_refused_and_nothing_changes(tmp_path: Path, case
         refuse(model, tmp_path)
     assert logits(model).equal(expected)
     assert list(model.peft_config) == ["default"]
+
+
+def test_advice_in_place_of_a_weighted_sum_works_beside_heads() -> None:
+    model = two_adapters()
+    with pytest.raises(FastpeftError) as error:
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "half")
+    (code,) = re.findall(r"for layer in .*?: layer\.set_adapter\(.*?\)", str(error.value))
+    layer, x = next(iter(model.base_model.layers())), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    changes = []
+    with torch.no_grad(), model.disable_adapter():
+        base = layer(x)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        changes.append(layer(x).detach() - base)
+    head = model.base_model.model.classifier.active_adapters
+    exec(code, {"model": model})
+    torch.testing.assert_close(layer(x), base + sum(changes), **CLOSE)
+    assert min(change.abs().max() for change in changes) > 1e-3
+    assert model.base_model.model.classifier.active_adapters == head == ["second"]
+    logits(model)
+
+
+def test_advice_in_place_of_a_weighted_sum_works_by_lora(tmp_path: Path) -> None:
+    model = two_adapters(task_type=None)
+    with pytest.raises(FastpeftError, match="combination_type") as error:
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.25], "mixed")
+    (kind,) = re.findall('combination_type="(.*?)"', str(error.value))
+    for name in ("default", "second"):
+        save_as_lora(model, tmp_path / name, name)
+    lora = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "default")
+    lora.load_adapter(tmp_path / "second", "second")
+    lora.add_weighted_adapter(["default", "second"], [0.5, 0.25], "mixed", combination_type=kind)
+    merged, base = {}, dict(tiny_classifier().named_parameters())
+    for each, names in ((model, ("default", "second")), (lora, ("mixed",))):
+        for name in names:
+            plain = copy.deepcopy(each)
+            plain.set_adapter(name)
+            merged[name] = plain.merge_and_unload().state_dict()
+    for name, weight in base.items():
+        expected = weight + 0.5 * (merged["default"][name] - weight) + 0.25 * (merged["second"][name] - weight)
+        torch.testing.assert_close(merged["mixed"][name], expected.detach(), **CLOSE)
+
+
+def two_adapters(**given: Any) -> Any:
+    """A model with two trained adapters of which the second is active."""
+    model = adapted(**given)
+    model.add_adapter("second", config(**given))
+    model.set_adapter("second")
+    return move(model).eval()
 
 
 @pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT converts no adapters")

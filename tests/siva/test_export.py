@@ -31,7 +31,7 @@ def move(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def test_the_factors_make_what_training_changed() -> None:

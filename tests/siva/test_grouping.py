@@ -70,7 +70,7 @@ def adapted(targets: list[str] = ALL, name: str = "attention", **config: Any) ->
     model = peft.get_peft_model(Model(name), SivaConfig(r=2, target_modules=targets, **config))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += 0.01 * torch.randn_like(parameter)
     return model, model.get_base_model().attention
 
 

@@ -54,7 +54,7 @@ def train_a_little(model: nn.Module, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.numel() > 1:
-            parameter.data += 0.3 * max(parameter.shape) ** -0.5 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.03 * max(parameter.shape) ** -0.5 * torch.randn(parameter.shape, generator=generator)
     return model
 
 

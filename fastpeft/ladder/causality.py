@@ -1,0 +1,142 @@
+"""Whether tokens of a side network see only those before them, as the backbone's do: it is run to find out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from fastpeft.errors import FastpeftError, first_line
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.joint import evaluating
+
+_TOKENS = 4
+_CHANGED = 2  # the token, from 0, whose change those before it must not see
+
+# Share of the change of later tokens up to which one of earlier tokens is rounding. Of 147 architectures that
+# transformers has, those whose tokens see later ones are at 0.6 and above, in float32, bfloat16 and float16, all others
+# at 0, or in passes of their own, where experts group their tokens in another way, below 2e-6.
+_ROUNDING = 0.1
+
+
+def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
+    """Whether each token of a side network sees only those before it.
+
+    That is what tokens of the backbone do, which a pass over two texts of four tokens tells: in a causal one, a changed
+    token changes no feature of a token before it. The pass runs in evaluation mode and without gradients, and leaves
+    random states and modes as they were. There is none where the backbone has no values (on the meta device), takes no
+    tokens, or is the decoder beside an encoder; then the model's task and its layers' `is_causal` tell.
+
+    Args:
+        backbone: what the side network reads.
+        given: what the configuration says.
+
+    Returns:
+        True or False; None of a module that is no transformers model, where nothing tells.
+
+    Raises:
+        FastpeftError: the model predicts next tokens, and tokens see later ones, or would by `given`, or the pass fails
+            and nothing is given.
+    """
+    kind, predicts = type(backbone.core).__name__, _predicts_next_tokens(backbone)
+    if given is not None and not predicts:
+        return given
+    try:
+        shown = _shown(backbone, predicts)
+    except Exception as error:  # a model that needs other inputs raises almost any type
+        if given is None and predicts:
+            raise FastpeftError(
+                f"whether tokens of the {kind} see later ones cannot be told, for a pass over {_TOKENS} tokens failed: "
+                f"{first_line(error)} Mend that, or give LadderConfig(causal=True) if the layers that the side network "
+                "reads predict next tokens, causal=False if not."
+            ) from error
+        return _says_causal(backbone) if given is None else given
+    if not predicts:
+        return _says_causal(backbone) if shown is None else shown
+    if shown is False:
+        raise FastpeftError(
+            f"tokens of the {kind} see later ones: a changed token changed features of those before it. The model "
+            "predicts each token from those before, so it and a side network would see what they predict. Load it with "
+            "a configuration that makes it a decoder, such as BERT's is_decoder=True, or with the head of another task."
+        )
+    if given is False:
+        raise FastpeftError(
+            f"causal=False beside a {kind}, which predicts each token from those before: the side network would see "
+            "the tokens that it predicts. Leave causal out. A side network that was trained so has learned from them: "
+            "train it anew."
+        )
+    return True
+
+
+def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
+    """Raise `FastpeftError` where a module may predict next tokens, and nothing tells whether it does."""
+    if causal is None and isinstance(logits, Tensor) and logits.ndim == 3:
+        raise FastpeftError(
+            f"the base, a {type(base).__name__}, returned logits {tuple(logits.shape)}, and nothing tells whether its "
+            "tokens see later ones. Give LadderConfig(causal=True) if it predicts next tokens, causal=False if its "
+            "tokens may see all others."
+        )
+
+
+def _predicts_next_tokens(backbone: Backbone) -> bool:
+    """Whether the layers belong to a model that writes, by its class: it has `generate` and is for no masked words."""
+    core = backbone.core
+    if backbone.plain or not core.can_generate() or type(core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return False
+    if not getattr(core.config, "is_encoder_decoder", False):
+        return True
+    encoder = core.get_encoder()
+    return encoder is core or backbone.layers[0] not in set(encoder.modules())
+
+
+def _says_causal(backbone: Backbone) -> bool | None:
+    """What the configuration and the layers say of themselves."""
+    if any(getattr(module, "is_causal", False) for layer in backbone.layers for module in layer.modules()):
+        return True
+    return None if backbone.plain else bool(getattr(backbone.core.config, "is_decoder", False))
+
+
+def _shown(backbone: Backbone, predicts: bool) -> bool | None:
+    """Whether features are causal, as a pass shows; None where there can be none, or tokens have no part in others."""
+    core = backbone.core
+    if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters()):
+        return None
+    if predicts and getattr(core.config, "is_encoder_decoder", False):
+        return None  # a decoder reads other tokens than the encoder
+    if not predicts and backbone.input_name != "input_ids":
+        return None
+    embeddings = core.get_input_embeddings()
+    count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count  # of ordinary words
+    ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
+    with _leaving_no_trace(backbone):
+        features = backbone.features({"input_ids": ids})
+    before = after = 0.0  # the largest changes of tokens before and after, as shares of the changed one's own
+    for feature in features:
+        change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)
+        if (own := change[_CHANGED].item()) > 0:
+            before = max(before, change[:_CHANGED].max().item() / own)
+            after = max(after, change[_CHANGED + 1 :].max().item() / own)
+    if before > _ROUNDING * after:
+        return False
+    return True if after > 0 else None
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
+    """While the block runs, the backbone evaluates, without gradients or compilation; random states stay."""
+    core = backbone.core
+    devices = {parameter.device.index for parameter in core.parameters() if parameter.device.type == "cuda"}
+    sparse = [(module, module.attention_type) for module in core.modules() if hasattr(module, "set_attention_type")]
+    with torch.random.fork_rng(devices):
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(core.modules()):
+                yield
+        finally:
+            for module, attention in sparse:  # of BigBird, which in a short text turns to full attention for good
+                module.set_attention_type(attention)

@@ -1,0 +1,63 @@
+"""transformers' own `add_adapter`, which puts SiVA's layers into a model without a model of PEFT around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from samples import tiny_classifier
+from torch import Tensor
+
+from fastpeft import SivaConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+ROWS = [{"input_ids": row, "labels": label} for row, label in zip(IDS, (0, 1, 0, 1))]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Path) -> None:
+    model = tiny_classifier()
+    before = logits(model)
+    model.add_adapter(SivaConfig(r=2, target_modules="all-linear", residual=residual))
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("siva_" in name for name in trained)
+
+    settings = transformers.TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, learning_rate=0.1, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    transformers.Trainer(model, settings, train_dataset=ROWS).train()
+    after = logits(model)
+    assert not torch.allclose(after, before, rtol=0, atol=1e-4)
+    model.disable_adapters()
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    model.enable_adapters()
+    assert torch.equal(logits(model), after)
+
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = tiny_classifier()
+    fresh.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(fresh), after)
+
+
+def test_an_adapter_can_be_deleted_and_another_takes_its_place() -> None:
+    model = tiny_classifier()
+    before = logits(model)
+    model.add_adapter(SivaConfig(r=2), "one")
+    model.add_adapter(SivaConfig(r=2), "two")
+    assert model.active_adapters() == ["two"]
+    model.delete_adapter(["one", "two"])
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    model.add_adapter(SivaConfig(r=3), "one")
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)

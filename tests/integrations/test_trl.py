@@ -1,0 +1,126 @@
+"""SiVA under TRL's trainers, from the base model and from an adapter that was trained before."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+from tokenizers_for_prompts import make_tokenizer
+
+from fastpeft import SivaConfig
+
+trl = pytest.importorskip("trl", reason="the extra `integrations` is not installed")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS, GOOD, BAD = ["this film is", "the plot was", "it is", "a story"], [" great", " lovely"], [" bad", " dull"]
+SHARED = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1, "logging_steps": 1, "seed": 0}
+SHARED |= {
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+}
+SHARED |= {"disable_tqdm": True, "lr_scheduler_type": "constant"}
+
+
+def tokenizer() -> Any:
+    """One that ends no prompt by itself."""
+    made = copy.deepcopy(make_tokenizer("unigram"))
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made
+
+
+def base() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def config() -> SivaConfig:
+    return SivaConfig(r=2, task_type="CAUSAL_LM")
+
+
+def fine_tuned(folder: Path) -> trl.SFTTrainer:
+    texts = [prompt + word for prompt in PROMPTS for word in GOOD]
+    trainer = trl.SFTTrainer(
+        base(),
+        trl.SFTConfig(str(folder / "sft"), max_length=32, **SHARED),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer(),
+        peft_config=config(),
+    )
+    trainer.train()
+    return trainer
+
+
+def preferences(paired: bool) -> datasets.Dataset:
+    if paired:
+        return datasets.Dataset.from_dict({"prompt": PROMPTS, "chosen": GOOD * 2, "rejected": BAD * 2})
+    return datasets.Dataset.from_dict(
+        {"prompt": PROMPTS * 2, "completion": GOOD * 2 + BAD * 2, "label": [True] * 4 + [False] * 4}
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[0, 33, 34, 35]])).logits
+
+
+def test_sft_trains_the_adapter_alone_and_its_result_loads(tmp_path: Path) -> None:
+    trainer = fine_tuned(tmp_path)
+    before = base()
+    trained = trainer.model
+    for name, parameter in before.named_parameters():
+        if not any(part in name for part in ("q_proj", "k_proj")):
+            assert torch.equal(trained.get_base_model().get_parameter(name), parameter), name
+    assert not torch.allclose(logits(trained), logits(before), atol=1e-3)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "adapter"))
+    assert torch.equal(logits(loaded), logits(trained))
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+@pytest.mark.parametrize("method", ["DPO", "KTO"])
+def test_the_first_reward_is_zero(method: str, start: str, tmp_path: Path) -> None:
+    """The reference is what training starts from: the base model, or the adapter as it was loaded."""
+    arguments = getattr(trl, f"{method}Config")(str(tmp_path / "out"), max_length=32, **SHARED)
+    model, given = base(), {"peft_config": config()}
+    if start == "adapter":
+        trainer = fine_tuned(tmp_path)
+        trainer.save_model(str(tmp_path / "adapter"))
+        model, given = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter"), is_trainable=True), {}
+        expected = logits(trainer.model)
+    else:
+        expected = logits(model)
+    trainer = getattr(trl, f"{method}Trainer")(
+        model, args=arguments, train_dataset=preferences(method == "DPO"), processing_class=tokenizer(), **given
+    )
+    with trl.trainer.utils.use_adapter(trainer.model, "ref" if start == "adapter" else None):
+        assert torch.allclose(logits(trainer.model), expected, rtol=1e-5, atol=1e-5)
+    trainer.train()
+    first, second = (
+        {key: value for key, value in step.items() if key in ("rewards/chosen", "rewards/rejected")}
+        for step in trainer.state.log_history[:2]
+    )
+    assert first
+    assert set(first.values()) == {0.0}
+    assert 0.0 not in second.values()

@@ -1,0 +1,310 @@
+"""Beside a model that predicts next tokens no token sees a later one: whatever transformers has, or it is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from backbones import ladder, tiny
+from causal_models import CAUSAL, causal_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.causality import decide_causal
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+
+# whose attention does not call itself causal, or not in the first layer
+SILENT = (
+    "bloom",
+    "falcon_mamba",
+    "lfm2",
+    "mamba",
+    "mamba2",
+    "mpt",
+    "qwen3_next",
+    "rwkv",
+    "trocr",
+    "xglm",
+)
+REFUSED = {
+    "cpmant": "the feature of layer 0 has the shape",  # 32 tokens of a prompt come before the text's
+    "deepseek_v4": "the feature of layer 0 has the shape",  # several streams
+    "gemma3n_text": "the feature of layer 0 has the shape",  # several streams
+    "hrm_text": "the layers of HrmTextForCausalLM are not found",  # two stacks, which run in turn
+    "hy_v4": "the feature of layer 0 has the shape",  # several streams
+    "llama4_text": "Llama4ForCausalLM has no head",  # its body has another name than its class says
+    "longcat_flash": "the layers of LongcatFlashForCausalLM are not found",  # fewer than the configuration says
+    "olmo_hybrid": "the layers of OlmoHybridForCausalLM are not found",  # of two classes
+    "openai-gpt": "the feature of layer 1 is list",
+    "prophetnet": "the feature of layer 0 has the shape",  # several streams
+    "qwen4_exp_text": "the feature of layer 0 has the shape",  # several streams
+    "reformer": "has no attribute 'attn_output'",  # its layers return two streams
+    "xlnet": "the feature of layer 0 has the shape",  # (T, B, d)
+    "zamba2": "the layers of Zamba2ForCausalLM are not found",  # of two classes
+}
+MASKED_WORDS = ("xlm",)  # what transformers lists among the causal ones too
+
+
+def moved(base: Any, **config: Any) -> LadderModel:
+    """A ladder whose side network's parameters are all far from their start."""
+    model = ladder(base, **config)
+    with torch.no_grad():
+        for parameter in model.side.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+@torch.no_grad()
+def changes(model: LadderModel, ids: Tensor = IDS) -> Tensor:
+    """By how much the logits of each token change at most when the last token does, `(T,)`."""
+    other = ids.clone()
+    other[:, -1] = 3
+    logits = [model.eval()(**{model.main_input_name: each}).logits for each in (ids, other)]
+    return (logits[0] - logits[1]).abs().amax((0, 2))
+
+
+def assert_no_later_token_is_seen(model: LadderModel) -> None:
+    *before, last = changes(model).tolist()
+    assert last > 5e-6
+    assert max(before) < 1e-6  # the measured error is 0, beside experts up to 9e-8
+
+
+def train_a_step(model: LadderModel) -> None:
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    before = {name: parameter.detach().clone() for name, parameter in model.side.named_parameters()}
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    after = dict(model.side.named_parameters())
+    assert [name for name, p in after.items() if p.equal(before[name]) or not p.isfinite().all()] == []
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SILENT else pytest.mark.slow) for kind in sorted(CAUSAL)]
+)
+def test_every_causal_architecture_trains_and_looks_at_no_later_token_or_is_refused(kind: str) -> None:
+    base = causal_model(kind)
+    if kind in REFUSED:
+        with pytest.raises(FastpeftError, match=REFUSED[kind]):
+            ladder(base)
+        return
+    model = moved(base)
+    assert model.config.causal is model.side.causal is (kind not in MASKED_WORDS)
+    train_a_step(model)
+    if kind not in MASKED_WORDS:
+        assert_no_later_token_is_seen(model)
+
+
+def test_a_ladder_beside_lfm2_learns_nothing_of_random_tokens() -> None:
+    """Of two tokens drawn at random the first says nothing of the second: the loss is that of a guess at best."""
+    vocabulary, generator = 8, torch.Generator().manual_seed(3)
+    base = causal_model("lfm2", vocab_size=vocabulary)
+    for parameter in base.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    model = ladder(base, reduction_factor=1).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(120):
+        ids = torch.randint(0, vocabulary, (64, 2), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 > 0.98 * math.log(vocabulary)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"window_size": 1, "fusion": "gated"},
+        {"window_size": 9, "num_heads": 2, "residual": True},
+        {"window_size": 5, "share_projections": True, "output_mix": True},
+        {"backbone_dtype": "int8"},
+        {"backbone_dtype": "bfloat16"},
+    ],
+    ids=lambda config: " ".join(config),
+)
+def test_no_form_of_the_side_network_looks_at_later_tokens(config: dict[str, Any]) -> None:
+    assert_no_later_token_is_seen(moved(causal_model("bloom"), **config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tells_as_float32_does(dtype: torch.dtype) -> None:
+    for kind in SILENT:
+        assert decide_causal(Backbone(causal_model(kind).to(dtype)), None) is True
+    for kind in ("Roberta", "Bert", "DistilBert", "ModernBert", "Electra", "DebertaV2"):
+        assert decide_causal(Backbone(tiny(kind).to(dtype)), None) is False
+
+
+def test_beside_a_head_of_classes_the_side_network_sees_what_the_backbone_does() -> None:
+    assert ladder(tiny("Bloom")).side.causal is True
+    assert ladder(tiny("Bloom"), causal=False).side.causal is False  # no leak: a class is no token
+    assert ladder(tiny("Roberta")).side.causal is False
+    assert ladder(tiny("Roberta", is_decoder=True)).side.causal is True
+    adapted = peft.get_peft_model(tiny("Bloom"), peft.LoraConfig(target_modules=["query_key_value"]))
+    assert ladder(adapted).side.causal is True
+
+
+def test_a_language_model_whose_tokens_see_later_ones_is_refused() -> None:
+    base = tiny("Bert", "LMHeadModel")
+    for causal in (None, True, False):
+        with pytest.raises(FastpeftError, match=r"tokens of the BertLMHeadModel see later ones.*is_decoder=True"):
+            ladder(base, causal=causal)
+    with pytest.raises(FastpeftError, match=r"tokens of the BertLMHeadModel see later ones"):
+        LadderPool(base)
+    assert_no_later_token_is_seen(moved(tiny("Bert", "LMHeadModel", is_decoder=True, vocab_size=64)))
+
+
+def test_a_side_network_that_learned_from_later_tokens_is_refused(tmp_path: Path) -> None:
+    model = ladder(causal_model("bloom"))
+    model.config.causal = False  # as it was saved before
+    model.save_pretrained(tmp_path)
+    for make in (
+        lambda: LadderModel.from_pretrained(tmp_path, base=causal_model("bloom")),
+        lambda: ladder(causal_model("bloom"), causal=False),
+    ):
+        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it anew"):
+            make()
+
+
+def test_what_cannot_be_told_is_asked_for() -> None:
+    base = causal_model("xmod", default_language=None)
+    with pytest.raises(FastpeftError, match=r"cannot be told.*Input language unknown.*causal=True.*causal=False"):
+        ladder(base)
+    assert ladder(base, causal=True).side.causal is True
+    assert ladder(base, causal=False).side.causal is False
+
+
+def test_without_values_the_task_and_the_layers_tell() -> None:
+    with torch.device("meta"):
+        models = [causal_model("mamba"), tiny("Bloom"), tiny("GPT2"), tiny("Roberta", is_decoder=True), tiny()]
+    assert [decide_causal(Backbone(model), None) for model in models] == [True, False, True, True, False]
+    with FakeTensorMode():
+        assert decide_causal(Backbone(causal_model("mamba")), None) is True
+
+
+@pytest.mark.parametrize(("stack", "causal"), [("encoder", False), ("decoder", True)])
+def test_of_an_encoder_with_a_decoder_the_latter_is_causal(stack: str, causal: bool) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 40}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 48}
+    torch.manual_seed(0)
+    base = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    model = moved(base, feature_modules=f"model.{stack}.layers")
+    assert model.side.causal is causal
+    labels = IDS.clone()
+    labels[:, 3] = 3  # which the decoder reads as its token 4
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=IDS, labels=each).logits for each in (IDS, labels))
+    changed = (one - other).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == 4 * [False] + 3 * [True]
+
+
+class Decoder(nn.Module):
+    """A model of next tokens, written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(64, 16)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3))
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        for block in self.blocks:
+            x = block(x, src_mask=mask)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_a_module_that_answers_for_each_token_must_be_told_of() -> None:
+    untold = ladder(Decoder(), feature_modules="blocks")
+    for labels in (None, IDS):
+        with pytest.raises(FastpeftError, match=r"a Decoder, returned logits \(2, 7, 64\).*causal=True.*causal=False"):
+            untold(inputs=IDS, labels=labels)
+    assert_no_later_token_is_seen(moved(Decoder(), feature_modules="blocks", causal=True))
+    assert changes(moved(Decoder(), feature_modules="blocks", causal=False))[0] > 1e-3
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_to_find_out_leaves_no_trace(training: bool) -> None:
+    base = causal_model("gpt2").train(training)
+    base.transformer.h[1].train(not training)
+    calls: list[nn.Module] = []
+
+    def draw(module: nn.Module, *_: Any) -> None:
+        torch.rand(3)  # as some layers do
+        calls.append(module)
+
+    base.transformer.h[0].register_forward_hook(draw)
+    modes = [module.training for module in base.modules()]
+    weights = {name: (tensor.clone(), tensor._version) for name, tensor in base.state_dict(keep_vars=True).items()}
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules()]
+    state = torch.get_rng_state()
+    assert decide_causal(Backbone(base), None) is True
+    assert len(calls) == 1  # one pass
+    assert torch.get_rng_state().equal(state)
+    assert [module.training for module in base.modules()] == modes
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.modules()] == hooks
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        assert tensor.equal(weights[name][0])
+        assert tensor._version == weights[name][1]
+        assert tensor.grad is None
+    assert torch.is_grad_enabled()
+
+
+def test_big_bird_keeps_its_sparse_attention() -> None:
+    """It turns to full attention when it meets a short text."""
+    base = tiny("BigBird", attention_type="block_sparse").train()
+    before = {name: (type(module), module.training) for name, module in base.named_modules()}
+    assert ladder(base).side.causal is False
+    base.train()
+    assert {name: (type(module), module.training) for name, module in base.named_modules()} == before
+    assert base.bert.attention_type == "block_sparse"
+
+
+def test_to_find_out_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(causal_model("gpt2"))
+    backbone.compile(backend=lambda graph, _: pytest.fail("compiled"))
+    assert decide_causal(backbone, None) is True
+
+
+def test_rwkv_is_the_same_saved_and_in_a_pool(tmp_path: Path) -> None:
+    """It scales the weights of later layers when it first evaluates; what knows and shares them must come after."""
+
+    def base() -> Any:
+        return causal_model("rwkv", num_hidden_layers=5, rescale_every=2)
+
+    model = moved(base())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS).logits
+        loaded = LadderModel.from_pretrained(tmp_path, base=base())
+        assert loaded(input_ids=IDS).logits.equal(expected)
+        pool = LadderPool(base())
+        pool.add("saved", str(tmp_path))
+        pool.add("loaded", loaded)
+        for tasks in (["saved", "loaded"], ["loaded", "saved"]):
+            answers = torch.stack([row.logits for row in pool({"input_ids": IDS}, tasks)])
+            torch.testing.assert_close(answers, expected)
+        torch.testing.assert_close(pool["saved"](input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_a_ladder_generates_nothing(kind: str) -> None:
+    model = LadderModel(causal_model(kind), LadderConfig(window_size=3, reduction_factor=2))
+    with pytest.raises(FastpeftError, match=r"does not generate.*logits\[:, -1\]"):
+        model.generate(IDS, max_new_tokens=2)
