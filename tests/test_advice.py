@@ -50,7 +50,14 @@ OPTIONS = {name: {flag for p in command.params for flag in p.opts} for name, com
 PUBLIC = [getattr(fastpeft, name) for name in fastpeft.__all__ if name != "functional"]
 OTHERS = [
     *(peft.PeftModel, peft.LoraConfig, peft.PromptTuningConfig, peft.tuners.lora.LoraModel),
-    *(transformers.TrainingArguments, transformers.Trainer, transformers.BitsAndBytesConfig, torch.nn.Module, torch),
+    *(
+        transformers.BertConfig,
+        transformers.TrainingArguments,
+        transformers.Trainer,
+        transformers.BitsAndBytesConfig,
+        torch.nn.Module,
+        torch,
+    ),
 ]
 FORMS = {"key", "class", "negative", "positive"}  # what is written for what: --set key=value
 

@@ -206,8 +206,8 @@ class SivaModel(BaseTuner):
         """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
         raise FastpeftError(
             f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
-            f"with weight 1, in each layer: for layer in model.base_model.layers(): layer.set_adapter({adapters!r}); "
-            "the head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
+            f"with weight 1, by layer.set_adapter({adapters!r}) of each fastpeft.SivaLinear among model.modules(); the "
+            "head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
             'export each as a LoRA (`fastpeft export --to lora`) and combine those with combination_type="cat".'
         )
 

@@ -47,14 +47,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if _is_siva(item)]
     config.hook.pytest_deselected(items=[item for item in items if not _is_siva(item)])
     items[:] = kept
-    names = {item: f"{_file(item.module)}::{item.name}" for item in items}  # type: ignore[attr-defined]
-    files = {_file(item.module) for item in items}  # type: ignore[attr-defined]
+    names = {item: f"{_file(item.module)}::{item.name}" for item in kept}  # type: ignore[attr-defined]
+    files = {_file(item.module) for item in kept}  # type: ignore[attr-defined]
     for exception in EXCEPTIONS:
         meant = [item for item, name in names.items() if fnmatch.fnmatchcase(name, exception.tests)]
         if not meant and fnmatch.filter(files, exception.tests.partition("::")[0]):
-            raise pytest.UsageError(f"EXCEPTIONS: no test is called {exception.tests}")
+            items.append(_NoSuchTest.from_parent(kept[0].session, name=exception.tests))
         for item in meant:
             item.add_marker(pytest.mark.xfail(reason=exception.reason, raises=exception.raises, strict=True))
+
+
+class _NoSuchTest(pytest.Item):
+    """Fails for an entry of `EXCEPTIONS` that matches nothing. An error while tests are collected hangs xdist."""
+
+    def runtest(self) -> None:
+        pytest.fail(f"EXCEPTIONS: no test is called {self.name}", pytrace=False)
 
 
 def _is_siva(item: pytest.Item) -> bool:

@@ -267,8 +267,9 @@ def test_advice_in_place_of_a_weighted_sum_works_beside_heads() -> None:
     model = two_adapters()
     with pytest.raises(FastpeftError) as error:
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "half")
-    (code,) = re.findall(r"for layer in .*?: layer\.set_adapter\(.*?\)", str(error.value))
-    layer, x = next(iter(model.base_model.layers())), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    (code,) = re.findall(r"by (layer\.set_adapter\(.*?\)) of each fastpeft\.SivaLinear among", str(error.value))
+    layers = [module for module in model.modules() if isinstance(module, SivaLinear)]
+    layer, x = layers[0], torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     changes = []
     with torch.no_grad(), model.disable_adapter():
         base = layer(x)
@@ -276,7 +277,8 @@ def test_advice_in_place_of_a_weighted_sum_works_beside_heads() -> None:
         model.set_adapter(name)
         changes.append(layer(x).detach() - base)
     head = model.base_model.model.classifier.active_adapters
-    exec(code, {"model": model})
+    for each in layers:
+        exec(code, {"layer": each})
     torch.testing.assert_close(layer(x), base + sum(changes), **CLOSE)
     assert min(change.abs().max() for change in changes) > 1e-3
     assert model.base_model.model.classifier.active_adapters == head == ["second"]
