@@ -247,8 +247,8 @@ def _load_adapter(folder: Path, base: Any) -> Any:
     check_file(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
-    except FastpeftError:
-        raise
+    except FastpeftError as error:
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error}") from error
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
     check_weights(model, folder)

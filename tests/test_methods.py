@@ -58,7 +58,7 @@ def test_adapters_train_their_targets_and_the_head(
     model = get_method(name).prepare(classifier.model, Preparation(classifier.head, 2, targets))
     adapted = trained(model) - HEAD
     assert trained(model) >= HEAD
-    layers = {path.split(".")[-3 if name == "lora" else -2] for path in adapted}
+    layers = {path.split(".")[-3] for path in adapted}
     assert layers == set(expected)
 
 

@@ -610,8 +610,9 @@ def _take_in_loaded(layer: SivaLinear, _incompatible_keys: Any) -> None:
     for name in sorted(layer._waiting & layer._arriving):
         if any(change.is_empty() for change in layer._changes(name)):
             raise FastpeftError(
-                f"{layer.name}: what was loaded for adapter {name!r} lacks siva_du or siva_dv. A file with siva_u and "
-                "siva_v is of an earlier form: load it by PeftModel.from_pretrained and save it again."
+                f"{layer.name}: what was loaded for adapter {name!r} lacks siva_du or siva_dv, or they do not fit or "
+                "are not finite. A file with siva_u and siva_v is of an earlier form: load it by "
+                "PeftModel.from_pretrained and save it again."
             )
         if layer.d[name] is not None:
             layer._share_residual(name)
