@@ -97,7 +97,8 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
         adapted = wrap(
             model, SivaConfig(**common, init_weights="saved", residual_dtype=case.residual_dtype or None)
         )  # not decomposed, but filled in:
-        set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
+        blank = {name: torch.zeros_like(tensor) for name, tensor in get_peft_model_state_dict(adapted).items()}
+        set_peft_model_state_dict(adapted, blank)
         return adapted
     start = "pissa_niter_1" if case.method == "pissa" else True
     return wrap(model, LoraConfig(**common, lora_alpha=RANK, init_lora_weights=start))

@@ -33,7 +33,7 @@ def measure(model: str, path: str, data: str, folder: Path, scaling: str, target
     row = dict(zip(KEY, (model, targets, scaling, rate), strict=True))
     if any(row.items() <= other.items() for other in read_rows(FILE)):
         return
-    run = RunFolder(folder / "-".join((model, *row.values())))
+    run = RunFolder(folder / "-".join(row.values()))
     train = [
         "train",
         "--method",

@@ -142,6 +142,8 @@ def _over(method: Method, inner: Method) -> Method:
 
     def of_inner(preparation: Preparation) -> Preparation:
         own = {name: value for name, value in preparation.settings.items() if name != "over"}
+        if inner.name == "siva":  # its steps are made even for Adam's, which are as long as the rate
+            own.setdefault("scaling", "plain")
         return dataclasses.replace(preparation, settings=own)
 
     return dataclasses.replace(

@@ -71,9 +71,9 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def plain_logging() -> None:
     """The library's logger as it is without a command, which sets it up for its process: here that of all tests."""
-    logger = logging.getLogger("fastpeft")
-    logger.setLevel(logging.NOTSET)
-    logger.handlers = []
+    for name in ("fastpeft", "fastpeft.pitfalls"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    logging.getLogger("fastpeft").handlers = []
 
 
 @pytest.fixture

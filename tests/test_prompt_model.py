@@ -260,7 +260,7 @@ def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
 
 
 def adapted(**settings: Any) -> Any:
-    return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", **settings))
+    return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", scaling="plain", **settings))
 
 
 @pytest.mark.parametrize("make", [prompted, adapted])

@@ -114,8 +114,8 @@ def test_fzoo_and_deferring() -> None:
 
 
 def test_siva_factors_of_a_peft_model() -> None:
-    """They lie in a ParameterDict, which has no forward of its own."""
-    model = peft.get_peft_model(language_model(), SivaConfig(r=2)).bfloat16()
+    """What trains lies in small modules of its own."""
+    model = peft.get_peft_model(language_model(), SivaConfig(r=2, scaling="plain")).bfloat16()
     optimizer = MeZO(model, lr=0.0, eps=0.5, restore="exact")  # large enough to show in a loss of bfloat16
     before = weights(model)
     optimizer.step(loss_of(model))

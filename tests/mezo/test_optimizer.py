@@ -201,7 +201,8 @@ def test_siva_factors_of_a_roberta() -> None:
         intermediate_size=32,
         initializer_range=0.3,
     )
-    model = peft.get_peft_model(RobertaForMaskedLM(config), SivaConfig(r=2, target_modules="all-linear"))
+    given = SivaConfig(r=2, target_modules="all-linear", scaling="plain")
+    model = peft.get_peft_model(RobertaForMaskedLM(config), given)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.randint(3, 30, (4, 9), generator=torch.Generator().manual_seed(0))
