@@ -19,7 +19,7 @@ def test_a_cell_is_trained_once_and_gets_a_row(tmp_path: Path, monkeypatch: pyte
         folder.mkdir(parents=True)
         metrics = '{"accuracy": 0.75, "loss": 0.5, "dev_rows": 872, "steps": 250, "versions": "", "labels": ["a"]}'
         (folder / "metrics.json").write_text(metrics)
-        (folder / "run.json").write_text("{}")
+        (folder / "run.json").write_text('{"fastpeft_version": "0.1.0"}')
 
     monkeypatch.setattr(siva_rates.subprocess, "run", train)
     monkeypatch.setattr(siva_rates, "FILE", tmp_path / "table.csv")
