@@ -37,6 +37,7 @@ class Change(nn.Module):
         if start == "random":
             bound = max(initial.shape) ** -0.5  # the root mean square of an entry of a singular vector
             value.uniform_(-bound, bound)
+            value = weight_of(initial + value, initial, scale)
         elif start == "empty":
             value.fill_(float("nan"))
         self.weight = nn.Parameter(value)

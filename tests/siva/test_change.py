@@ -167,10 +167,11 @@ def test_half_precision_factors_merge_and_convert(residual: str, cast: Any) -> N
 # -- starts --------------------------------------------------------------------------------------------------------
 
 
-def test_random_changes_over_the_real_decomposition() -> None:
+@pytest.mark.parametrize("step", [None, SPECTRAL_STEP])
+def test_random_changes_over_the_real_decomposition(step: float | None) -> None:
     weight = linear().weight.detach()
-    layer = SivaLinear(linear(), r=4, init_weights=False)
-    assert (layer.weight - weight).abs().max() > 1e-2
+    layer = SivaLinear(linear(), r=4, init_weights=False, step=step)
+    assert 1e-2 < (layer.weight - weight).abs().max() < 10 * weight.abs().max()
     torch.testing.assert_close(layer.siva_u0["default"], decompose(weight, 4).factors.u)
     layer.restore()
     torch.testing.assert_close(layer.base_layer.weight.detach(), weight, **CLOSE)
