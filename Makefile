@@ -50,7 +50,7 @@ endurance-test: $(VENV)/dev.stamp
 
 # 2 and 4 processes that train together, in every engine, with one of them killed; `make test` runs a part
 distributed-test: $(VENV)/dev.stamp
-	$(PYTEST) --full tests/test_processes.py tests/reliability/test_lost_process.py
+	$(PYTEST) --full tests/support/test_processes.py tests/reliability/test_lost_process.py
 
 # PEFT's own tests with SiVA in their tables; the first time it fetches them, then it is offline
 peft-suite: $(VENV)/dev.stamp

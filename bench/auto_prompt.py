@@ -32,19 +32,19 @@ from typing import Any
 import torch
 
 from bench.harness import DATA, put_row, read_rows
-from fastpeft import files
-from fastpeft.auto_prompt import draw_rows, find_prompt
 from fastpeft.comparison.search import take_slice, write_rows
-from fastpeft.config import TrainConfig
-from fastpeft.data import Examples, TextData, load_data
-from fastpeft.environment import cpu_name, versions
-from fastpeft.evaluation import evaluate_zero_shot
-from fastpeft.named_prompts import AUTO
-from fastpeft.problems import CLASSIFICATION
-from fastpeft.prompts import Prompt
-from fastpeft.tables import READERS
-from fastpeft.task import DEFAULT_MAX_LENGTH
-from fastpeft.training import train
+from fastpeft.data.examples import Examples, TextData, load_data
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.data.tables import READERS
+from fastpeft.prompts.named import AUTO
+from fastpeft.prompts.template import Prompt
+from fastpeft.support import files
+from fastpeft.support.environment import cpu_name, versions
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.evaluation import evaluate_zero_shot
+from fastpeft.training.prompt_search import draw_rows, find_prompt
+from fastpeft.training.run import train
+from fastpeft.training.task import DEFAULT_MAX_LENGTH
 
 FILE = DATA / "auto_prompt.csv"
 ROWS = 2_000

@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.comparison.search import take_slice
-from fastpeft.data import load_data
-from fastpeft.environment import versions
+from fastpeft.data.examples import load_data
+from fastpeft.data.models import resolve_model
 from fastpeft.ladder.config import BackboneDtype
-from fastpeft.memory import MEBIBYTE
-from fastpeft.models import resolve_model
+from fastpeft.support.environment import versions
+from fastpeft.training.memory import MEBIBYTE
 
 FILE = DATA / "backbone_dtype.csv"
 DTYPES: tuple[BackboneDtype | None, ...] = (None, *get_args(BackboneDtype))

@@ -26,7 +26,8 @@ from torch import nn
 from bench.backbones import MODELS
 from bench.bench_training import BATCH_SIZE, CASE, TOKENS, step_of
 from bench.harness import DATA, ROUNDS, Candidates, measure
-from fastpeft.methods import Preparation, get_method
+from fastpeft.methods.preparation import Preparation
+from fastpeft.methods.registry import get_method
 
 FILE = DATA / "ladder.csv"
 RANK = 4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.harness import DATA, Candidates, measure
 from fastpeft import MeZO, Prompt
-from fastpeft.prompt_model import load_prompted
+from fastpeft.prompts.model import load_prompted
 
 FILE = DATA / "mezo_step.csv"
 LR, EPS = 1e-6, 1e-3

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastpeft
 from bench.harness import DATA, Candidates, measure
-from fastpeft import reference
+from fastpeft.ops import reference
 from fastpeft.siva import grouping
 
 FILE = DATA / "siva_linear.csv"

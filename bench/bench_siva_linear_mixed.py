@@ -45,8 +45,8 @@ from torch import Tensor, nn
 
 from bench.bench_siva_linear import RANK, Layers
 from bench.harness import DATA, Candidates, time_operation
-from fastpeft import reference
 from fastpeft.functional import siva_linear, siva_linear_mixed
+from fastpeft.ops import reference
 
 FILE = DATA / "siva_linear_mixed.csv"
 FEATURES = {"base": 768}

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from bench.backbones import MODELS
 from bench.harness import DATA, ROUNDS, Candidates, measure
-from fastpeft.methods import Preparation, get_method, parse_targets
+from fastpeft.methods.preparation import Preparation, parse_targets
+from fastpeft.methods.registry import get_method
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average

@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.harness import DATA, Candidates, time_operation
-from fastpeft import reference
 from fastpeft.functional import window_attention
+from fastpeft.ops import reference
 
 FILE = DATA / "window_attention.csv"
 WIDTHS = {"base": 96}  # of the side network, an eighth of the model's

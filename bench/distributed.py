@@ -43,8 +43,9 @@ from bench.backbones import MODELS
 from bench.bench_pool import adamw
 from bench.harness import DATA, Row, machine, put_row, spread
 from fastpeft import MeZO
-from fastpeft.memory import MEBIBYTE
-from fastpeft.methods import Preparation, get_method, parse_targets
+from fastpeft.methods.preparation import Preparation, parse_targets
+from fastpeft.methods.registry import get_method
+from fastpeft.training.memory import MEBIBYTE
 
 FILE = DATA / "distributed.csv"
 RANKS = (1, 2, 4)

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import linear_regression, mean
 
 from bench.harness import DATA, Row, put_row
-from fastpeft import files
 from fastpeft.comparison.cells import Cell
+from fastpeft.support import files
 
 FILE = DATA / "dry_run.csv"
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from fastpeft.environment import cpu_name
-from fastpeft.files import write_text
+from fastpeft.support.environment import cpu_name
+from fastpeft.support.files import write_text
 
 DATA = Path(__file__).parent / "data"
 WARM_UP, ROUNDS = 3, 21

@@ -18,7 +18,7 @@ import torch
 from bench.harness import DATA, machine, put_row
 from fastpeft import TrainConfig, train
 from fastpeft.comparison.search import take_slice, write_rows
-from fastpeft.data import load_data
+from fastpeft.data.examples import load_data
 
 FILE = DATA / "ladder_pretraining.csv"
 ALL_LAYERS = 6

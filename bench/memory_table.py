@@ -29,8 +29,8 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from bench.backbones import LARGE
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
-from fastpeft.environment import versions
-from fastpeft.memory import MEBIBYTE, MemoryEstimate, adamw_8bit, fused_adamw, simulate_training_step
+from fastpeft.support.environment import versions
+from fastpeft.training.memory import MEBIBYTE, MemoryEstimate, adamw_8bit, fused_adamw, simulate_training_step
 
 FILE = DATA / "memory.csv"
 RANK, BATCH = 4, 16

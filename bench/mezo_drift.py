@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench.harness import DATA, machine, put_row
 from fastpeft import MeZO
-from fastpeft.models import load_classifier
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.data.models import load_classifier
+from fastpeft.data.problems import CLASSIFICATION
 
 FILE = DATA / "mezo_drift.csv"
 EPS = 1e-3

@@ -35,7 +35,8 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from bench.bench_pool import adamw
 from bench.harness import DATA, interleave, machine, put_row, read_rows, spread
 from fastpeft import LadderConfig, LadderModel, LadderPool
-from fastpeft.methods import Preparation, get_method
+from fastpeft.methods.preparation import Preparation
+from fastpeft.methods.registry import get_method
 
 FILE = DATA / "scaling.csv"
 ROUNDS = 5

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import DATA, put_row
-from fastpeft.data import load_data
-from fastpeft.environment import versions
-from fastpeft.models import load_masked_lm
-from fastpeft.quantise import Format, QuantisedWeight
+from fastpeft.data.examples import load_data
+from fastpeft.data.models import load_masked_lm
+from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract, top_triplets
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
+from fastpeft.support.environment import versions
 
 FILE = DATA / "siva_quantised.csv"
 TEXTS = 64

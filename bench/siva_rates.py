@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from bench.harness import DATA, put_row, read_rows
-from fastpeft.runs import RunFolder
+from fastpeft.training.run_folder import RunFolder
 
 FILE = DATA / "siva_rates.csv"
 KEY = ("model", "targets", "scaling", "learning_rate")

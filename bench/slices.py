@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from fastpeft.comparison.search import take_slice, write_rows
-from fastpeft.data import load_data
+from fastpeft.data.examples import load_data
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, read_rows, write_rows
+from fastpeft.kernels import mezo_perturb as mezo
 from fastpeft.kernels import (
-    mezo,
     siva_linear,
     siva_linear_factors,
     siva_linear_group,

@@ -15,8 +15,8 @@ from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_mo
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from fastpeft import SivaConfig
-from fastpeft.data import load_data
-from fastpeft.models import resolve_model
+from fastpeft.data.examples import load_data
+from fastpeft.data.models import resolve_model
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.data import load_data
-from fastpeft.models import resolve_model
+from fastpeft.data.examples import load_data
+from fastpeft.data.models import resolve_model
 
 
 @torch.no_grad()

@@ -9,21 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastpeft import _quiet, functional  # noqa: F401  (the former comes before what it quietens)
+import fastpeft.support.quiet  # noqa: F401  # isort: skip  # before PEFT is imported
+from fastpeft import functional
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
 from fastpeft.siva import SivaConfig, SivaLinear
+from fastpeft.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import compare
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
-    from fastpeft.prompt_model import PromptCollator, PromptModel
-    from fastpeft.prompts import Prompt
-    from fastpeft.training import TrainConfig, train
-
-__version__ = "0.1.0"
+    from fastpeft.prompts.model import PromptCollator, PromptModel
+    from fastpeft.prompts.template import Prompt
+    from fastpeft.training.run import TrainConfig, train
 
 __all__ = [
     "CompareConfig",
@@ -52,8 +52,8 @@ _LAZY = {
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
     "Prompt": "fastpeft.prompts",
-    "PromptCollator": "fastpeft.prompt_model",
-    "PromptModel": "fastpeft.prompt_model",
+    "PromptCollator": "fastpeft.prompts.model",
+    "PromptModel": "fastpeft.prompts.model",
     "TrainConfig": "fastpeft.training",
     "compare": "fastpeft.comparison.run",
     "train": "fastpeft.training",

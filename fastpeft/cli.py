@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastpeft import backends
+from fastpeft.data.problems import OBJECTIVES, PROBLEMS
 from fastpeft.errors import FastpeftError
-from fastpeft.interrupts import sigterm_interrupts
-from fastpeft.methods import METHODS
-from fastpeft.problems import OBJECTIVES, PROBLEMS
+from fastpeft.methods.registry import METHODS
+from fastpeft.ops import backends
+from fastpeft.support.interrupts import sigterm_interrupts
 
 # the heavy imports are in the commands, so that `fastpeft --help` answers at once
 
@@ -48,7 +48,7 @@ app = typer.Typer(
 
 def _settings(items: list[str]) -> dict[str, Any]:
     """Parse `key=value` items."""
-    from fastpeft.config import parse_value
+    from fastpeft.training.config import parse_value
 
     parsed: dict[str, Any] = {}
     for item in items:
@@ -182,16 +182,18 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model."""
-    from fastpeft import console, processes, training
-    from fastpeft.config import TrainConfig
-    from fastpeft.runs import RunFolder, read_config
+    from fastpeft import console
+    from fastpeft.support import processes
+    from fastpeft.training.config import TrainConfig
+    from fastpeft.training.run import train as train_run
+    from fastpeft.training.run_folder import RunFolder, read_config
 
     # most options are fields of the configuration, and are read by their names
     names = {field.name for field in dataclasses.fields(TrainConfig)} - {"settings"}
     values = {name: value for name, value in ctx.params.items() if name in names and value is not None}
     new_settings = _settings(settings or [])
     quiet = quiet or not processes.is_first()
-    console.quieten(quiet)
+    console.show_messages(quiet)
     if config is not None:
         values = {**read_config(config), **values}
     values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
@@ -206,7 +208,7 @@ def train(
         return
     command = shlex.join(["fastpeft", *sys.argv[1:]])
     with console.progress_bar(quiet) as callbacks:
-        result = training.train(run, resume=resume, overwrite=overwrite, callbacks=callbacks, command=command)
+        result = train_run(run, resume=resume, overwrite=overwrite, callbacks=callbacks, command=command)
     if not quiet:
         console.show_metrics(result.folder, result.metrics)
 
@@ -237,10 +239,11 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""
-    from fastpeft import console, evaluation
-    from fastpeft.named_prompts import is_auto, parse_prompt
+    from fastpeft import console
+    from fastpeft.prompts.named import is_auto, parse_prompt
+    from fastpeft.training import evaluation
 
-    console.quieten(quiet=False)
+    console.show_messages(quiet=False)
     columns = {"text_column": text_column, "label_column": label_column}
     if folder is not None and (model, prompt, label_words, calibrate) == (None, None, None, False):
         metrics = evaluation.evaluate(folder, data, **columns)
@@ -304,9 +307,10 @@ def predict(
 
     Exit code 1: rows of the file were left out, each named on standard error.
     """
-    from fastpeft import console, prediction
+    from fastpeft import console
+    from fastpeft.training import prediction
 
-    console.quieten(quiet=False)
+    console.show_messages(quiet=False)
     if not texts and file is None:
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
@@ -399,7 +403,7 @@ def compare(
     from fastpeft.comparison.run import Comparison
     from fastpeft.comparison.variants import split_items
 
-    console.quieten(quiet)
+    console.show_messages(quiet)
     given = {
         "model": model,
         "data": data,
@@ -453,18 +457,20 @@ def export(
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
     from fastpeft import console
-    from fastpeft import export as exporting
+    from fastpeft.training import export as exporting
 
-    console.quieten(quiet=False)
+    console.show_messages(quiet=False)
     typer.echo(f"saved in {exporting.export(folder, output, to, step)}")
 
 
 @app.command()
 def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
-    from fastpeft import backends, console, environment
+    from fastpeft import console
+    from fastpeft.ops import backends
+    from fastpeft.support import environment
 
-    console.quieten(quiet=False)
+    console.show_messages(quiet=False)
     ops = [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()]
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,35 +15,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
-from transformers.utils import logging as transformers_logging
 
-from fastpeft import pitfalls
-from fastpeft.cards import memory
-from fastpeft.comparison import blocks, report
 from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.report import blocks, page
 from fastpeft.comparison.run import Comparison
-from fastpeft.config import TrainConfig
-from fastpeft.estimates import Estimate, plan
-from fastpeft.memory import peak_rss_mb
+from fastpeft.data import pitfalls
+from fastpeft.data.problems import TITLES, in_order
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.problems import TITLES, in_order
-from fastpeft.trainer import Clock
+from fastpeft.support.logs import show_own_messages
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.estimates import Estimate, plan
+from fastpeft.training.memory import peak_rss_mb
+from fastpeft.training.results import memory
+from fastpeft.training.trainer import Clock
 
 # what is shown are a person's own words and paths, in which brackets and colons mean nothing
 console = Console(highlight=False, markup=False, emoji=False)
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def quieten(quiet: bool) -> None:
+def show_messages(quiet: bool) -> None:
     """Show this library's own messages, unless `quiet`, and nothing that others say on the way."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
-    logger = logging.getLogger("fastpeft")
-    logger.handlers = [handler]
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    show_own_messages(handler, quiet)
     pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
 
 
@@ -232,7 +225,7 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]
 
 def show_report(comparison: Comparison) -> None:
     """Print how a comparison's report begins, its table, outside of a terminal as there, warnings, and where it is."""
-    opening, shown, warned = report.summary(comparison.plan)
+    opening, shown, warned = page.summary(comparison.plan)
     console.print("\n".join(opening), soft_wrap=True)
     if console.is_terminal:
         table = Table(*shown.rows[0])
@@ -243,7 +236,7 @@ def show_report(comparison: Comparison) -> None:
         console.print("\n".join(blocks.table_lines(shown)), soft_wrap=True)
     if warned:
         console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
-    console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
+    console.print(f"saved in {comparison.plan.folder / 'report.md'} and page.html")
 
 
 @contextmanager
@@ -297,7 +290,7 @@ def _cells_view(comparison: Comparison) -> Group:
     table = Table("cell", "state", "result")
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
-        state, text = known[cell.name], report.headline(cell.metrics() or {}) or cell.error() or ""
+        state, text = known[cell.name], page.headline(cell.metrics() or {}) or cell.error() or ""
         text = _duration(comparison.seconds_running()) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))

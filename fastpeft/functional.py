@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpeft import _ops, backends  # noqa: F401  (declares ops, registers their implementations)
 from fastpeft.errors import FastpeftError
-from fastpeft.noise import NOISE
+from fastpeft.ops import backends  # noqa: F401  (declares ops, registers their implementations)
+from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.noise import NOISE
+from fastpeft.ops.siva_linear_group import SivaLinearGroup
+from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
 
 
 def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -99,7 +102,7 @@ def siva_linear_group(
         _check_siva_linear(x, *layer)
     dtype = compute_dtype(x, weights[0])
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for each in operands for t in each]
-    hs: tuple[Tensor, ...] = _ops.SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
+    hs: tuple[Tensor, ...] = SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
     return hs
 
 
@@ -156,7 +159,7 @@ def siva_linear_mixed(
         _check_siva_linear(x, weight, u, s, v, bias)
     dtype = compute_dtype(x, weight)
     cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias, *us, *ss, *vs)]
-    h: Tensor = _ops.SivaLinearMixed.apply(list(sizes), order, *cast)
+    h: Tensor = SivaLinearMixed.apply(list(sizes), order, *cast)
     return h
 
 
@@ -189,13 +192,6 @@ def _check_kinds(op: str, device: torch.device, **operands: Tensor | None) -> No
                 f"{op}: {name} is {tensor.dtype} on {tensor.device}; allowed are float16, bfloat16, float32 and "
                 f"float64, all on one device, here {device}. Cast it, dequantise it or move it."
             )
-
-
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What an op on x computes in: the dtype of `weight`, under autocast (but for float64) that of autocast."""
-    if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype
 
 
 MAX_WINDOW = 15  # slots that the dropout's counters can tell apart, odd

@@ -1,11 +1,11 @@
-"""The random words of the noise contract, `fastpeft.noise`, for kernels that draw them where they are used."""
+"""The random words of the noise contract, `fastpeft.ops.noise`, for kernels that draw them where they are used."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastpeft import noise as contract
+from fastpeft.ops import noise as contract
 
 # a kernel reads numbers of its module only in this form
 _M0, _M1 = (tl.constexpr(number) for number in contract.MULTIPLIERS)

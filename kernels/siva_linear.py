@@ -36,10 +36,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft import aten
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, precision, products_within
 from fastpeft.kernels.siva_linear_tile import GROUP_M
+from fastpeft.ops import aten
 
 
 @triton.jit

@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import aten
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, precision, products_within
 from fastpeft.kernels.siva_linear_factors import Term, factors
 from fastpeft.kernels.siva_linear_tile import GROUP_M, accumulate, add_low_rank, pick, tile_of
-from fastpeft.reference import as_matrix
+from fastpeft.ops import aten
+from fastpeft.ops.products import as_matrix
 
 
 @triton.jit

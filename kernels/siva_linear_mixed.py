@@ -34,12 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import aten
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, precision, products_of
 from fastpeft.kernels.siva_linear_factors import add_up, rows_of, sum_over_rows
 from fastpeft.kernels.siva_linear_tile import GROUP_M, accumulate, add_low_rank, pick, tile_of
-from fastpeft.reference import as_matrix
+from fastpeft.ops import aten
+from fastpeft.ops.products import as_matrix
 
 _BLOCK_FIELDS = tl.constexpr(6)  # of the table of row blocks
 _ADAPTER_FIELDS = tl.constexpr(9)  # of the table of adapters

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import noise as contract
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import precision, products_of
 from fastpeft.kernels.philox import in_order, random_words
+from fastpeft.ops import noise as contract
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 UNSPECIALISED = ["slots", "absent", "seed", "ordinal", "last_dropped"]  # differ from block to block and step to step

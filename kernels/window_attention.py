@@ -52,7 +52,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import reference
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
@@ -70,6 +69,7 @@ from fastpeft.kernels.window import (
     tokens_seen,
     visible_keys,
 )
+from fastpeft.ops import reference
 
 _LN_2 = tl.constexpr(math.log(2))
 

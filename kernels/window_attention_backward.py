@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastpeft import reference
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.window import (
@@ -26,6 +25,7 @@ from fastpeft.kernels.window import (
     tokens_seen,
     visible_keys,
 )
+from fastpeft.ops import reference
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def plain_logging() -> None:
     """The library's logger as it is without a command, which sets it up for its process: here that of all tests."""
-    for name in ("fastpeft", "fastpeft.pitfalls"):
+    for name in ("fastpeft", "fastpeft.data.pitfalls"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     logging.getLogger("fastpeft").handlers = []
 

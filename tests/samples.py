@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fastpeft.methods import METHODS
-from fastpeft.prompts import HEADS
+from fastpeft.methods.registry import METHODS
+from fastpeft.prompts.template import HEADS
 
 WORDS = {
     "negative": ("awful", "dull", "clumsy", "tedious"),

@@ -18,7 +18,7 @@ import typer.main
 
 import fastpeft
 from fastpeft.cli import app
-from fastpeft.methods import METHODS
+from fastpeft.methods.registry import METHODS
 from fastpeft.mezo.journal import Journal
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.model import SivaModel

@@ -21,12 +21,13 @@ from samples import SMALL, pairs, prompted, reviews, save_tiny_model, scores, ta
 from typer.testing import CliRunner, Result
 
 import fastpeft
-from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig, backends
+from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig
 from fastpeft.cli import app
-from fastpeft.data import load_data
-from fastpeft.methods import METHODS
+from fastpeft.data.examples import load_data
+from fastpeft.methods.registry import METHODS
 from fastpeft.mezo import Journal
-from fastpeft.prompt_model import load_prompted
+from fastpeft.ops import backends
+from fastpeft.prompts.model import load_prompted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

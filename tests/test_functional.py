@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpeft import FastpeftError, functional, reference
+from fastpeft import FastpeftError, functional
 from fastpeft.functional import mezo_perturb, mezo_perturb_, siva_linear, siva_linear_group, siva_linear_mixed
+from fastpeft.ops import reference
 
 few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

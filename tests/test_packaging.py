@@ -21,7 +21,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 # what an installed fastpeft must do: import, say what it runs on, draw the noise, run a kernel's reference
 USE = """
 import torch
-from fastpeft import backends, functional, reference
+from fastpeft import functional
+from fastpeft.ops import backends, reference
 import fastpeft, fastpeft.kernels
 chosen = {c.op: c for c in backends.choices() if c.device == "cpu"}["mezo_perturb_"]
 ours, theirs = torch.zeros(1000), torch.zeros(1000)

@@ -12,8 +12,8 @@ import torch
 import typer.main
 
 from fastpeft.cli import app
-from fastpeft.data import DEMO
-from fastpeft.models import resolve_model
+from fastpeft.data.examples import DEMO
+from fastpeft.data.models import resolve_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -15,13 +15,14 @@ import torch
 from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner
 
-from fastpeft import FastpeftError, TrainConfig, hub, train
-from fastpeft.cards import model_card
+from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
-from fastpeft.comparison.blocks import Heading, Items, Table, page
-from fastpeft.data import load_data
-from fastpeft.models import load_classifier
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.comparison.report.blocks import Heading, Items, Table, page
+from fastpeft.data.examples import load_data
+from fastpeft.data.models import load_classifier
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.support import hub
+from fastpeft.support.model_card import model_card
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

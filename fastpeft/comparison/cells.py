@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpeft import files
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.config import TrainConfig
+from fastpeft.data.problems import CLASSIFICATION, best_step, get_problem
 from fastpeft.errors import FastpeftError
-from fastpeft.problems import CLASSIFICATION, best_step, get_problem
-from fastpeft.runs import CURVES, PREDICTIONS, RunFolder
+from fastpeft.support import files
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.run_folder import CURVES, PREDICTIONS, RunFolder
 
 CELLS, SLICE = "cells", "slice"  # folders of a comparison: its runs, and the rows that learning rates are tried on
 

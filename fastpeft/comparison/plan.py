@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpeft import files
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.search import rates
 from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
-from fastpeft.config import FOR_LABELS, TrainConfig
+from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import METHODS, get_method
-from fastpeft.settings import method_options
-from fastpeft.splitting import SHUFFLED
+from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.support import files
+from fastpeft.training.config import FOR_LABELS, TrainConfig
+from fastpeft.training.settings import method_options
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
 ROWS = (

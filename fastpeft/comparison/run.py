@@ -15,22 +15,22 @@ from pathlib import Path
 from statistics import mean
 from typing import IO, Any, BinaryIO
 
-from fastpeft import files
-from fastpeft.comparison import report
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
+from fastpeft.comparison.report import page
 from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.config import TrainConfig
-from fastpeft.data import TextData
+from fastpeft.data.examples import TextData
+from fastpeft.data.models import check_model
+from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
-from fastpeft.estimates import Estimate, estimate, process_seconds, rows_trained
-from fastpeft.interrupts import sigterm_interrupts
-from fastpeft.models import check_model
-from fastpeft.named_prompts import AUTO
-from fastpeft.problems import CLASSIFICATION
-from fastpeft.processes import refuse_several
-from fastpeft.task import data_for, head_for
+from fastpeft.prompts.named import AUTO
+from fastpeft.support import files
+from fastpeft.support.interrupts import sigterm_interrupts
+from fastpeft.support.processes import refuse_several
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.estimates import Estimate, estimate, process_seconds, rows_trained
+from fastpeft.training.task import data_for, head_for
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,8 @@ class Comparison:
         return rows_trained(cell.config, slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
-        """What each cell of a variant that is not finished would take, by the variant; `fastpeft.estimates.estimate`.
+        """What each cell of a variant that is not finished would take, by the variant; see
+        `fastpeft.training.estimates`.
 
         A cell that tries a rate is not told of: it takes what the variant's others take, but for fewer rows.
         """
@@ -158,7 +159,7 @@ class Comparison:
 
     def _report(self, *, whole: bool) -> None:
         with self._saving():
-            report.write(self.plan, whole=whole)
+            page.write(self.plan, whole=whole)
 
     def _saving(self) -> AbstractContextManager[None]:
         remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
@@ -194,7 +195,7 @@ class Comparison:
         else:
             with self._saving():
                 files.write_text(cell.clock, f"{seconds:.1f}\n")
-            logger.info("%s: %s (%.0f s)", cell.name, report.headline(metrics), seconds)
+            logger.info("%s: %s (%.0f s)", cell.name, page.headline(metrics), seconds)
 
 
 @dataclass(frozen=True)

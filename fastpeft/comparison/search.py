@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastpeft import files
-from fastpeft.data import Examples, TextData
+from fastpeft.data.examples import Examples, TextData
+from fastpeft.data.problems import REGRESSION
 from fastpeft.errors import FastpeftError
-from fastpeft.problems import REGRESSION
+from fastpeft.support import files
 
 FACTORS = (1.0, 1 / 3, 3.0)  # on the rate of a method's recipe; of equal rates the first is taken
 ROWS, DEV_ROWS = 2_000, 1_000  # of the slice, at most

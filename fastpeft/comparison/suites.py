@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastpeft import files
 from fastpeft.errors import FastpeftError
+from fastpeft.support import files
 
 _FILE = Path(__file__).with_name("suites.json")
 _PROMPT = "PROMPT"  # in the file's variants stands for a prompt as written

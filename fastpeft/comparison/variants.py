@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fastpeft.config import parse_value
 from fastpeft.errors import FastpeftError
-from fastpeft.methods import METHODS
+from fastpeft.methods.registry import METHODS
+from fastpeft.training.config import parse_value
 
 ZERO_SHOT = "zero-shot"  # the row with no training
 CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
-from fastpeft import console, files
-from fastpeft.environment import versions
 from fastpeft.errors import FastpeftError
-from fastpeft.evaluation import load_classes, measure_classes, zero_shot_outputs, zero_shot_prompt
-from fastpeft.runs import PREDICTIONS, RunFolder, read_config
+from fastpeft.support import files
+from fastpeft.support.environment import versions
+from fastpeft.support.logs import show_own_messages
+from fastpeft.training.evaluation import load_classes, measure_classes, zero_shot_outputs, zero_shot_prompt
+from fastpeft.training.run_folder import PREDICTIONS, RunFolder, read_config
 
 
 def main(file: Path) -> None:
@@ -35,7 +37,7 @@ def main(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    console.quieten(quiet=True)
+    show_own_messages(logging.StreamHandler(), quiet=True)
     try:
         main(Path(sys.argv[1]))
     except FastpeftError as error:

@@ -21,8 +21,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
-from fastpeft.files import fingerprint, fingerprints_agree
 from fastpeft.ladder.frozen import CompiledForward, conversion_of, is_quantised
+from fastpeft.support.files import fingerprint, fingerprints_agree
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
+from fastpeft.data.models import SIDE_NETWORK
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import MAX_WINDOW
-from fastpeft.quantise import Format, check_library
+from fastpeft.ops.quantise import Format, check_library
 
 Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
@@ -88,7 +89,7 @@ class LadderConfig(PretrainedConfig):
         5
     """
 
-    model_type = "fastpeft_ladder"
+    model_type = SIDE_NETWORK
 
     def __init__(
         self,

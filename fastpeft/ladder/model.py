@@ -21,7 +21,8 @@ from fastpeft.ladder.backbone import Backbone, autocast_of, tokens_of
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.frozen import convert, is_quantised
+from fastpeft.ladder.convert import convert
+from fastpeft.ladder.frozen import is_quantised
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.saved import (
     ADAPTER_FOLDER,
@@ -36,7 +37,7 @@ from fastpeft.ladder.saved import (
     write_card,
 )
 from fastpeft.ladder.side import SideNetwork, SideRun
-from fastpeft.processes import agreed
+from fastpeft.support.processes import agreed
 
 # arguments of `from_pretrained` that say where files are
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

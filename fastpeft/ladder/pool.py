@@ -17,7 +17,8 @@ from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
-from fastpeft.ladder.frozen import conversion_of, convert
+from fastpeft.ladder.convert import convert
+from fastpeft.ladder.frozen import conversion_of
 from fastpeft.ladder.joint import (
     LABELS,
     Batch,
@@ -174,7 +175,7 @@ class LadderPool:
                 "a pool takes a folder, a LadderModel, a PromptModel around one, or a LadderConfig, not a "
                 f"{type(side).__name__}{around}. Give one of these."
             )
-        from fastpeft.prompt_model import PromptModel, holds_label_words  # which has use for all of this package
+        from fastpeft.prompts.model import PromptModel, holds_label_words  # which has use for all of this package
 
         source = os.fspath(side)
         config = read_config(source, {})

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from fastpeft.adapters import check_file
-from fastpeft.cards import model_card
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.hub import model_options
 from fastpeft.ladder.config import SHAPE, LadderConfig
-from fastpeft.named_files import check_named_files
+from fastpeft.support.adapter_files import check_file
+from fastpeft.support.hub import model_options
+from fastpeft.support.model_card import model_card
+from fastpeft.support.safe_paths import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
 

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastpeft import files
+from fastpeft.support import files
 
 logger = logging.getLogger(__name__)
 

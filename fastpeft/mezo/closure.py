@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.interrupts import uninterrupted
-from fastpeft.mezo.parallel import Ranks
+from fastpeft.support.interrupts import uninterrupted
+from fastpeft.support.processes import Ranks
 
 
 def loss_of(closure: Callable[[], Any]) -> float:

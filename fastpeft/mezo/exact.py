@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.interrupts import uninterrupted
+from fastpeft.support.interrupts import uninterrupted
 
 _ALIGNMENT = 64  # bytes
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module that holds them reads them

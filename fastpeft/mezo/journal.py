@@ -28,11 +28,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.parallel import digest, local_part, names_of
+from fastpeft.mezo.sharding import digest, local_part, names_of
 from fastpeft.mezo.steps import CHOICES, HOME, Estimator, moves, update
+from fastpeft.support import files
 
 logger = logging.getLogger(__name__)
 

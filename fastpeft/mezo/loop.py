@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo.optimizer import MeZO
-from fastpeft.mezo.parallel import is_sharded
+from fastpeft.mezo.sharding import is_sharded
+from fastpeft.support.interrupts import uninterrupted
 
 
 class MeZOLoop(MeZO):

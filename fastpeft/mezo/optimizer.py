@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo.closure import check_repeated, dropout_off, loss_of
 from fastpeft.mezo.journal import Journal, Kind, Record, describe_groups, position_of
-from fastpeft.mezo.parallel import Ranks, check_sharding, digest, fingerprints, reshard
 from fastpeft.mezo.perturbing import PerturbingOptimizer
+from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
 from fastpeft.mezo.steps import CHOICES, HOME, Estimator, Point, is_number, update
+from fastpeft.support.interrupts import uninterrupted
+from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class MeZO(PerturbingOptimizer):
             another way than in their first dimension.
 
     Notes:
-        The noise of a step is `fastpeft.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
+        The noise of a step is `fastpeft.ops.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
         groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
         the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit, and a journal
         (`record`, `resume`) all that is needed to make its weights again from those before it.

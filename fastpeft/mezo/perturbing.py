@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
 from fastpeft.mezo.exact import ScratchWeights
-from fastpeft.mezo.parallel import check_sharding, is_sharded, local_part, local_parts, reshard
+from fastpeft.mezo.sharding import check_sharding, is_sharded, local_part, local_parts, reshard
 from fastpeft.mezo.steps import HOME, Point, Term, is_number, moves
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.noise import NOISE
+from fastpeft.ops.noise import NOISE
 
 Point = tuple[int, int]
 Term = tuple[int, float]

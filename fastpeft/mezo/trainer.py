@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fastpeft import files
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
-from fastpeft.mezo.parallel import Ranks, is_sharded
 from fastpeft.mezo.resuming import STATE_FILE, Checkpoint, Start, where_to_begin
-from fastpeft.nonfinite import where_it_began
+from fastpeft.mezo.sharding import is_sharded
+from fastpeft.support import files
+from fastpeft.support.nonfinite import where_it_began
+from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 

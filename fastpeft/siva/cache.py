@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastpeft import files
+from fastpeft.support import files
 
 logger = logging.getLogger(__name__)
 

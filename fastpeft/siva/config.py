@@ -13,12 +13,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from fastpeft.cards import loading_snippet, model_card
 from fastpeft.errors import FastpeftError
-from fastpeft.quantise import Format
+from fastpeft.ops.quantise import Format
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.quantise import ITERATIONS, check_format
 from fastpeft.siva.rows import BASE
+from fastpeft.support.model_card import loading_snippet, model_card
 
 Residual = Literal["frozen", "implicit"]
 Bias = Literal["none", "all", "siva_only"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.files import fingerprint
-from fastpeft.quantise import Format, QuantisedWeight
+from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, add, subtract
+from fastpeft.support.files import fingerprint
 
 
 class FrozenLinear(nn.Module, BaseTunerLayer):

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
 
-if TYPE_CHECKING:
-    from fastpeft.siva.layer import SivaLinear
+# An adapted layer, whose `operands()` are what `siva_linear` takes beside x: a SivaLinear, whose file imports this one.
+Layer = Any
 
 # Names of layers of one module that read the same x, architecture by architecture; a query comes first.
 SAME_INPUT = (
@@ -38,7 +38,7 @@ _CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # wh
 _ATTRIBUTE = "_siva_shared_input"
 
 
-def arrange(model: nn.Module, kind: type[SivaLinear]) -> None:
+def arrange(model: nn.Module, kind: type[Layer]) -> None:
     """Group the layers of `kind` in `model`, in place of the groups that were there."""
     part(model)
     for path, module in model.named_modules():
@@ -60,7 +60,7 @@ def part(model: nn.Module) -> None:
             shared.remove()
 
 
-def take(layer: SivaLinear, x: Tensor) -> Tensor | None:
+def take(layer: Layer, x: Tensor) -> Tensor | None:
     """The output of `layer` for x from its group, if it is in one that is open; None: it must compute for itself."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph must not depend on what was open
         return None
@@ -71,7 +71,7 @@ def take(layer: SivaLinear, x: Tensor) -> Tensor | None:
 class SharedInput:
     """The hooks of a module whose children in each of `groups`, by name, are thought to read the same x."""
 
-    def __init__(self, module: nn.Module, groups: list[tuple[str, ...]], kind: type[SivaLinear]) -> None:
+    def __init__(self, module: nn.Module, groups: list[tuple[str, ...]], kind: type[Layer]) -> None:
         self.groups = groups
         self._kind = kind
         self._strangers: set[str] = set()  # children that turned out to read another tensor than their group
@@ -107,7 +107,7 @@ class SharedInput:
                 if group is not None and output is not None and group.computed_in_vain(layer):
                     self._strangers.add(name)
 
-    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, SivaLinear]]:
+    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Layer]]:
         """The children of that name which are still adapted layers."""
         children = ((name, module._modules.get(name)) for name in names)
         return [(name, child) for name, child in children if isinstance(child, self._kind)]
@@ -126,15 +126,15 @@ class SharedInput:
 class _Group:
     """The layers of one group during one run: once the first has computed, the outputs that the others may take."""
 
-    def __init__(self, layers: list[SivaLinear]) -> None:
+    def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
         self._computed = False  # at most once a run: what is called again reads something else
         self._x: Tensor | None = None
         self._state: tuple[object, ...] = ()
-        self._outputs: dict[SivaLinear, Tensor] = {}
-        self._refused: set[SivaLinear] = set()
+        self._outputs: dict[Layer, Tensor] = {}
+        self._refused: set[Layer] = set()
 
-    def take(self, layer: SivaLinear, x: Tensor) -> Tensor | None:
+    def take(self, layer: Layer, x: Tensor) -> Tensor | None:
         if x.is_inference():
             return None  # it has no version by which a change in place could be seen
         if not self._computed:
@@ -147,11 +147,11 @@ class _Group:
             self._x = None
         return output
 
-    def computed_in_vain(self, layer: SivaLinear) -> bool:
+    def computed_in_vain(self, layer: Layer) -> bool:
         """Whether the output of `layer` was there and not taken."""
         return layer in self._outputs or layer in self._refused
 
-    def _compute(self, layer: SivaLinear, x: Tensor) -> None:
+    def _compute(self, layer: Layer, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
         members = {member: found for member in self._layers if (found := _operands(member)) is not None}
         if layer in members:
@@ -167,13 +167,13 @@ class _Group:
 
 class _Open(threading.local):
     def __init__(self) -> None:
-        self.groups: dict[SivaLinear, _Group] = {}
+        self.groups: dict[Layer, _Group] = {}
 
 
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: SivaLinear) -> tuple[Any, ...] | None:
+def _operands(layer: Layer) -> tuple[Any, ...] | None:
     """What `layer` would compute with; None where its call does more than that.
 
     A hook before its forward may change x, or bring the layer's weights only then (sharding, offloading), for which

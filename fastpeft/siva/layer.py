@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
-from fastpeft.functional import compute_dtype, siva_linear, siva_linear_mixed
-from fastpeft.quantise import Format, QuantisedWeight
+from fastpeft.functional import siva_linear, siva_linear_mixed
+from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping
 from fastpeft.siva.change import Change, Start, scales, weight_of
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.files import fingerprints_agree
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.decompose import check_decomposable
@@ -26,6 +25,7 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import progress
 from fastpeft.siva.rows import BASE, Rows, acting
+from fastpeft.support.files import fingerprints_agree
 
 logger = logging.getLogger(__name__)
 

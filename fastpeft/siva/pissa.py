@@ -25,9 +25,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastpeft import files
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.decompose import Factors
+from fastpeft.support import files
 
 _PREFIX = "base_model.model."  # what PEFT puts before the name of a layer
 _A, _B = ".lora_A.weight", ".lora_B.weight"

@@ -4,7 +4,7 @@ The factors take the large directions away, so that what is left spans less and 
 Zhang 2024). Given Q, the best factors are the top triplets of `W0 - Q`, and given those the rest is another: the two
 are made in turns, as LoftQ does from factors of zero (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023). A turn ends
 with Q, which is therefore a function of the pretrained weight and of the factors that a file holds, and no file holds
-it. What this gains is in `bench/data/siva_quantised.csv`; the formats are those of `fastpeft/quantise.py`.
+it. What this gains is in `bench/data/siva_quantised.csv`; the formats are those of `fastpeft/ops/quantise.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
-from fastpeft.quantise import Format, QuantisedWeight, check_library, dequantise
+from fastpeft.ops.quantise import Format, QuantisedWeight, check_library, dequantise
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
 
 ITERATIONS = 5

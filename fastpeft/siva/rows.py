@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpeft.errors import FastpeftError
-
-if TYPE_CHECKING:
-    from fastpeft.siva.layer import SivaLinear
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 _CHECKPOINT = "_gradient_checkpointing_func"  # what modules of transformers that can be checkpointed call
@@ -71,7 +68,7 @@ class Rows:
 
 
 @contextmanager
-def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[None]:
+def acting(model: nn.Module, kind: type[nn.Module], rows: Rows) -> Iterator[None]:
     """Let the layers of `kind` in `model`, and modules that adapters saved whole, take each row by its adapter.
 
     What transformers checkpoints meanwhile takes the same rows when backward runs it again.
@@ -99,7 +96,7 @@ def acting(model: nn.Module, kind: type[SivaLinear], rows: Rows) -> Iterator[Non
 
 
 def _checkpoint(
-    function: Callable[..., Any], module: nn.Module, kind: type[SivaLinear], rows: Rows, run: Any, *args: Any
+    function: Callable[..., Any], module: nn.Module, kind: type[nn.Module], rows: Rows, run: Any, *args: Any
 ) -> Any:
     """`function(run, *args)`, where `run` is called now and in backward, when the model holds no rows any more."""
 

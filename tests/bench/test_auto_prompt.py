@@ -8,10 +8,10 @@ import pytest
 
 from bench import auto_prompt as bench
 from bench.harness import read_rows
-from fastpeft.auto_prompt import draw_rows
 from fastpeft.comparison.search import write_rows
-from fastpeft.data import Examples, TextData, load_data
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.data.examples import Examples, TextData, load_data
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.training.prompt_search import draw_rows
 
 
 def test_a_review_that_names_one_genre_is_of_it_and_does_not_name_it() -> None:

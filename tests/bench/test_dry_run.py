@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from bench import dry_run as bench
-from fastpeft import CompareConfig, files
+from fastpeft import CompareConfig
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
+from fastpeft.support import files
 
 PLAN = """\
 reviews.csv: 60 rows, texts from column 'text'

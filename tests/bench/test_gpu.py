@@ -27,7 +27,7 @@ def test_kernels_then_marked_tests_then_benches(ran):
     words = [" ".join(command) for command, _ in ran]
     assert words[0].endswith("tests/kernels")
     assert "-m gpu" in words[1]
-    assert "tests/test_memory.py" in words[1]
+    assert "tests/training/test_memory.py" in words[1]
     for bench in ("siva_linear", "siva_linear_mixed", "window_attention", "mezo_perturb"):  # of each op
         assert any(line.endswith(f"bench.bench_{bench} --device cuda") for line in words[2:])
 

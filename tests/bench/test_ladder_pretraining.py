@@ -11,7 +11,7 @@ import pytest
 
 from bench import ladder_pretraining
 from bench.harness import read_rows
-from fastpeft.data import load_data
+from fastpeft.data.examples import load_data
 
 
 def test_words_are_of_other_texts_than_the_labels(tmp_path: Path) -> None:

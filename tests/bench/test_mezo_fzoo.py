@@ -11,8 +11,8 @@ from samples import reviews, save_tiny_model, write_csv
 from bench.harness import read_rows
 from bench.mezo_fzoo import Curve, Points
 from fastpeft import FastpeftError, train
-from fastpeft.named_prompts import NAMED_PROMPTS
-from fastpeft.prompts import Prompt
+from fastpeft.prompts.named import NAMED_PROMPTS
+from fastpeft.prompts.template import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ import pytest
 from compared import STAND_IN
 
 from fastpeft.comparison import run
-from fastpeft.data import Examples, TextData
-from fastpeft.estimates import Estimate
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.data.examples import Examples, TextData
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.training.estimates import Estimate
 
 
 @pytest.fixture

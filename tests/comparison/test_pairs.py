@@ -11,9 +11,10 @@ import pytest
 from compared import finish
 
 from fastpeft import CompareConfig, console
-from fastpeft.comparison import blocks, content, measured, pairs, report, statistics
-from fastpeft.comparison.blocks import Figure, Items, Table
 from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.report import blocks, content, measured, pairs, significance
+from fastpeft.comparison.report import page as report
+from fastpeft.comparison.report.blocks import Figure, Items, Table
 from fastpeft.comparison.run import Comparison
 
 
@@ -120,10 +121,10 @@ def test_the_least_difference_is_that_of_the_test(number: int) -> None:
     def corrected(rows: int) -> float:
         right = np.zeros((2, 1, 100), dtype=int)
         right[0, 0, :rows] = 1
-        return statistics.holm([statistics.compare_pair(*right).p, *[1.0] * (number - 1)])[0]
+        return significance.holm([significance.compare_pair(*right).p, *[1.0] * (number - 1)])[0]
 
     least = pairs._least_rows(number)
-    assert corrected(least) < statistics.LEVEL <= corrected(least - 1)
+    assert corrected(least) < significance.LEVEL <= corrected(least - 1)
 
 
 def test_without_classes_nothing_is_tested(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
     (pair,) = pairs.paired_tests(measured.variants(plan.results))
     assert (pair.seeds, pair.difference.test) == (2, "t test over seeds and rows")
     first, second = (np.stack([pair_of.answers[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
-    assert pair.difference == statistics.compare_pair(first, second)
+    assert pair.difference == significance.compare_pair(first, second)
     assert pair.difference.mean >= 0, "the higher one is first"
 
 

@@ -13,8 +13,8 @@ from fastpeft import CompareConfig, FastpeftError
 from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.variants import parse_variant, split_items
-from fastpeft.config import TrainConfig
-from fastpeft.runs import RunFolder
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.run_folder import RunFolder
 
 
 def config(*methods: str, output: str = "out", **changes: Any) -> CompareConfig:

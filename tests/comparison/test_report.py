@@ -15,10 +15,12 @@ from compared import finish
 from markdown_it import MarkdownIt
 
 from fastpeft import CompareConfig
-from fastpeft.comparison import blocks, claims, content, report, suites
-from fastpeft.comparison.blocks import Code, Figure, Heading, Items, Strong, Table, Text
-from fastpeft.comparison.measured import variants
+from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.report import blocks, claims, content
+from fastpeft.comparison.report import page as report
+from fastpeft.comparison.report.blocks import Code, Figure, Heading, Items, Strong, Table, Text
+from fastpeft.comparison.report.measured import variants
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

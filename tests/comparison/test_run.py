@@ -25,9 +25,9 @@ from fastpeft import CompareConfig, FastpeftError, compare
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
-from fastpeft.config import TrainConfig
-from fastpeft.data import Examples, TextData, load_data
-from fastpeft.problems import CLASSIFICATION, PROBLEMS, Problem
+from fastpeft.data.examples import Examples, TextData, load_data
+from fastpeft.data.problems import CLASSIFICATION, PROBLEMS, Problem
+from fastpeft.training.config import TrainConfig
 
 ROOT = Path(fastpeft.__file__).parents[1]
 

@@ -10,8 +10,8 @@ from samples import pairs, scores, tagged, write_jsonl
 
 from fastpeft import FastpeftError
 from fastpeft.comparison.search import rates, slice_sizes, take_slice, write_rows
-from fastpeft.data import Examples, TextData, load_data
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.data.examples import Examples, TextData, load_data
+from fastpeft.data.problems import CLASSIFICATION
 
 
 def _data(folder: Path) -> Path:

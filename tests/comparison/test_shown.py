@@ -17,10 +17,10 @@ from fastpeft import CompareConfig, FastpeftError, compare, console
 from fastpeft.cli import app
 from fastpeft.comparison import run
 from fastpeft.comparison.run import Comparison
-from fastpeft.data import Examples, TextData
-from fastpeft.estimates import Estimate
-from fastpeft.methods import get_method
-from fastpeft.problems import CLASSIFICATION
+from fastpeft.data.examples import Examples, TextData
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.methods.registry import get_method
+from fastpeft.training.estimates import Estimate
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastpeft import FastpeftError
-from fastpeft.config import TrainConfig, parse_value
-from fastpeft.data import load_data
-from fastpeft.files import fingerprints_agree
+from fastpeft.data.examples import load_data
+from fastpeft.data.tables import read_apart
 from fastpeft.mezo.journal import Journal
-from fastpeft.named_files import check_named_files
-from fastpeft.named_prompts import parse_prompt
-from fastpeft.prompts import Prompt
-from fastpeft.runs import RunFolder
-from fastpeft.tables import read_apart
+from fastpeft.prompts.named import parse_prompt
+from fastpeft.prompts.template import Prompt
+from fastpeft.support.files import fingerprints_agree
+from fastpeft.support.safe_paths import check_named_files
+from fastpeft.training.config import TrainConfig, parse_value
+from fastpeft.training.run_folder import RunFolder
 
 
 def _file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], None]:

@@ -12,7 +12,7 @@ from siva_operands import absolute, each, flat, in_double, in_order, operands
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
-from fastpeft import aten, reference
+from fastpeft.ops import aten, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear_mixed as kernel

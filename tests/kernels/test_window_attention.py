@@ -13,7 +13,7 @@ from poison import in_nan, poisoned_memory
 from tolerances import FORWARD, GRADIENT, assert_as_accurate
 from torch import Tensor
 
-from fastpeft import noise, reference
+from fastpeft.ops import noise, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import tiles, window

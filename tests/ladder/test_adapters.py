@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
-from fastpeft.estimates import plan
-from fastpeft.evaluation import evaluate
-from fastpeft.loading import load_run
-from fastpeft.memory import simulate_training_step
-from fastpeft.task import Task
+from fastpeft.training.estimates import plan
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.loading import load_run
+from fastpeft.training.memory import simulate_training_step
+from fastpeft.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

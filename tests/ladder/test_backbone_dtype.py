@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, MeZO
 from fastpeft.ladder.cache import _identity
-from fastpeft.memory import simulate_training_step
-from fastpeft.quantise import QuantisedLinear
+from fastpeft.ops.quantise import QuantisedLinear
+from fastpeft.training.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
 from fastpeft.ladder.cache import DTYPES
-from fastpeft.memory import simulate_training_step
+from fastpeft.training.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

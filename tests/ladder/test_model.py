@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import SideNetwork
-from fastpeft.memory import simulate_training_step
+from fastpeft.training.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

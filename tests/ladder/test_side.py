@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import FastpeftError, LadderConfig
-from fastpeft.config import parse_value
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
-from fastpeft.methods import get_method
-from fastpeft.settings import sort_settings
+from fastpeft.methods.registry import get_method
+from fastpeft.training.config import parse_value
+from fastpeft.training.settings import sort_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,9 @@ import torch
 from networks import SETTINGS, close, equal, fit, network, weights
 from torch import Tensor, nn
 
-from fastpeft import MeZO, noise
+from fastpeft import MeZO
 from fastpeft.mezo import step_seed
+from fastpeft.ops import noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

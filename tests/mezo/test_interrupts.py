@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastpeft import MeZO
-from fastpeft.interrupts import uninterrupted
 from fastpeft.mezo import Journal
+from fastpeft.support.interrupts import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,10 +13,10 @@ from samples import PROMPT, Interrupt
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, MeZO, TrainConfig, train
-from fastpeft.evaluation import evaluate
-from fastpeft.export import export
 from fastpeft.mezo import step_seed
 from fastpeft.mezo.loop import MeZOLoop
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.export import export
 
 LR, EPS = 1e-2, 1e-3
 

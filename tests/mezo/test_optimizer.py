@@ -14,8 +14,9 @@ from networks import close, equal, fit, network, weights
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from fastpeft import MeZO, SivaConfig, noise
+from fastpeft import MeZO, SivaConfig
 from fastpeft.mezo import Journal, step_seed
+from fastpeft.ops import noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

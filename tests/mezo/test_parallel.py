@@ -31,7 +31,8 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer
 from fastpeft.mezo import Journal
-from fastpeft.mezo.parallel import Ranks, local_part
+from fastpeft.mezo.sharding import local_part
+from fastpeft.support.processes import Ranks
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

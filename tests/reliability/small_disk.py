@@ -17,7 +17,7 @@ import torch
 from reliability import kill
 
 from fastpeft import FastpeftError, TrainConfig, train
-from fastpeft.runs import RunFolder
+from fastpeft.training.run_folder import RunFolder
 
 RUNS: dict[str, dict[str, Any]] = {
     "siva": {"method": "siva", "save_steps": 2},

@@ -24,11 +24,11 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 from unprivileged import bound_by_modes
 
-from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, files, train
+from fastpeft import CompareConfig, FastpeftError, TrainConfig, compare, train
 from fastpeft.cli import app
-from fastpeft.comparison import report
-from fastpeft.export import export
-from fastpeft.runs import RunFolder
+from fastpeft.support import files
+from fastpeft.training.export import export
+from fastpeft.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,7 +246,7 @@ def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr("fastpeft.comparison.report.page.write", full)
     monkeypatch.setattr("fastpeft.comparison.run._wait", lambda *_: 0)
     common = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 1}
     with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Make room"):

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 from transformers.trainer_callback import DefaultFlowCallback
 
-from fastpeft.export import export
 from fastpeft.mezo import Journal
-from fastpeft.runs import RunFolder
+from fastpeft.training.export import export
+from fastpeft.training.run_folder import RunFolder
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

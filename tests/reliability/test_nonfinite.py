@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
-from fastpeft.nonfinite import where_it_began
+from fastpeft.support.nonfinite import where_it_began
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,10 +12,11 @@ from forking import PROCESSES
 from reliability import kill
 from transformers import TrainerCallback
 
-from fastpeft import FastpeftError, TrainConfig, files, train
-from fastpeft.evaluation import evaluate
-from fastpeft.export import export
-from fastpeft.runs import RunFolder
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.support import files
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.export import export
+from fastpeft.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
-from fastpeft.runs import RunFolder
+from fastpeft.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interruptible")
 
@@ -127,11 +127,11 @@ def _interrupted(train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def test_the_command_line_tells_how_to_go_on(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], dict[str, bytes]]
 ) -> None:
-    from fastpeft import training
+    from fastpeft.training import run
 
     options = ["--model", str(place / "model"), "--data", str(place / "reviews.csv"), "--max-steps", "9"]
     command = ["train", *options, "--output", str(tmp_path / "a run")]
-    monkeypatch.setattr(training, "train", functools.partial(_interrupted, training.train))
+    monkeypatch.setattr(run, "train", functools.partial(_interrupted, run.train))
     shown = CliRunner().invoke(app, [*command, "--quiet"])
     monkeypatch.undo()
     assert (shown.exit_code, shown.stdout) == (130, "")

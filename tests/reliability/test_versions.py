@@ -64,7 +64,7 @@ def unpacked(*_: Any) -> None:
 
 def test_the_installed_library_is_tested_and_nothing_is_left(tmp_path: Path) -> None:
     before = set(Path(versions.tempfile.gettempdir()).glob("versions-*"))
-    tests = ("tests/test_files.py", "tests/test_backends.py")
+    tests = ("tests/support/test_files.py", "tests/ops/test_backends.py")
     row = versions.examine(Environment(hidden=COMPILERS), Path(), tests, tmp_path / "log.txt", unpacked)
     assert row["fault"] == "", (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert row["failed"] == "0", (tmp_path / "log.txt").read_text(encoding="utf-8")

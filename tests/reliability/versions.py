@@ -76,10 +76,10 @@ SELECTION = (
     "tests/mezo/test_optimizer.py",
     "tests/kernels/test_siva_linear.py",
     "tests/kernels/test_mezo.py",
-    "tests/test_backends.py",
+    "tests/ops/test_backends.py",
     "tests/test_cli.py",
-    "tests/test_export.py",
-    "tests/test_files.py",
+    "tests/training/test_export.py",
+    "tests/support/test_files.py",
 )
 # tests of the sources, which are not there, and of pages that are made of them
 OF_SOURCES = ("tests/docs", "tests/test_packaging.py", "tests/test_safety.py", "tests/reliability/test_versions.py")
@@ -91,7 +91,7 @@ LOOK = """
 import importlib.metadata, json, platform, sys
 from pathlib import Path
 import fastpeft
-from fastpeft import backends
+from fastpeft.ops import backends
 
 assert Path(fastpeft.__file__).is_relative_to(sys.prefix), f"{fastpeft.__file__} is not the installed one"
 installed = {each.name.lower(): each.version for each in importlib.metadata.distributions()}

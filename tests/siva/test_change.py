@@ -16,7 +16,7 @@ from torch.optim import optimizer as optimizers
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
-from fastpeft.adapters import check_weights
+from fastpeft.methods.saved_adapters import check_weights
 from fastpeft.siva.decompose import decompose
 from fastpeft.siva.model import SPECTRAL_STEP
 

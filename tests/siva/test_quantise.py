@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
 from fastpeft.functional import siva_linear
-from fastpeft.memory import simulate_training_step
-from fastpeft.quantise import QuantisedWeight
+from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.decompose import decompose
 from fastpeft.siva.export import save_as_lora
 from fastpeft.siva.quantise import decompose_quantised
+from fastpeft.training.memory import simulate_training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,0 +1,1 @@
+"""The report that a comparison leaves: a page, a text and figures."""

@@ -1,0 +1,181 @@
+"""What the report that the methods come from claims, beside what was measured here."""
+
+from __future__ import annotations
+
+import statistics as plain
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from fastpeft.comparison import suites
+from fastpeft.comparison.report import significance
+from fastpeft.comparison.report.blocks import Block, Heading, Strong, Table, Text
+from fastpeft.comparison.report.measured import Variant
+from fastpeft.data.problems import LOSS
+
+# What two variants that are alike may differ by, as a share of the lower. Three runs each of 11 variants on a machine
+# with other work differed in speed by 12 to 72 %, by 18 % in the median; memory does not vary, but 1 MB is no order.
+MEMORY_MARGIN, SPEED_MARGIN = 0.02, 0.2
+_AT_RATES = ", at rates "
+_MEASURES = ("accuracy", "memory", "samples/s")
+_VERDICTS = (significance.SEEN, significance.REVERSED, significance.UNDECIDED)
+
+
+def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
+    """The figures of the report's own tables beside ours."""
+    own = [variant for variant in compared if variant.row and variant.runs]
+    if not own:
+        return
+    header = ["row"]
+    for measure in ("accuracy, %", "F1, %", "memory, MB", "samples/s"):
+        header += [f"{measure}: report", "here"]
+    rows = [header]
+    for variant in own:
+        row = suites.report_row(variant.row or "")
+        theirs = [" / ".join(f"{value:.2f}" for value in row.accuracy)]
+        theirs += [_given(row.f1, ".2f"), _given(row.memory_mb, ",.0f"), _given(row.samples_per_second, ".1f")]
+        ours = [_mean(variant, "accuracy", 100, ".2f"), _mean(variant, "f1", 100, ".2f")]
+        ours += [_mean(variant, "peak_memory_mb", 1, ",.0f"), _mean(variant, "samples_per_second", 1, ".1f")]
+        rows.append([variant.name, *(text for pair in zip(theirs, ours) for text in pair)])
+    yield Heading("Beside the report's figures")
+    yield Text(
+        f"The report's are of {suites.measured_with()}, on its machine; two where its own tables differ. Ours are of "
+        "the model, the data and the machine below, so the orders compare, not the sizes."
+    )
+    yield Table(rows, numbers=range(1, len(header)))
+
+
+def _given(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _mean(variant: Variant, key: str, factor: float, form: str) -> str:
+    values = variant.values(key)
+    return format(factor * plain.mean(values), form) if values else "-"
+
+
+def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
+    """Which of the report's orders are seen here."""
+    finished = [variant for variant in compared if variant.runs]
+    judged = list(_accuracy_orders(finished))
+    rows = [*judged, *_measured_orders(finished)]
+    if not rows:
+        return
+    yield Heading("The report's orderings")
+    if judged and any(len(variant.runs) == 1 for variant in finished if variant.row):
+        yield Strong(
+            "Accuracies of one seed: a verdict holds for this seed alone. Its test counts how far other rows would "
+            "move the difference, and not how far another seed would, so it finds too many differences between "
+            "methods that are alike. Run --seeds 3 or more before you conclude that one method is better."
+        )
+    counted = {
+        measure: [row[1].partition(",")[0] for row in rows if row[0].startswith(measure)] for measure in _MEASURES
+    }
+    items = [
+        f"{measure}: {', '.join(f'{verdicts.count(word)} {word}' for word in _VERDICTS)}"
+        for measure, verdicts in counted.items()
+        if verdicts
+    ]
+    yield Text(f"{'; '.join(items)}.")
+    yield Table([["the report has", "verdict", "here", "p", "p by Holm"], *rows], numbers=range(2, 5))
+    yield Text(
+        "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows (McNemar's "
+        "exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by the p that Holm "
+        f"corrects for the number of orderings: {significance.UNDECIDED} from {significance.LEVEL:g}, even where the "
+        f"interval, which is not corrected, leaves out 0; {significance.REVERSED}: not seen, the opposite is. Memory "
+        "and samples/s: the two means, and how far the first is from the second; decided where every run of the one is "
+        f"on one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory and "
+        f"{100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as much in speed on a machine that does "
+        "other things too."
+    )
+    if any(_AT_RATES in row[0] for row in judged):
+        yield Text(
+            "At rates: the two took different learning rates, by the search or as given, so a part of the difference "
+            "may be the rate's and not the method's."
+        )
+
+
+def _pairs(compared: Sequence[Variant], measure: str) -> Iterator[tuple[Variant, Variant]]:
+    """The variants that the report's orders are about: of two with prompts, those with the same one."""
+    for first, second in suites.orderings(measure):
+        for one, other in product(compared, compared):
+            prompts = {one.prompt, other.prompt} - {None}
+            if (one.row, other.row) == (first, second) and len(prompts) <= 1:
+                yield one, other
+
+
+def _accuracy_orders(compared: Sequence[Variant]) -> list[list[str]]:
+    found = []
+    for one, other in _pairs(compared, "accuracy"):
+        if tested := one.above(other):
+            found.append((f"{one.name} above {other.name}{_rates(one, other)}", *tested))
+    corrected = significance.holm([difference.p for _, difference, _ in found])
+    return [
+        [
+            f"accuracy: {text}",
+            _verdict(difference.mean, p, seeds),
+            significance.show_difference(difference),
+            significance.show_p(difference.p),
+            significance.show_p(p),
+        ]
+        for (text, difference, seeds), p in zip(found, corrected)
+    ]
+
+
+def _rates(one: Variant, other: Variant) -> str:
+    """The learning rates of two variants, where a search found other ones for the one than for the other."""
+    taken = [
+        " or ".join(f"{rate:g}" for rate in sorted(set(variant.values("learning_rate")))) for variant in (one, other)
+    ]
+    searched = any(variant.cells[0].rates for variant in (one, other))
+    return f"{_AT_RATES}{' and '.join(taken)}" if searched and taken[0] != taken[1] and all(taken) else ""
+
+
+def _verdict(difference: float, p: float, seeds: int) -> str:
+    word = significance.verdict(difference, p)
+    return word if seeds > 1 or word == significance.UNDECIDED else f"{word}, for this seed alone"
+
+
+def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:
+    for measure, key, title, word, margin in (
+        ("memory_mb", "peak_memory_mb", "memory", "below", MEMORY_MARGIN),
+        ("samples_per_second", "samples_per_second", "samples/s", "above", SPEED_MARGIN),
+    ):
+        for one, other in _pairs(compared, measure):
+            ours, theirs = one.values(key), other.values(key)
+            if ours and theirs:
+                pair = (ours, theirs) if word == "above" else (theirs, ours)
+                mean, their_mean = plain.mean(ours), plain.mean(theirs)
+                apart = f" ({100 * (mean / their_mean - 1):+.1f} %)" if their_mean else ""
+                here = f"{mean:,.0f} and {their_mean:,.0f}{apart}"
+                verdict = significance.verdict_of_ranges(*pair, margin)
+                yield [f"{title}: {one.name} {word} {other.name}", verdict, here, "-", "-"]
+
+
+def lags(compared: Sequence[Variant]) -> Iterator[Block]:
+    """How many steps LoRA is behind the others."""
+    kept = [(variant, found) for variant in compared if (found := variant.cells[0].curves())]
+    slow = next((found for variant, found in kept if variant.row == "lora"), None)
+    if slow is None or len(kept) < 2:
+        return
+    measures = [name for name in slow if name.startswith("dev ")]
+    rows = [["LoRA behind", *(f"by {name}, steps" for name in measures)]]
+    for variant, fast in kept:
+        if fast is not slow:
+            behind = [
+                significance.lag(_rising(name, slow[name]), _rising(name, fast[name])) if name in fast else None
+                for name in measures
+            ]
+            rows.append([variant.name, *("-" if lag is None else f"{lag:+.0f}" for lag in behind)])
+    steps = next(iter(slow.values()))[-1][0]
+    yield Heading("LoRA's lag")
+    yield Text(
+        f"Steps, of {steps:,}, that LoRA comes later to what the other had reached: the median over 20 levels that "
+        "both curves of the first seed pass through; below 0 LoRA is ahead, - where they have none in common."
+    )
+    yield Table(rows, numbers=range(1, 1 + len(measures)))
+
+
+def _rising(name: str, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A curve that rises as it gets better."""
+    sign = -1 if name in (f"dev {LOSS}", "dev mse", "dev perplexity") else 1
+    return [(step, sign * value) for step, value in points]

@@ -1,0 +1,275 @@
+"""What the report of a comparison says."""
+
+from __future__ import annotations
+
+import math
+import statistics as plain
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpeft.comparison import suites
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.report import claims, figures, pairs
+from fastpeft.comparison.report.blocks import Block, Code, Figure, Heading, Items, Strong, Table, Text
+from fastpeft.comparison.report.measured import ACCURACY, MARK, Variant, columns, table, variants, warnings
+from fastpeft.comparison.variants import ZERO_SHOT
+from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
+from fastpeft.methods.registry import get_method
+
+_NAMED = 4  # methods that a title names, variants that a caption does
+
+
+def title(plan: Plan) -> str:
+    """What was compared, the suites or the methods, and on what."""
+    data = _short(plan.results[0].values["data"])
+    if plan.suites:
+        return f"{'; '.join(suites.get_suite(name).title for name in plan.suites)}, on {data}"
+    return f"Comparison of {_listed(list(dict.fromkeys(_method(cell) for cell in plan.results)))} on {data}"
+
+
+def report(plan: Plan, *, pictures: bool) -> list[Block]:
+    """The report, without its title; `pictures`: with them."""
+    compared = variants(plan.results)
+    tested = pairs.paired_tests(compared)
+    first, *others = opening(compared, tested)
+    parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
+    if warned := warnings(compared):
+        parts += [Heading("Warnings"), Items(warned)]
+    parts += claims.figures_beside(compared)
+    parts += claims.orderings(compared)
+    parts += pairs.report(compared, tested)
+    if pictures:
+        parts += _trade_offs(compared, tested)
+        parts += _training_curves(compared)
+    if "figure5" in plan.suites:
+        parts += claims.lags(compared)
+    parts += _rates(plan)
+    parts += _estimates(compared)
+    failed = [f"{cell.name}: {error}" for cell in plan.cells if (error := cell.error())]
+    waiting = [cell.name for cell in plan.cells if cell.state == "waiting"]
+    for heading, items in (("Failed", failed), ("Not run yet", waiting)):
+        if items:
+            parts += [Heading(heading), Items(items)]
+    return [*parts, *_where_and_how(plan, compared)]
+
+
+def opening(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> list[str]:
+    """What a report begins with: whether any difference is significant, and what the tests cannot show."""
+    return list(filter(None, (pairs.verdict(compared, tested), pairs.limits(tested))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+
+
+def _method(cell: Cell) -> str:
+    return ZERO_SHOT if cell.method == ZERO_SHOT else get_method(cell.method, cell.values["settings"]).title
+
+
+def _summary(plan: Plan, compared: Sequence[Variant]) -> str:
+    """What was compared on what, in a line."""
+    models = dict.fromkeys(_short(cell.values["model"]) for cell in plan.results)
+    seeds = sorted({len(variant.cells) for variant in compared if variant.cells[0].method != ZERO_SHOT})
+    counted = " or ".join(f"{number} seed{'s' * (number > 1)}" for number in seeds)
+    data = dict.fromkeys(filter(None, (_data(run) for variant in compared for run in variant.runs)))
+    return (
+        f"{len(compared)} variant{'s' * (len(compared) > 1)}{f', {counted} each' if counted else ''}. Model: "
+        f"{' and '.join(models)}. Data: {' and '.join(data) or _short(plan.results[0].values['data'])}."
+    )
+
+
+def _short(name: str) -> str:
+    """A model or data as named, or the last part of its path."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def versions(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
+
+
+def _trade_offs(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> Iterator[Block]:
+    """Pictures of the metric to look at against memory and against speed."""
+    metric = next((column for column in columns(compared) if column.key in TITLES), None)
+    if metric is None:
+        return
+    for key, name, x_title, unit in (
+        ("peak_memory_mb", "memory", "peak memory of a training step, MB", "MB"),
+        ("samples_per_second", "speed", "samples a second", "samples a second"),
+    ):
+        places = [
+            figures.Place(
+                variant.name,
+                plain.mean(values),
+                plain.mean(variant.values(metric.key)),
+                variant.interval() if metric.key == ACCURACY else None,
+            )
+            for variant in compared
+            if (values := [value for value in variant.values(key) if value > 0]) and variant.values(metric.key)
+        ]
+        if places:
+            shown = f"{_sentence(metric.title)} on the dev rows against {x_title}"
+            if name == "memory":
+                yield Heading(f"{_sentence(metric.title)} against memory and speed")
+            yield Figure(
+                f"{metric.key}-{name}",
+                f"{shown}: {len(places)} variants.",
+                f"{_highest(places, unit, tested if metric.key == ACCURACY else ())}"
+                f"{' Faint lines: 95 % intervals.' if metric.key == ACCURACY else ''}",
+                figures.scatter(places, x_title, f"dev {metric.title}"),
+            )
+
+
+def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[pairs.Pair]) -> str:
+    """Which variant measured highest, and whether that is significant; where several did, none is called so."""
+    best = max(places, key=lambda place: place.y)
+    ties = [place.name for place in places if math.isclose(place.y, best.y)]
+    warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
+    if len(ties) > 1:
+        return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
+    shown = f"; {pairs.standing(tested, best.name)}" if pairs.of(tested, best.name) else ""
+    return f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}{shown}.{warned}"
+
+
+def _sentence(text: str) -> str:
+    """A text with which a sentence may begin."""
+    return text[0].upper() + text[1:]
+
+
+def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
+    """Pictures of what was logged while training, of each variant's first seed."""
+    kept = {variant.name: found for variant in compared if (found := variant.cells[0].curves())}
+    names = list(dict.fromkeys(name for found in kept.values() for name in found))
+    if names:
+        yield Heading("Training curves")
+        yield Text("As logged, nothing smoothed; of the first seed.")
+    for name in names:
+        drawn = {variant: found[name] for variant, found in kept.items() if found.get(name)}
+        ends = sorted((points[-1][1], variant) for variant, points in drawn.items())
+        low, high = (f"{value:.3f} ({variant})" for value, variant in (ends[0], ends[-1]))
+        last = f"from {low} to {high}" if ends[0][0] < ends[-1][0] else f"all {ends[0][0]:.3f}"
+        yield Figure(
+            name.replace(" ", "-"),
+            f"{_sentence(name)} over the steps: {len(drawn)} curve{'s' * (len(drawn) > 1)}.",
+            f"Last values: {low if len(ends) == 1 else last}.",
+            figures.curves(drawn, name),
+        )
+
+
+def _rates(plan: Plan) -> Iterator[Block]:
+    """What was tried to find learning rates, and which of the best has none beyond it that was tried."""
+    results = {variant.cells[0].variant: variant for variant in variants(plan.results)}
+    searched, rows, at_the_edge = variants(plan.searches), [], []
+    for variant in searched:
+        taken = set(results[variant.cells[0].variant].values("learning_rate"))
+        tried = [cell.values["learning_rate"] for cell in variant.cells]
+        edges = {min(tried): "taken, the lowest tried", max(tried): "taken, the highest tried"}
+        for cell in variant.cells:
+            metrics, rate = cell.metrics(), cell.values["learning_rate"]
+            problem = get_problem((metrics or {}).get("problem_type", CLASSIFICATION.name))
+            shown = cell.state if metrics is None else f"{metrics[problem.primary]:.3f}"
+            rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
+        if taken & edges.keys():
+            at_the_edge.append(cell.variant)
+    if rows:
+        yield Heading("Learning rates")
+        yield Text(
+            "Tried on a slice of the training rows, and measured on another slice of them; the dev rows had no part in "
+            "it."
+        )
+        if at_the_edge:
+            yield Strong(
+                f"{len(at_the_edge)} of {len(searched)} took the lowest or the highest rate that was "
+                "tried, so a better one may lie beyond, and these figures may be below what the method reaches: "
+                f"{', '.join(at_the_edge)}."
+            )
+        yield Table([["variant", "learning rate", "on the slice", ""], *rows], numbers=range(1, 3))
+
+
+def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
+    """What the estimates of memory before a run are worth."""
+    allocated, resident, errors = [], [], []
+    for variant in compared:
+        for metrics in variant.runs[:1]:
+            estimate, peak = metrics.get("estimated_memory_mb"), metrics.get("peak_memory_mb")
+            if estimate and peak and metrics["peak_memory_source"] == "CUDA allocator":
+                errors.append(estimate / peak - 1)
+                allocated.append([variant.name, f"{estimate:,.0f}", f"{peak:,.0f}", f"{errors[-1]:+.1%}"])
+            elif estimate and metrics.get("peak_rss_mb"):
+                resident.append([variant.name, f"{estimate:,.0f}", f"{metrics['peak_rss_mb']:,.0f}"])
+    if allocated or resident:
+        yield Heading("Estimated memory")
+    if allocated:
+        worst = max(errors, key=abs)
+        yield Text(
+            f"What --dry-run says before a run, against the allocator's peak: {plain.mean(errors):+.1%} on average, at "
+            f"most {worst:+.1%}."
+        )
+        yield Table([["variant", "estimated, MB", "measured, MB", "error"], *allocated], numbers=range(1, 4))
+    if resident:
+        yield Text(
+            "What --dry-run says before a run, of a training step on a GPU. Without one there is no allocator to "
+            "measure it by. What the whole process held at most is another thing: Python, its libraries, the data and "
+            "what evaluating took are in it."
+        )
+        yield Table([["variant", "estimated, MB", "resident peak of the process, MB"], *resident], numbers=range(1, 3))
+
+
+def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
+    """Machine, versions, commands, and how figures were come by."""
+    finished = [metrics for variant in compared for metrics in variant.runs]
+    devices = [_device(metrics) for metrics in finished]
+    yield Heading("Where and how")
+    described = (
+        ("model", [_text(metrics, "model") for metrics in finished]),
+        ("data", [_data(metrics) for metrics in finished]),
+        ("device", devices),
+        ("versions", [versions(metrics) for metrics in finished]),
+    )
+    items = [f"{name}: {value}" for name, values in described for value in dict.fromkeys(values) if value]
+    if items:
+        yield Items(items)
+    yield Code(plan.commands)
+    notes = [f"{column.title}: {column.note}." for column in columns(compared) if column.note]
+    chosen = [cell for cell in plan.results if (cell.metrics() or {}).get("best_step") is not None]
+    if chosen:
+        names = dict.fromkeys(f"{cell.variant} (by {cell.values['metric']})" for cell in chosen)
+        notes.append(
+            "Of these the best checkpoint was taken, by the dev rows that it is measured on, which makes them look "
+            f"better than on new rows: {', '.join(names)}."
+        )
+    if len(set(filter(None, devices))) > 1:
+        notes.append(
+            "Not all cells ran on the same device with as many threads: speeds and seconds compare only among those "
+            "that did. results.csv has device and threads of each."
+        )
+    if any(variant.interval() for variant in compared):
+        notes.append(
+            "In brackets: the 95 % interval, with one seed over new rows alone (Wilson's), with several over new rows "
+            "and new seeds."
+        )
+    if any(len(variant.cells) > 1 for variant in compared):
+        notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
+    if notes:
+        yield Items(notes)
+
+
+def _text(metrics: Mapping[str, Any], name: str) -> str:
+    value = metrics.get(name)
+    return "" if value is None else str(value)
+
+
+def _device(metrics: Mapping[str, Any]) -> str:
+    """Where a cell ran; nothing of a zero-shot row, whose speed is not measured."""
+    threads = metrics.get("threads")
+    return _text(metrics, "device") + ("" if threads is None else f", CPU threads: {threads}")
+
+
+def _data(metrics: Mapping[str, Any]) -> str:
+    if "train_rows" not in metrics:  # of a zero-shot row
+        return ""
+    return (
+        f"{_short(metrics['data'])}, {metrics['train_rows']:,} rows to train on, {metrics['dev_rows']:,} to measure on"
+    )

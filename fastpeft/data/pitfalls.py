@@ -1,0 +1,114 @@
+"""What makes the figures of a run say less than they seem to, each in one sentence: `warnings` of `metrics.json`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence, Set
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from fastpeft.data.problems import UNLABELLED, Problem
+from fastpeft.data.splitting import digest
+
+logger = logging.getLogger(__name__)
+
+_FEW_ROWS = 100
+_FEWEST_POINTS = 10  # of a loss curve that is judged
+_CERTAIN = 2.0  # standard errors
+_GROSS = 2.0  # times the loss before training
+
+
+def of_dev_rows(
+    problem: Problem,
+    texts: Sequence[Any],
+    trained_on: Set[str],
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+) -> list[str]:
+    """What is to be said of the rows that were measured, and of what was answered to them.
+
+    Args:
+        problem: what was learned.
+        texts: of the rows.
+        trained_on: digests of the texts that were trained on.
+        outputs, labels: of the rows, as `problem` scores them.
+        names: of the outputs.
+    """
+    found = seen_rows(texts, trained_on)
+    if len(texts) < _FEW_ROWS:
+        found.append(
+            f"Only {len(texts)} rows were measured on, so the figures are rough; {_FEW_ROWS} are the least that tell "
+            "one result from another."
+        )
+    if problem.has_classes:
+        found += _one_answer(problem.labels, outputs, labels, names)
+    return found
+
+
+def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
+    """How many of the rows that are measured on were trained on, where any was."""
+    seen = sum(digest(text) in trained_on for text in texts) if trained_on else 0
+    if not seen:
+        return []
+    share = f"{100 * seen / len(texts):.0f} %" if 100 * seen >= len(texts) else "below 1 %"
+    return [
+        f"{seen:,} of {len(texts):,} rows ({share}) were trained on: the figures show what the model remembers, not "
+        "how it does on new texts."
+    ]
+
+
+def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list[str]:
+    """Whether the training loss ended above its start.
+
+    It did where either is so:
+
+    - the median of the last tenth of what was logged, three points at least, is above that of the first tenth by more
+      than two standard errors. The noise behind these is the median difference between neighbours, which neither a
+      slope nor a few leaps change;
+    - the mean of the last tenth is more than twice the loss before training, however large the noise.
+
+    Of fewer than ten points nothing is said.
+
+    Args:
+        points: logged losses, each with its step.
+        before: the loss of the dev rows before training.
+    """
+    losses = [loss for _, loss in points]
+    if len(losses) < _FEWEST_POINTS:
+        return []
+    size = max(3, len(losses) // 10)
+    start, end = losses[:size], losses[-size:]
+    # 0.954: the median of |a - b| in standard deviations of one; 1.25: the error of a median in those of a mean
+    noise = median(abs(b - a) for a, b in pairwise(losses)) / 0.954
+    error = noise * 1.25 * math.sqrt(2 / size)
+    if mean(end) > _GROSS * before:
+        first, last = before, mean(end)
+    elif median(end) > median(start) + _CERTAIN * error:
+        first, last = median(start), median(end)
+    else:
+        return []
+    return [
+        f"The training loss ended above its start ({first:.3g} at first, {last:.3g} at last), so training made the "
+        "model worse; lower the learning rate."
+    ]
+
+
+def tell(warnings: Iterable[str]) -> None:
+    """Log warnings; the command line, which shows them below its table, leaves these out."""
+    for warning in warnings:
+        logger.warning("%s", warning)
+
+
+def _one_answer(what: str, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Whether always the same of the classes or tags was told, of two rows or words at least."""
+    labelled = labels != UNLABELLED
+    answers = np.unique(outputs[labelled].argmax(-1))
+    if len(answers) > 1 or labelled.sum() < 2:
+        return []
+    also = ", and no other is among their labels" if len(np.unique(labels[labelled])) == 1 else ""
+    return [f"Every answer is {names[answers[0]]!r}{also}, so nothing shows that the model tells the {what} apart."]

@@ -1,0 +1,346 @@
+"""Rows of data and where they come from: local files and folders, saved data sets, the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastpeft.errors import FastpeftError, first_line
+from fastpeft.support.files import parse_json
+from fastpeft.support.hub import reachable
+from fastpeft.support.safe_paths import check_named_files
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Reader = Callable[[Path], list[Record]]
+Numbered = tuple[int, Record | FastpeftError]  # a row, or what is wrong with it, with its number
+
+STDIN = Path("standard input")  # stands for it, and is what messages call it
+
+# the stems of files and the names of parts, GLUE's own for MNLI among them
+_TRAIN = ("train",)
+_DEV = ("dev", "validation", "dev_matched", "validation_matched")
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # owner/name:configuration
+_GLUE = "nyu-mll/glue"
+_OTHER_FILES = ("txt", "json", "xlsx", "gz", "zip")  # what ends so is meant to be a file, though none that can be read
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one part of a data set.
+
+    Attributes:
+        name: what messages call it: a file, or a data set and its part.
+        rows: each a dictionary of its columns.
+        class_names: for columns of whole numbers that stand for classes, the names of those.
+    """
+
+    name: str
+    rows: list[Record]
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0])
+
+
+def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[Table]:
+    """The rows to train on and, where `data` has them, the rows to measure on.
+
+    Args:
+        data: a file or folder, or a data set of the hub.
+        readers: kinds of files; None: `READERS`.
+
+    Raises:
+        FastpeftError: nothing is there, or it cannot be read.
+    """
+    readers = READERS if readers is None else readers
+    path = Path(data).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        import datasets
+
+        for folder in (path, *filter(Path.is_dir, path.iterdir())):  # its parts have folders of their own
+            check_named_files(folder)
+        return _load_parts(data, lambda: datasets.load_from_disk(str(path)))
+    hub_name = _HUB_NAME.fullmatch(data)
+    is_file_name = data.startswith(".") or path.suffix[1:].lower() in (*readers, *_OTHER_FILES)
+    if hub_name and not path.exists() and not is_file_name:
+        owner, configuration = hub_name.groups()
+        if data.startswith("glue/"):  # the benchmark's old name, with a task of it
+            owner, configuration = _GLUE, data.removeprefix("glue/")
+        logger.info("no file or folder %r here; looking for that data set in the cache and on the hub", data)
+        return _load_parts(data, lambda: _load_from_hub(owner, configuration))
+    return [Table(str(file), _read_rows(file, readers)) for file in _find_files(path, readers)]
+
+
+def _load_from_hub(owner: str, configuration: str | None) -> Any:
+    """The parts of a data set of the hub; where that is out of reach, those in the cache alone."""
+    import datasets
+
+    if reachable():
+        return datasets.load_dataset(owner, configuration)
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = owner.partition("/")[2]
+    return Cache(dataset_name=name, repo_id=owner, config_name=configuration, version="auto", hash="auto").as_dataset()
+
+
+def _load_parts(data: str, load: Callable[[], Any]) -> list[Table]:
+    """The parts of a data set that the library datasets loads."""
+    try:
+        parts = load()
+    except Exception as error:  # no network, no such name, a broken file: almost any type
+        raise FastpeftError(
+            f"cannot load the data set {data!r}: {first_line(error)} Give the id of one on the hub, as "
+            f"{_GLUE}:sst2, with a network or after it was loaded once; or the path of a {', '.join(READERS)} file."
+        ) from error
+    if not isinstance(parts, dict):
+        parts = {_TRAIN[0]: parts}
+    chosen = [next((name for name in names if name in parts), None) for names in (_TRAIN, _DEV)]
+    if chosen[0] is None:
+        raise FastpeftError(f"the data set {data!r} has no part named train, only {', '.join(parts)}. Choose another.")
+    tables = [
+        Table(f"{data} ({name})", parts[name].to_list(), _names_of_features(parts[name]))
+        for name in chosen
+        if name is not None
+    ]
+    for table in tables:
+        if not table.rows:
+            raise FastpeftError(f"{table.name} is empty: it has no rows. Choose another data set.")
+    return tables
+
+
+def _names_of_features(part: Any) -> dict[str, list[str]]:
+    """The names of the classes in each column that the library datasets knows to hold some, in lists or not."""
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in part.features.items()}
+    return {column: list(kind.names) for column, kind in kinds.items() if hasattr(kind, "names")}
+
+
+def _find_files(path: Path, readers: Mapping[str, Reader]) -> list[Path]:
+    """The training file and, where there is one, the dev file behind `path`."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FastpeftError(
+            f"no data at {str(path)!r}; give 'demo', the path of a {', '.join(readers)} file or of a folder with "
+            f"train.* and dev.* files, or a data set of the hub, as {_GLUE}:sst2."
+        )
+    parts: list[Path] = []
+    for stems in (_TRAIN, _DEV):
+        found = sorted(file for file in path.iterdir() if file.stem in stems and file.suffix[1:].lower() in readers)
+        if len(found) > 1 or (not found and not parts):
+            names = ", ".join(file.name for file in found) or "none"
+            raise FastpeftError(
+                f"the folder {str(path)!r} needs one file named {' or '.join(stems)}.* ({', '.join(readers)}); found: "
+                f"{names}."
+            )
+        parts += found
+    return parts
+
+
+def _read_rows(file: Path, readers: Mapping[str, Reader]) -> list[Record]:
+    """Every row of a file as a dictionary of its columns."""
+    reader = readers.get(file.suffix[1:].lower())
+    if reader is None:
+        raise FastpeftError(f"{file} is of an unknown kind; allowed are {', '.join(readers)}. Convert or rename it.")
+    rows = reader(file)
+    if not rows:
+        what = "a text" if "txt" in readers else "a text and a class"
+        raise FastpeftError(f"{file} is empty: it has no rows. Give a file with {what} in each row.")
+    return rows
+
+
+def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbered]]:
+    """The rows of a file, each by itself: of one that cannot be read there is the error, and the others are read.
+
+    Args:
+        file: its path, or `-` for the standard input.
+        kind: csv, tsv, jsonl, parquet or txt, which has one text a line; None: by the end of its name, txt where that
+            has none.
+
+    Returns:
+        What messages call the file, its kind, and its rows with their numbers from 1: of csv, tsv and parquet those of
+        rows, of jsonl and txt those of lines, the blank ones counted and left out.
+
+    Raises:
+        FastpeftError: the file cannot be read at all, or it has no rows.
+    """
+    path = STDIN if file == "-" else Path(file).expanduser()
+    allowed = [name for name in _APART if path is not STDIN or name != "parquet"]
+    kind = kind or path.suffix[1:].lower() or "txt"
+    if kind not in allowed:
+        raise FastpeftError(
+            f"{path} is of the kind {kind!r}; allowed are {', '.join(allowed)}. Convert it, or say its kind by "
+            "--format."
+        )
+    rows = _APART[kind](path)
+    if not rows:
+        raise FastpeftError(f"{path} holds no text. Give a file with one text a row, or of the kind txt a line.")
+    return str(path), kind, rows
+
+
+def read_text(file: Path) -> str:
+    try:
+        content = sys.stdin.buffer.read() if file is STDIN else file.read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FastpeftError(
+            f"{file} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise FastpeftError(f"cannot read {file} ({error.strerror}). Give the path of an existing file.") from None
+    if "\0" in text:
+        raise FastpeftError(f"{file} is broken: it holds NUL bytes. Restore it or convert it to UTF-8 text.")
+    return text
+
+
+def _read_csv(file: Path) -> list[Numbered]:
+    return _table(file, _parse(file, read_text(file), delimiter=",", strict=True))
+
+
+def _read_tsv(file: Path) -> list[Numbered]:
+    """Plain as GLUE's files are, unless its fields fit the header better, or as well where all its quotes enclose whole
+    fields, as quoted ones."""
+    text = read_text(file)
+    lines = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    if lines and all(map(_is_cola, lines)):
+        return _table(file, [_COLA, *lines])
+    begun = [field for fields in lines for field in fields if field.startswith('"')]
+    plain = _table(file, lines)
+    if (bad := _count_errors(plain)) == 0 and not all(_QUOTED.fullmatch(field) for field in begun):
+        return plain  # parsed as quoted, a text that begins with a quote would swallow the rows after it
+    try:
+        quoted = _table(file, _parse(file, text, delimiter="\t", strict=True))
+    except FastpeftError:  # no header that is one
+        return plain
+    return quoted if _count_errors(quoted) <= bad else plain
+
+
+def _count_errors(rows: list[Numbered]) -> int:
+    return sum(isinstance(row, FastpeftError) for _, row in rows)
+
+
+def _is_cola(fields: list[str] | FastpeftError) -> bool:
+    """Whether a line is one of GLUE's CoLA, whose files have no header."""
+    return isinstance(fields, list) and len(fields) == len(_COLA) and fields[1] in ("0", "1") and fields[2] in ("", "*")
+
+
+_COLA = ["source", "label", "star", "sentence"]
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+_LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
+
+
+def _parse(file: Path, text: str, **dialect: Any) -> list[Any]:
+    """The fields of each row, or an error; after one that begins in a line the next line begins anew."""
+    lines, start = list(io.StringIO(text, newline="")), 0
+    found: list[Any] = []
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        while start < len(lines):
+            reader, done = csv.reader(map(lines.__getitem__, range(start, len(lines))), **dialect), 0
+            try:
+                for fields in reader:
+                    done = reader.line_num
+                    if fields:
+                        found.append(fields)
+                break
+            except csv.Error as error:
+                start += done + 1
+                found.append(FastpeftError(f"{file} is broken at line {start}: {error}. Correct that line."))
+    finally:
+        csv.field_size_limit(limit)
+    return found
+
+
+def _table(file: Path, lines: list[Any]) -> list[Numbered]:
+    """Rows of a file whose first line names the columns."""
+    if not lines:
+        return []
+    header = lines[0]
+    if isinstance(header, FastpeftError):
+        raise header
+    if len(set(header)) < len(header):
+        raise FastpeftError(f"{file} names a column twice: {', '.join(header)}. Give every column its own name.")
+    rows: list[Numbered] = []
+    for number, fields in enumerate(lines[1:], start=1):
+        if isinstance(fields, FastpeftError):
+            rows.append((number, FastpeftError(f"row {number}: {fields}")))
+        elif len(fields) != len(header):
+            error = FastpeftError(
+                f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
+                "Correct the row, or quote fields that hold the separator."
+            )
+            rows.append((number, error))
+        else:
+            rows.append((number, dict(zip(header, fields))))
+    return rows
+
+
+def _read_jsonl(file: Path) -> list[Numbered]:
+    rows: list[Numbered] = []
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            if "\\u" in line:  # an escape can write half of a character, which has no code
+                json.dumps(row, ensure_ascii=False).encode()
+        except ValueError as error:
+            row = FastpeftError(f"line {number} of {file} is not JSON ({error}). Correct or remove it.")
+        else:
+            if not isinstance(row, dict):
+                row = FastpeftError(f"line {number} of {file} is not a JSON object. Write one object a line.")
+        rows.append((number, row))
+    return rows
+
+
+def _read_parquet(file: Path) -> list[Numbered]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return list(enumerate(parquet.read_table(file).to_pylist(), start=1))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FastpeftError(
+            f"{file} is not a readable parquet file ({first_line(error)}). Restore or write it anew."
+        ) from None
+
+
+def _read_txt(file: Path) -> list[Numbered]:
+    return [
+        (number, {"text": line}) for number, line in enumerate(read_text(file).splitlines(), start=1) if line.strip()
+    ]
+
+
+def _whole(read: Callable[[Path], list[Numbered]]) -> Reader:
+    """A reader that raises the first error of a row."""
+
+    def whole(file: Path) -> list[Record]:
+        rows = []
+        for _, row in read(file):
+            if isinstance(row, FastpeftError):
+                raise row from None
+            rows.append(row)
+        return rows
+
+    return whole
+
+
+_APART: dict[str, Callable[[Path], list[Numbered]]] = {
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "txt": _read_txt,
+}
+TEXT_READERS = {kind: _whole(read) for kind, read in _APART.items()}  # for texts alone
+READERS = {kind: read for kind, read in TEXT_READERS.items() if kind != "txt"}

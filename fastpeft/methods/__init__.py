@@ -1,0 +1,1 @@
+"""What `--method` offers: one registry of methods, and how each trains by default."""

@@ -1,0 +1,200 @@
+"""A model as PEFT wraps it: what its adapters are given, what they go onto, and in our words what PEFT cannot do."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from typing import Any, get_type_hints
+
+import peft
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, constants
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import POOLER
+from fastpeft.methods.preparation import Preparation
+from fastpeft.prompts.model import PromptModel
+from fastpeft.siva import SivaConfig
+from fastpeft.siva.model import FUSED, QUERY_AND_KEY
+
+logger = logging.getLogger(__name__)
+
+# fields of a PEFT configuration that have an option of their own, follow from the model or are filled in when it is
+# saved
+_OWN_FIELDS = (
+    "r",
+    "target_modules",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "init_weights",
+    "pissa",
+    "base_fingerprints",
+    "token_dim",
+    "num_transformer_submodules",
+    "num_attention_heads",
+    "num_layers",
+)
+_BLOCK = 64  # weights in 4 bits that share a scale
+
+# kinds of model for which PEFT knows what its adapters go onto
+_KNOWN = {
+    "LoraConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    "LoKrConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,  # of which PEFT's is a copy
+    "IA3Config": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+}
+_VALUE = {"key": "value", "k_lin": "v_lin", "key_proj": "value_proj", "k_proj": "v_proj", "k": "v"}  # beside a key
+_FEED_FORWARD = ("output.dense", "lin2", "fc2", "down_proj", "wo", "mlp.Wo", "ffn_output")  # from its inside out
+
+
+def _config_class(name: str) -> Any:
+    return SivaConfig if name == "SivaConfig" else getattr(peft, name)
+
+
+def settings(config: str) -> dict[str, Any]:
+    """What `--set` may put into a configuration of PEFT, or of SiVA, with the type of each."""
+    return {name: hint for name, hint in get_type_hints(_config_class(config)).items() if name not in _OWN_FIELDS}
+
+
+def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[str, Any]) -> nn.Module:
+    """Put an adapter onto `model`.
+
+    Args:
+        model: what it goes onto.
+        preparation: targets, settings and head.
+        config: the name of its configuration.
+        values: what that is given before what `preparation` has.
+
+    Raises:
+        FastpeftError: PEFT cannot, or the rank is above what a layer allows.
+    """
+    if preparation.targets is not None:
+        values = {**values, "target_modules": preparation.targets}
+    named = {"target_modules", "target_parameters"} & {*values, *preparation.settings}
+    values = {**({} if named else _usual_layers(model, config)), **values}
+    new = list(preparation.head) if preparation.head_is_new else []
+    values = {**values, "task_type": preparation.task_type, "modules_to_save": new, **preparation.settings}
+    try:
+        made = _config_class(config)(**values)
+        wrapped: nn.Module = peft.get_peft_model(model, made)
+    except FastpeftError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:  # PEFT raises any
+        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        reason = str(error).strip().rstrip(".")
+        raise FastpeftError(
+            f"the model cannot be adapted with targets {preparation.targets!r} and settings "
+            f"{dict(preparation.settings)}: {reason}. Its linear layers are named {', '.join(sorted(names))}; name "
+            "some, or use all-linear."
+        ) from error
+    for name, module in wrapped.named_modules():
+        if isinstance(module, BaseTunerLayer) and (ranks := getattr(module, "r", None)):  # not all have any
+            rank, limit = max(ranks.values()), min(module.in_features, module.out_features)
+            if rank > limit:
+                raise FastpeftError(
+                    f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
+                    f"a rank from 1 to {limit}."
+                )
+    return wrapped
+
+
+def _usual_layers(model: Any, config: str) -> dict[str, Any]:
+    """What an adapter goes onto by default where PEFT does not know the kind of model, told by the names of layers.
+
+    As in PEFT's own tables: query and value, or the matrix that holds them all; for IA3 key, value and the layer that
+    leads out of the feed-forward's inside. Nothing where PEFT knows, or where no layers have names that are known here.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _KNOWN.get(config, {kind}):
+        return {}
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    names = {name.rpartition(".")[2] for name in layers}
+    triples = [(query, key, _VALUE[key]) for query, key in QUERY_AND_KEY if key in _VALUE]
+    fused = [(name, name, name) for name in FUSED]
+    query, key, value = next((each for each in triples + fused if names.issuperset(each)), ("", "", ""))
+    end = next((end for end in _FEED_FORWARD if any(name.endswith(f".{end}") for name in layers)), "")
+    if config == "IA3Config":
+        found: dict[str, Any] = {"target_modules": list({key, value, end}), "feedforward_modules": [end]}
+    else:
+        found = {"target_modules": list({query, value})}
+    if "" in found["target_modules"]:
+        return {}
+    shown = " and ".join(sorted(found["target_modules"]))
+    logger.info("PEFT has no default layers for %s models; adapting %s", kind, shown)
+    return found
+
+
+def merge(model: PeftModel) -> Any:
+    """The base model with its adapter in its weights, and with the head that was trained beside that.
+
+    The head is put in place first: of most adapters PEFT puts back what has a weight of its own only, which a head of
+    several layers has not.
+    """
+    base = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.modules_to_save[model.active_adapter])
+    return model.merge_and_unload()
+
+
+def check_4_bits() -> None:
+    """Raise `FastpeftError` where the library that keeps weights in 4 bits is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FastpeftError(
+            "qlora needs the library bitsandbytes, which is not installed. Run pip install 'fastpeft[nf4]', or choose "
+            "siva with --set residual_dtype=int8."
+        )
+
+
+def in_4_bits(model: Any) -> Any:
+    """`model` with the linear layers of its backbone in nf4, their scales in 8 bits, as QLoRA has them; in place.
+
+    It computes in the dtype of its inputs. In what has been done so already nothing changes.
+
+    Raises:
+        FastpeftError: bitsandbytes is missing, the backbone has no linear layer, or one whose rows are not whole blocks
+            of 64 weights where there is no accelerator: on a CPU bitsandbytes 0.50 mistakes their scales.
+    """
+    check_4_bits()
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    masked_lm = model.core if isinstance(model, PromptModel) else model
+    backbone = masked_lm.base_model
+    layers = {
+        name: layer
+        for name, layer in backbone.named_modules()
+        if type(layer) is nn.Linear and POOLER not in name.split(".")  # which belongs to the head
+    }
+    if not layers and not getattr(model, "is_loaded_in_4bit", False):
+        raise FastpeftError(
+            f"qlora keeps linear layers in 4 bits, of which the backbone, a {type(backbone).__name__}, has none. "
+            "Choose another method."
+        )
+    for name, layer in layers.items():
+        if layer.in_features % _BLOCK and not torch.accelerator.is_available():
+            raise FastpeftError(
+                f"qlora cannot keep {name} in 4 bits: on a CPU bitsandbytes takes rows of whole blocks of {_BLOCK} "
+                f"weights, and these have {layer.in_features}. Choose siva with --set residual_dtype=nf4."
+            )
+    for name, layer in layers.items():
+        quantised = Linear4bit(
+            layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4", device="meta"
+        )
+        weight: Any = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
+        quantised.weight, quantised.bias = weight.to(layer.weight.device), layer.bias
+        # a form for inference, which bitsandbytes would go over to when it is evaluated: no gradient passes through it
+        quantised.support_avx512bf16_for_cpu = False
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, quantised.train(layer.training))
+    model.is_loaded_in_4bit = True  # what PEFT looks at
+    return model

@@ -1,0 +1,47 @@
+"""Rates, schedules and epochs with which a method trains where a person gives none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastpeft.data.examples import DEMO
+from fastpeft.data.models import resolve_model
+from fastpeft.support import files
+
+_DEMO_FILE = "recipes.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method trains by default; a person's options win.
+
+    Attributes:
+        learning_rate: peak rate of AdamW, or the rate of MeZO.
+        weight_decay: of AdamW, for all that is neither a bias nor of a norm.
+        warmup: share of the steps over which the rate rises to its peak.
+        schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
+        last_rate: the last rate of `polynomial`, in proportion to the peak where that is another.
+        epochs: passes over the training rows.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup: float = 0.06
+    schedule: str = "linear"
+    last_rate: float = 0.0
+    epochs: float = 5
+
+    def for_model(self, model: str, method: str) -> Recipe:
+        """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
+        if model != DEMO:
+            return self
+        recipes: dict[str, Any] = files.read_json(Path(resolve_model(DEMO)) / _DEMO_FILE)
+        return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
+
+    def schedule_settings(self, learning_rate: float) -> dict[str, float]:
+        """What the schedule takes beside the peak, in the names of transformers."""
+        if self.schedule != "polynomial":
+            return {}
+        return {"lr_end": self.last_rate * (learning_rate / self.learning_rate), "power": 1.0}

@@ -1,0 +1,113 @@
+"""An adapter that PEFT's `save_pretrained` wrote, put onto its base model again."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from fastpeft.errors import FastpeftError
+from fastpeft.siva.layer import current_keys
+from fastpeft.support import files
+from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
+from fastpeft.support.hub import source_options
+
+logger = logging.getLogger(__name__)
+
+_LOADERS = {
+    None: peft.AutoPeftModel,  # the folder then names the class of its base model
+    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
+    "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
+    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
+}
+_LAST_LAYER = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight")
+
+
+def check_weights(model: PeftModel, folder: Path) -> None:
+    """Raise `FastpeftError` unless all that the adapter on `model` holds came from the file in `folder`, and is finite.
+
+    PEFT loads what a file holds of an adapter, leaves the rest as it was drawn, and says nothing of what is too much.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        kinds = current_keys({key: file.get_slice(key).get_dtype() for key in sorted(file.keys())})
+    for fault, names in _faults(own, kinds).items():
+        if names:
+            raise FastpeftError(
+                f"the adapter in {str(folder)!r} is damaged: {names[0]} {fault}, and {len(names) - 1} more likewise. "
+                "Restore it, or train it anew."
+            )
+
+
+def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """What can be wrong with the tensors of a file, whose dtypes are `kinds`, and of which it is."""
+    return {
+        "is missing": sorted(own.keys() - kinds.keys()),
+        "belongs to no part of it": sorted(kinds.keys() - own.keys()),
+        "is not of floating numbers": [key for key, kind in kinds.items() if not kind.startswith(("F", "BF"))],
+        "is not finite": [key for key, tensor in own.items() if not tensor.isfinite().all()],
+    }
+
+
+def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
+    """The adapter in a local folder on its base model, on the CPU, and their tokenizer, None where neither has one.
+
+    Raises:
+        FastpeftError: the folder or its base model cannot be read, or it holds a prompt instead of weights.
+    """
+    folder = folder.absolute()  # a relative path might name a model of the hub
+    config = files.read_json(folder / CONFIG)
+    base = config.get("base_model_name_or_path")
+    task, kind = config.get("task_type"), config.get("peft_type")
+    if task not in _LOADERS or "PROMPT" in str(kind) or "P_TUNING" in str(kind) or "PREFIX" in str(kind):
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} is of the type {kind} for the task {task}, which no plain model can stand "
+            "for. Export one that changes the weights of its base model, as SiVA or LoRA."
+        )
+    library = (config.get("auto_mapping") or {}).get("parent_library")
+    if task is None and str(library).partition(".")[0] != "transformers":  # which PEFT would import, whatever it is
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} names {library!r} for the library of its base model; only transformers is "
+            "imported. Load the base model and PeftModel.from_pretrained in a program of your own."
+        )
+    check_file(folder)
+    try:
+        model = (
+            _LOADERS[task]
+            .from_pretrained(
+                str(folder), use_safetensors=True, **source_options(str(base)), **_number_of_labels(folder)
+            )
+            .eval()
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FastpeftError(
+            f"cannot put the adapter in {str(folder)!r} onto its base model {base!r} ({error}). Give "
+            f"{CONFIG} a base_model_name_or_path that can be loaded."
+        ) from error
+    place = str(folder) if (folder / "tokenizer_config.json").is_file() else base
+    try:
+        return model, AutoTokenizer.from_pretrained(place, **source_options(str(place)))
+    except (OSError, ValueError, ImportError) as error:  # vision models, and models made by hand, have none
+        logger.info("%s has no tokenizer that can be loaded (%s)", place, str(error).strip().partition("\n")[0])
+        return model, None
+
+
+def _number_of_labels(folder: Path) -> dict[str, int]:
+    """What the base model's class needs to make the head that was saved with the adapter."""
+    if not (folder / WEIGHTS).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        heads = [key for key in sorted(file.keys()) if _LAST_LAYER.search(key)]
+        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}

@@ -1,0 +1,21 @@
+"""The ops of the library: one file each, with schema, shapes, autograd, reference and fused ATen form.
+
+`backends` chooses what each runs on. Users call the checked functions of `fastpeft.functional`.
+
+    reference.siva_linear, aten.siva_linear, ...    a form of every op, by the op's name
+"""
+
+from types import SimpleNamespace
+
+from fastpeft.ops import (  # noqa: F401  (each declares its ops)
+    feature_dropout,
+    mezo_perturb,
+    siva_linear,
+    siva_linear_group,
+    siva_linear_mixed,
+    window_attention,
+)
+from fastpeft.ops.define import OPS
+
+reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
+aten = SimpleNamespace(**{name: op.aten for name, op in OPS.items() if op.aten is not None})

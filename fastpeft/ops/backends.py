@@ -1,0 +1,218 @@
+"""What each op runs on, and why: the only file that imports kernels and compiled modules.
+
+At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
+Triton, fused ATen calls, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"`
+overrides the order (names: `cpp`, `cuda`, `triton`, `aten`, `reference`). Where it asks for what is not available, the
+package still imports, so that the command line can say so, but every op raises the `FastpeftError`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.define import NAMESPACE, OPS
+
+VARIABLE = "FASTPEFT_BACKEND"
+
+# (op, device) -> backends that implement it, best first. The reference covers every op on every device.
+IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("siva_linear", "cpu"): ("cpp", "aten"),
+    ("siva_linear", "cuda"): ("triton", "aten"),
+    ("siva_linear_backward", "cpu"): ("cpp", "aten"),
+    ("siva_linear_backward", "cuda"): ("triton", "aten"),
+    ("siva_linear_group", "cpu"): ("cpp", "aten"),
+    ("siva_linear_group", "cuda"): ("triton", "aten"),
+    ("siva_linear_group_backward", "cpu"): ("cpp", "aten"),
+    ("siva_linear_group_backward", "cuda"): ("triton", "aten"),
+    ("window_attention", "cpu"): ("aten",),
+    ("window_attention", "cuda"): ("triton",),
+    ("window_attention_backward", "cpu"): ("aten",),
+    ("window_attention_backward", "cuda"): ("triton",),
+    ("feature_dropout_", "cpu"): ("cpp",),
+    ("siva_linear_mixed", "cpu"): ("aten",),
+    ("siva_linear_mixed", "cuda"): ("triton", "aten"),
+    ("siva_linear_mixed_backward", "cpu"): ("aten",),
+    ("siva_linear_mixed_backward", "cuda"): ("triton", "aten"),
+    ("mezo_perturb_", "cpu"): ("cpp",),
+    ("mezo_perturb_", "cuda"): ("cuda", "triton"),
+    ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
+    ("mezo_perturb", "cpu"): ("cpp",),
+    ("mezo_perturb", "cuda"): ("cuda", "triton"),
+}
+
+# launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
+_TRITON_LAUNCHERS = {
+    "siva_linear": ("siva_linear", "siva_linear_fwd"),
+    "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
+    "siva_linear_group": ("siva_linear_group", "siva_linear_group"),
+    "siva_linear_group_backward": ("siva_linear_group", "siva_linear_group_backward"),
+    "siva_linear_mixed": ("siva_linear_mixed", "siva_linear_mixed"),
+    "siva_linear_mixed_backward": ("siva_linear_mixed", "siva_linear_mixed_backward"),
+    "window_attention": ("window_attention", "window_attention"),
+    "window_attention_backward": ("window_attention_backward", "window_attention_backward"),
+    "mezo_perturb_": ("mezo_perturb", "mezo_perturb_"),
+    "mezo_perturb_replay_": ("mezo_perturb", "mezo_perturb_replay_"),
+    "mezo_perturb": ("mezo_perturb", "mezo_perturb"),
+}
+
+# backends that are compiled modules: loading one registers its implementations of all its ops
+_COMPILED = {"cpp": "fastpeft._C", "cuda": "fastpeft._C_cuda"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of one op on one device, and why it is this one."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def _load_compiled(backend: str) -> str:
+    """'' when the backend's module is loaded (which registers its implementations), else why not."""
+    try:
+        importlib.import_module(_COMPILED[backend])
+    except ImportError as error:
+        return f"the compiled module {_COMPILED[backend]} is not available ({error})"
+    return ""
+
+
+def _probe_cuda() -> str:
+    """'' when the CUDA module is loaded, else why not."""
+    return _load_compiled("cuda") if torch.cuda.is_available() else "no CUDA device"
+
+
+def _probe_triton() -> str:
+    """'' when Triton kernels can run, else why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not available ({error})"
+    return ""
+
+
+_PROBES: dict[str, Callable[[], str]] = {
+    "cpp": lambda: _load_compiled("cpp"),
+    "cuda": _probe_cuda,
+    "triton": _probe_triton,
+    "aten": lambda: "",
+}
+
+
+def _overrides(text: str) -> dict[str, str]:
+    """Parse `op=name,op=name`."""
+    chosen = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = item.partition("=")
+        if op not in OPS or name not in ("reference", *_PROBES):
+            raise FastpeftError(
+                f"{VARIABLE} has {item!r}; allowed are OP=NAME with OP one of {', '.join(OPS)} and NAME one of "
+                f"{', '.join(_PROBES)}, reference. Correct or unset the variable."
+            )
+        backends = {backend for key, found in IMPLEMENTED.items() if key[0] == op for backend in found} | {"reference"}
+        if name not in backends:
+            raise FastpeftError(
+                f"{VARIABLE} asks for {op}={name}, but {op} runs on "
+                f"{', '.join(sorted(backends))} only. Name one of these."
+            )
+        chosen[op] = name
+    return chosen
+
+
+def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], str]) -> Choice:
+    """`wanted` where it implements `op` on `device`, else the first available backend."""
+    candidates = IMPLEMENTED.get((op, device), ())
+    if wanted == "reference":
+        return Choice(op, device, "reference", f"asked for by {VARIABLE}")
+    if wanted in candidates:
+        if reason := why_not(wanted):
+            raise FastpeftError(f"{VARIABLE} asks for {op}={wanted}, but {reason}. Install it or unset the variable.")
+        return Choice(op, device, wanted, f"asked for by {VARIABLE}")
+    missing: list[str] = []
+    for name in candidates:
+        reason = why_not(name)
+        if not reason:
+            return Choice(op, device, name, "; ".join(missing) or "available")
+        missing.append(f"{name}: {reason}")
+    return Choice(op, device, "reference", "; ".join(missing) or "the only implementation")
+
+
+def _register(library: torch.library.Library, choice: Choice) -> None:
+    """Register `choice` on the dispatcher, over the reference that every device starts with."""
+    op = OPS[choice.op]
+    if choice.backend == "triton":
+        module_name, function = _TRITON_LAUNCHERS[choice.op]
+        module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
+        library.impl(choice.op, getattr(module, function), choice.device.upper())
+    elif choice.backend == "aten":
+        library.impl(choice.op, op.aten, choice.device.upper())
+    elif choice.backend == "cpp" and op.aten is not None:
+        # what the compiled module calls for the dtypes and ranks that it leaves to ATen
+        library.define(f"{choice.op}_aten{op.schema.partition('->')[0]}-> Tensor[]")
+        library.impl(f"{choice.op}_aten", _flat(op.aten), choice.device.upper())
+    elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
+        # a compiled module may have been loaded for another op; put the reference back over this one
+        library.impl(choice.op, op.reference, choice.device.upper())
+
+
+def _flat(implementation: Callable[..., tuple[Any, ...]]) -> Callable[..., list[Tensor]]:
+    """`implementation` with its results, tensors and lists of tensors, in one list."""
+
+    def call(*arguments: Any) -> list[Tensor]:
+        found = implementation(*arguments)
+        return [tensor for each in found for tensor in (each if isinstance(each, list) else [each])]
+
+    return call
+
+
+def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | None]:
+    reasons: dict[str, str] = {}
+
+    def why_not(name: str) -> str:
+        if name not in reasons:
+            reasons[name] = _PROBES[name]()
+        return reasons[name]
+
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    try:
+        wanted = _overrides(os.environ.get(VARIABLE, ""))
+        found = [_choose(op, device, wanted.get(op), why_not) for op in OPS for device in ("cpu", "cuda")]
+    except FastpeftError as error:
+        for name in OPS:
+            library.impl(name, lambda *_, fault=error: _raise(fault), "CompositeExplicitAutograd")
+        return library, [], error
+    for op in OPS.values():
+        library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    for choice in found:
+        _register(library, choice)
+    return library, found, None
+
+
+def _raise(fault: FastpeftError) -> None:
+    raise fault
+
+
+_library, _choices, _fault = _activate()  # the Library object must live: its registrations end with it
+
+
+def choices() -> list[Choice]:
+    """The implementation of every op on CPU and CUDA devices, with the reason.
+
+    Raises:
+        FastpeftError: the environment variable asks for what is not available.
+    """
+    if _fault is not None:
+        raise _fault
+    return list(_choices)

@@ -1,0 +1,51 @@
+"""How an op is declared: its schema and the forms of it that need nothing but PyTorch, each written once.
+
+What is faster is registered in `fastpeft.ops.backends` (Triton, fused ATen calls) or by the compiled modules (C++,
+CUDA), never in an op's file, so that any of it may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMESPACE = "fastpeft"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op of the library.
+
+    Attributes:
+        name: as in `torch.ops.fastpeft`.
+        schema: its arguments and results, in the language of `torch.library`.
+        reference: it in plain PyTorch: the oracle of the tests, the fallback where nothing faster runs, and the
+            baseline of the benches.
+        aten: it as the fewest fused ATen calls, for a CPU, with no temporary of the output's size; None where the
+            reference is that.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    aten: Callable[..., Any] | None = None
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    shapes: Callable[..., Any],
+    reference: Callable[..., Any],
+    aten: Callable[..., Any] | None = None,
+) -> None:
+    """Declare an op with its schema and its forms; `shapes` makes results of the right shapes and dtypes, unfilled."""
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
+    OPS[name] = Op(name, schema, reference, aten)

@@ -1,0 +1,34 @@
+"""`fastpeft::feature_dropout_`: dropout of backbone features by the noise contract, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops import noise as noise_contract
+from fastpeft.ops.define import define
+
+
+@torch.no_grad()
+def feature_dropout_reference(c: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> None:
+    """Set dropped elements of c `(B, S, T, D)` to 0 and multiply the others by `1 / (1 - dropout)`, in place."""
+    if dropout > 0:
+        batch, real, tokens, width = c.shape
+        ordinals = [16 * block + slot for slot in slots]
+        kept = noise_contract.kept(batch * tokens * width, dropout, seed, ordinals, c.device)
+        c *= kept.view(real, batch, tokens, width).transpose(0, 1).to(c.dtype) * (1 / (1 - dropout))
+
+
+def _feature_dropout_shapes(c: Tensor, slots: list[int], dropout: float, seed: int, block: int) -> None:
+    return None
+
+
+# c (B, S, T, D) in float32 or float64, dense in T and D
+define(
+    "feature_dropout_",
+    "(Tensor(a!) c, int[] slots, float dropout, int seed, int block) -> ()",
+    shapes=_feature_dropout_shapes,
+    reference=feature_dropout_reference,
+)

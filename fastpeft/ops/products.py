@@ -1,0 +1,53 @@
+"""What the ops of SiVA share: rows as a matrix, and products that are written where they stay.
+
+Each product after the first is added to its target by the matrix product itself (`addmm_`), which saves writing it out,
+reading it back and adding; what is elementwise works in place. Of a product with R rows or columns the layout decides:
+BLAS is up to seven times slower where the narrow operand is not contiguous along the long side, so U is turned to
+`(R, N)` first, which costs little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """`(*, K)` as `(M, K)`; a -1 in its place could not be told where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`; no view of another tensor, for autograd allows no change in place of an output that is one."""
+    h = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, target = as_matrix(x), as_matrix(h)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=target)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=target)
+    return h
+
+
+def output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Tensor | None) -> Tensor:
+    """One h."""
+    h = product(x, weight, bias)
+    as_matrix(h).addmm_(p, scaled(u, s))
+    return h
+
+
+def stacked(vs: list[Tensor]) -> Tensor:
+    return vs[0] if len(vs) == 1 else torch.cat(vs)
+
+
+def scaled(u: Tensor, s: Tensor) -> Tensor:
+    """`diag(s) U^T`, `(R, N)`, contiguous."""
+    return torch.mul(u.t(), s[:, None], out=u.new_empty(s.shape[0], u.shape[0]))
+
+
+def split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Lists of `size`, from one after the other."""
+    return [values[start : start + size] for start in range(0, len(values), size)]

@@ -1,0 +1,134 @@
+"""Frozen weights in 8 or 4 bits: what SiVA keeps its residual in, and a side network's backbone its linear layers.
+
+- `int8`: every row divided by its largest magnitude, in 255 even steps. 1 byte a weight.
+- `nf4`: blocks of 64 values, each divided by its largest magnitude, to the nearest of the 16 quantiles of a normal
+  distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
+
+Only weights are quantised: a layer's is dequantised for the time of its product, into the dtype of its input.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import compute_dtype
+
+Format = Literal["int8", "nf4"]
+
+_BLOCK = 64  # values of nf4 that share a scale
+
+
+def check_library(argument: str, kind: str | None) -> None:
+    """Raise `FastpeftError` where the value of `argument` is a format whose library is not installed."""
+    if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise FastpeftError(
+            f"{argument}='nf4' needs the library bitsandbytes, which is not installed. Run pip install "
+            f"'fastpeft[nf4]', or use {argument}='int8'."
+        )
+
+
+def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    scales = matrix.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (matrix / scales).round().to(torch.int8), scales
+
+
+def _dequantise_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.mul(codes, scales, out=torch.empty(shape, dtype=dtype, device=codes.device))  # no float32 copy
+
+
+def _quantise_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    from bitsandbytes.functional import quantize_4bit
+
+    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % _BLOCK))
+    codes, state = quantize_4bit(whole_blocks, blocksize=_BLOCK, quant_type="nf4")
+    return codes, state.absmax
+
+
+def _dequantise_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    # As one row: on a CPU bitsandbytes 0.50 mistakes the scales of rows that are not whole blocks
+    row = torch.Size((1, len(scales) * _BLOCK))
+    known = torch.float32 if dtype == torch.float64 else dtype
+    state = QuantState(scales, shape=row, dtype=known, blocksize=_BLOCK, quant_type="nf4")
+    weight: Tensor = dequantize_4bit(codes, state)
+    return weight.flatten()[: shape.numel()].view(shape).to(dtype)
+
+
+_QUANTISE = {"int8": _quantise_int8, "nf4": _quantise_nf4}
+_DEQUANTISE = {"int8": _dequantise_int8, "nf4": _dequantise_nf4}
+
+
+def dequantise(kind: Format, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight of `shape` in `dtype` that codes and scales of a format stand for."""
+    return _DEQUANTISE[kind](codes, scales, shape, dtype)
+
+
+class QuantisedWeight(nn.Module):
+    """A frozen weight `(N, K)` in a format of few bits.
+
+    Args:
+        weight: `(N, K)`, any floating dtype; rounded from float32.
+        kind: the format.
+
+    Its `codes` and `scales` are parameters that never train, so that whatever moves, shards or counts a model's weights
+    does so with these too. The scales stay in float32 whatever dtype the model is cast to.
+    """
+
+    def __init__(self, weight: Tensor, kind: Format) -> None:
+        super().__init__()
+        self.kind, self.shape = kind, weight.shape
+        codes, scales = _QUANTISE[kind](weight.detach().float())
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:
+        scales = self.scales.data
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales.data = scales.to(self.codes.device)
+        return self
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """`(N, K)` in `dtype`."""
+        return dequantise(self.kind, self.codes.data, self.scales.data, self.shape, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, {self.kind}"
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear layer with a quantised weight: `h = x W~^T + b`.
+
+    Args:
+        layer: what it takes the place of; its bias is kept, itself and in its dtype.
+        kind: the format.
+
+    Notes:
+        Computes in the dtype of x, or that of autocast. Its whole weight is there for the time of the product only.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
+        super().__init__()
+        weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+        self.out_features: int = weight.shape[0]
+        self.in_features: int = weight.shape[1]
+        self.quantised = QuantisedWeight(weight, kind)
+        self.bias: nn.Parameter | None = layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """`(N, K)`, dequantised, for code that reads the weight of a layer, as `nn.TransformerEncoderLayer` does."""
+        return self.quantised.dequantise(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x, x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.quantised.dequantise(dtype), bias)

@@ -1,0 +1,386 @@
+"""`fastpeft::window_attention`: queries of a side network over a window of k backbone features.
+
+Dimension letters: B batch, H heads, T tokens, D width of a side network, k slots of a window of which S are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops.define import NAMESPACE, define
+from fastpeft.ops.feature_dropout import feature_dropout_reference
+
+
+def window_attention_reference(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
+
+    q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
+    A slot that is not real has T equal keys `p_i`: one key whose score gains the logarithm of how many are visible.
+    """
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    out = (scores.softmax(-1) @ keys).masked_fill(nothing[..., None], 0)
+    return out.to(q.dtype), scores.logsumexp(-1).masked_fill(nothing, -torch.inf).to(torch.float32)
+
+
+def window_attention_backward_reference(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `window_attention`, with the keys `K = C + p`, `P = exp(q K^T - lse)` made again and
+    `dS = P (dout K^T - sum of dout * out over D)`:
+
+    `dq = dS K`, and of `dK = P^T dout + dS^T q`, added up over heads, dC is what dropout kept and dp the sums over
+    sentences and tokens.
+    """
+    keys = _window_keys(q, c, p, slots, dropout, seed, block)
+    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0)  # P
+    dout, rows = dout.to(keys.dtype), q.to(keys.dtype)
+    dscores = weights * (dout @ keys.mT - (dout * out).sum(-1, keepdim=True))
+    dq, dc, dp = q.new_empty(0), c.new_empty(0), p.new_empty(0)
+    if need_dq:
+        dq = (dscores @ keys).to(q.dtype)
+    dkeys = (weights.mT @ dout + dscores.mT @ rows).sum(1)  # (B, S T + k - S, D)
+    dreal, dabsent = dkeys.split((len(slots) * c.shape[2], p.shape[0] - len(slots)), dim=1)
+    dreal = dreal.reshape(c.shape)
+    if need_dp:
+        dp = torch.empty_like(p)
+        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
+        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
+    if need_dc:
+        dc = dreal.contiguous()
+        feature_dropout_reference(dc, slots, dropout, seed, block)
+        dc = dc.to(c.dtype)
+    return dq, dc, dp
+
+
+def absent_slots(p: Tensor, slots: Sequence[int]) -> list[int]:
+    """Slots of a window, with a vector each in p `(k, D)`, that are not real."""
+    return [slot for slot in range(p.shape[0]) if slot not in slots]
+
+
+def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
+    """Which tokens a query does not see, bool `(B, T, T)`; how many it sees, `(B, T)`; where that is none, `(B, T)`.
+
+    A query that sees none is computed on all tokens, so that its numbers are finite, and set to 0 later.
+    """
+    if mask is None:
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    visible = mask[:, None].expand(batch, tokens, tokens)  # (B, T queries, T keys)
+    if causal:
+        visible = visible.tril()
+    number = visible.sum(-1)
+    nothing = number == 0
+    return ~(visible | nothing[..., None]), number.clamp(min=1), nothing
+
+
+def _window_keys(
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
+) -> Tensor:
+    """The keys, which are the values, of all heads: `(B, 1, S T + k - S, D)`, those of absent slots last."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
+    feature_dropout_reference(real, slots, dropout, seed, block)
+    real += p[list(slots), None]
+    return torch.cat((real.flatten(1, 2), p[absent_slots(p, slots)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
+
+
+def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int) -> tuple[Tensor, Tensor]:
+    """The scores `(B, H, T, S T + k - S)`, and which queries see nothing, `(B, 1, T)`."""
+    batch, _, tokens, _ = q.shape
+    hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
+    scores = q.to(keys.dtype) @ keys.mT
+    of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
+    of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]
+    return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
+
+
+_AT_ONCE = 2**18  # numbers in keys: with fewer, a call costs as much as what it does
+
+
+def window_attention_aten(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """As the reference, by PyTorch's fused attention, which has one tile of the scores at a time."""
+    keys = _fused_keys(q, c, p, slots, dropout, seed, block)
+    rows = _rows(q, keys.dtype)
+    if 0 in (rows.shape[2], keys.shape[2]):  # by which PyTorch divides
+        return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
+    bias, nothing = _fused_bias(q, p, mask, slots, causal, keys.dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, attn_mask=bias, scale=1.0)
+    lse = lse.view(q.shape[:-1]).to(torch.float32)
+    if nothing is not None:  # where PyTorch's out is 0, and its lse too
+        lse.masked_fill_(nothing, -torch.inf)
+    return out.view(q.shape).to(q.dtype), lse
+
+
+def window_attention_backward_aten(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: Sequence[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference, for a few sentences at a time, of which each thread takes some.
+
+    PyTorch makes the gradients of keys and those of values apart. For a few sentences both are small, and their sums
+    take the place of keys that are done with: fresh memory costs more time than what is done there.
+    """
+    keys = _fused_keys(q, c, p, slots, dropout, seed, block)
+    rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
+    needs = need_dq, need_dc, need_dp
+    if 0 in (*rows.shape, *keys.shape):  # by some of which PyTorch divides
+        dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
+        return dq, dc, dp
+    bias, _ = _fused_bias(q, p, mask, slots, causal, keys.dtype)
+    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # PyTorch's: 0 if it sees none
+    dq = torch.empty_like(rows)
+    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lie in its keys or before
+    last = len(slots) * c.shape[2]  # of the real keys
+    dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
+    threads = torch.get_num_threads()
+    at_once = threads * max(1, _AT_ONCE // (threads * keys[0].numel()))
+    for start in range(0, len(q), at_once):
+        some = slice(start, start + at_once)
+        dq[some], dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(x[some] for x in (drows, rows, keys, keys, of_out, lse)),
+            0.0,
+            False,
+            attn_mask=bias if bias is None or len(bias) == 1 else bias[some],
+            scale=1.0,
+        )
+        torch.add(*(x[:, 0, :last].unflatten(1, c.shape[1:3]) for x in (dkeys, dvalues)), out=dreal[some])
+        torch.add(dkeys[:, 0, last:], dvalues[:, 0, last:], out=dabsent[some])
+    dq = dq.view(q.shape).to(q.dtype) if need_dq else q.new_empty(0)
+    dc, dp = c.new_empty(0), p.new_empty(0)
+    if need_dp:
+        dp = torch.empty_like(p)
+        dp[list(slots)] = dreal.sum(2).sum(0).to(p.dtype)  # much faster than both dimensions at once
+        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
+    if need_dc:
+        if dropout > 0:
+            torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, seed, block)
+        dc = dreal.to(c.dtype)
+    return dq, dc, dp
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x `(B, H, T, D)` as `(B, 1, H T, D)`, dense: as all heads see the same keys, they are one with the rows of all.
+
+    A -1 could not be told where another size is 0.
+    """
+    batch, heads, tokens, width = x.shape
+    return x.to(dtype).reshape(batch, 1, heads * tokens, width).contiguous()
+
+
+def _fused_keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> Tensor:
+    """The keys, which are the values: `(B, 1, S T + k - S, D)`, made where they stay, those of absent slots last."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, real, tokens, width = c.shape
+    absent, p = absent_slots(p, slots), p.to(compute)
+    keys = c.new_empty(batch, 1, real * tokens + len(absent), width, dtype=compute)
+    window = keys[:, 0, : real * tokens].unflatten(1, (real, tokens))
+    if dropout > 0:
+        c = window.copy_(c)
+        torch.ops.fastpeft.feature_dropout_(c, slots, dropout, seed, block)
+    torch.add(c, p[list(slots), None], out=window)
+    keys[:, 0, real * tokens :] = p[absent]
+    return keys
+
+
+def _fused_bias(
+    q: Tensor, p: Tensor, mask: Tensor | None, slots: Sequence[int], causal: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, `(B, 1, H T, S T + k - S)`: the logarithm of how many of the tokens that a query sees a
+    key stands for. And which queries see none, `(B, H, T)`.
+
+    A size is 1 where it makes no difference. Both are None where the logarithms are 0.
+    """
+    absent = p.shape[0] - len(slots)
+    if mask is not None and mask.all():  # a CPU knows what its masks say
+        mask = None
+    if mask is None and not causal and absent == 0:
+        return None, None
+    heads, tokens = q.shape[1:3]
+    visible = q.new_ones(1, 1, tokens, dtype=torch.bool) if mask is None else mask[:, None]
+    if causal:
+        visible = visible.expand(-1, tokens, -1).tril()
+    number = visible.sum(-1, keepdim=True)
+    of_real, of_absent = (count.to(dtype).log() for count in (visible, number))
+    bias = torch.cat((*[of_real] * len(slots), of_absent.expand(-1, -1, absent)), dim=-1)[:, None]
+    if bias.shape[2] > 1:
+        bias = bias.expand(-1, heads, -1, -1).flatten(1, 2)[:, None]
+    return bias, (number == 0).mT
+
+
+def _window_attention_shapes(
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _window_attention_backward_shapes(
+    dout: Tensor,
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+    need_dq: bool,
+    need_dc: bool,
+    need_dp: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape if need_dq else (0,)),
+        c.new_empty(c.shape if need_dc else (0,)),
+        p.new_empty(p.shape if need_dp else (0,)),
+    )
+
+
+# out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is a SymInt,
+# so that a compiled model does not compile again for each step's seed
+define(
+    "window_attention",
+    "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, SymInt seed, int block) "
+    "-> (Tensor, Tensor)",
+    shapes=_window_attention_shapes,
+    reference=window_attention_reference,
+    aten=window_attention_aten,
+)
+
+
+# dq (B, H, T, D), dc (B, S, T, D), dp (k, D); an output that is not needed is a tensor of 0 elements
+define(
+    "window_attention_backward",
+    "(Tensor dout, Tensor q, Tensor c, Tensor p, Tensor? mask, Tensor out, Tensor lse, int[] slots, bool causal, "
+    "float dropout, SymInt seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)",
+    shapes=_window_attention_backward_shapes,
+    reference=window_attention_backward_reference,
+    aten=window_attention_backward_aten,
+)
+
+
+def _window_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, c, p, mask, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, c, p, mask, out, lse)
+
+
+def _window_attention_gradients(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 9
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.fastpeft.window_attention_backward(
+        dout, *ctx.saved_tensors, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block, *needs
+    )
+    return (*(gradient if need else None for gradient, need in zip(gradients, needs)), *(None,) * 6)
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::window_attention", _window_attention_gradients, setup_context=_window_attention_setup_context
+)
+
+
+@torch.library.register_vmap(f"{NAMESPACE}::window_attention")
+def _window_attention_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    q: Tensor,
+    c: Tensor,
+    p: Tensor,
+    mask: Tensor | None,
+    slots: list[int],
+    causal: bool,
+    dropout: float,
+    seed: int,
+    block: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """G attentions are one over G B rows, where every slot is a real one that has its own p added.
+
+    An absent slot is T equal keys. The noise of dropout depends on a row's place in the batch, so there must be none.
+    """
+    if dropout > 0:
+        raise NotImplementedError("window_attention: torch.vmap takes no dropout. Set the networks to eval().")
+
+    def stacked(x: Tensor, dim: int | None) -> Tensor:
+        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    q, c, p = (stacked(x, dim) for x, dim in zip((q, c, p), in_dims))
+    groups, batch, _, tokens, width = q.shape
+    number = p.shape[1]
+    window = p[:, None, :, None].expand(groups, batch, number, tokens, width).clone()
+    window[:, :, slots] += c
+    out, lse = torch.ops.fastpeft.window_attention(
+        q.flatten(0, 1),
+        window.flatten(0, 1),
+        torch.zeros_like(p[0]),
+        None if mask is None else stacked(mask, in_dims[3]).flatten(0, 1),
+        list(range(number)),
+        causal,
+        0.0,
+        seed,
+        block,
+    )
+    return (out.unflatten(0, (groups, batch)), lse.unflatten(0, (groups, batch))), (0, 0)

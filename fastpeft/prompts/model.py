@@ -1,0 +1,389 @@
+"""A masked language model as a classifier by a prompt."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import cached_file, find_adapter_config_file
+
+from fastpeft.data.examples import Row
+from fastpeft.data.models import Classifier, load_masked_lm, masked_word_layers
+from fastpeft.errors import FastpeftError, first_line
+from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text
+from fastpeft.support import files
+from fastpeft.support.adapter_files import check_file
+from fastpeft.support.hub import source_options
+
+
+@dataclass
+class PromptCollator(DataCollatorWithPadding):
+    """Pads rows of `Prompt.encode` to a batch; like `DataCollatorWithPadding`, but the masks' positions follow their
+    tokens where a tokenizer pads on the left."""
+
+    def __call__(self, features: list[Row]) -> Any:
+        batch = super().__call__(features)
+        if self.tokenizer.padding_side == "left" and "mask_positions" in batch:
+            lengths = torch.tensor([len(row["input_ids"]) for row in features])
+            batch["mask_positions"] += batch["input_ids"].shape[1] - lengths
+        return batch
+
+
+class PromptModel(PreTrainedModel):
+    """A masked language model as a classifier: its logits are those of the label words at the mask.
+
+        logits[b, c] = masked_lm(input_ids[b])[mask position of b, token of word c]
+
+    It trains in transformers.Trainer as it is, on rows of `prompt.encode`. Of the vocabulary's logits, only those at
+    the mask are computed: `(B, vocabulary)` in place of `(B, T, vocabulary)`.
+
+    Args:
+        masked_lm: a transformers model with a masked-word head, alone, wrapped by PEFT or beside a side network;
+            used as it is, not copied.
+        tokenizer: its tokenizer.
+        prompt: template and label words.
+        calibrate: call `calibrate()` at once.
+
+    Raises:
+        FastpeftError: the model has no masked-word head, or a label word is not one token.
+
+    Notes:
+        Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
+        and the Trainer do with checkpoints, but saves the adapter alone (`prompt.save` keeps the prompt).
+        `PromptModel(get_peft_model(masked_lm, SivaConfig()), ...)` saves both, as an adapter that fits the plain masked
+        model, but cannot resume from the Trainer's checkpoints.
+
+    Example:
+        >>> prompt = Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"})
+        >>> model = PromptModel(masked_lm, tokenizer, prompt)  # doctest: +SKIP
+        >>> rows = prompt.encode(tokenizer, ["Good fun.", "A bore."], labels=[1, 0])  # doctest: +SKIP
+        >>> Trainer(model, train_dataset=rows, data_collator=PromptCollator(tokenizer)).train()  # doctest: +SKIP
+    """
+
+    base_model_prefix = "masked_lm"
+    supports_gradient_checkpointing = True
+    # the attention of the model inside was settled when it was made
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, masked_lm: nn.Module, tokenizer: Any, prompt: Prompt, *, calibrate: bool = False) -> None:
+        if prompt.head != "label_words":
+            raise FastpeftError(
+                f"a prompt with head={prompt.head!r} needs no PromptModel, which reads label words. Train a model with "
+                'a classification head on prompt.encode(...), or take head="label_words".'
+            )
+        if _find_core(masked_lm) is None:
+            raise FastpeftError(
+                f"{type(masked_lm).__name__} has no masked-word head, which label words need. Load a masked language "
+                "model by AutoModelForMaskedLM. Any other, as a causal one, needs no PromptModel: load it by "
+                "AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> and with "
+                'head="classifier" encodes.'
+            )
+        config: Any = copy.deepcopy(masked_lm.config)
+        config.id2label = dict(enumerate(prompt.labels))
+        config.label2id = {label: index for index, label in enumerate(prompt.labels)}
+        super().__init__(config)
+        self.masked_lm: Any = masked_lm
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
+        self.register_buffer("label_ids", label_ids, persistent=False)  # (classes,)
+        # log-probabilities of the label words for an empty text, or zeros (classes,)
+        self.register_buffer("calibration", torch.zeros(len(label_ids), device=self.device), persistent=False)
+        self.register_load_state_dict_pre_hook(_take_plain_names)
+        unsaved = getattr(masked_lm, "_keys_to_ignore_on_save", None) or ()  # a side network's backbone, to the Trainer
+        self._keys_to_ignore_on_save = {f"masked_lm.{name}" for name in unsaved} or None
+        if calibrate:
+            self.calibrate()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mask_positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Logits of the classes, and their cross entropy where labels are given.
+
+        Args:
+            input_ids: `(B, T)`.
+            attention_mask: `(B, T)`, 1 where a token is.
+            token_type_ids: `(B, T)`, for models that have segments.
+            inputs_embeds: `(B, T, d)` in place of `input_ids`; needs `mask_positions`.
+            mask_positions: `(B,)`, index of each row's mask. None: the one mask token of each row is looked for.
+            labels: `(B,)`, index of each row's class.
+            position_ids: `(B, T)`, for models that take them.
+            output_attentions, output_hidden_states, return_dict: as everywhere in transformers.
+
+        Returns:
+            `loss` (a scalar, float32) and `logits` `(B, classes)` in float32.
+
+        Raises:
+            FastpeftError: `mask_positions` is None and a row has no mask token or several.
+        """
+        if mask_positions is None:
+            mask_positions = self._find_masks(input_ids)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        with _only_masks(self.core, mask_positions):
+            output = self.masked_lm(
+                **{name: value for name, value in arguments.items() if value is not None}, return_dict=True
+            )
+        scores = output.logits
+        # a model that hides its encoder has computed all positions
+        scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions)[:, 0]
+        logits = scores.index_select(-1, self.label_ids).float() - self.calibration
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+        return result.to_tuple() if return_dict is False else result
+
+    def _find_masks(self, input_ids: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise FastpeftError("inputs_embeds do not show where the masks are; give mask_positions too.")
+        masks = input_ids == self.tokenizer.mask_token_id
+        if not bool((masks.sum(-1) == 1).all()):
+            raise FastpeftError(
+                "a row has no mask token or several, and mask_positions are not given. Make the rows by "
+                "prompt.encode(...), or pass mask_positions."
+            )
+        return masks.int().argmax(-1)
+
+    @torch.no_grad()
+    def calibrate(self) -> PromptModel:
+        """Subtract from now on what the words score for an empty text, with the weights as they are now.
+
+        A model that favours one word whatever the text (as most do) is even-handed after this: "contextual calibration"
+        of Zhao et al. 2021, "Calibrate before use". Save and load keep it.
+        """
+        self.calibration.zero_()
+        empty = ("", "") if self.prompt.is_pair else ""
+        self.calibration.copy_(self.predict_logits([empty])[0].log_softmax(-1))
+        return self
+
+    def read_tokens(self, tokens: Sequence[int]) -> PromptModel:
+        """Let the logits be those of any `tokens` from now on, in place of the label words'; uncalibrated.
+
+        For looking at what a model expects at the mask, as the search for label words does.
+        """
+        self.label_ids = torch.tensor(tokens, device=self.device)  # (tokens,)
+        self.calibration = torch.zeros(len(tokens), device=self.device)
+        return self
+
+    @torch.no_grad()
+    def predict_logits(self, texts: Sequence[Text], *, batch_size: int = 64, max_length: int | None = None) -> Tensor:
+        """Logits of texts or pairs, `(rows, classes)` in float32 on the model's device, in evaluation mode.
+
+        With no training before it, this is zero-shot classification.
+        """
+        limit = max_length or Classifier(self.core, self.tokenizer, ()).max_length
+        rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
+        collate = PromptCollator(self.tokenizer)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
+        logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
+        training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(rows), batch_size):
+                chosen = order[start : start + batch_size]
+                logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
+        finally:
+            self.train(training)
+        return logits
+
+    def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:
+        """This prompt on what `wrap` makes of the masked model, as a side network beside it; uncalibrated."""
+        return PromptModel(wrap(self.masked_lm), self.tokenizer, self.prompt)
+
+    @property
+    def core(self) -> Any:
+        """The masked language model without wrappers."""
+        return _find_core(self.masked_lm)
+
+    @property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the masked-word head's layers without the vocabulary's: the dense layer and the norm."""
+        return masked_word_layers(self.core, self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.core.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.core.get_output_embeddings()
+        return embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.core.tie_weights(*args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Save the masked model (or its adapter) as it saves itself, the tokenizer, and the prompt in `prompt.json`.
+
+        So the folder is that of a plain masked language model too.
+        """
+        if state_dict is not None:
+            kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in state_dict.items()}
+        self.masked_lm.save_pretrained(save_directory, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        self.tokenizer.save_pretrained(save_directory)
+        values = {**self.prompt.values(), "calibration": self.calibration.tolist() if self.calibration.any() else None}
+        files.write_json(Path(save_directory) / PROMPT_FILE, values)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        masked_lm: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> PromptModel:
+        """Load what `save_pretrained` wrote, from a folder or the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id.
+            masked_lm: the model inside. None: what is there, a plain masked model, or a PEFT adapter or a side network,
+                whose base model is loaded too.
+            kwargs: passed to `AutoModelForMaskedLM.from_pretrained`, as `dtype`.
+
+        Raises:
+            FastpeftError: there is no prompt, or the model cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        source = os.fspath(pretrained_model_name_or_path)
+        try:
+            values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
+            options = source_options(source)
+            if masked_lm is None:
+                adapted = find_adapter_config_file(source, local_files_only=options["local_files_only"]) is not None
+                load = _load_adapter if adapted else _load_masked_lm
+                masked_lm = load(source, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = cls(masked_lm, tokenizer, Prompt.from_values(values))
+            if values.get("calibration"):
+                model.calibration.copy_(torch.tensor(values["calibration"]))
+        except FastpeftError:
+            raise
+        except Exception as error:  # a broken file surfaces as almost any type
+            raise FastpeftError(
+                f"cannot load a prompted model from {source!r}: {first_line(error)} Give a folder or hub id that "
+                "PromptModel.save_pretrained wrote."
+            ) from error
+        return model.eval()
+
+
+def holds_label_words(source: str) -> bool:
+    """Whether a prompt with label words was saved in a folder, or under what a hub id names.
+
+    Raises:
+        FastpeftError: what is there is no prompt.
+    """
+    try:
+        file = cached_file(source, PROMPT_FILE)
+    except OSError:  # a classifier, with or without a prompt that only fills its texts in
+        return False
+    return Prompt.from_values(files.read_json(Path(file))).head == "label_words"
+
+
+def load_prompted(model: str, prompt: Prompt) -> Classifier:
+    """Load `model` with its masked-word head in float32, as a classifier by the label words of `prompt`.
+
+    Raises:
+        FastpeftError: as `load_masked_lm`, or a label word is not one token.
+    """
+    prompted = PromptModel(*load_masked_lm(model), prompt)
+    return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
+
+
+def _find_core(model: Any) -> Any:
+    """The masked language model inside wrappers, None if there is none."""
+    while True:
+        name = type(model).__name__
+        if name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+            return model
+        inside = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base_model", model)
+        if inside is model:
+            return None
+        model = inside
+
+
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    """Of `states` `(B, T, ...)`, each row's at its position: `(B, 1, ...)`."""
+    return states[torch.arange(len(states), device=states.device), positions.to(states.device)].unsqueeze(1)
+
+
+@contextmanager
+def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
+    """Within, the head of `model` gets its encoder's output at `positions` only.
+
+    Masked-word heads work position by position, so the result at a mask is the same. An encoder's output that is not
+    `(B, T, d)`, as of an encoder that packs sequences, is left as it is.
+    """
+    encoder = getattr(model, model.base_model_prefix, None)
+    if not isinstance(encoder, nn.Module):
+        yield
+        return
+
+    def keep_masks(module: nn.Module, args: Any, output: Any) -> Any:
+        # replicas of nn.DataParallel share their hooks: each obeys its own
+        if module is not encoder or output[0].dim() != 3 or len(output[0]) != len(positions):
+            return output
+        kept = _at(output[0], positions)
+        if isinstance(output, tuple):
+            return (kept, *output[1:])
+        output[next(iter(output))] = kept
+        return output
+
+    handle = encoder.register_forward_hook(keep_masks)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let checkpoints of the plain masked model, which `save_pretrained` writes, load into a PromptModel."""
+    inner = f"{prefix}masked_lm."
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
+        state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
+
+
+def _load_masked_lm(source: str, **kwargs: Any) -> Any:
+    from transformers import AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM.from_pretrained(source, **{**source_options(source), "use_safetensors": True, **kwargs})
+
+
+def _load_adapter(source: str, **kwargs: Any) -> Any:
+    """A PEFT adapter on its masked base model."""
+    from peft import PeftConfig, PeftModel
+
+    if Path(source).is_dir():
+        check_file(Path(source))
+    base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    return PeftModel.from_pretrained(_load_masked_lm(base, **kwargs), source)

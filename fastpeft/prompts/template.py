@@ -1,0 +1,353 @@
+"""Prompts: a template and label words that turn a classification task into filling in a masked word.
+
+A text becomes `It was good fun. It was <mask>.`; the class whose label word ("great" or "terrible") the model finds
+most likely at the mask is the answer, with no training at all (Schick & Schütze 2021; Gao, Fisch & Chen 2021,
+"Making pre-trained language models better few-shot learners"). Nothing new has to be learned before the first useful
+gradient, which is what MeZO needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastpeft.data.examples import Row
+from fastpeft.errors import FastpeftError
+from fastpeft.support import files
+
+MASK = "<mask>"
+HEADS = ("label_words", "classifier")
+PROMPT_FILE = "prompt.json"
+
+_SLOTS = (["{text}"], ["{a}", "{b}"])
+_EXAMPLE = "'{text} It was <mask>.' or '{a}? <mask>, {b}'"
+
+Text = str | tuple[str, str]  # one text, or a pair for {a} and {b}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A template, and the word that stands for each class.
+
+    Attributes:
+        template: has `{text}`, or `{a}` and `{b}`, once each, and `<mask>` once, which stands for any model's own mask
+            token. A template for a classification head may leave the mask out.
+        label_words: the word of each class, in the order of the classes: `{0: "terrible", 1: "great"}`, or by the
+            classes' names. The words alone, in order, will do too. A classification head needs none.
+        head: `"label_words"` compares the mask's logits of the label words; `"classifier"` only feeds the filled
+            template to a model with a classification head.
+
+    Raises:
+        FastpeftError: the template lacks a part or has one too many, or a class has no word or another's word.
+
+    Example:
+        >>> Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"}).labels
+        ['0', '1']
+    """
+
+    template: str
+    label_words: Any = None  # what may be given is wider than what is kept: dict[str, str] or None
+    head: str = "label_words"
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise FastpeftError(f"the prompt's head is {self.head!r}; allowed are {' and '.join(HEADS)}.")
+        self._check_template()
+        if self.label_words is not None:
+            object.__setattr__(self, "label_words", _by_class(self.label_words))
+        elif self.head == "label_words":
+            raise FastpeftError(
+                f"the prompt {self.template!r} has no label words. Give one word for each class, as "
+                '{"negative": "terrible", "positive": "great"} (--label-words negative=terrible,positive=great), or '
+                'train with head="classifier" (--prompt-head classifier).'
+            )
+
+    def _check_template(self) -> None:
+        if not is_text(self.template):
+            raise FastpeftError(f"the template {self.template!r} is not a text of whole characters. Write it in UTF-8.")
+        given = re.findall(r"\{.*?\}", self.template)
+        if sorted(given) not in _SLOTS:
+            raise FastpeftError(
+                f"the template {self.template!r} has {', '.join(given) or 'no place for a text'}; it must have "
+                f"{{text}} once, or {{a}} and {{b}} once each. Write it like {_EXAMPLE}."
+            )
+        masks = self.template.count(MASK)
+        if masks > 1 or (masks == 0 and self.head == "label_words"):
+            raise FastpeftError(
+                f"the template {self.template!r} has {masks or 'no'} {MASK}; it must have one, where the label word "
+                f"would stand. Write it like {_EXAMPLE}."
+            )
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes, in the order of the logits."""
+        return list(self.label_words or ())
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the template takes two texts."""
+        return "{a}" in self.template
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        """The template, cut before and after each text and the mask."""
+        return [part for part in re.split(rf"(\{{\w+\}}|{MASK})", self.template) if part]
+
+    # -- classes and words -------------------------------------------------------------------------------------------
+
+    def for_labels(self, labels: Sequence[str]) -> Prompt:
+        """This prompt with its words in the order of a data set's classes.
+
+        Classes are matched by name, whatever their case, spaces and underscores. Where one side only numbers them from
+        0, they are matched by position. With head="classifier" no word is read, and words of other classes stay as they
+        are.
+
+        Raises:
+            FastpeftError: a class has no word, or a word no class, and the head reads them.
+        """
+        if self.label_words is None:
+            return self
+        own = {plain(label): word for label, word in self.label_words.items()}
+        numbered = [str(index) for index in range(len(own))]
+        if len(labels) == len(own) and numbered in (list(labels), self.labels):
+            return replace(self, label_words=dict(zip(labels, own.values())))
+        missing = [label for label in labels if plain(label) not in own]
+        strange = [label for label in self.labels if plain(label) not in map(plain, labels)]
+        if (missing or strange) and self.head == "classifier":
+            return self
+        if missing or strange:
+            problem = f"no word for {', '.join(missing)}" if missing else f"words for unknown {', '.join(strange)}"
+            raise FastpeftError(
+                f"the prompt {self.template!r} has {problem}; the classes are {', '.join(labels)}. Give one label word "
+                "for each of them."
+            )
+        return replace(self, label_words={label: own[plain(label)] for label in labels})
+
+    def label_ids(self, tokenizer: Any) -> list[int]:
+        """The token of each label word, as the model would predict it at the mask.
+
+        A word is read in its place after the template's start, so it gets a leading space where the tokenizer tells
+        `great` from ` great` and the template has one.
+
+        Raises:
+            FastpeftError: a word is several tokens, unknown, or the same token as another's; the message names the
+                nearest words that are one token.
+        """
+        self._check_tokenizer(tokenizer)
+        words: dict[int, str] = {}
+        for label, word in (self.label_words or {}).items():
+            tokens = self._word_tokens(tokenizer, word)
+            if len(tokens) != 1:
+                pieces = " ".join(tokenizer.convert_ids_to_tokens(tokens))
+                raise FastpeftError(
+                    f"the label word {word!r} of class {label!r} is "
+                    f"{f'{len(tokens)} tokens ({pieces})' if tokens else 'unknown'} to this tokenizer; each label word "
+                    f"must be one token. Near it are {', '.join(self._near_words(tokenizer, word)) or 'no words'}; "
+                    "choose one of these or another common word."
+                )
+            if tokens[0] in words:
+                raise FastpeftError(
+                    f"the label words {words[tokens[0]]!r} and {word!r} are the same token to this tokenizer; each "
+                    "class needs a word of its own. Choose another for one of them."
+                )
+            words[tokens[0]] = word
+        return list(words)
+
+    @property
+    def _before_mask(self) -> str:
+        """The template up to the mask, with empty texts."""
+        return re.sub(r"\{\w+\}", "", self.template.partition(MASK)[0])
+
+    def _word_tokens(self, tokenizer: Any, word: str) -> list[int]:
+        """The tokens that `word` is in its place; none where the tokenizer cannot tell it from others."""
+        line = self._before_mask + word
+        start = len(self._before_mask)
+        encoded = tokenizer(line, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
+        covering = [(token, left) for token, (left, right) in pairs if right > max(start, left)]
+        merged = any(line[left:start].strip() for _, left in covering)  # with the end of the template
+        tokens = [token for token, _ in covering]
+        return [] if merged or tokenizer.unk_token_id in tokens else tokens
+
+    def _near_words(self, tokenizer: Any, word: str) -> list[str]:
+        """Words that are one token and are spelled most like `word`."""
+        texts = (text.strip() for text in tokenizer.batch_decode([[token] for token in range(len(tokenizer))]))
+        known = {text.casefold(): text for text in texts if text.isalpha()}
+        near = difflib.get_close_matches(word.casefold(), known, n=50, cutoff=0.4)
+        return [known[text] for text in near if len(self._word_tokens(tokenizer, known[text])) == 1][:4]
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        if not tokenizer.is_fast:
+            raise FastpeftError(
+                f"{type(tokenizer).__name__} does not tell where in a text its tokens stand; a prompt needs a fast "
+                "tokenizer. Load it by AutoTokenizer, or give a model that has one."
+            )
+        if tokenizer.mask_token is None and MASK in self.template:
+            raise FastpeftError(
+                f"{type(tokenizer).__name__} has no mask token, so the template {self.template!r} cannot be filled. "
+                "Give a model that predicts masked words, or train with a template without <mask> and "
+                'head="classifier" (--prompt-head classifier).'
+            )
+
+    # -- texts to tokens ---------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Text],
+        labels: Sequence[Any] | None = None,
+        max_length: int | None = None,
+    ) -> list[Row]:
+        """Texts, or pairs of texts, in the template, as rows of token ids.
+
+        The tokens are those of the whole filled line as one segment. Of a line that is too long, only the texts are
+        cut, at their ends, of two texts the longer first; the template and its mask stay whole.
+
+        Args:
+            tokenizer: a fast tokenizer.
+            texts: strings for `{text}`, pairs of strings for `{a}` and `{b}`.
+            labels: kept beside the tokens as `labels`.
+            max_length: the longest row in tokens, special tokens included. None: the tokenizer's limit.
+
+        Returns:
+            Rows of `input_ids`, `attention_mask`, `token_type_ids` where the model has them, `mask_positions` (the
+            index of the mask token; not for a classification head, which reads no mask) and `labels`. Not padded.
+
+        Raises:
+            FastpeftError: `max_length` leaves no room for the template, or a text is not what the template takes.
+        """
+        self._check_tokenizer(tokenizer)
+        limit = max_length or tokenizer.model_max_length
+        filled = [self._fill(tokenizer, text) for text in texts]
+        if not filled:
+            return []
+        encoded = tokenizer([line for line, _ in filled], return_offsets_mapping=True, verbose=False)
+        offsets = encoded.pop("offset_mapping")
+        rows = []
+        for index, (_, spans) in enumerate(filled):
+            kept = self._kept_tokens(offsets[index], spans, limit)
+            row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
+            if self.head == "label_words":
+                row["mask_positions"] = _token_at(spans[MASK][0], [offsets[index][i] for i in kept])
+            if labels is not None:
+                row["labels"] = labels[index]
+            rows.append(row)
+        return rows
+
+    def _fill(self, tokenizer: Any, text: Text) -> tuple[str, dict[str, tuple[int, int]]]:
+        """The template with its texts in place, and where in it every part stands."""
+        given = tuple(text) if isinstance(text, (tuple, list)) else (text,)
+        names = _SLOTS[1] if self.is_pair else _SLOTS[0]
+        if len(given) != len(names) or not all(isinstance(item, str) for item in given):
+            raise FastpeftError(
+                f"the template {self.template!r} takes {'a pair of texts' if self.is_pair else 'one text'} a row; got "
+                f"{text!r}. Use {'{text}' if self.is_pair else '{a} and {b}'} in the template, or change the data."
+            )
+        if not all(map(is_text, given)):
+            raise FastpeftError(f"{text!r} holds half a character, which has no code. Correct it or leave it out.")
+        values = dict(zip(names, given))
+        line, spans = "", {}
+        for part in self._parts:
+            if part == MASK:
+                line = line.rstrip()  # the label word brings its own space; a space alone would be a token to some
+                piece = tokenizer.mask_token
+            else:
+                piece = values[part].strip() if part in values else part
+            spans[part] = (len(line), len(line) + len(piece))
+            line += piece
+        return line, spans
+
+    def _kept_tokens(self, offsets: list[tuple[int, int]], spans: dict[str, tuple[int, int]], limit: int) -> list[int]:
+        """Indices of the tokens of a line that stay within `limit`."""
+        excess = len(offsets) - limit
+        if excess <= 0:
+            return list(range(len(offsets)))
+        texts = [
+            [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
+            for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0]))
+        ]
+        if excess > sum(map(len, texts)):
+            raise FastpeftError(
+                f"max_length {limit} leaves no room for the template {self.template!r}, which alone takes "
+                f"{len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
+            )
+        dropped = set()
+        for _ in range(excess):
+            dropped.add(max(texts, key=len).pop())
+        return [i for i in range(len(offsets)) if i not in dropped]
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the prompt to `prompt.json` in `folder`."""
+        files.write_json(Path(folder) / PROMPT_FILE, self.values())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Prompt:
+        """The prompt that was saved to `folder`.
+
+        Raises:
+            FastpeftError: there is none, or it is not a prompt.
+        """
+        return cls.from_values(files.read_json(Path(folder) / PROMPT_FILE))
+
+    def values(self) -> dict[str, Any]:
+        """The prompt as JSON holds it."""
+        return {"template": self.template, "label_words": self.label_words, "head": self.head}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Prompt:
+        """The prompt of `values()`."""
+        try:
+            return cls(values["template"], values["label_words"], values["head"])
+        except (KeyError, TypeError) as error:
+            raise FastpeftError(f"{dict(values)} is no prompt ({error}). Save it anew.") from None
+
+
+def _by_class(words: Any) -> dict[str, str]:
+    """Label words as given, by the names of their classes in order."""
+    if not isinstance(words, Mapping):
+        words = dict(enumerate([words] if isinstance(words, str) else words))
+    if all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words):
+        words = {int(label): word for label, word in words.items()}
+        left_out = next((label for label in range(len(words)) if label not in words), None)
+        if left_out is not None:
+            raise FastpeftError(f"class '{left_out}' has no label word. Give one word for each class, from '0' on.")
+        words = {str(label): words[label] for label in sorted(words)}
+    by_class = {}
+    for label, word in words.items():
+        if not is_text(word) or not word.strip():
+            raise FastpeftError(f"class {label!r} has no label word (it is {word!r}). Give one word for each class.")
+        by_class[str(label)] = word.strip()
+    repeated = {word for word in by_class.values() if list(by_class.values()).count(word) > 1}
+    if repeated or len(by_class) < 2:
+        problem = f"{sorted(repeated)[0]!r} for several classes" if repeated else f"{len(by_class)} of them"
+        raise FastpeftError(
+            f"the label words are {problem}; there must be two or more, all different. Give one word for each class."
+        )
+    return by_class
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string of whole characters: bytes that are no UTF-8 come from a command line as halves of some,
+    for which tokenizers have no code."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def plain(label: str) -> str:
+    """A name without case, spaces and signs."""
+    return re.sub(r"[\W_]+", "", label.casefold())
+
+
+def _token_at(place: int, offsets: Sequence[tuple[int, int]]) -> int:
+    """The index of the token that covers the character at `place`."""
+    return next(index for index, (left, right) in enumerate(offsets) if left <= place < right)

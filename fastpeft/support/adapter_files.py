@@ -1,0 +1,41 @@
+"""The folder of an adapter that PEFT's `save_pretrained` wrote: whether it is one, and may be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastpeft.errors import FastpeftError
+from fastpeft.support import files
+from fastpeft.support.safe_paths import check_named_files
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OTHERS = {"XLORA": "adapters", "SHADOW": "shadow_model"}  # types that name further models, which PEFT would load
+# types with a field that, where it is set, names another folder or file to start from; what is saved has started
+_STARTS = {"SIVA": "pissa", "MULTITASK_PROMPT_TUNING": "prompt_tuning_init_state_dict_path"}
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether PEFT wrote an adapter there."""
+    return (folder / CONFIG).is_file()
+
+
+def check_file(folder: Path) -> None:
+    """Raise `FastpeftError` unless the weights in a folder are in the one format that runs no code when it is read, and
+    nothing outside of the folder is named there but a base model."""
+    check_named_files(folder)
+    try:
+        config = files.read_json(folder / CONFIG)
+    except FastpeftError:  # PEFT tells what is wrong with it
+        config = {}
+    kind = str(config.get("peft_type"))
+    key = _OTHERS.get(kind) or _STARTS.get(kind)
+    if key and (kind in _OTHERS or config.get(key) is not None):
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} is of the type {kind} and names others ({key}: "
+            f"{config.get(key)!r}), but only what is in its folder is read. Load it by PEFT if you trust what it names."
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise FastpeftError(
+            f"the adapter in {str(folder)!r} has no {WEIGHTS}, and no other format is read. Restore that file, or "
+            "save the adapter anew."
+        )

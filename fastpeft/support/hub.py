@@ -1,0 +1,53 @@
+"""What is asked of the hub, and how: nothing where it cannot be reached, and never for code.
+
+Where there is no network, the libraries that load from the hub try each of their files six times, half a minute and
+more in all, before they look into their cache or fail. One request beforehand tells, for models and data sets alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastpeft.support.safe_paths import check_named_files
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 5.0  # seconds
+
+
+@functools.cache
+def reachable() -> bool:
+    """Whether the hub answers, or is not to be asked, as HF_HUB_OFFLINE says; found out once in a process."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # of whichever library makes the request
+        logger.warning("the hub cannot be reached (%s); what was loaded before is found in the cache alone", error)
+        return False
+    return True
+
+
+def source_options(source: str) -> dict[str, Any]:
+    """Arguments of a `from_pretrained` for `source`, a folder or a hub id.
+
+    Raises:
+        FastpeftError: the folder names files outside of it.
+    """
+    check_named_files(Path(source))
+    return {
+        "trust_remote_code": False,  # leaving it out would ask a person at a terminal
+        "local_files_only": not Path(source).is_dir() and not reachable(),
+    }
+
+
+def model_options(source: str) -> dict[str, Any]:
+    """Those of a model's class, which looks for an adapter at `source` too and has options of its own for that."""
+    options = source_options(source)
+    return {**options, "adapter_kwargs": {"local_files_only": options["local_files_only"]}}

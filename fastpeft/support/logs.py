@@ -1,0 +1,19 @@
+"""Which messages a process of the command line shows: this library's own, and nothing that others say on the way."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from transformers.utils import logging as transformers_logging
+
+
+def show_own_messages(handler: logging.Handler, quiet: bool) -> None:
+    """Give this library's own messages to `handler`, of which `quiet` leaves errors alone, and silence all others."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    logger = logging.getLogger("fastpeft")
+    logger.handlers = [handler]
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)

@@ -1,0 +1,162 @@
+"""The text of a model card: what a saved adapter or model is and how to load it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+
+from fastpeft.version import __version__
+
+_HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "FEATURE_EXTRACTION": "FeatureExtraction",
+}
+
+
+def loading_snippet(
+    folder: str,
+    *,
+    base_model: str,
+    task_type: str | None,
+    adapter: bool = True,
+    registered: bool = True,
+    ladder: bool = False,
+    chained: bool = False,
+    labels: Sequence[str] = (),
+    prompt_head: str | None = None,
+    masked_words: bool = False,
+) -> str:
+    """Python code that loads what was saved in `folder`.
+
+    Args:
+        folder: where it was saved.
+        base_model: path or hub id of the model under an adapter.
+        task_type: one of PEFT's, or None for a model of another kind.
+        adapter: whether an adapter was saved, or a whole model.
+        registered: whether PEFT knows the kind of adapter from this library alone.
+        ladder: whether the model is a side network beside its base.
+        chained: whether what was saved goes onto more than a model as its folder has it, as that of a run that started
+            from another; it is then found through its own folder.
+        labels: names of the classes; where they are known the tokenizer was saved too.
+        prompt_head: head of the prompt that was saved too, None where there was none.
+        masked_words: whether the model predicts masked words; its tokenizer was saved too.
+    """
+    if chained and (adapter or ladder):
+        return _chained_snippet(folder, prompt_head)
+    if prompt_head == "label_words":
+        return _prompted_snippet(folder, base_model, adapter)
+    head = "MaskedLM" if masked_words else _HEADS.get(task_type or "")
+    registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
+    lines = [registers] if (adapter and registered) or ladder else []
+    if head is None:
+        lines.append("from peft import PeftModel")
+        call = f"PeftModel.from_pretrained(base, {folder!r})  # base: {base_model!r}, loaded as for training"
+    else:
+        adapted = "AutoPeftModel" if masked_words else f"AutoPeftModelFor{head}"  # the file then names the head's class
+        name = adapted if adapter else f"AutoModelFor{head}"
+        known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
+        lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
+        call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
+    with_tokenizer = labels or masked_words
+    if with_tokenizer and lines[-1].startswith("from transformers"):
+        lines[-1] += ", AutoTokenizer"
+    elif with_tokenizer:
+        lines.append("from transformers import AutoTokenizer")
+    lines += ["", f"model = {call}"]
+    if with_tokenizer:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({folder!r})")
+    if prompt_head is not None:
+        lines.insert(0, "from fastpeft import Prompt")
+        lines.append(_prompt_line(folder))
+    return "\n".join(lines)
+
+
+def _prompted_snippet(folder: str, base_model: str, adapter: bool) -> str:
+    """Python code that loads a `PromptModel`, or an adapter around one."""
+    names = "AutoModelForMaskedLM, AutoTokenizer" if adapter else "AutoTokenizer"
+    lines = ["import torch", "from fastpeft import Prompt, PromptModel", f"from transformers import {names}"]
+    end = [f"tokenizer = AutoTokenizer.from_pretrained({folder!r})", _prompt_line(folder)]
+    if adapter:
+        lines.insert(2, "from peft import PeftModel")
+        end += [
+            f"masked_lm = AutoModelForMaskedLM.from_pretrained({base_model!r}, dtype=torch.float32)",
+            f"model = PeftModel.from_pretrained(PromptModel(masked_lm, tokenizer, prompt), {folder!r})",
+        ]
+    else:
+        end.append(f"model = PromptModel.from_pretrained({folder!r}, dtype=torch.float32)")
+    return "\n".join([*lines, "", *end])
+
+
+def _chained_snippet(folder: str, prompt_head: str | None) -> str:
+    """Python code that loads a model through the runs that it came from."""
+    lines = [
+        "from fastpeft.training.loading import load_run",
+        "",
+        f"run = load_run({folder!r})  # with all that it was put onto",
+        "model, tokenizer = run.classifier.model, run.classifier.tokenizer",
+    ]
+    if prompt_head is not None:
+        lines.append("prompt = run.prompt  # prompt.encode(tokenizer, texts) makes what the model reads")
+    return "\n".join(lines)
+
+
+def _prompt_line(folder: str) -> str:
+    return f"prompt = Prompt.load({folder!r})  # prompt.encode(tokenizer, texts) makes what the model reads"
+
+
+def model_card(
+    *,
+    base_model: str | None,
+    method: str,
+    snippet: str,
+    adapter: bool = True,
+    data: str | None = None,
+    labels: Sequence[str] = (),
+    labels_are: str = "classes",
+    chosen_by: str | None = None,
+    metrics: Mapping[str, str] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> str:
+    """A model card in Markdown, with the header that model hubs read.
+
+    Args:
+        base_model: path or hub id of the model that was fine-tuned; None where it is not known.
+        method: the method's title, as "SiVA".
+        snippet: Python code that loads what was saved.
+        adapter: whether an adapter was saved, or a whole model.
+        data: what it was trained on, in words.
+        labels: names of the model's outputs.
+        labels_are: what those are, in one word.
+        chosen_by: the metric by which the checkpoint was chosen; None: it is that of the last step.
+        metrics: results, each with its formatted value.
+        settings: hyper-parameters, in the order to show.
+    """
+    base_model = base_model and _in_line(base_model)
+    header = [f"base_model: {base_model}"] if base_model else []
+    header += [f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- fastpeft"]
+    lines = ["---", *header, "---", "", f"# {method} of {base_model}" if base_model else f"# {method}", ""]
+    lines += [f"Fine-tuned by fastpeft {__version__}.", ""]
+    if base_model:
+        lines.append(f"- Base model: `{base_model}`")
+    lines.append(f"- Method: {method}")
+    if data:
+        lines.append(f"- Data: {_in_line(data)}")
+    if labels:
+        lines.append(f"- {labels_are.capitalize()}: {', '.join(map(_in_line, labels))}")
+    if chosen_by:
+        lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
+    for title, values in (("Results", metrics), ("Settings", settings)):
+        if values:
+            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+            lines += [f"| {_in_line(name)} | {_in_line(value)} |" for name, value in values.items()]
+    lines += ["", "## Loading", "", "```python", snippet, "```", ""]
+    return "\n".join(lines)
+
+
+def _in_line(value: object) -> str:
+    """A value as one line of Markdown shows it: not as a cell's end, a line's end or a tag of HTML."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")

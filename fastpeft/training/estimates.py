@@ -1,0 +1,282 @@
+"""What runs would take: memory, simulated, and seconds, from a few steps that really run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fastpeft.data.problems import REGRESSION
+from fastpeft.errors import FastpeftError
+from fastpeft.methods.registry import get_method
+from fastpeft.support import processes
+from fastpeft.support.processes import Ranks
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.memory import (
+    MEBIBYTE,
+    OptimizerFactory,
+    adamw_8bit,
+    embeddings_in_float,
+    fused_adamw,
+    simulate_training_step,
+)
+from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.settings import checkpointing_options
+from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
+from fastpeft.training.trainer import CURVE_POINTS, CURVE_ROWS, Clock, LengthGroupedOrder, trainer_class
+
+logger = logging.getLogger(__name__)
+
+_STEPS = 6  # that are timed, after one that allocates
+_ROWS = 128  # dev rows that are measured, timed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take.
+
+    Attributes:
+        memory_mb: peak of a training step on the longest batch, in MB (2^20 bytes); None where it cannot be told.
+        start_seconds: to load and to measure the dev rows; None where nothing was timed.
+        row_seconds: of training, a row; None likewise.
+        error: why nothing more can be told.
+    """
+
+    memory_mb: float | None = None
+    start_seconds: float | None = None
+    row_seconds: float | None = None
+    error: str | None = None
+
+    def seconds(self, rows: float) -> float | None:
+        """Of a run that trains on so many rows, those of every epoch counted; None where nothing was timed."""
+        if self.start_seconds is None or self.row_seconds is None:
+            return None
+        return self.start_seconds + self.row_seconds * rows
+
+    def later(self, seconds: float) -> Estimate:
+        """It, begun so many seconds later."""
+        if self.start_seconds is None:
+            return self
+        return dataclasses.replace(self, start_seconds=self.start_seconds + seconds)
+
+    def fits(self, budget_mb: float) -> bool | None:
+        """Whether the peak is within a budget; None where that cannot be told."""
+        return None if self.memory_mb is None else self.memory_mb <= budget_mb
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run would do.
+
+    Attributes:
+        trainable_parameters, parameters: numbers of values.
+        steps: optimizer steps.
+        rows: trained on in all of them, those of every epoch counted.
+        train_rows, dev_rows: rows of data.
+        longest_row: tokens of the longest training row.
+        recipe: rates, schedule and length, by name.
+        estimate: what it would take.
+    """
+
+    trainable_parameters: int
+    parameters: int
+    steps: int
+    rows: float
+    train_rows: int
+    dev_rows: int
+    longest_row: int
+    recipe: dict[str, Any]
+    estimate: Estimate
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        """Simulated peak of a step on the longest batch, in MB (2^20 bytes); None where it cannot be told."""
+        return self.estimate.memory_mb
+
+
+def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = None) -> TrainPlan:
+    """What `train(config)` would do, without training and without writing anything.
+
+    Args:
+        config: all that decides the run.
+        timed: run a few steps, so that the plan tells seconds; not under a launcher, whose processes share a step.
+        budget_mb: memory that there is, in MB; what needs more runs no step. None: any amount.
+
+    Raises:
+        FastpeftError: something given cannot be used.
+
+    Example:
+        >>> plan(TrainConfig(output="runs/siva", method="siva")).steps  # doctest: +SKIP
+    """
+    begin = time.perf_counter()
+    task = Task.load(config)
+    arguments = task.training_arguments(config.output)
+    trainable, total = count_parameters(task.model)
+    if timed and processes.launched() == 1:
+        taken = _estimate(task, arguments, begin, budget_mb)
+    else:
+        taken = Estimate(simulated_peak_mb(task, arguments, _longest(task)))
+    return TrainPlan(
+        trainable_parameters=trainable,
+        parameters=total,
+        steps=total_steps(arguments, len(task.train_rows)),
+        rows=rows_trained(config, len(task.train_rows)),
+        train_rows=len(task.train_rows),
+        dev_rows=len(task.dev_rows),
+        longest_row=_longest(task),
+        recipe=recipe_used(arguments),
+        estimate=taken,
+    )
+
+
+def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
+    """What `train(config)` would take, by a few steps; arguments as in `plan`.
+
+    A run that starts from another is taken as started from the model, which has the same shapes: the other may not
+    have run yet.
+    """
+    begin = time.perf_counter()
+    try:
+        task = Task.load(dataclasses.replace(config, init_from=None))
+        arguments = task.training_arguments(config.output)
+    except FastpeftError as error:
+        return Estimate(error=str(error))
+    return _estimate(task, arguments, begin, budget_mb)
+
+
+def process_seconds() -> float:
+    """Seconds that a process of `fastpeft train` takes beside its run: it starts, loads its libraries, and ends."""
+    begin = time.perf_counter()
+    libraries = "import fastpeft.console, fastpeft.training, matplotlib.backends.backend_agg, matplotlib.figure"
+    subprocess.run([sys.executable, "-c", libraries], check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    return time.perf_counter() - begin
+
+
+def rows_trained(config: TrainConfig, train_rows: int) -> float:
+    """Rows that `train(config)` trains on, those of every epoch counted, where the data has `train_rows`."""
+    if config.max_steps is not None:
+        return float(config.max_steps * config.batch_size * config.settings.get("gradient_accumulation_steps", 1))
+    recipe = get_method(config.method, config.settings).recipe_for(config.model)
+    return (config.epochs or recipe.epochs) * train_rows
+
+
+def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb: float | None) -> Estimate:
+    """What a run on `task` would take, whose loading began at `begin`, by `time.perf_counter`. It trains the model."""
+    memory = simulated_peak_mb(task, arguments, _longest(task))
+    if budget_mb is not None and (memory is None or memory > budget_mb):
+        return Estimate(memory)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        # no checkpoint, and no cache of features, which would be written
+        unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}
+        unmeasured |= {"cache_features": None, "cache_dtype": None}
+        short = dataclasses.replace(task.config, output=elsewhere, max_steps=_STEPS + 1, **unmeasured)
+        try:
+            task = dataclasses.replace(task, config=short)
+            clock = _LaterSteps()
+            arguments = task.training_arguments(elsewhere)
+            with task.refusing():
+                trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
+                loaded = time.perf_counter()
+                trainer.measure(task.dev_rows[:_ROWS])
+            measured = (time.perf_counter() - loaded) / len(task.dev_rows[:_ROWS])
+            trainer.train()
+        except FastpeftError as error:
+            return Estimate(memory, error=str(error))
+    rows = len(task.dev_rows)
+    read = 2 * rows + (CURVE_POINTS - 1) * min(rows, CURVE_ROWS)  # before and after, and for the curve
+    steps = _padded_tokens(trainer.order, trainer.args.gradient_accumulation_steps)
+    timed = sum(steps[index % len(steps)] for index in range(1, 1 + clock.steps))
+    row_seconds = clock.seconds / timed * sum(steps) / len(task.train_rows)
+    return Estimate(memory, loaded - begin + read * measured, row_seconds)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of all values."""
+    # in 4 bits a weight is packed, and only its state knows its shape
+    counts = [((getattr(p, "quant_state", None) or p).shape.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+
+def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> float | None:
+    """Simulated peak of one step on a batch of `tokens` tokens a row, or a process's part of that, in MB.
+
+    None where it cannot be told. As the Trainer does before its first step, this lets a model compute its activations
+    again where `arguments` say so.
+    """
+    model, config, problem = task.model, task.config, task.data.problem
+    optimizer = None
+    if not task.method.zeroth_order:
+        optimizer = _optimizer(model, arguments)
+        if optimizer is None:
+            return None
+    device = next(model.parameters()).device
+    rows = config.batch_size // Ranks().size
+    shape = (rows, tokens)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long, device=device),
+        "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
+        "labels": torch.zeros(shape if problem.per_token else shape[:1], dtype=torch.long, device=device),
+    }
+    if problem is REGRESSION:
+        batch["labels"] = batch["labels"].float()
+    if "mask_positions" in task.train_rows[0]:
+        batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
+    try:
+        if arguments.gradient_checkpointing:
+            _checkpoint_activations(model, arguments)
+        autocast_dtype = torch.bfloat16 if config.bf16 else None
+        step = simulate_training_step(model, batch, optimizer, autocast_dtype, config.optimizer_in_backward)
+    except Exception as error:  # a model whose forward reads data cannot be simulated; that must not end a run
+        logger.warning("peak memory cannot be simulated for this model: %s", error)
+        return None
+    return round(step.peak / MEBIBYTE, 1)
+
+
+def _optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> OptimizerFactory | None:
+    """What makes an optimizer with the state of the Trainer's, for a simulation; None where that is not known."""
+    name = arguments.optim.value
+    if name in ADAMW:
+        return fused_adamw
+    if name in ADAMW_8BIT:
+        return partial(adamw_8bit, in_float=embeddings_in_float(model))
+    if name == "sgd" and not arguments.optim_args:  # as momentum
+        together = arguments.device.type == "cuda"  # as torch steps there
+        return partial(torch.optim.SGD, weight_decay=arguments.weight_decay, foreach=together)
+    return None
+
+
+def _checkpoint_activations(model: Any, arguments: TrainingArguments) -> None:
+    """Let a model compute its activations again in backward, as the Trainer does."""
+    own, options = checkpointing_options(arguments)
+    # the older transformers have the second name alone
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None, **own)
+
+
+def _longest(task: Task) -> int:
+    return max(len(row["input_ids"]) for row in task.train_rows)
+
+
+def _padded_tokens(order: LengthGroupedOrder, batches_a_step: int) -> list[int]:
+    """Tokens of each step of the first epoch, with padding."""
+    lengths = [order.lengths[row] for row in order.rows(0)]
+    batches = [lengths[start : start + order.batch_size] for start in range(0, len(lengths), order.batch_size)]
+    tokens = [len(batch) * max(batch) for batch in batches]
+    return [sum(tokens[start : start + batches_a_step]) for start in range(0, len(tokens), batches_a_step)]
+
+
+class _LaterSteps(Clock):
+    """Times the steps after the first."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 1:
+            super().on_step_end(args, state, control, **kwargs)

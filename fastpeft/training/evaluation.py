@@ -1,0 +1,334 @@
+"""What a finished run is good for: measuring it again, and using it on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fastpeft.data import pitfalls
+from fastpeft.data.examples import Examples, Row, TextData, load_data, load_rows, texts_in_words
+from fastpeft.data.masking import Masker
+from fastpeft.data.problems import (
+    CLASSIFICATION,
+    LOSS,
+    MASKED_WORDS,
+    REGRESSION,
+    UNLABELLED,
+    Problem,
+    describe,
+    most_frequent,
+)
+from fastpeft.data.splitting import STRATIFIED
+from fastpeft.errors import FastpeftError
+from fastpeft.prompts.model import load_prompted
+from fastpeft.prompts.named import is_auto, parse_prompt
+from fastpeft.prompts.template import Prompt, is_text
+from fastpeft.training.loading import FinishedRun, best_device, load_run
+from fastpeft.training.prompt_search import find_prompt
+from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
+
+_BATCH_SIZE = 64
+
+
+def evaluate(
+    folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
+) -> dict[str, Any]:
+    """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
+
+    Beside these it has what `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which
+    are logged too: what makes the figures doubtful, as rows that the run was trained on.
+
+    Args:
+        folder: folder of the run.
+        data: other data: all rows of a file, or the dev part of anything else.
+        text_column, label_column: columns of `data`; without it none. None: found by their names.
+
+    Raises:
+        FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
+            run's own data has other classes than when it was trained.
+    """
+    if data is None and (text_column or label_column):
+        raise FastpeftError(
+            "columns are those of other data, and a run's own has the columns that it was trained with. Name the data "
+            "with --data, or leave --text-column and --label-column out."
+        )
+    run = load_run(folder)
+    trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
+    frequent = run.labels.index(known["class"]) if known.get("class") in run.labels else None
+    if data is not None:
+        dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
+    else:
+        config = run.config
+        own = load_data(
+            config.data,
+            problem_type=run.problem.name,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            split_seed=config.split_seed,
+            split=config.split,
+        )
+        if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "
+                f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
+            )
+        dev = own.dev
+        frequent = most_frequent(own.train.labels, own.problem)
+    if dev.is_pair != run.is_pair:
+        raise FastpeftError(
+            f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "
+            f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
+        )
+    rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
+    warn_of_cut_words(dev, rows, run.problem, run.max_length)
+    if run.problem is MASKED_WORDS:
+        rows = Masker(run.classifier.tokenizer).fixed(rows)
+    join = np.concatenate if run.problem.per_token else np.stack
+    outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
+    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
+    pitfalls.tell(measured["warnings"])
+    return {**measured, "dev_rows": len(rows)}
+
+
+def evaluate_zero_shot(
+    model: str,
+    prompt: Prompt,
+    data: str | TextData,
+    *,
+    calibrate: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
+
+    Args:
+        model: `"demo"`, a folder or a hub id.
+        prompt: template and label words.
+        data: rows with classes that are loaded, or what `load_data` takes; where that has no dev part, its rows are
+            those that a run holds out.
+        calibrate: subtract what the label words score for an empty text.
+        text_column, label_column: columns of `data`, where it is not loaded. None: found by their names.
+
+    Raises:
+        FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
+    """
+    texts = data if isinstance(data, TextData) else load_classes(data, text_column, label_column)
+    return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
+
+
+def load_classes(
+    data: str, text_column: str | None = None, label_column: str | None = None, split: str = STRATIFIED
+) -> TextData:
+    """What a prompt without training is measured on: `load_data` of classes."""
+    return load_data(
+        data, problem_type=CLASSIFICATION.name, text_column=text_column, label_column=label_column, split=split
+    )
+
+
+def zero_shot_prompt(
+    prompt: str, label_words: str | None, model: str, texts: TextData, *, calibrate: bool = False
+) -> tuple[Prompt | None, dict[str, Any] | None]:
+    """The prompt for `evaluate_zero_shot` that is written on a command line; `auto` is found on training rows.
+
+    Args:
+        prompt, label_words: as `parse_prompt` takes them.
+        model, calibrate: as `evaluate_zero_shot` takes them.
+        texts: where `auto` is found.
+
+    Returns:
+        The prompt, None for `none`; and what was found for `auto`, as `FoundPrompt.values` gives it, else None.
+
+    Raises:
+        FastpeftError: the prompt cannot be used; or one cannot be found, see `find_prompt`.
+    """
+    if not is_auto(prompt):
+        return parse_prompt(prompt, label_words), None
+    parse_prompt(prompt, label_words)  # refuses words beside it
+    found = find_prompt(model, texts, calibrate=calibrate, max_length=DEFAULT_MAX_LENGTH)
+    return found.prompt, found.values()
+
+
+def zero_shot_outputs(model: str, prompt: Prompt, texts: TextData, *, calibrate: bool = False) -> np.ndarray:
+    """What a masked language model scores for each class, `(dev rows, classes)`; as `evaluate_zero_shot`."""
+    check_texts(prompt, texts.dev)
+    classifier = load_prompted(model, prompt.for_labels(texts.labels))
+    prompted = classifier.model.eval().to(best_device())
+    if calibrate:
+        prompted.calibrate()
+    limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
+    return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
+
+
+def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, Any]:
+    """What `evaluate` gives, of outputs `(dev rows, classes)` on the dev rows of `texts`, with no training."""
+    labels, frequent = np.array(texts.dev.labels), most_frequent(texts.train.labels, texts.problem)
+    return _measure(texts.problem, texts.dev, set(), outputs, labels, texts.labels, frequent)
+
+
+def _measure(
+    problem: Problem,
+    dev: Examples,
+    trained_on: Set[str],
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    frequent: int | None,
+) -> dict[str, Any]:
+    """The metrics of a problem, the loss, the number of rows, what there is of classes, and warnings."""
+    scores = problem.score(outputs, labels, names)
+    if LOSS not in scores:
+        assert problem.loss is not None  # which is so where the score has it
+        scores[LOSS] = problem.loss(outputs, labels)
+    warnings = pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)
+    described = describe(problem, outputs, labels, names, frequent)
+    return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
+
+
+class Taken(NamedTuple):
+    """One text, or pair, or list of words, as `Examples` holds it, and its tokens."""
+
+    text: Any
+    row: Row
+
+
+class Predictor:
+    """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
+
+    Args:
+        folder: folder of the run.
+
+    Attributes:
+        run: the run, with its model.
+
+    Raises:
+        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.run = load_run(folder)
+        if self.run.problem is MASKED_WORDS:
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
+                f"labelled texts: --init-from {folder}."
+            )
+
+    def take(self, text: Any) -> Taken:
+        """A text, as `predict` takes one, made ready.
+
+        Raises:
+            FastpeftError: it is not what the run reads.
+        """
+        run = self.run
+        given = _as_input(text, run)
+        # what the text would be labelled with; where words have tags, the labels show which tokens to read
+        none = [list(range(len(given))) if run.problem.per_token else 0]
+        (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
+        if run.problem.per_token:
+            _word_tokens(row, given, run.max_length)
+        return Taken(given, row)
+
+    def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
+        """Of each text the probability of every class, `(classes,)`; its number, `(1,)`; or of every word those of the
+        tags, `(words, tags)`; float32."""
+        problem = self.run.problem
+        outputs = _outputs(self.run, [row for _, row in taken])
+        if problem.per_token:
+            outputs = [
+                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
+            ]
+        return outputs if problem is REGRESSION else [torch.from_numpy(o).softmax(-1).numpy() for o in outputs]
+
+
+def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
+    """What a finished run says of each text; of the rows of a file, see `fastpeft.training.prediction`.
+
+    Args:
+        folder: folder of the run.
+        texts: strings; for a run on pairs (first, second), or strings in which a tab separates the two; for a run on
+            words with tags lists of words, or strings in which spaces separate them.
+
+    Returns:
+        For each text its most likely class and the probability of that; for a run on numbers the name of the number
+        and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
+
+    Raises:
+        FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
+            them is not what the run reads.
+    """
+    if isinstance(texts, str):
+        raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+    predictor = Predictor(folder)
+    labels = predictor.run.labels
+    found = predictor.scores([predictor.take(text) for text in texts])
+    if predictor.run.problem.per_token:
+        return [[most_likely(word, labels) for word in scores] for scores in found]
+    return [most_likely(scores, labels) for scores in found]
+
+
+def most_likely(scores: np.ndarray, labels: Sequence[str]) -> tuple[str, float]:
+    """The class of the largest score, with that; of a number its name and value."""
+    best = int(scores.argmax())
+    return labels[best], float(scores[best])
+
+
+def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
+    """The first token of every word, given that a row's labels number its words."""
+    tokens = [index for index, word in enumerate(row["labels"]) if word != UNLABELLED]
+    if len(tokens) < len(words):
+        raise FastpeftError(
+            f"of the {len(words)} words that begin with {' '.join(words[:3])!r}, only {len(tokens)} fit into the "
+            f"{max_length} tokens that the run reads. Give shorter texts."
+        )
+    return tokens
+
+
+def _as_input(text: Any, run: FinishedRun) -> Any:
+    """One text as `Examples` holds it."""
+    expected = "one text"
+    if run.is_pair:
+        expected = "two texts, as a pair or separated by a tab"
+        parts = text.split("\t") if isinstance(text, str) else text
+        if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(map(is_text, parts)):
+            return parts[0].strip(), parts[1].strip()
+    elif run.problem.per_token:
+        expected = "words, as a list or separated by spaces"
+        words = text.split() if isinstance(text, str) else text
+        if isinstance(words, list) and words and all(is_text(word) and word.strip() for word in words):
+            return words
+    elif is_text(text):
+        return text
+    raise FastpeftError(f"the run reads {expected}; got {text!r}. Give it so, in UTF-8.")
+
+
+@torch.inference_mode()
+def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
+    collate = collator(run.classifier.tokenizer, run.problem)
+    model = run.classifier.model
+    found: dict[int, np.ndarray] = {}
+    size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
+    for start in range(0, len(rows), size):
+        chosen = order[start : start + size]
+        batch = collate([rows[i] for i in chosen]).to(model.device)
+        labels = batch.pop("labels")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):
+            logits = model(**batch).logits
+        if run.problem.digest is not None:
+            logits = run.problem.digest(logits, labels)
+        outputs = logits.float().cpu().numpy()
+        masks = batch["attention_mask"].bool().cpu().numpy()
+        found |= {
+            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
+        }
+    if not all(np.isfinite(outputs).all() for outputs in found.values()):
+        raise FastpeftError(
+            f"the model of the run in {run.config.output!r} gives outputs that are not finite: its weights or those of "
+            "its base are damaged. Restore them, or train anew."
+        )
+    return [found[i] for i in range(len(rows))]

@@ -1,0 +1,385 @@
+"""Peak memory, measured and simulated, in bytes of live tensors.
+
+`simulate_training_step` answers "how much would this step need" for any model without its memory and without its
+computing: the step runs on fake tensors, which have shapes and dtypes but no data, under a tracker of live storages.
+What a card would run fused is counted fused, on every device: attention keeps no T x T probabilities, dropout keeps one
+byte per element, AdamW makes no temporaries. `measured_peak` measures a block that really runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastpeft.errors import FastpeftError
+from fastpeft.training.optimizer_in_backward import StepsInBackward
+
+MEBIBYTE = 2**20
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of live tensor storages, real or fake: `current` now and `peak` since the last `reset_peak`.
+
+    A storage counts once however many views it has, from the first op that returns it until its last reference goes.
+    Storages made before the tracker count once they are given to `add` (or an op returns a view of them). What a kernel
+    allocates inside itself is not seen.
+
+    Example:
+        >>> with MemoryTracker() as tracker:
+        ...     x = torch.zeros(256)
+        >>> tracker.peak
+        1024
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of `tensors` from now on."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, nbytes = id(storage), storage.nbytes()
+            if key in self._live:
+                reference, before = self._live[key]
+            else:
+                reference, before = weakref.ref(storage, partial(self._free, key)), 0
+            self._live[key] = (reference, nbytes)  # its size can change in place
+            self.current += nbytes - before
+        self.peak = max(self.peak, self.current)
+
+    def _free(self, key: int, _: object) -> None:
+        self.current -= self._live.pop(key)[1]
+
+    def reset_peak(self) -> None:
+        """Start a new measurement from what is live now."""
+        self.peak = self.current
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.add(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        return output
+
+
+class _FusedForms(TorchFunctionMode):
+    """Runs attention and dropout as the fused ops of a card, whose saved tensors are the ones to count.
+
+    A single random number is the highest, so that what a module leaves out by chance is there.
+    """
+
+    _HIGHEST = 1 - 2**-24  # that `torch.rand` gives in float32
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if func is torch.rand and output.numel() == 1:
+            return torch.tensor(self._HIGHEST if output.dim() == 0 else [self._HIGHEST])
+        return output
+
+    @staticmethod
+    def _attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,  # fused kernels read grouped heads in place
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            # every fused kernel adds its mask, in the dtype of the query, and keeps it for backward
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    @staticmethod
+    def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+class _ZeroScalars(TorchDispatchMode):
+    """Answers zero where a branch reads a fake tensor's data: `mask.all()` is False, so the mask is kept."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
+        if read and args[0].constant is None:
+            dtype = args[0].dtype
+            return False if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one training step, in bytes.
+
+    Attributes:
+        weights: all parameters and buffers, trained or not, each storage once.
+        gradients: gradients of the trained parameters; 0 where the optimizer steps in backward, and those that wait for
+            it count as activations.
+        optimizer: the optimizer's state.
+        peak: the most that is live at one time, from the forward pass to the optimizer's step.
+        weight_dtype: dtypes of the frozen parameters, joined by `+` ("" where all are trained).
+        trained_dtype: dtypes of the trained parameters.
+        activation_dtype: what activations are computed in: autocast's dtype, or that of the weights.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    weight_dtype: str
+    trained_dtype: str
+    activation_dtype: str
+
+    @property
+    def activations(self) -> int:
+        """What the peak holds above weights, gradients and optimizer state: activations, batch and temporaries."""
+        return self.peak - self.weights - self.gradients - self.optimizer
+
+
+def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    """AdamW in its fused form, which makes no temporaries."""
+    return torch.optim.AdamW(params, fused=True)
+
+
+class _BlockwiseAdamW(torch.optim.Optimizer):
+    """The state of bitsandbytes' 8-bit AdamW, for a simulation: it computes nothing."""
+
+    _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits
+
+    def __init__(self, params: list[Tensor], in_float: Collection[int]) -> None:
+        super().__init__(params, {})
+        self._in_float = {params[index] for index in in_float}
+        self._maps = [torch.empty(256) for _ in range(2)]  # what the codes stand for
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if parameter in self.state:
+                continue
+            whole = parameter.numel() < self._LEAST or parameter in self._in_float
+            moments = [torch.empty_like(parameter, dtype=torch.float32 if whole else torch.uint8) for _ in range(2)]
+            blocks = 0 if whole else -(-parameter.numel() // self._BLOCK)
+            scales = [torch.empty(blocks, device=parameter.device) for _ in range(2)]
+            self.state[parameter] = {"moments": moments, "scales": scales}
+
+
+def adamw_8bit(params: list[Tensor], in_float: Collection[int] = ()) -> torch.optim.Optimizer:
+    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
+
+    Args:
+        params: what trains.
+        in_float: indices of those whose state stays in float32.
+    """
+    return _BlockwiseAdamW(params, in_float)
+
+
+def embeddings_in_float(model: nn.Module) -> list[int]:
+    """Which of the trained parameters of `model` belong to embeddings, whose state `transformers.Trainer` keeps whole.
+
+    Returns:
+        Indices, as `adamw_8bit` takes them.
+    """
+    embedded = {weight for layer in model.modules() if isinstance(layer, nn.Embedding) for weight in layer.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [index for index, parameter in enumerate(trained) if parameter in embedded]
+
+
+def simulate_training_step(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    optimizer_factory: OptimizerFactory | None = fused_adamw,
+    autocast_dtype: torch.dtype | None = None,
+    optimizer_in_backward: bool = False,
+) -> MemoryEstimate:
+    """Memory of one steady training step (forward, loss, backward, optimizer step) of `model`, without running it.
+
+    Args:
+        model: any module whose `model(**batch)` returns a scalar loss, or an output with a `.loss`, in training mode.
+            Its weights are neither read nor changed.
+        batch: the keyword arguments of the forward pass; tensors give shapes and dtypes.
+        optimizer_factory: makes the optimizer from the list of trained parameters, by default fused AdamW. None: the
+            step is forward passes alone, in evaluation mode and without a graph, as MeZO's.
+        autocast_dtype: run forward and loss under autocast in this dtype, by the rules of the weights' device.
+        optimizer_in_backward: whether the optimizer steps in backward, as `StepsInBackward` lets it.
+
+    Returns:
+        The estimate, as a `MemoryEstimate`.
+
+    Raises:
+        FastpeftError: nothing in the model is trained, or its output holds no loss.
+
+    Notes:
+        Counts tensors at the bytes they ask for; an allocator's rounding and a library's workspaces come on top.
+        Gradients are taken as freed between steps, as `zero_grad` does. What is checkpointed (`torch.utils.checkpoint`)
+        is computed again in backward, and counted there. An attention mask is taken to mask something.
+        The noise that MeZO's reference makes, at most 2^20 values at a time, is not counted.
+
+    Example:
+        >>> class Model(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).sum()
+        >>> simulate_training_step(Model(16, 4), {"x": torch.zeros(8, 16)}).weights
+        272
+    """
+    fakes, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker()
+    real = {name: tensor for named in (model.named_parameters, model.named_buffers) for name, tensor in named()}
+    state: dict[str, Tensor] = {name: fakes.from_tensor(tensor) for name, tensor in real.items()}
+    # a weight of a kind of its own, as bitsandbytes', knows more than its values: it stays, and ops meet it as its fake
+    put_in = {f"model.{name}": fake for name, fake in state.items() if type(real[name]) in (Tensor, nn.Parameter)}
+    beside = [fakes.from_tensor(tensor) for weight in real.values() for tensor in _scales(weight)]
+    trained = [tensor for tensor in state.values() if tensor.requires_grad]
+    if not trained:
+        raise FastpeftError(
+            "The model to simulate has no trained parameter; a training step needs one with requires_grad=True."
+        )
+    frozen = [tensor for tensor in state.values() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad]
+    device = trained[0].device.type
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(optimizer_factory is not None)
+    try:
+        with ExitStack() as stack:
+            for mode in (fakes, tracker, _ZeroScalars(), _FusedForms()):
+                stack.enter_context(mode)
+            tracker.add([*state.values(), *beside])
+            weights = tracker.current
+            optimizer, gradients, optimizer_state = None, 0, 0
+            if optimizer_factory is not None:
+                optimizer = optimizer_factory(trained)
+                for parameter in trained:
+                    parameter.grad = torch.empty_like(parameter)
+                gradients = tracker.current - weights
+                optimizer.step()  # a first step makes the optimizer's state
+                optimizer.zero_grad()
+                optimizer_state = tracker.current - weights
+                if optimizer_in_backward:
+                    gradients = 0
+                    StepsInBackward(optimizer)
+            fake_batch = tree_map_only(Tensor, fakes.from_tensor, dict(batch))
+            tracker.add(leaf for leaf in tree_leaves(fake_batch) if isinstance(leaf, Tensor))
+            tracker.reset_peak()
+            autocast = torch.autocast(device, autocast_dtype, enabled=autocast_dtype is not None)
+            torch.func.functional_call(_Pass(model, autocast, optimizer is not None), put_in, kwargs=fake_batch)
+            if optimizer is not None:
+                optimizer.step()
+    finally:
+        for module, training in modes:
+            module.training = training
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer_state,
+        peak=tracker.peak,
+        weight_dtype=_dtypes(frozen),
+        trained_dtype=_dtypes(trained),
+        activation_dtype=_dtypes(frozen or trained) if autocast_dtype is None else _name(autocast_dtype),
+    )
+
+
+class _Pass(nn.Module):
+    """Forward and backward of a model in one call, in which what computes activations again meets the same weights."""
+
+    def __init__(self, model: nn.Module, autocast: torch.autocast, backward: bool) -> None:
+        super().__init__()
+        self.model, self.autocast, self.backward = model, autocast, backward
+
+    def forward(self, **batch: Any) -> None:
+        with self.autocast, torch.set_grad_enabled(self.backward):
+            loss = _loss(self.model(**batch))
+        if self.backward:
+            _run_backward(loss)
+
+
+def _run_backward(loss: Tensor) -> None:
+    """`loss.backward()` in which the modes of torch functions stay: what is computed again is fused as it was."""
+    # where a tensor is given, the mode that sees the call is left for the time that it takes
+    torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss))
+
+
+def _scales(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors that belong to a weight of bitsandbytes in 4 bits; of any other there are none."""
+    state = getattr(weight, "quant_state", None)
+    while state is not None:  # whose scales may be quantised too
+        yield from (tensor for tensor in (state.absmax, state.code, state.offset) if tensor is not None)
+        state = state.state2
+
+
+def _loss(output: Any) -> Tensor:
+    """The scalar loss in a model's output."""
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if loss is None or loss.dim() > 0:
+        raise FastpeftError(
+            f"The model to simulate returned {type(output).__name__} without a scalar loss; give a batch with labels, "
+            "or a model that returns its loss."
+        )
+    return loss
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return "+".join(sorted({_name(tensor.dtype) for tensor in tensors}))
+
+
+@dataclass
+class MeasuredPeak:
+    """The peak of a block that ran: `nbytes`, known when the block has ended."""
+
+    nbytes: int = 0
+
+
+@contextmanager
+def measured_peak(device: torch.device | str) -> Iterator[MeasuredPeak]:
+    """Measure the peak of tensor memory inside the block on `device`.
+
+    On a CUDA device it is the allocator's peak, with everything that lives there already. Elsewhere it is a
+    `MemoryTracker`'s, which adds some microseconds to every op and knows only tensors that an op in the block returns.
+
+    Example:
+        >>> with measured_peak("cpu") as peak:
+        ...     x = torch.zeros(256)
+        >>> peak.nbytes
+        1024
+    """
+    peak = MeasuredPeak()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.nbytes = torch.cuda.max_memory_allocated(device)
+    else:
+        with MemoryTracker() as tracker:
+            yield peak
+        peak.nbytes = tracker.peak
+
+
+def peak_rss_mb() -> float | None:
+    """Peak resident memory of this process since its start, in MB (2^20 bytes); None where the system does not say."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS and kibibytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEBIBYTE, 1)

@@ -1,0 +1,393 @@
+"""One training run on `transformers.Trainer`, shared by all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from fastpeft.data import pitfalls
+from fastpeft.data.examples import labels_in_words
+from fastpeft.data.models import resolve_model
+from fastpeft.data.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step, describe, most_frequent
+from fastpeft.data.splitting import digest
+from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
+from fastpeft.ladder import LadderModel
+from fastpeft.ladder.cache import DTYPES
+from fastpeft.support import files
+from fastpeft.support.adapter_files import check_file
+from fastpeft.support.environment import device_name, versions
+from fastpeft.support.interrupts import noting_stops
+from fastpeft.support.model_card import loading_snippet, model_card
+from fastpeft.support.processes import Ranks, is_first, noticing_losses
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.curves import draw_curves
+from fastpeft.training.estimates import count_parameters, simulated_peak_mb
+from fastpeft.training.loading import inside_prompt
+from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
+from fastpeft.training.results import SIMULATED, chosen_by, found_settings, results
+from fastpeft.training.run_folder import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
+from fastpeft.training.task import Task, recipe_used
+from fastpeft.training.trainer import RunTrainer, trainer_class
+
+logger = logging.getLogger(__name__)
+
+_NOTICE = "interrupted: the run ends after this step, with a checkpoint; a second Ctrl-C ends it at once"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, and what `metrics.json` in it holds."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    command: str | None = None,
+) -> TrainResult:
+    """Train as `config` says and leave in `config.output` what loads, measures and repeats the result.
+
+    What makes the figures of the result doubtful is logged, and is in `warnings` of its metrics.
+
+    Args:
+        config: all that decides the run.
+        resume: continue from the newest checkpoint in the folder, by MeZO from the last step in its journal; with
+            neither, or no folder, start from the beginning; a finished run is returned as it is.
+        overwrite: replace the run that the folder holds. A folder that holds anything else is left alone.
+        callbacks: further Trainer callbacks, as a progress bar.
+        command: how the run was started, for `metrics.json`.
+
+    Raises:
+        FastpeftError: something given cannot be used; then nothing was written. Or the loss or a gradient was not
+            finite; then the weights before that step are kept in the folder. Or the disk is full, or one of several
+            processes was lost; then the error says what is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came. The step under way was made and a checkpoint saved, from which
+            `resume` leads to the bits of an uninterrupted run; a second one does not wait. The message says how to go
+            on. Where somebody has set a handler of such a signal, that one runs.
+
+    Notes:
+        Under a launcher (`torchrun`) all processes call this, on one file system. They share each batch in equal parts,
+        so `batch_size` is a multiple of their number, and a run goes on with any other number of them: the weights are
+        those of one process to rounding, in which dropout draws otherwise. The last batch of an epoch is filled up
+        with rows of the first.
+
+    Example:
+        >>> result = train(TrainConfig(output="runs/lora", method="lora"))  # doctest: +SKIP
+        >>> result.metrics["accuracy"]  # doctest: +SKIP
+    """
+    folder = RunFolder(config.output)
+    folder.check(config.values(), resume=resume, overwrite=overwrite)
+    if resume and folder.finished:
+        logger.info("the run in %s is finished; nothing to do", folder.path)
+        return TrainResult(folder.path, folder.metrics())
+    if resume and folder.started and config.awaits_prompt:
+        config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
+    with _determinism(config.deterministic), ExitStack() as held:
+        task = Task.load(config)
+        config = task.config
+        if task.data.problem.has_classes:
+            logger.info("%s", labels_in_words(task.data))
+        trained_on = _trained_on(task)
+        if is_first():  # while there is time to stop
+            for warning in pitfalls.seen_rows(task.data.dev.texts, trained_on):
+                logger.warning("%s", warning)
+        if config.cache_features is not None:
+            inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
+        with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
+            arguments = task.training_arguments(elsewhere)
+            Ranks().check_same(config.values())
+            with task.refusing(), noticing_losses():
+                trainer = trainer_class(task)(task, arguments, folder, callbacks)
+                trainer.create_optimizer()
+                before = trainer.measure(task.dev_rows)
+
+        def begin() -> None:
+            held.enter_context(folder.held())
+            folder.check(config.values(), resume=resume, overwrite=overwrite)  # another run may have ended there since
+            folder.open(config.values(), overwrite=overwrite, recipe=recipe_used(arguments))
+
+        trainer.ranks.first_does(begin)
+        arguments.output_dir = str(folder.staging)
+        try:
+            with noting_stops(trainer.stop, _NOTICE), noticing_losses():
+                _run(trainer, task, folder, resume)
+                metrics = _finish(trainer, task, folder, before, trained_on, command)
+        except LostProcessError as error:
+            raise LostProcessError(f"{error} {folder.going_on()}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
+    if is_first():
+        pitfalls.tell(metrics["warnings"])
+    if trainer.stop.asked:
+        raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
+    return TrainResult(folder.path, metrics)
+
+
+def _trained_on(task: Task) -> set[str]:
+    """Digests of the texts that the run trains on, and of those that what it starts from was trained on."""
+    start = task.config.init_from
+    earlier = set() if start is None else RunFolder(start).trained_on()
+    return earlier.union(map(digest, task.data.train.texts))
+
+
+def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
+    """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
+    checkpoint = folder.newest_checkpoint() if resume else None
+    start: str | bool | None = None if checkpoint is None else str(checkpoint)
+    if resume and folder.journal.exists():
+        start = True  # the last step in the journal, which leads there from the checkpoint or from the first weights
+        logger.info("continuing from %s", folder.journal)
+    elif checkpoint is not None:
+        logger.info("continuing from %s", checkpoint)
+    try:
+        if checkpoint is not None and not (task.method.adapts or task.method.ladder):
+            # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
+            _load_weights(trainer.model, checkpoint)
+        set_seed(task.config.seed)  # dropout starts alike whatever was computed before
+        with noticing_losses():
+            trainer.train(resume_from_checkpoint=start)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error} {_keep_last_good(trainer, task, folder)}") from None
+    except FastpeftError:
+        raise
+    except Exception as error:
+        if checkpoint is None or trainer.samples_seen:
+            raise
+        # a broken file surfaces as almost any type
+        raise FastpeftError(
+            f"cannot go on from {checkpoint}: {first_line(error)} Delete that folder to go on from what is before it, "
+            "or train anew with --overwrite."
+        ) from error
+    if trainer.stopped:
+        raise KeyboardInterrupt
+
+
+def _finish(
+    trainer: RunTrainer,
+    task: Task,
+    folder: RunFolder,
+    before: Mapping[str, float],
+    trained_on: Set[str],
+    command: str | None,
+) -> dict[str, Any]:
+    """Measure the result and write it; what `metrics.json` then holds."""
+    config = task.config
+    trainer.check_same()
+    chosen = _take_best(trainer, task, folder)
+    curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
+    after = trainer.measure(task.dev_rows)
+    if chosen is None:
+        curve.append((trainer.state.global_step, after[task.metric]))
+    curves = {"training loss": trainer.points("loss"), f"dev {task.metric}": curve}
+    if task.metric != LOSS:
+        curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
+    command = command or f"fastpeft train --config {folder.config_file}"
+    data, (outputs, labels) = task.data, trainer.answers()
+    metrics = {
+        **_metrics(trainer, task, before, after, chosen, command),
+        **describe(data.problem, outputs, labels, data.labels, most_frequent(data.train.labels, data.problem)),
+        "warnings": [
+            *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
+            *pitfalls.of_training_loss(trainer.points("loss"), before[LOSS]),
+        ],
+    }
+    staged = folder.staging / "result"
+
+    def write() -> None:
+        with folder.saving("the result"):
+            _save(trainer, task, staged)
+            files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
+            files.write_json(staged / CURVES, curves)
+            files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
+            if data.problem is CLASSIFICATION:
+                predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+                files.write_json(staged / PREDICTIONS, predictions)
+            title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
+            draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, shown)
+            folder.close(metrics, staged)
+
+    trainer.ranks.first_does(write)
+    return metrics
+
+
+def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None:
+    """Give the model the weights of its best checkpoint, where one is to be chosen, and tell its step."""
+    if task.config.metric is None:
+        return None
+    best = best_step(trainer.points(f"eval_{task.metric}"), task.metric)
+    logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
+    if best != trainer.state.global_step:
+        _load_weights(trainer.model, folder.checkpoint(best))
+    return best
+
+
+def _load_weights(model: Any, checkpoint: Path) -> None:
+    """Give `model` the weights of a checkpoint of its own run."""
+    inside = inside_prompt(model)
+    if (checkpoint / "adapter_config.json").is_file():
+        check_file(checkpoint)
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    elif isinstance(inside, LadderModel):
+        inside.take_over(checkpoint, head=True)
+    else:
+        model.load_state_dict(type(model).from_pretrained(checkpoint, use_safetensors=True).state_dict())
+
+
+def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
+    """Save the weights before a step that failed, and say where."""
+    checkpoint = folder.newest_checkpoint()
+    saved = f"The newest checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before."
+    if not all(p.isfinite().all() for p in trainer.model.parameters()):
+        return f"The weights before that step were no longer finite. {saved}"
+    staged, target = folder.staging / "last-good", folder.path / "last-good"
+    kept = "The weights before that step"
+    if trainer.steps_in_backward:
+        kept = "The weights, of which those with the first gradients may have made that step,"
+    if trainer.ranks.is_first:
+        with folder.saving("the weights before that step"):
+            _save(trainer, task, staged)
+            files.discard(target, folder.staging)
+            files.publish(staged, target)
+    return f"{kept} are in {target}. {saved}"
+
+
+def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
+    """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
+    trainer.model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    if task.prompt is not None:
+        task.prompt.save(folder)
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Run the block with deterministic kernels only, if `wanted`."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _metrics(
+    trainer: RunTrainer,
+    task: Task,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    chosen: int | None,
+    command: str,
+) -> dict[str, Any]:
+    """What `metrics.json` holds."""
+    config, device, seconds = task.config, trainer.args.device, trainer.clock.seconds
+    problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
+    trainable, total = count_parameters(trainer.model)
+    longest = max(trainer.order.lengths)
+    estimate = peak = simulated_peak_mb(task, trainer.args, longest)
+    if device.type == "cuda":
+        peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
+    elif trainer.longest_seen not in (0, longest):
+        peak = simulated_peak_mb(task, trainer.args, trainer.longest_seen)
+    return {
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "problem_type": problem.name,
+        "labels": task.data.labels,
+        "pairs": task.data.train.is_pair,
+        "max_length": task.max_length,
+        **after,
+        f"{problem.primary}_before": before[problem.primary],
+        "samples_per_second": round(trainer.samples_seen / seconds, 2) if seconds else None,
+        "train_seconds": round(seconds, 2),
+        "steps": trainer.state.global_step,
+        "processes": trainer.ranks.size,
+        "found_prompt": config.found_prompt,
+        "metric": config.metric,
+        "best_step": chosen,
+        "train_rows": len(task.train_rows),
+        "dev_rows": len(task.dev_rows),
+        "trainable_parameters": trainable,
+        "parameters": total,
+        "peak_memory_mb": peak,
+        "estimated_memory_mb": estimate,
+        "peak_memory_source": "CUDA allocator" if device.type == "cuda" else SIMULATED,
+        "peak_rss_mb": peak_rss_mb(),
+        "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
+        "learning_rate": trainer.args.learning_rate,
+        "seed": config.seed,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "command": command,
+    }
+
+
+def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
+    """The model card of the run."""
+    config, problem = task.config, task.data.problem
+    shown = (
+        "objective",
+        "problem_type",
+        "metric",
+        "patience",
+        "prompt",
+        "label_words",
+        "prompt_head",
+        "init_from",
+        "batch_size",
+        "targets",
+        "rank",
+        "window",
+        "reduction",
+        "cache_dtype",
+        "seed",
+        "bf16",
+    )
+    settings = {name: value for name, value in config.values().items() if name in shown and value is not None}
+    if config.found_prompt is not None:
+        settings |= found_settings(config.found_prompt)
+    return model_card(
+        base_model=config.model,
+        method=task.method.title,
+        snippet=loading_snippet(
+            str(folder.path),
+            base_model=resolve_model(config.model),
+            task_type=problem.task_type,
+            adapter=task.method.adapts,
+            ladder=task.method.ladder,
+            chained=config.init_from is not None or task.method.base is not None,
+            labels=task.data.labels,
+            prompt_head=None if task.prompt is None else task.prompt.head,
+            masked_words=problem is MASKED_WORDS,
+        ),
+        adapter=task.method.adapts,
+        data=task.data.description,
+        labels=task.data.labels,
+        labels_are=problem.labels,
+        chosen_by=chosen_by(metrics),
+        metrics=results(metrics),
+        settings={
+            **recipe,
+            "max_length": task.max_length,
+            **settings,
+            **config.settings,
+        },
+    )

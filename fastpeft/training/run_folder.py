@@ -1,0 +1,398 @@
+"""The folder of one training run: what lies where, when it is finished, and who may write into it.
+
+run.json          how the run was started; written first, so it marks a folder as a run's
+checkpoints/      checkpoint-N, each whole from the moment it has its name
+last-good/        the weights before a step that failed
+mezo.journal      what each step of a run by MeZO found: with the model it began from, a checkpoint of every step
+adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.md      the result
+adapter/          a part of the result: the adapter that trained beside a side network
+curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
+predictions.json  of classes: that of each dev row, by its label and by the result
+trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
+metrics.json      what was measured; written last, so it marks a run as finished
+.staging/         files on their way to one of the above
+.lock             held, while it is there, by the process that writes into the folder
+
+Anything else in the folder is a person's, and stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastpeft.data.splitting import SHUFFLED
+from fastpeft.errors import FastpeftError
+from fastpeft.mezo.journal import FILE_NAME, Journal
+from fastpeft.support import files
+from fastpeft.version import __version__
+
+CURVES = "curves.json"
+PREDICTIONS = "predictions.json"
+TRAINED_ON = "trained_on.txt"
+_VERSION_KEY = "fastpeft_version"
+_RECIPE_KEY = "recipe"
+_START_KEY = "init_from_weights"
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY)  # what run.json says beside the configuration
+_KEPT_CHECKPOINTS = 2
+
+# What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
+_WRITTEN = (
+    "metrics.json",
+    ".staging",
+    "checkpoints",
+    "last-good",
+    FILE_NAME,
+    "adapter_config.json",
+    "adapter_model*.safetensors*",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "adapter",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.*",
+    "prompt.json",
+    "merges.txt",
+    "s*piece*.model",
+    "README.md",
+    "curves.png",
+    CURVES,
+    PREDICTIONS,
+    TRAINED_ON,
+    "run.json",
+)
+
+
+class _Metrics(dict[str, Any]):
+    """What `metrics.json` holds, where a value that it lacks, or that no run writes, is an error with a message."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(files.read_json(file))
+        self.file = file
+        fits = {
+            "labels": lambda labels: isinstance(labels, list) and all(isinstance(label, str) for label in labels),
+            "problem_type": lambda name: isinstance(name, str),
+            "pairs": lambda pairs: isinstance(pairs, bool),
+            "max_length": lambda length: type(length) is int and length > 0,
+            "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
+        }
+        for name, fit in fits.items():
+            if name in self and not fit(self[name]):
+                raise FastpeftError(
+                    f"{file} is damaged: {name} is {self[name]!r}, which no run writes. Restore the file, or train "
+                    "anew with --overwrite."
+                )
+
+    def __missing__(self, name: str) -> Any:
+        raise FastpeftError(
+            f"{self.file} does not hold {name!r}, which every finished run has. Restore the file, or train anew with "
+            "--overwrite."
+        )
+
+
+class RunFolder:
+    """The files of one run below `path`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config_file = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.journal = self.path / FILE_NAME
+        self.staging = self.path / ".staging"
+
+    @property
+    def finished(self) -> bool:
+        return self.metrics_file.is_file()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run of this library was started here."""
+        try:
+            return _VERSION_KEY in files.read_json(self.config_file)
+        except FastpeftError:
+            return False
+
+    def config(self) -> dict[str, Any]:
+        """What `run.json` holds."""
+        return read_config(self.config_file)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds.
+
+        Raises:
+            FastpeftError: the folder holds no finished run.
+        """
+        if not self.started:
+            raise FastpeftError(
+                f"{str(self.path)!r} is not the folder of a run. Give the --output of a `fastpeft train`."
+            )
+        if not self.finished:
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} is not finished. Finish it with `fastpeft train --output "
+                f"{self.path} --resume`."
+            )
+        return _Metrics(self.metrics_file)
+
+    def trained_on(self) -> set[str]:
+        """Digests, as `fastpeft.data.splitting.digest` makes them, of the texts that the result was trained on.
+
+        None of a run that kept none, as earlier versions did not.
+
+        Raises:
+            FastpeftError: the file holds anything else.
+        """
+        file = self.path / TRAINED_ON
+        if not file.is_file():
+            return set()
+        found = set(file.read_text(encoding="utf-8", errors="replace").split())
+        if not all(map(re.compile("[0-9a-f]{12}").fullmatch, found)):
+            raise FastpeftError(
+                f"{file} is damaged: it holds what is no digest of a text. Restore it; without it the run is measured "
+                "without a word on rows that it was trained on."
+            )
+        return found
+
+    def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()) -> None:
+        """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing.
+
+        `moved` are names of paths in `config` that run.json may have otherwise: they moved along with the folder.
+        """
+        if resume and overwrite:
+            raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
+        if self.path.exists() and not self.path.is_dir():
+            raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
+        if not self.path.exists() or not any(map(_counts, self.path.iterdir())):
+            return
+        if not (resume or overwrite):
+            raise FastpeftError(
+                f"the output folder {str(self.path)!r} is not empty. Give another one, or --resume to go on with the "
+                "run in it, or --overwrite to replace that run."
+            )
+        if not self.started:
+            raise FastpeftError(
+                f"the output folder {str(self.path)!r} is not empty and not of a run of fastpeft, so it is left alone. "
+                "Give another one."
+            )
+        if overwrite:
+            self._check_outside(config)
+        before = self.config()
+        free = {"output", *moved}
+        if config.get("found_prompt") is None:  # it is not searched for again
+            free.add("found_prompt")
+        changed = [
+            name for name in config if resume and name not in free and config[name] != before.get(name, config[name])
+        ]
+        if changed:
+            differences = ", ".join(f"{name} {before[name]!r} -> {config[name]!r}" for name in changed)
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} was started with other values: {differences}. Resume it with its own, "
+                "or give another output folder."
+            )
+        if resume:
+            self.check_start(config["init_from"] if "init_from" in moved else None)
+            if self.journal.exists():
+                Journal.open(self.journal)  # refuses one that cannot be read
+
+    def _check_outside(self, config: Mapping[str, Any]) -> None:
+        """Raise `FastpeftError` where a run with `config` needs what it would delete here."""
+        own = self.path.resolve()
+        needed = [(name, config[name]) for name in ("model", "data")]
+        needed += [("run to start from", str(folder.path)) for folder in _earlier_runs(config)]
+        for name, path in needed:
+            if Path(path).is_relative_to(own):
+                raise FastpeftError(
+                    f"the {name} {path!r} lies in the run that --overwrite would delete. Give another output folder."
+                )
+
+    def note_moved(self, paths: Mapping[str, str]) -> None:
+        """Let run.json name `paths`, which moved along with the folder, where they lie now."""
+        values = files.read_json(self.config_file)
+        if any(values.get(name) != path for name, path in paths.items()):
+            files.write_json(self.config_file, {**values, **paths})
+
+    def check_start(self, start: str | None = None) -> None:
+        """Raise `FastpeftError` where the run that this one started from holds other weights now, or is gone.
+
+        Args:
+            start: where that lies now; None: where run.json says.
+        """
+        values = files.read_json(self.config_file)
+        start = start or values.get("init_from")
+        if _START_KEY in values and (start is None or values[_START_KEY] != earlier_run(start).fingerprint()):
+            raise FastpeftError(
+                f"the run in {str(self.path)!r} started from that in {start!r}, which holds other "
+                "weights now. Restore them, or train anew with --overwrite."
+            )
+
+    def fingerprint(self) -> str:
+        """Identifies the weights that the run left: the first 16 hex digits of their files' SHA-256."""
+        digest = hashlib.sha256()
+        kinds = ("model*.safetensors", "adapter_model*.safetensors", "adapter/adapter_model*.safetensors")
+        for file in sorted(file for kind in kinds for file in self.path.glob(kind)):
+            with file.open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+        return digest.hexdigest()[:16]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other run out of the folder, which is made if need be, while inside it.
+
+        Raises:
+            FastpeftError: another run writes there, or the folder cannot be written.
+        """
+        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = files.lock(
+                self.path / files.LOCK,
+                f"another run writes into the output folder {str(self.path)!r}. Wait for its end, or end it and go on "
+                "with --resume; or give another output folder.",
+            )
+        with lock:
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # what is left of a lock does no harm
+                    (self.path / files.LOCK).unlink()
+
+    def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any] | None = None) -> None:
+        """Make the folder, while it is held, ready for writing: without `overwrite` what a resumed run needs stays.
+
+        Args:
+            config: what the run was given.
+            overwrite: whether to delete the run that is there.
+            recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
+        """
+        notes: dict[str, Any] = {_VERSION_KEY: __version__}
+        if recipe is not None:
+            notes[_RECIPE_KEY] = dict(recipe)
+        if config.get("init_from") is not None:
+            notes[_START_KEY] = RunFolder(config["init_from"]).fingerprint()
+        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+            files.clear_unfinished(self.path)
+            if overwrite:
+                for pattern in _WRITTEN:
+                    for child in self.path.glob(pattern):
+                        _delete(child)
+            files.write_json(self.config_file, {**notes, **config})
+            _delete(self.staging)
+            self.staging.mkdir()
+
+    @contextmanager
+    def saving(self, what: str) -> Iterator[None]:
+        """Write `what` inside it. Where that fails, nothing half written stays, and the error says how to go on."""
+
+        def clear() -> str:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            return f"Make room, or let it be written. {self.going_on()}"
+
+        with files.saving(f"{what} to the output folder {str(self.path)!r}", clear):
+            yield
+
+    def going_on(self) -> str:
+        """What is kept of a run that is not finished, and the command that goes on with it."""
+        checkpoint = self.newest_checkpoint()
+        kept = "Nothing of the run is saved; it begins anew with"
+        if self.journal.exists():
+            kept = f"Every step is in {self.journal}; go on with"
+        elif checkpoint is not None:
+            kept = f"The newest checkpoint is {checkpoint}; go on with"
+        return f"{kept} `fastpeft train --output {shlex.quote(str(self.path))} --resume`."
+
+    def all_checkpoints(self) -> list[Path]:
+        """The checkpoints in the order of their steps."""
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step."""
+        return next(reversed(self.all_checkpoints()), None)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
+        """Give a finished checkpoint its final name, and let the oldest go but for the best."""
+        with self.saving("a checkpoint"):
+            self.checkpoints.mkdir(exist_ok=True)
+            target = self.checkpoints / staged.name
+            files.discard(target, self.staging)
+            files.publish(staged, target)
+            for old in self.all_checkpoints()[:-_KEPT_CHECKPOINTS]:
+                if _step(old) != best_step:
+                    files.discard(old, self.staging)
+
+    def close(self, metrics: Mapping[str, Any], staged: Path) -> None:
+        """Move the result's files to their places, then mark the run as finished."""
+        for file in sorted(staged.iterdir()):
+            if file.is_dir():  # takes no other's place, as that of a run that was cut off here
+                files.discard(self.path / file.name, self.staging)
+            files.publish(file, self.path / file.name)
+        _delete(self.staging)
+        files.write_json(self.metrics_file, dict(metrics))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The values of a `run.json`; what a person wrote, which has no notes, may lack any."""
+    values = files.read_json(file)
+    if _VERSION_KEY in values:
+        values.setdefault("split", SHUFFLED)  # how rows were split before run.json said it
+    return {name: value for name, value in values.items() if name not in _NOTES}
+
+
+def earlier_run(folder: str) -> RunFolder:
+    """The finished run in `folder`, for another to start from.
+
+    Raises:
+        FastpeftError: there is none.
+    """
+    run = RunFolder(folder)
+    try:
+        run.metrics()
+    except FastpeftError as error:
+        raise FastpeftError(f"the run to start from is not there: {error}") from None
+    _check_beginning(run)
+    return run
+
+
+def _check_beginning(run: RunFolder) -> None:
+    """Raise `FastpeftError` where the runs that one started from, each from the next, have no first."""
+    passed: set[Path] = set()
+    while run.started and isinstance(start := run.config().get("init_from"), str):
+        passed.add(run.path.resolve())
+        run = RunFolder(start)
+        if run.path.resolve() in passed:
+            raise FastpeftError(f"the run in {start!r} says that it started from itself. Restore its run.json.")
+
+
+def _earlier_runs(config: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """The runs that one with `config` starts from, the latest first."""
+    while config["init_from"] is not None:
+        run = earlier_run(config["init_from"])
+        yield run
+        config = {"init_from": None, **run.config()}
+
+
+def _counts(child: Path) -> bool:
+    """Whether a file makes a folder one that is not empty, as what a run leaves does not that was killed at once."""
+    return child.name != files.LOCK and not child.match(files.UNFINISHED)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

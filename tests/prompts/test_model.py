@@ -1,0 +1,381 @@
+"""A masked model as a classifier: its logits, its training, its files, alone and with adapters."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tokenizers_for_prompts import make_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
+
+from fastpeft import FastpeftError, Prompt, PromptCollator, PromptModel, SivaConfig
+from fastpeft.data.models import resolve_model
+from fastpeft.prompts.named import get_prompt
+from fastpeft.training.memory import simulate_training_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
+PROMPT = Prompt("{text} it was <mask>.", {"negative": "terrible", "positive": "great"})
+TEXTS = ["a dull film", "the plot is very long and lovely", "", "this is a good story, and long"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+SHAPES: dict[str, dict[str, Any]] = {
+    "Roberta": {"type_vocab_size": 1},
+    "Bert": {},
+    "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "Electra": {"embedding_size": 16},
+    "Albert": {"embedding_size": 16},
+    "DebertaV2": {"legacy": False},
+    "ModernBert": {"global_attn_every_n_layers": 2},
+}
+
+
+def tokenizer_of(kind: str) -> Any:
+    return make_tokenizer("unigram" if kind == "Roberta" else "word-piece")
+
+
+def masked_lm(kind: str = "Roberta") -> Any:
+    """A randomly initialised model of two layers, the same at every call."""
+    tokenizer = tokenizer_of(kind)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")},
+        **SHAPES[kind],
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # initial weights are too small to tell texts apart
+    return model.eval()
+
+
+def prompted(kind: str = "Roberta", **settings: Any) -> PromptModel:
+    return PromptModel(masked_lm(kind), tokenizer_of(kind), PROMPT, **settings).eval()
+
+
+def batch(kind: str = "Roberta", labels: bool = True) -> Any:
+    rows = PROMPT.encode(tokenizer_of(kind), TEXTS, labels=[0, 1, 0, 1] if labels else None)
+    return PromptCollator(tokenizer_of(kind))(rows)
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**{**batch(), **changes}).logits
+
+
+# -- what it computes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_logits_are_the_words_at_the_mask(kind: str) -> None:
+    model, inputs = prompted(kind), batch(kind)
+    output = model(**inputs)
+    plain = {name: inputs[name] for name in inputs if name not in ("labels", "mask_positions")}
+    full = model.masked_lm(**plain).logits
+    words = tokenizer_of(kind).convert_tokens_to_ids(
+        ["▁terrible", "▁great"] if kind == "Roberta" else ["terrible", "great"]
+    )
+    expected = torch.stack([full[row, inputs["mask_positions"][row], words] for row in range(len(TEXTS))])
+    torch.testing.assert_close(output.logits, expected, **CLOSE)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(expected, inputs["labels"]), **CLOSE)
+
+
+def test_only_the_masks_reach_the_head() -> None:
+    model = prompted()
+    shapes = []
+    model.masked_lm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    logits(model)
+    with torch.no_grad():
+        model.masked_lm(batch()["input_ids"])
+    vocabulary = len(tokenizer_of("Roberta"))
+    assert shapes == [(4, 1, vocabulary), (*batch()["input_ids"].shape, vocabulary)]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_head_is_one_dense_layer_and_one_norm(kind: str) -> None:
+    model = prompted(kind)
+    layers = [model.get_submodule(name) for name in model.head_modules]
+    assert {type(layer) for layer in layers} == {nn.Linear, nn.LayerNorm}
+    assert [layer.weight.shape[0] for layer in layers] == [16, 16]
+
+
+def test_a_model_that_hides_its_encoder_is_read_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prompted()
+    expected = logits(model)
+    monkeypatch.setattr(type(model.masked_lm), "base_model_prefix", "")
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def test_masks_are_found_where_their_positions_are_not_given() -> None:
+    model = prompted()
+    torch.testing.assert_close(logits(model, mask_positions=None), logits(model), rtol=0, atol=0)
+    without = batch()["input_ids"].masked_fill(batch()["input_ids"] == model.tokenizer.mask_token_id, 0)
+    with pytest.raises(FastpeftError, match="no mask token or several"):
+        logits(model, input_ids=without, mask_positions=None)
+    embeddings = model.get_input_embeddings()(batch()["input_ids"])
+    with pytest.raises(FastpeftError, match="give mask_positions too"):
+        logits(model, input_ids=None, inputs_embeds=embeddings, mask_positions=None)
+
+
+def test_outputs_that_transformers_models_have() -> None:
+    model = prompted()
+    loss, found = model(**batch(), return_dict=False)
+    assert (loss.shape, found.shape) == ((), (4, 2))
+    states = model(**batch(), output_hidden_states=True).hidden_states
+    assert [state.shape for state in states] == [(*batch()["input_ids"].shape, 16)] * 3
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.masked_lm.config.id2label != model.config.id2label, "the model given is left as it was"
+    assert model.half()(**batch()).logits.dtype is torch.float32
+
+
+def test_gradients_are_those_of_the_full_logits() -> None:
+    model, inputs = prompted(), batch()
+    model(**inputs).loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.masked_lm.named_parameters()}
+    model.zero_grad()
+    full = model.masked_lm(inputs["input_ids"], inputs["attention_mask"]).logits
+    picked = full[torch.arange(4), inputs["mask_positions"]][:, model.label_ids]
+    nn.functional.cross_entropy(picked, inputs["labels"]).backward()
+    for name, parameter in model.masked_lm.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, **CLOSE)
+
+
+def test_predicted_logits_keep_the_order_of_texts() -> None:
+    model = prompted().train()
+    found = model.predict_logits(TEXTS, batch_size=3)
+    assert model.training
+    torch.testing.assert_close(found, logits(model.eval()), **CLOSE)
+    pair = Prompt("{a}? <mask>, {b}", ["no", "yes"])
+    assert PromptModel(masked_lm(), model.tokenizer, pair).predict_logits([("a", "film"), ("", "")]).shape == (2, 2)
+
+
+def test_calibration_makes_an_empty_text_undecided() -> None:
+    model = prompted()
+    before, empty = model.predict_logits(TEXTS), model.predict_logits([""]).log_softmax(-1)
+    model.calibrate()
+    torch.testing.assert_close(model.predict_logits(TEXTS), before - empty, **CLOSE)
+    torch.testing.assert_close(model.predict_logits([""]).softmax(-1), torch.full((1, 2), 0.5), **CLOSE)
+    torch.testing.assert_close(model.calibrate().predict_logits(TEXTS), prompted(calibrate=True).predict_logits(TEXTS))
+
+
+def test_memory_of_a_step_can_be_simulated() -> None:
+    inputs = batch()
+    assert simulate_training_step(prompted(), dict(inputs)).peak > 0
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_round_trip(tmp_path: Path, calibrate: bool) -> None:
+    model = prompted(calibrate=calibrate)
+    model.save_pretrained(tmp_path)
+    loaded = PromptModel.from_pretrained(tmp_path)
+    assert loaded.prompt == PROMPT
+    assert torch.equal(logits(loaded), logits(model))
+    plain = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(batch()["input_ids"]).logits, model.masked_lm(batch()["input_ids"]).logits)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    masked_lm().save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match=r"that PromptModel\.save_pretrained wrote"):
+        PromptModel.from_pretrained(tmp_path)
+    prompted().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(FastpeftError, match="cannot load a prompted model"):
+        PromptModel.from_pretrained(tmp_path)
+    (tmp_path / "prompt.json").write_text('{"template": "{text}"}')
+    with pytest.raises(FastpeftError, match="is no prompt"):
+        PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm())
+
+
+def test_models_that_cannot_be_prompted() -> None:
+    tokenizer = tokenizer_of("Roberta")
+    causal = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+    )
+    classifier = transformers.RobertaForSequenceClassification(masked_lm().config)
+    for model in (causal, classifier):
+        with pytest.raises(FastpeftError, match=f"{type(model).__name__} has no masked-word head"):
+            PromptModel(model, tokenizer, PROMPT)
+    with pytest.raises(FastpeftError, match="needs no PromptModel"):
+        PromptModel(masked_lm(), tokenizer, Prompt("{text}", head="classifier"))
+
+
+def test_advice_for_a_causal_model_works() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("Roberta"))  # which others share
+    tokenizer.mask_token = None  # as a causal model's
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **shape)
+    advice = r'AutoModelForSequenceClassification .* a Prompt without <mask> and with head="classifier"'
+    with pytest.raises(FastpeftError, match=advice):
+        PromptModel(transformers.GPT2LMHeadModel(config), tokenizer, PROMPT)
+    rows = Prompt("{text} it was", head="classifier").encode(tokenizer, TEXTS, labels=[0, 1, 0, 1])
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert model(**PromptCollator(tokenizer)(rows)).loss.isfinite()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def trainer(model: Any, folder: Path, **arguments: Any) -> Trainer:
+    texts = ["a lovely film", "a dull story"] * 8
+    rows = PROMPT.encode(tokenizer_of("Roberta"), texts, labels=[1, 0] * 8)
+    settings = TrainingArguments(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_steps": 80,
+            "save_steps": 40,
+            "seed": 3,
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **arguments,
+        },
+    )
+    return Trainer(
+        model,
+        settings,
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=PromptCollator(tokenizer_of("Roberta")),
+        compute_metrics=lambda guess: {"accuracy": float((guess.predictions.argmax(-1) == guess.label_ids).mean())},
+    )
+
+
+def adapted(**settings: Any) -> Any:
+    return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", scaling="plain", **settings))
+
+
+@pytest.mark.parametrize("make", [prompted, adapted])
+def test_trains_resumes_and_keeps_the_best(tmp_path: Path, make: Any) -> None:
+    whole = trainer(make(), tmp_path / "whole")
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < before / 2
+    resumed = trainer(make(), tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-40"))
+    assert torch.equal(logits(resumed.model.eval()), logits(whole.model.eval()))
+    choice = {"eval_strategy": "steps", "eval_steps": 40, "load_best_model_at_end": True}
+    # the greatest loss as the best makes the first checkpoint win
+    best = trainer(make(), tmp_path / "best", **choice, metric_for_best_model="eval_loss", greater_is_better=True)
+    best.train()
+    losses = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
+    assert losses[0] > losses[1]
+    assert best.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_an_adapter_around_it_is_saved_and_loaded(tmp_path: Path, task_type: str | None) -> None:
+    run = trainer(adapted(task_type=task_type), tmp_path / "run")
+    run.train()
+    run.model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(prompted(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded), logits(run.model.eval()), **CLOSE)
+    assert not torch.allclose(logits(loaded), logits(prompted()), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "config", [SivaConfig(r=2), peft.LoraConfig(r=2, init_lora_weights=False)], ids=["siva", "lora"]
+)
+def test_an_adapter_inside_it_is_saved_and_loaded(tmp_path: Path, config: Any) -> None:
+    masked_lm().save_pretrained(tmp_path / "base")
+    base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    model = PromptModel(peft.get_peft_model(base, config), tokenizer_of("Roberta"), PROMPT)
+    shapes = []
+    base.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    trainer(model, tmp_path / "run", save_strategy="no").train()
+    assert set(shapes) == {1}, "only the masks reach the head"
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = PromptModel.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model), **CLOSE)
+    assert not torch.allclose(logits(loaded), logits(prompted()), **CLOSE)
+    plain = peft.PeftModel.from_pretrained(
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    again = PromptModel(plain, tokenizer_of("Roberta"), PROMPT)
+    torch.testing.assert_close(logits(again.eval()), logits(model), **CLOSE)
+
+
+class Beside(nn.Module):
+    """A wrapper as a side network's is: it runs the model in it, and saves itself."""
+
+    _keys_to_ignore_on_save = ("frozen",)
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_model, self.config = base, base.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.base_model(**inputs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        torch.save(self.state_dict(), folder / "beside.pt")
+
+
+def test_a_wrapped_model_is_prompted_saved_and_put_back(tmp_path: Path) -> None:
+    model = PromptModel(Beside(masked_lm()), tokenizer_of("Roberta"), PROMPT, calibrate=True).eval()
+    assert model._keys_to_ignore_on_save == {"masked_lm.frozen"}, "the Trainer misses no others"
+    assert torch.equal(logits(model), logits(prompted(calibrate=True)))
+    model.save_pretrained(tmp_path)
+    again = PromptModel.from_pretrained(tmp_path, masked_lm=Beside(masked_lm()))
+    assert torch.equal(logits(again), logits(model))
+    model.load_state_dict(torch.load(tmp_path / "beside.pt"), strict=True)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain, saving = prompted().train(), prompted().train()
+    saving.gradient_checkpointing_enable()
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        model(**batch()).loss.backward()
+    for one, other in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, **CLOSE)
+
+
+# -- the bundled model -------------------------------------------------------------------------------------------------
+
+
+def demo() -> tuple[Any, Any]:
+    source = resolve_model("demo")
+    return AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32), make_tokenizer("byte-level")
+
+
+def test_the_bundled_model_knows_good_from_bad() -> None:
+    prompt = Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"})
+    model = PromptModel(*demo(), prompt, calibrate=True)
+    found = model.predict_logits(["A warm, funny and beautifully acted film.", "Dull, clumsy and far too long."])
+    assert found.argmax(-1).tolist() == [1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SST2.is_dir(), reason="the SST-2 folder is not beside this repository")
+def test_zero_shot_figures_of_the_bundled_model() -> None:
+    """What fastpeft/demo/README.md states; a few of 872 sentences may fall the other way on other machines."""
+    from sklearn.metrics import roc_auc_score
+
+    with open(SST2 / "dev.tsv", encoding="utf-8", newline="") as file:
+        texts, labels = zip(*list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[1:])
+    truth = torch.tensor([int(label) for label in labels])
+    model = PromptModel(*demo(), get_prompt("SST-2"))
+    plain = model.predict_logits(texts)
+    assert roc_auc_score(truth, plain[:, 1] - plain[:, 0]) == pytest.approx(0.824, abs=0.001)
+    for found, accuracy in ((plain, 0.526), (plain - model.calibrate().calibration, 0.690)):
+        assert (found.argmax(-1) == truth).float().mean().item() == pytest.approx(accuracy, abs=0.003)

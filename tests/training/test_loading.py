@@ -1,0 +1,230 @@
+"""How a run's model is put together, saved and put together again: every method, head and subset."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from samples import PROMPT, SMALL, Interrupt, prompted, reviews, write_csv
+from transformers import TrainerCallback
+
+from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
+from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.methods.adapters import merge
+from fastpeft.methods.registry import METHODS
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.loading import Head, load_run, load_start
+from fastpeft.training.task import Task, recipe_used
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SUBSETS = [name for name in SMALL if not METHODS[name].zeroth_order]
+
+
+def logits(model: Any, config: TrainConfig) -> torch.Tensor:
+    """Logits of the first dev rows of a run, `(4, 2)`."""
+    task = Task.load(config)
+    batch = PromptCollator(task.tokenizer)(task.dev_rows[:4])
+    batch.pop("labels")
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
+def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
+    settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
+    config = replace(config, method="mezo", **PROMPT, prompt_head=head, settings=settings)
+    before = Task.load(config).model
+    other = Task.load(replace(config, method=over, settings={k: v for k, v in settings.items() if k != "over"})).model
+    trained = {name for name, parameter in before.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in other.named_parameters() if parameter.requires_grad}
+    result = train(config)
+    after = dict(load_run(result.folder).classifier.model.named_parameters())
+    assert after.keys() == dict(before.named_parameters()).keys()
+    changed = {
+        name
+        for name, parameter in before.named_parameters()
+        # PEFT keeps the original of a head, unused: what was drawn when it was loaded
+        if ".original_module." not in name and not torch.equal(parameter, after[name])
+    }
+    assert changed <= trained
+    assert len(changed) > len(trained) / 2, "biases at attention's keys have no effect"
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+# -- from one run to the next ------------------------------------------------------------------------------------------
+
+SIVA = {"method": "siva", "rank": 2}
+CHAINS = {
+    "mezo, lst": ({"method": "mezo"}, {"method": "lst"}),
+    "mezo, k-lst by words": ({"method": "mezo", **PROMPT}, {"method": "k-lst", "window": 3, **PROMPT}),
+    "siva, k-lst": (SIVA, {"method": "k-lst"}),
+    "siva by words, siva": ({**SIVA, **PROMPT}, SIVA),
+    "lora, pissa": ({"method": "lora"}, {"method": "pissa"}),
+    "pissa, full": ({"method": "pissa"}, {"method": "full"}),
+    "ia3, lokr, full": ({"method": "ia3"}, {"method": "lokr"}, {"method": "full"}),
+    "siva, full by words": (SIVA, {"method": "full", **PROMPT}),
+    "full, lora by words": ({"method": "full"}, {"method": "lora", **PROMPT}),
+    "k-lst, mezo over k-lst": ({"method": "k-lst"}, {"method": "mezo", "settings": {"over": "k-lst"}}),
+    "k-lst by words, k-lst": ({"method": "k-lst", **PROMPT}, {"method": "k-lst"}),
+    "full, siva, lst, lst": ({"method": "full"}, SIVA, {"method": "lst"}, {"method": "lst"}),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfig, chain: Any) -> None:
+    start: str | None = None
+    for number, values in enumerate(chain):
+        output = f"{config.output}-{number}"
+        link = replace(config, output=output, init_from=start, **{"prompt": None, "label_words": None, **values})
+        if start is not None:
+            before = load_run(start)
+            begun = load_start(link, Head.of(link, before.labels, CLASSIFICATION)).model
+            expected = encoder(before.classifier.model)
+            assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
+        result = train(link)
+        assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+        start = output
+    loaded: dict[str, Any] = {}
+    exec((result.folder / "README.md").read_text().split("```python\n")[1].split("```")[0], loaded)
+    assert torch.equal(logits(loaded["model"], link), logits(load_run(result.folder).classifier.model, link))
+
+
+def encoder(model: Any) -> dict[str, torch.Tensor]:
+    """Weights of the encoder inside wrappers, with an adapter merged."""
+    if isinstance(model, PeftModel):
+        model = merge(model)
+    if isinstance(model, PromptModel):
+        model = model.masked_lm
+    if isinstance(model, LadderModel):
+        model = model.base
+    weights: dict[str, torch.Tensor] = model.base_model.state_dict()
+    return weights
+
+
+@pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
+@pytest.mark.parametrize("then", [{"method": "mezo", "settings": {"over": "k-lst"}}, SIVA, {"method": "full"}], ids=str)
+def test_the_first_output_is_the_earlier_runs_last(config: TrainConfig, then: Any, prompt: Any) -> None:
+    first = {"method": "k-lst"} if then["method"] == "mezo" else {"method": "lora"}
+    folder = train(replace(config, **first, **prompt)).folder
+    second = replace(config, output="next", init_from=str(folder), **then, **prompt)
+    expected, untrained = logits(load_run(folder).classifier.model, second), replace(second, init_from=None)
+    torch.testing.assert_close(logits(Task.load(second).model, second), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(Task.load(untrained).model, second), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_for_other_classes_is_new(config: TrainConfig, tmp_path: Path) -> None:
+    train(config)
+    renamed = [(text, {"negative": "bad", "positive": "good"}[label]) for text, label in reviews(60)]
+    other = str(write_csv(tmp_path / "other.csv", renamed))
+    second = replace(config, output="next", init_from=config.output)
+    kept, fresh = Task.load(second).model, Task.load(replace(second, data=other)).model
+    trained = load_run(config.output).classifier.model
+    assert torch.equal(kept.classifier.dense.weight, trained.classifier.dense.weight)
+    assert not torch.equal(fresh.classifier.dense.weight, trained.classifier.dense.weight)
+    assert fresh.config.id2label == {0: "bad", 1: "good"}
+    assert torch.equal(fresh.get_input_embeddings().weight, trained.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SIVA, {"method": "k-lst"}),
+        (SIVA, {"method": "full"}),
+        ({"method": "lst", **PROMPT}, {"method": "lst", **PROMPT}),
+    ],
+    ids=str,
+)
+def test_a_resumed_link_equals_an_unbroken_one(config: TrainConfig, first: Any, second: Any) -> None:
+    train(replace(config, **first))
+    link = replace(config, output=f"{config.output}-next", init_from=config.output, save_steps=2, max_steps=5, **second)
+    with pytest.raises(KeyboardInterrupt):
+        train(link, callbacks=[Interrupt(3)])
+    resumed = train(link, resume=True).folder
+    whole = train(replace(link, output=f"{config.output}-whole")).folder
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_an_earlier_run_that_is_gone_or_changed_is_named(config: TrainConfig) -> None:
+    train(replace(config, **SIVA))
+    link = replace(config, output=f"{config.output}-next", init_from=config.output, method="lora", save_steps=1)
+    folder = train(link).folder
+    train(replace(config, **SIVA, seed=1), overwrite=True)
+    with pytest.raises(FastpeftError, match=rf"started from that in '{config.output}', which holds other weights"):
+        load_run(folder)
+    (folder / "metrics.json").unlink()
+    with pytest.raises(FastpeftError, match="holds other weights"):
+        train(link, resume=True)
+    shutil.rmtree(config.output)
+    with pytest.raises(FastpeftError, match=f"run to start from is not there: '{config.output}'"):
+        train(link, resume=True)
+
+
+def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    train(replace(config, **PROMPT))
+    second = TrainConfig(output="next", init_from=config.output, data=config.data, max_steps=1)
+    assert second.model == config.model
+    with caplog.at_level("INFO", "fastpeft"):
+        Task.load(second)
+    assert "had a prompt, this one has none" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", "fastpeft"):
+        Task.load(replace(second, **PROMPT))
+    assert "had a prompt" not in caplog.text
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="k-lst", learning_rate=None, max_steps=None)
+    arguments = Task.load(config).training_arguments(str(tmp_path))
+    steps = 5 * math.ceil(54 / 16)
+    assert recipe_used(arguments) == {
+        "learning_rate": 2e-4,
+        "schedule": "polynomial",
+        "lr_end": pytest.approx(2e-6),
+        "power": 1.0,
+        "warmup_steps": round(0.12 * steps),
+        "weight_decay": 0.0,
+        "epochs": 5,
+    }
+    own = {"lr_scheduler_type": "linear", "weight_decay": 0.5, "warmup_steps": 3}
+    changed = replace(config, learning_rate=1e-6, epochs=1, settings=own)
+    assert recipe_used(Task.load(changed).training_arguments(str(tmp_path))) == {
+        "learning_rate": 1e-6,
+        "schedule": "linear",
+        "warmup_steps": 3,
+        "weight_decay": 0.5,
+        "epochs": 1,
+    }
+
+
+def test_the_rate_ends_where_the_recipe_says(config: TrainConfig) -> None:
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+            rates.append(lr_scheduler.get_last_lr()[0])
+
+    folder = train(replace(config, method="lst", learning_rate=None, max_steps=10), callbacks=[Rates()]).folder
+    assert max(rates) == rates[0] == pytest.approx(2e-4)
+    assert rates[-1] == pytest.approx(2e-6)
+    assert json.loads((folder / "run.json").read_text())["recipe"]["schedule"] == "polynomial"
+    assert "| lr_end | 2e-06 |" in (folder / "README.md").read_text()
+
+
+def test_the_bundled_model_has_its_own_recipes() -> None:
+    for method in METHODS.values():
+        recipe = method.recipe_for("demo")
+        assert recipe.epochs == (6 if method.zeroth_order else 1)
+        assert recipe.learning_rate >= method.recipe_for("elsewhere").learning_rate
+    assert METHODS["k-lst"].recipe_for("demo").schedule == "linear"

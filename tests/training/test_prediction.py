@@ -1,0 +1,299 @@
+"""A finished run on the rows of files: what is read, shown, written and left out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import Table, parquet
+from rich.console import Console
+from samples import pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from typer.testing import CliRunner, Result
+
+from fastpeft import FastpeftError, TrainConfig, console, train
+from fastpeft.cli import app
+from fastpeft.data.tables import read_apart
+from fastpeft.training import prediction
+from fastpeft.training.evaluation import predict
+from fastpeft.training.prediction import Predictions, writing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
+NUMBERS = ("row", "text", "class", "p(negative)", "p(positive)")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of each kind."""
+    place = tmp_path_factory.mktemp("runs")
+    model = str(save_tiny_model(place / "model"))
+    data = {
+        "classes": write_csv(place / "reviews.csv", reviews(40), ("review", "stars")),
+        "pairs": write_jsonl(place / "pairs.jsonl", pairs(40)),
+        "numbers": write_jsonl(place / "scores.jsonl", scores(40)),
+        "tags": write_jsonl(place / "tagged.jsonl", tagged(40)),
+    }
+    for name, file in data.items():
+        label = "stars" if name == "classes" else None
+        given = {"method": "head", "max_steps": 2, "learning_rate": 0.1, "label_column": label}
+        train(TrainConfig(output=str(place / name), model=model, data=str(file), **given))
+    return place
+
+
+@pytest.fixture
+def place(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; the runs are in `../runs`."""
+    for name in ("classes", "pairs", "numbers", "tags"):
+        (tmp_path / name).symlink_to(runs / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str, code: int = 0, given: str | None = None) -> Result:
+    result = CliRunner().invoke(app, ["predict", *arguments], input=given)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def write_tsv(file: Path, rows: list[tuple[str, str]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, dialect="excel-tab").writerows([("text", "label"), *rows])
+
+
+WRITERS: dict[str, Callable[[Path, list[tuple[str, str]]], object]] = {
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "jsonl": lambda file, rows: write_jsonl(file, [{"text": text, "label": label} for text, label in rows]),
+    "parquet": lambda file, rows: parquet.write_table(
+        Table.from_pylist([{"text": text, "label": label} for text, label in rows]), file
+    ),
+}
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "csv": lambda file: list(csv.DictReader(file.open(newline="", encoding="utf-8"), quoting=csv.QUOTE_MINIMAL)),
+    "tsv": lambda file: list(csv.DictReader(file.open(newline="", encoding="utf-8"), dialect="excel-tab")),
+    "jsonl": lambda file: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()],
+    "parquet": lambda file: parquet.read_table(file).to_pylist(),
+}
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_files_are_read_as_for_training_and_written(place: Path, kind: str) -> None:
+    WRITERS[kind](place / f"rows.{kind}", [(text, "negative") for text in TEXTS])
+    shown = run("classes", "--file", f"rows.{kind}").stdout.splitlines()
+    expected = predict("classes", TEXTS)
+    assert [line.split("\t") for line in shown] == [
+        [label, f"{p:.3f}", " ".join(text.splitlines())] for (label, p), text in zip(expected, TEXTS)
+    ]
+    assert "saved in out" in run("classes", "--file", f"rows.{kind}", "--output", f"out.{kind}").stdout
+    rows = READERS[kind](place / f"out.{kind}")
+    assert [tuple(row) for row in rows] == [NUMBERS] * 3
+    assert [(int(row["row"]), row["text"], row["class"]) for row in rows] == [
+        (number, text, label) for number, (text, (label, _)) in enumerate(zip(TEXTS, expected), start=1)
+    ]
+    for row, (label, p) in zip(rows, expected):
+        assert float(row[f"p({label})"]) == pytest.approx(p, abs=1e-6)
+        assert float(row["p(negative)"]) + float(row["p(positive)"]) == pytest.approx(1, abs=1e-6)
+    assert sorted(path.name for path in place.iterdir() if path.is_file()) == [f"out.{kind}", f"rows.{kind}"]
+
+
+@pytest.mark.parametrize(
+    ("header", "options"),
+    [
+        (("opinion",), ()),  # the label is absent
+        (("opinion", "stars"), ()),  # the run knows its label column
+        (("label", "opinion"), ("--text-column", "opinion")),
+        (("text", "opinion"), ("--text-column", "opinion")),
+    ],
+)
+def test_columns_are_picked(place: Path, header: tuple[str, ...], options: tuple[str, ...]) -> None:
+    write_csv(place / "rows.csv", [[TEXTS[0] if name == "opinion" else "0" for name in header]], header)
+    assert run("classes", "--file", "rows.csv", *options).stdout.endswith(f"\t{TEXTS[0]}\n")
+    run("classes", "--file", "rows.csv", *options, "--output", "out.csv")
+    assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:]]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [("a lovely film\n\nthe end\n", ()), ('{"text": "a lovely film"}\n{"text": "the end"}\n', ("--format", "jsonl"))],
+)
+def test_standard_input(place: Path, given: str, kind: tuple[str, ...]) -> None:
+    lines = run("classes", "--file", "-", *kind, given=given).stdout.splitlines()
+    assert [line.split("\t")[2] for line in lines] == ["a lovely film", "the end"]
+
+
+# -- what is left out --------------------------------------------------------------------------------------------------
+
+
+BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
+    "fields": ("classes", "x.csv", "text,n\na,1\nb,2,3\nc,1\n", ["a", "c"], ["row 2 of x.csv has 3 fields"]),
+    "fields of tsv": ("classes", "x.tsv", 'text\tn\na\t1\nb\n"c\t1\n', ["a", '"c'], ["row 2 of x.tsv has 1 fields"]),
+    "an open quote": (
+        *("classes", "x.csv", 'text,n\na,1\n"b,2\nc,3\n"d",4\n"e,5\nf,6\n', ["a", "c", "d", "f"]),
+        ["row 2: x.csv is broken at line 3: ", "row 5: x.csv is broken at line 6: "],
+    ),
+    "an empty text": ("classes", "x.csv", "text,n\n,1\nb,2\n  ,3\n", ["b"], ["row 1 of x.csv has an em", "row 3 of"]),
+    "json": ("classes", "x.jsonl", '{"text": "a"}\n\n{"te\n[]\n{"text": "b"}\n', ["a", "b"], ["line 3 of x", "line 4"]),
+    "a missing text": (
+        *("classes", "x.jsonl", '{"text": "a"}\n{"text": null}\n{"n": 1}\n{"text": "b"}', ["a", "b"]),
+        ["row 2 of x.jsonl has None in column 'text'", "row 3 of x.jsonl has None"],
+    ),
+    "a broken pair": ("pairs", "x.txt", "a\tb\nc\nd\te\tf\ng\th", ["a\tb", "g\th"], ["row 2 of x.txt: ", "row 3 of"]),
+    "half a pair": (
+        "pairs",
+        "x.csv",
+        "text1,text2\na,b\nc,\n",
+        ["a\tb"],
+        ["row 2 of x.csv has an empty text in column"],
+    ),
+    "words beyond": ("tags", "x.txt", f"a b\n{'the ' * 50}\n", ["a", "b"], ["row 2 of x.txt: of the 50 words that"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_named_and_the_rest_is_answered(place: Path, case: str) -> None:
+    name, file, content, answered, messages = BAD[case]
+    (place / file).write_text(content)
+    result = run(name, "--file", file, code=1)
+    assert [line.split("\t", 2)[2] for line in result.stdout.splitlines() if line] == answered
+    told = result.stderr.splitlines()
+    assert len(told) == len(messages)
+    for line, message in zip(told, messages):
+        assert line.startswith(f"Left out: {message}")
+    run(name, "--file", file, "--output", "out.jsonl", code=1)
+    assert len((place / "out.jsonl").read_text().splitlines()) == len(answered)
+
+
+def test_the_numbers_of_rows_are_those_of_the_file(place: Path) -> None:
+    (place / "x.csv").write_text("text,n\na,1\nb\nc,1\n")
+    run("classes", "--file", "x.csv", "--output", "out.jsonl", code=1)
+    assert [row["row"] for row in READERS["jsonl"](place / "out.jsonl")] == [1, 3]
+    run("classes", "first", "--file", "x.csv", "--output", "both.jsonl", code=1)
+    assert [row["row"] for row in READERS["jsonl"](place / "both.jsonl")] == [1, 2, 4]
+
+
+def test_a_file_of_bad_rows_alone_is_refused(place: Path) -> None:
+    (place / "x.jsonl").write_text("{\n")
+    assert "x.jsonl has no row that can be read. line 1 of" in run("classes", "--file", "x.jsonl", code=2).stderr
+
+
+def test_many_open_quotes_are_read_at_once(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,n\n" + '"a" b,1\n' * 20_000)
+    _, kind, rows = read_apart(str(tmp_path / "x.csv"))
+    assert kind == "csv"
+    assert [number for number, _ in rows] == list(range(1, 20_001))
+    assert all(isinstance(row, FastpeftError) for _, row in rows)
+
+
+# -- what is shown and written -----------------------------------------------------------------------------------------
+
+
+def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
+    write_jsonl(place / "pairs.jsonl", pairs(3))
+    run("pairs", "--file", "pairs.jsonl", "--output", "pairs.csv")
+    row = READERS["csv"](place / "pairs.csv")[1]
+    assert list(row) == ["row", "sentence1", "sentence2", "class", "p(different)", "p(same)"]
+    assert [row["sentence1"], row["sentence2"]] == [pairs(3)[1]["sentence1"], pairs(3)[1]["sentence2"]]
+    write_jsonl(place / "scores.jsonl", scores(3))
+    run("numbers", "--file", "scores.jsonl", "--output", "numbers.parquet")
+    (row, *_) = READERS["parquet"](place / "numbers.parquet")
+    (said,) = predict("numbers", [scores(3)[0]["text"]])
+    assert row == {"row": 1, "text": scores(3)[0]["text"], "score": pytest.approx(said[1], abs=1e-6)}
+    write_jsonl(place / "tagged.jsonl", tagged(2))
+    run("tags", "--file", "tagged.jsonl", "--output", "tags.jsonl")
+    rows = READERS["jsonl"](place / "tags.jsonl")
+    (said,) = predict("tags", [tagged(2)[1]["tokens"]])
+    assert [(row["word"], row["tag"], row["probability"]) for row in rows if row["row"] == 2] == [
+        (word, tag, pytest.approx(p, abs=1e-6)) for word, (tag, p) in zip(tagged(2)[1]["tokens"], said)
+    ]
+
+
+def test_every_class_is_shown(place: Path) -> None:
+    label, shown, text = run("classes", "a lovely film", "--all").stdout.rstrip("\n").split("\t")
+    found = dict(part.rsplit(" ", 1) for part in shown.split(", "))
+    assert list(found) == ["negative", "positive"]
+    assert max(found, key=lambda name: float(found[name])) == label
+    assert text == "a lovely film"
+    assert len(run("tags", "a film", "--all").stdout.splitlines()[0].split("\t")[1].split(", ")) == 4
+    assert run("numbers", "a film", "--all").stdout == run("numbers", "a film").stdout
+
+
+def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    (place / "x.txt").write_text("a\nb\nc\nd\ne\n")
+    found = Predictions("classes", file="x.txt")
+    counts = []
+    with writing(place / "out.csv", found.columns) as write:
+        for some, left_out in found:
+            assert left_out == []
+            write([record for each in some for record in found.records(each)])
+            (staged,) = place.glob(".*.part")
+            counts.append(len(READERS["csv"](staged)))
+            assert not (place / "out.csv").exists()
+    assert counts == [2, 4, 5]
+    assert len(READERS["csv"](place / "out.csv")) == 5
+    assert found.count == 5
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_an_interrupt_keeps_what_was_written(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    lines = Predictions.records
+    monkeypatch.setattr(Predictions, "records", lambda self, each: _interrupt() if each.row == 4 else lines(self, each))
+    (place / "x.txt").write_text("a\nb\nc\nd\ne\n")
+    (place / f"out.{kind}").write_text("before")
+    result = run("classes", "--file", "x.txt", "--output", f"out.{kind}", "--overwrite", code=130)
+    assert f"Interrupted. The 2 rows that were written before are in out.unfinished.{kind}." in result.stderr
+    assert [row["text"] for row in READERS[kind](place / f"out.unfinished.{kind}")] == ["a", "b"]
+    assert (place / f"out.{kind}").read_text() == "before"
+    assert not list(place.glob(".*"))
+
+
+def _interrupt() -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(row: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def twice() -> None:
+        with writing(Path("out.jsonl"), {"row": int}) as write:
+            write([{"row": 1}])
+            monkeypatch.setattr(prediction.json, "dumps", full)
+            write([{"row": 2}])
+
+    with pytest.raises(FastpeftError, match=r"cannot write out\.jsonl \(No space left on device\)"):
+        twice()
+    assert not [path for path in place.iterdir() if path.is_file()]
+
+
+def test_what_is_there_stays_unless_it_may_be_replaced(place: Path) -> None:
+    (place / "out.csv").write_text("before")
+    refused = run("nowhere", "a film", "--output", "out.csv", code=2).stderr
+    assert "the output 'out.csv' exists. Give another name, or --overwrite" in refused
+    assert (place / "out.csv").read_text() == "before"
+    run("classes", "a film", "--output", "out.csv", "--overwrite")
+    assert len(READERS["csv"](place / "out.csv")) == 1
+
+
+def test_the_bar_is_for_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bar(terminal: bool, beside_output: bool, output_is_terminal: bool = True) -> str:
+        screen = io.StringIO()
+        monkeypatch.setattr(console, "errors", Console(file=screen, force_terminal=terminal))
+        monkeypatch.setattr(console, "console", Console(file=io.StringIO(), force_terminal=output_is_terminal))
+        with console.row_bar(7, beside_output=beside_output) as advance:
+            advance(7)
+        return screen.getvalue()
+
+    assert "7/7" in bar(terminal=True, beside_output=False)
+    assert "7/7" in bar(terminal=True, beside_output=True, output_is_terminal=False)
+    assert bar(terminal=True, beside_output=True) == bar(terminal=False, beside_output=False) == ""

@@ -1,0 +1,487 @@
+"""One run: what it leaves behind, how it is resumed, and how it stops."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.methods.registry import get_method
+from fastpeft.training.estimates import plan
+from fastpeft.training.evaluation import evaluate, load_run, predict
+from fastpeft.training.optimizer_in_backward import StepsInBackward
+from fastpeft.training.run import TrainResult
+from fastpeft.training.trainer import LengthGroupedOrder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
+    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, method: str) -> None:
+    config = replace(config, method=method, epochs=2, learning_rate=3e-2)
+    result = train(config)
+    metrics = json.loads((result.folder / "metrics.json").read_text())
+    assert metrics == result.metrics
+    assert {"accuracy", "f1", "samples_per_second", "peak_memory_mb", "trainable_parameters", "seed", "command"} <= set(
+        metrics
+    )
+    assert metrics["versions"].keys() >= {"torch", "transformers", "peft", "fastpeft"}
+    assert metrics["steps"] == 2 * math.ceil(81 / 8)
+    assert (metrics["train_rows"], metrics["dev_rows"]) == (81, 9)
+    assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert ("adapter_config.json" in names) is get_method(method).adapts
+    assert TrainConfig.from_file(result.folder / "run.json") == config
+    assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
+    folder = train(replace(config, method=method, max_steps=2)).folder
+    card = (folder / "README.md").read_text()
+    assert "reviews.csv" in card
+    assert "negative, positive" in card
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    model, run = names["model"].eval(), load_run(folder)
+    inputs = names["tokenizer"]("a lovely film", return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, run.classifier.model(**inputs).logits)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> None:
+    folder = train(replace(config, method="full", epochs=12, learning_rate=1e-2)).folder
+    texts = ["the film is lovely and the plot is a story with a scene", "a dull plot", "the story was funny"]
+    guesses = predict(folder, texts)
+    assert [label for label, _ in guesses] == ["positive", "negative", "positive"]
+    assert all(0.5 <= probability <= 1 for _, probability in guesses)
+    alone = [predict(folder, [text])[0][1] for text in texts]
+    assert [probability for _, probability in guesses] == pytest.approx(alone, abs=1e-5)
+    assert predict(folder, []) == []
+    with pytest.raises(FastpeftError, match="texts is one text, 'hello'"):
+        predict(folder, "hello")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("full", {}), ("k-lst", {"feature_modules": "transformer.decoder.block"})]
+)
+def test_a_model_that_gives_more_than_logits_is_measured(
+    config: TrainConfig, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 1}
+    model = str(save_tiny_model(tmp_path / "t5", "T5", "ForConditionalGeneration", **shape))
+    result = train(replace(config, model=model, method=method, settings=settings, max_steps=2))
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    assert len(predict(result.folder, ["a lovely film"])) == 1
+
+
+def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
+    labels = ("negative", "positive", "mixed")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_csv(folder / "train.csv", reviews(30, labels))
+    write_csv(folder / "dev.csv", reviews(12, labels, seed=1))
+    result = train(replace(config, method="siva", data=str(folder), max_steps=3))
+    assert result.metrics["labels"] == ["mixed", "negative", "positive"]
+    assert evaluate(result.folder)["dev_rows"] == 12
+    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
+
+
+@pytest.mark.parametrize("now", [("a", "b"), ("a", "b", "c")], ids=str)
+def test_a_run_is_not_measured_by_other_classes_than_it_learned(
+    config: TrainConfig, tmp_path: Path, now: tuple[str, ...]
+) -> None:
+    file = write_csv(tmp_path / "rows.csv", [(f"a film {n}", "bc"[n % 2]) for n in range(30)])
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    write_csv(file, [(f"a film {n}", now[n % len(now)]) for n in range(30)])
+    with pytest.raises(FastpeftError, match=f"learned the classes b, c, but its data .* has {', '.join(now)} now"):
+        evaluate(folder)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
+    """The uninterrupted two-epoch run of each method, each trained once."""
+
+    @functools.cache
+    def whole_run(method: str) -> TrainResult:
+        output = str(tmp_path_factory.mktemp(method) / "run")
+        return train(TrainConfig(output=output, method=method, model=checkpoint, data=data, **TWO_EPOCHS))
+
+    return whole_run
+
+
+TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # of 11 steps each
+
+
+@pytest.mark.parametrize(
+    ("method", "interrupted_at", "kept"),
+    [
+        ("siva", 2, []),
+        ("siva", 8, [3, 6]),
+        ("siva", 11, [6, 9]),
+        ("siva", 17, [12, 15]),
+        ("lora", 17, [12, 15]),
+        ("full", 17, [12, 15]),
+        ("head", 8, [3, 6]),
+        ("k-lst", 17, [12, 15]),
+        ("mezo", 8, [3, 6]),
+    ],
+)
+def test_resumed_run_equals_the_uninterrupted_one(
+    config: TrainConfig, whole_runs: Any, method: str, interrupted_at: int, kept: list[int]
+) -> None:
+    config = replace(config, method=method, **TWO_EPOCHS)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(interrupted_at)])
+    assert {path.name for path in Path(config.output).glob("checkpoints/*")} == {f"checkpoint-{step}" for step in kept}
+    whole, resumed = whole_runs(method), train(config, resume=True)
+    before, after = weights(whole.folder), weights(resumed.folder)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert resumed.metrics["accuracy"] == whole.metrics["accuracy"]
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 5, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+        {"estimator": "fzoo", "num_estimates": 2, "noise": "rademacher", "over": "k-lst"},
+        {"over": "bitfit", "weight_decay": 0.1},  # of which nothing decays
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("interrupted_at", [1, 5])
+def test_a_run_by_mezo_goes_on_without_a_checkpoint(
+    config: TrainConfig, tmp_path: Path, settings: dict[str, Any], interrupted_at: int
+) -> None:
+    """In the first epoch and, where a step takes five batches of eleven, in the second."""
+    config = replace(config, method="mezo", max_steps=7, learning_rate=1e-3, settings=settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(interrupted_at)])
+    assert not (Path(config.output) / "checkpoints").exists()
+    resumed, whole = train(config, resume=True), train(replace(config, output=str(tmp_path / "whole")))
+    for name in ("model.safetensors", "mezo.journal"):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+    train(config, overwrite=True)  # which begins a journal anew
+    assert (resumed.folder / "mezo.journal").read_bytes() == (whole.folder / "mezo.journal").read_bytes()
+
+
+def test_a_journal_of_another_model_is_refused_and_kept(config: TrainConfig, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    config = replace(config, method="mezo", model=str(model), max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(2)])
+    before = (Path(config.output) / "mezo.journal").read_bytes()
+    save_tiny_model(model, initializer_range=0.03)
+    with pytest.raises(FastpeftError, match=r"does not have the weights from which the run .* began\..*seed\.$"):
+        train(config, resume=True)
+    assert (Path(config.output) / "mezo.journal").read_bytes() == before
+    assert not (Path(config.output) / "last-good").exists()
+
+
+def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_runs: Any) -> None:
+    class InterruptAtTheEnd(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    config = replace(config, method="siva", **{**TWO_EPOCHS, "save_steps": 11})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[InterruptAtTheEnd()])
+    whole, resumed = whole_runs("siva"), train(config, resume=True)
+    assert all(torch.equal(tensor, weights(resumed.folder)[name]) for name, tensor in weights(whole.folder).items())
+    assert resumed.metrics["peak_memory_mb"] > 0
+
+
+def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    first = train(config, resume=True)
+    before = tree(first.folder)
+    again = train(config, resume=True)
+    assert again == first
+    assert tree(first.folder) == before
+
+
+def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    folder = train(config).folder
+    before = tree(folder)
+    with pytest.raises(FastpeftError, match=r"learning_rate None -> 0\.5"):
+        train(replace(config, learning_rate=0.5), resume=True)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+@pytest.mark.parametrize("interrupted_at", [None, 3, 7])
+def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: str, interrupted_at: int | None) -> None:
+    """At a rate that changes nothing the first checkpoint stays the best; also where the run was cut off in between."""
+    settings = {"restore": "exact"} if method == "mezo" else {}
+    config = replace(
+        config, method=method, learning_rate=1e-30, epochs=9, save_steps=2, metric="loss", patience=3, settings=settings
+    )
+    if interrupted_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            train(config, callbacks=[Interrupt(interrupted_at)])
+    metrics = train(config, resume=interrupted_at is not None).metrics
+    assert (metrics["steps"], metrics["best_step"]) == (8, 2)
+    assert "| patience | 3 |" in (Path(config.output) / "README.md").read_text()
+
+
+def test_a_run_that_gets_better_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    """Measured on the rows that it learns."""
+    (tmp_path / "data").mkdir()
+    for part in ("train", "dev"):
+        write_csv(tmp_path / "data" / f"{part}.csv", reviews(40))
+    config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3)
+    metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1)).metrics
+    assert metrics["steps"] == metrics["best_step"] == 15
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, max_steps=2, save_steps=1)
+    folder = train(config).folder
+    assert (folder / "checkpoints").is_dir()
+    (folder / "notes.txt").write_text("mine")
+    inner = train(replace(config, output=str(folder / "inner"), method="head")).folder
+    before = tree(inner)
+    train(replace(config, method="full", save_steps=None), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert tree(inner) == before
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "adapter_config.json").exists()
+    foreign = tmp_path / "home"
+    foreign.mkdir()
+    (foreign / "run.json").write_text('{"mine": 1}')
+    for flags in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(FastpeftError, match="is not empty"):
+            train(replace(config, output=str(foreign)), **flags)
+    assert tree(foreign) == {"run.json": b'{"mine": 1}'}
+
+
+def test_failed_overwrite_leaves_the_old_run(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    folder = train(config).folder
+    before = tree(folder)
+    for change in ({"rank": 99}, {"data": "nowhere.csv"}, {"model": "./nowhere"}, {"settings": {"warmup_steps": -5}}):
+        with pytest.raises(FastpeftError):
+            train(replace(config, **change), overwrite=True)
+    assert tree(folder) == before
+
+
+def test_equal_runs_are_equal_to_the_bit(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="siva", max_steps=6, deterministic=True)
+    first = train(config)
+    again = train(replace(config, output=str(tmp_path / "again")))
+    other = train(replace(config, output=str(tmp_path / "other"), seed=1))
+    one, same, different = (weights(run.folder) for run in (first, again, other))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], different[name]) for name in one)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Poison(TrainerCallback):
+    """Makes the embeddings of a model infinite after `step`, as a step that diverged would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.get_input_embeddings().weight.data.fill_(math.inf)
+
+
+def test_a_step_that_diverges_keeps_the_weights_before_it(config: TrainConfig) -> None:
+    config = replace(config, method="full", learning_rate=1e30, save_steps=1)
+    with pytest.raises(FastpeftError, match=r"at step (\d+), .*weights before that step are in .*last-good") as error:
+        train(config)
+    good = Path(config.output) / "last-good"
+    model = AutoModelForSequenceClassification.from_pretrained(good)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert "checkpoint-2" in str(error.value)
+    assert not (Path(config.output) / "metrics.json").exists()
+    with pytest.raises(FastpeftError, match="not finished"):
+        evaluate(config.output)
+
+
+def test_weights_that_are_spoilt_already_are_not_kept(config: TrainConfig) -> None:
+    config = replace(config, method="head", save_steps=2)
+    with pytest.raises(FastpeftError, match=r"at step 4, .*no longer finite.*checkpoint-2"):
+        train(config, callbacks=[Poison(3)])
+    assert not (Path(config.output) / "last-good").exists()
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gradient is stepped with as it comes."""
+    monkeypatch.setattr("fastpeft.training.trainer.StepsInBackward", functools.partial(StepsInBackward, bucket=1))
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_an_optimizer_in_backward_trains_and_resumes_to_the_same_bits(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="k-lst", max_steps=6, save_steps=2, settings={"max_grad_norm": 0.0})
+    after = train(config)
+    within = replace(config, output=str(tmp_path / "within"), optimizer_in_backward=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(within, callbacks=[Interrupt(3)])
+    resumed = train(within, resume=True)
+    expected, found = weights(after.folder), weights(resumed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_an_optimizer_in_backward_stops_before_weights_are_spoilt(config: TrainConfig) -> None:
+    config = replace(config, method="full", learning_rate=1e30, optimizer_in_backward=True)
+    with pytest.raises(FastpeftError, match=r"at step (\d+), .*may have made that step, are in .*last-good"):
+        train(config)
+    model = AutoModelForSequenceClassification.from_pretrained(Path(config.output) / "last-good")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"settings": {"max_grad_norm": 1.0}}, r"max_grad_norm=1.0 needs all gradients .* must be 0"),
+        ({"settings": {"gradient_accumulation_steps": 2}}, "must be 1"),
+        ({"settings": {"optim": "adafactor"}}, "goes with optim=adamw_torch or"),
+        ({"method": "mezo"}, "no gradients"),
+    ],
+)
+def test_what_an_optimizer_in_backward_does_not_go_with(
+    config: TrainConfig, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(FastpeftError, match=reason):
+        train(replace(config, optimizer_in_backward=True, **changes))
+    assert not Path(config.output).exists()
+
+
+def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the head has another shape")
+
+    monkeypatch.setattr("fastpeft.training.trainer.RunTrainer.measure", fail)
+    with pytest.raises(FastpeftError, match="the head has another shape"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize("method", ["siva", "full"])
+def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> None:
+    config = replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True})
+    told = plan(config)
+    result = train(config)
+    assert result.metrics["steps"] == 2
+    assert result.metrics["estimated_memory_mb"] == told.peak_memory_mb
+    assert told.peak_memory_mb is not None
+
+
+def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
+    result = train(replace(config, method="full", bf16=True, max_steps=2))
+    assert {tensor.dtype for tensor in weights(result.folder).values()} == {torch.float32}
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_settings_reach_the_method_and_the_trainer(config: TrainConfig) -> None:
+    settings = {"lora_alpha": 5, "gradient_accumulation_steps": 4, "lr_scheduler_type": "constant"}
+    result = train(replace(config, epochs=1, settings=settings))
+    assert json.loads((result.folder / "adapter_config.json").read_text())["lora_alpha"] == 5
+    assert result.metrics["steps"] == math.ceil(math.ceil(81 / 8) / 4)
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+def test_settings_take_what_the_type_of_their_field_allows(config: TrainConfig) -> None:
+    result = train(replace(config, settings={"init_lora_weights": "pissa"}, max_steps=4))
+    assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
+
+
+def test_settings_reach_the_loader_of_training_rows(config: TrainConfig) -> None:
+    class Loader(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.found = kwargs["train_dataloader"]
+
+    settings = {
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_persistent_workers": True,
+    }
+    loader = Loader()
+    train(replace(config, settings=settings, max_steps=1), callbacks=[loader])
+    assert (loader.found.num_workers, loader.found.prefetch_factor, loader.found.persistent_workers) == (1, 3, True)
+
+
+def test_a_plan_tells_what_training_does_and_writes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="siva", epochs=1.5)
+    before = tree(tmp_path)
+    told = plan(config)
+    assert tree(tmp_path) == before
+    done = train(config).metrics
+    assert (told.trainable_parameters, told.parameters) == (done["trainable_parameters"], done["parameters"])
+    assert (told.steps, told.train_rows, told.dev_rows) == (done["steps"], done["train_rows"], done["dev_rows"])
+    assert told.peak_memory_mb == done["peak_memory_mb"]
+
+
+def test_each_row_comes_once_an_epoch_among_its_like() -> None:
+    lengths = [7 * number % 60 for number in range(333)]
+    order = LengthGroupedOrder(lengths, batch_size=8, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(333))
+    assert list(order) == first
+    order.epoch = 1
+    assert list(order) != first
+    spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in first[k : k + 8]] for k in range(0, 328, 8))]
+    assert sum(spread) / len(spread) < 10 < 60
+
+
+def test_accumulated_batches_are_one_of_all_their_rows(tmp_path: Path) -> None:
+    """For a model whose loss takes no notice of how many rows the step has, too."""
+    model = save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev"):
+        write_csv(tmp_path / "data" / f"{name}.csv", reviews(16))
+    found = []
+    for batch_size in (16, 8, 4):
+        settings = {"optim": "sgd", "warmup_steps": 0, "gradient_accumulation_steps": 16 // batch_size}
+        given = {"output": str(tmp_path / f"{batch_size}"), "model": str(model), "data": str(tmp_path / "data")}
+        config = TrainConfig(**given, max_steps=3, batch_size=batch_size, learning_rate=0.5, settings=settings)
+        result = train(config)
+        found.append(weights(result.folder))
+    for name, tensor in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,113 @@
+"""Settings of a run that go to the Trainer: what they may be, and one message where they cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import reviews, save_tiny_model, write_csv
+from transformers import TrainingArguments
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.errors import LostProcessError, NotFiniteError
+from fastpeft.methods.registry import get_method
+from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.training.settings import sort_settings
+from fastpeft.training.task import Task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_model(place / "model")
+    write_csv(place / "reviews.csv", reviews(40))
+    model, data = str(place / "model"), str(place / "reviews.csv")
+    return Task.load(
+        TrainConfig(output=str(place / "run"), method="lora", model=model, data=data, max_steps=1, save_steps=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("eval_do_concat_batches", "all rows together"),
+        ("batch_eval_metrics", "all rows together"),
+        ("save_only_model", "all that resume needs"),
+        ("ignore_data_skip", "meets the rows"),
+        ("auto_find_batch_size", "use batch_size in its place"),
+        ("enable_jit_checkpoint", "saves a checkpoint"),
+        ("bf16_full_eval", "round the weights"),
+        ("fp16_full_eval", "round the weights"),
+        ("dataloader_in_order", "rows keep their order"),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: str) -> None:
+    with pytest.raises(FastpeftError, match=rf"{name} cannot be set as a setting; .*{reason}"):
+        sort_settings(get_method(method), {name: True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"log_level": "x"}, "log_level is 'x'; it must be one of .*debug.*passive"),
+        ({"log_level_replica": "INFO"}, "log_level_replica is 'INFO'; it must be one of"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be at least 0"),
+        ({"lr_scheduler_kwargs": ""}, "lr_scheduler_kwargs"),
+        ({"eval_accumulation_steps": 0}, "'eval_accumulation_steps': 0}: ZeroDivisionError: "),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"x": 1}}, "'x'"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True, "x": 1}}, "x"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs': 'x'"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "a whole number"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_one_message_before_anything_is_written(
+    task: Task, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        train(replace(task.config, settings=settings))
+    assert not Path(task.config.output).exists()
+
+
+@pytest.mark.parametrize("error", [FastpeftError, LostProcessError, NotFiniteError])
+@pytest.mark.parametrize("place", ["fastpeft.training.trainer.RunTrainer.measure", "fastpeft.support.processes.meet"])
+def test_what_is_said_already_is_not_laid_to_the_settings(
+    task: Task, monkeypatch: pytest.MonkeyPatch, error: type[FastpeftError], place: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error("in plain words")
+
+    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)  # where there is one, no others are met
+    with pytest.raises(error) as found:
+        train(task.config)
+    assert str(found.value) == "in plain words"
+
+
+ODD = (True, 0, -1, 0.5, 1e300, "x", "", [], ["x"], {}, {"x": 1}, None)
+
+
+def refusal(task: Task, method: str, settings: dict[str, Any]) -> str | None:
+    """What is said of settings; None where they are taken."""
+    config = replace(task.config, method=method, settings=settings)
+    try:
+        _, arguments = sort_settings(get_method(method), settings)
+        replace(task, method=get_method(method), config=config, arguments=arguments).training_arguments("nowhere")
+    except FastpeftError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("method", ["lora", "mezo"])
+def test_whatever_a_setting_is_it_is_taken_or_refused_in_words(task: Task, method: str) -> None:
+    kind = MeZOConfig if method == "mezo" else TrainingArguments
+    said = [(item.name, refusal(task, method, {item.name: odd})) for item in dataclasses.fields(kind) for odd in ODD]
+    assert [(name, message) for name, message in said if message is not None and name not in message] == []
+    assert sum(message is None for _, message in said) > 100
+    assert not Path("nowhere").exists()
