@@ -15,7 +15,9 @@ from fastpeft.data.examples import DEMO
 from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, get_problem
 from fastpeft.data.splitting import SPLITS, STRATIFIED
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.registry import SIVA_LAYERS, Method, get_method
+from fastpeft.methods.method import Method
+from fastpeft.methods.registry import get_method
+from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json
@@ -201,7 +203,7 @@ class TrainConfig:
         from fastpeft.ladder.cache import DTYPES  # heavy
 
         self._check("cache_dtype", self.cache_dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
-        if self.cache_features is not None and not method.ladder:
+        if self.cache_features is not None and not method.frozen_features:
             raise FastpeftError(
                 f"cache_features is {self.cache_features!r}, but the method {self.method!r} has no frozen features to "
                 "keep: what its layers compute changes as it trains, or is trained through. Leave it out, or choose "
