@@ -130,6 +130,7 @@ def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
     assert {p.dim() for p in spared["params"]} == {1}
 
 
+@pytest.mark.long(but=".dense.weight-0.1")
 @pytest.mark.parametrize(("ending", "decay"), [(".bias", 0.0), (".dense.weight", 0.1)])
 def test_weight_decay_where_all_or_none_of_what_trains_decays(tmp_path: Path, ending: str, decay: float) -> None:
     model = language_model()
@@ -254,6 +255,7 @@ def test_a_callback_that_looks_at_weights_finds_those_of_the_step(tmp_path: Path
     assert all(equal(one, other) for one, other in zip(seen["log"], seen["end"]))
 
 
+@pytest.mark.long(but="on_train_end")
 @pytest.mark.parametrize("event", ["on_train_end", "on_log"])
 def test_a_tracker_that_saves_the_model_finds_settled_weights(tmp_path: Path, event: str) -> None:
     """As WandbCallback and DVCLiveCallback do, which are of transformers."""
