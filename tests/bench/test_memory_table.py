@@ -74,9 +74,7 @@ def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -
     assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)
 
 
-@pytest.mark.long(
-    but="Case(method='siva', targets='query+key', adapter_dtype='float32', residual_dtype='', optimizer='')"
-)
+@pytest.mark.long
 @pytest.mark.parametrize("case", [Case("k-lst", "", "float32"), Case("siva", "query+key", "float32")], ids=str)
 def test_what_is_committed_is_what_the_code_takes(case: Case) -> None:
     """Where this fails a method takes another amount of memory: `python -m bench.memory_table` writes it anew."""
