@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, MeZOTrainer
 from fastpeft.mezo import Journal
-from fastpeft.mezo.resuming import Checkpoint, Start, where_to_begin
+from fastpeft.mezo.checkpoints import Checkpoint, Start, where_to_begin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
-from fastpeft.mezo import perturbing
+from fastpeft.mezo import perturbed_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,13 +223,13 @@ def test_callbacks_evaluation_and_saving_see_restored_weights(tmp_path: Path) ->
 
 def test_the_end_of_a_step_is_left_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    perturb = perturbing.mezo_perturb_
+    perturb = perturbed_weights.mezo_perturb_
 
     def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
         passes.append(len(seeds))
         perturb(params, offsets, seeds, *args, **kwargs)
 
-    monkeypatch.setattr(perturbing, "mezo_perturb_", count)
+    monkeypatch.setattr(perturbed_weights, "mezo_perturb_", count)
     MeZOTrainer(language_model(), config(tmp_path), train_dataset=rows()).train()
     first, second, later, last = 1, 1, [2, 1], 1
     assert passes[1:] == [first, second, *later * 3, last]  # after the check of the parameters, which adds nothing
