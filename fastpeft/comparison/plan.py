@@ -14,7 +14,15 @@ from typing import Any
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.search import rates
 from fastpeft.comparison.suites import get_suite, suite_names
-from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
+from fastpeft.comparison.variants import (
+    CHAIN,
+    DECIDED,
+    ZERO_SHOT,
+    has_prompt,
+    parse_variant,
+    partition_chain,
+    with_prompt,
+)
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS, get_method
@@ -33,12 +41,6 @@ ROWS = (
 )  # what decides the rows, of all cells alike
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
-_DECIDED = {
-    "output": "the comparison's output decides it",
-    "method": "it is the first word of a variant",
-    "seed": "the number of seeds decides it",
-    "settings": "name each setting by itself",
-}
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
 _LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
 
@@ -263,15 +265,15 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _DECIDED:
-            raise FastpeftError(f"{name} cannot be given; {_DECIDED[name]}.")
+        if name in DECIDED:
+            raise FastpeftError(f"{name} cannot be given; {DECIDED[name]}.")
         (values if name in fields else settings)[name] = value
     return {**values, "settings": settings}
 
 
 def _meant(settings: Iterable[str]) -> str:
     """What to say of settings that are almost an option of a run, which a variant takes too."""
-    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in (*_DECIDED, "found_prompt")]
+    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in DECIDED]
     close = [name for setting in settings for name in difflib.get_close_matches(setting, options, 1, cutoff=0.8)]
     return f" Did you mean {close[0]}? A variant takes {', '.join(options)} too." if close else ""
 

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.frozen import CompiledForward, conversion_of, is_quantised
-from fastpeft.support.files import fingerprint, fingerprints_agree
+from fastpeft.support.fingerprints import fingerprint, fingerprints_agree
 
 logger = logging.getLogger(__name__)
 

@@ -31,13 +31,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastpeft.data.names import FEATURE_DTYPES as DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("bfloat16", "float32", "int8")  # the default first
 
 _FORMAT = 1  # to be raised when the same backbone and row come to give another record
 _GIB = 2**30

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
-from fastpeft.support.files import fingerprint
+from fastpeft.support.fingerprints import fingerprint
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # weight, u, s, v and bias, as `siva_linear` takes them
 

@@ -25,7 +25,7 @@ from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.progress import report
 from fastpeft.siva.rows import BASE, Rows, acting
-from fastpeft.support.files import fingerprints_agree
+from fastpeft.support.fingerprints import fingerprints_agree
 
 logger = logging.getLogger(__name__)
 
