@@ -25,6 +25,9 @@ RUN = {"python", "sh"}
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
 SHOWN = {OUTPUT, "math"}
 NEEDS = {"how-to/integrations.md": ("trl", "sentence_transformers", "lightning")}  # of the extra `integrations`
+REVIEWS = "text,label\n" + "".join(
+    f'"A warm and clever film, number {number}.",good\nScene {number} drags on and on.,bad\n' for number in range(20)
+)
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,11 +75,12 @@ def test_nothing_escapes_the_tests(page: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom in one folder, as a reader at the root of a clone does, and in one Python program."""
+    """From top to bottom in one folder that has reviews.csv, as a reader's at the root of a clone, in one program."""
     for package in NEEDS.get(name(page), ()):
         pytest.importorskip(package, reason="the extra `integrations` is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "reviews.csv").write_text(REVIEWS, encoding="utf-8")
     commands = tmp_path / "bin"
     commands.mkdir()
     for command, arguments in (("fastpeft", "-m fastpeft"), ("python", "")):
