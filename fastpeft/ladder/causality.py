@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.joint import evaluating
+from fastpeft.ladder.joint_training import evaluating
+from fastpeft.ladder.passes import features_of
 
 _TOKENS = 4
 _CHANGED = 2  # the token, from 0, whose change those before it must not see
@@ -115,7 +116,7 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count  # of ordinary words
     ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
     with _leaving_no_trace(backbone):
-        features = backbone.features({"input_ids": ids})
+        features = features_of(backbone, {"input_ids": ids})
     before = after = 0.0  # the largest changes of tokens before and after, as shares of the changed one's own
     for feature in features:
         change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)

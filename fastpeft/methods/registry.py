@@ -187,7 +187,7 @@ def _prepare_ladder(model: nn.Module, preparation: Preparation, direct: bool = F
     it as its equations are written.
     """
     from fastpeft.ladder import LadderModel
-    from fastpeft.ladder.direct import DirectRun
+    from fastpeft.ladder.direct_run import DirectRun
     from fastpeft.prompts.model import PromptModel
 
     config = _ladder_config(preparation, **defaults)

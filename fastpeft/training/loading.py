@@ -16,8 +16,8 @@ from fastpeft.data.models import Classifier, load_classifier, load_for_masked_wo
 from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
-from fastpeft.ladder.direct import DirectRun
-from fastpeft.ladder.saved import with_adapter
+from fastpeft.ladder.direct_run import DirectRun
+from fastpeft.ladder.saving import with_adapter
 from fastpeft.methods.adapters import merge
 from fastpeft.methods.registry import SIVA_LAYERS, get_method
 from fastpeft.methods.saved_adapters import check_weights
