@@ -25,9 +25,7 @@ class Admission:
     """Makes members of a pool from what a user gives, on the pool's backbone.
 
     Args:
-        backbone: the pool's backbone.
-        backbone_dtype: the dtype to which it was converted.
-        feature_modules: the names of its layers, if they were given to the pool.
+        backbone, backbone_dtype, feature_modules: the pool's.
         lock: held while the base is copied, so that no hooks of a pass are copied.
     """
 
@@ -73,10 +71,9 @@ class Admission:
         own, asked = self._backbone.core.config.id2label, config.id2label
         if asked not in (own, LadderConfig().id2label):
             raise FastpeftError(
-                f"the configuration has {len(asked)} labels, {', '.join(map(str, asked.values()))}, but the head of a "
-                f"new side network is that of the pool's base, which has {len(own)}, "
-                f"{', '.join(map(str, own.values()))}. Add a LadderModel on a base of its own, loaded with these "
-                "labels, or a folder that one was saved to."
+                f"the configuration has the labels {', '.join(map(str, asked.values()))}, but a new side network has "
+                f"those of the pool's base, {', '.join(map(str, own.values()))}. Add a LadderModel on a base of its "
+                "own, loaded with these labels, or a folder that one was saved to."
             )
         return LadderModel(self._twin(), config)
 
@@ -86,9 +83,8 @@ class Admission:
         prompted = holds_label_words(source)
         if config.base_class != (own := type(self._backbone.core).__name__):
             raise FastpeftError(
-                f"{source!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
-                f"{'PromptModel' if prompted else 'LadderModel'}.from_pretrained, which loads its head too, and add "
-                "the model."
+                f"{source!r} has the head of a {config.base_class}, the pool's base is a {own}. Add the model that "
+                f"{'PromptModel' if prompted else 'LadderModel'}.from_pretrained loads, with its own head."
             )
         model = LadderModel.from_pretrained(source, base=self._twin(config))
         return PromptModel.from_pretrained(source, masked_lm=model) if prompted else model

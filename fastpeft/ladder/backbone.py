@@ -29,8 +29,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inpu
 class Backbone:
     """A model with a head, taken apart. It holds references and changes nothing.
 
-    Any module will do if its layers are named. The head of a module that is not a transformers model is whatever comes
-    after its last layer in the order of `modules()`; in an `nn.Sequential` that is the order of execution.
+    The head of a module that is not a transformers model is what comes after its last layer in `modules()`.
 
     Args:
         model: a transformers model with a head, another module, or PEFT's wrapper of one.
@@ -57,9 +56,8 @@ class Backbone:
         self.plain = not isinstance(core, PreTrainedModel)
         if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
             raise FastpeftError(
-                f"the base is a {type(core).__name__}; a side network needs a transformers model, or PEFT's wrapper of "
-                "one. Load it with AutoModelForSequenceClassification or another class with a head. For another "
-                "nn.Module, name its layers in feature_modules."
+                f"the base is a {type(core).__name__}; give a transformers model with a head, such as one of "
+                "AutoModelForSequenceClassification, or another nn.Module with its layers named in feature_modules."
             )
         self.model = model
         self.core = core
@@ -71,8 +69,6 @@ class Backbone:
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
-
-    # -- layers --------------------------------------------------------------------------------------------------
 
     def _find_layers(self) -> list[nn.Module]:
         """The largest list of modules of one class: a transformer's blocks."""
@@ -91,19 +87,18 @@ class Backbone:
         if name is None or (expected is not None and len(lists[name]) != expected):
             raise FastpeftError(
                 f"the layers of {kind} are not found: its lists of modules of one class are {_lengths(lists)}, and its "
-                f"configuration says {expected} layers. Name them in feature_modules, in the order in which they run, "
-                "each once. Layers that a model runs several times, such as ALBERT's, cannot be read."
+                f"configuration says {expected} layers. Name in feature_modules layers that run once each, in their "
+                "order; layers that a model runs several times, such as ALBERT's, cannot be read."
             )
         return lists[name]
 
     def _named_layers(self, names: Sequence[str]) -> list[nn.Module]:
         modules = dict(self.core.named_modules())
         if unknown := [name for name in names if name not in modules]:
-            lists = self._module_lists()
-            example = next((f"{name}.0" for name in lists), "those of model.named_modules()")
             raise FastpeftError(
                 f"feature_modules names {', '.join(map(repr, unknown))}, which {type(self.core).__name__} does not "
-                f"have. Its lists of modules are {_lengths(lists)}; name one, or modules such as {example!r}."
+                f"have. Its lists of modules are {_lengths(self._module_lists())}; name one, or modules of "
+                "model.named_modules()."
             )
         layers = [modules[name] for name in names]
         return list(layers[0]) if len(layers) == 1 and isinstance(layers[0], nn.ModuleList) else layers
@@ -119,8 +114,6 @@ class Backbone:
             if inside := {id(parameter) for parameter in self.layers[number - 1].parameters()} & left:
                 first, left = number, left - inside
         return 0 if left else first
-
-    # -- what it is ----------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def feature_sizes(self) -> list[int]:
@@ -222,14 +215,8 @@ class Backbone:
             )
         return found
 
-    # -- arguments of a pass -------------------------------------------------------------------------------------
-
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
-        """The arguments to call a transformers model with, or a part of it such as its body.
-
-        Values that are None are left out, and so are token types that the part does not know. No keys and values are
-        kept.
-        """
+        """Arguments for the model or a part of it: no None, no unknown token types, no keys and values kept."""
         accepted = inspect.signature((self.core if part is None else part).forward).parameters
         chosen = {
             name: value

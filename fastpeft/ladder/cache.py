@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.passes import features_of
-from fastpeft.ladder.record_store import KEY_BYTES, Record, RecordStore, bytes_below
+from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class FeatureCache:
         self._broken = False
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._max_bytes = _default_limit(self._root) if max_bytes is None else max_bytes
+            self._max_bytes = max_bytes or (bytes_below(self._root) + shutil.disk_usage(self._root).free) // 2
             self._store = self._current_store()
         except OSError as error:
             raise FastpeftError(
@@ -123,15 +123,14 @@ class FeatureCache:
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor] | None:
-        """The features of a batch, equal to the backbone's except for zeros at padding.
+        """The features `B_0 .. B_L`, each `(B, T, d)` in the backbone's dtype, with zeros at padding.
 
         Args:
             inputs: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and `position_ids`; other
                 entries are ignored.
 
         Returns:
-            `B_0 .. B_L`, each `(B, T, d)`, in the backbone's dtype on the device of its last layer; None if there are
-            no tokens to know the rows by: embeddings have none, and fake tensors no values.
+            The features; None if there are no tokens to know the rows by, as in embeddings and fake tensors.
         """
         if "input_ids" not in inputs or isinstance(inputs["input_ids"], FakeTensor):
             return None
@@ -191,8 +190,6 @@ class FeatureCache:
             return list(values.to(dtype).split(self._widths, dim=-1))
         factors = scales.to(device, non_blocking=True).unsqueeze(-1).unbind(-2)
         return [(codes * factor).to(dtype) for codes, factor in zip(values.split(self._widths, dim=-1), factors)]
-
-    # -- the store -----------------------------------------------------------------------------------------------
 
     def _current_store(self) -> RecordStore:
         """The store for the backbone as it is now: its weights or active adapters may have changed."""
@@ -270,21 +267,13 @@ class _Rows:
         }
 
 
-def _default_limit(root: Path) -> int:
-    return (bytes_below(root) + shutil.disk_usage(root).free) // 2
-
-
-# -- what identifies a backbone ----------------------------------------------------------------------------------
-
-
 def _identity(backbone: Backbone) -> str:
     """A hash of all that decides the features of a row, 32 hex digits; one bit of one weight changes it."""
     modules = list(backbone.body.named_modules())
     names = {module: name for name, module in modules}
     if not names.keys() >= set(backbone.layers):
         raise FastpeftError(
-            "feature_modules names layers outside the model's body; their features cannot be cached. Name layers of "
-            "the body, or leave cache_features out."
+            "feature_modules names layers outside the model's body. Name others, or leave cache_features out."
         )
     config = backbone.core.config.to_dict()
     about = {
@@ -314,7 +303,8 @@ def _stamp(backbone: Backbone) -> list[Any]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 version = 0 if tensor.is_inference() else tensor._version
-                stamp.append((id(tensor), _address(tensor), version))
+                address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+                stamp.append((id(tensor), address, version))
         stamp += _switches(name, module)
     return stamp
 
@@ -330,11 +320,6 @@ def _switches(name: str, module: nn.Module) -> list[Any]:
         return []
     scaling = dict(getattr(module, "scaling", {}))
     return [(name, tuple(module.active_adapters), module.disable_adapters, scaling)]
-
-
-def _address(tensor: Tensor) -> int:
-    """The address of a tensor's values; 0 for a tensor that is made of other tensors."""
-    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

@@ -35,35 +35,33 @@ class LadderModel(PreTrainedModel):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
     The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
-    The side network trains, and so does the model's own head except for a decoder to the vocabulary, in float32
-    whatever the backbone's dtype. `save_pretrained` writes what trains, and names the backbone.
+    The side network trains, and so does the model's own head except for a decoder to the vocabulary, in float32.
+    `save_pretrained` writes what trains, and names the backbone.
 
     The backbone may take fewer bits: load the base in a smaller dtype, set `config.backbone_dtype` (which loading
     repeats), or quantise all but the head by bitsandbytes or torchao.
 
-    The base may be any module; `feature_modules` then names its layers in the order in which they run. Its head is
-    what comes after the last layer in the order of `base.modules()`. `forward` calls it with `inputs`, its one
-    argument, and takes the tensor that it returns for logits. It cannot be loaded by name: pass it as
-    `from_pretrained(..., base=module)`.
+    The base may be any module if `feature_modules` names its layers in the order in which they run. Its head is what
+    comes after the last layer in `base.modules()`. It is called with one argument, `inputs`, and returns logits. It
+    cannot be loaded by name: pass it as `from_pretrained(..., base=module)`.
 
-    With `train_adapters`, an adapter that PEFT put into the base trains too: gradients flow through the features of
-    its layers, down to the first layer that it adapts. It is saved with the side network, and once more in the folder
-    `adapter`, as PEFT saves and reads it.
+    With `train_adapters`, an adapter that PEFT put into the base trains too, through the features of its layers. It is
+    saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it.
 
     Args:
-        base: a transformers model with a head, another module, or PEFT's wrapper of one. It is used as it is, not
-            copied; its backbone is frozen.
+        base: a transformers model with a head, another module, or PEFT's wrapper of one. It is not copied; its backbone
+            is frozen.
         config: the configuration of the side network; it is copied.
 
     Raises:
-        FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be brought to
-            `backbone_dtype`, widths do not divide, or the configuration is that of a side network on another backbone;
-            or the base predicts next tokens, and later ones would be seen: see `LadderConfig.causal`.
+        FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be converted to
+            `backbone_dtype`, widths do not divide, the configuration is that of a side network on another backbone, or
+            the base predicts next tokens but would see them: see `LadderConfig.causal`.
 
     Notes:
-        The labels of a model that answers questions are `start_positions` and `end_positions`; name them in the
-        `label_names` of `transformers.Trainer` to evaluate its loss. A model makes one pass at a time, since it sets
-        hooks on the backbone while `forward` runs: threads need a lock around it, and `nn.DataParallel` is refused.
+        A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
+        `label_names` of `transformers.Trainer` to evaluate its loss. A pass sets hooks on the backbone: threads need a
+        lock around it, and `nn.DataParallel` is refused.
 
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
@@ -160,11 +158,10 @@ class LadderModel(PreTrainedModel):
                 not a transformers model takes `inputs`, its one argument.
             attention_mask: `(B, T)`, 1 for tokens and 0 for padding; beside `inputs` only the side network reads it.
             token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
-            labels, start_positions, end_positions: as the base takes them. For a module that is not a transformers
-                model, integer labels are classes (cross-entropy), and floating-point labels are numbers in the shape
-                of the logits (mean squared error).
-            output_hidden_states: whether to return the side network's states `theta_0 .. theta_L`, each `(B, T, D)`,
-                as `hidden_states`.
+            labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
+                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error).
+            output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
+                `hidden_states`.
             return_dict: False for a tuple.
 
         Raises:
@@ -230,14 +227,10 @@ class LadderModel(PreTrainedModel):
             self._source = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Not available: a side network keeps no keys and values, and the base's own `generate` would leave it out.
-
-        Raises:
-            FastpeftError: always.
-        """
+        """Refused: a side network keeps no keys and values, and the base's own `generate` would leave it out."""
         raise FastpeftError(
-            "a LadderModel does not generate: its side network keeps no keys and values of earlier tokens. Choose a "
-            "token from logits[:, -1], append it and call the model again. model.base.generate() uses the base alone."
+            "a LadderModel does not generate: its side network keeps no keys and values. Choose a token from "
+            "logits[:, -1], append it and call the model again. model.base.generate() uses the base alone."
         )
 
     def draw_seed(self) -> int:
@@ -247,9 +240,7 @@ class LadderModel(PreTrainedModel):
         return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
     def compile_backbone(self, **options: Any) -> None:
-        """Compile the backbone's layers, one by one, at their first call; the result is the same to rounding.
-
-        The compiled form is not saved, and a copy of the model compiles again.
+        """Compile each layer of the backbone at its first call; the result is the same to rounding.
 
         Args:
             options: arguments of `torch.compile`.
@@ -260,17 +251,13 @@ class LadderModel(PreTrainedModel):
         compile_layers(self.backbone, options)
 
     def cache_features(
-        self,
-        folder: str | os.PathLike[str] | None,
-        dtype: str = DTYPES[0],
-        max_bytes: int | None = None,
+        self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
     ) -> FeatureCache | None:
         """From now on read the backbone's features from a folder, and run the backbone only on new rows.
 
-        Training and evaluation differ only by the rounding of features to `dtype`, which applies to all rows, newly
-        computed ones too. The last bits of a row's features depend on the batch in which they were computed: a run
-        repeats to the bit with the same folder or a new one, otherwise to rounding. A pass on `inputs_embeds` does not
-        use the cache.
+        Results differ only by the rounding of features to `dtype`, which applies to new rows too. The last bits of a
+        row's features depend on the batch in which they were computed, so a run repeats to the bit on the same folder
+        or a new one, otherwise to rounding. A pass on `inputs_embeds` does not use the cache.
 
         Args:
             folder: made if need be. Side networks, backbones, runs and processes may share it. None ends caching.
@@ -279,15 +266,14 @@ class LadderModel(PreTrainedModel):
                 the sum of what it takes and its disk has free.
 
         Returns:
-            The cache, whose `hits` and `misses` count rows; None if `folder` is None. The cache of a `PromptModel` is
-            that of its `masked_lm`.
+            The cache, whose `hits` and `misses` count rows; None if `folder` is None.
 
         Raises:
             FastpeftError: an argument cannot be used, the folder cannot be written, or the base reads no tokens.
 
         Notes:
-            A token takes as many values as all features are wide, `(L + 1) d`. A backbone with changed weights has
-            features of its own; a change through `.data` is not noticed. A damaged record is computed again.
+            A token takes `(L + 1) d` values. A backbone with changed weights has features of its own, but a change
+            through `.data` is not noticed. A damaged record is computed again.
 
         Example:
             >>> model.cache_features("features")  # doctest: +SKIP
@@ -296,8 +282,8 @@ class LadderModel(PreTrainedModel):
         if folder is not None:
             if self.adapters:
                 raise FastpeftError(
-                    "an adapter in the backbone trains with the side network (train_adapters), so its features change "
-                    "at every step and cannot be cached. Use only one of the two."
+                    "an adapter in the backbone trains too (train_adapters), so its features change at every step and "
+                    "cannot be cached. Use only one of the two."
                 )
             self.feature_cache = FeatureCache(self.backbone, folder, dtype, max_bytes)
         return self.feature_cache
@@ -313,8 +299,7 @@ class LadderModel(PreTrainedModel):
         """
         saving.describe_base(self.config, self.backbone.core)
         if not self.config.base_fingerprints:
-            own = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
-            self.config.base_fingerprints = own
+            self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
         if kwargs.get("is_main_process", True):
             saving.write_card(self.config, Path(save_directory))
             if self.adapters:
@@ -334,9 +319,9 @@ class LadderModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a hub id.
-            base: the base model, as it was before the side network was put beside it, with or without the adapter that
-                trained too. None loads it by its id, with the revision, dtype and labels it had.
-            config: a configuration to use in place of the saved one.
+            base: the base model without the side network, with or without the adapter that trained too. None loads it
+                by its id, with the revision, dtype and labels it had.
+            config: a configuration to use instead of the saved one.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` apply to the
                 side network; all others, such as `dtype` or `device_map`, go to the base's `from_pretrained`.
 
@@ -381,12 +366,10 @@ class LadderModel(PreTrainedModel):
         name = os.fspath(source)
         saved = saving.read_config(name, {})
         saving.check_shape(saved, self.config, name)
-        check_fingerprints(
-            self.backbone, saved.base_fingerprints, saved.base_model_name_or_path, self.adapters.values()
-        )
-        own = self.state_dict()
+        base = saved.base_model_name_or_path
+        check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
+        own, taken = self.state_dict(), {}
         weights = {saving.without_wrapper(item): tensor for item, tensor in saving.read_weights(name, {}).items()}
-        taken = {}
         for item in self._trained:
             wanted = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
             found = weights.pop(saving.without_wrapper(item), None)

@@ -46,19 +46,18 @@ class LadderPool:
     too. Each member is an ordinary `LadderModel`, or a `PromptModel` around one, on the pool's backbone.
 
     Args:
-        base: a transformers model of text with a head, or PEFT's wrapper of one. It is used as it is, not copied; its
-            backbone is frozen.
+        base: a transformers model of text with a head, or PEFT's wrapper of one. It is not copied; its backbone is
+            frozen.
         feature_modules, backbone_dtype: as in `LadderConfig`; the side networks of one pool share them.
 
     Raises:
         FastpeftError: as by `LadderModel`, or the base does not read text.
 
     Notes:
-        Threads may call, add and remove at the same time: a call answers with the tasks that were there at its start,
-        and one pass runs at a time. Threads may also call while members train by `fit`: calls run between the steps.
-        The weights of side networks of one shape lie together in memory: optimizers and `load_state_dict` may change
-        them, but remove a member before you move it to another device or dtype. Do not add or remove members while
-        one trains.
+        Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
+        that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
+        not add or remove members while one trains. Side networks of one shape share memory: optimizers and
+        `load_state_dict` may change weights, but remove a member before you move it to another device or dtype.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP
@@ -112,17 +111,15 @@ class LadderPool:
         Args:
             name: the name of its task.
             side: a folder or hub id that `LadderModel.save_pretrained` or `PromptModel.save_pretrained` wrote; or such
-                a model, perhaps with another head than the pool's base, whose backbone's weights must equal the pool's
-                and are replaced by them; or the configuration of a new side network, which starts with the head and
-                the labels of the pool's base.
+                a model with any head, whose backbone's weights must equal the pool's and are replaced by them; or the
+                configuration of a new side network, which starts with the head and the labels of the pool's base.
 
         Returns:
-            The member, in evaluation mode: train it, save it and load it as any `LadderModel`, or as a `PromptModel` if
-            it has a prompt with label words.
+            The member, in evaluation mode: an ordinary `LadderModel`, or a `PromptModel` if it has label words.
 
         Raises:
             FastpeftError: the name is taken; the side network has another backbone, other layers, another kind of head
-                or a head that is another member's too; a configuration asks for other labels; or there is no such file.
+                or another member's head; a configuration asks for other labels; or there is no such file.
 
         Example:
             >>> pool.add("mood", LadderConfig())  # doctest: +SKIP
@@ -150,10 +147,7 @@ class LadderPool:
             raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
     def remove(self, name: str) -> Any:
-        """Remove a member; calls that have begun still answer for it.
-
-        Returns:
-            The member, which still shares the backbone's weights.
+        """Remove a member and return it; it still shares the backbone's weights. Running calls still answer for it.
 
         Raises:
             FastpeftError: there is no member of that name.
@@ -323,14 +317,8 @@ class LadderPool:
     ) -> FeatureCache | None:
         """From now on `fit` and `outputs` read features from a folder, and run the backbone only on new rows.
 
-        Folder and arguments are those of `LadderModel.cache_features`; a row is new unless a side network of this
-        backbone, in a pool or alone, has read it with this folder. Calls of the pool do not use the cache.
-
-        Returns:
-            The cache, whose `hits` and `misses` count rows; None if `folder` is None.
-
-        Raises:
-            FastpeftError: an argument cannot be used, or the folder cannot be written.
+        It is the folder of `LadderModel.cache_features`, with the same arguments, result and errors. A `LadderModel`
+        with this backbone shares its rows. Calls of the pool do not use the cache.
         """
         self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
         return self.feature_cache

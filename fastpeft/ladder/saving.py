@@ -23,19 +23,7 @@ from fastpeft.support.safe_paths import check_named_files
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
 # the arguments of `from_pretrained` that say where files are
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-_ON_THE_CARD = (
-    "window_size",
-    "reduction_factor",
-    "fusion",
-    "num_heads",
-    "residual",
-    "init",
-    "layer_drop",
-    "share_projections",
-    "output_mix",
-    "backbone_dtype",
-)
+_ON_THE_CARD = (*SHAPE[:5], "init", "layer_drop", "share_projections", "output_mix", "backbone_dtype")
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
@@ -43,7 +31,7 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     check_named_files(Path(source, hub.get("subfolder") or ""))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
-    except Exception as error:  # a broken file surfaces as almost any type
+    except Exception as error:  # a broken file raises almost any type
         raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
     if values.get("model_type") != LadderConfig.model_type:
         raise FastpeftError(
@@ -54,7 +42,7 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
         config: LadderConfig = LadderConfig.from_dict(values)
     except FastpeftError:
         raise
-    except Exception as error:  # a value of another type surfaces as almost any type
+    except Exception as error:  # a value of another type raises almost any type
         raise FastpeftError(f"cannot use the configuration of a side network in {source!r}: {error}") from error
     return config
 

@@ -175,7 +175,7 @@ def test_a_side_network_that_learned_from_later_tokens_is_refused(tmp_path: Path
         lambda: LadderModel.from_pretrained(tmp_path, base=causal_model("bloom")),
         lambda: ladder(causal_model("bloom"), causal=False),
     ):
-        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it anew"):
+        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it again"):
             make()
 
 
