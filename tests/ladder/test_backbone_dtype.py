@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, MeZO
 from fastpeft.ladder.cache import _identity
+from fastpeft.ladder.passes import listen
 from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.training.memory import simulate_training_step
 
@@ -39,7 +40,7 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 def last_feature(model: LadderModel) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.backbone.listen(lambda _, feature: seen.append(feature), lambda feature: feature):
+    with torch.no_grad(), listen(model.backbone, lambda _, feature: seen.append(feature), lambda feature: feature):
         model.backbone.body(IDS, attention_mask=MASK)
     return seen[-1]
 

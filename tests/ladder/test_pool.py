@@ -15,7 +15,7 @@ from pools import BATCH, ROUNDING, SMALL, assert_answers_are_the_models, pool_of
 from torch import nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
-from fastpeft.ladder import stack
+from fastpeft.ladder import side_stack as stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
