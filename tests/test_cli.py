@@ -99,7 +99,7 @@ def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     assert classified.split("\t")[1] == f"{likely.max():.3f}"
     # a run that ended between its last checkpoint and its end comes to the same weights
     (place / "out" / "metrics.json").unlink()
-    weights = place / "out" / ("adapter_model" if METHODS[method].adapts else "model")
+    weights = place / "out" / ("adapter_model" if METHODS[method].library == "peft" else "model")
     before = weights.with_suffix(".safetensors").read_bytes()
     weights.with_suffix(".safetensors").unlink()
     run("train", "--output", "out", "--resume", "--quiet")

@@ -28,7 +28,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
 from fastpeft.training.config import FOR_LABELS, TrainConfig
-from fastpeft.training.settings import method_options
+from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
 ROWS = (
@@ -203,7 +203,7 @@ class CompareConfig:
         if earlier is not None and not starts:  # its rate was given
             starts = [self._result_cell(earlier, 0)]
         config = self._trained_cell("", variant, 0, starts).config
-        recipe = get_method(config.method, config.settings).recipe_for(config.model)
+        recipe = resolve(config).recipe
         own_text, chain, rest = partition_chain(variant)
         cells = []
         for rate in rates(recipe.learning_rate):
@@ -224,11 +224,11 @@ class CompareConfig:
         if starts:
             values = {"model": starts[0].values["model"], **values, "init_from": starts[0].values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
-        if self.protocol == "quick" and not METHODS[method].zeroth_order and "max_steps" not in values:
+        if self.protocol == "quick" and not METHODS[method].optimization.zeroth_order and "max_steps" not in values:
             values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
         try:
-            method_options(config)
+            resolve(config)
         except FastpeftError as error:
             raise FastpeftError(f"{error}{_meant(values['settings'])}") from None
         return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))

@@ -1,3 +1,7 @@
-"""Names that options offer, where their importing costs nothing."""
+"""Names that options, data and base models share; importing them costs nothing."""
 
+from pathlib import Path
+
+DEMO = "demo"  # the bundled model, and the film reviews that it is fine-tuned on
+DEMO_FOLDER = Path(__file__).parents[1] / DEMO
 FEATURE_DTYPES = ("bfloat16", "float32", "int8")  # what cached features of a backbone are rounded to, the default first

@@ -184,7 +184,7 @@ def write_card(config: LadderConfig, folder: Path) -> None:
         base_model=config.base_model_name_or_path or "the base model",
         method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
         snippet=f"import fastpeft\n\nmodel = fastpeft.LadderModel.from_pretrained({folder.name!r})",
-        adapter=False,
+        library="transformers",
         settings={name: getattr(config, name) for name in shown} | {"feature_dropout": config.dropout},
     )
     card.write_text(text, encoding="utf-8")

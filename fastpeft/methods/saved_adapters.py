@@ -61,6 +61,23 @@ def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, li
     }
 
 
+def put_onto(base: Any, folder: Path) -> PeftModel:
+    """The adapter that a run left in `folder`, on its base.
+
+    Raises:
+        FastpeftError: it cannot be read, is damaged, or does not go onto that base.
+    """
+    check_file(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except FastpeftError as error:
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error}") from error
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
+    check_weights(model, folder)
+    return model
+
+
 def load_adapter(folder: Path) -> tuple[PeftModel, Any]:
     """The adapter in a local folder on its base model, on the CPU, and their tokenizer, None where neither has one.
 

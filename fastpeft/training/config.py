@@ -13,12 +13,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from fastpeft.data.examples import DEMO
-from fastpeft.data.names import FEATURE_DTYPES
+from fastpeft.data.names import DEMO, FEATURE_DTYPES
 from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, PROBLEMS
 from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.registry import METHODS, SIVA_LAYERS, get_method
+from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json
@@ -222,7 +222,7 @@ class TrainConfig:
             object.__setattr__(self, "found_prompt", None)
         method = get_method(self.method, self.settings)
         if self.cache_features is not None:
-            if not method.ladder:
+            if not method.frozen_features:
                 self._refuse(
                     "cache_features",
                     f"the method {self.method!r} has no frozen features to keep: its layers change as it trains, or "

@@ -11,10 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.preparation import Preparation, parse_targets
-from fastpeft.methods.registry import OPTIONS, Method, get_method
+from fastpeft.methods.method import Method
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.training.config import TrainConfig
 
 # fields of TrainingArguments that settings may have; in the last line those of MeZOConfig alone
 _ARGUMENTS = """
@@ -70,42 +68,6 @@ _INSTEAD = {
 }
 
 
-def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, Any]]:
-    """The method that `config` names, what that is given but for the model's part, and fields of TrainingArguments.
-
-    Raises:
-        FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
-    """
-    method = get_method(config.method, config.settings)
-    settings, arguments = sort_settings(method, config.settings)
-    if method.zeroth_order and config.optimizer_in_backward:
-        raise FastpeftError(
-            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
-            "it out."
-        )
-    if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
-        raise FastpeftError(
-            "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "
-            "are scaled by the spread of the losses. Give one; 1e-6 serves the bundled model with 8 estimates."
-        )
-    for option in OPTIONS:
-        if option not in method.options and getattr(config, option) is not None:
-            raise FastpeftError(
-                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
-                f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
-            )
-    preparation = Preparation(
-        head=(),
-        rank=config.rank,
-        targets=parse_targets(config.targets),
-        settings=settings,
-        window=config.window,
-        reduction=config.reduction,
-    )
-    method.check(preparation)
-    return method, preparation, arguments
-
-
 def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide settings between the method's configuration and TrainingArguments.
 
@@ -121,10 +83,10 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if name not in hints:
             close = difflib.get_close_matches(name, hints, 3)
             advice = f". Did you mean {' or '.join(close)}?" if close else f": {', '.join(fields)}."
+            kind = "fastpeft.MeZOConfig" if method.optimization.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of "
-                f"{'fastpeft.MeZOConfig' if method.zeroth_order else 'transformers.TrainingArguments'}{advice}"
+                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}{advice}"
             )
         hint = hints[name]
         if not _fits(value, hint):
@@ -151,7 +113,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def arguments_of(method: Method) -> type[TrainingArguments]:
     """The class of a method's arguments for its Trainer."""
-    return MeZOConfig if method.zeroth_order else TrainingArguments
+    return MeZOConfig if method.optimization.zeroth_order else TrainingArguments
 
 
 def checkpointing_options(arguments: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:

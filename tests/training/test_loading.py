@@ -17,15 +17,16 @@ from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
 from fastpeft.data.problems import CLASSIFICATION
-from fastpeft.methods.adapters import merge
 from fastpeft.methods.registry import METHODS
+from fastpeft.methods.wrapping import merge
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.loading import Head, load_run, load_start
+from fastpeft.training.loading import load_run, load_start
+from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task, recipe_used
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUBSETS = [name for name in SMALL if not METHODS[name].zeroth_order]
+SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:
@@ -87,7 +88,8 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
         link = replace(config, output=output, init_from=start, **{"prompt": None, "label_words": None, **values})
         if start is not None:
             before = load_run(start)
-            begun = load_start(link, Head.of(link, before.labels, CLASSIFICATION)).model
+            head = Head.of(link, before.labels, CLASSIFICATION)
+            begun = load_start(resolve(link).with_head(head)).model
             expected = encoder(before.classifier.model)
             assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
         result = train(link)
@@ -225,6 +227,6 @@ def test_the_rate_ends_where_the_recipe_says(config: TrainConfig) -> None:
 def test_the_bundled_model_has_its_own_recipes() -> None:
     for method in METHODS.values():
         recipe = method.recipe_for("demo")
-        assert recipe.epochs == (6 if method.zeroth_order else 1)
+        assert recipe.epochs == (6 if method.optimization.zeroth_order else 1)
         assert recipe.learning_rate >= method.recipe_for("elsewhere").learning_rate
     assert METHODS["k-lst"].recipe_for("demo").schedule == "linear"

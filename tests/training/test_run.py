@@ -66,7 +66,7 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
     names = {path.name for path in result.folder.iterdir()}
     assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert ("adapter_config.json" in names) is get_method(method).adapts
+    assert ("adapter_config.json" in names) is (get_method(method).library == "peft")
     assert TrainConfig.from_file(result.folder / "run.json") == config
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 

@@ -112,7 +112,8 @@ def refusal(task: Task, method: str, settings: dict[str, Any]) -> str | None:
     config = replace(task.config, method=method, settings=settings)
     try:
         _, arguments = sort_settings(get_method(method), settings)
-        replace(task, method=get_method(method), config=config, arguments=arguments).training_arguments("nowhere")
+        setup = replace(task.setup, method=get_method(method), config=config, arguments=arguments)
+        replace(task, setup=setup).training_arguments("nowhere")
     except FastpeftError as error:
         return str(error)
     return None
