@@ -1,6 +1,7 @@
 """`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
 
 Timings are drawn as ratios or over sizes, compiled tiles as registers, and what runs measured on their way as curves.
+The picture at the top of the README, memory against speed, goes to `docs/images`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,23 @@ from bench.harness import DATA, Row, read_rows
 MEASURED = ("ms_", "ratio_")
 WHERE = ("device", "card", "threads", "python", "fastpeft", "torch", "triton", "peft")
 REGISTERS = 255  # that a thread of an NVIDIA card can have
+OVERVIEW = DATA.parents[1] / "docs" / "images" / "memory-speed.png"
+
+# A point of the overview: variant in compare_demo.csv, candidate in training.csv, label and where it stands.
+POINTS = (
+    ("mezo:prompt=sst2:learning_rate=1.5e-5:epochs=6", None, "MeZO", (9, 4)),
+    ("k-lst", "k-lst", "9-LST", (9, 4)),
+    ("lst", "lst", "LST", (9, 4)),
+    ("lora:rank=4", "lora-query-key", "LoRA, query and key", (8, 8)),
+    ("siva", "siva-query-key", "SiVA, query and key", (-4, -16)),
+    ("siva:targets=all-linear:learning_rate=5e-4", "siva-all-linear", "SiVA, all linear layers", (4, 9)),
+    ("head", "head", "head only", (-9, 4)),
+    ("last-n", "last-n", "last 3 layers", (-7, 5)),
+    ("bitfit", "bitfit", "BitFit", (-8, -7)),
+    ("lora:rank=4:targets=all-linear", "lora-all-linear", "LoRA, all linear layers", (9, -12)),
+    ("full", "full", "full fine-tuning", (0, 10)),
+)
+OURS = ("siva", "k-lst", "lst", "mezo")
 
 
 def plot_timings(rows: list[Row], file: Path) -> None:
@@ -119,6 +137,42 @@ def plot_scaling(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def plot_overview(file: Path) -> None:
+    """Training speed over peak memory of the methods: the bundled model, float32, 16 x 32 tokens, two CPU cores.
+
+    Memory is that of each method's run on the demo data, speed that of whole training steps. MeZO's speed was measured
+    beside its own forward passes, in a run of its own.
+    """
+    memory = {row["variant"]: float(row["peak_memory_mb"] or 0) for row in read_rows(DATA / "compare_demo.csv")}
+    steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv")}
+    mezo = next(row for row in read_rows(DATA / "mezo_step.csv") if row["candidate"] == "step, deferred")
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for variant, candidate, label, offset in POINTS:
+        step = steps[candidate] if candidate else mezo
+        place = memory[variant], 1e3 * int(step["batch"]) / float(step["ms_p50"])
+        ours = variant.partition(":")[0] in OURS
+        axes.plot(*place, "o" if ours else "s", ms=9 if ours else 7, color="#e65100" if ours else "#546e7a")
+        axes.annotate(
+            label,
+            place,
+            offset,
+            textcoords="offset points",
+            horizontalalignment="right" if offset[0] < 0 else "left",
+            weight="bold" if ours else "normal",
+            fontsize=9,
+        )
+    for label, marker, color in (("in fastpeft", "o", "#e65100"), ("for comparison", "s", "#546e7a")):
+        axes.plot([], [], marker, color=color, label=label)
+    axes.legend(fontsize=9)
+    axes.set_xlim(0, 480)
+    axes.set_ylim(0, 240)
+    axes.set_xlabel("peak memory of a training step, MB (less is better)")
+    axes.set_ylabel("samples a second (more is better)")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
     """Rows by the values of `columns`, in order of appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -139,6 +193,7 @@ def _short(tile: str) -> str:
 
 
 def main() -> None:
+    plot_overview(OVERVIEW)
     for table in sorted(DATA.glob("*.csv")):
         rows = read_rows(table)
         if rows and "registers" in rows[0]:

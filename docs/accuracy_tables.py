@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
+import cost_tables
 from table_rows import DOCS, NAMES, Row, read, rows, settings, table, whole
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
@@ -90,6 +91,30 @@ def sst2() -> str:
     return table(heads, ([*cells, f"{memory:,.0f}"] for memory, cells in sorted(body)))
 
 
+SUMMARY = {  # of the README: variant of the full tables -> (case of memory.csv, candidate of training.csv, what trains)
+    "full": ("full fine-tuning, bfloat16 throughout", "full", "all weights"),
+    "lora:rank=4:targets=query+key": ("LoRA or PiSSA, query and key", "lora-query-key", "factors beside query and key"),
+    "siva": ("**SiVA**, query and key", "siva-query-key", "singular vectors of query and key"),
+    "k-lst:window=9": ("**9-LST**", "k-lst", "a side network, windows of 9 features"),
+    "lst": ("LST", "lst", "a side network, single features"),
+    "mezo:prompt=sst2": ("**MeZO**", "mezo", "all weights, by forward passes"),
+}
+
+
+def summary() -> str:
+    """The methods in six rows: memory of a RoBERTa-large, speed and accuracy of the bundled model."""
+    peaks = cost_tables.peaks()
+    milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
+    milliseconds["mezo"] = next(float(r["ms_p50"]) for r in rows("mezo_step.csv") if r["candidate"] == "step, deferred")
+    runs = comparison("table2-full")
+    body = []
+    for variant, (case, step, trained) in SUMMARY.items():
+        found = runs[variant]
+        speed = f"{16e3 / milliseconds[step]:.0f}"
+        body.append([NAMES[found[0]["method"]], trained, f"{peaks[case]['128']:,.0f}", speed, _percent(found)])
+    return table(["method", "what trains", "peak memory, MB", "samples/s", "accuracy, %"], body)
+
+
 def targets() -> str:
     """Full fine-tuning, LoRA and SiVA by the layers they adapt, on two data sets."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -104,7 +129,7 @@ def targets() -> str:
 
 
 def suite(folder: str, *, speeds: bool = True) -> str:
-    """The report's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
+    """The paper's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
     wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
     runs = comparison(folder)
     body = []
@@ -116,7 +141,7 @@ def suite(folder: str, *, speeds: bool = True) -> str:
                 measured = mean(float(run[column]) for run in found)
                 cells += ["-" if row.get(key) is None else f"{row[key]:,}", f"{measured:,.0f}"]
             body.append([row["title"], *cells])
-    heads = ["", "accuracy, %: report", "here", "memory, MB: report", "here", "samples/s: report", "here"]
+    heads = ["", "accuracy, %: paper", "here", "memory, MB: paper", "here", "samples/s: paper", "here"]
     if not speeds:
         heads, body = heads[:-2], [cells[:-2] for cells in body]
     return table(heads, body)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from table_rows import NAMES, Row, rows, table, whole
 
-# rows of bench/data/memory.csv by what tells them apart: method, targets, adapter and residual dtype, optimizer
+# rows of bench/data/memory.csv by the columns that identify a case: method, targets, adapter and residual dtype, optimizer
 LARGE = {
     ("mezo", "", "", "", ""): "**MeZO**",
     ("lst", "", "float32", "", ""): "LST",
@@ -22,14 +22,19 @@ LARGE = {
 LENGTHS = ("64", "128", "512")
 
 
-def memory() -> str:
-    """Peaks of a RoBERTa-large, by method and length."""
-    peaks: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
+def peaks() -> dict[str, dict[str, float]]:
+    """Peak memory of a RoBERTa-large, MB, by method and length."""
+    found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
         case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
         if case in LARGE:
-            peaks[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
-    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks.items())
+            found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
+    return found
+
+
+def memory() -> str:
+    """Peaks of a RoBERTa-large, by method and length."""
+    body = ([name, *(f"{found[length]:,.0f}" for length in LENGTHS)] for name, found in peaks().items())
     return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
 
 

@@ -17,6 +17,7 @@ from table_rows import DOCS
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?s:.*?)(<!-- end of table -->)")
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": accuracy_tables.summary,
     "demo": accuracy_tables.demo,
     "sst2": accuracy_tables.sst2,
     "table2-quick": partial(accuracy_tables.suite, "table2-quick"),

@@ -1,4 +1,4 @@
-"""Names that options, data and base models share; importing them costs nothing."""
+"""Names that data, base models and options share, where importing them costs nothing."""
 
 from pathlib import Path
 

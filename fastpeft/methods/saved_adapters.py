@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastpeft.errors import FastpeftError
-from fastpeft.siva.layer import current_keys
+from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
 from fastpeft.support.hub import source_options

@@ -149,6 +149,7 @@ def test_mezo_trains_a_side_network_beside_it() -> None:
     assert not any(".roberta." in name for name in changed)
 
 
+@pytest.mark.long(but="nf4")
 @FORMATS
 def test_a_simulated_step_counts_the_bytes_of_the_format(kind: Any) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 128}
@@ -370,6 +371,7 @@ class Counting:
         return graph.forward
 
 
+@pytest.mark.long(but="None")
 @pytest.mark.parametrize("kind", [None, "bfloat16", "int8", NF4])
 def test_a_compiled_backbone_is_the_same(kind: Any) -> None:
     model = ladder(tiny(num_hidden_layers=12), backbone_dtype=kind).eval()

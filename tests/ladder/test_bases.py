@@ -223,6 +223,7 @@ def test_padding_of_a_plain_module_is_kept_from_the_side_network() -> None:
         model(inputs=TEXTS, attention_mask=mask[:, 1:])
 
 
+@pytest.mark.long(but="perceptron")
 @pytest.mark.parametrize("kind", ["vit", "perceptron"])
 def test_trainer(tmp_path: Path, kind: str) -> None:
     generator = torch.Generator().manual_seed(4)

@@ -41,6 +41,7 @@ MIXES = {
 }
 
 
+@pytest.mark.long(only="mixed-mask")
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_every_row_gets_its_models_answer(mix: list[int], masked: bool) -> None:

@@ -75,6 +75,7 @@ def test_every_estimator_is_its_plain_loop(settings: dict[str, Any]) -> None:
     assert not equal(weights(ours), weights(network()))
 
 
+@pytest.mark.long(but="{'noise': 'rademacher'}")
 @pytest.mark.parametrize("settings", [{}, {"noise": "rademacher"}, {"num_estimates": 3}], ids=str)
 def test_the_estimate_is_unbiased_on_a_quadratic(settings: dict[str, Any]) -> None:
     """The mean step of 3,000 seeds lies within 4.5 standard errors of the gradient, in each coordinate."""

@@ -80,6 +80,7 @@ def test_it_descends_a_quadratic() -> None:
     assert optimizer.steps_done == 300
 
 
+@pytest.mark.long(but="dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_hundred_steps_are_those_of_a_plain_loop(dtype: torch.dtype) -> None:
     """Bit for bit: the same noise, the same roundings, decay before the step, two groups, a schedule."""

@@ -307,6 +307,7 @@ def mean_of_halves(model: nn.Module, step: int) -> float:
     return statistics.fmean(loss_of(model, step, slice(rank, None, 2)).item() for rank in range(2))
 
 
+@pytest.mark.long(only="plain-dtype0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_two_ranks_take_the_steps_of_one_process_that_averages_their_losses(
@@ -412,6 +413,7 @@ def test_a_fault_of_one_is_raised_on_all(ranks: Run) -> None:
 # -- in the Trainer ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but="1-True")
 @pytest.mark.parametrize("own_loss", [False, True])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_trainer_in_two_processes_is_one_with_twice_the_rows(
@@ -429,6 +431,7 @@ def test_the_trainer_in_two_processes_is_one_with_twice_the_rows(
     assert first["model"] == "RobertaForMaskedLM"  # not wrapped
 
 
+@pytest.mark.long(but="True")
 @pytest.mark.parametrize("save_weights", [False, True])
 def test_the_trainer_in_two_processes_resumes(ranks: Run, tmp_path: Path, save_weights: bool) -> None:
     changes = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2, "journal": True}

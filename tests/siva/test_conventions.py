@@ -276,6 +276,7 @@ def test_saved_and_loaded_by_any_name(tmp_path: Path, case: Case, residual: str,
     assert output(loaded.eval(), case).equal(output(model, case))
 
 
+@pytest.mark.long(only="implicit-nested")
 @ALL
 @RESIDUALS
 def test_state_dicts_go_from_model_to_model(case: Case, residual: str) -> None:

@@ -106,6 +106,7 @@ def test_a_layer_compiles_once_for_all_shapes(residual: str, counter: CompileCou
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_a_model_compiles_whole(residual: str, counter: CompileCounterWithBackend) -> None:
     model = adapted(residual)
@@ -117,6 +118,7 @@ def test_a_model_compiles_whole(residual: str, counter: CompileCounterWithBacken
     assert counter.frame_count == graphs  # the sizes are symbols by now
 
 
+@pytest.mark.long
 def test_a_compiled_model_follows_its_adapters(counter: CompileCounterWithBackend) -> None:
     """What is compiled is compiled again where the layers act in another way, never used as it was."""
     model = adapted("implicit")
@@ -146,6 +148,7 @@ def test_inductor_compiles_a_training_step() -> None:
     assert_close(step(compiled, batch()), step(model, batch()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long(but="implicit-False")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_exports_with_a_free_batch_size(residual: str, strict: bool) -> None:

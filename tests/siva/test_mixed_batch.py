@@ -446,6 +446,7 @@ def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
         assert loaded.eval()(ids(), adapter_names=NAMES).logits.equal(expected)
 
 
+@pytest.mark.long
 def test_compiles() -> None:
     """Into one graph where PyTorch traces a context that takes an attribute off a module, as 2.10 does not."""
     model = classifier("implicit")

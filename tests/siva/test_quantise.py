@@ -301,6 +301,7 @@ def test_a_pissa_adapter_can_go_on_with_a_quantised_residual(tmp_path: Path) -> 
     assert 0 < relative(logits(model), logits(trained)) < 0.05
 
 
+@pytest.mark.long(but="nf4")
 @KINDS
 def test_a_simulated_step_counts_the_codes(kind: Any) -> None:
     ids = torch.ones(2, 5, dtype=torch.long)

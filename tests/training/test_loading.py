@@ -39,6 +39,7 @@ def logits(model: Any, config: TrainConfig) -> torch.Tensor:
     return found
 
 
+@pytest.mark.long(but="k-lst-direct-classifier")
 @pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
@@ -80,6 +81,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.long(but="pissa, full")
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfig, chain: Any) -> None:
     start: str | None = None
@@ -112,6 +114,7 @@ def encoder(model: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.mark.long(but="{'method': 'full'}-words")
 @pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
 @pytest.mark.parametrize("then", [{"method": "mezo", "settings": {"over": "k-lst"}}, SIVA, {"method": "full"}], ids=str)
 def test_the_first_output_is_the_earlier_runs_last(config: TrainConfig, then: Any, prompt: Any) -> None:
@@ -136,6 +139,7 @@ def test_a_head_for_other_classes_is_new(config: TrainConfig, tmp_path: Path) ->
     assert torch.equal(fresh.get_input_embeddings().weight, trained.get_input_embeddings().weight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -119,6 +119,7 @@ def refusal(task: Task, method: str, settings: dict[str, Any]) -> str | None:
     return None
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", ["lora", "mezo"])
 def test_whatever_a_setting_is_it_is_taken_or_refused_in_words(task: Task, method: str) -> None:
     kind = MeZOConfig if method == "mezo" else TrainingArguments
