@@ -75,7 +75,7 @@ SELECTION = (
     "tests/ladder/test_model.py",
     "tests/mezo/test_optimizer.py",
     "tests/kernels/test_siva_linear.py",
-    "tests/kernels/test_mezo.py",
+    "tests/kernels/test_mezo_perturb.py",
     "tests/ops/test_backends.py",
     "tests/test_cli.py",
     "tests/training/test_export.py",
