@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 export PIP_CONSTRAINT := $(CURDIR)/requirements-dev.lock
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo install-dev check test test-all kill-test endurance-test distributed-test peft-suite version-test docs fuzz audit \
+.PHONY: demo install-dev check test test-all test-full kill-test endurance-test distributed-test peft-suite version-test docs fuzz audit \
 	native sanitize sanitize-thread valgrind bench wheel clean
 
 demo: $(VENV)/demo.stamp
@@ -27,16 +27,23 @@ check: $(VENV)/dev.stamp
 	ruff format --check .
 	ruff check .
 	mypy
+	lint-imports
 	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
 
 # a worker holds about 1.5 GB
 TEST_WORKERS ?= 2
 PYTEST := python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
 
+# the short suite, of a contributor; its evidence is bench/data/mutations.csv
 test: $(VENV)/dev.stamp
 	$(PYTEST)
 
-test-all: $(VENV)/dev.stamp fuzz
+# what that leaves out, too: continuous integration runs both
+test-all: test
+	$(PYTEST) --rest
+
+# every case of every test, and every reader of files fuzzed
+test-full: $(VENV)/dev.stamp fuzz
 	$(PYTEST) --full
 
 # the figures of docs/reliability.md: runs killed at random moments, and runs of very many steps

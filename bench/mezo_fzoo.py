@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from bench.harness import DATA, machine, put_row
 from fastpeft import TrainConfig, train
-from fastpeft.mezo.steps import Estimator
+from fastpeft.mezo.estimator import Estimator
 
 FILE = DATA / "mezo_fzoo.csv"
 NOISE = {"spsa": "gaussian", "fzoo": "rademacher"}  # what the authors of each take

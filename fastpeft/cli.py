@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +14,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastpeft.data.problems import OBJECTIVES, PROBLEMS
+from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
-from fastpeft.ops import backends
 from fastpeft.support.interrupts import sigterm_interrupts
+from fastpeft.training.config import TrainConfig, options, parse_value
 
-# the heavy imports are in the commands, so that `fastpeft --help` answers at once
+# what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
 
 class _Group(TyperGroup):
@@ -27,7 +29,10 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             with sigterm_interrupts():
-                backends.choices()  # an environment variable may ask for what is not there
+                if "FASTPEFT_BACKEND" in os.environ:
+                    from fastpeft.ops import backends
+
+                    backends.choices()  # raises where it asks for a back end that is not there
                 return super().invoke(ctx)
         except FastpeftError as error:
             typer.echo(f"Error: {error}", err=True)
@@ -46,12 +51,52 @@ app = typer.Typer(
 )
 
 
-def _settings(items: list[str]) -> dict[str, Any]:
-    """Parse `key=value` items."""
-    from fastpeft.training.config import parse_value
+def _flag(name: str) -> str:
+    """The option of a field of `TrainConfig`."""
+    return f"--{name.replace('_', '-')}"
 
+
+def _run_options(*excluded: str, panel: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of `TrainConfig`, which it takes as `**values`.
+
+    Args:
+        excluded: names of fields for which it has none.
+        panel: the heading under which `--help` shows them, after the command's own. None: with those, before them.
+    """
+    made = []
+    for known in options():
+        if known.name not in excluded:
+            shown = typer.Option(
+                _flag(known.name), help=known.text(_flag), metavar=known.metavar, rich_help_panel=panel
+            )
+            kind: Any = Annotated[known.kind | None, shown]
+            made.append(inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters = [*own, *made] if panel else [*made, *own]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return command
+
+    return add
+
+
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(items: list[str] | None) -> dict[str, Any]:
+    """Parse `key=value` items."""
     parsed: dict[str, Any] = {}
-    for item in items:
+    for item in items or []:
         name, separator, value = item.partition("=")
         if not separator or not name:
             raise FastpeftError(f"--set {item!r} is not of the form key=value. Write, for example, --set d=300.")
@@ -73,125 +118,32 @@ def _stem(data: str) -> str:
 
 
 @app.command()
+@_run_options("found_prompt", "settings")
 def train(
-    ctx: typer.Context,
-    method: Annotated[str | None, typer.Option(help=f"{', '.join(METHODS)} (default: siva)")] = None,
-    model: Annotated[str | None, typer.Option(help="demo, a folder or a hub id (default: demo)")] = None,
-    init_from: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Folder of a finished run whose model to train on.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="demo, a csv, tsv, jsonl or parquet file, a folder with train.* and dev.* or saved by datasets, or a "
-            "hub data set as nyu-mll/glue:sst2 (default: demo)"
-        ),
-    ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(OBJECTIVES)}: learn masked words of texts, for --init-from (default: the labels)"
-        ),
-    ] = None,
-    problem_type: Annotated[str | None, typer.Option(help=f"{', '.join(PROBLEMS)} (default: told by the data)")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run (default: runs/METHOD-DATA)")] = None,
+    *,
     config: Annotated[Path | None, typer.Option(help="A run.json to repeat; other options change it.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Layers to adapt: query,key or all-linear or a regular expression.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Backbone features that each block of k-lst reads, odd (default: 9)")
-    ] = None,
-    reduction: Annotated[
-        int | None, typer.Option(help="How many times narrower the side network of k-lst or lst is (default: 8)")
-    ] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training rows (default: the method's recipe's)")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step (default: 16)")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate (default: the method's recipe's)")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest text in tokens (default: 128)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides the new head, the order and dropout (default: 0)")] = None,
-    split_seed: Annotated[
-        int | None, typer.Option(help="Decides the dev rows where the data has none (default: 0)")
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="How they are chosen: stratified or shuffled (default: stratified)")
-    ] = None,
-    save_steps: Annotated[int | None, typer.Option(help="A checkpoint every so many steps.")] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Keep the checkpoint best by it: accuracy, f1, word_f1, pearson, loss ...")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="End when the metric was not better for so many checkpoints (default: never)")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEMPLATE|NAME|auto|none",
-            help="As '{text} It was <mask>.' or sst2; auto finds one on training rows (default: none)",
-        ),
-    ] = None,
-    label_words: Annotated[
-        str | None, typer.Option(help="terrible,great or negative=terrible,positive=great (default: the prompt's)")
-    ] = None,
-    prompt_head: Annotated[str | None, typer.Option(help="label_words or classifier (default: label_words)")] = None,
-    cache_features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Keep the backbone's features there, for all runs of k-lst and lst (default: nowhere)"
-        ),
-    ] = None,
-    cache_dtype: Annotated[
-        str | None,
-        typer.Option(help="What kept features are rounded to: bfloat16, float32 or int8 (default: bfloat16)"),
-    ] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16", help="Compute in bfloat16.")] = None,
-    optimizer_in_backward: Annotated[
-        bool | None,
-        typer.Option("--optimizer-in-backward", help="Free gradients as soon as they are used; none are clipped."),
-    ] = None,
-    deterministic: Annotated[bool | None, typer.Option("--deterministic", help="Deterministic kernels only.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of texts, or two joined by a comma for pairs (default: found by name)")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column of classes, numbers or tags (default: found by name)")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."
-        ),
-    ] = None,
+    settings: _Settings = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from where the run in the output has come to.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    quiet: _Quiet = False,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing."),
+        bool, typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing.")
     ] = False,
     memory_budget: Annotated[
         float | None, typer.Option(metavar="MB", help="With --dry-run: show whether a step fits into so much memory.")
     ] = None,
+    **values: Any,
 ) -> None:
     """Fine-tune a model."""
     from fastpeft import console
     from fastpeft.support import processes
-    from fastpeft.training.config import TrainConfig
     from fastpeft.training.run import train as train_run
     from fastpeft.training.run_folder import RunFolder, read_config
 
-    # most options are fields of the configuration, and are read by their names
-    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"settings"}
-    values = {name: value for name, value in ctx.params.items() if name in names and value is not None}
-    new_settings = _settings(settings or [])
+    values = _given(values)
+    new_settings = _settings(settings)
     quiet = quiet or not processes.is_first()
     console.show_messages(quiet)
     if config is not None:
@@ -338,19 +290,19 @@ def predict(
 
 
 @app.command()
+@_run_options(*DECIDED, *PROMPTED, panel="For all cells, as for train")
 def compare(
+    *,
     output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
     suite: Annotated[
         str | None,
-        typer.Option(
-            help="table1, table2 or figure5: the rows of the report that the methods are from, beside --methods."
-        ),
+        typer.Option(help="table1, table2 or figure5: the rows that the paper has there, beside --methods."),
     ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
             metavar="VARIANT,...",
-            help=f"Of {', '.join(METHODS)}, zero-shot. A variant is a method and its options after colons: "
+            help=f"Of {', '.join((*METHODS, ZERO_SHOT))}. A variant is a method and its options after colons: "
             "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
             "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
         ),
@@ -369,21 +321,12 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="PROMPT,...",
-            help="Combine each variant that has none with each of these: templates, names, auto or none, as "
-            "sst2:label_words=bad+good. With --suite one, for its prompted rows; none leaves them out.",
+            help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
+            "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="As for train.")] = None,
-    data: Annotated[str | None, typer.Option(help="As for train.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="As for train, for all cells.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="As for train, for all cells.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="As for train, for all cells.")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="A cell that was cut off then goes on inside.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other key of a variant, for all cells."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+    settings: _Settings = None,
+    quiet: _Quiet = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show the cells with the time and memory that each would take; write nothing."),
@@ -391,6 +334,7 @@ def compare(
     memory_budget: Annotated[
         float | None, typer.Option(metavar="MB", help="With --dry-run: show which cells fit into so much memory.")
     ] = None,
+    **common: Any,
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
 
@@ -401,17 +345,8 @@ def compare(
     from fastpeft import console
     from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import Comparison
-    from fastpeft.comparison.variants import split_items
 
     console.show_messages(quiet)
-    given = {
-        "model": model,
-        "data": data,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "save_steps": save_steps,
-    }
     config = CompareConfig(
         output=output,
         methods=[item for text in methods or [] for item in split_items(text)],
@@ -419,7 +354,7 @@ def compare(
         protocol=protocol,
         prompts=[item for text in prompts or [] for item in split_items(text)],
         seeds=seeds,
-        common={**_settings(settings or []), **{name: value for name, value in given.items() if value is not None}},
+        common={**_settings(settings), **_given(common)},
     )
     _check_budget(memory_budget, dry_run)
     comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from fastpeft.comparison.run import Comparison
 from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.siva.progress import listening
 from fastpeft.support.logs import show_own_messages
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, plan
@@ -92,9 +94,40 @@ def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
         console=errors,
     )
     try:
-        yield [ProgressBar(progress)]
+        with _decomposition_bar():
+            yield [ProgressBar(progress)]
     finally:
         progress.stop()
+
+
+PATIENCE_S = 2.0  # before a bar shows how many weights are decomposed
+
+
+@contextmanager
+def _decomposition_bar() -> Iterator[None]:
+    """On a terminal, a bar over the layers that SiVA decomposes, if that takes long. It goes away at the end."""
+    columns = (TextColumn("decomposing weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=errors, transient=True)
+    task, began = bar.add_task("decomposing weights", total=None), time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal began
+        began = time.monotonic() if done == 1 else began
+        bar.update(task, completed=done, total=total)
+        if errors.is_terminal and time.monotonic() - began > PATIENCE_S:
+            bar.start()  # again is harmless
+        if done == total:
+            stop()
+
+    def stop() -> None:
+        if bar.live.is_started:  # a bar that never showed would end in an empty line
+            bar.stop()
+
+    try:
+        with listening(show):
+            yield
+    finally:
+        stop()
 
 
 @contextmanager

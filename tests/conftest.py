@@ -1,7 +1,12 @@
 """What every test runs under: no network, two threads, a sample of the long tests; and a model and data for many.
 
-Tests marked slow, interp_full, kill or docs run in full under `--full` (`make test-all`). Without it a tenth of each
-marker's tests runs, at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again.
+    python -m pytest            the short suite (`make test`); what it finds: bench/data/mutations.csv
+    python -m pytest --all      long tests too (`make test-all`); `--rest` runs those alone
+    python -m pytest --full     every case of every test (`make test-full`)
+
+Tests marked slow, interp_full, kill or docs run in full under `--full`. Without it a tenth of each marker's tests runs,
+at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again. Of a test marked
+`long(but=...)` the named cases are in the short suite, of one marked `long(only=...)` all others.
 """
 
 from __future__ import annotations
@@ -34,11 +39,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run every long test instead of a seeded sample")
+    parser.addoption("--all", action="store_true", help="run long tests too")
+    parser.addoption("--rest", action="store_true", help="run long tests alone")
+    parser.addoption("--full", action="store_true", help="run every case of every test")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "long tests: all" if config.getoption("--full") else f"long tests: a sample, FASTPEFT_TEST_SEED={SEED}"
+    return "every case" if config.getoption("--full") else f"a sample of many cases, FASTPEFT_TEST_SEED={SEED}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,8 +57,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marked = [item for item in items if item.get_closest_marker(marker)]
         count = math.ceil(SAMPLED_SHARE * len(marked))
         dropped |= set(marked) - set(random.Random(f"{SEED}:{marker}").sample(marked, count))
+    if not config.getoption("--all"):
+        wanted = config.getoption("--rest")
+        dropped |= {item for item in items if _is_long(item) is not wanted}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+def _is_long(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("long")
+    if marker is None:
+        return False
+    case = item.name.partition("[")[2].removesuffix("]")
+    if "only" in marker.kwargs:
+        return case in _cases(marker.kwargs["only"])
+    return case not in _cases(marker.kwargs.get("but", ()))
+
+
+def _cases(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given
 
 
 @pytest.fixture(scope="session")

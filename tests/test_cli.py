@@ -53,6 +53,7 @@ def run(*arguments: str) -> Result:
     return result
 
 
+@pytest.mark.long(but="mezo-loop")
 @pytest.mark.parametrize("method", SMALL)
 def test_train_eval_predict(place: Path, method: str) -> None:
     trained = run(*TRAIN, "--method", method, "--output", "out")
@@ -81,6 +82,7 @@ def test_train_eval_predict(place: Path, method: str) -> None:
 PROMPT = ("--prompt", "{text} the film is <mask>", "--label-words", "negative=awful,positive=lovely")
 
 
+@pytest.mark.long(but="mezo-loop-classifier")
 @pytest.mark.parametrize(("method", "head"), prompted(SMALL))
 def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     arguments = (*TRAIN, *PROMPT, "--prompt-head", head, "--method", method, "--learning-rate", "1e-2")
@@ -99,7 +101,7 @@ def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     assert classified.split("\t")[1] == f"{likely.max():.3f}"
     # a run that ended between its last checkpoint and its end comes to the same weights
     (place / "out" / "metrics.json").unlink()
-    weights = place / "out" / ("adapter_model" if METHODS[method].adapts else "model")
+    weights = place / "out" / ("adapter_model" if METHODS[method].library == "peft" else "model")
     before = weights.with_suffix(".safetensors").read_bytes()
     weights.with_suffix(".safetensors").unlink()
     run("train", "--output", "out", "--resume", "--quiet")
@@ -196,6 +198,7 @@ def test_a_model_without_its_prompt_is_told_to_have_one(prompt: tuple[str, ...])
 PAIR_PROMPT = ("--prompt", "{a} <mask> {b}", "--label-words", "different=odd,same=lovely")
 
 
+@pytest.mark.long
 def test_pairs_are_separated_by_a_tab(place: Path) -> None:
     write_jsonl(place / "pairs.jsonl", pairs(40))
     options = ("--model", "model", "--data", "pairs.jsonl")
@@ -320,6 +323,7 @@ def test_quiet_says_nothing(place: Path) -> None:
     assert (place / "runs" / "head-reviews" / "metrics.json").is_file(), "the default output"
 
 
+@pytest.mark.long(but="extra0")
 @pytest.mark.parametrize("extra", [(), ("--prompt", "{text} is <mask>", "--label-words", "awful,lovely")])
 def test_runs_share_cached_features(place: Path, extra: tuple[str, ...]) -> None:
     """The second reads all of them, and has the bits of the first all the same."""
@@ -386,6 +390,7 @@ def test_info_names_every_op_and_version() -> None:
         assert choice.backend in shown
 
 
+@pytest.mark.long
 def test_as_a_module_in_its_own_process(place: Path) -> None:
     """What a terminal shows: nothing but our own words, and an exit code."""
     command = [sys.executable, "-m", "fastpeft", *TRAIN, "--method", "siva", "--output", "out"]
@@ -401,6 +406,7 @@ def test_as_a_module_in_its_own_process(place: Path) -> None:
     assert refused.stdout == ""
 
 
+@pytest.mark.long
 def test_a_backend_that_cannot_be_had_is_one_message() -> None:
     environment = {**ENVIRONMENT, "FASTPEFT_BACKEND": "siva_linear=fast"}
     command = [sys.executable, "-m", "fastpeft", "info"]
@@ -418,6 +424,7 @@ def test_one_thing_that_bitsandbytes_says_is_hidden(caplog: pytest.LogCaptureFix
     assert caplog.messages == ["Another thing: reason."]
 
 
+@pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(place: Path, seed: int) -> None:

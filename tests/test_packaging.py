@@ -100,6 +100,7 @@ def source(tmp_path: Path) -> Path:
     return _copy_source(tmp_path / "source", model=False)
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_wheel_from_the_sdist_with_the_compiled_part(sdist_tree: Path, tmp_path: Path) -> None:
     wheel, _ = _build(sdist_tree, "wheel", FASTPEFT_BUILD_CPP="1")
@@ -134,6 +135,7 @@ def test_the_cuda_module_is_built_and_left_alone_without_a_card(source: Path, tm
     assert _succeed([python, "-c", USE + watched], tmp_path).startswith("cpp")
 
 
+@pytest.mark.long
 def test_a_pure_wheel_where_torch_is_not_there_at_build_time(source: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('there is no torch')\n")
     wheel, said = _build(source, "wheel", PYTHONPATH=str(tmp_path))
@@ -159,6 +161,7 @@ def test_a_compiler_that_is_absent_or_broken_fails_no_install(source: Path, comp
     assert "fastpeft/_C.abi3.so" not in _names(wheel)
 
 
+@pytest.mark.long(but="variables1-FASTPEFT_BUILD_CPP is 'maybe'; allowed are auto, 0 and 1")
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -191,12 +194,14 @@ def test_the_folder_of_kernels_is_a_link_and_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.long
 def test_importing_needs_neither_triton_nor_the_compiled_module(tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['triton'] = None; sys.modules['fastpeft._C'] = None\n"
     backend = _succeed([sys.executable, "-c", hidden + USE], tmp_path, PYTHONPATH=str(ROOT)).split(" | ")[0]
     assert backend == "reference"
 
 
+@pytest.mark.long
 def test_importing_after_torch_and_peft_loads_nothing_heavy() -> None:
     """In the repository's root, where the folder `kernels` must not stop transformers either."""
     program = (

@@ -65,6 +65,7 @@ def commands(place: Path) -> list[list[str]]:
     return made
 
 
+@pytest.mark.long
 def test_no_reader_unpickles(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("something was unpickled")
@@ -96,6 +97,7 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
+@pytest.mark.long(but="rng_state.pth")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_code_in_a_checkpoint_does_not_run(place: Path, tmp_path: Path, name: str) -> None:
     bad = tmp_path / "bad"

@@ -14,13 +14,21 @@ from typing import Any
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.search import rates
 from fastpeft.comparison.suites import get_suite, suite_names
-from fastpeft.comparison.variants import CHAIN, ZERO_SHOT, has_prompt, parse_variant, partition_chain, with_prompt
+from fastpeft.comparison.variants import (
+    CHAIN,
+    DECIDED,
+    ZERO_SHOT,
+    has_prompt,
+    parse_variant,
+    partition_chain,
+    with_prompt,
+)
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
 from fastpeft.training.config import FOR_LABELS, TrainConfig
-from fastpeft.training.settings import method_options
+from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
 ROWS = (
@@ -33,12 +41,6 @@ ROWS = (
 )  # what decides the rows, of all cells alike
 _CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
 
-_DECIDED = {
-    "output": "the comparison's output decides it",
-    "method": "it is the first word of a variant",
-    "seed": "the number of seeds decides it",
-    "settings": "name each setting by itself",
-}
 PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
 _LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
 
@@ -201,7 +203,7 @@ class CompareConfig:
         if earlier is not None and not starts:  # its rate was given
             starts = [self._result_cell(earlier, 0)]
         config = self._trained_cell("", variant, 0, starts).config
-        recipe = get_method(config.method, config.settings).recipe_for(config.model)
+        recipe = resolve(config).recipe
         own_text, chain, rest = partition_chain(variant)
         cells = []
         for rate in rates(recipe.learning_rate):
@@ -222,11 +224,11 @@ class CompareConfig:
         if starts:
             values = {"model": starts[0].values["model"], **values, "init_from": starts[0].values["output"]}
         values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
-        if self.protocol == "quick" and not METHODS[method].zeroth_order and "max_steps" not in values:
+        if self.protocol == "quick" and not METHODS[method].optimization.zeroth_order and "max_steps" not in values:
             values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
         try:
-            method_options(config)
+            resolve(config)
         except FastpeftError as error:
             raise FastpeftError(f"{error}{_meant(values['settings'])}") from None
         return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))
@@ -263,15 +265,15 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for name, value in given.items():
-        if name in _DECIDED:
-            raise FastpeftError(f"{name} cannot be given; {_DECIDED[name]}.")
+        if name in DECIDED:
+            raise FastpeftError(f"{name} cannot be given; {DECIDED[name]}.")
         (values if name in fields else settings)[name] = value
     return {**values, "settings": settings}
 
 
 def _meant(settings: Iterable[str]) -> str:
     """What to say of settings that are almost an option of a run, which a variant takes too."""
-    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in (*_DECIDED, "found_prompt")]
+    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in DECIDED]
     close = [name for setting in settings for name in difflib.get_close_matches(setting, options, 1, cutoff=0.8)]
     return f" Did you mean {close[0]}? A variant takes {', '.join(options)} too." if close else ""
 

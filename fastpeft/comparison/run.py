@@ -29,8 +29,9 @@ from fastpeft.support import files
 from fastpeft.support.interrupts import sigterm_interrupts
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.estimates import Estimate, estimate, process_seconds, rows_trained
-from fastpeft.training.task import data_for, head_for
+from fastpeft.training.estimates import Estimate, estimate, process_seconds
+from fastpeft.training.setup import resolve
+from fastpeft.training.task import data_for
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Comparison:
             return 0.0
         measured = (metrics.get("train_rows") for other in self.plan.results if (metrics := other.metrics()))
         train_rows = next(filter(None, measured), self._train_rows or 0)
-        return rows_trained(cell.config, slice_sizes(train_rows)[0] if cell.search else train_rows)
+        return resolve(cell.config).rows_trained(slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
         """What each cell of a variant that is not finished would take, by the variant; see
@@ -236,7 +237,7 @@ def _check(cells: Iterable[Cell], option: str) -> TextData | None:
             if config.model not in models:
                 check_model(config.model)
                 models.add(config.model)
-            head_for(config, loaded[rows])
+            resolve(config).for_data(loaded[rows])
         except FastpeftError as error:
             how = _words_option(config, loaded[rows], option)
             raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}{how}") from None

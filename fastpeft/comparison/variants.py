@@ -11,6 +11,14 @@ from fastpeft.training.config import parse_value
 
 ZERO_SHOT = "zero-shot"  # the row with no training
 CHAIN = ":init_from="  # comes last in a variant, since what follows is a variant itself
+DECIDED = {  # fields of `TrainConfig` that a comparison decides, and by what
+    "output": "the comparison's output decides it",
+    "method": "it is the first word of a variant",
+    "seed": "the number of seeds decides it",
+    "settings": "name each setting by itself",
+    "found_prompt": "a search finds it where the prompt is auto",
+}
+PROMPTED = ("prompt", "label_words", "prompt_head")  # fields that go with one of `prompts`
 _LISTS = ("targets", "label_words", "text_column")  # in whose values + is a comma, as in lists of JSON
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.data.columns import Columns, class_names, pick_columns, tell_problem
+from fastpeft.data.names import DEMO
 from fastpeft.data.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # one text as token ids
 
-DEMO = "demo"  # these data, and the bundled model too
 _DEMO_SOURCE = "rotten_tomatoes"
 _DEMO_DEV_ROWS = 1_000
 _DEMO_SPLIT_SEED = 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from fastpeft.data.examples import DEMO
+from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.data.problems import Problem
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.support import files
@@ -21,7 +21,6 @@ from fastpeft.support.hub import model_options, source_options
 
 logger = logging.getLogger(__name__)
 
-_DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
 _UNLIMITED = 10**9  # tokenizers that know no limit give a larger one
@@ -60,7 +59,7 @@ def resolve_model(model: str) -> str:
         FastpeftError: it looks like a path where nothing is, or holds a part of a model: an adapter, a side network.
     """
     if model == DEMO:
-        return str(_DEMO_FOLDER)
+        return str(DEMO_FOLDER)
     folder = Path(model).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise FastpeftError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from fastpeft.data.examples import DEMO
-from fastpeft.data.models import resolve_model
+from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.support import files
 
 _DEMO_FILE = "recipes.json"
@@ -37,7 +35,7 @@ class Recipe:
         """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
         if model != DEMO:
             return self
-        recipes: dict[str, Any] = files.read_json(Path(resolve_model(DEMO)) / _DEMO_FILE)
+        recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)
         return replace(self, **{**recipes["every method"], **recipes.get(method, {})})
 
     def schedule_settings(self, learning_rate: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from fastpeft.errors import FastpeftError
-from fastpeft.siva.layer import current_keys
+from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
 from fastpeft.support.hub import source_options
@@ -59,6 +59,23 @@ def _faults(own: Mapping[str, Tensor], kinds: Mapping[str, str]) -> dict[str, li
         "is not of floating numbers": [key for key, kind in kinds.items() if not kind.startswith(("F", "BF"))],
         "is not finite": [key for key, tensor in own.items() if not tensor.isfinite().all()],
     }
+
+
+def put_onto(base: Any, folder: Path) -> PeftModel:
+    """The adapter that a run left in `folder`, on its base.
+
+    Raises:
+        FastpeftError: it cannot be read, is damaged, or does not go onto that base.
+    """
+    check_file(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except FastpeftError as error:
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error}") from error
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise FastpeftError(f"cannot load the adapter in {str(folder)!r}: {error} Train it anew.") from error
+    check_weights(model, folder)
+    return model
 
 
 def load_adapter(folder: Path) -> tuple[PeftModel, Any]:

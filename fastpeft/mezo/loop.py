@@ -10,9 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.mezo.estimator import HOME
 from fastpeft.mezo.optimizer import MeZO
+from fastpeft.mezo.perturbed_weights import Pass, PerturbedWeights
 from fastpeft.mezo.sharding import is_sharded
-from fastpeft.support.interrupts import uninterrupted
+
+
+class LoopWeights(PerturbedWeights):
+    """Weights that are restored in a pass of their own, and perturbed by PyTorch's noise."""
+
+    def update(self, slopes: Sequence[float], drawn: Sequence[int]) -> list[Pass]:
+        self.move(HOME, drawn)
+        return super().update(slopes, drawn)
+
+    @staticmethod
+    def perturb(
+        tensors: Sequence[Tensor],
+        offsets: Sequence[int],
+        seeds: Sequence[int] | Tensor,
+        scales: Sequence[float] | Tensor,
+        decay: float = 0.0,
+        noise: str = "gaussian",
+        rounding: str = "nearest",
+    ) -> None:
+        """As `fastpeft.functional.mezo_perturb_`, with PyTorch's noise."""
+        for tensor in tensors:
+            if decay:
+                tensor.mul_(1 - decay)
+        for seed, scale in zip(seeds, scales):
+            # of several groups each begins elsewhere in the noise
+            generator = torch.Generator(tensors[0].device).manual_seed((int(seed) + offsets[0]) % 2**63)
+            for tensor in tensors:
+                z = torch.normal(0.0, 1.0, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+                tensor.add_(z, alpha=float(scale))
 
 
 class MeZOLoop(MeZO):
@@ -35,12 +65,14 @@ class MeZOLoop(MeZO):
         >>> loss = optimizer.step(lambda: model(torch.ones(2, 4)).square().mean())
     """
 
+    weights_type = LoopWeights
+
     def __init__(self, model_or_params: nn.Module | Iterable[Any], lr: float, *args: Any, **kwargs: Any) -> None:
         for name, only in (("noise", "gaussian"), ("restore", "in_place")):
             if kwargs.get(name, only) != only:
                 raise FastpeftError(f"the usual loop of MeZO has {name} {only!r} alone; got {kwargs[name]!r}.")
         super().__init__(model_or_params, lr, *args, **{**kwargs, "defer": False})
-        if is_sharded(self._params()):
+        if is_sharded([param for group in self.param_groups for param in group["params"]]):
             raise FastpeftError("the usual loop of MeZO draws noise for whole parameters, not for shards. Use MeZO.")
 
     def record(self, path: str | Path) -> NoReturn:
@@ -50,30 +82,3 @@ class MeZOLoop(MeZO):
     def resume(self, path: str | Path, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a `FastpeftError`, as `record`."""
         self.record(path)
-
-    @uninterrupted()
-    @torch.no_grad()
-    def _finish(self) -> None:
-        self._restore()  # a pass of its own
-        super()._finish()
-
-    @staticmethod
-    def _perturb(
-        tensors: Sequence[Tensor],
-        offsets: Sequence[int],
-        seeds: Sequence[int] | Tensor,
-        scales: Sequence[float] | Tensor,
-        decay: float = 0.0,
-        noise: str = "gaussian",
-        rounding: str = "nearest",
-    ) -> None:
-        """As `fastpeft.functional.mezo_perturb_`, with PyTorch's noise."""
-        for tensor in tensors:
-            if decay:
-                tensor.mul_(1 - decay)
-        for seed, scale in zip(seeds, scales):
-            # of several groups each begins elsewhere in the noise
-            generator = torch.Generator(tensors[0].device).manual_seed((int(seed) + offsets[0]) % 2**63)
-            for tensor in tensors:
-                z = torch.normal(0.0, 1.0, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
-                tensor.add_(z, alpha=float(scale))

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.mezo.closure import check_repeated, dropout_off, loss_of
-from fastpeft.mezo.journal import Journal, Kind, Record, describe_groups, position_of
-from fastpeft.mezo.perturbing import PerturbingOptimizer
+from fastpeft.mezo.estimator import CHOICES, HOME, Estimator, Point, is_number
+from fastpeft.mezo.journal import Journal
+from fastpeft.mezo.journal_format import Kind, Record
+from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
+from fastpeft.mezo.replay import describe_groups
+from fastpeft.mezo.saved_state import SavedState
 from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
-from fastpeft.mezo.steps import CHOICES, HOME, Estimator, Point, is_number, update
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 
@@ -28,7 +31,7 @@ _WATCH_EVERY = 100  # steps; while each op is looked at, nothing that torch.comp
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class MeZO(PerturbingOptimizer):
+class MeZO(torch.optim.Optimizer):
     r"""Train any parameters by two forward passes a step and no backward pass.
 
     With z standard normal noise of this step's seed, L the loss and theta what is trained:
@@ -111,6 +114,8 @@ class MeZO(PerturbingOptimizer):
         >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
     """
 
+    weights_type: type[PerturbedWeights] = PerturbedWeights  # of the weights that it makes
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -162,10 +167,25 @@ class MeZO(PerturbingOptimizer):
         self._dropped = 0  # estimates since the last step of which settle() left the roundings
         self._slopes: list[float] | None = None  # of the estimate that step() applies, or else of the last step
         self._points_seen = 0  # of the estimate that no step has applied yet
-        self._skip = False  # whether that estimate was of no use
+        self._skip = False  # whether that estimate is not finite
         self._held = False  # inside `settled()`
         self._checked = False  # whether the closure was seen to repeat its loss, and all processes to be the same
-        super().__init__(params, lr, eps, weight_decay, model=model, noise=noise, restore=restore, rounding=rounding)
+        self.noise = noise
+        self.restore = restore
+        self.rounding = rounding if restore == "exact" else "nearest"
+        self._weights = self.weights_type(model, noise, restore, self.rounding)
+        if params:  # torch refuses an empty list in words of its own
+            super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        if not params or not self._weights.params():
+            raise FastpeftError(
+                "MeZO got no parameter that requires a gradient, so there is nothing to train. Call "
+                "requires_grad_(True) on what is to be trained, before making the optimizer."
+            )
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that `restore="exact"` needs beside the weights, as far as the forwards so far have shown."""
+        return self._weights.scratch_bytes
 
     @property
     def projected_grad(self) -> float | None:
@@ -177,7 +197,10 @@ class MeZO(PerturbingOptimizer):
         if self.journal is not None:
             raise FastpeftError("MeZO: a run with a journal takes no further parameters. Add them before `record`.")
         self.settle()
-        super().add_param_group(param_group)
+        group = self.defaults | param_group
+        check_group(group)
+        super().add_param_group({**group, "params": self._weights.trained(group["params"])})
+        self._weights.set_groups(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
         """Make one step.
@@ -229,9 +252,8 @@ class MeZO(PerturbingOptimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with dropout_off(self._model):
-                if self._shown is not None:
-                    self._shown.begin(watch)
+            with dropout_off(self._weights.model):
+                self._weights.show(watch)
                 for point in self.estimator.points:
                     self._go(point)
                     each = self._losses(closure)
@@ -249,9 +271,8 @@ class MeZO(PerturbingOptimizer):
             self.settle()
             raise
         finally:
-            if self._shown is not None:
-                self._shown.end()
-        epses, limit = self._epses(), self.max_projected_grad
+            self._weights.hide()
+        epses, limit = self._weights.epses(), self.max_projected_grad
         if limit is not None:
             limit *= min(epses) / epses[0]  # the g of the group with the smallest eps is the largest
         self._slopes = self.estimator.slopes(losses, epses[0], limit)
@@ -265,10 +286,9 @@ class MeZO(PerturbingOptimizer):
         What a deferred step still owes is added, which loses nothing. The perturbation of an estimate that no step has
         applied is taken out, to rounding.
         """
-        if self._shown is not None:
-            self._shown.end()
+        self._weights.hide()
         dropped, self._points_seen = self._points_seen, 0
-        self._restore()
+        self._weights.move(HOME, self._seeds())
         if dropped and self.restore == "in_place":
             self._write(Kind.DROPPED, dropped)
             self._dropped += 1
@@ -301,7 +321,7 @@ class MeZO(PerturbingOptimizer):
             FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
         """
         self.check_same()
-        weights = digest(self._params())
+        weights = digest(self._weights.params())
         begun = {"first_step": self.steps_done, "dropped": self._dropped, "weights": weights}
         header = {**self._described(), **begun}
         begin = Journal.create if self._ranks.is_first else Journal
@@ -326,11 +346,11 @@ class MeZO(PerturbingOptimizer):
             FastpeftError: the journal is damaged or of other weights or settings, or does not hold those steps.
         """
         self.settle()
-        self._reshard()
-        start = position_of(weights_at) if isinstance(weights_at, Mapping) else weights_at
+        self._weights.reshard()
+        start = SavedState.read(weights_at).position if isinstance(weights_at, Mapping) else weights_at
         stop = start if isinstance(start, tuple) and start[0] == steps else steps
         journal = self._ranks.together(lambda: self._opened(Path(path)))
-        params = self._params()
+        params = self._weights.params()
         if start is None:
             found = digest(params)  # of shards this is a call of all, so nothing of one alone may end it
             self._ranks.together(lambda: journal.check_weights(found))
@@ -355,12 +375,12 @@ class MeZO(PerturbingOptimizer):
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
         """
         self.settle()
-        check_sharding(self._params(), self.restore, self._model)
+        check_sharding(self._weights.params(), self.restore, self._weights.model)
         if self._ranks.size == 1:
             return
         rates = [float(group["lr"]) for group in self.param_groups]
         what = {**self._described(), "steps_done": self.steps_done, "lr": rates}
-        for group, offsets in self._groups():
+        for group, offsets in self._weights.groups():
             what |= fingerprints(group, offsets)
         self._ranks.check_same(what)
 
@@ -369,10 +389,7 @@ class MeZO(PerturbingOptimizer):
         if self._points_seen:
             raise FastpeftError("MeZO: the weights are perturbed; call step() or settle() before saving anything.")
         self.settle()
-        own = {name: getattr(self, name) for name in ("seed", "steps_done", "noise")}
-        kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
-        own |= {"dropped": self._dropped, "estimator": kind, "num_estimates": num_estimates}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), **self._saved_state().entries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer of `state_dict` stood; its groups, seed, noise and estimator replace those
@@ -381,44 +398,35 @@ class MeZO(PerturbingOptimizer):
         Raises:
             FastpeftError: another optimizer wrote it; or there is a journal, of other settings or of other steps.
         """
-        if not {"seed", "steps_done", "noise", "estimator", "num_estimates"} <= state_dict.keys():
-            raise FastpeftError(
-                f"MeZO: the state has {', '.join(map(str, state_dict))} but not seed, steps_done, noise and estimator, "
-                "so another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
-            )
+        saved = SavedState.read(state_dict)
         self.settle()
-        position = position_of(state_dict)
         if self.journal is not None:
-            for name in ("seed", "noise", "estimator", "num_estimates"):
-                if state_dict[name] != self.journal.header[name]:
-                    raise FastpeftError(
-                        f"MeZO: the state has {name} {state_dict[name]!r}, but the journal {self.journal.path} is of a "
-                        f"run with {self.journal.header[name]!r}. Load it into an optimizer without a journal."
-                    )
-            self.journal.find(position)
+            self.journal.check_settings(saved.settings)
+            self.journal.find(saved.position)
         super().load_state_dict(state_dict)
+        self._weights.set_groups(self.param_groups)
         if self.journal is not None:
-            self.journal.rewind(position)
-        self.seed, self.noise = state_dict["seed"], state_dict["noise"]
-        self.steps_done, self._dropped = position
-        self.estimator = Estimator(state_dict["estimator"], state_dict["num_estimates"])
+            self.journal.rewind(saved.position)
+        self.seed, self.noise, self._weights.noise = saved.seed, saved.noise, saved.noise
+        self.steps_done, self._dropped = saved.position
+        self.estimator = Estimator(saved.estimator, saved.num_estimates)
+
+    def _saved_state(self) -> SavedState:
+        estimator = self.estimator
+        return SavedState(
+            self.seed, self.steps_done, self.noise, estimator.kind, estimator.num_estimates, self._dropped
+        )
 
     def _described(self) -> dict[str, Any]:
-        """What a journal says of the run, but for its beginning."""
-        kind, num_estimates = self.estimator.kind, self.estimator.num_estimates
-        settings = {name: getattr(self, name) for name in ("seed", "noise", "restore", "rounding")}
-        return {
-            **settings,
-            "estimator": kind,
-            "num_estimates": num_estimates,
-            "groups": describe_groups(self._groups()),
-        }
+        """What the header of a journal says of the run, but for its beginning."""
+        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self._weights.groups())}
+        return {**self._saved_state().settings, **own}
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""
         if self.journal is None:
             return
-        groups = [group for group, _ in self._groups()]
+        groups = [group for group, _ in self._weights.groups()]
         self.journal.check_groups(groups)
         slopes = (math.nan,) * self.estimator.num_estimates if kind != Kind.MADE else tuple(self._slopes or ())
         rates = tuple(float(group["lr"]) for group in groups)
@@ -429,15 +437,11 @@ class MeZO(PerturbingOptimizer):
         """The seeds of the noise of the present step, one a draw."""
         return self.estimator.seeds(self.seed, self.steps_done)
 
-    def _restore(self) -> None:
-        """Bring the weights back to theta."""
-        self._move(HOME, self._seeds())
-
     @uninterrupted()
     def _go(self, point: Point) -> None:
         """Bring the weights to another point of the present step, and count it."""
         self._points_seen += 1
-        self._move(point, self._seeds())
+        self._weights.move(point, self._seeds())
 
     @uninterrupted()
     @torch.no_grad()
@@ -445,21 +449,14 @@ class MeZO(PerturbingOptimizer):
         """The second half of a step: restore and update, at once or with the first pass of the next step."""
         if not self._points_seen or self._slopes is None:
             raise FastpeftError("MeZO.step needs a closure that returns the loss, or a call of estimate before it.")
-        drawn = self._seeds()
-        stored = self._point if self._shown is None else (self._point[0], 0)
-        first_eps = self._epses()[0]
-        owed: list[tuple[list[int], list[float], float]] = []
-        for group, _ in self._groups():
-            lr = float(group["lr"])
-            terms, decay = update(stored, self._slopes, first_eps, lr, group["eps"], group["weight_decay"])
-            owed.append(([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
-        if not self._skip and not all(abs(scale) <= _LARGEST for _, scales, _ in owed for scale in scales):
+        owed = self._weights.update(self._slopes, self._seeds())
+        if not self._skip and not all(abs(scale) <= _LARGEST for each in owed for scale in each.scales):
             self._give_up(f"the update is not finite (projected gradient {self.projected_grad:g})")
         self._write(Kind.SKIPPED if self._skip else Kind.MADE, self._points_seen)  # which may raise, so it comes first
         if self._skip:
-            self._restore()
+            self._weights.move(HOME, self._seeds())
         else:
-            self._deferred, self._point = owed, HOME
+            self._weights.owe(owed)
         self._points_seen = 0
         self.steps_done, self._dropped = self.steps_done + 1, 0
         if not self.defer:
@@ -467,7 +464,7 @@ class MeZO(PerturbingOptimizer):
 
     def _losses(self, closure: Callable[[], Any]) -> list[float]:
         """The loss of each process."""
-        return self._ranks.losses(loss_of(closure), self._params()[0].device)
+        return self._ranks.losses(loss_of(closure), self._weights.params()[0].device)
 
     def _give_up(self, what: str) -> None:
         """Of a step that came upon something that is not finite: raise, or note that it is to be skipped."""
@@ -484,4 +481,4 @@ class MeZO(PerturbingOptimizer):
         self._slopes = [math.nan] * self.estimator.num_estimates
 
     def _where(self) -> str:
-        return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._point[0]]})"
+        return f"step {self.steps_done + 1} (noise seed {self._seeds()[self._weights.point[0]]})"

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from fastpeft.errors import FastpeftError, NotFiniteError
+from fastpeft.mezo.checkpoints import STATE_FILE, Checkpoint, Start, where_to_begin
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
-from fastpeft.mezo.resuming import STATE_FILE, Checkpoint, Start, where_to_begin
 from fastpeft.mezo.sharding import is_sharded
 from fastpeft.support import files
 from fastpeft.support.nonfinite import where_it_began

@@ -1,6 +1,8 @@
-"""The dtype that an op computes in."""
+"""The dtype that an op computes in, and tensors that keep theirs when a module is cast."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,3 +13,14 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, as `nn.Module._apply` gets it, by which the tensors `kept` move with the module but are not cast."""
+    identities = {id(tensor) for tensor in kept}
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return tensor.to(moved.device) if id(tensor) in identities and moved.dtype != tensor.dtype else moved
+
+    return move

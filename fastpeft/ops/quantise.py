@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 
 Format = Literal["int8", "nf4"]
 
@@ -90,10 +90,7 @@ class QuantisedWeight(nn.Module):
         self.scales = nn.Parameter(scales, requires_grad=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:
-        scales = self.scales.data
-        super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales.data = scales.to(self.codes.device)
+        super()._apply(keeping_dtypes(fn, [self.scales]), recurse)
         return self
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:

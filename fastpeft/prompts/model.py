@@ -297,6 +297,16 @@ class PromptModel(PreTrainedModel):
         return model.eval()
 
 
+def inside_prompt(model: Any) -> Any:
+    """What a prompt was put around, or the model itself where there is none."""
+    return model.masked_lm if isinstance(model, PromptModel) else model
+
+
+def around(model: Any, wrap: Callable[[Any], Any]) -> Any:
+    """What `wrap` makes of a model; of a prompted one, of the masked language model in it."""
+    return model.around(wrap) if isinstance(model, PromptModel) else wrap(model)
+
+
 def holds_label_words(source: str) -> bool:
     """Whether a prompt with label words was saved in a folder, or under what a hub id names.
 

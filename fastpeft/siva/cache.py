@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastpeft.support import files
+from fastpeft.support.fingerprints import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def entry(weight: Tensor, r: int) -> Path | None:
     folder = os.environ.get(VARIABLE)
     if not folder:
         return None
-    identity = f"{_FORMAT} {r} {files.fingerprint(weight)}"
+    identity = f"{_FORMAT} {r} {fingerprint(weight)}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
     return Path(folder).expanduser() / f"siva-{name}.safetensors"
 
@@ -66,5 +67,5 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {files.fingerprint(tensors[name])}".encode())
+        digest.update(f"{name} {fingerprint(tensors[name])}".encode())
     return digest.hexdigest()

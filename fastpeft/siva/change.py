@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastpeft.ops.dtypes import keeping_dtypes
+
 Start = Literal["zero", "random", "empty"]
 
 _LEAST = 0.1  # of the largest singular value: what smaller ones count as, or the product dU dV would grow without bound
@@ -51,10 +53,7 @@ class Change(nn.Module):
         return self.weight.device.type != "meta" and bool(self.weight.isnan().all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Change:
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if scale is not None and self.scale is not None and self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        super()._apply(fn if self.scale is None else keeping_dtypes(fn, [self.scale]), recurse)
         return self
 
     def extra_repr(self) -> str:

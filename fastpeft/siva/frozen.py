@@ -10,8 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.quantise import Format, QuantisedWeight
-from fastpeft.siva.decompose import Factors, add, subtract
-from fastpeft.support.files import fingerprint
+from fastpeft.siva.decompose import Factors, subtract
+from fastpeft.support.fingerprints import fingerprint
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # weight, u, s, v and bias, as `siva_linear` takes them
 
 
 class FrozenLinear(nn.Module, BaseTunerLayer):
@@ -41,6 +43,14 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self._weight.shape
         self.base_fingerprint: str | None = None
         self.merged_adapters: list[str] = []
+
+    def operands(self) -> Operands | None:
+        """What `siva_linear` takes beside x, as the layer acts now.
+
+        None where the base layer acts alone, and where a quantised residual does, which is dequantised for one layer at
+        a time.
+        """
+        raise NotImplementedError
 
     @property
     def stored(self) -> Tensor:
@@ -73,10 +83,10 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         else:
             self._hold(QuantisedWeight(subtract(self._weight.float(), initial), kind))
 
-    def _give_back(self, initial: Factors) -> None:
-        """Make the pretrained weight, to rounding, of W_r that is stored and the initial factors."""
-        self._weight = add(self._weight, initial)
-        # equal to rounding only: note down what it stands for, so that the adapters made on it still know it
+    def _give_back(self, weight: Tensor) -> None:
+        """Store the pretrained weight, which is computed and so equal to rounding only."""
+        self._weight = weight
+        # note down what it stands for, so that adapters made on it still know it
         self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
 
 

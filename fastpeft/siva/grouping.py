@@ -20,9 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
-
-# An adapted layer, whose `operands()` are what `siva_linear` takes beside x: a SivaLinear, whose file imports this one.
-Layer = Any
+from fastpeft.siva.frozen import FrozenLinear, Operands
 
 # Names of layers of one module that read the same x, architecture by architecture; a query comes first.
 SAME_INPUT = (
@@ -38,18 +36,18 @@ _CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # wh
 _ATTRIBUTE = "_siva_shared_input"
 
 
-def arrange(model: nn.Module, kind: type[Layer]) -> None:
-    """Group the layers of `kind` in `model`, in place of the groups that were there."""
+def arrange(model: nn.Module) -> None:
+    """Group the adapted layers in `model`, in place of the groups that were there."""
     part(model)
     for path, module in model.named_modules():
         groups = []
         for names in SAME_INPUT:
             alike = names[1:] if len(names) == 3 and _CROSS_ATTENTION.search(path) else names
-            found = tuple(name for name in alike if isinstance(module._modules.get(name), kind))
+            found = tuple(name for name in alike if isinstance(module._modules.get(name), FrozenLinear))
             if len(found) > 1:
                 groups.append(found)
         if groups:
-            setattr(module, _ATTRIBUTE, SharedInput(module, groups, kind))
+            setattr(module, _ATTRIBUTE, SharedInput(module, groups))
 
 
 def part(model: nn.Module) -> None:
@@ -60,7 +58,7 @@ def part(model: nn.Module) -> None:
             shared.remove()
 
 
-def take(layer: Layer, x: Tensor) -> Tensor | None:
+def take(layer: FrozenLinear, x: Tensor) -> Tensor | None:
     """The output of `layer` for x from its group, if it is in one that is open; None: it must compute for itself."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph must not depend on what was open
         return None
@@ -71,9 +69,8 @@ def take(layer: Layer, x: Tensor) -> Tensor | None:
 class SharedInput:
     """The hooks of a module whose children in each of `groups`, by name, are thought to read the same x."""
 
-    def __init__(self, module: nn.Module, groups: list[tuple[str, ...]], kind: type[Layer]) -> None:
+    def __init__(self, module: nn.Module, groups: list[tuple[str, ...]]) -> None:
         self.groups = groups
-        self._kind = kind
         self._strangers: set[str] = set()  # children that turned out to read another tensor than their group
         self._handles = [
             module.register_forward_pre_hook(self._enter),
@@ -107,10 +104,10 @@ class SharedInput:
                 if group is not None and output is not None and group.computed_in_vain(layer):
                     self._strangers.add(name)
 
-    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, Layer]]:
+    def _layers(self, module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, FrozenLinear]]:
         """The children of that name which are still adapted layers."""
         children = ((name, module._modules.get(name)) for name in names)
-        return [(name, child) for name, child in children if isinstance(child, self._kind)]
+        return [(name, child) for name, child in children if isinstance(child, FrozenLinear)]
 
     def _regroup(self) -> None:
         """Part each group into the layers that took their output and those that did not."""
@@ -126,15 +123,15 @@ class SharedInput:
 class _Group:
     """The layers of one group during one run: once the first has computed, the outputs that the others may take."""
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[FrozenLinear]) -> None:
         self._layers = layers
         self._computed = False  # at most once a run: what is called again reads something else
         self._x: Tensor | None = None
         self._state: tuple[object, ...] = ()
-        self._outputs: dict[Layer, Tensor] = {}
-        self._refused: set[Layer] = set()
+        self._outputs: dict[FrozenLinear, Tensor] = {}
+        self._refused: set[FrozenLinear] = set()
 
-    def take(self, layer: Layer, x: Tensor) -> Tensor | None:
+    def take(self, layer: FrozenLinear, x: Tensor) -> Tensor | None:
         if x.is_inference():
             return None  # it has no version by which a change in place could be seen
         if not self._computed:
@@ -147,11 +144,11 @@ class _Group:
             self._x = None
         return output
 
-    def computed_in_vain(self, layer: Layer) -> bool:
+    def computed_in_vain(self, layer: FrozenLinear) -> bool:
         """Whether the output of `layer` was there and not taken."""
         return layer in self._outputs or layer in self._refused
 
-    def _compute(self, layer: Layer, x: Tensor) -> None:
+    def _compute(self, layer: FrozenLinear, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
         members = {member: found for member in self._layers if (found := _operands(member)) is not None}
         if layer in members:
@@ -167,13 +164,13 @@ class _Group:
 
 class _Open(threading.local):
     def __init__(self) -> None:
-        self.groups: dict[Layer, _Group] = {}
+        self.groups: dict[FrozenLinear, _Group] = {}
 
 
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: Layer) -> tuple[Any, ...] | None:
+def _operands(layer: FrozenLinear) -> Operands | None:
     """What `layer` would compute with; None where its call does more than that.
 
     A hook before its forward may change x, or bring the layer's weights only then (sharding, offloading), for which

@@ -23,9 +23,9 @@ from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, original_fingerprint
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.progress import progress
+from fastpeft.siva.progress import report
 from fastpeft.siva.rows import BASE, Rows, acting
-from fastpeft.support.files import fingerprints_agree
+from fastpeft.support.fingerprints import fingerprints_agree
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,12 @@ class SivaModel(BaseTuner):
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
         try:
-            with progress("decomposing weights") as self._step:
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._pissa is not None:
                 self._pissa.fill_saved_modules(model, adapter_name)
         finally:
-            del self._step, self._pissa  # a model is copied and pickled, with neither
-        grouping.arrange(model, SivaLinear)
+            del self._pissa  # a model is copied and pickled without it
+        grouping.arrange(model)
 
     def _prepare_adapter_config(self, peft_config: SivaConfig, model_config: dict[str, Any]) -> SivaConfig:
         return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
@@ -117,7 +116,7 @@ class SivaModel(BaseTuner):
             _check_target(peft_config, self._adding, name, modules[name], tied)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
-        self._number_of_targets = len(targets)
+        self._number_of_targets, self._number_made = len(targets), 0
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads or key in self._heads
@@ -156,7 +155,8 @@ class SivaModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         if self._pissa is not None:
             layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.stored))
-        self._step(self._number_of_targets)
+        self._number_made += 1
+        report(self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 

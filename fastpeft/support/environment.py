@@ -53,3 +53,8 @@ def devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         found["mps"] = "available"
     return found
+
+
+def best_device() -> torch.device | str:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or "cpu"

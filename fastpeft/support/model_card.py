@@ -113,7 +113,7 @@ def model_card(
     base_model: str | None,
     method: str,
     snippet: str,
-    adapter: bool = True,
+    library: str = "peft",
     data: str | None = None,
     labels: Sequence[str] = (),
     labels_are: str = "classes",
@@ -127,7 +127,7 @@ def model_card(
         base_model: path or hub id of the model that was fine-tuned; None where it is not known.
         method: the method's title, as "SiVA".
         snippet: Python code that loads what was saved.
-        adapter: whether an adapter was saved, or a whole model.
+        library: the one that loads it: `peft` for adapters, else `transformers`.
         data: what it was trained on, in words.
         labels: names of the model's outputs.
         labels_are: what those are, in one word.
@@ -137,7 +137,7 @@ def model_card(
     """
     base_model = base_model and _in_line(base_model)
     header = [f"base_model: {base_model}"] if base_model else []
-    header += [f"library_name: {'peft' if adapter else 'transformers'}", "tags:", "- fastpeft"]
+    header += [f"library_name: {library}", "tags:", "- fastpeft"]
     lines = ["---", *header, "---", "", f"# {method} of {base_model}" if base_model else f"# {method}", ""]
     lines += [f"Fine-tuned by fastpeft {__version__}.", ""]
     if base_model:

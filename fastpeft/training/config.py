@@ -1,92 +1,100 @@
-"""All that decides a training run, in one record."""
+"""All that decides a training run, in one record: each option once, with its help, its range and its default."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field
+from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
-from fastpeft.data.examples import DEMO
-from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, get_problem
-from fastpeft.data.splitting import SPLITS, STRATIFIED
+from fastpeft.data.names import DEMO, FEATURE_DTYPES
+from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, PROBLEMS
+from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.registry import SIVA_LAYERS, Method, get_method
+from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json
 from fastpeft.training.run_folder import earlier_run, read_config
 
-_TEXTS = (
-    "objective",
-    "problem_type",
-    "targets",
-    "metric",
-    "text_column",
-    "label_column",
-    "prompt",
-    "label_words",
-    "prompt_head",
-)
-
 FOR_LABELS = ("problem_type", "label_column", "prompt", "label_words", "prompt_head")  # without sense for an objective
+_HIGHEST_SEED = 2**32 - 1
+
+
+class Option(NamedTuple):
+    """What is said of a field of `TrainConfig` on the command line, in errors and in the reference.
+
+    Attributes:
+        name: of the field.
+        kind: the type of its values beside None.
+        default: the value where none is given; `MISSING` where one must be given.
+        help: what the field does, in a sentence in which names of fields stand in backticks.
+        unset: what None stands for.
+        least, most: the range of a whole number.
+        choices: the texts that are allowed. Empty: any text.
+        metavar: what stands for a value on the command line. None: its type.
+        folder: whether the value is the name of a folder.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    unset: str = ""
+    least: int = 0
+    most: int | None = None
+    choices: Collection[str] = ()
+    metavar: str | None = None
+    folder: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What a value must be, as errors say it."""
+        if self.choices:
+            return " or ".join(self.choices) if len(self.choices) < 3 else f"one of {', '.join(self.choices)}"
+        return {
+            str: f"{'the name of a folder' if self.folder else 'a text'} in UTF-8 and not empty",
+            int: f"a whole number from {self.least}{f' to {self.most}' if self.most else ''}",
+            float: "a number above 0",
+            bool: "true or false",
+            dict: "an object of names and values that JSON can hold",
+        }[self.kind]
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value is allowed."""
+        if value is None:
+            return self.default is None
+        if self.kind is str:
+            return is_text(value) and (value in self.choices if self.choices else value != "")
+        if self.kind is int:
+            return type(value) is int and self.least <= value <= (self.most or math.inf)
+        if self.kind is float:
+            return type(value) in (int, float) and 0 < value < math.inf
+        return _is_json_object(value) if self.kind is dict else isinstance(value, bool)
+
+    def text(self, named: Callable[[str], str] = str) -> str:
+        """The help with the choices and the default; `named` writes the name of a field."""
+        default = self.unset or (self.default if self.default is not MISSING and self.kind in (str, int) else None)
+        text = f"{self.help}{f': {self.allowed}' if self.choices else ''}"
+        text += "." if default is None else f" (default: {default})"
+        return re.sub(r"`(\w+)`", lambda found: named(found[1]), text)
+
+
+def option(default: Any = MISSING, *, help: str, **others: Any) -> Any:
+    """A field of `TrainConfig`, which is an option of the command line too; `others` are fields of `Option`."""
+    return field(default=default, metadata={"help": help, **others})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All that decides a run; `run.json` holds it.
-
-    Attributes:
-        output: folder of the run.
-        method: a name of the registry `fastpeft.methods`.
-        model: `"demo"`, a folder or a hub id. None: `"demo"`, or the model of the run that `init_from` names.
-        init_from: folder of a finished run, to train on with what it left: the weights of a whole model, an adapter
-            merged into its base, or a side network, which only a method with the same side network goes on with. None:
-            `model` as it is.
-        data: `"demo"`, a csv, tsv, jsonl or parquet file, a folder with `train.*` and perhaps `dev.*`, or a data set
-            of the hub, `owner/name` or `owner/name:configuration`.
-        objective: `mlm` to learn masked words of the texts, whose labels are not read, also of a txt file with a text a
-            line; another run goes on with what this one leaves by `init_from`. None: the labels.
-        problem_type: `single_label_classification`, `regression` or `token_classification`. None: told by the data.
-        targets: layers to adapt: names joined by commas, `all-linear` or a regular expression. None: the method's.
-        rank: rank of the adapter. None: the method's.
-        window: backbone features that each block of a side network reads, odd. None: the method's.
-        reduction: how many times narrower than the backbone a side network is. None: the method's.
-        epochs: passes over the training rows. None: the recipe's.
-        max_steps: optimizer steps, in place of `epochs`.
-        batch_size: rows a step, which the processes of a launcher share; one process takes so many on each device.
-        learning_rate: peak rate of AdamW, or the rate of MeZO. None: the recipe's.
-        max_length: longest text in tokens; what is longer is cut. None: 128, or the model's limit where that is less.
-        seed: decides the new head, the order of rows and dropout.
-        split_seed: decides which rows become the dev part where the data has none.
-        split: how they are chosen: `stratified`, every class on both sides and equal texts on one; or `shuffled`, as in
-            runs whose `run.json` does not say.
-        save_steps: a checkpoint every so many steps. None: none.
-        metric: the result is the checkpoint that is best by this metric of the dev rows, or by `loss`. None: the
-            weights after the last step.
-        patience: the run ends where `metric` was not better than before for so many checkpoints in a row. None: it
-            goes on to its last step.
-        prompt: a template, a name of `fastpeft.prompts.named.NAMED_PROMPTS`, `auto` to find one for
-            `model` on training rows, or `none`. None: no prompt.
-        label_words: the prompt's words, `terrible,great` in the order of the classes or `negative=terrible,...`. None:
-            those of the named prompt.
-        prompt_head: `label_words` or `classifier`, see `fastpeft.Prompt`. None: `label_words`.
-        found_prompt: what was found for `auto`, as a run's `run.json` holds it, so that its repetition does not search
-            again. None: it is searched for. Dropped where `prompt` is another.
-        cache_features: folder in which a frozen backbone's features are kept, for methods with a side network: rows
-            found there are not computed again, in any run. None: they are computed in every epoch.
-        cache_dtype: what features are rounded to, `bfloat16`, `float32` or `int8`. None: `bfloat16`. Rounding decides
-            the result, so a run is resumed with the values it was started with; what the folder holds does not.
-        bf16: compute in bfloat16 by autocast; weights stay in float32.
-        optimizer_in_backward: the optimizer steps during backward and frees the gradients that it has used, see
-            `fastpeft.training.optimizer_in_backward`. Gradients are then not clipped by their norm.
-        deterministic: only deterministic kernels.
-        text_column, label_column: columns of the data, of pairs of texts two joined by a comma. None: found by name.
-        settings: further fields of the method's configuration or of `transformers.TrainingArguments`.
 
     Raises:
         FastpeftError: a value is of another type or out of its range.
@@ -96,145 +104,157 @@ class TrainConfig:
         16
     """
 
-    output: str
-    method: str = "siva"
-    model: str = None  # type: ignore[assignment]  # always filled in
-    init_from: str | None = None
-    data: str = DEMO
-    objective: str | None = None
-    problem_type: str | None = None
-    targets: str | None = None
-    rank: int | None = None
-    window: int | None = None
-    reduction: int | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    batch_size: int = 16
-    learning_rate: float | None = None
-    max_length: int | None = None
-    seed: int = 0
-    split_seed: int = 0
-    split: str = STRATIFIED
-    save_steps: int | None = None
-    metric: str | None = None
-    patience: int | None = None
-    prompt: str | None = None
-    label_words: str | None = None
-    prompt_head: str | None = None
-    found_prompt: dict[str, Any] | None = None
-    cache_features: str | None = None
-    cache_dtype: str | None = None
-    bf16: bool = False
-    optimizer_in_backward: bool = False
-    deterministic: bool = False
-    text_column: str | None = None
-    label_column: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    output: str = option(help="Folder of the run; on the command line runs/METHOD-DATA where none is given")
+    method: str = option("siva", help="How the model is trained", choices=METHODS)
+    model: str = option(None, help="demo, a folder or a hub id", unset="demo, or the model of `init_from`")
+    init_from: str | None = option(
+        None,
+        help="Folder of a finished run whose result is trained on: a whole model, an adapter, which is merged into its "
+        "base, or a side network, which only a method with the same side network takes",
+        metavar="RUN",
+        folder=True,
+    )
+    data: str = option(
+        DEMO,
+        help="demo; a csv, tsv, jsonl or parquet file; a folder with train.* and perhaps dev.*, or saved by datasets; "
+        "or a hub data set as nyu-mll/glue:sst2",
+    )
+    objective: str | None = option(
+        None,
+        help="Learn texts, as of a txt file, by their masked words; another run goes on with the result by `init_from`",
+        choices=OBJECTIVES,
+        unset="the labels are learned",
+    )
+    problem_type: str | None = option(None, help="What the labels are", choices=PROBLEMS, unset="found from the data")
+    targets: str | None = option(
+        None, help="Layers to adapt: names joined by commas, all-linear or a regular expression", unset="the method's"
+    )
+    rank: int | None = option(None, help="Rank of the adapter", least=1, unset="the method's")
+    window: int | None = option(
+        None, help="Backbone features that each block of a k-lst side network reads, odd", least=1, unset="9"
+    )
+    reduction: int | None = option(
+        None, help="How many times narrower than the backbone a side network is", least=1, unset="8"
+    )
+    epochs: float | None = option(None, help="Passes over the training rows", unset="the method's recipe")
+    max_steps: int | None = option(None, help="Optimizer steps, in place of `epochs`", least=1)
+    batch_size: int = option(
+        16,
+        help="Rows a step; the processes of a launcher share them, one process takes so many on each device",
+        least=1,
+    )
+    learning_rate: float | None = option(
+        None, help="Peak learning rate of AdamW, or the rate of MeZO", unset="the method's recipe"
+    )
+    max_length: int | None = option(
+        None,
+        help="Longest text in tokens; longer ones are cut",
+        least=2,
+        unset="128, or the model's limit where that is less",
+    )
+    seed: int = option(0, help="Decides the new head, the order of rows and dropout", most=_HIGHEST_SEED)
+    split_seed: int = option(0, help="Decides which rows become dev rows where the data has none", most=_HIGHEST_SEED)
+    split: str = option(
+        SPLITS[0],
+        help="How these are chosen, by class with equal texts on one side, or at random",
+        choices=SPLITS,
+    )
+    save_steps: int | None = option(None, help="Save a checkpoint every so many steps", least=1, unset="none")
+    metric: str | None = option(
+        None,
+        help="Keep the checkpoint that is best by this metric of the dev rows, as accuracy, f1, pearson or loss",
+        unset="the weights after the last step",
+    )
+    patience: int | None = option(
+        None, help="End when `metric` was not better for so many checkpoints in a row", least=1, unset="never"
+    )
+    prompt: str | None = option(
+        None,
+        help="A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
+        metavar="TEMPLATE|NAME|auto|none",
+        unset="none",
+    )
+    label_words: str | None = option(
+        None,
+        help="Words of the prompt: terrible,great in the order of the classes, or negative=terrible,positive=great",
+        unset="the named prompt's",
+    )
+    prompt_head: str | None = option(None, help="What answers a prompt", choices=HEADS, unset=HEADS[0])
+    found_prompt: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What was found for the prompt auto. It is not searched for again"}
+    )
+    cache_features: str | None = option(
+        None,
+        help="Folder for features of a frozen backbone; any run with k-lst or lst reads those that are there",
+        metavar="DIR",
+        folder=True,
+        unset="computed in every epoch",
+    )
+    cache_dtype: str | None = option(
+        None, help="What cached features are rounded to", choices=FEATURE_DTYPES, unset=FEATURE_DTYPES[0]
+    )
+    bf16: bool = option(False, help="Compute in bfloat16 by autocast; weights stay in float32")
+    optimizer_in_backward: bool = option(
+        False,
+        help="Step during backward, and free each gradient after its use; gradients are not clipped by their norm",
+    )
+    deterministic: bool = option(False, help="Use deterministic kernels only")
+    text_column: str | None = option(
+        None, help="Column of texts, or two joined by a comma for pairs", unset="found by name"
+    )
+    label_column: str | None = option(None, help="Column of classes, numbers or tags", unset="found by name")
+    settings: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Further fields of the method's configuration or of transformers.TrainingArguments"},
+    )
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            self._check(item.name, not isinstance(value, str) or is_text(value), "text in UTF-8")
-        for name in ("init_from", "cache_features"):
-            value = getattr(self, name)
-            self._check(name, isinstance(value, (str, NoneType)) and value != "", "a folder's name")
+        if self.problem_type == MASKED_WORDS.name:
+            self._refuse("problem_type", "this has no labels. Give objective mlm instead.")
+        for known in options():
+            value = getattr(self, known.name)
+            if not known.takes(value):
+                raise FastpeftError(f"{known.name} is {value!r}; it must be {known.allowed}.")
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
             object.__setattr__(self, "model", model)
-        for name in ("output", "method", "model", "data"):
-            self._check(name, isinstance(value := getattr(self, name), str) and value != "", "a text that is not empty")
-        for name in _TEXTS:
-            self._check(name, isinstance(getattr(self, name), (str, type(None))), "a text")
-        whole = {
-            "rank": 1,
-            "window": 1,
-            "reduction": 1,
-            "max_steps": 1,
-            "batch_size": 1,
-            "max_length": 2,
-            "save_steps": 1,
-            "patience": 1,
-        }
-        for name, least in whole.items():
-            value = getattr(self, name)
-            optional = value is None and name != "batch_size"
-            self._check(name, optional or (_is_whole(value) and value >= least), f"a whole number from {least}")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-            self._check(name, value is None or number, "a number above 0")
-        for name in ("seed", "split_seed"):
-            value = getattr(self, name)
-            self._check(name, _is_whole(value) and 0 <= value < 2**32, "a whole number from 0 to 2^32 - 1")
-        self._check("split", self.split in SPLITS, " or ".join(SPLITS))
-        for name in ("bf16", "optimizer_in_backward", "deterministic"):
-            self._check(name, isinstance(getattr(self, name), bool), "true or false")
-        self._check("settings", _is_json_object(self.settings), "an object of names and values that JSON can hold")
-        self._check_cache(get_method(self.method, self.settings))
-        if self.objective is not None:
-            self._check_objective()
-        if self.problem_type is not None and get_problem(self.problem_type) is MASKED_WORDS:
-            raise FastpeftError(
-                f"problem_type is {self.problem_type!r}, which has no labels. Give objective mlm instead."
-            )
-        if self.metric is not None and self.save_steps is None:
-            raise FastpeftError(
-                f"metric is {self.metric!r}, by which the best checkpoint is kept, but there are no checkpoints. Say "
-                "by save_steps how often to save one."
-            )
-        if self.patience is not None and self.metric is None:
-            raise FastpeftError(
-                f"patience is {self.patience}, but there is no metric that could stop getting better. Name one, or "
-                "leave patience out."
-            )
         if not is_auto(self.prompt):
             object.__setattr__(self, "found_prompt", None)
-        found = self.found_prompt
-        self._check("found_prompt", found is None or _is_json_object(found), "what run.json holds of a prompt found")
-        self.parse_prompt()
-
-    def _check(self, name: str, fits: bool, allowed: str) -> None:
-        if not fits:
-            raise FastpeftError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
-
-    def _check_cache(self, method: Method) -> None:
-        from fastpeft.ladder.cache import DTYPES  # heavy
-
-        self._check("cache_dtype", self.cache_dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}")
-        if self.cache_features is not None and not method.ladder:
-            raise FastpeftError(
-                f"cache_features is {self.cache_features!r}, but the method {self.method!r} has no frozen features to "
-                "keep: what its layers compute changes as it trains, or is trained through. Leave it out, or choose "
-                "k-lst, lst, or mezo over one of them."
-            )
-        if self.cache_features is not None and SIVA_LAYERS in self.settings:
-            raise FastpeftError(
-                f"cache_features is {self.cache_features!r}, but {SIVA_LAYERS} trains a part of the backbone, whose "
-                "features change at every step. Leave out either."
-            )
-        if self.cache_dtype is not None and self.cache_features is None:
-            raise FastpeftError(
-                f"cache_dtype is {self.cache_dtype!r}, but no features are cached. Name a folder by cache_features, or "
-                "leave cache_dtype out."
-            )
-
-    def _check_objective(self) -> None:
-        """Raise `FastpeftError` unless there is such an objective, and nothing that is for labels."""
-        if self.objective not in OBJECTIVES:
-            raise FastpeftError(
-                f"objective is {self.objective!r}; it must be {', '.join(OBJECTIVES)}. Leave it out to learn labels."
-            )
+        method = get_method(self.method, self.settings)
         if self.cache_features is not None:
-            raise FastpeftError(
-                f"cache_features is {self.cache_features!r}, but the objective {self.objective!r} hides other words in "
-                "every epoch, whose features would be read once. Leave out either."
+            if not method.frozen_features:
+                self._refuse(
+                    "cache_features",
+                    f"the method {self.method!r} has no frozen features to keep: its layers change as it trains, or "
+                    "gradients pass through them. Leave it out, or choose k-lst, lst, or mezo over one of them.",
+                )
+            if SIVA_LAYERS in self.settings:
+                self._refuse(
+                    "cache_features",
+                    f"{SIVA_LAYERS} trains a part of the backbone, whose features change at every step. Leave out "
+                    "either.",
+                )
+            if self.objective is not None:
+                self._refuse(
+                    "cache_features",
+                    f"the objective {self.objective!r} hides other words in every epoch, so cached features would be "
+                    "read once. Leave out either.",
+                )
+        elif self.cache_dtype is not None:
+            self._refuse(
+                "cache_dtype", "no features are cached. Name a folder by cache_features, or leave cache_dtype out."
             )
         for name in FOR_LABELS:
-            if (value := getattr(self, name)) is not None:
-                raise FastpeftError(
-                    f"{name} is {value!r}, but the objective {self.objective!r} learns from the texts alone. Leave out "
-                    "either."
-                )
+            if self.objective is not None and getattr(self, name) is not None:
+                self._refuse(name, f"the objective {self.objective!r} learns from the texts alone. Leave out either.")
+        if self.metric is not None and self.save_steps is None:
+            self._refuse("metric", "there are no checkpoints to choose from. Say by save_steps how often to save one.")
+        if self.patience is not None and self.metric is None:
+            self._refuse("patience", "there is no metric to watch. Name one, or leave patience out.")
+        self.parse_prompt()
+
+    def _refuse(self, name: str, reason: str) -> NoReturn:
+        raise FastpeftError(f"{name} is {getattr(self, name)!r}, but {reason}")
 
     @property
     def awaits_prompt(self) -> bool:
@@ -251,8 +271,8 @@ class TrainConfig:
             written = parse_prompt(self.prompt, self.label_words, self.prompt_head or HEADS[0])
             return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
         for name in ("label_words", "prompt_head"):
-            if (value := getattr(self, name)) is not None:
-                raise FastpeftError(f"{name} is {value!r}, but there is no prompt. Give one, or leave {name} out.")
+            if getattr(self, name) is not None:
+                self._refuse(name, f"there is no prompt. Give one, or leave {name} out.")
         return None
 
     @classmethod
@@ -275,12 +295,26 @@ class TrainConfig:
 
     def values(self) -> dict[str, Any]:
         """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
-        folders = {
-            name: None if (folder := getattr(self, name)) is None else str(Path(folder).expanduser().resolve())
-            for name in ("init_from", "cache_features")
-        }
-        paths = {"model": _anchored(self.model), "data": _anchored(self.data), **folders}
-        return dataclasses.asdict(self) | paths
+        given = dataclasses.asdict(self)
+        folders = [known.name for known in options() if known.folder and given[known.name] is not None]
+        paths = {name: str(Path(given[name]).expanduser().resolve()) for name in folders}
+        return {**given, **paths, "model": _anchored(self.model), "data": _anchored(self.data)}
+
+
+@cache
+def options() -> tuple[Option, ...]:
+    """The fields of `TrainConfig` in their order, with what is said of each."""
+    kinds = get_type_hints(TrainConfig)
+    found = []
+    for item in dataclasses.fields(TrainConfig):
+        kind = get_args(kinds[item.name])[0] if isinstance(kinds[item.name], UnionType) else kinds[item.name]
+        found.append(Option(item.name, get_origin(kind) or kind, item.default, **item.metadata))
+    return tuple(found)
+
+
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n    Attributes:\n" + "".join(
+    f"        {known.name}: {known.text()}\n" for known in options()
+)
 
 
 def parse_value(text: str) -> Any:
@@ -303,7 +337,3 @@ def _is_json_object(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return isinstance(value, dict)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -17,7 +17,6 @@ from transformers import TrainingArguments
 
 from fastpeft.data.problems import REGRESSION
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.registry import get_method
 from fastpeft.support import processes
 from fastpeft.support.processes import Ranks
 from fastpeft.training.config import TrainConfig
@@ -129,7 +128,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         trainable_parameters=trainable,
         parameters=total,
         steps=total_steps(arguments, len(task.train_rows)),
-        rows=rows_trained(config, len(task.train_rows)),
+        rows=task.setup.rows_trained(len(task.train_rows)),
         train_rows=len(task.train_rows),
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
@@ -161,14 +160,6 @@ def process_seconds() -> float:
     return time.perf_counter() - begin
 
 
-def rows_trained(config: TrainConfig, train_rows: int) -> float:
-    """Rows that `train(config)` trains on, those of every epoch counted, where the data has `train_rows`."""
-    if config.max_steps is not None:
-        return float(config.max_steps * config.batch_size * config.settings.get("gradient_accumulation_steps", 1))
-    recipe = get_method(config.method, config.settings).recipe_for(config.model)
-    return (config.epochs or recipe.epochs) * train_rows
-
-
 def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb: float | None) -> Estimate:
     """What a run on `task` would take, whose loading began at `begin`, by `time.perf_counter`. It trains the model."""
     memory = simulated_peak_mb(task, arguments, _longest(task))
@@ -180,7 +171,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
         unmeasured |= {"cache_features": None, "cache_dtype": None}
         short = dataclasses.replace(task.config, output=elsewhere, max_steps=_STEPS + 1, **unmeasured)
         try:
-            task = dataclasses.replace(task, config=short)
+            task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))
             clock = _LaterSteps()
             arguments = task.training_arguments(elsewhere)
             with task.refusing():
@@ -214,7 +205,7 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     """
     model, config, problem = task.model, task.config, task.data.problem
     optimizer = None
-    if not task.method.zeroth_order:
+    if not task.method.optimization.zeroth_order:
         optimizer = _optimizer(model, arguments)
         if optimizer is None:
             return None

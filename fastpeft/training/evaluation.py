@@ -30,7 +30,8 @@ from fastpeft.prompts.template import Prompt, is_text
 from fastpeft.training.loading import FinishedRun, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
-from fastpeft.training.task import DEFAULT_MAX_LENGTH, check_texts, collator, encode, warn_of_cut_words
+from fastpeft.training.setup import check_texts
+from fastpeft.training.task import DEFAULT_MAX_LENGTH, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
 

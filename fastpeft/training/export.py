@@ -14,17 +14,18 @@ from peft import PeftModel
 from fastpeft.data.models import Classifier, resolve_model
 from fastpeft.data.problems import MASKED_WORDS
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.adapters import merge
-from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
+from fastpeft.methods.wrapping import merge
 from fastpeft.mezo import Journal
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import loading_snippet, model_card
-from fastpeft.training.loading import FinishedRun, assemble, outline
+from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.results import chosen_by, results
 from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.setup import RunSetup, setup_of_run
 from fastpeft.training.task import draw_start, prepare
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,13 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         (model, tokenizer), prompt = load_adapter(source.path), None
         card = _card_of_adapter(model, output, to, tokenizer is not None)
     else:
-        _check_form(source, to)
-        run = assemble(source) if step is None else _replay(source, step)
+        setup = setup_of_run(source)
+        setup.method.check_export(to, f"the run in {str(source.path)!r}")
+        if to == "lora" and setup.config.init_from is not None:
+            logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
+        run = assemble(source) if step is None else _replay(source, setup, step)
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
-        card = _card_of_run(run, source.metrics(), output, to, step)
+        card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     remedy = "Give the name of a new folder where one can be made, with room in it."
     with (
@@ -87,26 +91,6 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         output.parent.mkdir(parents=True, exist_ok=True)
         files.publish(staged, output)
     return output
-
-
-def _check_form(source: RunFolder, to: str) -> None:
-    """Raise `FastpeftError` where the model of a run cannot take the form `to`."""
-    config, _ = outline(source)
-    method = get_method(config.method, config.settings)
-    if method.ladder:
-        raise FastpeftError(
-            f"the run in {str(source.path)!r} trained a side network ({method.title}), which works beside the layers "
-            "of its backbone and cannot become a part of them. Load it from its own folder."
-        )
-    if to == "lora" and not method.adapts:
-        raise FastpeftError(
-            f"the run in {str(source.path)!r} trained a whole model ({method.title}); only a SiVA adapter is exported "
-            "to lora. Export it to merged."
-        )
-    if to == "merged":
-        method.check_merges(f"the run in {str(source.path)!r}")
-    if to == "lora" and config.init_from is not None:
-        logger.info("the LoRA goes onto the model of the run in %s: export that one to merged", config.init_from)
 
 
 def _save(model: Any, to: str, folder: Path) -> None:
@@ -140,16 +124,17 @@ def _card_of_adapter(model: PeftModel, output: Path, to: str, has_tokenizer: boo
         base_model=config.base_model_name_or_path,
         method=f"{title}, as a LoRA" if adapter else title,
         snippet=snippet,
-        adapter=adapter,
+        library="peft" if adapter else "transformers",
     )
 
 
-def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to: str, step: int | None) -> str:
+def _card_of_run(
+    run: FinishedRun, title: str, metrics: Mapping[str, Any], output: Path, to: str, step: int | None
+) -> str:
     """The model card; weights from within a run have no results of their own."""
     config, adapter = run.config, to == "lora"
     onto_chain = adapter and config.init_from is not None
     base = f"the model of the run in {config.init_from}, exported to merged"
-    title = get_method(config.method, config.settings).title
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
     if step is not None:
@@ -167,7 +152,7 @@ def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to:
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
         ),
-        adapter=adapter,
+        library="peft" if adapter else "transformers",
         data=config.data,
         labels=run.labels,
         labels_are=run.problem.labels,
@@ -177,14 +162,12 @@ def _card_of_run(run: FinishedRun, metrics: Mapping[str, Any], output: Path, to:
     )
 
 
-def _replay(folder: RunFolder, step: int) -> FinishedRun:
+def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
     """The run as it was after `step` of its steps."""
-    config, head = outline(folder)
-    method = get_method(config.method, config.settings)
-    if not method.zeroth_order or method.usual_loop:
+    if not setup.method.optimization.keeps_journal:
         raise FastpeftError(
-            f"step is {step}, but the run in {str(folder.path)!r} was made by {method.title}: only the journal of the "
-            "method 'mezo' tells of single steps. Leave it out."
+            f"step is {step}, but the run in {str(folder.path)!r} was made by {setup.method.title}: only the "
+            "journal of the method 'mezo' tells of single steps. Leave it out."
         )
     journal = Journal.open(folder.journal)
     first = journal.header["first_step"]
@@ -196,11 +179,7 @@ def _replay(folder: RunFolder, step: int) -> FinishedRun:
     if not 0 <= step <= journal.steps:
         raise FastpeftError(f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.")
     folder.check_start()
-    start = draw_start(config, head)
-    model: Any = prepare(start, config, head)
+    start = draw_start(setup)
+    model: Any = prepare(start, setup)
     journal.replay(model, stop=step)
-    metrics = folder.metrics()
-    classifier = Classifier(model.eval(), start.tokenizer, start.head)
-    return FinishedRun(
-        classifier, config, head.problem, head.labels, metrics["pairs"], head.prompt, metrics["max_length"]
-    )
+    return FinishedRun.of(setup, folder.metrics(), Classifier(model.eval(), start.tokenizer, start.head))

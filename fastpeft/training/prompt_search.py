@@ -31,8 +31,8 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptModel
 from fastpeft.prompts.named import AUTO
 from fastpeft.prompts.template import MASK, Prompt
+from fastpeft.support.environment import best_device
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.loading import best_device
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +103,8 @@ class FoundPrompt:
         return {**self.prompt.values(), "accuracy": round(self.accuracy, 4), **own}
 
 
-def settle_prompt(config: TrainConfig, data: TextData, max_length: int) -> TrainConfig:
-    """`config`, with the prompt `auto` found on the training rows of `data` where it is not found yet."""
-    if not config.awaits_prompt:
-        return config
+def search_prompt(config: TrainConfig, data: TextData, max_length: int) -> TrainConfig:
+    """`config`, with the prompt that was found for it on the training rows of `data`."""
     found = find_prompt(config.model, data, seed=config.seed, max_length=max_length).values()
     if config.prompt_head == "classifier":  # then the template alone serves
         found |= {"label_words": None, "head": config.prompt_head}

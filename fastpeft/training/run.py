@@ -21,18 +21,16 @@ from fastpeft.data.models import resolve_model
 from fastpeft.data.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step, describe, most_frequent
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
-from fastpeft.ladder import LadderModel
 from fastpeft.ladder.cache import DTYPES
+from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
-from fastpeft.support.adapter_files import check_file
 from fastpeft.support.environment import device_name, versions
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.model_card import loading_snippet, model_card
+from fastpeft.support.model_card import model_card
 from fastpeft.support.processes import Ranks, is_first, noticing_losses
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
-from fastpeft.training.loading import inside_prompt
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
@@ -155,9 +153,8 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
     elif checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     try:
-        if checkpoint is not None and not (task.method.adapts or task.method.ladder):
-            # the Trainer of transformers 5.0 silently skips LayerNorm weights, which its models save by their old names
-            _load_weights(trainer.model, checkpoint)
+        if checkpoint is not None:
+            task.method.resume(trainer.model, checkpoint)
         set_seed(task.config.seed)  # dropout starts alike whatever was computed before
         with noticing_losses():
             trainer.train(resume_from_checkpoint=start)
@@ -232,20 +229,8 @@ def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None
     best = best_step(trainer.points(f"eval_{task.metric}"), task.metric)
     logger.info("the best checkpoint by %s is that of step %d", task.metric, best)
     if best != trainer.state.global_step:
-        _load_weights(trainer.model, folder.checkpoint(best))
+        task.method.load_checkpoint(trainer.model, folder.checkpoint(best))
     return best
-
-
-def _load_weights(model: Any, checkpoint: Path) -> None:
-    """Give `model` the weights of a checkpoint of its own run."""
-    inside = inside_prompt(model)
-    if (checkpoint / "adapter_config.json").is_file():
-        check_file(checkpoint)
-        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
-    elif isinstance(inside, LadderModel):
-        inside.take_over(checkpoint, head=True)
-    else:
-        model.load_state_dict(type(model).from_pretrained(checkpoint, use_safetensors=True).state_dict())
 
 
 def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
@@ -270,8 +255,8 @@ def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
     """Write adapter or model, and the tokenizer, as `from_pretrained` reads them, and the prompt."""
     trainer.model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
-    if task.prompt is not None:
-        task.prompt.save(folder)
+    if task.setup.prompt is not None:
+        task.setup.prompt.save(folder)
 
 
 @contextmanager
@@ -342,7 +327,7 @@ def _metrics(
 
 def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Mapping[str, Any]) -> str:
     """The model card of the run."""
-    config, problem = task.config, task.data.problem
+    config, problem, prompt = task.config, task.data.problem, task.setup.prompt
     shown = (
         "objective",
         "problem_type",
@@ -367,18 +352,16 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
     return model_card(
         base_model=config.model,
         method=task.method.title,
-        snippet=loading_snippet(
+        snippet=task.method.loading_snippet(
             str(folder.path),
+            chained=config.init_from is not None,
             base_model=resolve_model(config.model),
             task_type=problem.task_type,
-            adapter=task.method.adapts,
-            ladder=task.method.ladder,
-            chained=config.init_from is not None or task.method.base is not None,
             labels=task.data.labels,
-            prompt_head=None if task.prompt is None else task.prompt.head,
+            prompt_head=None if prompt is None else prompt.head,
             masked_words=problem is MASKED_WORDS,
         ),
-        adapter=task.method.adapts,
+        library=task.method.library,
         data=task.data.description,
         labels=task.data.labels,
         labels_are=problem.labels,

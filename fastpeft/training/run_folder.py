@@ -29,10 +29,10 @@ from typing import Any
 
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.support import files
 from fastpeft.version import __version__
 
+JOURNAL = "mezo.journal"  # of `fastpeft.mezo.journal`, which imports PyTorch
 CURVES = "curves.json"
 PREDICTIONS = "predictions.json"
 TRAINED_ON = "trained_on.txt"
@@ -48,7 +48,7 @@ _WRITTEN = (
     ".staging",
     "checkpoints",
     "last-good",
-    FILE_NAME,
+    JOURNAL,
     "adapter_config.json",
     "adapter_model*.safetensors*",
     "config.json",
@@ -107,7 +107,7 @@ class RunFolder:
         self.config_file = self.path / "run.json"
         self.metrics_file = self.path / "metrics.json"
         self.checkpoints = self.path / "checkpoints"
-        self.journal = self.path / FILE_NAME
+        self.journal = self.path / JOURNAL
         self.staging = self.path / ".staging"
 
     @property
@@ -201,6 +201,8 @@ class RunFolder:
         if resume:
             self.check_start(config["init_from"] if "init_from" in moved else None)
             if self.journal.exists():
+                from fastpeft.mezo.journal import Journal
+
                 Journal.open(self.journal)  # refuses one that cannot be read
 
     def _check_outside(self, config: Mapping[str, Any]) -> None:

@@ -11,138 +11,101 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.preparation import Preparation, parse_targets
-from fastpeft.methods.registry import OPTIONS, Method, get_method
+from fastpeft.methods.method import Method
 from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.training.config import TrainConfig
 
-# names that settings may not touch, with what decides them
-_DECIDED_ELSEWHERE = {
-    "r": "use rank in its place",
-    "target_modules": "use targets in its place",
-    "window_size": "use window in its place",
-    "reduction_factor": "use reduction in its place",
-    "output_dir": "use output in its place",
-    "per_device_train_batch_size": "use batch_size in its place",
-    "learning_rate": "use learning_rate in its place",
-    "num_train_epochs": "use epochs in its place",
-    "max_steps": "use max_steps in its place",
-    "seed": "use seed in its place",
-    "data_seed": "use seed in its place, which decides the order of rows too",
-    "bf16": "use bf16 in its place",
-    "save_steps": "use save_steps in its place",
-    "save_strategy": "use save_steps in its place",
+# fields of TrainingArguments that settings may have; in the last line those of MeZOConfig alone
+_ARGUMENTS = """
+    optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
+    gradient_accumulation_steps average_tokens_across_devices label_smoothing_factor neftune_noise_alpha
+    fp16 tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cpu
+    gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+    torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context
+    per_device_eval_batch_size eval_steps eval_delay eval_accumulation_steps
+    logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
+    log_on_each_node include_num_input_tokens_seen report_to run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph
+    eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
+"""
+
+# what to do in the place of some others
+_INSTEAD = {
+    **{name: f"use the option {name}" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
+    "r": "use the option rank",
+    "target_modules": "use the option targets",
+    "window_size": "use the option window",
+    "reduction_factor": "use the option reduction",
+    "output_dir": "use the option output",
+    "num_train_epochs": "use the option epochs",
+    "per_device_train_batch_size": "use the option batch_size",
+    "auto_find_batch_size": "use the option batch_size; a dry run tells how much memory it needs",
+    "data_seed": "use the option seed, which decides the order of rows too",
+    "save_strategy": "use the option save_steps",
+    "load_best_model_at_end": "use the option metric",
+    "metric_for_best_model": "use the option metric",
+    "greater_is_better": "use the option metric, which decides it",
+    "full_determinism": "use the option deterministic",
+    "resume_from_checkpoint": "use the option resume",
+    "bf16_full_eval": "it would round the weights that train; use the option bf16",
+    "fp16_full_eval": "it would round the weights that train; use fp16",
+    "eval_strategy": "dev rows are measured a few times a run, or with the option metric at each checkpoint",
+    "eval_on_start": "dev rows are always measured before the first step",
+    "label_names": "the model's labels are in the column labels",
+    "push_to_hub": "push the folder of the finished run",
     "save_total_limit": "the newest checkpoints are kept",
     "save_only_model": "a checkpoint holds all that resume needs",
     "ignore_data_skip": "a resumed run meets the rows that it would have met",
-    "enable_jit_checkpoint": "a run that is told to end saves a checkpoint",
-    "auto_find_batch_size": "use batch_size in its place; a dry run tells how much memory it needs",
-    "eval_strategy": "dev rows are measured a few times a run, or with metric at each checkpoint",
-    "eval_on_start": "dev rows are always measured before the first step",
-    "load_best_model_at_end": "use metric in its place",
-    "metric_for_best_model": "use metric in its place",
-    "greater_is_better": "it follows from metric",
     "dataloader_drop_last": "every row is trained on in every epoch",
     "train_sampling_strategy": "rows of about one length share a batch",
     "group_by_length": "rows of about one length share a batch",  # its name in transformers 5.0
-    "prediction_loss_only": "metrics are always measured",
-    "eval_do_concat_batches": "metrics are of all rows together",
-    "batch_eval_metrics": "metrics are of all rows together",
-    "bf16_full_eval": "it would round the weights that train",
-    "fp16_full_eval": "it would round the weights that train",
-    "dataloader_in_order": "rows keep their order",
-    "label_names": "the model's labels are in the column labels",
-    "resume_from_checkpoint": "use resume in its place",
-    "push_to_hub": "push the folder of the finished run",
-    "full_determinism": "use deterministic in its place",
-    "accelerator_config": "a batch is divided among the processes of a launcher",
-    "parallelism_config": "each process of a launcher has the whole model",
     "fsdp": "each process of a launcher has the whole model",
-    "fsdp_config": "each process of a launcher has the whole model",
     "deepspeed": "each process of a launcher has the whole model",
     "journal": "a run by MeZO always keeps one",
     "save_weights": "leave save_steps out, and the journal is the only checkpoint",
 }
 
 
-def method_options(config: TrainConfig) -> tuple[Method, Preparation, dict[str, Any]]:
-    """The method that `config` names, what that is given but for the model's part, and fields of TrainingArguments.
-
-    Raises:
-        FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
-    """
-    method = get_method(config.method, config.settings)
-    settings, arguments = sort_settings(method, config.settings)
-    if method.zeroth_order and config.optimizer_in_backward:
-        raise FastpeftError(
-            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
-            "it out."
-        )
-    if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
-        raise FastpeftError(
-            "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "
-            "are scaled by the spread of the losses. Give one; 1e-6 serves the bundled model with 8 estimates."
-        )
-    for option in OPTIONS:
-        if option not in method.options and getattr(config, option) is not None:
-            raise FastpeftError(
-                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
-                f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
-            )
-    preparation = Preparation(
-        head=(),
-        rank=config.rank,
-        targets=parse_targets(config.targets),
-        settings=settings,
-        window=config.window,
-        reduction=config.reduction,
-    )
-    method.check(preparation)
-    return method, preparation, arguments
-
-
 def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide settings between the method's configuration and TrainingArguments.
 
     Raises:
-        FastpeftError: a name is unknown or decided elsewhere, or a value is not of its type.
+        FastpeftError: a name is none of theirs that may be set, or a value is not of its type.
     """
-    of_method = method.settings()
-    arguments_class = arguments_of(method)
-    hints = get_type_hints(arguments_class)
-    fields = {item.name: item for item in dataclasses.fields(arguments_class) if item.init}
-    of_training = {name: hints[name] for name in fields}
+    of_method, arguments = method.settings(), arguments_of(method)
+    fields = {item.name: item for item in dataclasses.fields(arguments) if item.name in _ARGUMENTS.split()}
+    hints = {name: hint for name, hint in get_type_hints(arguments).items() if name in fields} | of_method
     for name, value in settings.items():
-        if name not in of_method and name in _DECIDED_ELSEWHERE:
-            raise FastpeftError(f"{name} cannot be set as a setting; {_DECIDED_ELSEWHERE[name]}.")
-        if name not in of_method and name not in of_training:
-            close = difflib.get_close_matches(name, [*of_method, *of_training], 3)
-            advice = f" Did you mean {' or '.join(close)}?" if close else ""
+        if name not in hints and name in _INSTEAD:
+            raise FastpeftError(f"{name} cannot be set as a setting; {_INSTEAD[name]}.")
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 3)
+            advice = f". Did you mean {' or '.join(close)}?" if close else f": {', '.join(fields)}."
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and the fields of "
-                f"{'fastpeft.MeZOConfig' if method.zeroth_order else 'transformers.TrainingArguments'}."
+                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of "
+                f"{'fastpeft.MeZOConfig' if method.optimization.zeroth_order else 'transformers.TrainingArguments'}"
                 f"{advice}"
             )
-        hint = of_method[name] if name in of_method else of_training[name]
+        hint = hints[name]
         if not _fits(value, hint):
             allowed = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise FastpeftError(f"the setting {name} is {value!r}; it must be of the type {allowed}.")
         choices = None if name in of_method else fields[name].metadata.get("choices")
         if choices and value not in (*choices, fields[name].default):
             raise FastpeftError(f"the setting {name} is {value!r}; it must be one of {', '.join(choices)}.")
-    return (
-        {name: value for name, value in settings.items() if name in of_method},
-        {name: value for name, value in settings.items() if name not in of_method},
-    )
+    own = {name: value for name, value in settings.items() if name in of_method}
+    return own, {name: value for name, value in settings.items() if name not in of_method}
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value that came from JSON can be of a type; of types that JSON does not have, their owner decides."""
+    """Whether a value from JSON can be of a type; what takes a type that JSON does not have checks it itself."""
     kind = get_origin(hint) or hint
     if kind in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
-    if kind is Literal:  # its owner may take more than it lists, as PEFT does pissa_niter_16
+    if kind is Literal:  # PEFT takes more than it lists, as pissa_niter_16
         return any(_fits(value, type(listed)) for listed in get_args(hint))
     if kind is float:
         return type(value) in (int, float)
@@ -151,7 +114,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def arguments_of(method: Method) -> type[TrainingArguments]:
     """The class of a method's arguments for its Trainer."""
-    return MeZOConfig if method.zeroth_order else TrainingArguments
+    return MeZOConfig if method.optimization.zeroth_order else TrainingArguments
 
 
 def checkpointing_options(arguments: TrainingArguments) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -16,19 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
 
-from fastpeft.data.examples import Examples, Row, TextData, load_data, texts_in_words
+from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
 from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
-from fastpeft.methods.registry import Method
+from fastpeft.methods.method import Method
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.loading import Head, begin_from_earlier, load_start
-from fastpeft.training.prompt_search import check_searchable, settle_prompt
-from fastpeft.training.settings import arguments_of, checkpointing_options, method_options
+from fastpeft.training.loading import continue_earlier, load_start
+from fastpeft.training.prompt_search import search_prompt
+from fastpeft.training.settings import arguments_of, checkpointing_options
+from fastpeft.training.setup import RunSetup, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +48,22 @@ class Task:
     """What a run works on.
 
     Attributes:
-        config: where it all came from, with the prompt that was found for it.
-        method: the method that prepared the model.
+        setup: what its configuration came to.
         model: the module to train, with what trains requiring gradients.
         tokenizer: the model's tokenizer.
         data: texts and labels.
-        prompt: what texts are put into, with its words in the order of the classes; None for the texts alone.
-        metric: the metric to look at while training, and to choose by where that is wanted.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
             dev rows and not yet in the others.
         max_length: where texts were cut, in tokens.
-        arguments: fields of TrainingArguments that the configuration sets beside its own.
     """
 
-    config: TrainConfig
-    method: Method
+    setup: RunSetup
     model: Any
     tokenizer: Any
     data: TextData
-    prompt: Prompt | None
-    metric: str
     train_rows: list[Row]
     dev_rows: list[Row]
     max_length: int
-    arguments: dict[str, Any]
 
     @classmethod
     def load(cls, config: TrainConfig) -> Task:
@@ -79,14 +72,15 @@ class Task:
         Raises:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
-        method, given, arguments = method_options(config)
+        plan = resolve(config)
         data = data_for(config)
-        head_for(config, data)  # refuses before a prompt is searched for, which takes its time
-        config = settle_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
-        head = head_for(config, data)
-        metric, prompt = config.metric or data.problem.primary, head.prompt
-        classifier = draw_start(config, head)
-        max_length = _max_length(config, classifier.max_length, method.own_tokens(given))
+        setup = plan.for_data(data)  # refuses before a prompt is searched for, which takes its time
+        if config.awaits_prompt:
+            found = search_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
+            setup = dataclasses.replace(plan, config=found).for_data(data)
+        prompt = setup.prompt
+        classifier = draw_start(setup)
+        max_length = _max_length(config, classifier.max_length, setup.method.own_tokens(setup.preparation))
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
@@ -94,19 +88,36 @@ class Task:
             warn_of_cut_words(part, rows, data.problem, max_length)
         if data.problem is MASKED_WORDS:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
-        model = prepare(classifier, config, head)
-        tokenizer = classifier.tokenizer
-        return cls(config, method, model, tokenizer, data, prompt, metric, train_rows, dev_rows, max_length, arguments)
+        model = prepare(classifier, setup)
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, max_length)
+
+    @property
+    def config(self) -> TrainConfig:
+        """Where it all came from, with the prompt that was found for it."""
+        return self.setup.config
+
+    @property
+    def method(self) -> Method:
+        return self.setup.method
+
+    @property
+    def metric(self) -> str:
+        """The metric to look at while training, and to choose by where that is wanted."""
+        return self.config.metric or self.data.problem.primary
 
     def training_arguments(self, output: str) -> TrainingArguments:
         """The Trainer's arguments, with checkpoints below `output`.
 
         The batches are those of a step whatever the number of processes that a launcher started, which share each.
         """
-        config = self.config
-        recipe = self.method.recipe_for(config.model)
+        config, recipe, given, optimization = (
+            self.config,
+            self.setup.recipe,
+            self.setup.arguments,
+            self.method.optimization,
+        )
         learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
-        if "lr_scheduler_type" in self.arguments:
+        if "lr_scheduler_type" in given:
             schedule: dict[str, Any] = {}
         else:
             settings = recipe.schedule_settings(learning_rate)
@@ -131,9 +142,9 @@ class Task:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
             "report_to": "none",
-            **({"journal": not self.method.usual_loop} if self.method.zeroth_order else {}),
+            **({"journal": optimization.keeps_journal} if optimization.zeroth_order else {}),
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
-            **self.arguments,
+            **given,
         }
         with self.refusing():
             arguments_class = arguments_of(self.method)
@@ -202,8 +213,8 @@ class Task:
             if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
                 reason = f"{type(error).__name__}: {reason}"
             raise FastpeftError(
-                f"the Trainer cannot take the settings {self.arguments or 'of this run'}: {reason}. Correct them, or "
-                "leave them out."
+                f"the Trainer cannot take the settings {dict(self.setup.arguments) or 'of this run'}: {reason}. "
+                "Correct them, or leave them out."
             ) from error
 
 
@@ -223,38 +234,17 @@ def data_for(config: TrainConfig) -> TextData:
     )
 
 
-def head_for(config: TrainConfig, data: TextData) -> Head:
-    """The head of a run with `config` on `data`; its prompt is missing while `config` awaits it.
-
-    Raises:
-        FastpeftError: metric, prompt, label words or method do not go with what the data has.
-    """
-    if config.awaits_prompt:
-        check_searchable(data)
-    if config.metric is not None:
-        data.problem.check_metric(config.metric)
-    head = Head.of(config, data.labels, data.problem)
-    check_texts(head.prompt, data.train)
-    method, given, _ = method_options(config)
-    by_words = head.by_words or (config.awaits_prompt and config.prompt_head != "classifier")
-    method.check(dataclasses.replace(given, task_type=data.problem.task_type, by_words=by_words))
-    return head
+def draw_start(setup: RunSetup) -> Classifier:
+    """What `load_start` loads, with the new head that a run draws."""
+    set_seed(setup.config.seed)
+    return load_start(setup)
 
 
-def draw_start(config: TrainConfig, head: Head) -> Classifier:
-    """What `load_start` loads, with the new head that a run with `config` draws."""
-    set_seed(config.seed)
-    return load_start(config, head)
-
-
-def prepare(start: Classifier, config: TrainConfig, head: Head) -> Any:
-    """The module that a run with `config` trains, made of what `draw_start` loaded, as it is before the first step."""
-    method, given, _ = method_options(config)
-    preparation = dataclasses.replace(
-        given, head=start.head, head_is_new=start.head_is_new, task_type=head.problem.task_type
-    )
-    model = method.prepare(start.model, preparation)
-    begin_from_earlier(model, config, head)
+def prepare(start: Classifier, setup: RunSetup) -> Any:
+    """The module that a run trains, made of what `draw_start` loaded, as it is before the first step."""
+    preparation = dataclasses.replace(setup.preparation, head=start.head, head_is_new=start.head_is_new)
+    model = setup.method.prepare(start.model, preparation)
+    continue_earlier(model, setup)
     return model
 
 
@@ -313,16 +303,6 @@ def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
         "prefetch_factor": arguments.dataloader_prefetch_factor,
         "multiprocessing_context": getattr(arguments, "dataloader_multiprocessing_context", None),  # not in the older
     }
-
-
-def check_texts(prompt: Prompt | None, examples: Examples) -> None:
-    """Raise `FastpeftError` unless the template takes as many texts as a row has."""
-    if prompt is not None and prompt.is_pair != examples.is_pair:
-        raise FastpeftError(
-            f"the template {prompt.template!r} takes {'a pair of texts' if prompt.is_pair else 'one text'} a row, but "
-            f"the data has {texts_in_words(examples)}. Use {'{a} and {b}' if examples.is_pair else '{text}'} in the "
-            "template, or name other columns with --text-column."
-        )
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:

@@ -26,6 +26,7 @@ from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.problems import LOSS, MASKED_WORDS, best_step
 from fastpeft.errors import NotFiniteError
+from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop
 from fastpeft.mezo.sharding import digest
 from fastpeft.mezo.trainer import MeZOTrainer
@@ -286,11 +287,16 @@ class MeZOLoopRunTrainer(MeZORunTrainer):
     optimizer_type = MeZOLoop
 
 
+_TRAINERS = {
+    Optimization.BACKPROPAGATION: RunTrainer,
+    Optimization.MEZO: MeZORunTrainer,
+    Optimization.MEZO_LOOP: MeZOLoopRunTrainer,
+}
+
+
 def trainer_class(task: Task) -> type[RunTrainer]:
     """The Trainer of a run on `task`."""
-    if task.method.usual_loop:
-        return MeZOLoopRunTrainer
-    return MeZORunTrainer if task.method.zeroth_order else RunTrainer
+    return _TRAINERS[task.method.optimization]
 
 
 def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

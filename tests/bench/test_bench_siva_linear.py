@@ -40,6 +40,7 @@ def test_training_returns_every_gradient():
     assert set(gradients.values()) == {3}
 
 
+@pytest.mark.long
 def test_static_table_is_drawn(tmp_path):
     plot.plot_static(harness.read_rows(harness.DATA / "static.csv"), tmp_path / "static.png")
     assert (tmp_path / "static.png").stat().st_size > 1000

@@ -33,6 +33,7 @@ def table() -> dict[tuple[Case, int], dict[str, float]]:
     return made
 
 
+@pytest.mark.long
 def test_parts_sum_to_the_peak(table: dict[tuple[Case, int], dict[str, float]]) -> None:
     assert len(table) == 2 * len(RUNNABLE)
     for figures in table.values():
@@ -73,6 +74,7 @@ def test_fewer_bits_take_less(table: dict[tuple[Case, int], dict[str, float]]) -
     assert weights[0] - weights[1] == pytest.approx(2 * (4 * 256**2 + 2 * 256 * 512) / 2**20, rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [Case("k-lst", "", "float32"), Case("siva", "query+key", "float32")], ids=str)
 def test_what_is_committed_is_what_the_code_takes(case: Case) -> None:
     """Where this fails a method takes another amount of memory: `python -m bench.memory_table` writes it anew."""

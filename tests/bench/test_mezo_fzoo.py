@@ -17,6 +17,7 @@ from fastpeft.prompts.template import Prompt
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.long(but="fzoo-3-4")
 @pytest.mark.parametrize(("estimator", "directions", "forwards"), [("spsa", 1, 2), ("fzoo", 3, 4)])
 def test_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str, directions: int, forwards: int

@@ -224,6 +224,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long(but="15")
 @pytest.mark.usefixtures("stand_in", "interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_ends_the_cell_and_reports(number: signal.Signals) -> None:

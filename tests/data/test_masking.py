@@ -131,6 +131,7 @@ def test_rows_without_a_word_are_left_out(tokenizer: Any) -> None:
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", ["k-lst", "full", "siva", "lora", "mezo", "last-n", "bitfit", "head"])
 def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, method: str) -> None:
     own = {"window": None, "method": method, "settings": {"layers": 1} if method == "last-n" else {}}
@@ -149,6 +150,7 @@ def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, method: str) -
         predict(result.folder, ["the film"])
 
 
+@pytest.mark.long(but="full")
 @pytest.mark.parametrize("method", ["k-lst", "full", "siva"])
 def test_the_card_says_how_to_load_the_model(config: TrainConfig, method: str) -> None:
     result = train(config if method == "k-lst" else replace(config, method=method, window=None))
@@ -181,6 +183,7 @@ def test_masked_words_are_learned(config: TrainConfig) -> None:
     assert metrics["masked_accuracy"] > metrics["masked_accuracy_before"] + 0.1
 
 
+@pytest.mark.long(but="settings0")
 @pytest.mark.parametrize("settings", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
 def test_a_resumed_run_ends_with_the_same_bits(config: TrainConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
     config = replace(config, max_steps=None, epochs=2, batch_size=27, save_steps=1)  # three steps an epoch
@@ -200,6 +203,7 @@ def test_a_dry_run_shows_memory(config: TrainConfig) -> None:
 # -- from words to labels ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but="prompt1")
 @pytest.mark.parametrize("prompt", [{}, {"prompt": "{text} it is <mask>", "label_words": "awful,lovely"}])
 def test_a_side_network_goes_on_with_labels(config: TrainConfig, place: Path, tmp_path: Path, prompt: Any) -> None:
     words = train(config)
@@ -224,6 +228,7 @@ def test_a_side_network_goes_on_with_labels(config: TrainConfig, place: Path, tm
     assert predict(result.folder, ["a lovely film"])[0][0] in WORDS
 
 
+@pytest.mark.long(but="siva")
 @pytest.mark.parametrize("method", ["full", "siva"])
 def test_a_model_goes_on_with_labels_by_any_method(
     config: TrainConfig, place: Path, tmp_path: Path, method: str

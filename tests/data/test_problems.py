@@ -63,6 +63,7 @@ def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
     return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, batch_size=8)
 
 
+@pytest.mark.long(but="tagging-mezo-loop")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -108,6 +109,7 @@ def test_a_run_is_measured_and_used_as_it_was_trained(
             assert said == expected
 
 
+@pytest.mark.long(but="tagging-0.95")
 @pytest.mark.parametrize(("kind", "least"), [("regression", 0.9), ("tagging", 0.95)])
 def test_numbers_and_tags_are_learned(config: TrainConfig, tmp_path: Path, kind: str, least: float) -> None:
     data = str(ROWS[kind](tmp_path))
@@ -265,6 +267,7 @@ PROMPT = {"prompt": "{text} the film is <mask>", "label_words": "awful,lovely"}
 RISING, FALLING = {2: 0.1, 4: 0.9, 6: 0.9, 8: 0.2, 10: 0.8}, {2: 0.9, 4: 0.1, 6: 0.1, 8: 0.8, 10: 0.2}
 
 
+@pytest.mark.long(but="k-lst-accuracy-values7-more7")
 @pytest.mark.parametrize(
     ("method", "metric", "values", "more"),
     [

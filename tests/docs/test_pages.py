@@ -71,6 +71,7 @@ def test_nothing_escapes_the_tests(page: Path) -> None:
     assert "~~~" not in page.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.docs
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +135,7 @@ class Links(HTMLParser):
             self.silent.append(str(given.get("src")))
 
 
+@pytest.mark.long
 @pytest.mark.docs
 def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")

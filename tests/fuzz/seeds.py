@@ -7,8 +7,8 @@ import struct
 import zlib
 from typing import Any
 
-from fastpeft.mezo.journal import _MAGIC
-from fastpeft.mezo.steps import Estimator
+from fastpeft.mezo.estimator import Estimator
+from fastpeft.mezo.journal_format import MAGIC
 
 HEADER: dict[str, Any] = {
     "seed": 7,
@@ -33,7 +33,7 @@ HEADER: dict[str, Any] = {
 def journal(header: Any = HEADER, records: int = 2) -> bytes:
     """A journal under right checksums, whatever its header is."""
     text = json.dumps(header).encode()
-    made = _MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
+    made = MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
     for step in range(records):
         packed = struct.pack("<IBxHQ2d", step, 0, 2, Estimator().seeds(7, step)[0], 0.5, 1e-6)
         made += packed + struct.pack("<I", zlib.crc32(packed))

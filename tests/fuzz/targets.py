@@ -16,7 +16,7 @@ from fastpeft.data.tables import read_apart
 from fastpeft.mezo.journal import Journal
 from fastpeft.prompts.named import parse_prompt
 from fastpeft.prompts.template import Prompt
-from fastpeft.support.files import fingerprints_agree
+from fastpeft.support.fingerprints import fingerprints_agree
 from fastpeft.support.safe_paths import check_named_files
 from fastpeft.training.config import TrainConfig, parse_value
 from fastpeft.training.run_folder import RunFolder

@@ -24,6 +24,7 @@ def logits(model: Any) -> Tensor:
         return model.eval()(IDS).logits
 
 
+@pytest.mark.long(but="frozen")
 @pytest.mark.parametrize("residual", ["frozen", "implicit"])
 def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Path) -> None:
     model = tiny_classifier()

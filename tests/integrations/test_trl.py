@@ -98,6 +98,7 @@ def test_sft_trains_the_adapter_alone_and_its_result_loads(tmp_path: Path) -> No
     assert torch.equal(logits(loaded), logits(trained))
 
 
+@pytest.mark.long(but="KTO-base")
 @pytest.mark.parametrize("start", ["base", "adapter"])
 @pytest.mark.parametrize("method", ["DPO", "KTO"])
 def test_the_first_reward_is_zero(method: str, start: str, tmp_path: Path) -> None:

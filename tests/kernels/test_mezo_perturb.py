@@ -60,6 +60,7 @@ def test_the_bits_of_the_reference(dtype: torch.dtype, kind: str, rounding: str,
         assert_same_bits(ours, theirs)
 
 
+@pytest.mark.long(but="torch.bfloat16-nearest")
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_precision_number(dtype: torch.dtype, rounding: str, device: str) -> None:

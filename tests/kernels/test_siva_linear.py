@@ -75,6 +75,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], No
     return launched
 
 
+@pytest.mark.long(
+    only=(
+        "37-97-101-64-torch.float32",
+        "257-33-131-5-torch.float32",
+        "257-33-131-5-torch.float16",
+        "257-33-131-5-torch.bfloat16",
+        "37-97-101-64-torch.bfloat16",
+        "65-127-17-16-torch.float32",
+    )
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "n", "r"),
@@ -85,6 +95,15 @@ def test_ragged_sizes(m, k, n, r, dtype, device):
     check(*(in_nan(a) for a in args))
 
 
+@pytest.mark.long(
+    only=(
+        "127-17-127-bias-torch.float32",
+        "127-1-127-no-bias-torch.float32",
+        "127-127-127-bias-torch.bfloat16",
+        "127-127-127-bias-torch.float32",
+        "65-65-127-bias-torch.bfloat16",
+    )
+)
 @pytest.mark.interp_full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -110,6 +129,9 @@ TILES = {
 }
 
 
+@pytest.mark.long(
+    only=("before-half-64x64x64", "before-half-128x128x32", "before-half-128x256x64", "inside-half-128x256x64")
+)
 @pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
@@ -134,6 +156,7 @@ def test_only_what_is_needed(needs, device):
     check_backward(args[0].new_ones(23, 29), *args, needs=needs)
 
 
+@pytest.mark.long(but="torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_ranges_of_rows(dtype, device):
     rows = tiles.siva_linear_bwd_rows(1, 16)

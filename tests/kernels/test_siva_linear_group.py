@@ -73,6 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], No
     return launched
 
 
+@pytest.mark.long(but="35-31-ns2-ranks2-torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "ns", "ranks"),
@@ -82,6 +83,7 @@ def test_ragged_sizes(m, k, ns, ranks, dtype, device):
     check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
 
 
+@pytest.mark.long(but="(129, 15)-64-15-torch.bfloat16")
 @pytest.mark.interp_full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 15, 63, 65, 127])
@@ -92,6 +94,7 @@ def test_every_ragged_size(m, k, ns, dtype, device):
     check(*each(in_nan, layers(m, k, ns, ranks, dtype, device)))
 
 
+@pytest.mark.long(but="35")
 @pytest.mark.interp_full
 @pytest.mark.parametrize("r", range(1, 65))
 def test_every_rank(r, device):
@@ -119,6 +122,7 @@ def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launch
     check(*each(in_nan, layers(tile.block_m + 1, tile.block_k + 1, ns, (rank, 3, rank), dtype, device)))
 
 
+@pytest.mark.long(but="inside")
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_p_inside_or_before_and_more_row_blocks_than_a_group(project, device, launched):
     tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]

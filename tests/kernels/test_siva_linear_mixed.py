@@ -74,6 +74,7 @@ def check(*args: Any, needs: list[Any] | None = None) -> None:
             assert ours.shape == (0,)
 
 
+@pytest.mark.long(but="in any order-torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sort", [True, False], ids=["in any order", "in order"])
 def test_ragged_sizes_empty_adapters_and_rows_without_one(sort, dtype, device):
@@ -86,6 +87,7 @@ def test_ranks_above_a_step(dtype, device):
     check(*each(in_nan, batch((5, 9, 31), 63, (64, 5, 33), (1, 2, 2), dtype, device)))
 
 
+@pytest.mark.long(but="1-1-15-torch.bfloat16")
 @pytest.mark.interp_full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 15, 17, 64])

@@ -143,6 +143,7 @@ def masks(batch: int, tokens: int, device: str) -> Tensor:
     return torch.stack([kinds[b % len(kinds)] for b in range(batch)]).to(device)
 
 
+@pytest.mark.long(but="causal-1-1-16-1-slots0-torch.bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "tokens", "width", "window", "slots"),
@@ -160,6 +161,7 @@ def test_ragged_sizes(heads, tokens, width, window, slots, causal, dtype, device
     check(*map(in_nan, args), slots=slots, causal=causal, dropout=0.2)
 
 
+@pytest.mark.long(but="16-15-torch.float32")
 @pytest.mark.interp_full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 15, 17, 33, 65])
@@ -171,6 +173,7 @@ def test_every_ragged_size(tokens, width, dtype, device):
     check(*map(in_nan, args), mask=masks(1, tokens, device), slots=slots, causal=tokens % 3 == 0, dropout=0.1)
 
 
+@pytest.mark.long(but="[]-all")
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("slots", [[0, 1, 2], [1, 2], []], ids=str)
 def test_masks_of_every_shape(slots, causal, device):
@@ -183,6 +186,7 @@ def in_nan_mask(mask: Tensor) -> Tensor:
     return torch.stack((mask, ~mask), -1)[..., 0]
 
 
+@pytest.mark.long(but="torch.float16")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_is_not_read(dtype, device):
     q, c, p = operands(5, 1, 20, 16, 3, 2, dtype, device)
@@ -201,6 +205,7 @@ def test_padding_is_not_read(dtype, device):
     assert results[0][3].masked_select(hidden).eq(0).all()
 
 
+@pytest.mark.long(but="20-half")
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("width", [20, 100, 140])
 def test_every_tile(kind, width, device, monkeypatch):
@@ -214,6 +219,7 @@ def test_every_tile(kind, width, device, monkeypatch):
     check(*map(in_nan, args), slots=[0, 1], causal=True, dropout=0.1)
 
 
+@pytest.mark.long(but="2")
 @pytest.mark.parametrize("heads", [2, 3])
 def test_causal_heads(heads, device):
     """Tiles of queries straddle heads, of which the first is passed over in part; the last keys are 3."""
@@ -221,11 +227,13 @@ def test_causal_heads(heads, device):
     check(*map(in_nan, args), mask=masks(1, 35, device), slots=[0, 2], causal=True)
 
 
+@pytest.mark.long(but="(False, False, False)")
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)), ids=str)
 def test_only_what_is_needed(needs, device):
     check(*operands(2, 1, 18, 16, 5, 3, torch.float32, device), slots=[0, 1, 3], needs=needs)
 
 
+@pytest.mark.long(but="0-0-21")
 @pytest.mark.parametrize("width", [16, 18, 21])
 @pytest.mark.parametrize(("seed", "block"), [(0, 0), (1, 1), (SEED, 5), (2**63 - 1, 2**28 - 1)], ids=str)
 def test_the_dropout_of_the_reference(width, seed, block, device):
@@ -255,6 +263,7 @@ def test_dropout_of_almost_nothing_and_almost_all(dropout, device):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.long
 def test_strides_are_honoured(device):
     q, c, p = operands(2, 3, 20, 16, 5, 3, torch.float32, device)
     projected = c.permute(0, 2, 1, 3).reshape(2, 20, 48)  # (B, T, S D), the output of one projection

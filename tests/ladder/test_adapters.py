@@ -209,6 +209,7 @@ def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
 PROMPT = {"prompt": "{text} it is <mask>", "label_words": "awful,lovely"}
 
 
+@pytest.mark.long(but="changes2")
 @pytest.mark.parametrize("changes", [{}, PROMPT, {"method": "mezo", "settings": {"over": "lst", "siva_layers": 1}}])
 def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, changes: dict[str, Any]) -> None:
     config = replace(config, **changes, **({"window": None} if "method" in changes else {}))
@@ -220,6 +221,7 @@ def test_a_run_is_measured_as_it_was_trained(config: TrainConfig, changes: dict[
         assert plan(config).peak_memory_mb < plan(replace(config, settings=more)).peak_memory_mb
 
 
+@pytest.mark.long
 def test_a_run_resumes_and_takes_its_best_checkpoint_with_the_adapter(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, save_steps=1, metric="loss", settings={**config.settings, "lr_scheduler_type": "constant"})
     whole = train(config)
@@ -234,6 +236,7 @@ def test_a_run_resumes_and_takes_its_best_checkpoint_with_the_adapter(config: Tr
     assert not (resumed.folder / "adapter").exists()
 
 
+@pytest.mark.long(but="None-prompt")
 @pytest.mark.parametrize("changes", [{}, PROMPT], ids=["classifier", "prompt"])
 @pytest.mark.parametrize("layers", [None, 1])
 def test_a_side_network_and_its_adapter_go_on(

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, MeZO
 from fastpeft.ladder.cache import _identity
+from fastpeft.ladder.passes import listen
 from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.training.memory import simulate_training_step
 
@@ -39,7 +40,7 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 def last_feature(model: LadderModel) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.backbone.listen(lambda _, feature: seen.append(feature), lambda feature: feature):
+    with torch.no_grad(), listen(model.backbone, lambda _, feature: seen.append(feature), lambda feature: feature):
         model.backbone.body(IDS, attention_mask=MASK)
     return seen[-1]
 
@@ -149,6 +150,7 @@ def test_mezo_trains_a_side_network_beside_it() -> None:
     assert not any(".roberta." in name for name in changed)
 
 
+@pytest.mark.long(but="nf4")
 @FORMATS
 def test_a_simulated_step_counts_the_bytes_of_the_format(kind: Any) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 128}
@@ -370,6 +372,7 @@ class Counting:
         return graph.forward
 
 
+@pytest.mark.long(but="None")
 @pytest.mark.parametrize("kind", [None, "bfloat16", "int8", NF4])
 def test_a_compiled_backbone_is_the_same(kind: Any) -> None:
     model = ladder(tiny(num_hidden_layers=12), backbone_dtype=kind).eval()

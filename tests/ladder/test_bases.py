@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.passes import skip_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,6 +224,7 @@ def test_padding_of_a_plain_module_is_kept_from_the_side_network() -> None:
         model(inputs=TEXTS, attention_mask=mask[:, 1:])
 
 
+@pytest.mark.long(but="perceptron")
 @pytest.mark.parametrize("kind", ["vit", "perceptron"])
 def test_trainer(tmp_path: Path, kind: str) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -300,8 +302,8 @@ def test_another_plain_module_is_refused(tmp_path: Path) -> None:
 
 def test_a_plain_module_has_no_pass_without_layers() -> None:
     with (
-        pytest.raises(FastpeftError, match="for transformers models; the base is a Sequential"),
-        Backbone(perceptron(), ["0", "2"]).skip_layers(torch.zeros(3, 1, 16)),
+        pytest.raises(FastpeftError, match="can run without its layers; the base is a Sequential"),
+        skip_layers(Backbone(perceptron(), ["0", "2"]), torch.zeros(3, 1, 16)),
     ):
         pass
 

@@ -318,7 +318,7 @@ def test_a_folder_that_can_no_longer_be_written_costs_nothing(
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastpeft.ladder.store._write", no_space)
+    monkeypatch.setattr("fastpeft.support.record_store._write", no_space)
     with caplog.at_level(logging.WARNING, "fastpeft"):
         for _ in range(2):
             assert logits(model).equal(expected)

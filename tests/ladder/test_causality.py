@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.causality import decide_causal
+from fastpeft.ladder.passes import compile_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,7 +175,7 @@ def test_a_side_network_that_learned_from_later_tokens_is_refused(tmp_path: Path
         lambda: LadderModel.from_pretrained(tmp_path, base=causal_model("bloom")),
         lambda: ladder(causal_model("bloom"), causal=False),
     ):
-        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it anew"):
+        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it again"):
             make()
 
 
@@ -278,7 +279,7 @@ def test_big_bird_keeps_its_sparse_attention() -> None:
 
 def test_to_find_out_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(causal_model("gpt2"))
-    backbone.compile(backend=lambda graph, _: pytest.fail("compiled"))
+    compile_layers(backbone, {"backend": lambda graph, _: pytest.fail("compiled")})
     assert decide_causal(backbone, None) is True
 
 

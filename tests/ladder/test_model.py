@@ -478,6 +478,7 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
 
 
+@pytest.mark.long(but="config2")
 @pytest.mark.parametrize("config", [{}, {"residual": True}, {"window_size": 1, "fusion": "gated"}])
 def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
     model = ladder(**config)
@@ -516,6 +517,7 @@ ENCODER_DECODERS = {
 }
 
 
+@pytest.mark.long(but="Bart")
 @pytest.mark.parametrize("kind", ENCODER_DECODERS)
 def test_advice_on_models_with_encoder_and_decoder_works(kind: str) -> None:
     shape, headless, problems = ENCODER_DECODERS[kind]

@@ -15,7 +15,7 @@ from pools import BATCH, ROUNDING, SMALL, assert_answers_are_the_models, pool_of
 from torch import nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
-from fastpeft.ladder import stack
+from fastpeft.ladder import side_stack as stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +41,7 @@ MIXES = {
 }
 
 
+@pytest.mark.long(only="mixed-mask")
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_every_row_gets_its_models_answer(mix: list[int], masked: bool) -> None:

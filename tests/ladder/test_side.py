@@ -326,6 +326,7 @@ def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
         SideNetwork(LadderConfig(reduction_factor=1), 197, 1)
 
 
+@pytest.mark.long(but="gated")
 @pytest.mark.parametrize(
     "options",
     [{"window_size": 3}, {"window_size": 3, "residual": True, "num_heads": 2}, {"window_size": 1, "fusion": "gated"}],

@@ -28,6 +28,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # gigabytes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_one_step(method: str, large: Path, tmp_path: Path) -> None:
     if method == "qlora":

@@ -10,7 +10,7 @@ from networks import SETTINGS, equal, fit, network, weights
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, MeZO
-from fastpeft.mezo import perturbing
+from fastpeft.mezo import perturbed_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,13 +45,13 @@ def test_deferring_changes_no_bit(settings: dict[str, Any], dtype: torch.dtype) 
 
 def test_a_deferred_step_makes_one_pass_less(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    perturb = perturbing.mezo_perturb_
+    perturb = perturbed_weights.mezo_perturb_
 
     def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
         passes.append(seeds)
         perturb(params, offsets, seeds, *args, **kwargs)
 
-    monkeypatch.setattr(perturbing, "mezo_perturb_", count)
+    monkeypatch.setattr(perturbed_weights, "mezo_perturb_", count)
     model = network()
     counts = {}
     for defer in (False, True):
@@ -80,7 +80,7 @@ def test_a_group_that_comes_later_finds_settled_weights() -> None:
     for model, defer in ((ours, True), (theirs, False)):
         optimizer = MeZO(model[0].parameters(), lr=0.1, defer=defer)
         optimizer.step(fit(model))
-        optimizer.add_param_group({"params": model[2].parameters()})
+        optimizer.add_param_group({"params": model[2].bias, "lr": 0.05})
         optimizer.step(fit(model))
         optimizer.settle()
     assert equal(weights(ours), weights(theirs))

@@ -124,6 +124,7 @@ def test_other_threads_are_left_alone() -> None:
 # -- MeZO --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but="False")
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("defer", [False, True])
 def test_weights_are_whole_after_an_interrupt_at_any_moment(defer: bool, tmp_path: Path) -> None:

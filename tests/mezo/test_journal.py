@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from networks import fit, network
+from networks import equal as same
+from networks import fit, network, weights
 from torch import nn
 
 from fastpeft import FastpeftError, MeZO
-from fastpeft.mezo import Journal, Kind
-from fastpeft.mezo import journal as journal_module
+from fastpeft.mezo import Journal, Kind, replay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    return same(weights(one), weights(other))
 
 
 def falling(optimizer: MeZO, done: int = 0) -> torch.optim.lr_scheduler.LRScheduler:
@@ -71,7 +71,7 @@ def trained(path: Path, steps: int = 10, dtype: torch.dtype = torch.float32, **s
 def test_replay_on_the_base_model_gives_the_bits(
     tmp_path: Path, settings: dict[str, Any], dtype: torch.dtype, defer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "_BLOCK", 12)  # several blocks, the last one smaller, an end within four lanes
+    monkeypatch.setattr(replay, "_BLOCK", 12)  # several blocks, the last one smaller, an end within four lanes
     model, _ = trained(tmp_path / "run", dtype=dtype, defer=defer, **settings)
     again = network(dtype)
     Journal.open(tmp_path / "run").replay(again)
@@ -210,7 +210,10 @@ def test_a_state_that_the_journal_cannot_follow_is_refused(tmp_path: Path) -> No
     _, ahead = trained(tmp_path / "ahead", steps=3)
     _, other = trained(tmp_path / "other", steps=1, num_estimates=2)
     model, optimizer = trained(tmp_path / "run", steps=1)
-    for state, message in ((ahead.state_dict(), "ends after 1"), (other.state_dict(), "num_estimates 2, but")):
+    for state, message in (
+        (ahead.state_dict(), "ends after 1"),
+        (other.state_dict(), "another num_estimates 1, not 2"),
+    ):
         with pytest.raises(FastpeftError, match=message):
             optimizer.load_state_dict(state)
     optimizer.step(fit(model, 1))
@@ -297,14 +300,6 @@ def test_a_last_step_that_is_made_once_more_never_leaves_the_file(tmp_path: Path
     assert Journal.open(file).steps == 6
 
 
-def test_a_last_record_that_was_written_in_part_is_dropped(tmp_path: Path) -> None:
-    """A power cut may leave zeros in the place of what was written."""
-    trained(tmp_path / "run", steps=5)
-    content = (tmp_path / "run").read_bytes()
-    (tmp_path / "run").write_bytes(content[:-30] + bytes(30))
-    assert Journal.open(tmp_path / "run").steps == 4
-
-
 @pytest.mark.parametrize(
     "tail", [bytes(44), bytes(4096), b"\xff" * 100, b"x" * 44 + bytes(20)], ids=["zeros", "page", "ones", "garbage"]
 )
@@ -346,7 +341,7 @@ def test_damaged_records_that_a_whole_one_follows_are_refused(tmp_path: Path) ->
 def test_the_first_record_of_a_second_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power cut may take: the records since the last flush."""
     seconds, flushed = [100.0], []
-    monkeypatch.setattr(journal_module, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr("fastpeft.mezo.journal.time", SimpleNamespace(monotonic=lambda: seconds[0]))
     model, optimizer = trained(tmp_path / "run", steps=0)
     monkeypatch.setattr(os, "fsync", lambda _: flushed.append(Journal.open(tmp_path / "run").steps))
     for step, passed in enumerate((0.0, 0.4, 0.5, 0.2, 0.7, 0.5)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, MeZO, TrainConfig, train
 from fastpeft.mezo import step_seed
-from fastpeft.mezo.loop import MeZOLoop
+from fastpeft.mezo.loop import LoopWeights, MeZOLoop
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
 
@@ -64,13 +64,13 @@ def test_a_step_goes_over_the_weights_four_times(monkeypatch: pytest.MonkeyPatch
     optimizer = MeZOLoop(model, LR, EPS, defer=True)
     optimizer.step(loss_of(model))  # the first looks twice
     scales: list[float] = []
-    usual = MeZOLoop._perturb
+    usual = LoopWeights.perturb
 
     def counted(tensors: Any, offsets: Any, seeds: Any, given: Any, *others: Any) -> None:
         scales.extend(given)
         usual(tensors, offsets, seeds, given, *others)
 
-    monkeypatch.setattr(optimizer, "_perturb", counted)
+    monkeypatch.setattr(LoopWeights, "perturb", staticmethod(counted))
     optimizer.step(loss_of(model))
     assert scales == [EPS, -2 * EPS, EPS, -LR * optimizer.projected_grad]
     assert not optimizer.defer

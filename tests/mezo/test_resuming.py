@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, MeZOTrainer
 from fastpeft.mezo import Journal
-from fastpeft.mezo.resuming import Checkpoint, Start, where_to_begin
+from fastpeft.mezo.checkpoints import Checkpoint, Start, where_to_begin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +49,7 @@ def tail(trainer: MeZOTrainer, name: str, steps: int) -> list[float]:
     return logged(trainer, name)[-steps:]
 
 
+@pytest.mark.long(but="5")
 @pytest.mark.parametrize("interrupted_at", [3, 5])
 def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path, interrupted_at: int) -> None:
     """Through the middle and across the end of an epoch of three steps."""
@@ -83,6 +84,7 @@ def test_a_resumed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Pat
         assert logged(resumed, name) == logged(whole, name)
 
 
+@pytest.mark.long(but="2")
 @pytest.mark.parametrize("killed_at", [1, 2, 5, 7])
 def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) -> None:
     """Without a single checkpoint, to the bits of the uninterrupted run."""
@@ -101,6 +103,7 @@ def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) ->
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["mezo.journal"]
 
 
+@pytest.mark.long(but="False")
 @pytest.mark.parametrize("save_weights", [True, False])
 def test_the_journal_leads_on_from_the_newest_checkpoint(tmp_path: Path, save_weights: bool) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "save_weights": save_weights}
@@ -136,6 +139,7 @@ run.train(resume_from_checkpoint=Path({folder!r}, "mezo.journal").exists())
 """
 
 
+@pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.parametrize("save_weights", [True, False])
 def test_a_killed_run_ends_with_the_bits_of_the_uninterrupted_one(tmp_path: Path, save_weights: bool) -> None:

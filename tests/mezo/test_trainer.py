@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
-from fastpeft.mezo import perturbing
+from fastpeft.mezo import perturbed_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +130,7 @@ def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
     assert {p.dim() for p in spared["params"]} == {1}
 
 
+@pytest.mark.long(but=".dense.weight-0.1")
 @pytest.mark.parametrize(("ending", "decay"), [(".bias", 0.0), (".dense.weight", 0.1)])
 def test_weight_decay_where_all_or_none_of_what_trains_decays(tmp_path: Path, ending: str, decay: float) -> None:
     model = language_model()
@@ -222,13 +223,13 @@ def test_callbacks_evaluation_and_saving_see_restored_weights(tmp_path: Path) ->
 
 def test_the_end_of_a_step_is_left_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    perturb = perturbing.mezo_perturb_
+    perturb = perturbed_weights.mezo_perturb_
 
     def count(params: list[Tensor], offsets: list[int], seeds: list[int], *args: Any, **kwargs: Any) -> None:
         passes.append(len(seeds))
         perturb(params, offsets, seeds, *args, **kwargs)
 
-    monkeypatch.setattr(perturbing, "mezo_perturb_", count)
+    monkeypatch.setattr(perturbed_weights, "mezo_perturb_", count)
     MeZOTrainer(language_model(), config(tmp_path), train_dataset=rows()).train()
     first, second, later, last = 1, 1, [2, 1], 1
     assert passes[1:] == [first, second, *later * 3, last]  # after the check of the parameters, which adds nothing
@@ -254,6 +255,7 @@ def test_a_callback_that_looks_at_weights_finds_those_of_the_step(tmp_path: Path
     assert all(equal(one, other) for one, other in zip(seen["log"], seen["end"]))
 
 
+@pytest.mark.long(but="on_train_end")
 @pytest.mark.parametrize("event", ["on_train_end", "on_log"])
 def test_a_tracker_that_saves_the_model_finds_settled_weights(tmp_path: Path, event: str) -> None:
     """As WandbCallback and DVCLiveCallback do, which are of transformers."""

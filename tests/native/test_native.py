@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (shutil.which("make") and shutil.which("c++")), reason="needs make and a C++ compiler")
 def test_host_code(tmp_path: Path) -> None:
     command = ["make", "--silent", "-C", str(ROOT), "native", f"NATIVE={tmp_path}"]

@@ -77,6 +77,7 @@ def test_several_settings() -> None:
     }
 
 
+@pytest.mark.long
 def test_a_setting_holds_for_the_process() -> None:
     code = (
         "import torch\n"
@@ -88,6 +89,7 @@ def test_a_setting_holds_for_the_process() -> None:
     assert done.stdout.strip() == "reference", done.stderr
 
 
+@pytest.mark.long
 def test_a_missing_backend_lets_the_import_pass_and_stops_every_op() -> None:
     code = (
         "import torch, fastpeft\n"

@@ -376,6 +376,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.long
 @needs_cpp
 @pytest.mark.skipif(sys.platform != "linux", reason="counts KiB as Linux does")
 def test_a_pass_in_place_needs_no_memory_to_speak_of() -> None:

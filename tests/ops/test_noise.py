@@ -173,6 +173,7 @@ extern "C" void every_word(float* radius, float* cos, float* sin) {
 """
 
 
+@pytest.mark.long(but="-O3 -mfma -mavx2")
 @pytest.mark.parametrize("flags", [["-O0"], ["-O3", "-mfma", "-mavx2"]], ids=" ".join)
 def test_every_value_has_the_frozen_bits_in_cpp(flags: list[str], tmp_path: Path) -> None:
     """Also where the compiler vectorises and could fuse a product with a sum."""

@@ -103,6 +103,7 @@ def test_vmap_is_a_loop(causal: bool, masked: bool) -> None:
         torch.vmap(lambda q: window_attention(q, c[0], p[0], slots=[1, 2, 4], dropout=0.1))(q)
 
 
+@pytest.mark.long(but="0.4-True")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck_with_padding_and_a_row_of_nothing_else(causal: bool, dropout: float) -> None:

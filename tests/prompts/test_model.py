@@ -263,6 +263,7 @@ def adapted(**settings: Any) -> Any:
     return peft.get_peft_model(prompted(), SivaConfig(r=4, target_modules="all-linear", scaling="plain", **settings))
 
 
+@pytest.mark.long(but="prompted")
 @pytest.mark.parametrize("make", [prompted, adapted])
 def test_trains_resumes_and_keeps_the_best(tmp_path: Path, make: Any) -> None:
     whole = trainer(make(), tmp_path / "whole")
@@ -281,6 +282,7 @@ def test_trains_resumes_and_keeps_the_best(tmp_path: Path, make: Any) -> None:
     assert best.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.long(but="SEQ_CLS")
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
 def test_an_adapter_around_it_is_saved_and_loaded(tmp_path: Path, task_type: str | None) -> None:
     run = trainer(adapted(task_type=task_type), tmp_path / "run")
@@ -291,6 +293,7 @@ def test_an_adapter_around_it_is_saved_and_loaded(tmp_path: Path, task_type: str
     assert not torch.allclose(logits(loaded), logits(prompted()), **CLOSE)
 
 
+@pytest.mark.long(but="lora")
 @pytest.mark.parametrize(
     "config", [SivaConfig(r=2), peft.LoraConfig(r=2, init_lora_weights=False)], ids=["siva", "lora"]
 )
@@ -365,6 +368,7 @@ def test_the_bundled_model_knows_good_from_bad() -> None:
     assert found.argmax(-1).tolist() == [1, 0]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not SST2.is_dir(), reason="the SST-2 folder is not beside this repository")
 def test_zero_shot_figures_of_the_bundled_model() -> None:

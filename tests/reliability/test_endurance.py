@@ -11,6 +11,7 @@ from reliability.endurance import Sample, endure
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["siva", "mezo"])
 def test_steps_keep_no_file_open_and_no_tensor_alive(tmp_path: Path, method: str) -> None:
     first, *later = endure(tmp_path, method, steps=100, samples=4)

@@ -13,7 +13,7 @@ from PIL import Image
 from reliability import kill
 from safetensors.torch import save
 
-from fastpeft.ladder.store import RecordStore
+from fastpeft.support.record_store import RecordStore
 
 
 def picture() -> bytes:
@@ -32,11 +32,13 @@ def check(folder: Path, kind: str, kills: int) -> None:
     assert found.kills == kills
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("kind", ["siva", "k-lst", "k-lst, features cached", "full", "mezo", kill.ONE_CELL])
 def test_nothing_is_lost_at_one_moment(tmp_path: Path, kind: str) -> None:
     check(tmp_path, kind, kills=1)
 
 
+@pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.parametrize("kind", [*kill.RUNS, kill.COMPARE])
 def test_nothing_is_lost(tmp_path: Path, kind: str) -> None:

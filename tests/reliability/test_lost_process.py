@@ -199,6 +199,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "lost", "then"), SIZES)
 @pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("k-lst", "siva")), "mezo"])
 def test_any_number_goes_on(
@@ -234,6 +235,7 @@ def test_one_that_does_not_answer_is_lost_after_the_timeout(launch: Callable[...
     assert "does not answer (Timed out" in said or "does not answer (Application timeout" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["siva", pytest.param("mezo", marks=pytest.mark.slow)])
 def test_a_signal_to_one_stops_all_at_the_same_step(
     launch: Callable[..., Launched], alone: Callable[[str], Path], kind: str

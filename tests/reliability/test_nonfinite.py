@@ -91,6 +91,7 @@ class Overflow(TrainerCallback):
             layer.register_forward_hook(lambda module, inputs, output: output * math.inf)
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", ["siva", "full", "k-lst", "mezo"])
 def test_a_run_names_step_and_module(place: Path, tmp_path: Path, method: str) -> None:
     given = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 4}

@@ -47,6 +47,7 @@ class Intrude(TrainerCallback):
                 self.said.unlink()
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", ["siva", "mezo"])
 def test_a_second_run_is_refused_and_the_first_goes_on(config: TrainConfig, tmp_path: Path, method: str) -> None:
     config = replace(config, method=method, save_steps=1, learning_rate=1e-3)

@@ -68,6 +68,7 @@ class Send(TrainerCallback):
                 signal.raise_signal(number)
 
 
+@pytest.mark.long(but="mezo-best-15")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(

@@ -62,6 +62,7 @@ def unpacked(*_: Any) -> None:
     shutil.copytree(ROOT / "fastpeft", packages / "fastpeft", ignore=shutil.ignore_patterns("demo", "__pycache__"))
 
 
+@pytest.mark.long
 def test_the_installed_library_is_tested_and_nothing_is_left(tmp_path: Path) -> None:
     before = set(Path(versions.tempfile.gettempdir()).glob("versions-*"))
     tests = ("tests/support/test_files.py", "tests/ops/test_backends.py")
@@ -73,6 +74,7 @@ def test_the_installed_library_is_tested_and_nothing_is_left(tmp_path: Path) -> 
     assert set(Path(versions.tempfile.gettempdir()).glob("versions-*")) <= before
 
 
+@pytest.mark.long
 def test_sources_in_the_place_of_the_installed_library_are_a_fault(tmp_path: Path) -> None:
     def install(*given: Any) -> None:
         unpacked(*given)

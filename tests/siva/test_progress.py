@@ -1,16 +1,16 @@
-"""The bar shows where somebody looks and work takes long, and nowhere else."""
+"""How far the decomposition is: told to who listens, drawn by the command line where somebody looks, nowhere else."""
 
 from __future__ import annotations
 
 import io
-import logging
 
 import pytest
 from peft import get_peft_model
+from rich.console import Console
 from samples import tiny_classifier
 
-from fastpeft import SivaConfig
-from fastpeft.siva import progress as module
+from fastpeft import SivaConfig, console
+from fastpeft.siva.progress import listening
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,28 +20,32 @@ class Screen(io.StringIO):
         return True
 
 
+def adapt() -> None:
+    get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))
+
+
 @pytest.mark.parametrize(
-    ("patience", "level", "shown"),
-    [(0.0, logging.INFO, True), (1e9, logging.INFO, False), (0.0, logging.ERROR, False)],
+    ("patience", "quiet", "shown"),
+    [(-1.0, False, True), (1e9, False, False), (-1.0, True, False)],
     ids=["long", "short", "quiet"],
 )
-def test_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patience: float, level: int, shown: bool
-) -> None:
+def test_on_a_terminal(monkeypatch: pytest.MonkeyPatch, patience: float, quiet: bool, shown: bool) -> None:
     for variable in ("TERM", "NO_COLOR", "TTY_COMPATIBLE", "FORCE_COLOR"):
         monkeypatch.delenv(variable, raising=False)
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr(module, "PATIENCE_S", patience)
-    caplog.set_level(level, "fastpeft")
-    get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))
+    monkeypatch.setattr(console, "errors", Console(stderr=True))  # finds out when it is made whether somebody looks
+    monkeypatch.setattr(console, "PATIENCE_S", patience)
+    with console.progress_bar(quiet):
+        adapt()
     assert ("decomposing weights" in screen.getvalue()) == shown
     assert ("4/4" in screen.getvalue()) == shown
 
 
-def test_elsewhere_nothing_is_written(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
-    with module.progress("working") as step:
-        for _ in range(3):
-            step(3)
+def test_the_library_tells_and_draws_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[int, int]] = []
+    with listening(lambda done, total: told.append((done, total))):
+        adapt()
+    adapt()
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert capfd.readouterr() == ("", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastpeft.support.files import fingerprint, fingerprints_agree
+from fastpeft.support.fingerprints import fingerprint, fingerprints_agree
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -208,6 +208,7 @@ def assert_close(found: list[dict[str, Tensor]], expected: dict[str, Tensor], me
 # -- tests -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(but="2-siva-accelerate")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("method", ["siva", "k-lst"])
 def test_processes_are_one_with_all_rows(ranks: Run, method: str, engine: str) -> None:
@@ -224,11 +225,13 @@ def test_by_mezo_they_are_to_the_bit_one_that_averages(ranks: Run, engine: str) 
     assert_close(found, train("mezo", None), "mezo")
 
 
+@pytest.mark.long(but="2-mezo")
 @pytest.mark.parametrize("method", METHODS)
 def test_in_the_trainer(ranks: Run, tmp_path: Path, method: str) -> None:
     assert_close(ranks(train_by_trainer, method, tmp_path / "several"), train_by_trainer(method, tmp_path), method)
 
 
+@pytest.mark.long(but="2-ddp")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_all_leave_out_the_same_blocks(ranks: Run, engine: str) -> None:
     """Those that one process with the first one's random numbers leaves out; the others' are their own."""

@@ -145,7 +145,7 @@ CASES = [
     (["--method", "k-lst", "--window", "17"], ["window_size=17", "at most 15"]),
     (["--method", "k-lst", "--window", "0"], ["window is 0", "from 1"]),
     (["--method", "k-lst", "--reduction", "3"], ["reduction_factor=3 does not divide", "1, 2, 4, 8, 16"]),
-    (["--method", "k-lst", "--set", "window_size=3"], ["window_size cannot be set", "use window"]),
+    (["--method", "k-lst", "--set", "window_size=3"], ["window_size cannot be set", "use the option window"]),
     (["--method", "k-lst", "--set", "fusion=gated"], ["fusion='gated'", "window_size=1"]),
     (["--method", "k-lst", "--rank", "2"], ["'k-lst' takes no rank", "window, reduction"]),
     (["--method", "k-lst", "--model", "seq2seq"], ["feature_modules"]),
@@ -281,7 +281,7 @@ CASES = [
     ([*PROMPT[:3], "0=awful,999999999999=lovely"], ["class '1' has no label word"]),
     ([*PROMPT[:3], "very dull,lovely"], ["'very dull' of class 'negative' is 2 tokens (very dull)", "Near it are"]),
     ([*PROMPT[:3], "lovly,dull"], ["'lovly' of class 'negative' is unknown", "lovely"]),
-    ([*PROMPT, "--prompt-head", "words"], ["head is 'words'", "label_words and classifier"]),
+    ([*PROMPT, "--prompt-head", "words"], ["prompt_head is 'words'", "label_words or classifier"]),
     ([*PROMPT, "--max-length", "5"], ["max_length 5 leaves no room"]),
     ([*PROMPT, "--model", "causal"], ["'causal' has no masked-word head", "--prompt-head classifier"]),
     ([*PROMPT, "--model", "classifier"], ["'classifier' has no masked-word head"]),
@@ -327,9 +327,9 @@ CASES = [
     # settings
     (["--set", "lora_alpha"], ["'lora_alpha'", "key=value"]),
     (["--set", "lora_alfa=3"], ["'lora_alfa'", "lora_alpha"]),
-    (["--set", "seed=3"], ["seed cannot be set", "use seed"]),
-    (["--set", "r=3"], ["r cannot be set", "use rank"]),
-    (["--set", "target_modules=query"], ["target_modules cannot be set", "use targets"]),
+    (["--set", "seed=3"], ["seed cannot be set", "use the option seed"]),
+    (["--set", "r=3"], ["r cannot be set", "use the option rank"]),
+    (["--set", "target_modules=query"], ["target_modules cannot be set", "use the option targets"]),
     (["--set", "rank_pattern=3"], ["rank_pattern is 3", "dict"]),
     (["--set", "rank_pattern=query:2"], ["rank_pattern is 'query:2'", "dict"]),
     (["--set", "exclude_modules=["], ["exclude_modules", "'['"]),
@@ -341,30 +341,33 @@ CASES = [
     (["--set", "dataloader_num_workers=-1"], ["'dataloader_num_workers': -1"]),
     (["--set", "per_device_eval_batch_size=0"], ["'per_device_eval_batch_size': 0"]),
     (["--set", "report_to=nowhere"], ["'report_to': 'nowhere'"]),
-    (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "use metric"]),
+    (["--set", "load_best_model_at_end=true"], ["load_best_model_at_end cannot be set", "use the option metric"]),
     (["--set", "eval_strategy=epoch"], ["eval_strategy cannot be set", "at each checkpoint"]),
     (["--set", "eval_on_start=true"], ["eval_on_start cannot be set", "always measured before"]),
     (["--set", 'label_names=["foo"]'], ["label_names cannot be set", "column labels"]),
-    (["--set", "resume_from_checkpoint=foo"], ["resume_from_checkpoint cannot be set", "use resume"]),
+    (["--set", "resume_from_checkpoint=foo"], ["resume_from_checkpoint cannot be set", "use the option resume"]),
     (["--set", "label_smoothing_factor=0.1", "--data", "measures.csv"], ["is for classes", "the data has numbers"]),
     *(
         (["--method", *method, "--set", "gradient_checkpointing=true"], ["does not go with gradient_checkpointing"])
         for method in (["k-lst"], ["k-lst", *PROMPT], ["mezo", "--set", "over=k-lst"])
     ),
-    (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use metric"]),
-    (["--set", "greater_is_better=true"], ["greater_is_better cannot be set", "follows from metric"]),
+    (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use the option metric"]),
+    (["--set", "greater_is_better=true"], ["greater_is_better cannot be set", "use the option metric"]),
     (["--set", "dataloader_drop_last=true"], ["dataloader_drop_last cannot be set", "every row"]),
     (["--set", "train_sampling_strategy=random"], ["train_sampling_strategy cannot be set"]),
-    (["--set", "prediction_loss_only=true"], ["prediction_loss_only cannot be set"]),
+    (
+        ["--set", "prediction_loss_only=true"],
+        ["unknown setting 'prediction_loss_only'", "transformers.TrainingArguments"],
+    ),
     (["--set", "push_to_hub=true"], ["push_to_hub cannot be set"]),
     (["--set", "adam_beta1=3"], ["'adam_beta1': 3"]),
     (["--set", "bias=odd"], ["bias", "odd"]),
-    (["--set", "data_seed=1"], ["data_seed cannot be set", "use seed"]),
+    (["--set", "data_seed=1"], ["data_seed cannot be set", "use the option seed"]),
     (["--set", "warmup_steps=few"], ["warmup_steps", "'few'"]),
     (["--set", "lr_scheduler_type=zigzag"], ["zigzag"]),
     (["--set", 'lr_scheduler_kwargs={"power": 2}'], ["lr_scheduler_kwargs", "power"]),
     (["--set", "use_liger_kernel=true"], ["needs the package liger-kernel"]),
-    (["--set", "parallelism_config=1"], ["parallelism_config cannot be set", "whole model"]),
+    (["--set", "parallelism_config=1"], ["unknown setting 'parallelism_config'"]),
     (["--set", "fsdp=full_shard"], ["fsdp cannot be set", "whole model"]),
     (["--set", "rank_pattern=" + "[" * 9999], ["rank_pattern", "dict"]),
     # folders and configurations
@@ -462,6 +465,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+@pytest.mark.long(only="--method sivva")
 @pytest.mark.parametrize(("arguments", "parts"), CASES, ids=[" ".join(arguments) for arguments, _ in CASES])
 def test_bad_input(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]) -> None:
     monkeypatch.chdir(place)

@@ -108,6 +108,7 @@ def test_settings_that_cannot_be_used_are_the_estimate(config: CompareConfig, se
     assert f"cannot take the settings {settings}" in (found.error or "")
 
 
+@pytest.mark.long(but="None")
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_activations_that_are_computed_again_take_less(config: CompareConfig, use_reentrant: bool | None) -> None:
     full = replace(config.cells()[0].config, method="full")
@@ -137,6 +138,7 @@ def test_the_state_is_that_of_the_optimizer(config: CompareConfig, tmp_path: Pat
     assert plan(replace(full, method="mezo", settings={"optim": "adafactor"})).peak_memory_mb is not None
 
 
+@pytest.mark.long
 def test_rows_are_told_of_once_for_all_variants(config: CompareConfig, tmp_path: Path) -> None:
     common = [f"--{key}={config.common[key]}" for key in ("model", "data")]
     command = ["compare", "--methods", "head,bitfit", *common, "--output", str(tmp_path / "out"), "--dry-run"]

@@ -22,7 +22,8 @@ from fastpeft.training.loading import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MERGED = [name for name, method in METHODS.items() if method.merges and not method.ladder]
+UNMERGED = ("k-lst", "lst", "k-lst-direct", "lst-direct", "qlora", "prompt-tuning")
+MERGED = [name for name in METHODS if name not in UNMERGED]
 
 
 def logits(model: Any, folder: Path) -> torch.Tensor:
@@ -51,6 +52,7 @@ def by_the_card(folder: Path, **names: Any) -> Any:
     return names["model"]
 
 
+@pytest.mark.long(but="mezo-loop-classifier")
 @pytest.mark.parametrize("head", [None, *HEADS])
 @pytest.mark.parametrize("method", MERGED)
 def test_merged(config: TrainConfig, tmp_path: Path, method: str, head: str | None) -> None:
@@ -102,6 +104,7 @@ class Weights(TrainerCallback):
         self.after[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.long(but="head")
 @pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
 def test_every_step_of_mezo_is_made_again_from_the_journal(config: TrainConfig, tmp_path: Path, prompt: Any) -> None:
     seen = Weights()
@@ -129,6 +132,7 @@ def test_a_step_of_mezo_over_siva(config: TrainConfig, tmp_path: Path) -> None:
         assert left == last != first
 
 
+@pytest.mark.long(but="head")
 @pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
 def test_siva_to_lora(config: TrainConfig, tmp_path: Path, place: Path, prompt: Any) -> None:
     run = train(replace(config, method="siva", rank=2, **prompt)).folder

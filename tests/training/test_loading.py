@@ -17,15 +17,16 @@ from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
 from fastpeft.data.problems import CLASSIFICATION
-from fastpeft.methods.adapters import merge
 from fastpeft.methods.registry import METHODS
+from fastpeft.methods.wrapping import merge
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.loading import Head, load_run, load_start
+from fastpeft.training.loading import load_run, load_start
+from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task, recipe_used
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUBSETS = [name for name in SMALL if not METHODS[name].zeroth_order]
+SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
 
 def logits(model: Any, config: TrainConfig) -> torch.Tensor:
@@ -38,6 +39,7 @@ def logits(model: Any, config: TrainConfig) -> torch.Tensor:
     return found
 
 
+@pytest.mark.long(but="k-lst-direct-classifier")
 @pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
@@ -79,6 +81,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.long(but="pissa, full")
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfig, chain: Any) -> None:
     start: str | None = None
@@ -87,7 +90,8 @@ def test_a_chain_starts_from_what_was_trained_and_loads_again(config: TrainConfi
         link = replace(config, output=output, init_from=start, **{"prompt": None, "label_words": None, **values})
         if start is not None:
             before = load_run(start)
-            begun = load_start(link, Head.of(link, before.labels, CLASSIFICATION)).model
+            head = Head.of(link, before.labels, CLASSIFICATION)
+            begun = load_start(resolve(link).with_head(head)).model
             expected = encoder(before.classifier.model)
             assert all(torch.equal(value, expected[name]) for name, value in encoder(begun).items())
         result = train(link)
@@ -110,6 +114,7 @@ def encoder(model: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.mark.long(but="{'method': 'full'}-words")
 @pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["head", "words"])
 @pytest.mark.parametrize("then", [{"method": "mezo", "settings": {"over": "k-lst"}}, SIVA, {"method": "full"}], ids=str)
 def test_the_first_output_is_the_earlier_runs_last(config: TrainConfig, then: Any, prompt: Any) -> None:
@@ -134,6 +139,7 @@ def test_a_head_for_other_classes_is_new(config: TrainConfig, tmp_path: Path) ->
     assert torch.equal(fresh.get_input_embeddings().weight, trained.get_input_embeddings().weight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -225,6 +231,6 @@ def test_the_rate_ends_where_the_recipe_says(config: TrainConfig) -> None:
 def test_the_bundled_model_has_its_own_recipes() -> None:
     for method in METHODS.values():
         recipe = method.recipe_for("demo")
-        assert recipe.epochs == (6 if method.zeroth_order else 1)
+        assert recipe.epochs == (6 if method.optimization.zeroth_order else 1)
         assert recipe.learning_rate >= method.recipe_for("elsewhere").learning_rate
     assert METHODS["k-lst"].recipe_for("demo").schedule == "linear"

@@ -85,6 +85,7 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(only="csv")
 @pytest.mark.parametrize("kind", WRITERS)
 def test_files_are_read_as_for_training_and_written(place: Path, kind: str) -> None:
     WRITERS[kind](place / f"rows.{kind}", [(text, "negative") for text in TEXTS])

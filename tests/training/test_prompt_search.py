@@ -149,6 +149,7 @@ def test_planted_answers_are_found(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(other["accuracy"] <= 1.0 for other in found.runners_up)
 
 
+@pytest.mark.long(but="False")
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_what_is_said_of_a_prompt_is_what_it_does(
     place: Path, monkeypatch: pytest.MonkeyPatch, calibrate: bool

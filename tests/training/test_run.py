@@ -51,6 +51,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long(but="head")
 @pytest.mark.parametrize("method", SMALL)
 def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, method: str) -> None:
     config = replace(config, method=method, epochs=2, learning_rate=3e-2)
@@ -66,11 +67,12 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     assert metrics["peak_memory_mb"] > 0 < metrics["samples_per_second"]
     names = {path.name for path in result.folder.iterdir()}
     assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
-    assert ("adapter_config.json" in names) is get_method(method).adapts
+    assert ("adapter_config.json" in names) is (get_method(method).library == "peft")
     assert TrainConfig.from_file(result.folder / "run.json") == config
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 
 
+@pytest.mark.long(but="mezo-loop")
 @pytest.mark.parametrize("method", SMALL)
 def test_the_card_loads_the_model(config: TrainConfig, method: str) -> None:
     folder = train(replace(config, method=method, max_steps=2)).folder
@@ -98,6 +100,7 @@ def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> No
         predict(folder, "hello")
 
 
+@pytest.mark.long(but="full-settings0")
 @pytest.mark.parametrize(
     ("method", "settings"), [("full", {}), ("k-lst", {"feature_modules": "transformer.decoder.block"})]
 )
@@ -123,6 +126,7 @@ def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path:
     assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
 
 
+@pytest.mark.long(but="('a', 'b', 'c')")
 @pytest.mark.parametrize("now", [("a", "b"), ("a", "b", "c")], ids=str)
 def test_a_run_is_not_measured_by_other_classes_than_it_learned(
     config: TrainConfig, tmp_path: Path, now: tuple[str, ...]
@@ -149,6 +153,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: 
 TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # of 11 steps each
 
 
+@pytest.mark.long(but="siva-8-kept1")
 @pytest.mark.parametrize(
     ("method", "interrupted_at", "kept"),
     [
@@ -178,6 +183,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert resumed.metrics["loss"] == whole.metrics["loss"]
 
 
+@pytest.mark.long(but="1-{}")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -249,6 +255,7 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     assert tree(folder) == before
 
 
+@pytest.mark.long(but="None-lora")
 @pytest.mark.parametrize("method", ["lora", "mezo"])
 @pytest.mark.parametrize("interrupted_at", [None, 3, 7])
 def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: str, interrupted_at: int | None) -> None:
@@ -402,6 +409,7 @@ def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypat
     assert not Path(config.output).exists()
 
 
+@pytest.mark.long(but="siva")
 @pytest.mark.parametrize("method", ["siva", "full"])
 def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> None:
     config = replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True})
@@ -446,6 +454,7 @@ def test_settings_reach_the_loader_of_training_rows(config: TrainConfig) -> None
     assert (loader.found.num_workers, loader.found.prefetch_factor, loader.found.persistent_workers) == (1, 3, True)
 
 
+@pytest.mark.long
 def test_a_plan_tells_what_training_does_and_writes_nothing(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, method="siva", epochs=1.5)
     before = tree(tmp_path)

@@ -35,21 +35,35 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("eval_do_concat_batches", "all rows together"),
-        ("batch_eval_metrics", "all rows together"),
+        ("auto_find_batch_size", "use the option batch_size"),
         ("save_only_model", "all that resume needs"),
         ("ignore_data_skip", "meets the rows"),
-        ("auto_find_batch_size", "use batch_size in its place"),
-        ("enable_jit_checkpoint", "saves a checkpoint"),
         ("bf16_full_eval", "round the weights"),
         ("fp16_full_eval", "round the weights"),
-        ("dataloader_in_order", "rows keep their order"),
+        ("eval_do_concat_batches", None),
+        ("batch_eval_metrics", None),
+        ("enable_jit_checkpoint", None),
+        ("dataloader_in_order", None),
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "mezo"])
-def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: str) -> None:
-    with pytest.raises(FastpeftError, match=rf"{name} cannot be set as a setting; .*{reason}"):
+def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: str | None) -> None:
+    message = f"{name} cannot be set as a setting; .*{reason}" if reason else f"unknown setting '{name}'; allowed for"
+    with pytest.raises(FastpeftError, match=message):
         sort_settings(get_method(method), {name: True})
+
+
+def test_what_a_later_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Later(TrainingArguments):
+        learning_wave: float = 0.0
+
+    monkeypatch.setattr("fastpeft.training.settings.arguments_of", lambda method: Later)
+    assert sort_settings(get_method("lora"), {"optim": "sgd"}) == ({}, {"optim": "sgd"})
+    with pytest.raises(
+        FastpeftError, match=r"unknown setting 'learning_wave'; .* transformers\.TrainingArguments: lr_scheduler_type, "
+    ):
+        sort_settings(get_method("lora"), {"learning_wave": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -98,12 +112,14 @@ def refusal(task: Task, method: str, settings: dict[str, Any]) -> str | None:
     config = replace(task.config, method=method, settings=settings)
     try:
         _, arguments = sort_settings(get_method(method), settings)
-        replace(task, method=get_method(method), config=config, arguments=arguments).training_arguments("nowhere")
+        setup = replace(task.setup, method=get_method(method), config=config, arguments=arguments)
+        replace(task, setup=setup).training_arguments("nowhere")
     except FastpeftError as error:
         return str(error)
     return None
 
 
+@pytest.mark.long(but="mezo")
 @pytest.mark.parametrize("method", ["lora", "mezo"])
 def test_whatever_a_setting_is_it_is_taken_or_refused_in_words(task: Task, method: str) -> None:
     kind = MeZOConfig if method == "mezo" else TrainingArguments

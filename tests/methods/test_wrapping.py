@@ -250,6 +250,7 @@ def test_refusals_of_4_bits(config: TrainConfig, tmp_path: Path, monkeypatch: py
         plan(narrow)
 
 
+@pytest.mark.long(but="qlora")
 @pytest.mark.parametrize("method", ["prompt-tuning", "qlora"])
 def test_what_cannot_become_weights_is_not_merged(config: TrainConfig, tmp_path: Path, method: str) -> None:
     if method == "qlora":

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpeft.ladder import store as module
-from fastpeft.ladder.store import RecordStore
+from fastpeft.support import record_store as module
+from fastpeft.support.record_store import RecordStore
 
 ROOMY = 2**30
 
@@ -130,6 +130,7 @@ def writer(folder: Path, seed: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE)
 
 
+@pytest.mark.long
 def test_two_processes_at_once_keep_every_record_once(tmp_path: Path) -> None:
     processes = [writer(tmp_path, seed) for seed in range(2)]
     assert [process.wait() for process in processes] == [0, 0]

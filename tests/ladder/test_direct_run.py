@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
-from fastpeft.ladder.direct import DirectRun
+from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import SideNetwork, SideRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -268,6 +268,7 @@ def counted_passes(pool: LadderPool) -> list[None]:
     return passes
 
 
+@pytest.mark.long(but="int8-batches of their own")
 @pytest.mark.parametrize("own", [False, True], ids=["batches for all", "batches of their own"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_warm_cache_needs_no_pass_and_trains_to_the_bit_as_a_cold_one(tmp_path: Path, dtype: str, own: bool) -> None:

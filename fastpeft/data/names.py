@@ -1,0 +1,7 @@
+"""Names that data, base models and options share, where importing them costs nothing."""
+
+from pathlib import Path
+
+DEMO = "demo"  # the bundled model, and the film reviews that it is fine-tuned on
+DEMO_FOLDER = Path(__file__).parents[1] / DEMO
+FEATURE_DTYPES = ("bfloat16", "float32", "int8")  # what cached features of a backbone are rounded to, the default first

@@ -1,0 +1,153 @@
+"""Methods that train a side network beside the model, and save that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fastpeft.errors import FastpeftError
+from fastpeft.methods.method import EarlierRun, Method, name_after
+from fastpeft.methods.preparation import Preparation
+
+SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA trains
+GATED: Mapping[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
+
+# arguments of a LadderConfig that follow from the model or have an option of their own
+_NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideNetworkMethod(Method):
+    """A method that saves a side network.
+
+    Attributes:
+        fields: what its configuration is given before a person's options and settings.
+        direct: whether it is computed as its equations are written, by `DirectRun`.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    direct: bool = False
+    options: tuple[str, ...] = ("window", "reduction")
+
+    frozen_features = True
+
+    def config_fields(self) -> dict[str, Any]:
+        from fastpeft.ladder import LadderConfig
+
+        hints = get_type_hints(LadderConfig.__init__)
+        own = {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
+        return {**own, SIVA_LAYERS: int}
+
+    def check(self, preparation: Preparation) -> None:
+        self._config(preparation)
+
+    def _config(self, preparation: Preparation) -> Any:
+        from fastpeft.ladder import LadderConfig
+
+        given = {"window_size": preparation.window, "reduction_factor": preparation.reduction}
+        given = {name: value for name, value in given.items() if value is not None}
+        own = {name: value for name, value in preparation.settings.items() if name != SIVA_LAYERS}
+        return LadderConfig(**{**self.fields, **given, **own}, train_adapters=SIVA_LAYERS in preparation.settings)
+
+    def prepare(self, model: Any, preparation: Preparation) -> Any:
+        """A side network beside the model; of a prompted one, beside the masked language model in it.
+
+        With the setting `siva_layers` SiVA adapts so many of the model's last layers, and trains with it.
+        """
+        from fastpeft.ladder import LadderModel
+        from fastpeft.prompts.model import around
+
+        config = self._config(preparation)
+
+        def beside(base: Any) -> Any:
+            if config.train_adapters:
+                base = _with_siva(base, preparation.settings[SIVA_LAYERS], config.feature_modules)
+            return self._computed(LadderModel(base, config))
+
+        return around(model, beside)
+
+    def _computed(self, ladder: Any) -> Any:
+        """`ladder` in the form of its pass that this method has."""
+        if self.direct:
+            from fastpeft.ladder.direct_run import DirectRun
+
+            ladder.side_run = DirectRun
+        return ladder
+
+    def load(self, folder: Path, start: Callable[[], Any], whole: Callable[[], Any]) -> Any:
+        from fastpeft.ladder import LadderModel
+        from fastpeft.prompts.model import around
+
+        base = start()
+        model = around(base.model, lambda each: self._computed(LadderModel.from_pretrained(folder, base=each)))
+        return replace(base, model=model)
+
+    def load_checkpoint(self, model: Any, checkpoint: Path) -> None:
+        from fastpeft.prompts.model import inside_prompt
+
+        inside_prompt(model).take_over(checkpoint, head=True)
+
+    def check_export(self, to: str, trained: str) -> None:
+        raise FastpeftError(
+            f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
+            "cannot become a part of them. Load it from its own folder."
+        )
+
+    def check_successor(self, later: Method, run: EarlierRun) -> None:
+        if not isinstance(later, SideNetworkMethod):
+            raise FastpeftError(
+                f"the run in {run.name!r} trained a side network and left its backbone as it was, so {later.name!r} "
+                f"has nothing to start from. Choose a method with the same side network, {run.method} or mezo with "
+                f"--set over={run.method}, or leave init_from out."
+            )
+
+    def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:
+        """What the earlier run started from; an adapter that trained with its side network is merged or trains on."""
+        start = run.start()
+        adapted, wanted = (each.get(SIVA_LAYERS) for each in (run.settings, settings))
+        if adapted is None or adapted == wanted:
+            return start
+        if wanted is not None:
+            raise FastpeftError(
+                f"{SIVA_LAYERS} is {wanted}, but the run in {run.name!r} had {adapted}. Give that, or leave it out to "
+                "merge what was trained into the backbone."
+            )
+        from fastpeft.ladder.saving import with_adapter
+        from fastpeft.methods.wrapping import merge
+        from fastpeft.prompts.model import around
+
+        model = around(start.model, lambda base: merge(with_adapter(base, str(run.folder))))
+        name_after(model, run.folder)
+        return replace(start, model=model)
+
+    def continue_later(self, model: Any, run: EarlierRun) -> None:
+        from fastpeft.prompts.model import inside_prompt
+
+        inside_prompt(model).take_over(run.folder, head=run.same_head)
+
+    def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:
+        from fastpeft.support.model_card import loading_snippet
+
+        return loading_snippet(folder, adapter=False, ladder=True, chained=chained, **known)
+
+
+def _with_siva(model: Any, count: int, feature_modules: Sequence[str] | None) -> Any:
+    """The model with SiVA in the last `count` layers, whose weights it leaves as they are: side networks know them."""
+    from peft import get_peft_model
+
+    from fastpeft.ladder.backbone import Backbone
+    from fastpeft.siva import SivaConfig
+
+    if feature_modules is not None:
+        raise FastpeftError(
+            f"{SIVA_LAYERS} counts the layers that are found by themselves, but feature_modules names others. "
+            "Leave out either, or put SiVA where you want it by peft.get_peft_model, with "
+            "LadderConfig(train_adapters=True)."
+        )
+    layers = len(Backbone(model).layers)
+    if not 1 <= count <= layers:
+        raise FastpeftError(f"{SIVA_LAYERS} is {count}; the model has {layers} layers. Give a number from 1 to that.")
+    chosen = list(range(layers - count, layers))
+    return get_peft_model(model, SivaConfig(layers_to_transform=chosen, residual="implicit"))

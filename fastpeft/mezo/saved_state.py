@@ -1,0 +1,51 @@
+"""What the state dict of a MeZO holds beside the groups that every optimizer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastpeft.errors import FastpeftError
+from fastpeft.mezo.journal_format import Position
+
+_REQUIRED = {"seed", "steps_done", "noise", "estimator", "num_estimates"}
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Where a run stood and how its noise is drawn, under the names of `MeZO`'s arguments and attributes."""
+
+    seed: int
+    steps_done: int
+    noise: str
+    estimator: str
+    num_estimates: int
+    dropped: int = 0  # estimates since the last step; early versions did not count them
+
+    @classmethod
+    def read(cls, state_dict: Mapping[str, Any]) -> SavedState:
+        """Read a state dict.
+
+        Raises:
+            FastpeftError: another optimizer wrote it.
+        """
+        if not state_dict.keys() >= _REQUIRED:
+            raise FastpeftError(
+                f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(_REQUIRED))}, so "
+                "another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
+            )
+        return cls(**{name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict})
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its entries that a journal's header has too."""
+        return {name: value for name, value in self.entries.items() if name not in ("steps_done", "dropped")}
+
+    @property
+    def position(self) -> Position:
+        return self.steps_done, self.dropped

@@ -1,0 +1,333 @@
+"""The adapters of a linear layer: their factors, which of them act on the stored weight, and merging them into it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import keeping_dtypes
+from fastpeft.ops.quantise import Format
+from fastpeft.siva.change import Change, Start, scales
+from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
+from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
+from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
+from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
+
+
+class AdaptedLinear(FrozenLinear):
+    """A linear layer with any number of SiVA adapters on its frozen weight.
+
+    An adapter is added by `update_layer`. One that is made with `init_weights="saved"` waits: its factors are empty
+    until a saved adapter fills them.
+    """
+
+    adapter_layer_names = ("siva_du", "siva_dv")
+    other_param_names = (
+        "siva_s",
+        "siva_u0",
+        "siva_v0",
+        "siva_residual",
+        "r",
+        "d",
+        "residual",
+        "residual_dtype",
+        "step",
+    )
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.siva_du, self.siva_dv = nn.ModuleDict(), nn.ModuleDict()
+        self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))
+        self.siva_residual = BufferDict(persistent=True)  # W_r where the file must hold it: d below the full rank
+        self.r: dict[str, int] = {}
+        self.d: dict[str, int | None] = {}
+        self.residual: dict[str, Residual] = {}
+        self.residual_dtype: dict[str, Format | None] = {}
+        self.step: dict[str, float | None] = {}
+        self._waiting: set[str] = set()
+        self._disable_adapters = False
+
+    # -- adding and deleting ---------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        d: int | None,
+        residual: Residual,
+        init_weights: InitWeights = True,
+        residual_dtype: Format | None = None,
+        quant_iterations: int = ITERATIONS,
+        step: float | None = None,
+    ) -> None:
+        """Add an adapter; one of the same name is replaced."""
+        sibling = self.check_addable(adapter_name, r, d, residual, residual_dtype)
+        active = list(self.active_adapters)  # type: ignore[arg-type]
+        if adapter_name in self.siva_du:
+            self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
+        weight = self._weight
+        d = d if is_lossy(weight, d) else None
+        if self.base_fingerprint is None:
+            self.base_fingerprint = original_fingerprint(self.base_layer)
+        waits = init_weights == "saved"
+        if sibling is not None:
+            initial = self._initial(sibling)
+        elif waits:
+            initial = self._blank(r)
+        elif residual_dtype is not None:
+            initial, quantised = decompose_quantised(weight, r, residual_dtype, quant_iterations, self.name)
+            self._hold(quantised)
+        else:
+            initial, rest = decompose(weight, r, d, self.name)
+            if residual == "frozen":
+                self._weight = rest
+        if waits:
+            self._waiting.add(adapter_name)
+        self.r[adapter_name], self.d[adapter_name], self.residual[adapter_name] = r, d, residual
+        self.residual_dtype[adapter_name], self.step[adapter_name] = residual_dtype, step
+        self.siva_s[adapter_name] = initial.s.clone()
+        self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
+        start: Start = "empty" if waits and sibling is None else "zero" if init_weights else "random"
+        of_u, of_v = self._scales(adapter_name, initial.s)
+        self.siva_du[adapter_name] = Change(initial.u, start, of_u)
+        self.siva_dv[adapter_name] = Change(initial.v, start, of_v)
+        if d is not None:
+            self.siva_residual[adapter_name] = self.base_layer.weight.data
+        self.set_adapter(active)  # type: ignore[operator]
+
+    def check_addable(
+        self, adapter_name: str, r: int, d: int | None, residual: Residual, residual_dtype: Format | None = None
+    ) -> str | None:
+        """Raise `FastpeftError` unless an adapter can be added.
+
+        Returns:
+            The adapter of the same decomposition whose initial factors it can start from, None if there is none yet.
+        """
+        check_name(adapter_name)
+        check_residual(residual, d, residual_dtype)
+        check_decomposable(self._weight, r, d, self.name)
+        if self.merged:
+            raise FastpeftError(
+                f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
+                "unmerge_adapter() first."
+            )
+        if list(self.siva_du) == [adapter_name]:
+            self.check_restorable()
+        d = d if is_lossy(self._weight, d) else None
+        found = None
+        given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
+        for other in self.siva_du:
+            if other == adapter_name:
+                continue
+            held = {name: getattr(self, name)[other] for name in given}
+            if given != held:
+                if residual == self.residual[other] == "implicit":
+                    continue
+                mine, its = (", ".join(f"{key}={value!r}" for key, value in each.items()) for each in (given, held))
+                raise FastpeftError(
+                    f"{self.name}: adapter {adapter_name!r} ({mine}) cannot share the layer with {other!r} ({its}): a "
+                    "frozen residual serves only adapters of one decomposition. Use residual='implicit' for all."
+                )
+            if other not in self._waiting:
+                found = other
+        return found
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; with the last one the pretrained weight comes back."""
+        if adapter_name in self.siva_du and len(self.siva_du) == 1:
+            self.restore()
+        elif adapter_name in self.merged_adapters:
+            self.unmerge()  # while its factors are there
+        self._waiting.discard(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    # -- factors ---------------------------------------------------------------------------------------------------
+
+    def _blank(self, r: int) -> Factors:
+        device = self.base_layer.weight.device
+        return Factors(
+            torch.zeros(self.out_features, r, device=device),
+            torch.zeros(r, device=device),
+            torch.zeros(r, self.in_features, device=device),
+        )
+
+    def _initial(self, adapter: str) -> Factors:
+        return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
+
+    def _trained(self, adapter: str) -> Factors:
+        u0, s, v0 = self._initial(adapter)
+        return Factors(self.siva_du[adapter](u0), s, self.siva_dv[adapter](v0))
+
+    def _changes(self, adapter: str) -> tuple[Change, Change]:
+        return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the stored weight is W_r."""
+        return any(residual == "frozen" and name not in self._waiting for name, residual in self.residual.items())
+
+    @property
+    def _lossy(self) -> bool:
+        return self.quantised is not None or any(d is not None for d in self.d.values())
+
+    def _scales(self, adapter: str, s: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The scales of an adapter's changes, where its singular values are `s`."""
+        step = self.step[adapter]
+        return (None, None) if step is None else scales(s, self._pretrained(torch.float32), step)
+
+    def _pretrained(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W0 `(N, K)`, to rounding: what is stored, plus the initial triplets where that is W_r.
+
+        Args:
+            dtype: of the result; None: that of the stored weight.
+        """
+        weight = self._weight if dtype is None else self._weight.to(dtype)
+        initial = self._low_rank([])
+        return weight if initial is None else add(weight, initial)
+
+    def _low_rank(self, active: list[str]) -> Factors | None:
+        """What must be added to the stored weight when the adapters `active` apply; None if nothing.
+
+        With a frozen residual `sum_i U_i s V_i - (n - 1) U0 s V0` for n adapters, which is `U s V` for one and
+        `U0 s V0` for none; with an implicit one `sum_i (U_i s_i V_i - U0_i s_i V0_i)`.
+        """
+        terms = [self._trained(name) for name in active]
+        if self._frozen:
+            count = 1 - len(active)
+            shared = next(name for name in self.siva_s if name not in self._waiting)
+            initial = [self._initial(shared)] if count else []
+            terms += [term._replace(s=count * term.s) for term in initial]
+        else:
+            terms += [term._replace(s=-term.s) for term in map(self._initial, active)]
+        if len(terms) <= 1:
+            return terms[0] if terms else None
+        u, s, v = zip(*terms, strict=True)
+        return Factors(torch.cat(u, 1), torch.cat(s), torch.cat(v, 0))
+
+    def _share_residual(self, source: str | None = None) -> None:
+        """Let the stored weight and every saved W_r be one tensor again, that of adapter `source` if given."""
+        if source is not None:
+            self.base_layer.weight.data = self.siva_residual[source]
+        if not self.merged:
+            for adapter in self.siva_residual:
+                self.siva_residual[adapter] = self.base_layer.weight.data
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
+        initial = [each for tensors in (self.siva_s, self.siva_u0, self.siva_v0) for each in tensors.values()]
+        super()._apply(keeping_dtypes(fn, initial), recurse)  # W_r was made with every bit of them
+        self._share_residual()  # a move to another device or dtype would part them
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move without PEFT's cast to the dtype of the base layer: the factors are float32."""
+        device = device or self.base_layer.weight.device
+        for change in self._changes(adapter_name):
+            if change.weight.device.type != "meta":
+                change.to(device)
+        for tensors in (self.siva_s, self.siva_u0, self.siva_v0):
+            if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter has changed, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
+        delta = self._trained(adapter).product() - self._initial(adapter).product()
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the pretrained weight and `get_delta_weight` are all there is, for PEFT's `convert_to_lora`."""
+        return not self._lossy
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters (None: the active ones) into the stored weight, which then serves alone.
+
+        Args:
+            safe_merge: Refuse a merged weight with NaN or infinite values before it is stored.
+            adapter_names: The adapters.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_du]
+        if not names:
+            return
+        factors = self._low_rank(self.merged_adapters + names)
+        weight = self._unmerged_weight()
+        merged = weight if factors is None else add(weight, factors)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise FastpeftError(
+                f"{self.name}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: "
+                "its training diverged. Nothing was changed. Use an earlier checkpoint."
+            )
+        self._weight = merged
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the stored weight again."""
+        if self.quantised is None:
+            self._weight = self._unmerged_weight()
+        else:
+            self._hold(self.quantised)
+        self.merged_adapters.clear()
+
+    def _unmerged_weight(self) -> Tensor:
+        """The stored weight as it is with nothing merged (to rounding; exact where W_r is kept beside it)."""
+        if not self.merged:
+            return self._weight
+        if self.quantised is not None:
+            return self.quantised.dequantise(self.base_layer.weight.dtype)
+        if self._lossy:
+            rest = next(iter(self.siva_residual.values()))
+            return rest.t() if self.fan_in_fan_out else rest
+        factors = self._low_rank(self.merged_adapters)
+        return self._weight if factors is None else subtract(self._weight, factors)
+
+    def check_restorable(self) -> None:
+        """Raise `FastpeftError` if the pretrained weight cannot be given back."""
+        if self._lossy:
+            reason = (
+                f"residual_dtype={self.quantised.kind!r}"
+                if self.quantised is not None
+                else f"d={next(d for d in self.d.values() if d is not None)} below the full rank"
+            )
+            raise FastpeftError(
+                f"{self.name}: with {reason} the pretrained weight is no longer there and cannot be given back. Merge "
+                "instead, or load the base model again."
+            )
+
+    @torch.no_grad()
+    def pretrained_weight(self) -> Tensor | None:
+        """The pretrained weight, to rounding, in the layout of the base layer's, where W_r is stored; else None.
+
+        Raises:
+            FastpeftError: It is no longer there.
+        """
+        if not self._frozen or self.merged:
+            return None
+        self.check_restorable()
+        weight = self._pretrained()
+        return weight.t() if self.fan_in_fan_out else weight
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make the stored weight the pretrained one again, to rounding."""
+        self.check_restorable()
+        if self.merged:
+            self.unmerge()
+        if self._frozen:
+            self._give_back(self._pretrained())
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base layer by itself, with the adapters merged or with its pretrained weight (called by PEFT)."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not (merge and self.merged):
+            self.restore()
+        return self.base_layer

@@ -1,0 +1,201 @@
+"""Saving and loading the adapters of a linear layer, of whatever form and whatever moment a state dict comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.quantise import QuantisedWeight
+from fastpeft.siva.adapters import AdaptedLinear
+from fastpeft.siva.change import weight_of
+from fastpeft.siva.decompose import Factors, add, belongs
+
+T = TypeVar("T")
+
+
+class LoadableLinear(AdaptedLinear):
+    """An adapted layer that keeps its stored weight and its factors in agreement when a state dict is loaded.
+
+    A file of an adapter holds its factors alone; W_r is made of them and of the pretrained weight. The state dict of a
+    whole model holds the stored weight too.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
+        self._whole: str | None = None  # the adapter whose W_r must be made of a pretrained weight that is being loaded
+        self.register_state_dict_post_hook(_save_in_float32)
+        self.register_load_state_dict_post_hook(_take_in_loaded)
+
+    def _low_rank(self, active: list[str]) -> Factors | None:
+        for name in active:
+            if name in self._waiting:
+                self._take_in(name)
+        return super()._low_rank(active)
+
+    def load_factors(self, adapter_name: str, trained: Factors, initial: Factors) -> None:
+        """Fill an adapter that waits.
+
+        Raises:
+            FastpeftError: `initial` are no singular triplets of the layer's weight.
+        """
+        tensors = {"u": trained.u, "v": trained.v, "s": initial.s, "u0": initial.u, "v0": initial.v}
+        self.load_state_dict({f"siva_{part}.{adapter_name}": each for part, each in tensors.items()}, strict=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Before the factors of this layer change: refuse what does not fit its weight."""
+        loaded = {}
+        for name in self.siva_du:
+            keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
+            if all(key in state_dict for key in keys):
+                loaded[name] = Factors(*(state_dict[key] for key in keys))
+        if loaded and self.merged:
+            self.unmerge()  # what is merged is about to change
+        self._convert_whole_factors(state_dict, prefix)
+        key, self._whole = f"{prefix}base_layer.weight", None
+        if key in state_dict:
+            self._waiting -= loaded.keys()  # the stored weight comes along, already W_r where it has to be
+            self._expect_quantised(f"{prefix}quantised.codes" in state_dict)
+            self._whole = self._arrives_whole(state_dict[key], loaded)
+        else:
+            for name, initial in loaded.items():
+                if not self._starts_from(name, initial):
+                    self._prepare_for(name, initial)
+        self._arriving = set(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
+        """The adapter whose initial factors must be taken out of a stored weight that is being loaded; None: it is W_r.
+
+        A checkpoint has W_r, but PEFT's `set_base_model_state_dict` brings the pretrained weight.
+        """
+        weight = weight.t() if self.fan_in_fan_out else weight
+        if not self._frozen or self.merged or weight.shape != self._weight.shape or weight.device.type == "meta":
+            return None
+        if self._lossy and not loaded:
+            self.check_restorable()
+        if self._lossy or type(weight) not in (Tensor, nn.Parameter):  # a shard
+            return None
+        shared = next(name for name in self.siva_du if name not in self._waiting)
+        initial = loaded.get(shared) or self._initial(shared)
+        if belongs(weight, initial):
+            return shared
+        if not loaded and not belongs(add(weight, initial), initial):
+            raise FastpeftError(
+                f"{self.name}: the weight that is being loaded is not the one that the adapter was made from. Load "
+                "base weights before the adapter is put onto the model."
+            )
+        return None
+
+    def _convert_whole_factors(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Put changes in the place of whole factors, U and V, which earlier versions saved."""
+        for name in self.siva_du:
+            keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
+            if not all(key in state_dict for key in keys.values()):
+                continue
+            of_u, of_v = self._scales(name, state_dict[keys["s"]])
+            for part, scale in ("u", of_u), ("v", of_v):
+                whole, initial = state_dict.pop(keys[part]), state_dict[keys[f"{part}0"]]
+                change = f"{prefix}siva_d{part}.{name}"
+                state_dict[f"{change}.weight"] = weight_of(whole, initial, scale)
+                if scale is not None:
+                    state_dict[f"{change}.scale"] = scale
+
+    def _expect_quantised(self, arriving: bool) -> None:
+        """Before a whole state dict is loaded: make room for a quantised W_r if one is `arriving`."""
+        kind = next((kind for kind in self.residual_dtype.values() if kind is not None), None)
+        if arriving and kind is not None and self.quantised is None:
+            self._hold(QuantisedWeight(self._weight, kind))
+
+    def _starts_from(self, name: str, initial: Factors) -> bool:
+        """Whether these are, bit by bit, the initial factors of the adapters that `name` must agree with."""
+        peers = [name] if self.residual[name] == "implicit" else list(self.siva_du)
+        return all(
+            torch.equal(part.to(own), own)
+            for peer in peers
+            if peer not in self._waiting
+            for part, own in zip(initial, self._initial(peer))
+        )
+
+    @torch.no_grad()
+    def _take_in(self, name: str) -> None:
+        """Split the weight for an adapter whose tensors were set one by one, as transformers' loader does."""
+        initial = self._initial(name)
+        if not initial.s.any():
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was made with init_weights='saved' and holds nothing yet. Load a "
+                "saved adapter into it, or create it with init_weights=True."
+            )
+        if not self._starts_from(name, initial):
+            self._prepare_for(name, initial)
+        self._arriving = {name}
+        _take_in_loaded(self, None)
+
+    def _prepare_for(self, name: str, initial: Factors) -> None:
+        """Before `name` takes other initial factors, of another machine's SVD say: give W0 back where W_r is stored."""
+        frozen, lossy = self.residual[name] == "frozen", self.d[name] is not None
+        if self.quantised is not None:
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} starts from another decomposition than the quantised residual that is "
+                "in place, for which the pretrained weight is no longer there. Load it into a fresh base model."
+            )
+        others = [other for other in self.siva_du if other != name and other not in self._waiting]
+        if frozen and others:
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} starts from another decomposition than {others}, whose frozen "
+                "residual it would share. Load it with residual='implicit', or into a fresh base model."
+            )
+        original = self._pretrained()
+        if not lossy and not belongs(original, initial):
+            raise FastpeftError(
+                f"{self.name}: adapter {name!r} was trained on another weight than this model has. Load the base "
+                "model it was made from, unchanged."
+            )
+        if frozen:
+            self._waiting.add(name)
+        if frozen and not lossy:  # with d below the full rank its W_r comes along
+            self._weight = original
+
+
+def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
+    """After a state dict was loaded: split the weight for the adapters that were waiting for their factors."""
+    if layer._whole is not None:
+        layer._take_out(layer._initial(layer._whole), None)
+        layer._whole = None
+    for name in sorted(layer._waiting & layer._arriving):
+        if any(change.is_empty() for change in layer._changes(name)):
+            raise FastpeftError(
+                f"{layer.name}: what was loaded for adapter {name!r} lacks siva_du or siva_dv, or they do not fit or "
+                "are not finite. A file with siva_u and siva_v is of an earlier form: load it by "
+                "PeftModel.from_pretrained and save it again."
+            )
+        if layer.d[name] is not None:
+            layer._share_residual(name)
+        elif layer.residual[name] == "frozen" and not layer._frozen:
+            layer._take_out(layer._initial(name), layer.residual_dtype[name])
+        layer._waiting.discard(name)
+    layer._arriving.clear()
+
+
+def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Factors are saved in float32 even where `autocast_adapter_dtype=False` keeps them in half precision."""
+    for key, tensor in state_dict.items():
+        factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
+        if factor and tensor.dtype in (torch.float16, torch.bfloat16):
+            state_dict[key] = tensor.float()
+
+
+def current_keys(keys: Mapping[str, T]) -> dict[str, T]:
+    """What an adapter's file holds, by the names of this version where an earlier one saved it."""
+    current: dict[str, T] = {}
+    for key, value in keys.items():
+        layer, whole, part = key.rpartition(".siva_")
+        if whole and part in ("u", "v"):
+            current |= {f"{layer}.siva_d{part}.{each}": value for each in ("weight", "scale")}
+        else:
+            current[key] = value
+    return current

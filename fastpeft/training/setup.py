@@ -1,0 +1,203 @@
+"""A run's configuration, resolved once: its method and what that is given, the Trainer's arguments, and its head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.data.examples import Examples, TextData, texts_in_words
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
+from fastpeft.errors import FastpeftError
+from fastpeft.methods.method import OPTIONS, OVER, Method
+from fastpeft.methods.preparation import Preparation, parse_targets
+from fastpeft.methods.recipes import Recipe
+from fastpeft.methods.registry import get_method
+from fastpeft.prompts.template import Prompt
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.prompt_search import check_searchable
+from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.settings import sort_settings
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the head of a model is for.
+
+    Attributes:
+        labels: names of its outputs: classes or tags, or what a number is; none where they are the vocabulary.
+        prompt: what texts are put into, with its words in the order of `labels`; None for the texts alone.
+        problem: what the labels are.
+    """
+
+    labels: list[str]
+    prompt: Prompt | None
+    problem: Problem
+
+    @property
+    def by_words(self) -> bool:
+        """Whether it is the head of a masked language model: its words, or label words among them, are the outputs."""
+        return self.problem is MASKED_WORDS or (self.prompt is not None and self.prompt.head == "label_words")
+
+    def can_take_over(self, earlier: Head) -> bool:
+        """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
+        if self.by_words or earlier.by_words:
+            return self.by_words and earlier.by_words
+        return self.labels == earlier.labels and self.problem is earlier.problem
+
+    @classmethod
+    def of(cls, config: TrainConfig, labels: Sequence[str], problem: Problem) -> Head:
+        """The head of a run with `config` on data with `labels`.
+
+        Raises:
+            FastpeftError: `problem` does not go with the prompt, or a class has no word.
+        """
+        prompt = config.parse_prompt()
+        if prompt is not None and problem.per_token:
+            raise FastpeftError(
+                f"the prompt {prompt.template!r} is for texts, but the data has a tag for every word. Leave it out."
+            )
+        if prompt is not None and problem is not CLASSIFICATION and prompt.head == "label_words":
+            raise FastpeftError(
+                f"the prompt {prompt.template!r} answers by label words, which stand for classes, but this is "
+                f"{problem.name}. Add --prompt-head classifier, or leave it out."
+            )
+        return cls(list(labels), None if prompt is None else prompt.for_labels(labels), problem)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration comes to, as far as that can be told without model and data.
+
+    Attributes:
+        config: where it all came from.
+        method: what trains.
+        preparation: what the method is given, without what the loaded model tells.
+        arguments: fields of the Trainer's arguments that the settings name.
+    """
+
+    config: TrainConfig
+    method: Method
+    preparation: Preparation
+    arguments: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the method trains this model where the configuration says nothing."""
+        return self.method.recipe_for(self.config.model)
+
+    def rows_trained(self, train_rows: int) -> float:
+        """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""
+        config = self.config
+        if config.max_steps is not None:
+            return float(config.max_steps * config.batch_size * self.arguments.get("gradient_accumulation_steps", 1))
+        return (config.epochs or self.recipe.epochs) * train_rows
+
+    def with_head(self, head: Head) -> RunSetup:
+        """It, with what the data tell; they are checked already."""
+        preparation = dataclasses.replace(
+            self.preparation, task_type=head.problem.task_type, by_words=self._by_words(head)
+        )
+        return RunSetup(self.config, self.method, preparation, self.arguments, head)
+
+    def for_data(self, data: TextData) -> RunSetup:
+        """It, with its head on `data`; the head's prompt is missing while the configuration awaits it.
+
+        Raises:
+            FastpeftError: metric, prompt, label words or method do not go with what the data has.
+        """
+        if self.config.awaits_prompt:
+            check_searchable(data)
+        if self.config.metric is not None:
+            data.problem.check_metric(self.config.metric)
+        setup = self.with_head(Head.of(self.config, data.labels, data.problem))
+        check_texts(setup.head.prompt, data.train)
+        setup.method.check(setup.preparation)
+        return setup
+
+    def _by_words(self, head: Head) -> bool:
+        return head.by_words or (self.config.awaits_prompt and self.config.prompt_head != "classifier")
+
+
+@dataclass(frozen=True)
+class RunSetup(Setup):
+    """What a configuration comes to on its data.
+
+    Attributes:
+        head: what the model's head is for, with the prompt.
+    """
+
+    head: Head
+
+    @property
+    def problem(self) -> Problem:
+        return self.head.problem
+
+    @property
+    def prompt(self) -> Prompt | None:
+        return self.head.prompt
+
+
+def resolve(config: TrainConfig) -> Setup:
+    """What `config` comes to: the only place where a run's method is looked up.
+
+    Raises:
+        FastpeftError: an option or a setting cannot be used, as far as that can be told without model and data.
+    """
+    method = get_method(config.method, config.settings)
+    settings, arguments = sort_settings(method, config.settings)
+    if method.optimization.zeroth_order and config.optimizer_in_backward:
+        raise FastpeftError(
+            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
+            "it out."
+        )
+    if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
+        raise FastpeftError(
+            "the estimator 'fzoo' has no learning rate of its own here, and that of MeZO is too high for steps that "
+            "are scaled by the spread of the losses. Give one; 1e-6 serves the bundled model with 8 estimates."
+        )
+    for option in OPTIONS:
+        if option not in method.options and getattr(config, option) is not None:
+            raise FastpeftError(
+                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
+                f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
+            )
+    setup = _setup(config, method, settings, arguments)
+    method.check(setup.preparation)
+    return setup
+
+
+def _setup(config: TrainConfig, method: Method, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Setup:
+    preparation = Preparation(
+        head=(),
+        rank=config.rank,
+        targets=parse_targets(config.targets),
+        settings={name: value for name, value in settings.items() if name != OVER},
+        window=config.window,
+        reduction=config.reduction,
+    )
+    return Setup(config, method, preparation, arguments)
+
+
+def setup_of_run(folder: RunFolder) -> RunSetup:
+    """What the configuration of a finished run came to; its settings were accepted when it was made."""
+    metrics = folder.metrics()
+    config = TrainConfig.from_values(folder.config())
+    method = get_method(config.method, config.settings)
+    own = method.settings()
+    settings, arguments = (
+        {name: value for name, value in config.settings.items() if (name in own) is wanted} for wanted in (True, False)
+    )
+    head = Head.of(config, metrics["labels"], get_problem(metrics["problem_type"]))
+    return _setup(config, method, settings, arguments).with_head(head)
+
+
+def check_texts(prompt: Prompt | None, examples: Examples) -> None:
+    """Raise `FastpeftError` unless the template takes as many texts as a row has."""
+    if prompt is not None and prompt.is_pair != examples.is_pair:
+        raise FastpeftError(
+            f"the template {prompt.template!r} takes {'a pair of texts' if prompt.is_pair else 'one text'} a row, but "
+            f"the data has {texts_in_words(examples)}. Use {'{a} and {b}' if examples.is_pair else '{text}'} in the "
+            "template, or name other columns with --text-column."
+        )

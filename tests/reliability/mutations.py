@@ -1,0 +1,164 @@
+"""Faults put into the library one by one: which tests find each of them, those of the short suite or others.
+
+    python -m pytest --all -n 2 --cov=fastpeft --cov-context=test --cov-report=    # leaves .coverage
+    python -m pytest --collect-only -q > short.txt
+    PYTHONPATH=tests python -m reliability.mutations .coverage short.txt bench/data/mutations.csv
+
+A fault is one change of one expression or statement, drawn by a seed from the lines that tests reach. Tests that reach
+the line run to the first failure, those of the short suite first. Rows that are in the file are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import coverage
+
+PACKAGES = ("ops", "siva", "ladder", "mezo", "prompts", "data")
+COLUMNS = ("fault", "file", "line", "change", "tests", "found_by", "test", "seconds")
+SECONDS = 600  # a fault that keeps the tests from ending is found, too
+_COMPARED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+_COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
+
+
+def changes(node: ast.AST) -> Iterator[ast.AST]:
+    """What can take the place of a node: of each kind of fault one."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARED:
+        yield ast.Compare(node.left, [_COMPARED[type(node.ops[0])](), *node.ops[1:]], node.comparators)
+    elif isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+        yield ast.BinOp(node.left, _COMPUTED[type(node.op)](), node.right)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Pass()
+    elif isinstance(node, ast.IfExp):
+        yield ast.IfExp(node.test, node.orelse, node.body)
+    elif isinstance(node, ast.If):
+        yield ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)
+
+
+class _Replace(ast.NodeTransformer):
+    """Puts the n-th possible change into a tree."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.count = number, 0
+        self.line, self.text = 0, ""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        for new in changes(node):
+            self.count += 1
+            if self.count - 1 == self.number:
+                short = [ast.unparse(each).partition("\n")[0] for each in (node, new)]
+                self.line, self.text = node.lineno, " -> ".join(short)  # type: ignore[attr-defined]
+                return ast.copy_location(new, node)
+        return self.generic_visit(node)
+
+
+def faulty(source: str, number: int) -> tuple[str, int, str]:
+    """`source` with a fault; its line and what it is."""
+    change = _Replace(number)
+    tree = ast.fix_missing_locations(change.visit(ast.parse(source)))
+    return ast.unparse(tree), change.line, change.text
+
+
+def count(source: str) -> int:
+    """How many faults a file can have."""
+    return sum(1 for node in ast.walk(ast.parse(source)) for _ in changes(node))
+
+
+def reached(data: coverage.CoverageData) -> dict[tuple[str, int], set[str]]:
+    """The tests that reach each line, by their ids."""
+    found = defaultdict(set)
+    for file in data.measured_files():
+        name = "fastpeft/" + file.rpartition("/fastpeft/")[2]
+        for line, contexts in data.contexts_by_lineno(file).items():
+            found[name, line] = {each.rpartition("|")[0] for each in contexts if each}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("coverage", type=Path)
+    parser.add_argument("short", type=Path)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", default="0/1", help="which of several processes this is, each in a tree of its own")
+    arguments = parser.parse_args()
+    data = coverage.CoverageData(str(arguments.coverage))
+    data.read()
+    tests_of = reached(data)
+    short = {line.strip() for line in arguments.short.read_text().splitlines() if "::" in line}
+    files = sorted(file for name in PACKAGES for file in Path("fastpeft", name).glob("*.py"))
+    places = [(file, number) for file in files for number in range(count(file.read_text()))]
+    random.Random(arguments.seed).shuffle(places)
+    part, parts = map(int, arguments.part.split("/"))
+    done = set()
+    if arguments.table.exists():
+        with arguments.table.open(newline="") as stream:
+            done = {int(row["fault"]) for row in csv.DictReader(stream)}
+    drawn = 0
+    for file, number in places:
+        if drawn == arguments.faults:
+            break
+        source = file.read_text()
+        text, line, change = faulty(source, number)
+        tests = tests_of.get((str(file), line), set())
+        if not tests:
+            continue
+        drawn += 1
+        if drawn in done or drawn % parts != part:
+            continue
+        ordered = sorted(tests, key=lambda test: (test not in short, test))
+        begin = time.perf_counter()
+        try:
+            file.write_text(text)
+            by, test = _run(ordered, short)
+        finally:
+            file.write_text(source)
+        row = [drawn, file, line, change, len(tests), by, test, round(time.perf_counter() - begin)]
+        new = not arguments.table.exists()
+        with arguments.table.open("a", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerows([COLUMNS, row] if new else [row])
+
+
+def _run(tests: list[str], short: set[str]) -> tuple[str, str]:
+    """Which suite finds a fault, `short`, `long` or none, and by which test."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, "-rfE", *tests], capture_output=True, text=True, timeout=SECONDS, env={**os.environ}
+        )
+    except subprocess.TimeoutExpired:
+        return "short", "it does not end"
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            test = line.split(" ", 1)[1].partition(" - ")[0]
+            return ("long" if test in set(tests) - short else "short"), test
+    if done.returncode == 0:
+        return "none", ""
+    raise SystemExit(done.stdout + done.stderr)
+
+
+if __name__ == "__main__":
+    main()
