@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from bench.harness import DATA, put_row, read_rows
-from fastpeft.comparison.search import take_slice, write_rows
+from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.data.tables import READERS

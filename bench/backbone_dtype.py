@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel
-from fastpeft.comparison.search import take_slice
+from fastpeft.comparison.learning_rates import take_slice
 from fastpeft.data.examples import load_data
 from fastpeft.data.models import resolve_model
 from fastpeft.ladder.config import BackboneDtype

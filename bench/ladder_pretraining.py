@@ -17,7 +17,7 @@ import torch
 
 from bench.harness import DATA, machine, put_row
 from fastpeft import TrainConfig, train
-from fastpeft.comparison.search import take_slice, write_rows
+from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data
 
 FILE = DATA / "ladder_pretraining.csv"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastpeft.comparison.search import take_slice, write_rows
+from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data
 
 

@@ -1,4 +1,4 @@
-"""The options of the command line as a page: what `fastpeft COMMAND --help` says, so that it is written once."""
+"""The reference of options: what `fastpeft COMMAND --help` says, and the fields of `TrainConfig`; each is written once."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def reference() -> str:
     return "\n".join(section(name, command) for name, command in group.commands.items())
 
 
+def fields() -> str:
+    """A table of the fields of `TrainConfig`."""
+    from fastpeft.training.config import options
+
+    body = [[f"`{known.name}`", f"`{known.kind.__name__}`", plain(known.text())] for known in options()]
+    return table(["field", "type", "what it does"], body)
+
+
 def section(name: str, command: Any) -> str:
     context = command.make_context(f"fastpeft {name}", [], resilient_parsing=True)
     records = [parameter.get_help_record(context) for parameter in command.params]
@@ -32,3 +40,7 @@ def section(name: str, command: Any) -> str:
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
     return SIGNS.sub(r"\\\1", html.escape(text, quote=False))
+
+
+# what stands in pages for what is made here
+PARTS = {"<!-- commands -->": reference, "<!-- fields of TrainConfig -->": fields}

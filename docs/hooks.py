@@ -1,6 +1,6 @@
 """What mkdocs does beside its own work.
 
-Equations become MathML, measurements are copied into the site, and a page gets the options of the command line.
+Equations become MathML, measurements are copied into the site, and pages get the options of commands and of runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-COMMANDS = "<!-- commands -->"  # where a page has the options of the command line
 MEASUREMENTS = "bench/data"
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in commands; and a link to bench/data leaves docs/ in the repository, and does not in the site."""
-    if COMMANDS in markdown:
-        markdown = markdown.replace(COMMANDS, commands.reference())
+    """Fill in options; and a link to bench/data leaves docs/ in the repository, and does not in the site."""
+    for marker, make in commands.PARTS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, make())
     return re.sub(rf"\]\(\.\./((?:\.\./)*{MEASUREMENTS}/)", r"](\1", markdown)

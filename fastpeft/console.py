@@ -18,7 +18,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.report import blocks, page
+from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
 from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order
@@ -258,7 +258,7 @@ def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]
 
 def show_report(comparison: Comparison) -> None:
     """Print how a comparison's report begins, its table, outside of a terminal as there, warnings, and where it is."""
-    opening, shown, warned = page.summary(comparison.plan)
+    opening, shown, warned = output.summary(comparison.plan)
     console.print("\n".join(opening), soft_wrap=True)
     if console.is_terminal:
         table = Table(*shown.rows[0])
@@ -266,7 +266,7 @@ def show_report(comparison: Comparison) -> None:
             table.add_row(*row)
         console.print(table)
     else:
-        console.print("\n".join(blocks.table_lines(shown)), soft_wrap=True)
+        console.print("\n".join(document.table_lines(shown)), soft_wrap=True)
     if warned:
         console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
     console.print(f"saved in {comparison.plan.folder / 'report.md'} and page.html")
@@ -323,7 +323,7 @@ def _cells_view(comparison: Comparison) -> Group:
     table = Table("cell", "state", "result")
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
-        state, text = known[cell.name], page.headline(cell.metrics() or {}) or cell.error() or ""
+        state, text = known[cell.name], output.headline(cell.metrics() or {}) or cell.error() or ""
         text = _duration(comparison.seconds_running()) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
-from fastpeft.comparison.report.blocks import Heading, Items, Table, page
+from fastpeft.comparison.report.document import Heading, Items, Table, page
 from fastpeft.data.examples import load_data
 from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
-from fastpeft.comparison.search import rates
+from fastpeft.comparison.learning_rates import rates
 from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import (
     CHAIN,

@@ -16,9 +16,9 @@ from statistics import mean
 from typing import IO, Any, BinaryIO
 
 from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.learning_rates import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
-from fastpeft.comparison.report import page
-from fastpeft.comparison.search import slice_sizes, take_slice, write_rows
+from fastpeft.comparison.report import output
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.examples import TextData
 from fastpeft.data.models import check_model
@@ -160,7 +160,7 @@ class Comparison:
 
     def _report(self, *, whole: bool) -> None:
         with self._saving():
-            page.write(self.plan, whole=whole)
+            output.write(self.plan, whole=whole)
 
     def _saving(self) -> AbstractContextManager[None]:
         remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
@@ -196,7 +196,7 @@ class Comparison:
         else:
             with self._saving():
                 files.write_text(cell.clock, f"{seconds:.1f}\n")
-            logger.info("%s: %s (%.0f s)", cell.name, page.headline(metrics), seconds)
+            logger.info("%s: %s (%.0f s)", cell.name, output.headline(metrics), seconds)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _PROMPT = "PROMPT"  # in the file's variants stands for a prompt as written
 
 
 @dataclass(frozen=True)
-class ReportRow:
+class PaperRow:
     """A row of the report's tables.
 
     Attributes:
@@ -49,7 +49,7 @@ class Suite:
 
     name: str
     title: str
-    rows: tuple[ReportRow, ...]
+    rows: tuple[PaperRow, ...]
     common: dict[str, Any]
 
 
@@ -96,7 +96,7 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
     )
 
 
-def report_row(key: str) -> ReportRow:
+def paper_row(key: str) -> PaperRow:
     """The row that orderings call `key`."""
     return _row(key, _values()["default_prompt"])
 
@@ -121,9 +121,9 @@ def orderings(measure: str) -> list[tuple[str, str]]:
     return [(first, second) for first, second in _values()["orderings"][measure]]
 
 
-def _row(key: str, prompt: str) -> ReportRow:
+def _row(key: str, prompt: str) -> PaperRow:
     values = _values()["rows"][key]
-    return ReportRow(
+    return PaperRow(
         **{
             **values,
             "key": key,

@@ -83,11 +83,10 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if name not in hints:
             close = difflib.get_close_matches(name, hints, 3)
             advice = f". Did you mean {' or '.join(close)}?" if close else f": {', '.join(fields)}."
+            kind = "fastpeft.MeZOConfig" if method.optimization.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of "
-                f"{'fastpeft.MeZOConfig' if method.optimization.zeroth_order else 'transformers.TrainingArguments'}"
-                f"{advice}"
+                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}{advice}"
             )
         hint = hints[name]
         if not _fits(value, hint):

@@ -8,7 +8,7 @@ import pytest
 
 from bench import auto_prompt as bench
 from bench.harness import read_rows
-from fastpeft.comparison.search import write_rows
+from fastpeft.comparison.learning_rates import write_rows
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.training.prompt_search import draw_rows

@@ -259,7 +259,7 @@ def test_suites_are_the_reports_rows(suite: str, rows: int) -> None:
     assert all(cell.values["epochs"] == 1 for cell in cells if cell.method != "mezo")
     for measure in ("accuracy", "memory_mb", "samples_per_second"):
         for first, second in suites.orderings(measure):
-            above, below = suites.report_row(first), suites.report_row(second)
+            above, below = suites.paper_row(first), suites.paper_row(second)
             if measure == "accuracy":
                 assert min(above.accuracy) > max(below.accuracy), (first, second)
             else:

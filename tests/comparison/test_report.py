@@ -17,10 +17,10 @@ from markdown_it import MarkdownIt
 from fastpeft import CompareConfig
 from fastpeft.comparison import suites
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import blocks, claims, content
-from fastpeft.comparison.report import page as report
-from fastpeft.comparison.report.blocks import Code, Figure, Heading, Items, Strong, Table, Text
-from fastpeft.comparison.report.measured import variants
+from fastpeft.comparison.report import document, paper, sections
+from fastpeft.comparison.report import output as report
+from fastpeft.comparison.report.document import Code, Figure, Heading, Items, Strong, Table, Text
+from fastpeft.comparison.report.results import variants
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -103,7 +103,7 @@ def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
         for cell in plan.wanted:
             if not cell.folder.finished:
                 finish(cell, 180 if prompts else 150, 1.0, 1.0)
-    parts = content.report(plan, pictures=False)
+    parts = sections.report(plan, pictures=False)
     table, beside, orders = [part for part in parts if isinstance(part, Table)][:3]
     prompted = ["LST + prompt", "9-LST + prompt", "last 3 layers + prompt"]
     names = {f"{name} ({prompt})" for name in prompted for prompt in ("sst2", "MR")}
@@ -113,7 +113,7 @@ def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
     told = {row[0]: row[1] for row in orders.rows}
     assert told["accuracy: LST + prompt (sst2) above LST"] == "undecided"
     assert told["accuracy: LST + prompt (MR) above LST"] == "seen, for this seed alone"
-    curves = [part.alt for part in content.report(plan, pictures=True) if isinstance(part, blocks.Figure)]
+    curves = [part.alt for part in sections.report(plan, pictures=True) if isinstance(part, document.Figure)]
     assert "Dev accuracy over the steps: 14 curves." in curves
 
 
@@ -124,7 +124,7 @@ def test_orderings_of_two_prompts_are_of_the_same(tmp_path: Path) -> None:
         for cell in plan.wanted:
             if not cell.folder.finished:
                 finish(cell, 150, 1.0, 1.0)
-    shown = "".join(map(str, claims.orderings(variants(plan.results))))
+    shown = "".join(map(str, paper.orderings(variants(plan.results))))
     assert "LST + MeZO (sst2) above MeZO (sst2)" in shown
     assert "LST + MeZO (MR:label_words=bad+good) above MeZO (MR:label_words=bad+good)" in shown
     assert "LST + MeZO (sst2) above MeZO (MR" not in shown
@@ -201,7 +201,7 @@ def test_figures_stand_beside_the_reports(plan: Plan) -> None:
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
     (table,) = [
         part
-        for part in content.report(plan, pictures=False)
+        for part in sections.report(plan, pictures=False)
         if isinstance(part, Table) and part.rows[0][0] == "LoRA behind"
     ]
     assert table.rows[0] == ["LoRA behind", "by dev accuracy, steps"]
@@ -215,7 +215,7 @@ def test_loras_lag_is_told_behind_every_variant_that_was_added(plan: Plan) -> No
     added = Plan.make(own, "command")
     for cell in added.wanted:
         finish(cell, 160, 100.0, 100.0)
-    (table,) = [part for part in claims.lags(variants(added.results)) if isinstance(part, Table)]
+    (table,) = [part for part in paper.lags(variants(added.results)) if isinstance(part, Table)]
     assert [row[0] for row in table.rows[1:]] == ["full fine-tuning", "SiVA", "9-LST", "head", "bitfit", "lora:rank=2"]
 
 
@@ -297,14 +297,14 @@ def test_texts_are_escaped() -> None:
         Figure("f", bad, bad, b"png"),
         Strong(bad),
     ]
-    page = blocks.page(bad, parts)
+    page = document.page(bad, parts)
     assert "<img src=x" not in page
     assert page.count("&lt;img src=x onerror=") == 11
     outline = _Outline()
     outline.feed(page)
     assert outline.images[0]["alt"] == bad
-    assert "| a&#124;b |" in blocks.markdown("t", [Table([["a|b"], ["c"]])])
-    assert "<img" not in blocks.markdown(bad, [part for part in parts if not isinstance(part, Code)])
+    assert "| a&#124;b |" in document.markdown("t", [Table([["a|b"], ["c"]])])
+    assert "<img" not in document.markdown(bad, [part for part in parts if not isinstance(part, Code)])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_texts_are_escaped() -> None:
 )
 def test_markdown_shows_texts_letter_by_letter(text: str) -> None:
     parts = [Heading(text), Text(text), Strong(text), Items([text]), Table([[text], [text]])]
-    rendered = MarkdownIt("commonmark").enable("table").render(blocks.markdown(text, parts))
+    rendered = MarkdownIt("commonmark").enable("table").render(document.markdown(text, parts))
     shown = re.sub(r"</?(h1|h2|p|ul|li|strong|table|thead|tbody|tr|th|td)>", "", rendered)
     assert [html.unescape(line) for line in shown.splitlines() if line] == [text] * 7
 
@@ -329,11 +329,11 @@ def test_markdown_shows_texts_letter_by_letter(text: str) -> None:
     "text", ["<0.001", "p < 0.001", "label_words=bad+good", "0.950 (0.910 to 0.973)", "5 of 8 [1], (2^20)"]
 )
 def test_markdown_leaves_what_is_no_markup(text: str) -> None:
-    assert blocks.markdown("t", [Text(text)]) == f"# t\n\n{text}\n"
+    assert document.markdown("t", [Text(text)]) == f"# t\n\n{text}\n"
 
 
 def test_markdown_has_a_text_in_one_line() -> None:
-    table = blocks.table_lines(Table([["a\r\n# b\r| c"], ["d\n\n- e"]]))
+    table = document.table_lines(Table([["a\r\n# b\r| c"], ["d\n\n- e"]]))
     assert table == ["| a # b &#124; c |", "|---|", "| d - e |"]
 
 
@@ -386,7 +386,7 @@ def test_in_a_browser(plan: Plan, tmp_path: Path, width: int) -> None:
     found = re.search(r'<pre id="told">(.*?)</pre>', shown.stdout, re.DOTALL)
     assert found, shown.stdout[-2000:] + shown.stderr[-2000:]
     told = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert told["title"] == content.title(plan)
+    assert told["title"] == sections.title(plan)
     assert told["wider"] <= 0, "no horizontal scroll"
     assert width - 20 <= told["width"] <= width
     assert len(told["images"]) == 4

@@ -17,7 +17,7 @@ from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
-from fastpeft.comparison.report.page import headline
+from fastpeft.comparison.report.output import headline
 from fastpeft.console import measured
 from fastpeft.data.examples import Examples
 from fastpeft.data.models import load_classifier

@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 from fastpeft.cli import app
+from fastpeft.training.config import options
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -30,12 +31,12 @@ def test_text_is_shown_as_it_is() -> None:
     assert commands.plain("train.* of '<mask>' [a|b]") == r"train.\* of '&lt;mask&gt;' \[a\|b\]"
 
 
-def test_the_page_is_filled_in() -> None:
+def test_pages_are_filled_in() -> None:
     pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
     import hooks
 
-    page = Path(hooks.__file__).parent / "reference" / "cli.md"
-    filled = hooks.on_page_markdown(page.read_text(encoding="utf-8"))
-    assert hooks.COMMANDS not in filled
-    for name in COMMANDS:
-        assert f"\n## fastpeft {name}\n" in filled
+    folder = Path(hooks.__file__).parent / "reference"
+    pages = [hooks.on_page_markdown((folder / name).read_text(encoding="utf-8")) for name in ("cli.md", "training.md")]
+    assert not any(marker in page for marker in commands.PARTS for page in pages)
+    assert all(f"\n## fastpeft {name}\n" in pages[0] for name in COMMANDS)
+    assert all(f"\n| `{known.name}` | `" in pages[1] for known in options())

@@ -246,7 +246,7 @@ def test_a_comparison_whose_report_does_not_fit(place: Path, tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastpeft.comparison.report.page.write", full)
+    monkeypatch.setattr("fastpeft.comparison.report.output.write", full)
     monkeypatch.setattr("fastpeft.comparison.run._wait", lambda *_: 0)
     common = {"model": str(place / "model"), "data": str(place / "reviews.csv"), "max_steps": 1}
     with pytest.raises(FastpeftError, match=r"\(No space left on device\)\. Finished cells are kept\. Make room"):

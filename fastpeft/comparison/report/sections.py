@@ -11,9 +11,9 @@ from typing import Any
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import claims, figures, pairs
-from fastpeft.comparison.report.blocks import Block, Code, Figure, Heading, Items, Strong, Table, Text
-from fastpeft.comparison.report.measured import ACCURACY, MARK, Variant, columns, table, variants, warnings
+from fastpeft.comparison.report import figures, paired_tests, paper
+from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, Strong, Table, Text
+from fastpeft.comparison.report.results import ACCURACY, MARK, Variant, columns, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
 from fastpeft.methods.registry import get_method
@@ -32,19 +32,19 @@ def title(plan: Plan) -> str:
 def report(plan: Plan, *, pictures: bool) -> list[Block]:
     """The report, without its title; `pictures`: with them."""
     compared = variants(plan.results)
-    tested = pairs.paired_tests(compared)
+    tested = paired_tests.all_pairs(compared)
     first, *others = opening(compared, tested)
     parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
     if warned := warnings(compared):
         parts += [Heading("Warnings"), Items(warned)]
-    parts += claims.figures_beside(compared)
-    parts += claims.orderings(compared)
-    parts += pairs.report(compared, tested)
+    parts += paper.figures_beside(compared)
+    parts += paper.orderings(compared)
+    parts += paired_tests.report(compared, tested)
     if pictures:
         parts += _trade_offs(compared, tested)
         parts += _training_curves(compared)
     if "figure5" in plan.suites:
-        parts += claims.lags(compared)
+        parts += paper.lags(compared)
     parts += _rates(plan)
     parts += _estimates(compared)
     failed = [f"{cell.name}: {error}" for cell in plan.cells if (error := cell.error())]
@@ -55,9 +55,9 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
     return [*parts, *_where_and_how(plan, compared)]
 
 
-def opening(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> list[str]:
+def opening(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> list[str]:
     """What a report begins with: whether any difference is significant, and what the tests cannot show."""
-    return list(filter(None, (pairs.verdict(compared, tested), pairs.limits(tested))))
+    return list(filter(None, (paired_tests.verdict(compared, tested), paired_tests.limits(tested))))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -90,7 +90,7 @@ def versions(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
 
 
-def _trade_offs(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> Iterator[Block]:
+def _trade_offs(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> Iterator[Block]:
     """Pictures of the metric to look at against memory and against speed."""
     metric = next((column for column in columns(compared) if column.key in TITLES), None)
     if metric is None:
@@ -122,14 +122,14 @@ def _trade_offs(compared: Sequence[Variant], tested: Sequence[pairs.Pair]) -> It
             )
 
 
-def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[pairs.Pair]) -> str:
+def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[paired_tests.Pair]) -> str:
     """Which variant measured highest, and whether that is significant; where several did, none is called so."""
     best = max(places, key=lambda place: place.y)
     ties = [place.name for place in places if math.isclose(place.y, best.y)]
     warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
     if len(ties) > 1:
         return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
-    shown = f"; {pairs.standing(tested, best.name)}" if pairs.of(tested, best.name) else ""
+    shown = f"; {paired_tests.standing(tested, best.name)}" if paired_tests.pairs_of(tested, best.name) else ""
     return f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}{shown}.{warned}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import significance
-from fastpeft.comparison.report.blocks import Table
+from fastpeft.comparison.report.document import Table
 from fastpeft.data.problems import CLASSIFICATION, get_problem
 
 MARK = "†"  # of a variant with a warning
@@ -87,7 +87,7 @@ class Variant:
         first = cells[0]
         self.cells, self.row = cells, first.row
         self.prompt = None if self.row is None else suites.prompt_of(self.row, first.variant)
-        self.name = first.variant if self.row is None else suites.report_row(self.row).title
+        self.name = first.variant if self.row is None else suites.paper_row(self.row).title
         self.name += f" ({self.prompt})" if several and self.prompt else ""
         self.runs = [metrics for cell in cells if (metrics := cell.metrics())]
         self.warnings: dict[str, list[int | None]] = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from fastpeft.comparison.report import significance
-from fastpeft.comparison.report.blocks import Block, Heading, Table, Text
-from fastpeft.comparison.report.measured import Variant
+from fastpeft.comparison.report.document import Block, Heading, Table, Text
+from fastpeft.comparison.report.results import Variant
 
 _FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
 _NAMED = 3  # pairs that the verdict names
@@ -41,7 +41,7 @@ class Pair:
         return f"{self.first.name} {'above' if self.difference.mean else 'and'} {self.second.name}"
 
 
-def paired_tests(compared: Sequence[Variant]) -> list[Pair]:
+def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
     """The test of every two variants whose dev rows were kept, in their order, p corrected over all of them (Holm)."""
     found = []
     for one, other in combinations(compared, 2):
@@ -69,7 +69,9 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
         return f"No significant difference in accuracy {these} on {_rows(tested):,} dev rows."
     if len(found) > _NAMED:
         highest = [
-            name for name in names if all(pair.first.name == name and pair.difference.mean for pair in of(tested, name))
+            name
+            for name in names
+            if all(pair.first.name == name and pair.difference.mean for pair in pairs_of(tested, name))
         ]
         shown = f"; {highest[0]}, the highest, is {standing(tested, highest[0])}" if len(highest) == 1 else ""
         return f"{len(found)} of {len(tested)} pairs of variants differ significantly in accuracy (Holm){shown}."
@@ -77,14 +79,14 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     return f"{', '.join(map(_told, found))}{rest}."
 
 
-def of(tested: Sequence[Pair], name: str) -> list[Pair]:
+def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
     """The pairs that a variant is of."""
     return [pair for pair in tested if name in (pair.first.name, pair.second.name)]
 
 
 def standing(tested: Sequence[Pair], name: str) -> str:
     """How many others the variant with the highest accuracy is significantly above."""
-    held = of(tested, name)
+    held = pairs_of(tested, name)
     below = [pair for pair in held if pair.first.name == name and pair.significant]
     if len(held) == 1:
         return f"{'' if below else 'not '}significantly above the other"

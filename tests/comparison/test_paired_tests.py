@@ -12,9 +12,9 @@ from compared import finish
 
 from fastpeft import CompareConfig, console
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import blocks, content, measured, pairs, significance
-from fastpeft.comparison.report import page as report
-from fastpeft.comparison.report.blocks import Figure, Items, Table
+from fastpeft.comparison.report import document, paired_tests, results, sections, significance
+from fastpeft.comparison.report import output as report
+from fastpeft.comparison.report.document import Figure, Items, Table
 from fastpeft.comparison.run import Comparison
 
 
@@ -28,13 +28,13 @@ def plan_of(place: Path, right: dict[str, Any], seeds: int = 1, **changes: dict[
 
 
 def first_lines(plan: Plan) -> list[str]:
-    compared = measured.variants(plan.results)
-    return content.opening(compared, pairs.paired_tests(compared))
+    compared = results.variants(plan.results)
+    return sections.opening(compared, paired_tests.all_pairs(compared))
 
 
 def tables(plan: Plan) -> list[Table]:
     """The table of results, and that of pairs."""
-    found = [part for part in content.report(plan, pictures=False) if isinstance(part, Table)]
+    found = [part for part in sections.report(plan, pictures=False) if isinstance(part, Table)]
     return [table for table in found if "estimated, MB" not in table.rows[0]]
 
 
@@ -123,7 +123,7 @@ def test_the_least_difference_is_that_of_the_test(number: int) -> None:
         right[0, 0, :rows] = 1
         return significance.holm([significance.compare_pair(*right).p, *[1.0] * (number - 1)])[0]
 
-    least = pairs._least_rows(number)
+    least = paired_tests._least_rows(number)
     assert corrected(least) < significance.LEVEL <= corrected(least - 1)
 
 
@@ -155,7 +155,7 @@ def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
     for cell in plan.results:
         if (cell.variant, cell.seed) != ("head", 2):
             finish(cell, generator.integers(0, 2, 200).tolist(), 1.0, 1.0)
-    (pair,) = pairs.paired_tests(measured.variants(plan.results))
+    (pair,) = paired_tests.all_pairs(results.variants(plan.results))
     assert (pair.seeds, pair.difference.test) == (2, "t test over seeds and rows")
     first, second = (np.stack([pair_of.answers[seed] for seed in (0, 1)]) for pair_of in (pair.first, pair.second))
     assert pair.difference == significance.compare_pair(first, second)
@@ -165,7 +165,7 @@ def test_pairs_are_of_rows_and_of_seeds(tmp_path: Path) -> None:
 def test_zero_shot_answers_alike_beside_each_seed(tmp_path: Path) -> None:
     prompts = {"zero-shot:prompt=sst2": 100, "zero-shot:prompt=MR": 110, "siva": 180}
     plan = plan_of(tmp_path, prompts, seeds=2)
-    found = {str(pair): pair.seeds for pair in pairs.paired_tests(measured.variants(plan.results))}
+    found = {str(pair): pair.seeds for pair in paired_tests.all_pairs(results.variants(plan.results))}
     assert found == {
         "zero-shot:prompt=MR above zero-shot:prompt=sst2": 0,
         "siva above zero-shot:prompt=sst2": 2,
@@ -183,15 +183,15 @@ def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
     assert matrix.rows[2][1:] == ["1", "", "", "", "", ""]
     assert matrix.rows[3][1:] == ["lower, p <0.001", "lower, p <0.001", "", "", "", ""]
     assert matrix.rows[7][1:] == ["1", "1", "higher, p <0.001", "1", "1", "1"]
-    assert "| 3 siva:rank=3 | lower, p <0.001 |" in blocks.markdown("t", [matrix])
+    assert "| 3 siva:rank=3 | lower, p <0.001 |" in document.markdown("t", [matrix])
 
 
 def test_a_caption_says_whether_the_highest_is_significantly_so(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"head": 100, "siva": 181, "lora": 180})
-    captions = [part.caption for part in content.report(plan, pictures=True) if isinstance(part, Figure)]
+    captions = [part.caption for part in sections.report(plan, pictures=True) if isinstance(part, Figure)]
     assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; significantly above 1 of the other 2 variants.")
     two = plan_of(tmp_path / "two", {"siva": 181, "lora": 180})
-    captions = [part.caption for part in content.report(two, pictures=True) if isinstance(part, Figure)]
+    captions = [part.caption for part in sections.report(two, pictures=True) if isinstance(part, Figure)]
     assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; not significantly above the other.")
 
 
@@ -239,12 +239,12 @@ def test_a_warning_of_some_seeds_names_them(tmp_path: Path) -> None:
         warned = [CONSTANT] if cell.variant == "head" and cell.seed != 1 else []
         metrics = {**json.loads(cell.folder.metrics_file.read_text()), "warnings": warned}
         cell.folder.metrics_file.write_text(json.dumps(metrics))
-    assert measured.warnings(measured.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
+    assert results.warnings(results.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
 
 
 def test_an_older_run_that_predicts_one_class_is_told_too(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": 50, "head": without(*range(0, 200, 2), rows=200)})
-    (items,) = [part for part in content.report(plan, pictures=False) if isinstance(part, Items)][:1]
+    (items,) = [part for part in sections.report(plan, pictures=False) if isinstance(part, Items)][:1]
     assert items.items == ["head †: It predicts the same class for every dev row."]
     assert first_lines(plan)[0] == "head † is above siva (p < 0.001, Holm)."
 

@@ -9,7 +9,7 @@ import pytest
 from samples import pairs, scores, tagged, write_jsonl
 
 from fastpeft import FastpeftError
-from fastpeft.comparison.search import rates, slice_sizes, take_slice, write_rows
+from fastpeft.comparison.learning_rates import rates, slice_sizes, take_slice, write_rows
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION
 

@@ -8,8 +8,8 @@ from itertools import product
 
 from fastpeft.comparison import suites
 from fastpeft.comparison.report import significance
-from fastpeft.comparison.report.blocks import Block, Heading, Strong, Table, Text
-from fastpeft.comparison.report.measured import Variant
+from fastpeft.comparison.report.document import Block, Heading, Strong, Table, Text
+from fastpeft.comparison.report.results import Variant
 from fastpeft.data.problems import LOSS
 
 # What two variants that are alike may differ by, as a share of the lower. Three runs each of 11 variants on a machine
@@ -30,7 +30,7 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         header += [f"{measure}: report", "here"]
     rows = [header]
     for variant in own:
-        row = suites.report_row(variant.row or "")
+        row = suites.paper_row(variant.row or "")
         theirs = [" / ".join(f"{value:.2f}" for value in row.accuracy)]
         theirs += [_given(row.f1, ".2f"), _given(row.memory_mb, ",.0f"), _given(row.samples_per_second, ".1f")]
         ours = [_mean(variant, "accuracy", 100, ".2f"), _mean(variant, "f1", 100, ".2f")]

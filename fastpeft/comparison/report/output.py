@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import blocks, content, measured, pairs
+from fastpeft.comparison.report import document, paired_tests, results, sections
 from fastpeft.data.problems import TITLES, in_order
 from fastpeft.support import files
 
@@ -22,26 +22,26 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
 
 
-def summary(plan: Plan) -> tuple[list[str], blocks.Table, list[str]]:
+def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:
     """The report in short: the sentences that it opens with, its table, and what runs warn of."""
-    compared = measured.variants(plan.results)
-    opening = content.opening(compared, pairs.paired_tests(compared))
-    return opening, measured.table(compared), measured.warnings(compared)
+    compared = results.variants(plan.results)
+    opening = sections.opening(compared, paired_tests.all_pairs(compared))
+    return opening, results.table(compared), results.warnings(compared)
 
 
 def write(plan: Plan, *, whole: bool) -> None:
     """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each in one atomic step."""
     files.write_text(plan.folder / "results.csv", _results(plan.cells))
-    parts = content.report(plan, pictures=whole)
-    title = content.title(plan)
+    parts = sections.report(plan, pictures=whole)
+    title = sections.title(plan)
     if whole:
-        pictures = plan.folder / blocks.FIGURES
+        pictures = plan.folder / document.FIGURES
         pictures.mkdir(exist_ok=True)
         for part in parts:
-            if isinstance(part, blocks.Figure):
+            if isinstance(part, document.Figure):
                 files.write_bytes(pictures / f"{part.name}.png", part.png)
-        files.write_text(plan.folder / "report.html", blocks.page(title, parts))
-    files.write_text(plan.folder / "report.md", blocks.markdown(title, parts))
+        files.write_text(plan.folder / "report.html", document.page(title, parts))
+    files.write_text(plan.folder / "report.md", document.markdown(title, parts))
 
 
 def _results(cells: Iterable[Cell]) -> str:
@@ -58,7 +58,7 @@ def _results(cells: Iterable[Cell]) -> str:
                 "state": cell.state,
                 **({"search": True} if cell.search else {}),
                 **single,
-                "versions": content.versions(metrics),
+                "versions": sections.versions(metrics),
                 "error": cell.error(),
             }
         )
