@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name != "report.md")  # that one `compare` wrote
+TUTORIAL = DOCS / "tutorial.md"
 RUN = {"python", "sh"}
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
 SHOWN = {OUTPUT, "math"}
@@ -71,9 +72,15 @@ def test_nothing_escapes_the_tests(page: Path) -> None:
     assert "~~~" not in page.read_text(encoding="utf-8")
 
 
+def running() -> Iterator[Any]:
+    """The pages that have blocks to run; of all but the tutorial a sample is drawn."""
+    for page in PAGES:
+        if any(block.runs for block in blocks(page)):
+            yield pytest.param(page, id=name(page), marks=() if page == TUTORIAL else pytest.mark.docs)
+
+
 @pytest.mark.long
-@pytest.mark.docs
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
+@pytest.mark.parametrize("page", [*running()])
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom in one folder that has reviews.csv, as a reader's at the root of a clone, in one program."""
     for package in NEEDS.get(name(page), ()):
