@@ -14,8 +14,6 @@ from fastpeft import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.passes import features_of, listen, skip_layers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
 
 
