@@ -1,4 +1,4 @@
-"""The reference of options: what `fastpeft COMMAND --help` says, and the fields of `TrainConfig`; each is written once."""
+"""The reference of options: what `fastpeft COMMAND --help` says, and the fields of `TrainConfig`."""
 
 from __future__ import annotations
 
