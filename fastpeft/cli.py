@@ -22,9 +22,11 @@ from fastpeft.training.config import TrainConfig, options, parse_value
 
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
+_NAMES = ", ".join((*METHODS, ZERO_SHOT))
+
 
 class _Group(TyperGroup):
-    """Commands whose `FastpeftError` becomes one message and exit code 2, and Ctrl-C or SIGTERM exit code 130."""
+    """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -82,11 +84,10 @@ def _run_options(*excluded: str, panel: str | None = None) -> Callable[[Callable
     return add
 
 
-_Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."),
-]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")]
+_SETTINGS = typer.Option(
+    None, "--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."
+)
+_QUIET = typer.Option(False, "--quiet", help="Show nothing but errors.")
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -121,19 +122,17 @@ def _stem(data: str) -> str:
 @_run_options("found_prompt", "settings")
 def train(
     *,
-    config: Annotated[Path | None, typer.Option(help="A run.json to repeat; other options change it.")] = None,
-    settings: _Settings = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from where the run in the output has come to.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output.")] = False,
-    quiet: _Quiet = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, its memory and time; write nothing.")
-    ] = False,
-    memory_budget: Annotated[
-        float | None, typer.Option(metavar="MB", help="With --dry-run: show whether a step fits into so much memory.")
-    ] = None,
+    config: Path | None = typer.Option(None, help="A run.json to repeat; other options change it."),
+    settings: list[str] | None = _SETTINGS,
+    resume: bool = typer.Option(False, "--resume", help="Go on from where the run in the output has come to."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the output."),
+    quiet: bool = _QUIET,
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Show what would be trained, its memory and time; write nothing."
+    ),
+    memory_budget: float | None = typer.Option(
+        None, metavar="MB", help="With --dry-run: show whether a step fits into so much memory."
+    ),
     **values: Any,
 ) -> None:
     """Fine-tune a model."""
@@ -167,28 +166,22 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="Folder of a finished run.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Other data: all rows of a file, or the dev file of a folder.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="In place of DIR: a model, with a prompt and no training, on the dev rows.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEMPLATE|NAME|auto",
-            help="The prompt, with --model; auto finds one on the training rows of --data.",
-        ),
-    ] = None,
-    label_words: Annotated[str | None, typer.Option(help="Its words, as for train.")] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="With --model: subtract what the words score for an empty text.")
-    ] = False,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of texts in --data, or two joined by a comma for pairs.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of classes in --data.")] = None,
+    folder: Path | None = typer.Argument(None, metavar="[DIR]", help="Folder of a finished run."),
+    data: str | None = typer.Option(None, help="Other data: all rows of a file, or the dev file of a folder."),
+    model: str | None = typer.Option(
+        None, help="In place of DIR: a model, with a prompt and no training, on the dev rows."
+    ),
+    prompt: str | None = typer.Option(
+        None,
+        metavar="TEMPLATE|NAME|auto",
+        help="The prompt, with --model; auto finds one on the training rows of --data.",
+    ),
+    label_words: str | None = typer.Option(None, help="Its words, as for train."),
+    calibrate: bool = typer.Option(
+        False, "--calibrate", help="With --model: subtract what the words score for an empty text."
+    ),
+    text_column: str | None = typer.Option(None, help="Column of texts in --data, or two joined by a comma for pairs."),
+    label_column: str | None = typer.Option(None, help="Column of classes in --data."),
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""
     from fastpeft import console
@@ -226,31 +219,24 @@ def evaluate(
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT...", help="Texts to classify; of a pair both, separated by a tab."),
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(
-            help="A csv, tsv, jsonl or parquet file, read as train does; or txt with one text, or pair separated by a "
-            "tab, a line. - is the standard input, txt without --format."
-        ),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option("--format", help="What --file is: csv, tsv, jsonl, parquet or txt (default: by its name)"),
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of texts in --file, or two joined by a comma for pairs.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Show the probability of every class, not of one.")] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is the output.")] = False,
+    folder: Path = typer.Argument(..., metavar="DIR", help="Folder of a finished run."),
+    texts: list[str] | None = typer.Argument(
+        None, metavar="TEXT...", help="Texts to classify; of a pair both, separated by a tab."
+    ),
+    file: str | None = typer.Option(
+        None,
+        help="A csv, tsv, jsonl or parquet file, read as train does; or txt with one text, or pair separated by a "
+        "tab, a line. - is the standard input, txt without --format.",
+    ),
+    kind: str | None = typer.Option(
+        None, "--format", help="What --file is: csv, tsv, jsonl, parquet or txt (default: by its name)"
+    ),
+    text_column: str | None = typer.Option(None, help="Column of texts in --file, or two joined by a comma for pairs."),
+    every: bool = typer.Option(False, "--all", help="Show the probability of every class, not of one."),
+    output: Path | None = typer.Option(
+        None, help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file."
+    ),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
 ) -> None:
     """Classify texts: prints class, probability and text, separated by tabs.
 
@@ -293,47 +279,39 @@ def predict(
 @_run_options(*DECIDED, *PROMPTED, panel="For all cells, as for train")
 def compare(
     *,
-    output: Annotated[str, typer.Option(help="Folder of the comparison; in one that is there it goes on.")],
-    suite: Annotated[
-        str | None,
-        typer.Option(help="table1, table2 or figure5: the rows that the paper has there, beside --methods."),
-    ] = None,
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="VARIANT,...",
-            help=f"Of {', '.join((*METHODS, ZERO_SHOT))}. A variant is a method and its options after colons: "
-            "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
-            "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
-        ),
-    ] = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
-            "three rates on a slice of the training rows."
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)")
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PROMPT,...",
-            help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
-            "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
-        ),
-    ] = None,
-    settings: _Settings = None,
-    quiet: _Quiet = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show the cells with the time and memory that each would take; write nothing."),
-    ] = False,
-    memory_budget: Annotated[
-        float | None, typer.Option(metavar="MB", help="With --dry-run: show which cells fit into so much memory.")
-    ] = None,
+    output: str = typer.Option(..., help="Folder of the comparison; in one that is there it goes on."),
+    suite: str | None = typer.Option(
+        None, help="table1, table2 or figure5: the rows that the paper has there, beside --methods."
+    ),
+    methods: list[str] | None = typer.Option(
+        None,
+        metavar="VARIANT,...",
+        help=f"Of {_NAMES}. A variant is a method and its options after colons: "
+        "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
+        "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
+    ),
+    protocol: str | None = typer.Option(
+        None,
+        help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
+        "three rates on a slice of the training rows.",
+    ),
+    seeds: int | None = typer.Option(
+        None, help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)"
+    ),
+    prompts: list[str] | None = typer.Option(
+        None,
+        metavar="PROMPT,...",
+        help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
+        "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
+    ),
+    settings: list[str] | None = _SETTINGS,
+    quiet: bool = _QUIET,
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Show the cells with the time and memory that each would take; write nothing."
+    ),
+    memory_budget: float | None = typer.Option(
+        None, metavar="MB", help="With --dry-run: show which cells fit into so much memory."
+    ),
     **common: Any,
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
@@ -377,18 +355,14 @@ def compare(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run or of a PEFT adapter.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="merged: a plain transformers model; lora: a SiVA adapter as a LoRA of twice its rank, for its base "
-            "model."
-        ),
-    ] = "merged",
-    step: Annotated[
-        int | None, typer.Option(help="Of a run by MeZO: the weights after so many steps, from its journal.")
-    ] = None,
+    folder: Path = typer.Argument(..., metavar="RUN", help="Folder of a finished run or of a PEFT adapter."),
+    output: Path = typer.Argument(..., metavar="OUT", help="The folder to make."),
+    to: str = typer.Option(
+        "merged",
+        help="merged: a plain transformers model; lora: a SiVA adapter as a LoRA of twice its rank, for its base "
+        "model.",
+    ),
+    step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
     from fastpeft import console

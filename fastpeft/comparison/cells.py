@@ -1,4 +1,4 @@
-"""One process of a comparison: what it is given, where it leaves its result, and what that result says."""
+"""One process of a comparison: its configuration, its files and its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastpeft.support import files
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, RunFolder
 
-CELLS, SLICE = "cells", "slice"  # folders of a comparison: its runs, and the rows that learning rates are tried on
+CELLS, SLICE = "cells", "slice"  # folders of a comparison: its runs, and rows on which learning rates are tried
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Cell:
     """One process of a comparison.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         variant: as written.
         method: name of its method, or `ZERO_SHOT`.
-        seed: its seed; None for `ZERO_SHOT`, which has none.
+        seed: its seed; None for `ZERO_SHOT`.
         values: its configuration, as `run.json` holds it.
-        after: names of cells; it starts from the result of the best of them.
-        rates: names of the cells that tried learning rates for it; it takes the best one's.
-        search: whether it only tries a learning rate, on a slice of the training rows.
-        row: key of its row in the report's tables, where it is of one.
+        after: names of cells; it starts from the best of their results.
+        rates: names of cells that tried learning rates; it takes the best rate.
+        search: whether it tries a learning rate, on a slice of the training rows.
+        row: key of its row in the paper's tables; None where it is in none.
     """
 
     name: str
@@ -55,27 +55,27 @@ class Cell:
 
     @property
     def config(self) -> TrainConfig:
-        """Its configuration; of a `ZERO_SHOT` cell, that of a run with its data and prompt."""
+        """Its configuration; for `ZERO_SHOT` that of a run with the same data and prompt."""
         own = ("method", "calibrate") if self.method == ZERO_SHOT else ()
         return TrainConfig.from_values({name: value for name, value in self.values.items() if name not in own})
 
     @property
     def config_file(self) -> Path:
-        """What its process reads."""
+        """The file of its configuration, which its process reads."""
         return Path(f"{self.values['output']}.json")
 
     @property
     def log(self) -> Path:
-        """What its latest process said, with a last line `Error: ...` where it failed."""
+        """The output of its latest process; the last line is `Error: ...` where it failed."""
         return Path(f"{self.values['output']}.log")
 
     @property
     def clock(self) -> Path:
-        """How many seconds the process took that finished it, from its start to its end."""
+        """The file with the seconds that its last process took."""
         return Path(f"{self.values['output']}.seconds")
 
     def seconds(self) -> float | None:
-        """What `clock` says; None where that was not kept."""
+        """How long its last process took; None where that was not kept."""
         try:
             return float(self.clock.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -87,24 +87,24 @@ class Cell:
         return (*self.after, *self.rates)
 
     def metrics(self) -> dict[str, Any] | None:
-        """What was measured; None while it is not finished."""
+        """Its `metrics.json`; None while it is not finished."""
         folder = self.folder
         return folder.metrics() if folder.finished else None
 
     def predictions(self) -> dict[str, list[int]] | None:
-        """The class of each dev row by `labels`, and by the model in `predictions`; None where they were not kept."""
+        """The class of each dev row, in `labels` and as predicted; None where they were not kept."""
         file = self.folder.path / PREDICTIONS
         return files.read_json(file) if self.folder.finished and file.is_file() else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]] | None:
-        """What was logged while it trained, as (step, value) by name; None where that was not kept."""
+        """Its logged values as (step, value), by name; None where they were not kept."""
         file = self.folder.path / CURVES
         if not (self.folder.finished and file.is_file()):
             return None
         return {name: [(step, value) for step, value in points] for name, points in files.read_json(file).items()}
 
     def error(self) -> str | None:
-        """Why its latest try failed; None where it did not fail."""
+        """The error of its latest try; None where it did not fail."""
         if self.folder.finished or not self.log.is_file():
             return None
         last = self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
@@ -117,10 +117,10 @@ class Cell:
             return "finished"
         return "waiting" if self.error() is None else "failed"
 
-    def settled(self, cells: Mapping[str, Cell]) -> Cell:
-        """It with what the cells before it have found: their best learning rate, the folder of the best start.
+    def filled_in(self, cells: Mapping[str, Cell]) -> Cell:
+        """The cell with what the cells before it have found: the best learning rate, and the run to start from.
 
-        What has started keeps what it started with; what comes too early is returned as it is.
+        Once it has started, it keeps both. Before those cells have finished, it is returned as it is.
 
         Args:
             cells: those of the comparison, by name.
@@ -140,10 +140,7 @@ class Cell:
         return self._with(found)
 
     def own_paths(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Of `values`, its own at any time, the absolute paths into the comparison's folder, as that lies now.
-
-        It may have moved: `values` then have the slice, and the run that it starts from, where they were.
-        """
+        """The paths among `values` that lead into the comparison's folder, which may have moved since."""
         cells = Path(self.values["output"]).parent.resolve()
         found = {"data": str(cells.with_name(SLICE))} if self.search else {}
         if self.after and values["init_from"] is not None:
@@ -155,7 +152,7 @@ class Cell:
 
 
 def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
-    """The finished cell, the first of several, that measures best; None where there is none or one still waits.
+    """The finished cell with the best metric, the first of equals; None where there is none, or one still waits.
 
     Raises:
         FastpeftError: all have failed.

@@ -1,6 +1,6 @@
 """The search for learning rates of the protocol `full`: the same number of rates for each method, on a slice of rows.
 
-Nothing is chosen by the dev rows: a slice of the training rows is learned from, and another measured on.
+The dev rows have no part in it: the slice has training rows to learn from, and other training rows to measure on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastpeft.data.problems import REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
-FACTORS = (1.0, 1 / 3, 3.0)  # on the rate of a method's recipe; of equal rates the first is taken
+FACTORS = (1.0, 1 / 3, 3.0)  # of the recipe's rate; of equally good ones the first is taken
 ROWS, DEV_ROWS = 2_000, 1_000  # of the slice, at most
-_SHARE = 2 / 3  # of fewer training rows, what is learned from
+_SHARE = 2 / 3  # of few training rows, to learn from
 
 
 def rates(recipe: float) -> list[float]:
-    """The learning rates to try around that of a recipe, to three digits.
+    """The learning rates to try, to three digits, given a recipe's.
 
     Example:
         >>> rates(1e-3)
@@ -33,7 +33,7 @@ def rates(recipe: float) -> list[float]:
 
 
 def slice_sizes(train_rows: int) -> tuple[int, int]:
-    """Rows of the slice to learn from, and to measure on, out of `train_rows`."""
+    """How many of `train_rows` rows the slice has to learn from, and how many to measure on."""
     rows = min(ROWS, int(_SHARE * train_rows))
     return rows, min(DEV_ROWS, train_rows - rows)
 
@@ -42,10 +42,10 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     """Some of the training rows of `data`, and other rows to measure on.
 
     Args:
-        data: where the rows are from.
-        rows: training rows to take, in an order that `seed` decides.
-        dev_rows: other training rows to measure on. None: the dev rows of `data`.
-        seed: decides which.
+        data: the rows to choose from.
+        rows: how many training rows to learn from.
+        dev_rows: how many other training rows to measure on. None: the dev rows of `data`.
+        seed: decides the choice and the order.
 
     Raises:
         FastpeftError: the rows to learn from lack a class or tag.
@@ -66,7 +66,7 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
 
 
 def write_rows(data: TextData, folder: Path) -> None:
-    """Write `train.jsonl` and `dev.jsonl` into `folder`, made if it is not there, as `load_data` takes them."""
+    """Write `train.jsonl` and `dev.jsonl` into `folder`, which is made if need be, as `load_data` reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", data.train), ("dev", data.dev)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _records(part, data))
@@ -78,7 +78,7 @@ def _chosen(examples: Examples, indices: list[int]) -> Examples:
 
 
 def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:
-    """Rows under the names of columns that are found without being told."""
+    """Rows as JSON objects, whose columns `load_data` finds by name."""
     for text, label in zip(examples.texts, examples.labels):
         if data.problem.per_token:
             yield {"tokens": text, "tags": [data.labels[tag] for tag in label]}

@@ -1,4 +1,4 @@
-"""What a comparison is made of: variants as written, and the cells (a variant with a seed) that they stand for."""
+"""The cells of a comparison: one for each variant and seed, and those that try learning rates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,7 @@ from typing import Any
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.learning_rates import rates
 from fastpeft.comparison.suites import get_suite, suite_names
-from fastpeft.comparison.variants import (
-    CHAIN,
-    DECIDED,
-    ZERO_SHOT,
-    has_prompt,
-    parse_variant,
-    partition_chain,
-    with_prompt,
-)
+from fastpeft.comparison.variants import CHAIN, DECIDED, ZERO_SHOT, parse_variant, partition_chain, with_prompts
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS, get_method
@@ -31,44 +23,37 @@ from fastpeft.training.config import FOR_LABELS, TrainConfig
 from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
-ROWS = (
-    "data",
-    "problem_type",
-    "text_column",
-    "label_column",
-    "split_seed",
-    "split",
-)  # what decides the rows, of all cells alike
-_CHANGES_DEV_ROWS = ("split_seed", "max_length")  # what a zero-shot row cannot follow
+# fields that decide the rows, which all cells share
+ROWS = ("data", "problem_type", "text_column", "label_column", "split_seed", "split")
+_CHANGES_DEV_ROWS = ("split_seed", "max_length")  # fields of the dev rows that a zero-shot cell does not take
 
-PROTOCOLS = {"quick": 1, "full": 3}  # with the seeds of each
-_LONGEST_NAME = 200  # bytes; file systems take 255, and beside it stand `search-`, the seed, and endings of files
+PROTOCOLS = {"quick": 1, "full": 3}  # their numbers of seeds
+_LONGEST_NAME = 200  # bytes of a variant's folder; file systems take 255, with `search-`, the seed and a file's ending
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What to compare.
 
-    A variant is a method's name, or `zero-shot`, and what it is to have of its own: `siva:targets=query+value:rank=8`.
-    Its keys are those of `TrainConfig`, or settings of the method or the Trainer. In targets, label words, text columns
-    and lists of JSON `+` stands for the comma. A value in double quotes, a text of JSON, is taken as it stands, as in
-    `mezo:prompt="{a}? <mask>, {b}":label_words=Yes+No`.
-    `init_from=VARIANT` comes last and names another variant of the comparison: each of its cells starts from the
-    result of that variant with the same seed. `zero-shot` takes a prompt and `calibrate=true`.
+    A variant is the name of a method, or `zero-shot`, and its own options: `siva:targets=query+value:rank=8`. An option
+    is a field of `TrainConfig`, or a setting of the method or the Trainer. In targets, label words, text columns and
+    lists of JSON `+` stands for the comma. A value in double quotes is a string of JSON, as in
+    `mezo:prompt="{a}? <mask>, {b}":label_words=Yes+No`. `init_from=VARIANT` comes last and names another variant of the
+    comparison: each cell starts from the result of that variant with the same seed. `zero-shot` takes a prompt and
+    `calibrate=true`.
 
     Attributes:
         output: folder of the comparison.
         methods: variants, beside those of the suite.
-        suite: a name of `fastpeft.comparison.suites`: the rows of a table of the report.
-        protocol: `quick`: one seed, one epoch (by MeZO, whose steps are many and small, as its recipe has it), rates of
-            the recipes. `full`: three seeds, and for every variant without a learning rate the best of as many rates
-            on a slice of the training rows. None: one seed, recipes as they are.
-        prompts: prompts that each variant without one is combined with, and the variant that it starts from likewise:
-            names or templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty:
-            each variant as it is. With a suite at most one, in the place of that in its own prompted rows, which
-            `none` leaves out.
-        seeds: every variant runs with the seeds 0 to `seeds - 1`. None: as the protocol has it.
-        common: keys and values that all cells share.
+        suite: a name of `fastpeft.comparison.suites`: the rows of a table of the paper.
+        protocol: `quick`: one seed, one epoch (MeZO, whose steps are many and small: its recipe's), the recipes' rates.
+            `full`: three seeds, and for every variant without a learning rate the best of three rates on a slice of the
+            training rows. None: one seed, the recipes as they are.
+        prompts: prompts that each variant without one, and the variant that it starts from, is combined with: names or
+            templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty: each
+            variant as it is. With a suite at most one, for its prompted rows, which `none` leaves out.
+        seeds: every variant runs with the seeds 0 to `seeds - 1`. None: as many as the protocol has.
+        common: options that all cells share.
 
     Raises:
         FastpeftError: a variant cannot be read, or its configuration cannot be used.
@@ -96,12 +81,15 @@ class CompareConfig:
                 raise FastpeftError(f"{name} are {given!r}; they must be a list of texts that are not empty.")
         if self.protocol not in (None, *PROTOCOLS):
             raise FastpeftError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.")
-        if self.suite is not None:
-            self._check_suite()
-        elif not self.methods:
+        if self.suite is None and not self.methods:
             raise FastpeftError(
                 f"there is no method to compare. Name some by --methods, as {', '.join((*METHODS, ZERO_SHOT))}; or a "
                 f"table by --suite, as {', '.join(suite_names())}."
+            )
+        if self.suite is not None and get_suite(self.suite) and len(self.prompts) > 1:
+            raise FastpeftError(
+                f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
+                "Give the one prompt of those with, auto, or none to leave them out."
             )
         if self.seeds is not None and (type(self.seeds) is not int or self.seeds < 1):
             raise FastpeftError(f"seeds is {self.seeds!r}; it must be a whole number from 1.")
@@ -113,19 +101,9 @@ class CompareConfig:
             raise FastpeftError("init_from is given for all cells and by a variant. Give one of the two.")
         self.cells()
 
-    def _check_suite(self) -> None:
-        """Raise `FastpeftError` where the suite does not go with the rest."""
-        assert self.suite is not None
-        get_suite(self.suite)
-        if len(self.prompts) > 1:
-            raise FastpeftError(
-                f"prompts are {', '.join(self.prompts)}, but {self.suite} has rows with a prompt and rows without. "
-                "Give the one prompt of those with, auto, or none to leave them out."
-            )
-
     @property
     def shared(self) -> dict[str, Any]:
-        """Keys and values that all cells share: those given, before those of the suite."""
+        """Options that all cells share: those given, before those of the suite."""
         own = {} if self.suite is None else get_suite(self.suite).common
         if "max_steps" in self.common:
             own = {key: value for key, value in own.items() if key != "epochs"}
@@ -150,13 +128,7 @@ class CompareConfig:
         if self.suite is not None:
             suite = get_suite(self.suite, self.prompts[0] if self.prompts else None)
             return [*((row.variant, row.key) for row in suite.rows), *((text, None) for text in self.methods)]
-        made: list[str] = []
-        for text in self.methods:
-            prompts = () if has_prompt(text) else self.prompts
-            if text.partition(":")[0] == ZERO_SHOT and any(prompt != "none" for prompt in prompts):
-                prompts = [prompt for prompt in prompts if prompt != "none"]
-            made += [text if prompt == "none" else with_prompt(text, prompt) for prompt in prompts or ("none",)]
-        return [(variant, None) for variant in made]
+        return [(variant, None) for text in self.methods for variant in with_prompts(text, self.prompts)]
 
     def _cells_of(self, variant: str, row: str | None, variants: Sequence[str]) -> list[Cell]:
         """The cells of a variant: one for each seed and each rate to try, or the one of `zero-shot`."""
@@ -209,10 +181,8 @@ class CompareConfig:
         for rate in rates(recipe.learning_rate):
             tried = f"{own_text}:learning_rate={rate:g}{chain}{rest}"
             cell = self._trained_cell(f"search-{_folder_name(tried)}", tried, 0, starts)
-            slice_values = {"data": str(self._slice), "text_column": None, "label_column": None}
-            cells.append(
-                dataclasses.replace(cell, variant=variant, search=True, values={**cell.values, **slice_values})
-            )
+            values = {**cell.values, "data": str(_slice(self.output)), "text_column": None, "label_column": None}
+            cells.append(dataclasses.replace(cell, variant=variant, search=True, values=values))
         return cells
 
     def _trained_cell(self, name: str, variant: str, seed: int, starts: Sequence[Cell]) -> Cell:
@@ -232,11 +202,6 @@ class CompareConfig:
         except FastpeftError as error:
             raise FastpeftError(f"{error}{_meant(values['settings'])}") from None
         return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))
-
-    @property
-    def _slice(self) -> Path:
-        """Where the rows lie that learning rates are tried on; absolute, as `TrainConfig` keeps what is there."""
-        return Path(self.output).expanduser().resolve() / SLICE
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
         calibrate = own.pop("calibrate", False)
@@ -260,7 +225,7 @@ class CompareConfig:
 
 
 def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys and values as `TrainConfig.from_values` takes them: what is no field of it is a setting."""
+    """Options as `TrainConfig.from_values` takes them: what is no field of it is a setting."""
     fields = [item.name for item in dataclasses.fields(TrainConfig)]
     values: dict[str, Any] = {}
     settings: dict[str, Any] = {}
@@ -272,7 +237,7 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _meant(settings: Iterable[str]) -> str:
-    """What to say of settings that are almost an option of a run, which a variant takes too."""
+    """Advice on settings whose names are almost that of a field of `TrainConfig`; empty where none is."""
     options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in DECIDED]
     close = [name for setting in settings for name in difflib.get_close_matches(setting, options, 1, cutoff=0.8)]
     return f" Did you mean {close[0]}? A variant takes {', '.join(options)} too." if close else ""
@@ -291,6 +256,10 @@ def _folder_name(variant: str) -> str:
 
 def _cells_folder(output: str | Path) -> Path:
     return Path(output).expanduser() / CELLS
+
+
+def _slice(output: str | Path) -> Path:
+    return Path(output).expanduser().resolve() / SLICE  # absolute, as `TrainConfig` keeps what is there
 
 
 @dataclass(frozen=True)
@@ -326,7 +295,7 @@ class Plan:
             config = dataclasses.replace(config, common={**config.common, "split": split})
         by_name = {cell.name: cell for cell in (*earlier.cells, *config.cells())}
         unsearched = {cell.name for cell in earlier.cells if not cell.rates and cell.folder.started}
-        cells = [_settled(cell, by_name) for cell in config.cells()]
+        cells = [_filled_in(cell, by_name) for cell in config.cells()]
         for cell in cells:
             try:
                 if cell.rates and cell.name in unsearched:
@@ -364,18 +333,18 @@ class Plan:
     @property
     def slice(self) -> Path:
         """Where the rows lie that learning rates are tried on."""
-        return self.folder.resolve() / SLICE
+        return _slice(self.folder)
 
-    def settle(self, cell: Cell) -> Cell:
-        """The cell with what those before it have found, in its place in the plan too.
+    def fill_in(self, cell: Cell) -> Cell:
+        """The cell with what those before it have found; the plan then holds it so too.
 
         Raises:
             FastpeftError: the cells before it have failed.
         """
-        settled = cell.settled({other.name: other for other in self.cells})
+        filled = cell.filled_in({other.name: other for other in self.cells})
         for cells in (self.cells, self.wanted):
-            cells[:] = [settled if other.name == cell.name else other for other in cells]
-        return settled
+            cells[:] = [filled if other.name == cell.name else other for other in cells]
+        return filled
 
     def save(self) -> None:
         """Make the folder, and write `comparison.json` into it; runs of a folder that moved then name where it is."""
@@ -395,26 +364,23 @@ class Plan:
                     cell.folder.note_moved(cell.own_paths(cell.values))
 
 
-def _settled(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
-    """A cell as far as those before it have come; what has failed there is tried again first."""
+def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
+    """A cell with what those before it have found so far; where they failed, which are tried again, as it is."""
     try:
-        return cell.settled(by_name)
+        return cell.filled_in(by_name)
     except FastpeftError:
         return cell
 
 
 def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
-    """What to say of a cell that was run by another protocol than that of `config`; nothing where that is not so."""
+    """An error for a cell that was run by another protocol than that of `config`; empty where it was not."""
     for protocol in (None, *PROTOCOLS):
-        other = next(
-            (other for other in dataclasses.replace(config, protocol=protocol).cells() if other.name == cell.name), None
-        )
-        if other is None:
-            continue
+        cells = dataclasses.replace(config, protocol=protocol).cells()
         try:
-            settled = _settled(other, by_name)
-            settled.folder.check(settled.values, resume=True, overwrite=False, moved=cell.own_paths(settled.values))
-        except FastpeftError:
+            other = next(other for other in cells if other.name == cell.name)
+            filled = _filled_in(other, by_name)
+            filled.folder.check(filled.values, resume=True, overwrite=False, moved=cell.own_paths(filled.values))
+        except (StopIteration, FastpeftError):
             continue
         before, now = (f"the protocol {name}" if name else "no protocol" for name in (protocol, config.protocol))
         return f"it was run by {before}, and is now to be run by {now}. Give another output, or {before} again."
@@ -427,7 +393,10 @@ def _read(folder: Path) -> Plan:
     if not file.is_file():
         if folder.exists() and not folder.is_dir():
             raise FastpeftError(f"the output {str(folder)!r} is a file. Give the name of a new folder.")
-        if folder.exists() and _holds_something(folder):
+        begun = (files.LOCK, CELLS)  # what a comparison leaves that was ended before it had begun
+        if folder.exists() and any(
+            child.name not in begun and not child.match(files.UNFINISHED) for child in folder.iterdir()
+        ):
             raise FastpeftError(
                 f"the output {str(folder)!r} is no folder of a comparison and not empty, so it is left alone. Give the "
                 "name of a new folder."
@@ -447,13 +416,6 @@ def _read(folder: Path) -> Plan:
         raise FastpeftError(f"{file} is not of a comparison ({error}). Restore it, or give another folder.") from None
 
 
-def _holds_something(folder: Path) -> bool:
-    """Whether a folder holds more than what a comparison that was ended before it had begun leaves."""
-    return any(
-        child.name not in (files.LOCK, CELLS) and not child.match(files.UNFINISHED) for child in folder.iterdir()
-    )
-
-
 def _check_rows(cell: Cell, other: Cell) -> None:
     """Refuse two cells of one table that do not have the same rows."""
     objective = cell.values.get("objective") or other.values.get("objective")
@@ -467,16 +429,11 @@ def _check_rows(cell: Cell, other: Cell) -> None:
             )
 
 
-def _in_order(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells, each after the one that it starts from."""
+def _in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, each after those that it needs."""
     by_name = {cell.name: cell for cell in cells}
-    ordered: dict[str, Cell] = {}
 
-    def add(cell: Cell) -> None:
-        for name in cell.needs:
-            add(by_name[name])
-        ordered.setdefault(cell.name, cell)
+    def with_needs(cell: Cell) -> list[Cell]:
+        return [*(each for name in cell.needs for each in with_needs(by_name[name])), cell]
 
-    for cell in by_name.values():
-        add(cell)
-    return list(ordered.values())
+    return list({each.name: each for cell in cells for each in with_needs(cell)}.values())

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,28 +38,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompareResult:
-    """A comparison that has come to its end: its folder, and why each cell failed that did, by its name."""
+    """A comparison that has ended: its folder, and the errors of failed cells, by name."""
 
     folder: Path
     failed: dict[str, str]
 
 
 def compare(config: CompareConfig, *, command: str | None = None) -> CompareResult:
-    """Run every cell of `config` that is not finished, and leave `results.csv`, `report.md`, `report.html` and
-    `figures` in its output.
+    """Run every cell of `config` that is not finished, and write a report.
 
-    The same call on the same folder continues: finished cells are kept, failed ones tried again. Another comparison in
-    that folder adds its cells. `results.csv` and `report.md` are rewritten after each cell.
+    The output then holds `results.csv`, `report.md`, `report.html` and `figures`; the first two are written anew after
+    each cell. The same call on the same folder continues: finished cells are kept, failed ones tried again. Another
+    comparison in that folder adds its cells.
 
     Args:
         config: what to compare.
-        command: how the comparison was started, for the report.
+        command: the command line that started the comparison, for the report.
 
     Raises:
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
-        KeyboardInterrupt: as usual, and on SIGTERM; before it a cell that trains has saved a checkpoint, its process
-            has ended, and all files are written. A second one does not wait for the checkpoint.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running cell has saved a checkpoint and ended, and the
+            report is written. A second Ctrl-C does not wait for the checkpoint.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
@@ -69,7 +69,7 @@ def compare(config: CompareConfig, *, command: str | None = None) -> CompareResu
 
 
 class Comparison:
-    """A comparison that can be looked at while it runs. Making it checks everything and writes nothing.
+    """A comparison and how far it has come. Its construction checks everything and writes nothing.
 
     Attributes:
         plan: its cells.
@@ -85,8 +85,8 @@ class Comparison:
         if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
             if data is None:
                 raise FastpeftError(
-                    "the protocol full chooses learning rates on a slice of rows with labels, and no variant has "
-                    "these. Give variants their learning_rate, or choose the protocol quick."
+                    "the protocol full chooses learning rates on rows with labels, and no variant has labels. Give "
+                    "variants their learning_rate, or choose the protocol quick."
                 )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
         self.running: Cell | None = None
@@ -101,24 +101,27 @@ class Comparison:
         return time.monotonic() - self._started if self.running else 0.0
 
     def seconds_left(self) -> float | None:
-        """A guess by what finished cells took, of the same method where there are some; None before the first."""
-        taken: dict[str, list[_Taken]] = {}
+        """A guess from finished cells, of the same method where there are any; None before the first."""
+        taken: dict[str, list[tuple[float, float]]] = {}  # by method: seconds a row, and seconds outside of training
         for cell in self.plan.cells:
-            if (metrics := cell.metrics()) and metrics.get("samples_per_second"):
-                taken.setdefault(cell.method, []).append(_Taken.of(cell, metrics))
+            metrics = cell.metrics() or {}
+            if speed := metrics.get("samples_per_second"):
+                whole, training = cell.seconds(), metrics.get("train_seconds")
+                outside = 0.0 if whole is None or training is None else max(0.0, whole - training)
+                taken.setdefault(cell.method, []).append((1 / speed, outside))
         everything = [item for items in taken.values() for item in items]
         if not everything:
             return None
         left = 0.0
         for cell in self.plan.wanted:
             if self.state(cell) in ("running", "waiting"):
-                same = taken.get(cell.method, everything)
-                seconds = mean(item.beside for item in same) + self.rows(cell) * mean(item.row for item in same)
-                left += max(0.0, seconds - (self.seconds_running() if cell is self.running else 0.0))
+                row, outside = map(mean, zip(*taken.get(cell.method, everything)))
+                run = self.seconds_running() if cell is self.running else 0.0
+                left += max(0.0, self.rows(cell) * row + outside - run)
         return left
 
     def rows(self, cell: Cell) -> float:
-        """Rows that a cell trains on, those of every epoch counted."""
+        """How many rows a cell trains on, over all epochs."""
         if cell.method == ZERO_SHOT:
             return 0.0
         measured = (metrics.get("train_rows") for other in self.plan.results if (metrics := other.metrics()))
@@ -126,10 +129,9 @@ class Comparison:
         return resolve(cell.config).rows_trained(slice_sizes(train_rows)[0] if cell.search else train_rows)
 
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
-        """What each cell of a variant that is not finished would take, by the variant; see
-        `fastpeft.training.estimates`.
+        """The estimates of a cell of each variant that is not finished, by variant; see `fastpeft.training.estimates`.
 
-        A cell that tries a rate is not told of: it takes what the variant's others take, but for fewer rows.
+        Cells that try a rate have none: they take what the variant's others take, but for fewer rows.
         """
         left = [cell for cell in self.plan.wanted if cell.state != "finished" and cell.method != ZERO_SHOT]
         trained = {cell.variant: cell for cell in left if not cell.search}
@@ -145,7 +147,7 @@ class Comparison:
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
                 with self._saving():
                     write_rows(self._slice, plan.slice)
-            for cell in plan.wanted:  # a failure of an earlier time is not one of now
+            for cell in plan.wanted:  # tried again, it has not failed yet
                 if cell.state == "failed":
                     cell.log.unlink()
             try:
@@ -169,7 +171,7 @@ class Comparison:
     def _run_cell(self, cell: Cell, lock: BinaryIO) -> None:
         """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
         try:
-            cell = self.plan.settle(cell)
+            cell = self.plan.fill_in(cell)
         except FastpeftError as error:
             with self._saving():
                 files.write_text(cell.log, f"Error: {error}\n")
@@ -199,35 +201,20 @@ class Comparison:
             logger.info("%s: %s (%.0f s)", cell.name, output.headline(metrics), seconds)
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """Seconds that a finished cell took: for a row that it trained on, and beside these."""
-
-    row: float
-    beside: float
-
-    @classmethod
-    def of(cls, cell: Cell, metrics: Mapping[str, Any]) -> _Taken:
-        whole, training = cell.seconds(), metrics.get("train_seconds")
-        beside = 0.0 if whole is None or training is None else max(0.0, whole - training)
-        return cls(1 / metrics["samples_per_second"], beside)
-
-
 def _check(cells: Iterable[Cell], option: str) -> TextData | None:
-    """The rows with labels of those cells that are not finished, of a cell that trains on all of them; None without.
+    """The rows with labels that unfinished cells train on; None where no cell has labels.
 
     Args:
         cells: what is to run.
         option: how a prompt is given, for the error where its words are not those of the classes.
 
     Raises:
-        FastpeftError: there is no such model, the rows cannot be loaded, or a cell's prompt, metric or method is not
-            for them.
+        FastpeftError: a model or the rows cannot be loaded, or a cell's prompt, metric or method is not for these rows.
     """
     loaded: dict[Any, TextData] = {}
     models: set[str] = set()
     for cell in cells:
-        if cell.search or cell.state == "finished":  # what tries rates is as what takes them, on rows of these
+        if cell.search or cell.state == "finished":  # cells that try rates are like those that take them
             continue
         config = cell.config
         rows = (config.objective, *(getattr(config, name) for name in ROWS))
@@ -245,7 +232,7 @@ def _check(cells: Iterable[Cell], option: str) -> TextData | None:
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:
-    """How to give the label words of a prompt in a comparison, where its own are not those of the classes."""
+    """Advice for label words that are not those of the classes; empty where they are."""
     prompt = config.parse_prompt()
     if prompt is None or prompt.label_words is None or data.problem is not CLASSIFICATION:
         return ""
@@ -270,9 +257,9 @@ def _command(cell: Cell) -> list[str]:
 
 
 def _wait(command: list[str], log: IO[bytes], lock: BinaryIO) -> int:
-    """The exit code of a process that writes to `log`; it does not outlive an exception here.
+    """Run a process that writes to `log`, and return its exit code. On an exception here the process ends too.
 
-    It holds the folder's lock too, so that a process whose comparison was killed keeps a second one out.
+    It holds the folder's lock as well, so that it keeps other comparisons out if this one is killed.
     """
     kept = () if os.name == "nt" else (lock.fileno(),)
     with subprocess.Popen(
@@ -293,7 +280,7 @@ def _wait(command: list[str], log: IO[bytes], lock: BinaryIO) -> int:
 
 
 def _mark_failed(log: Path, code: int) -> None:
-    """Let the last line of a failed process's log be `Error: ...`, which it is where fastpeft said so itself."""
+    """Add a last line `Error: ...` to the log of a failed process that has none."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip()
     last = text.rpartition("\n")[2]
     if last.startswith("Error: "):
@@ -306,7 +293,7 @@ def _mark_failed(log: Path, code: int) -> None:
 
 
 def _lock(folder: Path) -> BinaryIO:
-    """Hold a comparison's folder, so that no other comparison runs in it, until this is closed. Makes the folder."""
+    """Make a comparison's folder, and keep other comparisons out of it until the result is closed."""
     with files.saving(f"to the output folder {str(folder)!r}", lambda: "Give one that can be written."):
         folder.mkdir(parents=True, exist_ok=True)
         return files.lock(

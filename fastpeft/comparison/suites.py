@@ -1,36 +1,37 @@
-"""The report's tables and its figure of training curves, as variants to run and figures to hold ours against."""
+"""The tables of the paper, and its figure of training curves: variants to run, and the paper's results for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
-_FILE = Path(__file__).with_name("suites.json")
-_PROMPT = "PROMPT"  # in the file's variants stands for a prompt as written
+_PAPER: dict[str, Any] = files.read_json(Path(__file__).with_name("suites.json"))
+_PROMPT = "PROMPT"  # stands for a prompt in the variants of the file
+
+MEASURED_WITH: str = _PAPER["measured_with"]  # model, data and batch of the paper's results
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the report's tables.
+    """A row of the paper's tables.
 
     Attributes:
-        key: what orderings call it.
-        variant: what it is here.
+        key: its name in orderings.
+        variant: what runs here.
         title: as written in tables.
-        accuracy: in percent; two where the report's own tables differ.
-        f1: in percent, None where the report has none.
-        memory_mb, samples_per_second: as the report measured them, None likewise.
+        accuracy: in percent; two where the paper's own tables differ.
+        f1: in percent; None where the paper has none.
+        memory_mb, samples_per_second: as measured in the paper; None where it has none.
     """
 
     key: str
     variant: str
     title: str
-    accuracy: tuple[float, ...]
+    accuracy: list[float]
     f1: float | None = None
     memory_mb: float | None = None
     samples_per_second: float | None = None
@@ -38,35 +39,22 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Suite:
-    """What the report shows in one place.
+    """A table or a figure of the paper.
 
     Attributes:
-        name: as given to `--suite`.
         title: what it is, in words.
         rows: what is compared.
-        common: keys and values that its cells share where a person gives no others.
+        common: options that its cells share where no others are given.
     """
 
-    name: str
     title: str
-    rows: tuple[PaperRow, ...]
+    rows: list[PaperRow]
     common: dict[str, Any]
-
-
-@cache
-def _values() -> dict[str, Any]:
-    return files.read_json(_FILE)
-
-
-def measured_with() -> str:
-    """What the report's figures were measured with."""
-    text: str = _values()["measured_with"]
-    return text
 
 
 def suite_names() -> list[str]:
     """What `--suite` takes."""
-    return list(_values()["suites"])
+    return list(_PAPER["suites"])
 
 
 def get_suite(name: str, prompt: str | None = None) -> Suite:
@@ -74,7 +62,7 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
 
     Args:
         name: one of `suite_names()`.
-        prompt: as in a variant. None: that of film reviews. `none`: the prompted rows are left out.
+        prompt: as in a variant. None: that for film reviews. `none`: the prompted rows are left out.
 
     Raises:
         FastpeftError: there is none.
@@ -85,20 +73,16 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
     """
     if name not in suite_names():
         raise FastpeftError(f"unknown suite {name!r}; allowed are {', '.join(suite_names())}. Choose one of these.")
-    values = _values()["suites"][name]
-    rows = [key for key in values["rows"] if prompt != "none" or _PROMPT not in _values()["rows"][key]["variant"]]
-    prompt = _values()["default_prompt"] if prompt is None else prompt
-    return Suite(
-        name,
-        values["title"],
-        tuple(_row(key, prompt) for key in rows),
-        dict(values.get("common", {})),
-    )
+    suite = _PAPER["suites"][name]
+    keys = [key for key in suite["rows"] if prompt != "none" or _PROMPT not in _PAPER["rows"][key]["variant"]]
+    return Suite(suite["title"], [paper_row(key, prompt) for key in keys], suite.get("common", {}))
 
 
-def paper_row(key: str) -> PaperRow:
-    """The row that orderings call `key`."""
-    return _row(key, _values()["default_prompt"])
+def paper_row(key: str, prompt: str | None = None) -> PaperRow:
+    """The row that orderings call `key`, with `prompt` as in `get_suite`."""
+    row = _PAPER["rows"][key]
+    variant = row["variant"].replace(_PROMPT, _PAPER["default_prompt"] if prompt is None else prompt)
+    return PaperRow(**{**row, "key": key, "variant": variant})
 
 
 def prompt_of(key: str, variant: str) -> str | None:
@@ -108,7 +92,7 @@ def prompt_of(key: str, variant: str) -> str | None:
         >>> prompt_of("lst+mezo", "lst:init_from=mezo:prompt=MR:label_words=bad+good")
         'MR:label_words=bad+good'
     """
-    template = _values()["rows"][key]["variant"]
+    template = _PAPER["rows"][key]["variant"]
     before, *rest = template.split(_PROMPT)
     if not rest:
         return None
@@ -117,17 +101,5 @@ def prompt_of(key: str, variant: str) -> str | None:
 
 
 def orderings(measure: str) -> list[tuple[str, str]]:
-    """Keys of rows of which the report has the first above the second in `measure`; in `memory_mb`, below."""
-    return [(first, second) for first, second in _values()["orderings"][measure]]
-
-
-def _row(key: str, prompt: str) -> PaperRow:
-    values = _values()["rows"][key]
-    return PaperRow(
-        **{
-            **values,
-            "key": key,
-            "variant": values["variant"].replace(_PROMPT, prompt),
-            "accuracy": tuple(values["accuracy"]),
-        }
-    )
+    """Pairs of keys: in the paper the first row is above the second in `measure`; in `memory_mb`, below."""
+    return [(first, second) for first, second in _PAPER["orderings"][measure]]

@@ -1,8 +1,9 @@
-"""Variants as written: a method's name and what it is to have of its own, as `siva:targets=query+value:rank=8`."""
+"""Variants as written: the name of a method and its own options, as `siva:targets=query+value:rank=8`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastpeft.errors import FastpeftError
@@ -23,7 +24,7 @@ _LISTS = ("targets", "label_words", "text_column")  # in whose values + is a com
 
 
 def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
-    """A variant's method, its own keys and values, and the variant that it starts from.
+    """A variant's method, its own options, and the variant that it starts from.
 
     Raises:
         FastpeftError: it cannot be read, or there is no such method.
@@ -73,16 +74,28 @@ def split_items(text: str) -> list[str]:
     return items
 
 
-def has_prompt(variant: str) -> bool:
-    """Whether a variant has a prompt of its own, or an objective, which has none."""
+def with_prompts(variant: str, prompts: Sequence[str]) -> list[str]:
+    """A variant with each of some prompts; `none` is no prompt, which `zero-shot` takes only where it is the only one.
+
+    A variant that has a prompt of its own, or an objective, is left as it is.
+    """
+    if _has_prompt(variant):
+        return [variant]
+    chosen = [prompt for prompt in prompts if prompt != "none"]
+    if not chosen or variant.partition(":")[0] != ZERO_SHOT:
+        chosen = list(prompts) or ["none"]
+    return [variant if prompt == "none" else _with_prompt(variant, prompt) for prompt in chosen]
+
+
+def _has_prompt(variant: str) -> bool:
     return any(item.startswith(("prompt=", "objective=")) for item in _split(partition_chain(variant)[0], ":"))
 
 
-def with_prompt(variant: str, prompt: str) -> str:
-    """A variant that has no prompt with one; what it starts from, where that has none, is the one with the same."""
+def _with_prompt(variant: str, prompt: str) -> str:
+    """A variant with a prompt; the variant that it starts from has the same one, where it has none of its own."""
     own, chain, earlier = partition_chain(variant)
-    if chain and not has_prompt(earlier):
-        earlier = with_prompt(earlier, prompt)
+    if chain and not _has_prompt(earlier):
+        earlier = _with_prompt(earlier, prompt)
     return f"{own}:prompt={prompt}{chain}{earlier}"
 
 

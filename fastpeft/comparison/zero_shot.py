@@ -1,4 +1,4 @@
-"""The process of a `zero-shot` cell: `python -m fastpeft.comparison.zero_shot FILE` leaves a folder like a run's."""
+"""The process of a `zero-shot` cell: `python -m fastpeft.comparison.zero_shot FILE` writes a folder like a run's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastpeft.training.run_folder import PREDICTIONS, RunFolder, read_config
 
 
 def main(file: Path) -> None:
-    """Measure the prompt that `file` names, and write what was measured into its output."""
+    """Measure the prompt in the configuration `file`, and write the metrics into its output."""
     values = read_config(file)
     folder = RunFolder(values["output"])
     model, calibrate = values["model"], values["calibrate"]
@@ -23,7 +23,7 @@ def main(file: Path) -> None:
     prompt, values["found_prompt"] = zero_shot_prompt(
         values["prompt"], values["label_words"], model, texts, calibrate=calibrate
     )
-    assert prompt is not None  # the plan has refused none
+    assert prompt is not None  # the plan refuses the prompt none
     with folder.held():
         folder.open(values, overwrite=False)
         outputs = zero_shot_outputs(model, prompt, texts, calibrate=calibrate)

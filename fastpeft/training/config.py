@@ -17,6 +17,7 @@ from fastpeft.data.names import DEMO, FEATURE_DTYPES
 from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, PROBLEMS
 from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError
+from fastpeft.methods.method import Method
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
@@ -87,8 +88,8 @@ class Option(NamedTuple):
         return re.sub(r"`(\w+)`", lambda found: named(found[1]), text)
 
 
-def option(default: Any = MISSING, *, help: str, **others: Any) -> Any:
-    """A field of `TrainConfig`, which is an option of the command line too; `others` are fields of `Option`."""
+def option(help: str, default: Any = None, **others: Any) -> Any:
+    """A field of `TrainConfig` that is an option of the command line; `others` are fields of `Option`."""
     return field(default=default, metadata={"help": help, **others})
 
 
@@ -104,105 +105,83 @@ class TrainConfig:
         16
     """
 
-    output: str = option(help="Folder of the run; on the command line runs/METHOD-DATA where none is given")
-    method: str = option("siva", help="How the model is trained", choices=METHODS)
-    model: str = option(None, help="demo, a folder or a hub id", unset="demo, or the model of `init_from`")
+    output: str = option("Folder of the run; on the command line runs/METHOD-DATA where none is given", MISSING)
+    method: str = option("How the model is trained", "siva", choices=METHODS)
+    model: str = option("demo, a folder or a hub id", unset="demo, or the model of `init_from`")
     init_from: str | None = option(
-        None,
-        help="Folder of a finished run whose result is trained on: a whole model, an adapter, which is merged into its "
-        "base, or a side network, which only a method with the same side network takes",
+        "Folder of a finished run to go on from: a whole model, an adapter, which is merged into its base, or "
+        "a side network, which only a method with the same side network takes",
         metavar="RUN",
         folder=True,
     )
     data: str = option(
+        "demo; a csv, tsv, jsonl or parquet file; a folder with train.* and perhaps dev.*, or saved by datasets; or a "
+        "hub data set as nyu-mll/glue:sst2",
         DEMO,
-        help="demo; a csv, tsv, jsonl or parquet file; a folder with train.* and perhaps dev.*, or saved by datasets; "
-        "or a hub data set as nyu-mll/glue:sst2",
     )
     objective: str | None = option(
-        None,
-        help="Learn texts, as of a txt file, by their masked words; another run goes on with the result by `init_from`",
+        "Learn texts, as of a txt file, by their masked words; another run goes on with the result by `init_from`",
         choices=OBJECTIVES,
         unset="the labels are learned",
     )
-    problem_type: str | None = option(None, help="What the labels are", choices=PROBLEMS, unset="found from the data")
+    problem_type: str | None = option("What the labels are", choices=PROBLEMS, unset="found from the data")
     targets: str | None = option(
-        None, help="Layers to adapt: names joined by commas, all-linear or a regular expression", unset="the method's"
+        "Layers to adapt: names joined by commas, all-linear or a regular expression", unset="the method's"
     )
-    rank: int | None = option(None, help="Rank of the adapter", least=1, unset="the method's")
-    window: int | None = option(
-        None, help="Backbone features that each block of a k-lst side network reads, odd", least=1, unset="9"
-    )
-    reduction: int | None = option(
-        None, help="How many times narrower than the backbone a side network is", least=1, unset="8"
-    )
-    epochs: float | None = option(None, help="Passes over the training rows", unset="the method's recipe")
-    max_steps: int | None = option(None, help="Optimizer steps, in place of `epochs`", least=1)
+    rank: int | None = option("Rank of the adapter", least=1, unset="the method's")
+    window: int | None = option("Backbone features that each block of k-lst reads, odd", least=1, unset="9")
+    reduction: int | None = option("How many times narrower than the backbone a side network is", least=1, unset="8")
+    epochs: float | None = option("Passes over the training rows", unset="the method's recipe")
+    max_steps: int | None = option("Optimizer steps, in place of `epochs`", least=1)
     batch_size: int = option(
-        16,
-        help="Rows a step; the processes of a launcher share them, one process takes so many on each device",
-        least=1,
+        "Rows a step, shared by the processes of a launcher; by one process, on each device", 16, least=1
     )
-    learning_rate: float | None = option(
-        None, help="Peak learning rate of AdamW, or the rate of MeZO", unset="the method's recipe"
-    )
+    learning_rate: float | None = option("Peak rate of AdamW, or the rate of MeZO", unset="the method's recipe")
     max_length: int | None = option(
-        None,
-        help="Longest text in tokens; longer ones are cut",
-        least=2,
-        unset="128, or the model's limit where that is less",
+        "Longest text in tokens; longer ones are cut", least=2, unset="128, or the model's limit where that is less"
     )
-    seed: int = option(0, help="Decides the new head, the order of rows and dropout", most=_HIGHEST_SEED)
-    split_seed: int = option(0, help="Decides which rows become dev rows where the data has none", most=_HIGHEST_SEED)
+    seed: int = option("Decides the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED)
+    split_seed: int = option("Decides which rows become dev rows where the data has none", 0, most=_HIGHEST_SEED)
     split: str = option(
-        SPLITS[0],
-        help="How these are chosen, by class with equal texts on one side, or at random",
-        choices=SPLITS,
+        "How these are chosen, by class with equal texts on one side, or at random", SPLITS[0], choices=SPLITS
     )
-    save_steps: int | None = option(None, help="Save a checkpoint every so many steps", least=1, unset="none")
+    save_steps: int | None = option("Save a checkpoint every so many steps", least=1, unset="none")
     metric: str | None = option(
-        None,
-        help="Keep the checkpoint that is best by this metric of the dev rows, as accuracy, f1, pearson or loss",
+        "Keep the checkpoint that is best by this metric of the dev rows, as accuracy, f1, pearson or loss",
         unset="the weights after the last step",
     )
     patience: int | None = option(
-        None, help="End when `metric` was not better for so many checkpoints in a row", least=1, unset="never"
+        "End when `metric` was not better for so many checkpoints in a row", least=1, unset="never"
     )
     prompt: str | None = option(
-        None,
-        help="A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
+        "A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
         metavar="TEMPLATE|NAME|auto|none",
         unset="none",
     )
     label_words: str | None = option(
-        None,
-        help="Words of the prompt: terrible,great in the order of the classes, or negative=terrible,positive=great",
+        "Words of the prompt: terrible,great in the order of the classes, or negative=terrible,positive=great",
         unset="the named prompt's",
     )
-    prompt_head: str | None = option(None, help="What answers a prompt", choices=HEADS, unset=HEADS[0])
+    prompt_head: str | None = option("What answers a prompt", choices=HEADS, unset=HEADS[0])
     found_prompt: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was found for the prompt auto. It is not searched for again"}
     )
     cache_features: str | None = option(
-        None,
-        help="Folder for features of a frozen backbone; any run with k-lst or lst reads those that are there",
+        "Folder for features of a frozen backbone; any run with k-lst or lst reads those that are there",
         metavar="DIR",
         folder=True,
         unset="computed in every epoch",
     )
     cache_dtype: str | None = option(
-        None, help="What cached features are rounded to", choices=FEATURE_DTYPES, unset=FEATURE_DTYPES[0]
+        "What cached features are rounded to", choices=FEATURE_DTYPES, unset=FEATURE_DTYPES[0]
     )
-    bf16: bool = option(False, help="Compute in bfloat16 by autocast; weights stay in float32")
+    bf16: bool = option("Compute in bfloat16 by autocast; weights stay in float32", False)
     optimizer_in_backward: bool = option(
-        False,
-        help="Step during backward, and free each gradient after its use; gradients are not clipped by their norm",
+        "Step during backward, and free each gradient after its use; gradients are not clipped by their norm", False
     )
-    deterministic: bool = option(False, help="Use deterministic kernels only")
-    text_column: str | None = option(
-        None, help="Column of texts, or two joined by a comma for pairs", unset="found by name"
-    )
-    label_column: str | None = option(None, help="Column of classes, numbers or tags", unset="found by name")
+    deterministic: bool = option("Use deterministic kernels only", False)
+    text_column: str | None = option("Column of texts, or two joined by a comma for pairs", unset="found by name")
+    label_column: str | None = option("Column of classes, numbers or tags", unset="found by name")
     settings: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Further fields of the method's configuration or of transformers.TrainingArguments"},
@@ -221,29 +200,10 @@ class TrainConfig:
         if not is_auto(self.prompt):
             object.__setattr__(self, "found_prompt", None)
         method = get_method(self.method, self.settings)
-        if self.cache_features is not None:
-            if not method.frozen_features:
-                self._refuse(
-                    "cache_features",
-                    f"the method {self.method!r} has no frozen features to keep: its layers change as it trains, or "
-                    "gradients pass through them. Leave it out, or choose k-lst, lst, or mezo over one of them.",
-                )
-            if SIVA_LAYERS in self.settings:
-                self._refuse(
-                    "cache_features",
-                    f"{SIVA_LAYERS} trains a part of the backbone, whose features change at every step. Leave out "
-                    "either.",
-                )
-            if self.objective is not None:
-                self._refuse(
-                    "cache_features",
-                    f"the objective {self.objective!r} hides other words in every epoch, so cached features would be "
-                    "read once. Leave out either.",
-                )
-        elif self.cache_dtype is not None:
-            self._refuse(
-                "cache_dtype", "no features are cached. Name a folder by cache_features, or leave cache_dtype out."
-            )
+        if self.cache_dtype is not None and self.cache_features is None:
+            self._refuse("cache_dtype", "no features are cached. Name a folder by cache_features, or leave it out.")
+        if self.cache_features is not None and (reason := self._changing(method)):
+            self._refuse("cache_features", reason)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
                 self._refuse(name, f"the objective {self.objective!r} learns from the texts alone. Leave out either.")
@@ -255,6 +215,19 @@ class TrainConfig:
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
         raise FastpeftError(f"{name} is {getattr(self, name)!r}, but {reason}")
+
+    def _changing(self, method: Method) -> str:
+        """Why there are no features to cache; empty where there are."""
+        if not method.frozen_features:
+            return (
+                f"the method {self.method!r} has no frozen features: its layers change as it trains, or gradients pass "
+                "through them. Leave it out, or choose k-lst, lst, or mezo over one of them."
+            )
+        if SIVA_LAYERS in self.settings:
+            return f"with {SIVA_LAYERS} features of the backbone change at every step. Leave out either."
+        if self.objective is not None:
+            return f"the objective {self.objective!r} hides other words in every epoch. Leave out either."
+        return ""
 
     @property
     def awaits_prompt(self) -> bool:

@@ -358,10 +358,10 @@ def test_the_best_rate_is_taken_and_kept(tmp_path: Path) -> None:
     plan = Plan.make(full, "command")
     plan.save()
     result = plan.results[0]
-    assert plan.settle(result).values["learning_rate"] is None, "not before all rates are tried"
+    assert plan.fill_in(result).values["learning_rate"] is None, "not before all rates are tried"
     for cell, accuracy in zip(plan.searches, (0.7, 0.8, 0.8)):
         finish(cell, accuracy=accuracy)
-    settled = plan.settle(result)
+    settled = plan.fill_in(result)
     assert settled.values["learning_rate"] == 0.000333, "of equal ones the first"
     assert plan.results == [settled]
     assert Plan.make(full, "command").results == [settled]
@@ -378,7 +378,7 @@ def test_a_folder_that_moved_goes_on(tmp_path: Path) -> None:
     plan = Plan.make(config(*methods, output=str(old), protocol="full", seeds=1), "command")
     plan.save()
     for cell in list(plan.wanted):
-        settled = plan.settle(cell)
+        settled = plan.fill_in(cell)
         finish(settled, accuracy=0.5)
         if start := settled.values["init_from"]:  # as a run writes it
             file = settled.folder.config_file
@@ -399,7 +399,7 @@ def test_a_folder_that_moved_goes_on(tmp_path: Path) -> None:
     assert not old.exists()
     (new / "cells" / "lst-init_from=mezo-seed0" / "metrics.json").unlink()
     again = Plan.make(config(*methods[1:], output=str(new), protocol="full", seeds=1), "command")
-    cell = again.settle(again.results[1])
+    cell = again.fill_in(again.results[1])
     assert (cell.name, cell.state) == ("lst-init_from=mezo-seed0", "waiting")
     assert cell.values["init_from"] == str(new / "cells" / "mezo-seed0")
     cell.folder.check(cell.config.values(), resume=True, overwrite=False)  # as its process does
@@ -412,9 +412,9 @@ def test_a_rate_that_failed_is_not_taken(tmp_path: Path) -> None:
         cell.log.write_text("Error: the loss is nan\n")
     names = " and ".join(cell.name for cell in plan.searches)
     with pytest.raises(FastpeftError, match=f"{re.escape(names)}, whose learning rate it takes, have failed"):
-        plan.settle(plan.results[0])
+        plan.fill_in(plan.results[0])
     finish(plan.searches[2], accuracy=0.6)
-    assert plan.settle(plan.results[0]).values["learning_rate"] == 0.003
+    assert plan.fill_in(plan.results[0]).values["learning_rate"] == 0.003
 
 
 def test_another_folder_is_left_alone(tmp_path: Path) -> None:

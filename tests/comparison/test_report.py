@@ -140,7 +140,7 @@ def test_a_rate_at_the_edge_of_the_search_is_told(tmp_path: Path) -> None:
         rate = cell.values["learning_rate"]
         finish(cell, 180 if rate == best else 100, 1.0, 1.0, learning_rate=rate)
     for cell in plan.results:
-        settled = plan.settle(cell)
+        settled = plan.fill_in(cell)
         finish(settled, 190, 1.0, 1.0, learning_rate=settled.values["learning_rate"])
     later = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["head"]), "another command")
     for known in (plan, later):  # which reads of the first what was known before rates were chosen

@@ -38,7 +38,7 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         rows.append([variant.name, *(text for pair in zip(theirs, ours) for text in pair)])
     yield Heading("Beside the report's figures")
     yield Text(
-        f"The report's are of {suites.measured_with()}, on its machine; two where its own tables differ. Ours are of "
+        f"The report's are of {suites.MEASURED_WITH}, on its machine; two where its own tables differ. Ours are of "
         "the model, the data and the machine below, so the orders compare, not the sizes."
     )
     yield Table(rows, numbers=range(1, len(header)))
