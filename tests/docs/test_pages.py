@@ -155,3 +155,12 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
         links.feed((site / page.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8"))
         assert not [link for link in links.loaded if "//" in link], page
         assert not links.silent, page
+
+
+def test_the_walk_passes_files_that_are_there_and_none_twice() -> None:
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    walk = text.partition("\n## A walk\n")[2].partition("\n## ")[0]
+    files = re.findall(r"^\| \d+ \| `([\w/.]+)` \|", walk, re.MULTILINE)
+    assert len(files) > 30
+    assert len(set(files)) == len(files)
+    assert not [file for file in files if not (ROOT / file).exists() and not (ROOT / "fastpeft" / file).exists()]
