@@ -136,6 +136,13 @@ def test_the_backbone_stays_in_evaluation_mode() -> None:
     assert not any(module.training for module in model.eval().modules())
 
 
+def test_inference_makes_no_graph() -> None:
+    with torch.no_grad():
+        output = ladder()(IDS, labels=torch.tensor([0, 1, 2]), output_hidden_states=True)
+    assert not output.loss.requires_grad
+    assert not output.hidden_states[-1].requires_grad
+
+
 def test_outputs_on_request() -> None:
     model = ladder().eval()
     assert model(IDS).hidden_states is None
