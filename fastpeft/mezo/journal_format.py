@@ -125,13 +125,7 @@ class RecordFormat:
         return packed + _checksum(packed)
 
     def unpack(self, content: bytes, start: int, position: Position, path: Path) -> Iterator[Record]:
-        """The records from byte `start` on, up to the first of those at the end that are not whole.
-
-        Args:
-            content: of the journal.
-            start: of the first record.
-            position: of the run before the first record.
-            path: of the journal, for the message.
+        """The records from byte `start`, where the run is at `position`, to the last whole one.
 
         Raises:
             FastpeftError: a damaged record is followed by a whole one.

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +388,7 @@ class MeZO(torch.optim.Optimizer):
         if self._points_seen:
             raise FastpeftError("MeZO: the weights are perturbed; call step() or settle() before saving anything.")
         self.settle()
-        return {**super().state_dict(), **self._saved_state().entries}
+        return {**super().state_dict(), **asdict(self._saved_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the optimizer of `state_dict` stood, with its groups, seed, noise and estimator.

@@ -33,12 +33,7 @@ def describe_groups(groups: Iterable[tuple[Mapping[str, Any], Sequence[int]]]) -
 def described_params(
     groups: Sequence[Mapping[str, Any]], model: nn.Module | Sequence[Tensor], path: Path
 ) -> list[list[Tensor]]:
-    """The parameters of each group that a header describes.
-
-    Args:
-        groups: of the header.
-        model: a model, or its trained parameters in their order.
-        path: of the journal, for the message.
+    """The parameters, in `model` or given in their order, of each group in the header of the journal `path`.
 
     Raises:
         FastpeftError: one is missing, or they differ in number, shape or dtype.

@@ -38,13 +38,9 @@ class SavedState:
         return cls(**{name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict})
 
     @property
-    def entries(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Those of its entries that a journal's header has too."""
-        return {name: value for name, value in self.entries.items() if name not in ("steps_done", "dropped")}
+        return {name: value for name, value in asdict(self).items() if name not in ("steps_done", "dropped")}
 
     @property
     def position(self) -> Position:

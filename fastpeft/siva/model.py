@@ -201,8 +201,8 @@ class SivaModel(BaseTuner):
         raise FastpeftError(
             f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is no SiVA adapter. Let them act "
             f"together, each with weight 1, by layer.set_adapter({adapters!r}) of each fastpeft.SivaLinear among "
-            "model.modules(); the head that runs is still that of model.set_adapter(NAME). Or, of adapters without "
-            "heads of their own, export each as a LoRA (`fastpeft export --to lora`) and combine those with "
+            "model.modules(); the head that runs is still that of model.set_adapter(NAME). Or, if they have no heads, "
+            "export each as a LoRA (`fastpeft export --to lora`) and combine those with "
             'combination_type="cat".'
         )
 
