@@ -39,7 +39,7 @@ class Column:
 
 
 COLUMNS = (
-    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
+    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the final weights of the run"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
     Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
     Column("matthews", "Matthews", ".3f"),
@@ -52,19 +52,17 @@ COLUMNS = (
         "samples_per_second",
         "samples/s",
         ".0f",
-        "rows trained on by the seconds spent in training steps, each cell by itself and one after another, so "
-        "whatever else the machine did is in it",
+        "rows per second of training steps; cells run one after another, and other work on the machine slows them",
     ),
     Column(
         "peak_memory_mb",
         "peak memory, MB",
         ",.0f",
-        "(2^20 bytes) of a training step on the longest batch: from the CUDA allocator on a GPU; else simulated, with "
-        "what a GPU would run fused counted fused",
+        "of a training step on the longest batch, 1 MB is 2^20 bytes: by the CUDA allocator on a GPU, else simulated",
     ),
     Column("trainable_parameters", "trained parameters", ",.0f"),
     Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
-    Column("train_seconds", "seconds", ",.0f", "spent in training steps; of a run that was resumed, since then"),
+    Column("train_seconds", "seconds", ",.0f", "of training steps; of a resumed run, since then"),
 )
 
 _MEMORY_TITLES = {"simulated": "simulated step peak, MB", "CUDA allocator": "CUDA allocator peak, MB"}  # by the source
