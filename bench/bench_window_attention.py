@@ -19,8 +19,8 @@ composed should take
 - with dropout 1.1 to 1.2: PyTorch draws it at about 4 ns an element, the op at 1, three times.
 
 The plain formula has its scores in memory, several copies of them, and makes masks where there are none: 2 to 3. On a
-card the op reads 2 bytes an element of C where composed moves 17 (docs/kernels.md): with 128 tokens and no dropout
-composed should take 2 to 4 times as long.
+card the op reads 2 bytes an element of C where composed moves 17 (docs/methods/kernels.md): with 128 tokens and no
+dropout composed should take 2 to 4 times as long.
 
 Measured by the time of the processor, which other work disturbs less than the clock on the wall, 15 rounds, 5 with 512
 tokens: composed 1.02 of the op's forward, 1.07 with 64 tokens, 0.96 with a window of 3; with backward 1.08 with 512

@@ -193,7 +193,8 @@ def _short(tile: str) -> str:
 
 
 def main() -> None:
-    plot_overview(OVERVIEW)
+    if (DATA / "compare_demo.csv").exists():
+        plot_overview(OVERVIEW)
     for table in sorted(DATA.glob("*.csv")):
         rows = read_rows(table)
         if rows and "registers" in rows[0]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from table_rows import NAMES, Row, rows, table, whole
 
-# rows of bench/data/memory.csv by the columns that identify a case: method, targets, adapter and residual dtype, optimizer
+# rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer
 LARGE = {
     ("mezo", "", "", "", ""): "**MeZO**",
     ("lst", "", "float32", "", ""): "LST",

@@ -1,7 +1,8 @@
-"""Tiny backbones of many architectures, one batch for all of them, and side networks beside them."""
+"""Tiny backbones of many architectures, one batch for all of them, side networks beside them, and a few steps."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,44 @@ def ladder(base: nn.Module | None = None, **config: Any) -> LadderModel:
     base = tiny() if base is None else base
     torch.manual_seed(1)
     return LadderModel(base, LadderConfig(**{"window_size": 3, "reduction_factor": 2, **config}))
+
+
+def vit(**changes: Any) -> Any:
+    """A vision transformer for images `(B, 1, 8, 8)` with three classes."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    image = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    torch.manual_seed(0)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**{**shape, **image, **changes})).eval()
+
+
+def classifier(checkpoint: Path, **arguments: Any) -> Any:
+    """A pretrained model with a new head of three classes, the same at every call."""
+    torch.manual_seed(3)
+    arguments = {"dtype": torch.float32, "id2label": {0: "bad", 1: "so-so", 2: "good"}, **arguments}
+    return transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, **arguments)
+
+
+def quantise_a_layer(base: Any) -> Any:
+    """Give a RoBERTa a weight in int8, as libraries do that quantise; the layer returns zeros."""
+    linear = base.roberta.encoder.layer[0].output.dense
+    linear.forward = lambda x: x.new_zeros(*x.shape[:-1], 16)  # instead of dequantising
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    return base
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train_a_little(model: Any, steps: int = 3, lr: float = 1e-2) -> Any:
+    """Steps of a plain optimizer over all that trains."""
+    model.train()
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+    return model.eval()
 
 
 def labels(head: str) -> dict[str, Tensor]:

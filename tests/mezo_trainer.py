@@ -22,9 +22,9 @@ TINY = {
 }
 
 
-def language_model() -> RobertaForMaskedLM:
+def language_model(**changes: Any) -> RobertaForMaskedLM:
     torch.manual_seed(0)
-    return RobertaForMaskedLM(RobertaConfig(**TINY))
+    return RobertaForMaskedLM(RobertaConfig(**{**TINY, **changes}))
 
 
 def rows(count: int = 20) -> list[dict[str, Any]]:

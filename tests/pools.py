@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from backbones import IDS, MASK
+from backbones import IDS, MASK, trainable
 from torch import Tensor, nn
 
 from fastpeft import LadderConfig, LadderPool
@@ -18,9 +18,8 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 def shuffled(model: nn.Module, seed: int) -> Any:
     """Other weights for all that trains, large enough to tell models apart."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    for parameter in trainable(model).values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return model.eval()
 
 
@@ -30,6 +29,11 @@ def pool_of(base: nn.Module, *configs: dict[str, Any]) -> LadderPool:
     for number, config in enumerate(configs):
         shuffled(pool.add(str(number), LadderConfig(**{**SMALL, **config})), number)
     return pool
+
+
+def answers(pool: LadderPool, tasks: list[str]) -> Tensor:
+    """The logits for `BATCH`."""
+    return torch.stack([row.logits for row in pool(BATCH, tasks)])
 
 
 def rows_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:

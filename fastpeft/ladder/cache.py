@@ -1,13 +1,12 @@
-"""Features of a frozen backbone, kept on disk row by row: epochs after the first read them, and its layers do not run.
+"""Features of a frozen backbone, stored on disk row by row, so that the backbone runs only once on each row.
 
-What a row's features are is decided by the backbone and by the row. The backbone's part names a folder: its weights,
-buffers and active adapters, its configuration, which of its layers are read, and the version of transformers. The row's
-part is the key of a record there: token ids, token types and positions from the first token to the last that is not
-padding, and the dtype of autocast. So batches of any composition and padding share what they have of rows, and so do
-runs, seeds and processes.
+A backbone and a row decide the features. The backbone names a folder: a hash of its weights, buffers, active adapters
+and configuration, of which layers are read, and of the version of transformers. The row is the key of a record in that
+folder: a hash of its token ids, token types and positions without the padding around them, and of the dtype of
+autocast. So batches of any composition and padding share rows, and so do runs, seeds and processes.
 
-Features are rounded to the cache's dtype when they are made, not when they are read: a row has the same ones whether
-they were there, were computed or found no room.
+Features are rounded to the cache's dtype when they are computed, so a row has the same features whether they were
+read, were computed or did not fit.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastpeft.data.names import FEATURE_DTYPES as DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
-from fastpeft.ladder.store import KEY_BYTES, Record, RecordStore, bytes_below
+from fastpeft.ladder.passes import features_of
+from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # to be raised when the same backbone and row come to give another record
+_FORMAT = 1  # raise it when the same backbone and row give another record
 _GIB = 2**30
 
-# of a model's configuration, what says nothing of its features: those of one body under any head are shared
+# the fields of a model's configuration that do not change its features: one body under any head shares them
 _NOT_OF_FEATURES = (
     "_name_or_path",
     "architectures",
@@ -57,24 +57,24 @@ _NOT_OF_FEATURES = (
 
 
 class FeatureCache:
-    """The features `B_0 .. B_L` of a backbone, read from a folder where it has them and else computed and kept there.
+    """The features `B_0 .. B_L` of a backbone, read from a folder, or else computed and stored there.
 
-    A record is a row's features one token after another, `(n, (L + 1) d)`. In int8 each of a token's vectors has a
-    scale, its largest magnitude / 127; those lie before the values, `(n, L + 1)` in float32.
+    A record holds a row's features one token after another, `(n, (L + 1) d)`. In int8 each vector of a token has a
+    scale, its largest magnitude / 127; the scales come before the values, `(n, L + 1)` in float32.
 
     Args:
-        backbone: whose features they are.
-        folder: shared by any number of backbones, dtypes, runs and processes; made if need be. It can be deleted at
+        backbone: the model.
+        folder: made if need be; any number of backbones, dtypes, runs and processes may share it. It can be deleted at
             any time.
-        dtype: what features are rounded to.
-        max_bytes: what the folder may take. None is half of what it takes and the disk has free.
+        dtype: the dtype to which features are rounded.
+        max_bytes: the most that the folder may take. None is half of the sum of what it takes and the disk has free.
 
     Attributes:
         hits: rows read.
         misses: rows computed.
 
     Raises:
-        FastpeftError: an argument cannot be used, or the backbone reads something else than tokens.
+        FastpeftError: an argument cannot be used, or the backbone does not read tokens.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class FeatureCache:
             raise FastpeftError(f"max_bytes is {max_bytes!r}; give a whole number from 1, or None for the default.")
         if backbone.input_name != "input_ids":
             raise FastpeftError(
-                f"a {type(backbone.core).__name__} reads {backbone.input_name}; rows are known by their tokens, so "
-                "only the features of a model that reads input_ids can be cached. Leave cache_features out."
+                f"a {type(backbone.core).__name__} reads {backbone.input_name}; only the features of a model that "
+                "reads input_ids can be cached. Leave cache_features out."
             )
         if isinstance(backbone.model, PeftModel) and backbone.model.active_peft_config.is_prompt_learning:
             raise FastpeftError(
-                "the base has trained tokens or prefixes of PEFT, which its layers get beside a row's tokens, so its "
-                "features cannot be cached. Leave cache_features out, or use another base."
+                "the base has trained tokens or prefixes of PEFT beside a row's tokens, so its features cannot be "
+                "cached. Leave cache_features out, or use another base."
             )
         self._arguments = (backbone, folder, dtype, max_bytes)
         self.hits = self.misses = 0
@@ -105,11 +105,11 @@ class FeatureCache:
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._widths = backbone.feature_sizes
         self._stamp: list[Any] = []
-        self._refused: dict[bytes, int] | None = {}  # bytes of rows that found no room; None once that was told
+        self._refused: dict[bytes, int] | None = {}  # rows that did not fit: their bytes; None after the warning
         self._broken = False
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._max_bytes = _default_limit(self._root) if max_bytes is None else max_bytes
+            self._max_bytes = max_bytes or (bytes_below(self._root) + shutil.disk_usage(self._root).free) // 2
             self._store = self._current_store()
         except OSError as error:
             raise FastpeftError(
@@ -117,24 +117,27 @@ class FeatureCache:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy has files of its own, as another process has."""
+        """A copy opens the files again, as another process does."""
         return FeatureCache, self._arguments
 
-    def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Features of a batch, as the backbone would give them, but for zeros at padding.
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Any]) -> list[Tensor] | None:
+        """The features `B_0 .. B_L`, each `(B, T, d)` in the backbone's dtype, with zeros at padding.
 
         Args:
-            inputs: what the model is given: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and
-                `position_ids`; all else is left alone.
+            inputs: `input_ids` `(B, T)` and perhaps `attention_mask`, `token_type_ids` and `position_ids`; other
+                entries are ignored.
 
         Returns:
-            `B_0 .. B_L`, each `(B, T, d)`, in the backbone's dtype on the device of its last layer.
+            The features; None if there are no tokens to know the rows by, as in embeddings and fake tensors.
         """
+        if "input_ids" not in inputs or isinstance(inputs["input_ids"], FakeTensor):
+            return None
         self._store = self._current_store()
         rows = _Rows(self._backbone.inputs(inputs))
         records = self._store.get(rows.keys)
         if len(records) < len(set(rows.keys)):
-            self._store.refresh()  # another process may have been there
+            self._store.refresh()  # another process may have stored some
             records = self._store.get(rows.keys)
         absent = {key: row for row, key in enumerate(rows.keys) if key not in records}
         made = self._compute(rows, absent)
@@ -144,12 +147,12 @@ class FeatureCache:
         return self._unpack(rows, records | made)
 
     def _compute(self, rows: _Rows, chosen: Mapping[bytes, int]) -> dict[bytes, Record]:
-        """Run the backbone on the chosen rows, and no more of their padding than it takes."""
+        """Run the backbone on the chosen rows, cut at the last token of any."""
         if not chosen:
             return {}
         spans = [rows.spans[row] for row in chosen.values()]
         part = rows.select(list(chosen.values()), max(end for _, end in spans))
-        features = self._backbone.features(part)
+        features = features_of(self._backbone, part)
         device = features[-1].device
         values, scales = self._round([feature.to(device) for feature in features])
         columns = [_bytes(tensor) for tensor in (scales, values) if tensor is not None]
@@ -159,7 +162,7 @@ class FeatureCache:
         }
 
     def _round(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Features side by side in the cache's dtype, `(B, T, (L + 1) d)`, and in int8 their scales `(B, T, L + 1)`."""
+        """All features in the cache's dtype, `(B, T, (L + 1) d)`, and in int8 their scales `(B, T, L + 1)`."""
         if self._dtype is not torch.int8:
             return torch.cat([feature.to(self._dtype) for feature in features], dim=-1), None
         scales = torch.stack([feature.float().abs().amax(-1) for feature in features], dim=-1) / 127
@@ -168,7 +171,7 @@ class FeatureCache:
         return torch.cat(codes, dim=-1), scales
 
     def _unpack(self, rows: _Rows, records: Mapping[bytes, Record]) -> list[Tensor]:
-        """The features in records, each at its row's place in the batch."""
+        """The features of a batch from its rows' records."""
         shape, device = rows.ids.shape, self._backbone.device
         pinned = device.type == "cuda"
         values = torch.zeros(*shape, sum(self._widths), dtype=self._dtype, pin_memory=pinned)
@@ -187,10 +190,8 @@ class FeatureCache:
         factors = scales.to(device, non_blocking=True).unsqueeze(-1).unbind(-2)
         return [(codes * factor).to(dtype) for codes, factor in zip(values.split(self._widths, dim=-1), factors)]
 
-    # -- the store -----------------------------------------------------------------------------------------------
-
     def _current_store(self) -> RecordStore:
-        """That of the backbone as it is now: weights may have changed since, or moved, or an adapter may be off."""
+        """The store for the backbone as it is now: its weights or active adapters may have changed."""
         stamp = _stamp(self._backbone)
         if stamp == self._stamp:
             return self._store
@@ -199,13 +200,13 @@ class FeatureCache:
         return RecordStore(self._root, name, self._max_bytes)
 
     def _keep(self, records: Mapping[bytes, Record]) -> None:
-        """Keep what there is room for. A folder that cannot be written costs no run its result."""
+        """Store the records that fit. If the folder cannot be written, warn once and go on without it."""
         if self._broken or not records:
             return
         try:
             refused = self._store.append(records)
         except OSError as error:
-            logger.warning("cannot keep features in %s (%s); they are computed anew", self._root, error.strerror)
+            logger.warning("cannot keep features in %s (%s); they are computed each time", self._root, error.strerror)
             self._broken = True
             return
         if self._refused is None:
@@ -213,10 +214,10 @@ class FeatureCache:
         if self._refused.keys().isdisjoint(refused):
             self._refused |= {key: len(records[key]) for key in refused}
             return
-        # rows come a second time, so all of them were seen, and it is known what they take
+        # a row that did not fit came again, so all rows were seen and the size of all is known
         logger.warning(
-            "the features of %d rows do not fit into the %.3g GiB that %s may take, and are computed anew each time; "
-            "all rows seen so far need %.3g GiB. Give a larger max_bytes, a folder on a larger disk, or int8",
+            "the features of %d rows do not fit into the %.3g GiB that %s may take, and are computed each time; all "
+            "rows seen so far need %.3g GiB. Give a larger max_bytes, a folder on a larger disk, or int8",
             len(self._refused),
             self._max_bytes / _GIB,
             self._root,
@@ -230,8 +231,8 @@ class _Rows:
 
     Attributes:
         ids: `input_ids` `(B, T)`.
-        spans: of each row the first token that is not padding, and where those end.
-        keys: what each row is known by.
+        spans: for each row its first token that is not padding, and the end of the last.
+        keys: for each row the key of its record.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
@@ -258,33 +259,20 @@ class _Rows:
         ]
 
     def select(self, rows: Sequence[int], end: int) -> dict[str, Any]:
-        """What the backbone is given for some rows, cut at `end` tokens."""
+        """The backbone's inputs for some rows, cut at `end` tokens."""
         return {
             name: value.expand_as(self.ids)[rows, :end] if isinstance(value, Tensor) else value
             for name, value in self._inputs.items()
         }
 
 
-def can_cache(inputs: Mapping[str, Any]) -> bool:
-    """Whether there are tokens to know rows by: embeddings have none, and fake tensors no values."""
-    return "input_ids" in inputs and not isinstance(inputs["input_ids"], FakeTensor)
-
-
-def _default_limit(root: Path) -> int:
-    return (bytes_below(root) + shutil.disk_usage(root).free) // 2
-
-
-# -- what identifies a backbone ----------------------------------------------------------------------------------
-
-
 def _identity(backbone: Backbone) -> str:
-    """32 hex digits of all that decides the features of a row: they differ where any weight does in a bit."""
+    """A hash of all that decides the features of a row, 32 hex digits; one bit of one weight changes it."""
     modules = list(backbone.body.named_modules())
     names = {module: name for name, module in modules}
     if not names.keys() >= set(backbone.layers):
         raise FastpeftError(
-            "feature_modules names layers outside of the model's body, whose features cannot be cached. Name layers "
-            "of the body, or do without the cache."
+            "feature_modules names layers outside the model's body. Name others, or leave cache_features out."
         )
     config = backbone.core.config.to_dict()
     about = {
@@ -296,7 +284,7 @@ def _identity(backbone: Backbone) -> str:
         "adapters": [switch for name, module in modules for switch in _switches(name, module)],
     }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    # some buffers are not in the state, some parts of a quantised weight are there alone
+    # some buffers are not in the state dict, and some parts of a quantised weight are only there
     for name, tensor in sorted({**dict(backbone.body.named_buffers()), **backbone.body.state_dict()}.items()):
         if not _is_trained(name):
             for part in _plain(tensor.detach()):
@@ -306,7 +294,7 @@ def _identity(backbone: Backbone) -> str:
 
 
 def _stamp(backbone: Backbone) -> list[Any]:
-    """What changes with the features' identity, told in no time: but a write to a tensor's `.data` goes unseen."""
+    """A cheap value that changes when `_identity` may have changed; a write to a tensor's `.data` is not noticed."""
     stamp: list[Any] = []
     for name, module in backbone.body.named_modules():
         if _is_trained(name):
@@ -314,31 +302,27 @@ def _stamp(backbone: Backbone) -> list[Any]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 version = 0 if tensor.is_inference() else tensor._version
-                stamp.append((id(tensor), _address(tensor), version))
+                address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+                stamp.append((id(tensor), address, version))
         stamp += _switches(name, module)
     return stamp
 
 
 def _is_trained(name: str) -> bool:
-    """Whether a module or tensor of the body, by its name there, comes after the layers."""
+    """Whether the module or tensor of this name in the body comes after the layers, and so trains."""
     return POOLER in name.split(".")
 
 
 def _switches(name: str, module: nn.Module) -> list[Any]:
-    """What decides beside its weights what an adapter of PEFT computes; of another module nothing."""
+    """The state of a PEFT layer that, with its weights, decides its output; nothing for another module."""
     if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return []
     scaling = dict(getattr(module, "scaling", {}))
     return [(name, tuple(module.active_adapters), module.disable_adapters, scaling)]
 
 
-def _address(tensor: Tensor) -> int:
-    """Where a tensor's values are; 0 for one that is made of others, whose identity has to do."""
-    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
-
-
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor is made of, as a quantised one of torchao is of codes and scales."""
+    """The tensors that a tensor is made of, such as the codes and scales of a weight quantised by torchao."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
@@ -347,6 +331,6 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes, uint8 of its shape but for the last dimension; of one on the CPU they are the tensor's own."""
+    """A tensor's bytes, uint8 in its shape except the last dimension; on a CPU a view of the tensor's memory."""
     viewed: np.ndarray = tensor.contiguous().view(torch.uint8).cpu().numpy()
     return viewed

@@ -1,4 +1,4 @@
-"""Whether tokens of a side network see only those before them, as the backbone's do: it is run to find out."""
+"""Whether tokens of a side network see only those before them, as the backbone's do: a pass over it tells."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.joint import evaluating
+from fastpeft.ladder.joint_training import evaluating
+from fastpeft.ladder.passes import features_of
 
 _TOKENS = 4
-_CHANGED = 2  # the token, from 0, whose change those before it must not see
+_CHANGED = 2  # the token, from 0, that is changed
 
-# Share of the change of later tokens up to which one of earlier tokens is rounding. Of 147 architectures that
-# transformers has, those whose tokens see later ones are at 0.6 and above, in float32, bfloat16 and float16, all others
-# at 0, or in passes of their own, where experts group their tokens in another way, below 2e-6.
+# A change of earlier tokens is rounding up to this share of the change of later tokens. Measured over the 147
+# architectures of transformers in float32, bfloat16 and float16: those whose tokens see later ones are above 0.6, all
+# others at 0, or below 2e-6 where experts group tokens in another way.
 _ROUNDING = 0.1
 
 
 def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
-    """Whether each token of a side network sees only those before it.
+    """Whether each token of a side network sees only those before it, as in its backbone.
 
-    That is what tokens of the backbone do, which a pass over two texts of four tokens tells: in a causal one, a changed
-    token changes no feature of a token before it. The pass runs in evaluation mode and without gradients, and leaves
-    random states and modes as they were. There is none where the backbone has no values (on the meta device), takes no
-    tokens, or is the decoder beside an encoder; then the model's task and its layers' `is_causal` tell.
+    A pass over two texts of four tokens tells: in a causal backbone, a changed token changes no feature of an earlier
+    token. The pass runs in evaluation mode without gradients, and leaves random states and modes as they were. There is
+    no pass if the backbone has no values (on the meta device), reads no tokens, or is the decoder of an
+    encoder-decoder; then the model's task and its layers' `is_causal` tell.
 
     Args:
-        backbone: what the side network reads.
-        given: what the configuration says.
+        backbone: the model that the side network reads.
+        given: the configuration's `causal`.
 
     Returns:
-        True or False; None of a module that is no transformers model, where nothing tells.
+        True or False; None if nothing tells, for a module that is not a transformers model.
 
     Raises:
-        FastpeftError: the model predicts next tokens, and tokens see later ones, or would by `given`, or the pass fails
-            and nothing is given.
+        FastpeftError: the model predicts next tokens, but its tokens see later ones or would by `given`; or the pass
+            fails and `given` is None.
     """
     kind, predicts = type(backbone.core).__name__, _predicts_next_tokens(backbone)
     if given is not None and not predicts:
@@ -51,8 +52,8 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
     except Exception as error:  # a model that needs other inputs raises almost any type
         if given is None and predicts:
             raise FastpeftError(
-                f"whether tokens of the {kind} see later ones cannot be told, for a pass over {_TOKENS} tokens failed: "
-                f"{first_line(error)} Mend that, or give LadderConfig(causal=True) if the layers that the side network "
+                f"whether tokens of the {kind} see later ones cannot be told: a pass over {_TOKENS} tokens failed: "
+                f"{first_line(error)} Fix that, or give LadderConfig(causal=True) if the layers that the side network "
                 "reads predict next tokens, causal=False if not."
             ) from error
         return _says_causal(backbone) if given is None else given
@@ -60,31 +61,29 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
         return _says_causal(backbone) if shown is None else shown
     if shown is False:
         raise FastpeftError(
-            f"tokens of the {kind} see later ones: a changed token changed features of those before it. The model "
-            "predicts each token from those before, so it and a side network would see what they predict. Load it with "
-            "a configuration that makes it a decoder, such as BERT's is_decoder=True, or with the head of another task."
+            f"tokens of the {kind} see later ones, but it predicts each token from those before: it and a side network "
+            "would see what they predict. Load it with a configuration that makes it a decoder, such as BERT's "
+            "is_decoder=True, or with the head of another task."
         )
     if given is False:
         raise FastpeftError(
             f"causal=False beside a {kind}, which predicts each token from those before: the side network would see "
-            "the tokens that it predicts. Leave causal out. A side network that was trained so has learned from them: "
-            "train it anew."
+            "the tokens that it predicts. Leave causal out. If a side network was trained so, train it again."
         )
     return True
 
 
 def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
-    """Raise `FastpeftError` where a module may predict next tokens, and nothing tells whether it does."""
+    """Raise `FastpeftError` if a module answers for each token and `causal` is unknown: it may predict next tokens."""
     if causal is None and isinstance(logits, Tensor) and logits.ndim == 3:
         raise FastpeftError(
-            f"the base, a {type(base).__name__}, returned logits {tuple(logits.shape)}, and nothing tells whether its "
-            "tokens see later ones. Give LadderConfig(causal=True) if it predicts next tokens, causal=False if its "
-            "tokens may see all others."
+            f"the base, a {type(base).__name__}, returned logits {tuple(logits.shape)}. Give LadderConfig(causal=True) "
+            "if it predicts next tokens, causal=False if its tokens may see later ones."
         )
 
 
 def _predicts_next_tokens(backbone: Backbone) -> bool:
-    """Whether the layers belong to a model that writes, by its class: it has `generate` and is for no masked words."""
+    """Whether the layers generate text, by the model's class: it has `generate` and is not for masked words."""
     core = backbone.core
     if backbone.plain or not core.can_generate() or type(core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return False
@@ -95,14 +94,14 @@ def _predicts_next_tokens(backbone: Backbone) -> bool:
 
 
 def _says_causal(backbone: Backbone) -> bool | None:
-    """What the configuration and the layers say of themselves."""
+    """What the configuration and the layers declare."""
     if any(getattr(module, "is_causal", False) for layer in backbone.layers for module in layer.modules()):
         return True
     return None if backbone.plain else bool(getattr(backbone.core.config, "is_decoder", False))
 
 
 def _shown(backbone: Backbone, predicts: bool) -> bool | None:
-    """Whether features are causal, as a pass shows; None where there can be none, or tokens have no part in others."""
+    """Whether a pass shows causal features; None if no pass is possible, or no token changes another."""
     core = backbone.core
     if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters()):
         return None
@@ -115,8 +114,8 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count  # of ordinary words
     ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
     with _leaving_no_trace(backbone):
-        features = backbone.features({"input_ids": ids})
-    before = after = 0.0  # the largest changes of tokens before and after, as shares of the changed one's own
+        features = features_of(backbone, {"input_ids": ids})
+    before = after = 0.0  # the largest change of an earlier and of a later token, as shares of the changed token's
     for feature in features:
         change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)
         if (own := change[_CHANGED].item()) > 0:
@@ -129,7 +128,7 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
 
 @contextlib.contextmanager
 def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
-    """While the block runs, the backbone evaluates, without gradients or compilation; random states stay."""
+    """Run the block in evaluation mode, without gradients or compilation, and restore random states and modes."""
     core = backbone.core
     devices = {parameter.device.index for parameter in core.parameters() if parameter.device.type == "cuda"}
     sparse = [(module, module.attention_type) for module in core.modules() if hasattr(module, "set_attention_type")]
@@ -138,5 +137,5 @@ def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(core.modules()):
                 yield
         finally:
-            for module, attention in sparse:  # of BigBird, which in a short text turns to full attention for good
+            for module, attention in sparse:  # on a short text BigBird changes to full attention for good
                 module.set_attention_type(attention)

@@ -1,4 +1,4 @@
-"""What a side network is made of."""
+"""The configuration of a side network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
 BackboneDtype = Literal["bfloat16", Format]
 
-# what of a configuration decides which weights there are and what they mean
+# the fields that decide which weights there are and what they mean
 SHAPE = (
     "window_size",
     "reduction_factor",
@@ -31,12 +31,11 @@ SHAPE = (
     "causal",
 )
 
-_WIDE_WINDOW = 9  # slots from which the report drops features
-_WIDE_WINDOW_DROPOUT = 0.2
+_WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
 
 
 def check_backbone_dtype(dtype: str | None) -> None:
-    """Raise `FastpeftError` unless a backbone can be brought to `dtype`, and the library that it needs is there."""
+    """Raise `FastpeftError` unless a backbone can be converted to `dtype` with the libraries that are installed."""
     if dtype is not None and dtype not in get_args(BackboneDtype):
         allowed = ", ".join(map(repr, get_args(BackboneDtype)))
         raise FastpeftError(f"backbone_dtype={dtype!r}; allowed are {allowed}, or None for the base model's own.")
@@ -47,39 +46,38 @@ class LadderConfig(PretrainedConfig):
     """Configuration of a `LadderModel`: how its side network reads the backbone.
 
     Args:
-        window_size: Number k of backbone features that each side block reads, centred at its own; odd, 1 to 15.
-        reduction_factor: The side network is so many times narrower than the backbone, whose width it divides.
-        feature_dropout: Probability with which elements of projected features are dropped in training. None is 0.2
-            for windows of 9 or more and 0 below.
-        fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` mixes the state with the one
-            feature of a window of 1 by a trained gate, which is the original LST.
-        num_heads: Heads of the cross-attention; above 1 it has an output projection.
-        residual: Whether the cross-attention's output is added to the side state, and normalised. The report's is not.
-        side_heads: Self-attention heads of a side block. None is one per 64 of its width, at least 1.
-        init: What the side network starts from: `"random"` weights, or the backbone's own, `"pruned"` to the channels
-            and neurons of the largest magnitude.
-        layer_drop: Probability with which a side block is left out of a training pass; the state then goes on as it is.
-            Where `torch.distributed` is initialised, its processes leave out the same blocks, those that the first one
-            draws, so each makes every such pass; `DistributedDataParallel` needs `find_unused_parameters=True`.
-        share_projections: Whether a slot has one projection for all side blocks, in place of one for each.
-        output_mix: Whether what goes on to the head is a trained mix of the side network's output and the backbone's,
-            which alone it is at the start.
-        feature_modules: Names in the model of the backbone's layers, in the order in which they run, or of the one
-            `ModuleList` that holds them. None finds them in a transformers model; of another module they are needed.
-        feature_sizes: Widths of the L + 1 features, the first of which is the input of the first layer. None takes
-            that of the model's configuration, or those of the layers' matrices where it has none.
-        causal: Whether tokens see only those before them. None takes over what the backbone does, which a pass over
-            four tokens tells. False is refused beside a model that predicts next tokens. It must be given beside a
-            module that is no transformers model and answers for each token, `(B, T, classes)`.
-        train_adapters: Whether the active adapter of a base that PEFT wraps trains beside the side network, through the
-            features that it changes. The layers before the first that it adapts run without gradients all the same,
-            so that one in the last layers keeps most of the memory that is saved.
-        backbone_dtype: What the frozen backbone is brought to when the side network is put beside it: `"bfloat16"`, all
-            of it; `"int8"` or `"nf4"`, the weights of its linear layers, dequantised for each product, at 1 or 0.5625
-            bytes each; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). Embeddings, norms and biases then keep
-            the dtype they were loaded in, in which the backbone goes on to compute. None leaves all as it is.
-        base_model_name_or_path, base_revision, base_class: Filled in: what the side network was trained on.
-        base_fingerprints: Filled in when saving: what some weights of the backbone were.
+        window_size: number k of backbone features that each side block reads, centred at its own; odd, 1 to 15.
+        reduction_factor: the backbone's width divided by the side network's; it must divide the former.
+        feature_dropout: probability of dropping an element of a projected feature in training. None is 0.2 for windows
+            of 9 or more and 0 below.
+        fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` is the original LST, which mixes
+            the state with the one feature of a window of 1 by a trained gate.
+        num_heads: heads of the cross-attention; above 1 it has an output projection.
+        residual: whether the cross-attention's output is added to the side state, and normalised. The paper's is not.
+        side_heads: self-attention heads of a side block. None is one per 64 of its width, at least 1.
+        init: `"random"`, or `"pruned"` for the backbone's own channels and neurons of the largest magnitude.
+        layer_drop: probability of leaving out a side block in a training pass; the state then passes unchanged. The
+            processes of `torch.distributed` leave out the same blocks, drawn by the first process, so all must make
+            each pass; `DistributedDataParallel` needs `find_unused_parameters=True`.
+        share_projections: whether all side blocks share one projection per slot, instead of one for each block.
+        output_mix: whether the head reads a trained mix of the side network's output and the backbone's. At the start
+            it is the backbone's alone.
+        feature_modules: names of the backbone's layers in the model, in the order in which they run, or of the one
+            `ModuleList` that holds them. None finds them in a transformers model; any other module needs them.
+        feature_sizes: widths of the L + 1 features, the first of which is the input of the first layer. None takes the
+            width in the model's configuration, or else those of the layers' matrices.
+        causal: whether tokens see only those before them. None does as the backbone does, found by a pass over four
+            tokens. False is refused for a model that predicts next tokens. A module that is not a transformers model
+            and answers for each token, `(B, T, classes)`, needs it.
+        train_adapters: whether the active adapter of a base that PEFT wraps trains with the side network, through the
+            features that it changes. The layers before the first that it adapts still run without gradients, so an
+            adapter in the last layers costs little memory.
+        backbone_dtype: convert the frozen backbone: `"bfloat16"` all of it; `"int8"` or `"nf4"` the weights of its
+            linear layers, dequantised for each product, at 1 or 0.5625 bytes each; nf4 needs bitsandbytes (`pip install
+            'fastpeft[nf4]'`). Embeddings, norms and biases then keep the dtype in which they were loaded, and the
+            backbone computes in it. None changes nothing.
+        base_model_name_or_path, base_revision, base_class: filled in: what the side network was trained on.
+        base_fingerprints: filled in when saving: fingerprints of the backbone's weights.
 
     Raises:
         FastpeftError: an argument is out of its range.
@@ -140,29 +138,23 @@ class LadderConfig(PretrainedConfig):
 
     @property
     def dropout(self) -> float:
-        """The probability of feature dropout that `feature_dropout` means."""
-        if self.feature_dropout is not None:
-            return self.feature_dropout
-        return _WIDE_WINDOW_DROPOUT if self.window_size >= _WIDE_WINDOW else 0.0
+        """The probability of feature dropout, with None resolved."""
+        default = _WIDE_WINDOW_DROPOUT if self.window_size >= _WIDE_WINDOW else 0.0
+        return default if self.feature_dropout is None else self.feature_dropout
 
     def _check(self) -> None:
         for name in ("window_size", "reduction_factor", "num_heads", "side_heads"):
             value = getattr(self, name)
-            if name == "side_heads" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not (type(value) is int and value > 0) and (name, value) != ("side_heads", None):
                 raise FastpeftError(f"{name}={value!r}; give a whole number from 1.")
         if self.window_size % 2 == 0 or self.window_size > MAX_WINDOW:
             raise FastpeftError(
                 f"window_size={self.window_size}; a window is centred at a layer and holds at most {MAX_WINDOW} "
                 "features. Give an odd number from 1, such as 9."
             )
-        if self.feature_dropout is not None and not 0 <= self.feature_dropout < 1:
-            raise FastpeftError(
-                f"feature_dropout={self.feature_dropout!r}; give a probability from 0 to below 1, or None."
-            )
-        if not 0 <= self.layer_drop < 1:
-            raise FastpeftError(f"layer_drop={self.layer_drop!r}; give a probability from 0 to below 1.")
+        for name, value in (("feature_dropout", self.dropout), ("layer_drop", self.layer_drop)):
+            if not 0 <= value < 1:
+                raise FastpeftError(f"{name}={value!r}; give a probability from 0 to below 1.")
         for name, values in (("fusion", get_args(Fusion)), ("init", get_args(Init))):
             if getattr(self, name) not in values:
                 raise FastpeftError(f"{name}={getattr(self, name)!r}; allowed are {' and '.join(map(repr, values))}.")
@@ -179,9 +171,7 @@ class LadderConfig(PretrainedConfig):
                 "the weights it was made for. Leave out either; the base itself may be loaded in bfloat16."
             )
         sizes = self.feature_sizes
-        if sizes is not None and not (
-            isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
-        ):
+        if sizes is not None and not (isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)):
             raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
         if self.feature_modules is not None and not self.feature_modules:
             raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")

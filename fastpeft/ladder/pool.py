@@ -1,8 +1,7 @@
-"""Many side networks on one backbone: a batch of many tasks in one pass, and many trained from one pass."""
+"""Many side networks on one backbone: one pass answers a batch of many tasks, and one pass trains many."""
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.admission import Admission, share_backbone
 from fastpeft.ladder.backbone import INPUTS, Backbone
-from fastpeft.ladder.cache import DTYPES, FeatureCache, can_cache
+from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
-from fastpeft.ladder.convert import convert
-from fastpeft.ladder.frozen import conversion_of
-from fastpeft.ladder.joint import (
+from fastpeft.ladder.conversion import convert, converted_to
+from fastpeft.ladder.joint_training import (
     LABELS,
     Batch,
     Learner,
@@ -31,36 +30,34 @@ from fastpeft.ladder.joint import (
     source_of,
     steps_of,
 )
-from fastpeft.ladder.members import Members, ladder_of, layer_names, share_backbone, twin_of
-from fastpeft.ladder.model import LadderModel
-from fastpeft.ladder.saved import read_config
+from fastpeft.ladder.passes import features_of, run_body
+from fastpeft.ladder.pool_members import Members, ladder_of
 from fastpeft.ladder.side import SideRun
+from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
 
-_MASKS = "mask_positions"  # what only members with a prompt take
+_MASKS = "mask_positions"  # an input of members with a prompt only
 
 
 class LadderPool:
     r"""Side networks for many tasks on one backbone.
 
     Requests for different tasks share a batch: the backbone makes one pass over all rows, side networks of one shape
-    are computed as one, and each row gets the answer of its task's head. Several side networks train from one pass
-    too. Every member is an ordinary `LadderModel`, or a `PromptModel` around one, whose backbone's weights are the
-    pool's.
+    are computed as one, and each row gets the answer of its task's head. Several side networks can train from one pass
+    too. Each member is an ordinary `LadderModel`, or a `PromptModel` around one, on the pool's backbone.
 
     Args:
-        base: a transformers model of text with a head, or PEFT's wrapper of one. It is taken over: its backbone is
+        base: a transformers model of text with a head, or PEFT's wrapper of one. It is not copied; its backbone is
             frozen.
-        feature_modules, backbone_dtype: as in `LadderConfig`; side networks of one pool share them.
+        feature_modules, backbone_dtype: as in `LadderConfig`; the side networks of one pool share them.
 
     Raises:
-        FastpeftError: as by `LadderModel`, or the base takes no text.
+        FastpeftError: as by `LadderModel`, or the base does not read text.
 
     Notes:
-        Threads may call, add and remove at the same time: a call answers with the tasks of its start, and one pass runs
-        at a time. They may call while one of them trains by `fit`: calls come between the members' steps. Weights of
-        side networks of one shape lie together in memory: optimizers and `load_state_dict` may change them, but a
-        member that shall move to another device or dtype must be removed first. Train no member while others are added
-        or removed.
+        Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
+        that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
+        not add or remove members while one trains. Side networks of one shape share memory: optimizers and
+        `load_state_dict` may change weights, but remove a member before you move it to another device or dtype.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP
@@ -85,22 +82,21 @@ class LadderPool:
             )
         # as members will; and RWKV scales its weights in its first pass, which must be before members share them
         decide_causal(self.backbone, True)
-        found = conversion_of(self.backbone.core)
-        self._backbone_dtype = backbone_dtype or (found.dtype if found else None)
-        convert(self.backbone, self._backbone_dtype)
+        dtype = backbone_dtype or converted_to(self.backbone.core)
+        convert(self.backbone, dtype)
         self.base = base
         self.feature_cache: FeatureCache | None = None
-        self._feature_modules = feature_modules
         base.requires_grad_(False)
         self.backbone.body.eval()
         self._members = Members({}, [])
         self._changing = threading.Lock()
-        # a pass listens to the backbone by hooks, a call changes modes, and fit whose random numbers are drawn
+        # one at a time: a pass sets hooks on the backbone, a call changes modes, and fit exchanges random states
         self._passing = threading.RLock()
+        self._admission = Admission(self.backbone, dtype, feature_modules, self._passing)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the members, in the order in which they were added."""
+        """The names of the members, in the order in which they were added."""
         return tuple(self._members.models)
 
     def __getitem__(self, name: str) -> Any:
@@ -110,48 +106,51 @@ class LadderPool:
     # -- members -------------------------------------------------------------------------------------------------
 
     def add(self, name: str, side: str | os.PathLike[str] | nn.Module | LadderConfig) -> Any:
-        """Take in a side network.
+        """Add a side network.
 
         Args:
-            name: of its task.
-            side: what `LadderModel.save_pretrained` or `PromptModel.save_pretrained` wrote (a folder or a hub id); or
-                such a model, which may have another head than the pool's base, and whose backbone's weights, which must
-                be equal, give way to the pool's; or the configuration of a new side network, whose head starts as that
-                of the pool's base and has its labels.
+            name: the name of its task.
+            side: a folder or hub id that `LadderModel.save_pretrained` or `PromptModel.save_pretrained` wrote; or such
+                a model with any head, whose backbone's weights must equal the pool's and are replaced by them; or the
+                configuration of a new side network, which starts with the head and the labels of the pool's base.
 
         Returns:
-            The member, in evaluation mode: train it, save it and load it as any `LadderModel`, or `PromptModel` where
-            it has a prompt with label words.
+            The member, in evaluation mode: an ordinary `LadderModel`, or a `PromptModel` if it has label words.
 
         Raises:
-            FastpeftError: the name is taken, the side network belongs to another backbone, other layers or another kind
-                of head, its head is another member's too, a configuration asks for other labels, or nothing of this
-                kind is there.
+            FastpeftError: the name is taken; the side network has another backbone, other layers, another kind of head
+                or another member's head; a configuration asks for other labels; or there is no such file.
 
         Example:
             >>> pool.add("mood", LadderConfig())  # doctest: +SKIP
             >>> pool.add("mood", PromptModel(pool.remove("mood"), tokenizer, prompt))  # doctest: +SKIP
         """
         self._check_free(name)
-        member: Any = side if isinstance(ladder_of(side), LadderModel) else self._beside_a_twin(side)
-        self._check_layers(ladder_of(member))
+        member = self._admission.member(side)
         with self._changing:
             self._check_free(name)
-            self._check_own_head(member)
+            trained = {id(parameter) for parameter in member.parameters() if parameter.requires_grad}
+            for other, model in self._members.models.items():
+                if any(id(parameter) in trained for parameter in model.parameters()):
+                    raise FastpeftError(
+                        f"the side network's head is that of {other!r} too: both were made on one base. Add a folder "
+                        "or a LadderConfig, for which the pool makes a head, or make it on a base of its own."
+                    )
             if member is side:
                 share_backbone(ladder_of(member), self.backbone)
             member.eval()
             self._members = self._members.with_member(name, member)
         return member
 
-    def remove(self, name: str) -> Any:
-        """Give up a member; calls that have begun still answer for it.
+    def _check_free(self, name: str) -> None:
+        if name in self._members.models:
+            raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
 
-        Returns:
-            The member, which goes on to share the backbone's weights.
+    def remove(self, name: str) -> Any:
+        """Remove a member and return it; it still shares the backbone's weights. Running calls still answer for it.
 
         Raises:
-            FastpeftError: there is none of that name.
+            FastpeftError: there is no member of that name.
         """
         with self._changing:
             member = self._members[name]
@@ -159,82 +158,6 @@ class LadderPool:
             for parameter in ladder_of(member).side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
         return member
-
-    def _beside_a_twin(self, side: Any) -> Any:
-        """A saved or a new side network, on the pool's backbone."""
-        if isinstance(side, LadderConfig):
-            config = copy.copy(side)
-            config.feature_modules = side.feature_modules or self._feature_modules
-            config.backbone_dtype = side.backbone_dtype or self._backbone_dtype
-            self._check_dtype(config)  # a twin's weights are the pool's
-            self._check_labels(config)
-            return LadderModel(self._twin(), config)
-        if not isinstance(side, str | os.PathLike):
-            around = "" if (inside := ladder_of(side)) is side else f" around a {type(inside).__name__}"
-            raise FastpeftError(
-                "a pool takes a folder, a LadderModel, a PromptModel around one, or a LadderConfig, not a "
-                f"{type(side).__name__}{around}. Give one of these."
-            )
-        from fastpeft.prompts.model import PromptModel, holds_label_words  # which has use for all of this package
-
-        source = os.fspath(side)
-        config = read_config(source, {})
-        _refuse_adapter(config)  # before it is put into the twin, whose weights are the pool's
-        self._check_dtype(config)
-        prompted = holds_label_words(source)
-        if config.base_class != (own := type(self.backbone.core).__name__):
-            raise FastpeftError(
-                f"{source!r} has the head of a {config.base_class}, the pool's base is a {own}. Load it by "
-                f"{'PromptModel' if prompted else 'LadderModel'}.from_pretrained, which brings its head along, and add "
-                "that."
-            )
-        model = LadderModel.from_pretrained(source, base=self._twin(config))
-        return PromptModel.from_pretrained(source, masked_lm=model) if prompted else model
-
-    def _check_free(self, name: str) -> None:
-        if name in self._members.models:
-            raise FastpeftError(f"the pool has a task {name!r}. Remove it first, or give another name.")
-
-    def _check_dtype(self, config: LadderConfig) -> None:
-        own, other = self._backbone_dtype, config.backbone_dtype
-        if own != other:
-            raise FastpeftError(
-                f"the side network goes beside a backbone with backbone_dtype={other!r}, the pool's has {own!r}, and "
-                f"features differ. Add it to a LadderPool(base, backbone_dtype={other!r})."
-            )
-
-    def _check_labels(self, config: LadderConfig) -> None:
-        own, asked = self.backbone.core.config.id2label, config.id2label
-        if asked not in (own, LadderConfig().id2label):
-            raise FastpeftError(
-                f"the configuration asks for {len(asked)} labels, {', '.join(map(str, asked.values()))}, but the head "
-                f"of a new side network is that of the pool's base, which has {len(own)}, "
-                f"{', '.join(map(str, own.values()))}. Add a LadderModel on a base of its own, loaded with these "
-                "labels, or a folder that one was saved to."
-            )
-
-    def _check_layers(self, model: LadderModel) -> None:
-        _refuse_adapter(model.config)
-        self._check_dtype(model.config)
-        own, others = layer_names(self.backbone), layer_names(model.backbone)
-        if own != others:
-            raise FastpeftError(
-                f"the side network reads {len(others)} layers, {others[0]} to {others[-1]}, the pool {len(own)}, "
-                f"{own[0]} to {own[-1]}. Give both the same feature_modules."
-            )
-
-    def _check_own_head(self, model: nn.Module) -> None:
-        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        for name, other in self._members.models.items():
-            if any(id(parameter) in trained for parameter in other.parameters()):
-                raise FastpeftError(
-                    f"the side network's head is that of {name!r} too: both were made on one base. Add a folder or a "
-                    "LadderConfig, for which the pool makes a head, or make it on a base of its own."
-                )
-
-    def _twin(self, config: LadderConfig | None = None) -> Any:
-        with self._passing:  # no hooks are copied
-            return twin_of(self.backbone, config)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -244,13 +167,12 @@ class LadderPool:
 
         Args:
             batch: `input_ids` `(B, T)` or `inputs_embeds` `(B, T, d)`, and as the base takes them `attention_mask`,
-                `token_type_ids` and `position_ids`; no labels. Rows of a task with a prompt are those of its
-                `prompt.encode`; where their masks are may be told by `mask_positions` `(B,)`, which means nothing to
-                other rows.
-            tasks: the task of every row, in any order.
+                `token_type_ids` and `position_ids`; no labels. The rows of a task with a prompt come from its
+                `prompt.encode`; `mask_positions` `(B,)` may say where their masks are, and other rows ignore it.
+            tasks: the task of each row, in any order.
 
         Returns:
-            For every row what its task's model returns, without the dimension of the batch: an object with `logits`,
+            For each row the output of its task's model, without the batch dimension: an object with `logits`,
             `(classes,)` or `(T, classes)`, or with `start_logits` and `end_logits`.
 
         Raises:
@@ -261,7 +183,7 @@ class LadderPool:
         if len(tasks) != len(source_of(batch)):
             raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
         if labels := [name for name in LABELS if name in batch]:
-            raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train by outputs or fit.")
+            raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train with outputs or fit.")
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
             rows.setdefault(name, []).append(row)
@@ -273,14 +195,13 @@ class LadderPool:
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():
                 part = {key: value[rows[name]] for key, value in batch.items()}
-                with ladder_of(asked[name]).answering(output):
-                    answer = _run(asked[name], part)
+                answer = _run(asked[name], part, GivenOutput(output))
                 for row, own in zip(rows[name], _by_row(answer)):
                     answers[row] = own
         return answers
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """What every task's side network makes of its rows, `(its rows, T, d)` in the backbone's dtype."""
+        """The output of each task's side network for its rows, `(rows of the task, T, d)` in the backbone's dtype."""
         source = source_of(batch)
         mask = batch.get("attention_mask")
         seen = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if mask is None else mask.bool()
@@ -289,7 +210,7 @@ class LadderPool:
             most = max(len(rows[name]) for name in names)
             padded = [[*rows[name], *[rows[name][0]] * (most - len(rows[name]))] for name in names]
             index = torch.tensor(padded if len(names) > 1 else padded[0], device=source.device)  # (G, B') or (B',)
-            # for one network no mask is cheaper; stacked ones take a tensor apart
+            # no mask is cheaper for one network; stacked networks need a tensor to slice
             own = None if mask is None and len(names) == 1 else seen[index]
             runs.append((names, index, SideRun(stack.select(places), own, seed=0)))
         encoded = {}
@@ -305,26 +226,26 @@ class LadderPool:
                     encoded[name] = part[: len(rows[name])]
             return feature
 
-        self.backbone.run_body(batch, feed, finish)
+        run_body(self.backbone, batch, feed, finish)
         return encoded
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch | Mapping[str, Batch], tasks: Iterable[str] | None = None) -> Iterator[Any]:
-        """What each member returns for a batch, from one pass of the backbone: for training loops of your own.
+        """The output of each member for a batch, from one pass of the backbone: for training loops of your own.
 
-        Members run one after the other as the iterator is advanced, each as its model alone would, so that only one
-        graph is alive where a loop calls `backward` on each loss.
+        Members run one after the other as the iterator advances, each as its model alone would. So only one graph is
+        alive if the loop calls `backward` on each loss.
 
         Args:
-            batch: one for all members, with labels, or `{task: batch}`.
-            tasks: which members, by default all or those that `batch` names.
+            batch: one batch with labels for all members, or `{task: batch}`.
+            tasks: which members; by default all, or those that `batch` names.
 
         Yields:
             `(task, output)`, where the output has `loss` and `logits` with their graph.
 
         Raises:
-            FastpeftError: a task is not in the pool, or batches have unknown entries.
+            FastpeftError: a task is not in the pool, or a batch has unknown entries.
         """
         members = self._members
         given: Any = batch
@@ -345,27 +266,27 @@ class LadderPool:
         max_grad_norm: float | None = None,
         stop: Stop | None = None,
     ) -> dict[str, list[float]]:
-        """Train members together, each with its own optimizer, schedule and stop, from one backbone pass a step.
+        """Train members together, each with its own optimizer, schedule and stop, by one backbone pass a step.
 
         Args:
             data: batches with labels, such as a DataLoader, that all members see (a search for a learning rate or a
-                seed); or `{task: batches}` (many tasks), where a member whose batches end is done.
-            optimizers: for every member that trains its optimizer, or a pair with its scheduler, stepped once a step; a
-                `ReduceLROnPlateau` gets the step's loss.
-            epochs: how often to go through `data`, which for more than once must be no iterator.
-            seed: of what is drawn in training (dropout), for all or by task, 0 for one that is not named.
-            max_grad_norm: where to clip each member's gradient norm; None does not.
-            stop: called as `stop(task, step, loss)` after every step, from 1; True ends that member's training.
+                seed); or `{task: batches}` (many tasks), where a member ends with its batches.
+            optimizers: for each member that trains its optimizer, or a pair of optimizer and scheduler. The scheduler
+                steps once a step; a `ReduceLROnPlateau` gets the step's loss.
+            epochs: number of passes through `data`, which may be an iterator for one epoch only.
+            seed: of the random numbers in training (dropout), for all members or by task; 0 for a task not named.
+            max_grad_norm: where to clip each member's gradient norm; None does not clip.
+            stop: called as `stop(task, step, loss)` after each step, from 1; True ends that member's training.
 
         Returns:
-            The loss of every step, by task.
+            The loss of each step, by task.
 
         Raises:
-            FastpeftError: as by `outputs`, or a loss is not finite: that member's step is not made then.
+            FastpeftError: as by `outputs`, or a loss is not finite: then that member makes no step.
 
         Notes:
-            On batches for all, a member trains to the bit as its model alone in a loop after `torch.manual_seed(seed)`;
-            on batches of their own to rounding, since they are padded to one length for the backbone.
+            On batches for all, a member trains as its model alone in a loop after `torch.manual_seed(seed)`, to the
+            bit; on batches of its own to rounding, since the backbone gets all batches padded to one length.
         """
         members = self._members
         learners = {}
@@ -381,7 +302,7 @@ class LadderPool:
             for batches in steps_of(data, tuple(learners), epochs, stopped):
                 for name, passed in self._features(batches).items():
                     learner = learners[name]
-                    with self._passing:  # calls see no half of a step, and draw nothing of its stream
+                    with self._passing:  # no call runs during a step or draws from its stream
                         learner.step(partial(self._train_pass, learner.model, *passed))
                     if stop is not None and stop(name, len(learner.losses), learner.losses[-1]):
                         stopped.add(name)
@@ -394,38 +315,31 @@ class LadderPool:
     def cache_features(
         self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
     ) -> FeatureCache | None:
-        """From now on train on features that are read from a folder; the backbone runs on rows not yet there.
+        """From now on `fit` and `outputs` read features from a folder, and run the backbone only on new rows.
 
-        So `fit` and `outputs` need no pass of the backbone for rows that any of its side networks has seen, in a pool
-        or alone: the folder is that of `LadderModel.cache_features`, as the arguments are. Calls compute features.
-
-        Returns:
-            The cache, whose `hits` and `misses` count rows; None where caching ended.
-
-        Raises:
-            FastpeftError: an argument cannot be used, or the folder cannot be written.
+        It is the folder of `LadderModel.cache_features`, with the same arguments, result and errors. A `LadderModel`
+        with this backbone shares its rows. Calls of the pool do not use the cache.
         """
         self.feature_cache = None if folder is None else FeatureCache(self.backbone, folder, dtype, max_bytes)
         return self.feature_cache
 
     def _features(self, batches: Mapping[str, Batch]) -> dict[str, tuple[list[Tensor], Batch]]:
-        """One pass over all batches, or none: for each its features `B_0 .. B_L` and what of it the models take."""
+        """For each batch its features `B_0 .. B_L` and its inputs, from the cache or one pass over all batches."""
         if not batches:
             return {}
         distinct = {id(batch): self._check_batch(batch) for batch in batches.values()}
         joined, places = join(distinct, getattr(self.backbone.core.config, "pad_token_id", None) or 0)
         with self._passing, torch.no_grad():
-            cache = self.feature_cache
-            source: FeatureCache | Backbone = cache if cache is not None and can_cache(joined) else self.backbone
-            features = source.features(joined)
+            features = None if self.feature_cache is None else self.feature_cache.features(joined)
+            if features is None:
+                features = features_of(self.backbone, joined)
         passed = {key: ([feature[places[key]] for feature in features], batch) for key, batch in distinct.items()}
         return {name: passed[id(batch)] for name, batch in batches.items()}
 
     def _train_pass(self, member: Any, features: Sequence[Tensor], batch: Batch) -> Any:
-        """What the member's own pass returns, on features that are there."""
-        # a call would change its mode, and the model may stand on the pool's base itself
-        with self._passing, ladder_of(member).reading(features):
-            return _run(member, batch)
+        """The output of a member in training, on the features of its batch."""
+        with self._passing:  # a call would change its mode, and the model may stand on the pool's base itself
+            return _run(member, batch, GivenFeatures(features))
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -446,22 +360,14 @@ class LadderPool:
         return {name: value.to(self.backbone.core.device) for name, value in batch.items()}
 
 
-def _run(member: Any, batch: Batch) -> Any:
-    """What a member returns for a batch, which may tell where the masks of other members' rows are."""
+def _run(member: Any, batch: Batch, source: FeatureSource) -> Any:
+    """The output of a member for a batch, which may hold positions of masks for the prompts of other members."""
     own = batch if hasattr(member, "prompt") else {name: value for name, value in batch.items() if name != _MASKS}
-    return member(**own, return_dict=True)
+    with ladder_of(member).reading_from(source):
+        return member(**own, return_dict=True)
 
 
 def _by_row(output: Any) -> list[Any]:
     """An output of B rows as B outputs."""
     fields = {name: value for name, value in output.items() if isinstance(value, Tensor)}
     return [type(output)(**dict(zip(fields, row))) for row in zip(*fields.values())]
-
-
-def _refuse_adapter(config: LadderConfig) -> None:
-    """Raise `FastpeftError` where an adapter changes the features that a side network reads."""
-    if config.train_adapters:
-        raise FastpeftError(
-            "the side network trained together with an adapter inside the backbone, so its features are its own. Use "
-            "it by itself, or train one without train_adapters (siva_layers)."
-        )

@@ -1,8 +1,8 @@
-"""A side network that starts from its backbone: the weights of the largest magnitude, cut down to the side's width.
+"""A side network that starts with the backbone's weights of the largest magnitude, pruned to its own width.
 
-After LST (arXiv 2206.06522): what stays of a matrix are the rows of the largest L1 norm, of the next matrix the columns
-that go with them, and along the residual stream the same channels everywhere. Dimension letters as in `side.py`; N rows
-of the backbone's query, key and value, M neurons of its feed-forward part.
+After LST (arXiv 2206.06522): a matrix keeps its rows of the largest L1 norm, the next matrix the matching columns, and
+the residual stream the same channels everywhere. Dimension letters as in `side.py`; N rows of the backbone's query, key
+and value, M neurons of its feed-forward part.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class _Layer(NamedTuple):
 
 @torch.no_grad()
 def prune(side: SideNetwork, backbone: Backbone) -> None:
-    """Set the weights of `side` to those of `backbone`, pruned.
+    """Set the weights of `side` to the pruned weights of `backbone`.
 
-    Every projection and `down` select the D channels that stay, `up` puts them back in their places. Block j takes over
-    layer j; its cross-attention has that layer's queries and keys, and for values what that layer's values become by
-    its output matrix. Norms, positions and gates start as they always do.
+    Every projection and `down` select the D channels that are kept, and `up` puts them back in place. Block j gets the
+    weights of layer j. Its cross-attention gets the queries and keys of that layer, and the product of its output
+    matrix and its values. Norms, positions and gates are not changed.
 
     Raises:
-        FastpeftError: a layer does not consist of the six matrices of a plain encoder block, or they are quantised.
+        FastpeftError: a layer is not made of the six matrices of a plain encoder block, or they are quantised.
     """
     layers = [_take_apart(layer, side) for layer in backbone.layers]
     channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
@@ -57,11 +57,11 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
 
 
 def _prune_block(block: SideBlock, layer: _Layer, channels: Tensor) -> None:
-    """Set the matrices of a side block to those of `layer`, between the channels that stay."""
+    """Set the matrices of a side block to those of `layer`, between the kept channels."""
     query, key, value, inner = (_weight(part)[:, channels] for part in (*layer[:3], layer.feed_forward_in))
     output, outer = (_weight(part)[channels] for part in (layer.output, layer.feed_forward_out))
     width, neurons = len(channels), min(block.feed_forward_in.out_features, len(inner))
-    # a query's row is worth something with its key's, a value's row with the output's column that reads it
+    # a row of the query counts with that of the key, a row of the value with the column of the output that reads it
     scored = _largest(query.abs().sum(1) + key.abs().sum(1), width)
     carried = _largest(value.abs().sum(1) + output.abs().sum(0), width)
     firing = _largest(inner.abs().sum(1) + outer.abs().sum(0), neurons)
@@ -93,8 +93,8 @@ def _take_apart(layer: nn.Module, side: SideNetwork) -> _Layer:
     modules = list(layer.modules())
     if any(isinstance(module, BaseTunerLayer) for module in modules):
         raise FastpeftError(
-            "init='pruned' takes over the layers' weights, but PEFT has an adapter in them, which holds a part of "
-            "these. Merge it first, or give init='random'."
+            "init='pruned' reads the layers' weights, but PEFT has an adapter in them, which holds a part of these. "
+            "Merge it first, or give init='random'."
         )
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     shapes = [tuple(linear.weight.shape) for linear in linears]
@@ -107,20 +107,19 @@ def _take_apart(layer: nn.Module, side: SideNetwork) -> _Layer:
     found = ", ".join(f"{linear.weight.dtype} {shape}".removeprefix("torch.") for linear, shape in zip(linears, shapes))
     raise FastpeftError(
         "init='pruned' takes over layers of six linear ones, query, key, value, output and the two of the feed-forward "
-        f"part, between features of one width and not quantised; a {type(layer).__name__} has {found or 'none'}. Give "
-        "init='random'."
+        f"part, of one width and not quantised; a {type(layer).__name__} has {found or 'none'}. Give init='random'."
     )
 
 
 def _stream_importance(layer: _Layer) -> Tensor:
-    """The L1 norm of all that reads and writes each channel of the residual stream, `(d,)`."""
+    """For each channel of the residual stream, the L1 norm of the weights that read and write it, `(d,)`."""
     readers, writers = (*layer[:3], layer.feed_forward_in), (layer.output, layer.feed_forward_out)
     norms = [_weight(part).abs().sum(0) for part in readers] + [_weight(part).abs().sum(1) for part in writers]
     return torch.stack(norms).sum(0)
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:
-    """Where the `count` largest are, in their order of place."""
+    """The indices of the `count` largest values, sorted."""
     return importance.topk(count).indices.sort().values
 
 

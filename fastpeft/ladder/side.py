@@ -6,6 +6,7 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -29,15 +30,15 @@ class WindowFusion(nn.Module):
 
     `X = softmax((theta Wq) (C~ Wk)^T / sqrt(head_dim)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
 
-    Queries are `theta (Wq Wk^T)`, one small matrix for each head, and Wv is applied to the result, so that keys and
-    values are never made. With several heads an output projection follows, with `residual` a sum with theta and a
-    LayerNorm.
+    Keys and values are never made: queries are `theta (Wq Wk^T)`, with one small matrix for each head, and Wv is
+    applied to the result. Several heads are followed by an output projection; with `residual`, theta is added and a
+    LayerNorm follows.
 
     Args:
-        config: of the side network.
+        config: the side network's configuration.
         width: D.
         block: number of the block, from 1.
-        slots: the window's slots that lie inside the backbone.
+        slots: the slots of the window that are inside the backbone.
         causal: whether tokens see only those before them.
     """
 
@@ -76,7 +77,7 @@ class WindowFusion(nn.Module):
         return self.finish(theta, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
 
     def finish(self, theta: Tensor, x: Tensor) -> Tensor:
-        """What follows the attended values of all heads, `(B, T, D)`."""
+        """What follows the attention: `(B, T, D)`, the values of all heads -> `(B, T, D)`."""
         if self.output is not None:
             x = self.output(x)
         return x if self.norm is None else self.norm(theta + x)
@@ -97,7 +98,7 @@ class GatedFusion(nn.Module):
 
 
 class SideBlock(nn.Module):
-    """One block: the fusion with the window, then a post-norm encoder block, whose feed-forward part is 4 D wide."""
+    """The fusion with the window, then a post-norm encoder block with a feed-forward width of 4 D."""
 
     def __init__(self, fusion: nn.Module, width: int, num_heads: int, activation: str) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class SideBlock(nn.Module):
         return self.encode(self.fusion(theta, window, mask, seed), visible)
 
     def encode(self, x: Tensor, visible: Tensor | None) -> Tensor:
-        """What comes after the fusion, `(B, T, D)` -> `(B, T, D)`."""
+        """The encoder block, after the fusion: `(B, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
@@ -126,21 +127,21 @@ class SideBlock(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    r"""What trains beside a frozen backbone of L layers: `theta_0 = down(B_0)`, L side blocks, an up-projection.
+    r"""The network that trains beside a frozen backbone: `theta_0 = down(B_0)`, L side blocks, an up-projection.
 
-    Block j reads the k features centred at `B_j`, each by a projection of its own; those of all blocks that read one
-    feature are the rows of one matrix, `projections[layer]`, so that each feature is read once. Projections that the
-    blocks share are the rows of `shared_projection`, the last slot's first: those that read one feature then lie
-    side by side. A slot outside `B_0 .. B_L` has no projection.
+    Block j reads the k features centred at `B_j`, each by its own projection. The projections of one feature for all
+    blocks are the rows of one matrix, `projections[layer]`, so that each feature is read once. Shared projections are
+    the rows of `shared_projection`, the last slot's first: then those of one feature are next to each other. A slot
+    outside `B_0 .. B_L` has no projection.
 
-    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). What trains
-    is `side_share = 1 - lambda`, from 0 on: the start is the backbone, and weight decay leads back to it.
+    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). The trained
+    weight is `side_share = 1 - lambda`, which starts at 0: weight decay pulls towards the backbone.
 
     Args:
-        config: what it is made of.
-        hidden_size: d, or where the L + 1 features differ in width, that of each; D is a part of the widest.
+        config: the configuration of the side network.
+        hidden_size: d, or the widths of the L + 1 features if they differ; D is a fraction of the widest.
         num_layers: L.
-        activation: of the feed-forward parts, by its name in transformers.
+        activation: name of the feed-forward activation in transformers.
         causal: whether tokens see only those before them.
 
     Raises:
@@ -181,29 +182,26 @@ class SideNetwork(nn.Module):
                 "divide. Give side_heads."
             )
 
-        reach = config.window_size // 2
         self.readers: dict[int, list[tuple[int, int]]] = {}  # layer -> (block, slot), in the order of its matrix's rows
-        windows: dict[int, list[int]] = {}  # block -> its real slots
-        for block in range(1, num_layers + 1):
-            for slot, layer in enumerate(range(block - reach, block + reach + 1)):
-                if 0 <= layer <= num_layers:
-                    self.readers.setdefault(layer, []).append((block, slot))
-                    windows.setdefault(block, []).append(slot)
+        windows: dict[int, list[int]] = {}  # block -> its slots inside the backbone
+        for block, slot in itertools.product(range(1, num_layers + 1), range(config.window_size)):
+            layer = block - config.window_size // 2 + slot
+            if 0 <= layer <= num_layers:
+                self.readers.setdefault(layer, []).append((block, slot))
+                windows.setdefault(block, []).append(slot)
 
-        gated = config.fusion == "gated"  # has no position vector, so its projection keeps a bias
+        gated = config.fusion == "gated"  # a gate has no position vectors, so its projection keeps a bias
         self.down = nn.Linear(self.feature_sizes[0], self.width)
         slots = sorted({slot for window in windows.values() for slot in window}, reverse=True)
         self._shared_rows = {slot: row * self.width for row, slot in enumerate(slots)}  # slot -> its first row
-        self.shared_projection = (
-            nn.Linear(widest, len(slots) * self.width, bias=gated) if config.share_projections else None
-        )
-        self.projections = nn.ModuleDict(
-            {
-                str(layer): nn.Linear(self.feature_sizes[layer], len(readers) * self.width, bias=gated)
-                for layer, readers in sorted(self.readers.items())
-                if not config.share_projections
-            }
-        )
+        self.shared_projection: nn.Linear | None = None
+        self.projections = nn.ModuleDict()
+        if config.share_projections:
+            self.shared_projection = nn.Linear(widest, len(slots) * self.width, bias=gated)
+        else:
+            for layer, readers in sorted(self.readers.items()):
+                rows = len(readers) * self.width
+                self.projections[str(layer)] = nn.Linear(self.feature_sizes[layer], rows, bias=gated)
         self.blocks = nn.ModuleList(
             SideBlock(
                 GatedFusion(config) if gated else WindowFusion(config, self.width, block, windows[block], causal),
@@ -217,17 +215,17 @@ class SideNetwork(nn.Module):
         self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix else None
 
     def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias by which `B_layer` is projected for each of `readers[layer]`, D rows for each of them."""
+        """Weight and bias that project `B_layer`, D rows for each of `readers[layer]`."""
         shared = self.shared_projection
         if shared is None:
-            own: Any = self.projections[str(layer)]  # an nn.Linear
+            own: Any = self.projections[str(layer)]
             return own.weight, own.bias
         first = self._shared_rows[self.readers[layer][0][1]]  # slots go down as blocks go up
         rows = slice(first, first + len(self.readers[layer]) * self.width)
         return shared.weight[rows], None if shared.bias is None else shared.bias[rows]
 
     def project(self, layer: int, feature: Tensor) -> Sequence[Tensor]:
-        """The projections of `B_layer`, `(B, T, d)`, by one product: a `(B, T, D)` for each of `readers[layer]`."""
+        """Project `B_layer`, `(B, T, d)`, by one product: a `(B, T, D)` for each of `readers[layer]`."""
         readers = self.readers.get(layer, [])
         if not readers:
             return ()
@@ -238,15 +236,12 @@ class SideNetwork(nn.Module):
         return projected.chunk(len(readers), dim=-1)
 
     def forward(self, features: Sequence[Tensor], mask: Tensor | None = None, seed: int = 0) -> Tensor:
-        """The output for all features at once.
+        """The output `(B, T, d)` for features that are all there.
 
         Args:
             features: `B_0 .. B_L`, each `(B, T, d)`.
             mask: bool `(B, T)`, True for tokens and False for padding; None is all True.
             seed: decides, in training, which features and blocks are dropped; 0 drops no block.
-
-        Returns:
-            `(B, T, d)`.
         """
         run = SideRun(self, mask, seed)
         for layer, feature in enumerate(features):
@@ -257,17 +252,16 @@ class SideNetwork(nn.Module):
 class SideRun:
     """One pass of a side network over features as the backbone makes them.
 
-    Without gradients each feature is projected as it comes and each block runs as soon as its window is complete, so
-    that the projections of at most k layers are alive, and no feature. With gradients the features are kept for
-    backward anyway; then the blocks run after the last one, so that what they keep is not there while the backbone's
-    layers need room.
+    Without gradients each feature is projected at once, and each block runs when its window is complete: projections
+    of at most k layers are alive, and no feature. With gradients backward keeps the features anyway, and the blocks run
+    after the last feature: what they keep for backward then takes no memory while the backbone's layers run.
 
     Args:
-        side: the side network; of a `SideStack` every tensor has one dimension more in front.
+        side: the side network; that of a `SideStack` has one more dimension in front of every tensor.
         mask: bool `(B, T)`, or None.
         seed: decides, in training, which features and blocks are dropped; 0 drops no block.
         keep_states: whether to keep every side state in `states`.
-        blocks_seed: decides which blocks are dropped, in the place of `seed`.
+        blocks_seed: decides which blocks are dropped, instead of `seed`.
     """
 
     def __init__(
@@ -281,10 +275,10 @@ class SideRun:
         self.side, self.mask, self.seed = side, mask, seed
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
-        self._theta: Tensor  # the last state, from the first feature on
-        self._last_feature: Tensor | None = None  # B_L, where it is mixed into the output
-        self._waiting: list[tuple[int, Tensor]] = []  # features that are not read yet
-        self._windows: dict[int, list[Tensor]] = {}  # block -> the projections it has so far, by slot
+        self._theta: Tensor  # the latest state
+        self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
+        self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
+        self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
         blocks_seed = seed if blocks_seed is None else blocks_seed
@@ -294,7 +288,7 @@ class SideRun:
             self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < side.config.layer_drop}
 
     def feed(self, layer: int, feature: Tensor) -> None:
-        """Take in `B_layer`, `(B, T, d)`; they come in order, from 0 to L."""
+        """Read `B_layer`, `(B, T, d)`; features come in order, from 0 to L."""
         self._waiting.append((layer, self._accept(layer, feature)))
         if layer == self.side.num_layers or not torch.is_grad_enabled():
             for waiting in self._waiting:
@@ -317,12 +311,11 @@ class SideRun:
                 self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _accept(self, layer: int, feature: Tensor) -> Tensor:
-        """The feature as the side network reads it; of `B_0` the side state is made."""
+        """The feature in the side network's dtype; `B_0` gives the first side state."""
         if layer != self._next:
             raise FastpeftError(
-                f"the feature of layer {layer} came where that of layer {self._next} was expected: the backbone's "
-                "layers run in another order, or more than once. Name them in feature_modules in their order; layers "
-                "that a model runs several times, as ALBERT's, cannot be read."
+                f"the feature of layer {layer} came where that of layer {self._next} was expected. Name in "
+                "feature_modules layers that run once each, in their order."
             )
         side = self.side
         self._next += 1
@@ -341,7 +334,7 @@ class SideRun:
             self.states.append(theta)
 
     def output(self) -> Tensor:
-        """The up-projection of the last state, `(B, T, d)`, mixed with `B_L` where the side network does so."""
+        """The up-projection of the last state, `(B, T, d)`, with `output_mix` mixed with `B_L`."""
         self._check_complete()
         output: Tensor = self.side.up(self._theta)
         last, share = self._last_feature, self.side.side_share
@@ -358,7 +351,7 @@ class SideRun:
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
     """Which tokens a query's self-attention sees: bool `(B or 1, 1, T, T)`, None for all.
 
-    A query sees itself in any case, so that padding, which no token sees, has a finite state.
+    A query always sees itself, so that the state of padding is finite.
     """
     if mask is None and not causal:
         return None
@@ -371,7 +364,7 @@ def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.de
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:
-    """`width / divisor`, if that is a whole number."""
+    """`width / divisor`, which must be a whole number."""
     if width % divisor:
         divisors = [number for number in range(1, width + 1) if width % number == 0]
         raise FastpeftError(

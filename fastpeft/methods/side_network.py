@@ -71,7 +71,7 @@ class SideNetworkMethod(Method):
     def _computed(self, ladder: Any) -> Any:
         """`ladder` in the form of its pass that this method has."""
         if self.direct:
-            from fastpeft.ladder.direct import DirectRun
+            from fastpeft.ladder.direct_run import DirectRun
 
             ladder.side_run = DirectRun
         return ladder
@@ -114,7 +114,7 @@ class SideNetworkMethod(Method):
                 f"{SIVA_LAYERS} is {wanted}, but the run in {run.name!r} had {adapted}. Give that, or leave it out to "
                 "merge what was trained into the backbone."
             )
-        from fastpeft.ladder.saved import with_adapter
+        from fastpeft.ladder.saving import with_adapter
         from fastpeft.methods.wrapping import merge
         from fastpeft.prompts.model import around
 

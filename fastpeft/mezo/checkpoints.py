@@ -1,4 +1,4 @@
-"""Where a run of `MeZOTrainer` with a journal goes on: from which weights, after which step, with which log."""
+"""Checkpoints of `MeZOTrainer`, and from which of them, or from which step of the journal, a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import TrainerState
 
 from fastpeft.mezo.journal import FILE_NAME
 
-STATE_FILE = "trainer_state.json"  # what the Trainer writes last into a checkpoint and reads first
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last into a checkpoint, and reads it first
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Checkpoint:
 
     Attributes:
         step: the steps behind it.
-        weights: whether it holds weights, or else a copy of the journal.
+        weights: whether it holds weights; if not, it holds a copy of the journal.
     """
 
     path: Path
@@ -31,12 +31,11 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        return cls(
-            path, TrainerState.load_from_json(str(path / STATE_FILE)).global_step, not (path / FILE_NAME).exists()
-        )
+        step = TrainerState.load_from_json(str(path / STATE_FILE)).global_step
+        return cls(path, step, not (path / FILE_NAME).exists())
 
     def position(self) -> int | dict[str, Any]:
-        """Where its weights stand in the run, as `MeZO.resume` takes it; `save_only_model` leaves but the step."""
+        """Where its weights stand in the run, as `MeZO.resume` takes it: the step alone after `save_only_model`."""
         state = self.path / "optimizer.pt"
         return torch.load(state, map_location="cpu", weights_only=True) if state.exists() else self.step
 
@@ -46,9 +45,9 @@ class Start:
     """Where a resumed run with a journal begins.
 
     Attributes:
-        weights: the checkpoint that holds the weights to begin with; None: those of the base model.
+        weights: the checkpoint with the weights to begin from; None: begin from the base model.
         steps: steps that are made already.
-        newest: the checkpoint whose log and state the run goes on with; None: there is none.
+        newest: the checkpoint whose log and state the run continues; None: there is none.
     """
 
     weights: Checkpoint | None
@@ -57,7 +56,7 @@ class Start:
 
     @property
     def at_checkpoint(self) -> bool:
-        """Whether the run goes on from `newest`, and not from a later step in the journal."""
+        """Whether the run continues at `newest`, not at a later step of the journal."""
         return self.newest is not None and self.newest.step == self.steps
 
 
@@ -65,10 +64,10 @@ def where_to_begin(saved: Sequence[Checkpoint], given: Checkpoint | None, reach:
     """Where to begin.
 
     Args:
-        saved: the checkpoints of the run, in the order of their steps. One that the journal does not reach was left by
-            a run that went back to an earlier step, or kept no journal.
-        given: the one from which to go on; None: as late as possible, but the last step of a journal is made again.
-        reach: the steps after which the journal begins and ends; None: there is none.
+        saved: the checkpoints of the run, in the order of their steps. Those outside the journal's reach were left by a
+            run that went back to an earlier step, or kept no journal.
+        given: the one from which to go on; None: go on as late as possible, and make a journal's last step again.
+        reach: the steps after which the journal begins and ends; None: there is no journal.
     """
     first, last = reach or (0, math.inf)
     fitting = [each for each in saved if first <= each.step <= last]

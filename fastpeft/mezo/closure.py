@@ -1,4 +1,4 @@
-"""What a step asks of the closure that computes its loss: one number, the same for the same weights, no dropout."""
+"""What a closure that computes a loss must do: return one number, the same for the same weights, without dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastpeft.support.processes import Ranks
 
 
 def loss_of(closure: Callable[[], Any]) -> float:
-    """The loss as a double; a float32 or half precision loss is exact in it.
+    """Call the closure; its loss as a double, in which a float32 or half precision loss is exact.
 
     Raises:
         FastpeftError: the closure returned anything but one number.
@@ -33,8 +33,8 @@ def check_repeated(first: Sequence[float], second: Sequence[float], ranks: Ranks
         if math.isfinite(other) and one != other:
             raise FastpeftError(
                 f"MeZO: the closure returned {one!r} and then {other!r} for the same weights"
-                f"{ranks.on(rank)}. A step takes the small difference of two losses for a slope, and would "
-                "take this noise for one too. Turn dropout off (pass the model to MeZO, or call model.eval()), let "
+                f"{ranks.on(rank)}. A step reads a slope from the small difference of two losses, and would "
+                "take this difference for one. Turn dropout off (pass the model to MeZO, or call model.eval()), let "
                 "every call see the same batch, and use deterministic kernels "
                 "(torch.use_deterministic_algorithms(True))."
             )
@@ -42,7 +42,7 @@ def check_repeated(first: Sequence[float], second: Sequence[float], ranks: Ranks
 
 @contextmanager
 def dropout_off(model: nn.Module | None) -> Iterator[None]:
-    """The model, if one was given, in eval mode; afterwards each module is as it was."""
+    """Put the model, if one is given, in eval mode; afterwards each module is as it was."""
     training = [] if model is None else [module for module in model.modules() if module.training]
     try:
         if model is not None:

@@ -1,8 +1,9 @@
-"""What a step does to the weights, term by term: shared by the optimizer, which finds it out, and by the replay of a
-journal, which repeats it.
+"""The arithmetic of a step: at which points it looks at the loss, and what it adds to the weights.
 
-A step draws `num_estimates` noises z_0, z_1, ... and looks at the loss at several points, each written as a pair (draw,
-position): theta + position * eps * z_draw. A term (draw, scale) is one addition, theta <- theta + scale * z_draw.
+The optimizer uses it, and the replay of a journal.
+
+A step draws `num_estimates` noises z_0, z_1, ... A point is a pair (draw, position) and stands for
+theta + position * eps * z_draw. A term (draw, scale) is one addition, theta <- theta + scale * z_draw.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MASK = 2**64 - 1
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a real number; True and False are none."""
+    """Whether a setting is a real number; True and False are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -54,7 +55,7 @@ def step_seed(seed: int, draw: int) -> int:
 
 @dataclass(frozen=True)
 class Estimator:
-    """At which points a step looks at the loss, and what it concludes.
+    """At which points a step looks at the loss, and the slopes that it finds.
 
     Attributes:
         kind: "spsa" looks at both sides of theta in each direction; "fzoo" (arXiv 2506.09034) looks at theta once and
@@ -95,7 +96,7 @@ class Estimator:
 
         It is `g_i / n`, with g_i at most `limit` in size. "spsa": g_i is the difference of the two losses over 2 eps.
         "fzoo": `(l_i - l_0) / (eps sigma)` with the sample standard deviation sigma of l_1 .. l_n; all 0 where sigma is
-        0. What curvature adds to each l_i stays in that difference when the slope, and sigma with it, vanishes.
+        0.
         """
         n = self.num_estimates
         bound = math.inf if limit is None else limit
@@ -123,9 +124,7 @@ def moves(start: Point, end: Point) -> list[Term]:
 def update(
     point: Point, slopes: Sequence[float], first_eps: float, lr: float, eps: float, weight_decay: float
 ) -> tuple[list[Term], float]:
-    """The terms that lead a group from `point` to `(1 - decay) theta - lr sum slope_i z_i`, the first with that decay.
-
-    They restore theta and update it in one pass.
+    """The terms of one pass that restores and updates: from `point` to `(1 - decay) theta - lr sum slope_i z_i`.
 
     Args:
         point: where the weights are.
@@ -133,7 +132,7 @@ def update(
         first_eps, lr, eps, weight_decay: of that group and of this one.
 
     Returns:
-        The terms, and `decay = lr * weight_decay`.
+        The terms, and `decay = lr * weight_decay`, which goes with the first of them.
     """
     draw, position = point
     decay = lr * weight_decay

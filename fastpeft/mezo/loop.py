@@ -1,4 +1,4 @@
-"""MeZO by its usual loop: what the library's is compared with."""
+"""MeZO by its usual loop in plain PyTorch, with which the library's own is compared."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class LoopWeights(PerturbedWeights):
 class MeZOLoop(MeZO):
     """MeZO in the loop of its paper (Malladi et al., 2023, algorithm 1), in plain PyTorch.
 
-    A step goes over the weights four times, to theta + eps z, to theta - eps z, back to theta and to the update, and
-    each time PyTorch's generator draws z anew, a tensor of noise for each parameter. The estimates are those of `MeZO`
-    with other noise, which is not the same on all devices.
+    A step makes four passes over the weights: to theta + eps z, to theta - eps z, back to theta, and the update. Each
+    time PyTorch's generator draws z anew, a tensor of noise for each parameter. The estimates are those of `MeZO` with
+    other noise, which differs between devices.
 
     Args:
         model_or_params, lr, eps, weight_decay, seed, kwargs: as for `MeZO`. `noise` is "gaussian", `restore` is
             "in_place", and nothing is deferred, whatever `defer` says.
 
     Raises:
-        FastpeftError: as by `MeZO`, or another noise or way to restore is asked for.
+        FastpeftError: as for `MeZO`; or `noise` or `restore` is another.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -70,7 +70,7 @@ class MeZOLoop(MeZO):
     def __init__(self, model_or_params: nn.Module | Iterable[Any], lr: float, *args: Any, **kwargs: Any) -> None:
         for name, only in (("noise", "gaussian"), ("restore", "in_place")):
             if kwargs.get(name, only) != only:
-                raise FastpeftError(f"the usual loop of MeZO has {name} {only!r} alone; got {kwargs[name]!r}.")
+                raise FastpeftError(f"the usual loop of MeZO allows {name} {only!r} alone; got {kwargs[name]!r}.")
         super().__init__(model_or_params, lr, *args, **{**kwargs, "defer": False})
         if is_sharded([param for group in self.param_groups for param in group["params"]]):
             raise FastpeftError("the usual loop of MeZO draws noise for whole parameters, not for shards. Use MeZO.")

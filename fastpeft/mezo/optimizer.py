@@ -39,13 +39,13 @@ class MeZO(torch.optim.Optimizer):
         g     = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
         theta = (1 - lr * weight_decay) * theta - lr * g * z
 
-    The weights are perturbed in place, z exists only while it is added, and restoring and updating are one pass.
+    The weights are perturbed in place. z exists only while it is added. Restoring and updating are one pass.
 
     Args:
-        model_or_params: a model, or parameters or parameter groups as any optimizer takes them. What requires a
-            gradient when it is given is trained; the rest is left alone. Tied weights count once. A model is put in
-            eval mode while its losses are computed; with parameters alone, turn dropout off yourself.
-        lr: learning rate, 0 or more. The update has no normalisation: rates are far below those of Adam (1e-6 for a
+        model_or_params: a model, or parameters or parameter groups as any optimizer takes them. Those that require a
+            gradient now are trained; tied weights count once. A model is put in eval mode while its losses are
+            computed; with parameters alone, turn dropout off yourself.
+        lr: learning rate, 0 or more. The update is not normalised, so rates are far below those of Adam (1e-6 for a
             full RoBERTa-large).
         eps: size of the perturbation, above 0.
         weight_decay: 0 or more, decoupled: the update shrinks theta by `lr * weight_decay`.
@@ -53,36 +53,34 @@ class MeZO(torch.optim.Optimizer):
         estimator: "spsa" as above, or "fzoo" (Dang et al., 2025, arXiv 2506.09034): with l_0 the loss at theta, l_i
             those at theta + eps z_i and sigma the standard deviation of l_1 .. l_n, the update subtracts
             `lr / (n eps sigma) * sum (l_i - l_0) z_i`. Where the slope outweighs the curvature over eps, each weight
-            moves by about `lr / (eps sqrt(n))`, so that its rates are not those of "spsa". Near a minimum sigma
-            vanishes and l_i - l_0 does not: such a step has no bound but `max_projected_grad`. The authors use it with
+            moves by about `lr / (eps sqrt(n))`, so its rates differ from those of "spsa". Near a minimum sigma
+            vanishes and l_i - l_0 does not; then only `max_projected_grad` bounds the step. The authors use it with
             noise "rademacher".
-        num_estimates: directions a step, n: "spsa" averages over them, at 2 n forward passes; "fzoo", which needs two
-            or more, makes n + 1.
+        num_estimates: directions a step, n. "spsa" averages over them, at 2 n forward passes; "fzoo" needs two or more
+            and makes n + 1 passes.
         noise: "gaussian" or "rademacher" (+1 or -1).
-        max_projected_grad: g, of each direction and group, is cut to this size, above 0; None leaves it. With "fzoo" g
-            is `(l_i - l_0) / (eps sigma)`, usually at most a few times 1 / eps: with 10 / eps and noise "rademacher" no
-            weight moves by more than `10 lr / eps` a step.
-        on_nonfinite: what follows a loss or an update that is not finite: "stop" raises, "skip" logs a warning and
-            makes a step that changes nothing, to rounding.
-        defer: leave the end of a step to the next one, which then needs one pass over the weights less. Between steps
-            the weights are not those of the model until `settle()`, which loses nothing: deferring changes no bit.
-        restore: "in_place" as above, or "exact": perturbed weights exist in a scratch of the size of the largest module
-            alone, filled as the forward reaches each module (of embeddings, only the rows looked up), and the stored
-            ones change only by the update. For half precision, where each pass in place costs a rounding: 10,000 steps
-            at lr 0 and eps 1e-3 moved the weights of a small RoBERTa's attention by 34 % of their root mean square in
-            bfloat16, 5 % in float16, and 6e-6 in float32 (`bench/mezo_drift.py`); exact left every bit. Every trained
-            parameter must be read in the forward of its own module: any other is refused by name, by the first step,
-            each hundredth, and the one that follows a g of 0. Between those such a read is of theta itself.
+        max_projected_grad: limit of the size of g, of each direction and group, above 0; None sets no limit. With
+            "fzoo" g is `(l_i - l_0) / (eps sigma)`, usually at most a few times 1 / eps: with 10 / eps and noise
+            "rademacher" no weight moves by more than `10 lr / eps` a step.
+        on_nonfinite: what to do when a loss or an update is not finite. "stop" raises an error; "skip" logs a warning
+            and makes a step that changes nothing, to rounding.
+        defer: leave the end of a step to the next one, which saves one pass over the weights a step. Between steps the
+            weights are not those of the model until `settle()` is called. Deferring changes no bit.
+        restore: "in_place" as above, or "exact", for half precision, where each pass in place costs a rounding
+            (`bench/mezo_drift.py` measures the drift). With "exact" the perturbed weights exist only in a scratch
+            buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings,
+            with the rows looked up); the stored weights change only by the update. Every trained parameter must be read
+            in the forward of its own module. Other reads are refused by name at the first step, at each hundredth, and
+            after a step with g = 0; at other steps such a read sees theta itself.
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
-        model: the model of the parameters or groups, where these are given.
-        process_group: the processes that train together; all make the optimizer and call its methods, each with the
-            loss of its own rows. A step follows the mean of their losses, as DistributedDataParallel averages
-            gradients; to wrap the model in it only costs. None is the default group if `torch.distributed` is
-            initialised, or else this process alone.
+        model: the model that has the parameters or groups, where these are given.
+        process_group: the processes that train together. All make the optimizer and call its methods, each with the
+            loss of its own rows; a step follows the mean of these losses. DistributedDataParallel is not needed. None
+            is the default group if `torch.distributed` is initialised, or else this process alone.
 
     Groups may set `lr`, `eps` and `weight_decay`. With several eps each group is perturbed by its own, and its g is the
-    difference of the losses over twice its own; a limit that one of them meets scales all.
+    difference of the losses over twice its own. When one group meets the limit, the g of all are scaled down.
 
     Attributes:
         projected_grad: g of the last step (of the first group; the mean over the directions), None before the first,
@@ -92,20 +90,20 @@ class MeZO(torch.optim.Optimizer):
         journal: where each step is recorded, see `record`; None where none is.
 
     Raises:
-        FastpeftError: nothing to train, an argument out of its range, parameters that share memory or are sharded in
-            another way than in their first dimension.
+        FastpeftError: nothing to train, an argument out of its range, or parameters that share memory or are not
+            sharded in their first dimension.
 
     Notes:
         The noise of a step is `fastpeft.ops.noise` at `step_seed(seed, steps_done)`: flat indices follow the parameter
         groups, each tensor in C order, so a run repeats to the bit on any device. In half precision each pass rounds
-        the weights to storage. `state_dict` holds all that a resumed run needs to continue to the bit, and a journal
-        (`record`, `resume`) all that is needed to make its weights again from those before it.
-        A Ctrl-C, or another signal whose handler raises, is put off to the end of a pass over the weights: with
-        `settle()` they are then those before the step or after it, as `steps_done` says, and so they are in a journal.
-        Several processes exchange one float64 each a loss and nothing else; the seed is that of the first of them.
-        They find equal losses, so that they make equal steps, and stop or skip together. The first step raises if their
-        weights or settings differ, as `check_same` does. Parameters may be sharded by `fully_shard` (FSDP2) in their
-        first dimension, evenly or not, which changes no bit; the model must then be given, and `restore` be "in_place".
+        the weights to storage. `state_dict` and the weights are all that a resumed run needs to continue to the bit. A
+        journal (`record`, `resume`) and the weights before it are all that is needed to make the later weights again.
+        A signal whose handler raises, such as Ctrl-C, waits for the end of a pass over the weights. After `settle()`
+        they are those before the step or after it, as `steps_done` and the journal say.
+        Several processes exchange one float64 a loss and nothing else; the seed is that of the first process. They see
+        equal losses, so they make equal steps, and stop or skip together. The first step raises if their weights or
+        settings differ, as `check_same` does. Parameters may be sharded by `fully_shard` (FSDP2) in their first
+        dimension, evenly or not, which changes no bit; this needs `model`, and `restore="in_place"`.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -206,9 +204,9 @@ class MeZO(torch.optim.Optimizer):
         """Make one step.
 
         Args:
-            closure: computes the loss of the batch, a number or a tensor of one element, and calls no backward. It is
-                called once for each point that the estimator looks at, at the first step once more, and must return
-                the same loss for the same weights. None applies what `estimate` found.
+            closure: returns the loss of the batch, a number or a tensor of one element, and calls no backward. It is
+                called once for each point of the estimator, and once more at the first step. It must return the same
+                loss for the same weights. None applies what `estimate` found.
 
         Returns:
             The loss, as `estimate`; None without a closure.
@@ -243,7 +241,7 @@ class MeZO(torch.optim.Optimizer):
                 do. Here and after any exception in `closure` the weights are those before, to rounding.
         """
         if self._held:
-            raise FastpeftError("MeZO: no step inside `with optimizer.settled()`; it would perturb the weights.")
+            raise FastpeftError("MeZO: no step inside `with optimizer.settled()`: it would perturb the weights.")
         if self._points_seen:
             self.settle()
         losses: list[float] = []
@@ -283,8 +281,8 @@ class MeZO(torch.optim.Optimizer):
     def settle(self) -> None:
         """Make the weights those of the model.
 
-        What a deferred step still owes is added, which loses nothing. The perturbation of an estimate that no step has
-        applied is taken out, to rounding.
+        A deferred step is finished, which changes no bit. An estimate that no step has applied is dropped, and its
+        perturbation is taken out, to rounding.
         """
         self._weights.hide()
         dropped, self._points_seen = self._points_seen, 0
@@ -295,7 +293,7 @@ class MeZO(torch.optim.Optimizer):
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside it the weights are those of the model, also with `defer`, and no step is made.
+        """Settle the weights; a step inside the block is refused.
 
         Example:
             >>> model = torch.nn.Linear(4, 1)
@@ -312,10 +310,10 @@ class MeZO(torch.optim.Optimizer):
             self._held = before
 
     def record(self, path: str | Path) -> None:
-        """Begin a journal: from now on each step appends to `path` what it found, 36 bytes where nothing is plural.
+        """Begin a journal: from now on each step appends a record to `path`, 36 bytes for one direction and one group.
 
-        With the weights of now, which it does not hold, it is a checkpoint of every step: `resume`. Of several
-        processes, all of which must call this, the first writes it.
+        With the present weights, which it does not hold, it is a checkpoint of every step: see `resume`. All processes
+        must call this; the first of them writes the file.
 
         Raises:
             FastpeftError: there is a file at `path`, or it cannot be written, or processes differ.
@@ -330,17 +328,17 @@ class MeZO(torch.optim.Optimizer):
     def resume(
         self, path: str | Path, weights_at: int | Mapping[str, Any] | None = None, steps: int | None = None
     ) -> None:
-        """Bring the weights to where the run of a journal stood, to the bit, and go on with both.
+        """Make the weights of a journal's run, to the bit, and continue the run and the journal.
 
-        Of several processes all must call this, and be able to read the file.
+        All processes must call this, and must be able to read the file.
 
         Args:
-            path: of the journal. What was not written whole at its end is dropped.
-            weights_at: the `state_dict` of the optimizer that was saved with the weights, or how many steps of that run
-                they have behind them, which suffices if no exception ended a step there. None: they are those from
+            path: of the journal. A last record that was not written whole is dropped.
+            weights_at: the `state_dict` of the optimizer that was saved with the present weights, or the number of
+                steps of that run behind them (enough if no exception ended a step there). None: they are those from
                 which the journal began.
-            steps: the step of that run after which to go on; what the journal holds of later ones is deleted by the
-                next step. None: the last.
+            steps: the step of that run after which to go on. The next step deletes the records of later ones. None: the
+                last.
 
         Raises:
             FastpeftError: the journal is damaged or of other weights or settings, or does not hold those steps.
@@ -367,9 +365,9 @@ class MeZO(torch.optim.Optimizer):
         return journal
 
     def check_same(self) -> None:
-        """Raise if processes that train together differ in a setting or in a bit of what they train.
+        """Raise if processes that train together differ in a setting or in a bit of the weights that they train.
 
-        All of them must call it. The first step does, and `MeZOTrainer` before it saves.
+        All of them must call this. The first step does, and `MeZOTrainer` does before it saves.
 
         Raises:
             FastpeftError: on all processes, naming one that differs from an earlier one, and in what.
@@ -385,15 +383,16 @@ class MeZO(torch.optim.Optimizer):
         self._ranks.check_same(what)
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups, seed and number of steps: with the weights, which it settles, all that a run is continued from."""
+        """Settle the weights; return groups, seed and number of steps, all that a run needs beside them to go on."""
         if self._points_seen:
             raise FastpeftError("MeZO: the weights are perturbed; call step() or settle() before saving anything.")
         self.settle()
         return {**super().state_dict(), **self._saved_state().entries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the optimizer of `state_dict` stood; its groups, seed, noise and estimator replace those
-        given. A journal goes back to there.
+        """Continue where the optimizer of `state_dict` stood, with its groups, seed, noise and estimator.
+
+        A journal goes back to there.
 
         Raises:
             FastpeftError: another optimizer wrote it; or there is a journal, of other settings or of other steps.
@@ -467,7 +466,7 @@ class MeZO(torch.optim.Optimizer):
         return self._ranks.losses(loss_of(closure), self._weights.params()[0].device)
 
     def _give_up(self, what: str) -> None:
-        """Of a step that came upon something that is not finite: raise, or note that it is to be skipped."""
+        """Raise an error about a value that is not finite, or note that the step is to be skipped."""
         fault = f"MeZO: {what} at {self._where()}"
         if self.on_nonfinite == "stop":
             self.settle()

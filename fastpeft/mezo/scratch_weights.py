@@ -1,7 +1,7 @@
-"""Perturbed weights beside the stored ones: each module meets its own in a scratch, filled as the forward reaches it.
+"""Perturbed weights in a scratch buffer beside the stored ones, filled when the forward reaches a module.
 
-Adding and taking away a perturbation rounds the weights each time; in half precision that drifts. Here a perturbation
-never touches them.
+To add a perturbation to a weight and take it out again costs two roundings; in half precision weights drift by that.
+Here a perturbation never touches the stored weights.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fastpeft.functional import mezo_perturb_
 from fastpeft.support.interrupts import uninterrupted
 
 _ALIGNMENT = 64  # bytes
-_CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module that holds them reads them
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)  # have no forward; the module above reads their parameters
 
 
 class ScratchWeights:
     """A model whose forward sees theta + scale * z, while theta stays as it is.
 
-    An embedding is perturbed in the rows looked up alone. A module inside another that has trained parameters of its
-    own needs a scratch beside that of the outer one.
+    Of an embedding only the rows that are looked up are perturbed. A module inside another that has trained parameters
+    of its own needs a second buffer.
 
     Args:
-        model: whose forward is meant.
-        offsets: of each trained parameter, where it stands in the noise.
+        model: the model.
+        offsets: of each trained parameter in the noise.
 
     Raises:
         FastpeftError: a trained parameter is in no module of the model.
@@ -42,16 +42,16 @@ class ScratchWeights:
         self._offsets = offsets
         self._seed = 0
         self._noise = "gaussian"
-        self._scales: Mapping[Tensor, float] = {}  # of each parameter; empty where the forward sees theta
-        self._scratch: list[Tensor] = []  # bytes, by how many modules it is inside
-        self._borrowed: list[tuple[nn.Module, str, Tensor]] = []  # what stands in for a parameter, innermost last
-        self._depths: list[int] = []  # how many of these belong to each module whose forward runs
+        self._scales: Mapping[Tensor, float] = {}  # of each parameter; empty: the forward sees theta
+        self._scratch: list[Tensor] = []  # bytes; one buffer for each depth of nested modules
+        self._borrowed: list[tuple[nn.Module, str, Tensor]] = []  # parameters that are replaced, innermost last
+        self._depths: list[int] = []  # how many of these each running module has
         self._filling = False
         self._handles: list[Any] = []  # of the hooks that do all this
         self._watch: _Watch | None = None
-        # of each storage the bytes that are trained parameters (begin, end) and the names of these
+        # for each storage the bytes (begin, end) of the trained parameters in it, and their names
         self._names: dict[int, list[tuple[int, int, str]]] = {}
-        # for each module its trained parameters: what holds one, its name there and the parameter
+        # for each module its trained parameters: the module that holds one, its name there and the parameter
         self._owned: dict[nn.Module, list[tuple[nn.Module, str, Tensor]]] = {}
         self._paths: dict[Tensor, str] = {}
         for path, module in model.named_modules():
@@ -64,8 +64,8 @@ class ScratchWeights:
                     self._paths.setdefault(param, f"{path}.{name}".lstrip("."))
         if len(self._paths) < len(offsets):
             raise FastpeftError(
-                "MeZO: restore='exact' got a trained parameter that is in no module of the model, so its forward "
-                "cannot be shown another. Train parameters of the model only, or use restore='in_place'."
+                "MeZO: restore='exact' got a trained parameter that is in no module of the model, so it cannot be "
+                "replaced in the forward. Train parameters of the model only, or use restore='in_place'."
             )
 
     @property
@@ -74,19 +74,18 @@ class ScratchWeights:
         return sum(buffer.numel() for buffer in self._scratch)
 
     def perturb(self, seed: int, scales: Mapping[Tensor, float], noise: str) -> None:
-        """Show the forward from now on theta + scale * z, with the scale of each parameter; no scales show theta."""
+        """From now on the forward sees theta + scale * z, with the scale of each parameter; without scales, theta."""
         self._seed, self._scales, self._noise = seed, scales, noise
 
     @uninterrupted()
     def begin(self, check: bool) -> None:
         """Let the model's forward see what `perturb` says, until `end`.
 
-        No context manager of a generator: one that an interrupt parts from its end would end when it is collected, in
-        the middle of whatever runs then.
+        No context manager made of a generator: after an interrupt its end could run late, at garbage collection.
 
         Args:
-            check: watch for trained parameters that are read outside of their module's forward. There `FastpeftError`
-                is raised, since it would see theta.
+            check: raise `FastpeftError` where a trained parameter is read outside of its module's forward, since such a
+                read sees theta.
         """
         self._names = {}
         for param, path in self._paths.items():
@@ -101,7 +100,7 @@ class ScratchWeights:
 
     @uninterrupted()
     def end(self) -> None:
-        """Leave no hook on the model, and each parameter in its place, wherever an exception ended a forward."""
+        """Take all hooks off and put each parameter back, wherever an exception ended a forward."""
         if self._watch is not None:
             self._watch.__exit__(None, None, None)
         for handle in self._handles:
@@ -111,7 +110,7 @@ class ScratchWeights:
         self._handles, self._borrowed, self._depths, self._watch = [], [], [], None
 
     def refuse_bare(self, tensors: Any) -> None:
-        """Raise if one of the arguments of an op is a trained parameter itself, though a perturbed one is shown."""
+        """Raise if an argument of an op is a trained parameter itself, while the forward should see a perturbed one."""
         if self._filling or not self._scales:
             return
         for tensor in tree_leaves(tensors):
@@ -122,12 +121,12 @@ class ScratchWeights:
                 if begin < last and first < end:
                     raise FastpeftError(
                         f"MeZO: restore='exact' cannot show the perturbed {name!r} to what reads it outside of its "
-                        "module's forward. Freeze it, or use restore='in_place'."
+                        "module's forward. Freeze the parameter, or use restore='in_place'."
                     )
 
     @torch.no_grad()
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Put perturbed parameters in the place of a module's own; for an embedding also its new arguments."""
+        """Replace a module's parameters by perturbed ones; for an embedding, return its new arguments too."""
         self._depths.append(0)
         if not self._scales:
             return None
@@ -146,10 +145,10 @@ class ScratchWeights:
             self._filling = False
 
     def _look_up(self, module: nn.Embedding, input: Tensor) -> Tensor:
-        """Perturb the rows that `input` names; returns where they are in what stands in for the weight."""
+        """Replace the weight by the perturbed rows that `input` names; return their numbers in it."""
         weight, width = module.weight, module.embedding_dim
         rows, indices = input.unique(return_inverse=True)
-        count = max(rows.numel(), (module.padding_idx or 0) + 1)  # the module insists on a row of that number
+        count = max(rows.numel(), (module.padding_idx or 0) + 1)  # the module needs a row of that number
         (stand_in,) = self._take([((count, width), weight)])
         looked_up = stand_in[: rows.numel()]
         looked_up.copy_(weight[rows])
@@ -159,7 +158,7 @@ class ScratchWeights:
         return indices
 
     def _take(self, wanted: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
-        """Tensors in the scratch of the present depth, of given shapes and of the dtypes and device of others."""
+        """Tensors in the buffer of the present depth, each of a given shape and like another tensor."""
         sizes = [math.prod(shape) * like.element_size() for shape, like in wanted]
         starts = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
         end = starts[-1]
@@ -167,7 +166,7 @@ class ScratchWeights:
         if depth == len(self._scratch):
             self._scratch.append(torch.empty(0, dtype=torch.uint8))
         if self._scratch[depth].numel() < end or self._scratch[depth].device != device:
-            self._scratch[depth] = torch.empty(0, dtype=torch.uint8)  # lets the smaller one go first
+            self._scratch[depth] = torch.empty(0, dtype=torch.uint8)  # frees the smaller one first
             self._scratch[depth] = torch.empty(end, dtype=torch.uint8, device=device)
         buffer = self._scratch[depth]
         return [
@@ -180,10 +179,7 @@ class ScratchWeights:
         holder._parameters[name] = view  # type: ignore[assignment]  # the module reads what stands there
         self._depths[-1] += 1
 
-    def _leave(self, *_: Any) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
+    def _leave(self, *_args: Any) -> None:
         """Put the parameters of the innermost module back."""
         for _ in range(self._depths.pop() if self._depths else 0):
             holder, name, param = self._borrowed[-1]

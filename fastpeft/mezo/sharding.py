@@ -1,8 +1,4 @@
-"""MeZO in several processes: a loss from each, the same weights on all, tensors sharded among them.
-
-All draw the same noise, so the loss on its own rows is all that a process has to tell the others, one number a forward.
-Each then finds the same slope from the same numbers and makes the same step.
-"""
+"""Parameters that are sharded among processes: the part of this one, and digests by which processes compare weights."""
 
 from __future__ import annotations
 
@@ -28,18 +24,18 @@ def is_sharded(params: Sequence[Tensor]) -> bool:
 
 
 def local_part(param: Tensor, offset: int, name: str) -> tuple[Tensor, int]:
-    """What this process holds of a parameter, and where that begins in the noise.
+    """The part of a parameter that this process holds, and the offset in the noise at which it begins.
 
     Args:
         param: any tensor; a DTensor may be replicated or sharded in its first dimension, evenly or not.
         offset: of the whole parameter in the noise.
-        name: for the message.
+        name: for the error message.
 
     Returns:
         A tensor that shares the parameter's memory, and its offset.
 
     Raises:
-        FastpeftError: another placement; what a process holds would not be one range of the parameter.
+        FastpeftError: the placement is another, so the part is not one range of the parameter.
     """
     if not is_sharded([param]):
         return param, offset
@@ -77,9 +73,9 @@ def names_of(group: Mapping[str, Any]) -> list[str]:
 
 
 def digest(params: Sequence[Tensor]) -> str:
-    """A text that two lists of tensors share only where they are bit-equal.
+    """A text that is the same for two lists of tensors only if they are bit-equal.
 
-    A sharded tensor counts with all its elements, for which all processes must call.
+    Of a sharded tensor all elements count, so all processes must call this.
     """
     total = hashlib.sha256()
     for param in params:
@@ -89,7 +85,7 @@ def digest(params: Sequence[Tensor]) -> str:
 
 
 def fingerprints(group: Mapping[str, Any], offsets: Sequence[int]) -> dict[str, str]:
-    """A digest of what this process holds of each parameter of a group, by words that name it and where it begins."""
+    """A digest of what this process holds of each parameter of a group, under the parameter's name and offset."""
     return {
         f"parameter {name} (flat index {start})": digest([part])
         for name, part, start in zip(names_of(group), *local_parts(group, offsets))
@@ -97,26 +93,25 @@ def fingerprints(group: Mapping[str, Any], offsets: Sequence[int]) -> dict[str, 
 
 
 def check_sharding(params: Sequence[Tensor], restore: str, model: nn.Module | None) -> None:
-    """Raise a FastpeftError if some of `params` are sharded, and cannot be trained with these arguments of `MeZO`."""
+    """Raise a FastpeftError if some of `params` are sharded and these arguments of `MeZO` do not allow that."""
     if not is_sharded(params):
         return
     if restore == "exact":
         raise FastpeftError(
-            "MeZO: restore='exact' cannot show a forward other weights where parameters are sharded (DTensor). Use "
+            "MeZO: restore='exact' does not work with sharded parameters (DTensor). Use "
             "restore='in_place'; float32 shards with mixed precision (MixedPrecisionPolicy) hardly drift."
         )
     if model is None:
         raise FastpeftError(
-            "MeZO: parameters are sharded (DTensor), so it needs the model, to have each forward gather them anew: "
-            "pass model."
+            "MeZO: parameters are sharded (DTensor), so each forward must gather them anew, for which MeZO needs the "
+            "model: pass model."
         )
 
 
 def reshard(model: nn.Module) -> None:
-    """Make the parameters of a model those that an optimizer changes: the shards.
+    """Free the gathered parameters of a model, so that the next forward gathers the changed shards.
 
-    FSDP2 leaves it to the backward pass to free what the outermost module gathered. Without one that module would go on
-    with the weights of its first forward.
+    FSDP2 frees those of the outermost module in the backward pass, which MeZO does not make.
     """
     if dist.is_available():
         for module in model.modules():

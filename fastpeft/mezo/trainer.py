@@ -30,7 +30,7 @@ from fastpeft.support.processes import Ranks
 logger = logging.getLogger(__name__)
 
 _MEASURING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-# callbacks that leave the weights alone, or that save them by the Trainer, which settles; those of trackers may not
+# callbacks that do not look at the weights, or that save them by the Trainer, which settles; trackers may look
 _NOT_LOOKING = {
     f"transformers.{name}"
     for name in (
@@ -49,22 +49,22 @@ _NOT_LOOKING = {
 class MeZOConfig(TrainingArguments):
     """`TrainingArguments` for `MeZOTrainer`.
 
-    `seed` also seeds the noise, and `weight_decay` acts on what the Trainer decays: all but biases and norms. What
-    concerns gradients (`optim`, `max_grad_norm`, `gradient_checkpointing`) has no effect.
+    `seed` also seeds the noise. `weight_decay` acts on what the Trainer decays: all but biases and norms. Settings of
+    gradients (`optim`, `max_grad_norm`, `gradient_checkpointing`) have no effect.
 
     Args:
         eps, estimator, num_estimates, noise, max_projected_grad, on_nonfinite, restore, rounding: as for
             `fastpeft.MeZO`.
-        journal: append what each step found to `mezo.journal` in the output folder, some 40 bytes a step. With the
-            base model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. It
-            does not hold what was logged.
-        save_weights: whether checkpoints hold the weights. Without them they hold a copy of the journal, and resuming
-            repeats its steps on the base model, or on the newest that does.
+        journal: append a record of each step, some 40 bytes, to `mezo.journal` in the output folder. With the base
+            model this is a checkpoint of every step: `resume_from_checkpoint=True` goes on from the last one. The log
+            is not in it.
+        save_weights: whether checkpoints hold the weights. If not, they hold a copy of the journal, and resuming
+            repeats its steps on the base model, or on the newest checkpoint with weights.
         learning_rate, lr_scheduler_type, per_device_train_batch_size: as in `TrainingArguments`, with the defaults of
             the method's recipe: 1e-6, constant, 16.
 
     Raises:
-        FastpeftError: `fp16` is asked for, or checkpoints without weights and without a journal or to load the best.
+        FastpeftError: `fp16` is set; or `save_weights` is False without `journal`, or with `load_best_model_at_end`.
     """
 
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
@@ -84,12 +84,12 @@ class MeZOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise FastpeftError(
-                "MeZOConfig: fp16=True scales losses for a backward pass, which MeZO has not. Load the model in half "
+                "MeZOConfig: fp16=True scales losses for a backward pass, and MeZO makes none. Load the model in half "
                 "precision instead (dtype=torch.float16), or use bf16=True."
             )
         if not self.save_weights and (not self.journal or self.load_best_model_at_end):
             raise FastpeftError(
-                "MeZOConfig: save_weights=False needs journal=True, from which the weights can be made again, and "
+                "MeZOConfig: save_weights=False needs journal=True, from which the weights are made again, and "
                 "load_best_model_at_end=False, which reads weights. Correct these, or let checkpoints hold weights."
             )
         super().__post_init__()
@@ -98,31 +98,31 @@ class MeZOConfig(TrainingArguments):
 class MeZOTrainer(Trainer):
     """A Trainer that trains what requires a gradient by MeZO: two forward passes a step and no graph.
 
-    Evaluation, logging, schedules, gradient accumulation, checkpoints, resuming and callbacks work as in `Trainer`;
-    on a CPU a resumed run ends with the bits of the uninterrupted one. The log has `projected_grad`, that of the last
-    step. A model that predicts no words, so one that is trained without a prompt, brings a warning: MeZO relies on a
-    task that is close to what the model was pretrained for.
+    Evaluation, logging, schedules, gradient accumulation, checkpoints, resuming and callbacks work as in `Trainer`.
+    On a CPU a resumed run ends with the bits of the uninterrupted one. The log has the `projected_grad` of the last
+    step. A model that predicts no words brings a warning: MeZO needs a task that is close to what the model was
+    pretrained for, so train it with a prompt.
 
     Args:
         model, args: the model and its `MeZOConfig`.
-        kwargs: all else as for `Trainer`. With `optimizers` the optimizer must be a `MeZO`, whose settings stand: what
-            `args` set otherwise brings a warning.
+        kwargs: all else as for `Trainer`. An optimizer among `optimizers` must be a `MeZO`. Its settings are used; a
+            warning names what `args` set otherwise.
 
     Raises:
-        FastpeftError: `args` is no `MeZOConfig`, the optimizer no `MeZO`, or FSDP or DeepSpeed is asked for.
+        FastpeftError: `args` is no `MeZOConfig`, the optimizer is no `MeZO`, or FSDP or DeepSpeed is asked for.
 
     Notes:
         The model is in eval mode while it trains. The loss of a step is the mean over its micro-batches, all under the
-        same noise; a `compute_loss_func` gets `num_items_in_batch` and divides by it itself, and its results are added
-        up. A skipped step is logged with the loss of the step before it. The end of a step is left to the next one
-        (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled weights; only `on_pre_optimizer_step`
-        comes between a step's two halves. A callback costs, at each event that it handles, one pass over the weights
-        more, but for those known not to look at them: this library's, and of transformers the progress bars, the
-        early stopping, the saving at a signal and TensorBoard.
-        Under a launcher (`torchrun`) each process sends its loss, one number a forward, and begins with the weights of
-        the first; the model is not wrapped in DistributedDataParallel. The first writes journal and checkpoints.
-        The Trainer of transformers 5.0 itself loses the LayerNorm weights of a whole model that came from
-        `from_pretrained` when it resumes (5.24 does not).
+        same noise. A `compute_loss_func` gets `num_items_in_batch`, must divide by it, and its results are added up. A
+        skipped step is logged with the loss of the step before it.
+        The end of a step is left to the next one (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled
+        weights; only `on_pre_optimizer_step` comes between the two halves of a step. So each event that a callback
+        handles costs one more pass over the weights. Callbacks known not to look at the weights are excepted: this
+        library's, and of transformers the progress bars, early stopping, saving at a signal and TensorBoard.
+        Under a launcher (`torchrun`) all processes begin with the weights of the first, and each sends its loss, one
+        number a forward. The model is not wrapped in DistributedDataParallel. The first writes journal and checkpoints.
+        When the Trainer of transformers 5.0 resumes, it loses the LayerNorm weights of a whole model that came from
+        `from_pretrained` (5.24 does not).
 
     Example:
         >>> args = MeZOConfig("out", learning_rate=1e-6, max_steps=20_000)  # doctest: +SKIP
@@ -130,7 +130,7 @@ class MeZOTrainer(Trainer):
     """
 
     optimizer: Any  # a MeZO, while training in accelerate's wrapper; None before
-    optimizer_type: type[MeZO] = MeZO  # of the one that it makes itself
+    optimizer_type: type[MeZO] = MeZO  # of the optimizer that the Trainer makes
 
     def __init__(self, model: nn.Module | None = None, args: MeZOConfig | None = None, **kwargs: Any) -> None:
         args = MeZOConfig() if args is None else args
@@ -156,7 +156,7 @@ class MeZOTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Keep the model out of DistributedDataParallel, which has buffers for gradients and sends at each forward.
 
-        What else it does, to give all processes the weights of the first, is done here.
+        All processes get the weights of the first here, as that would give them.
         """
         super().create_accelerator_and_postprocess()
         for what, asked in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
@@ -180,28 +180,28 @@ class MeZOTrainer(Trainer):
 
     @property
     def journal_file(self) -> Path:
-        """Where steps are recorded, if they are."""
+        """The file of the journal, if the run has one."""
         return Path(self.args.output_dir) / FILE_NAME
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints in the order of their steps, but for one that was not written to its end."""
+        """The checkpoints that were written whole, in the order of their steps."""
         whole = [state.parent for state in Path(self.args.output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
         return sorted(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. With a journal, `resume_from_checkpoint=True` goes on from its last step.
 
-        That step is made once more, since what follows it, such as its log, may not have happened.
+        That step is made once more, since the run may have ended before the step was logged.
 
         Raises:
-            FastpeftError: a step cannot be made; or the output folder holds a journal and the run is not resumed, or
-                the journal does not fit the run.
+            FastpeftError: a step cannot be made; the output folder holds a journal and the run is not resumed; or the
+                journal is of another run.
         """
         try:
             with self._started(resume_from_checkpoint) as checkpoint:
                 return super().train(checkpoint, *args, **kwargs)
         finally:
-            self._settle()  # the last step, or after an interrupt between the two halves of one
+            self._settle()  # also after an interrupt between the two halves of a step
 
     def _settle(self) -> None:
         if self.optimizer is not None:
@@ -228,7 +228,7 @@ class MeZOTrainer(Trainer):
         """As `Trainer.save_model`; a checkpoint of a run with `save_weights=False` gets the journal instead."""
         self._settle()
         journal = None if self.optimizer is None else self.mezo.journal
-        if _internal_call and self.optimizer is not None:  # a user may save in one process alone
+        if _internal_call and self.optimizer is not None:  # all processes are here; a user may save in one alone
             self.mezo.check_same()
         if journal is not None and self.is_world_process_zero():
             journal.flush()
@@ -239,12 +239,12 @@ class MeZOTrainer(Trainer):
             files.write_bytes(Path(output_dir) / FILE_NAME, journal.content())
 
     def _load_best_model(self) -> None:
-        self._settle()  # before other weights take the place of those that the last step belongs to
+        self._settle()  # before other weights are loaded, to which the deferred step does not belong
         super()._load_best_model()
 
     @contextmanager
     def _started(self, resume: str | bool | None) -> Iterator[str | bool | None]:
-        """The checkpoint to give to the Trainer; one that stands for the journal's last step exists inside only."""
+        """Give the checkpoint for the Trainer; one made for the journal's last step exists inside the block only."""
         self._start = None
         if not self.args.journal:
             yield resume
@@ -266,8 +266,8 @@ class MeZOTrainer(Trainer):
         begins = start.steps if journal is None else journal.header["first_step"]
         if begins and not self.args.save_weights:
             raise FastpeftError(
-                f"save_weights=False, but the journal in {file.parent} begins after {begins} steps of the run, so it "
-                "does not lead from the base model to what follows. Let checkpoints hold weights (save_weights=True)."
+                f"save_weights=False, but the journal in {file.parent} begins after {begins} steps of the run, so the "
+                "base model and the journal do not give the weights. Let checkpoints hold weights (save_weights=True)."
             )
         self._start = start
         if start.at_checkpoint or journal is None:
@@ -275,15 +275,15 @@ class MeZOTrainer(Trainer):
             return
         if self.args.lr_scheduler_type in _MEASURING_SCHEDULES:
             raise FastpeftError(
-                f"the journal {file} is of more steps than any checkpoint, but the schedule "
-                f"{self.args.lr_scheduler_type!s} follows measured losses, which it does not hold. Resume from a "
-                "checkpoint, by its path."
+                f"the journal {file} has later steps than any checkpoint, but the schedule "
+                f"{self.args.lr_scheduler_type!s} follows measured losses, which a journal does not hold. Resume from "
+                "a checkpoint, by its path."
             )
         if start.newest is None:
             with_state = [
                 each for each in (*self.callback_handler.callbacks, self.control) if isinstance(each, ExportableState)
             ]
-            state = TrainerState(stateful_callbacks=with_state)  # which the Trainer looks for when it saves
+            state = TrainerState(stateful_callbacks=with_state)  # the Trainer looks for these when it saves
         else:
             state = TrainerState.load_from_json(str(start.newest.path / STATE_FILE))
         state.global_step = start.steps
@@ -294,14 +294,14 @@ class MeZOTrainer(Trainer):
             yield folder
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights that the journal goes on from, if not those of the base model."""
+        """Load the weights with which the journal continues, unless they are those of the base model."""
         if self._start is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self._start.weights is not None:
             super()._load_from_checkpoint(str(self._start.weights.path), model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Bring weights, optimizer and schedule to where the resumed run stood."""
+        """Bring weights, optimizer and schedule to the step after which the run is resumed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         start, file = self._start, self.journal_file
         if checkpoint is None or start is None:
@@ -314,7 +314,7 @@ class MeZOTrainer(Trainer):
             self.mezo.resume(file, None if start.weights is None else start.weights.position(), start.steps)
         if not start.at_checkpoint:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that no step was made: the steps are those of the journal
+                warnings.simplefilter("ignore")  # that the optimizer made no step: the journal made them
                 for _ in range(start.steps):
                     self.lr_scheduler.step()
 
@@ -354,12 +354,12 @@ class MeZOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Keep a micro-batch; with the last of a step, estimate the projected gradient on all of them.
+        """Keep a micro-batch; at the last one of a step, estimate the projected gradient on all of them.
 
         Returns:
-            The loss of the step with its last micro-batch, 0 with those before: the Trainer adds them up.
+            The loss of the step at its last micro-batch, 0 at those before: the Trainer adds them up.
         """
-        # _prepare_inputs is not public, but it is where the Trainer, and what extends it, moves and casts a batch
+        # _prepare_inputs is not public, but there the Trainer, and what extends it, moves and casts a batch
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -388,7 +388,7 @@ class MeZOTrainer(Trainer):
         return torch.tensor(self._last_loss, device=self.args.device)
 
     def _loss(self, model: nn.Module, batches: list[dict[str, Any]], num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The mean loss of `batches`, or the sum of what a user's function has divided already."""
+        """The mean loss of `batches`; the sum, where a user's function has divided already."""
         total = torch.zeros((), device=self.args.device)
         for batch in batches:
             with self.compute_loss_context_manager():
@@ -405,15 +405,15 @@ class MeZOTrainer(Trainer):
     ) -> Any:
         """As `Trainer.compute_loss`, but only a user's function is given `num_items_in_batch`, not a model.
 
-        The Trainer takes the losses of models that accept it for divided by it: it does not average them, and
-        multiplies them by the number of processes. Many models ignore it. Adam hides such a factor, MeZO would take
-        larger steps.
+        The Trainer assumes that a model that accepts this number divides its loss by it: it does not average such
+        losses, and multiplies them by the number of processes. Many models ignore the number. Adam hides such a factor;
+        MeZO would take larger steps.
         """
         divisor = None if self.compute_loss_func is None else num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs, divisor)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the projected gradient beside the training loss, in the place of a gradient norm that is always 0."""
+        """Log the projected gradient beside the training loss, instead of a gradient norm, which is always 0."""
         if "loss" in logs and self.mezo.projected_grad is not None:
             logs.pop("grad_norm", None)
             logs["projected_grad"] = self.mezo.projected_grad
@@ -421,7 +421,7 @@ class MeZOTrainer(Trainer):
 
 
 def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
-    """Name what `args` set and an optimizer of the user's own has otherwise."""
+    """Name the settings in `args` that differ from those of the user's own optimizer."""
     own = ("seed", "noise", "rounding", "max_projected_grad", "on_nonfinite", "restore")
     mine = {name: getattr(optimizer, name) for name in own}
     mine |= {"estimator": optimizer.estimator.kind, "num_estimates": optimizer.estimator.num_estimates}
@@ -439,21 +439,21 @@ def _warn_of_unused(args: MeZOConfig, optimizer: MeZO) -> None:
 
 def _sharded(what: str) -> FastpeftError:
     return FastpeftError(
-        f"MeZOTrainer got {what}, but it keeps and saves the whole model in every process. Leave that out, since MeZO "
-        "needs no memory for gradients; train a model that fits no device by fastpeft.MeZO in a loop, with torch's "
-        "fully_shard."
+        f"MeZOTrainer got {what}, but it keeps and saves the whole model in every process. Leave that out: MeZO needs "
+        "no memory for gradients. Train a model that is too large for one device by fastpeft.MeZO in a loop, with "
+        "torch's fully_shard."
     )
 
 
 def _may_look(callback: TrainerCallback, event: str) -> bool:
-    """Whether a callback handles an event and is not known to leave the weights alone."""
+    """Whether a callback handles an event and may look at the weights then."""
     handles = getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
     package, name = type(callback).__module__.partition(".")[0], type(callback).__name__
     return handles and package != "fastpeft" and f"{package}.{name}" not in _NOT_LOOKING
 
 
 def _predicts_words(model: nn.Module) -> bool:
-    """Whether `model` is, or is made around, a language model."""
+    """Whether `model` is a language model, or contains one."""
     return any(
         isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None for module in model.modules()
     )

@@ -138,7 +138,7 @@ class AdaptedLinear(FrozenLinear):
         return found
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; with the last one the pretrained weight comes back."""
+        """Remove an adapter; with the last one, restore the pretrained weight."""
         if adapter_name in self.siva_du and len(self.siva_du) == 1:
             self.restore()
         elif adapter_name in self.merged_adapters:
@@ -210,7 +210,7 @@ class AdaptedLinear(FrozenLinear):
         return Factors(torch.cat(u, 1), torch.cat(s), torch.cat(v, 0))
 
     def _share_residual(self, source: str | None = None) -> None:
-        """Let the stored weight and every saved W_r be one tensor again, that of adapter `source` if given."""
+        """Make the stored weight and every saved W_r one tensor again, that of adapter `source` if given."""
         if source is not None:
             self.base_layer.weight.data = self.siva_residual[source]
         if not self.merged:
@@ -224,7 +224,7 @@ class AdaptedLinear(FrozenLinear):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move without PEFT's cast to the dtype of the base layer: the factors are float32."""
+        """Move the factors; PEFT would also cast them to the dtype of the base layer."""
         device = device or self.base_layer.weight.device
         for change in self._changes(adapter_name):
             if change.weight.device.type != "meta":
@@ -236,21 +236,21 @@ class AdaptedLinear(FrozenLinear):
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter has changed, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
+        """The adapter's change of the weight, `U s V - U0 s V0`, float32, in the layout of the base layer's weight."""
         delta = self._trained(adapter).product() - self._initial(adapter).product()
         return delta.t() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the pretrained weight and `get_delta_weight` are all there is, for PEFT's `convert_to_lora`."""
+        """Whether the layer is its pretrained weight plus `get_delta_weight`, as PEFT's `convert_to_lora` needs."""
         return not self._lossy
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters (None: the active ones) into the stored weight, which then serves alone.
+        """Merge adapters into the stored weight, which then acts alone.
 
         Args:
             safe_merge: Refuse a merged weight with NaN or infinite values before it is stored.
-            adapter_names: The adapters.
+            adapter_names: The adapters; None: the active ones.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_du]
         if not names:
@@ -276,7 +276,7 @@ class AdaptedLinear(FrozenLinear):
         self.merged_adapters.clear()
 
     def _unmerged_weight(self) -> Tensor:
-        """The stored weight as it is with nothing merged (to rounding; exact where W_r is kept beside it)."""
+        """The stored weight with nothing merged; to rounding, unless W_r is kept beside it."""
         if not self.merged:
             return self._weight
         if self.quantised is not None:
@@ -325,7 +325,7 @@ class AdaptedLinear(FrozenLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base layer by itself, with the adapters merged or with its pretrained weight (called by PEFT)."""
+        """The base layer alone, with the adapters merged or with its pretrained weight; PEFT calls this."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         if not (merge and self.merged):

@@ -1,8 +1,8 @@
-"""Factors kept on disk, so that a weight is decomposed once whatever number of runs starts from it.
+"""A cache of factors on disk, so that a weight is decomposed once for any number of runs.
 
-Off unless the environment variable `FASTPEFT_CACHE` names a folder. Each file there holds the factors of one weight at
-one rank under a name made of both; it appears whole or not at all, so processes share the folder and may be killed.
-Any file, or the folder, can be deleted at any time.
+It is off unless the environment variable `FASTPEFT_CACHE` names a folder. Each file there holds the factors of one
+weight at one rank. It appears whole or not at all, so processes may share the folder and may be killed. Any file, or
+the folder, can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastpeft.support.fingerprints import fingerprint
 logger = logging.getLogger(__name__)
 
 VARIABLE = "FASTPEFT_CACHE"
-_FORMAT = 1  # to be raised when the same weight comes to give other factors
+_FORMAT = 1  # raise it when the same weight gives other factors than before
 
 
 def entry(weight: Tensor, r: int) -> Path | None:
-    """The file for the top r triplets of `weight`; None where nothing is kept."""
+    """The file for the top r triplets of `weight`; None if the cache is off."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         return None
@@ -37,7 +37,7 @@ def entry(weight: Tensor, r: int) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors in an entry, on the CPU; None where there is none, or a damaged one, which is logged."""
+    """The tensors of an entry, on the CPU; None if there is none, or if it is damaged, which is logged."""
     if not path.exists():
         return None
     try:
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Tensor] | None:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Keep tensors under `path`; a folder that cannot be written is logged and costs no run its result."""
+    """Keep tensors under `path`. If the folder cannot be written, that is logged and the run goes on."""
     held = {name: tensor.cpu() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What trains of a SiVA adapter: the change of its factors."""
+"""The part of a SiVA adapter that trains: the change of its factors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastpeft.ops.dtypes import keeping_dtypes
 
 Start = Literal["zero", "random", "empty"]
 
-_LEAST = 0.1  # of the largest singular value: what smaller ones count as, or the product dU dV would grow without bound
+_LEAST = 0.1  # of the largest singular value; smaller ones count as this, or the product dU dV would have no bound
 
 
 class Change(nn.Module):
     """The trained change of a factor: `U = U0 + dU diag(a)`, or `V = V0 + diag(a) dV`.
 
     Args:
-        initial: the factor that it is added to, U0 `(N, r)` or V0 `(r, K)`.
+        initial: the factor that changes, U0 `(N, r)` or V0 `(r, K)`.
         start: `"zero"`; `"random"`, about as large as the factor itself; or `"empty"`, NaN until a file fills it.
         scale: a, float32, of a shape that multiplies `initial`; None for 1.
 
@@ -27,8 +27,8 @@ class Change(nn.Module):
         scale: a, which stays in float32 whatever dtype the module is cast to.
 
     Notes:
-        It is a module that is called, and not a tensor that is read, so that what shards parameters and gathers them
-        for a module's call does so with it too. Only `scale` is saved for backward.
+        It is a module that is called, not a tensor that is read, so that libraries that shard parameters and gather
+        them for a module's call do so here too. Only `scale` is saved for backward.
     """
 
     scale: Tensor | None
@@ -49,7 +49,7 @@ class Change(nn.Module):
         return initial + self.weight if self.scale is None else torch.addcmul(initial, self.weight, self.scale)
 
     def is_empty(self) -> bool:
-        """Whether it still waits for a file."""
+        """Whether no file has filled it yet."""
         return self.weight.device.type != "meta" and bool(self.weight.isnan().all())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Change:
@@ -61,11 +61,11 @@ class Change(nn.Module):
 
 
 def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """The scales of dU and dV by which a step of an optimizer moves every triplet of a weight equally far.
+    """The scales of dU and dV with which an optimizer's step moves every triplet of a weight equally far.
 
     `a_U = step q / (s sqrt(N))` and `a_V = step q / (s sqrt(K))`, where `q = |W0|_F / sqrt(min(N, K))` is the root mean
-    square of the weight's singular values. Where Adam moves every entry of dU by eta, each triplet's part of the weight
-    moves by `eta step q` in the spectral norm. That norm is what a rate should fix, by the condition for feature
+    square of the weight's singular values. When Adam moves every entry of dU by eta, each triplet's part of the weight
+    moves by `eta step q` in the spectral norm. A learning rate should fix that norm, by the condition for feature
     learning of Yang, Simon and Bernstein (2023).
 
     Args:
@@ -78,11 +78,11 @@ def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """
     shape = weight.shape
     step = step * torch.linalg.matrix_norm(weight.float()) / min(shape) ** 0.5
-    a = torch.where(s[0] > 0, step / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros has no triplet that could train
+    a = torch.where(s[0] > 0, step / s.clamp_min(_LEAST * s[0]), 0)  # a weight of zeros trains nothing
     return a / shape[0] ** 0.5, (a / shape[1] ** 0.5)[:, None]
 
 
 def weight_of(factor: Tensor, initial: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight of a `Change` of that scale by which `initial` becomes `factor`."""
+    """The weight of a `Change` with this scale that makes `factor` of `initial`."""
     change = factor.to(initial.dtype) - initial
     return change if scale is None else torch.where(scale > 0, change / scale, 0)

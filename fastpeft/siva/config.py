@@ -1,4 +1,4 @@
-"""What a SiVA adapter is made of."""
+"""The configuration of a SiVA adapter."""
 
 from __future__ import annotations
 
@@ -68,21 +68,21 @@ class SivaConfig(PeftConfig):
         r: Number of singular triplets that train.
         target_modules: Names (suffixes) of the linear layers, a regular expression that a whole name must match,
             or `"all-linear"`. None takes the query and key projections. Heads of transformers models are never
-            targeted. Of other modules nothing tells the head: `"all-linear"` takes their output layer too, as it does
-            with LoRA, and a layer that is smaller than r gets the largest rank that it has, which is logged and written
-            into `rank_pattern`.
-        d: Rank of the decomposition. None keeps the weight whole; less drops the smallest singular values on
+            targeted. In other modules nothing marks the head: `"all-linear"` takes their output layer too, as it does
+            with LoRA. A layer that is smaller than r then gets its full rank, which is logged and written into
+            `rank_pattern`.
+        d: Rank of the decomposition. None keeps the weight whole. A lower rank drops the smallest singular values on
             purpose and needs `residual="frozen"`.
         residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and
             subtracts the initial triplets at run time, so that any adapters can share one base model.
-        residual_dtype: `"int8"` or `"nf4"` stores `W_r` in these, at about a half or a quarter of 16 bits a weight, and
-            dequantises it for each product; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). None keeps
-            the dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
-        quant_iterations: With `residual_dtype`, how often the factors are made again to fit what quantising left.
+        residual_dtype: `"int8"` or `"nf4"` stores `W_r` in about 8 or 4.5 bits a weight, and dequantises it for each
+            product; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). None keeps the dtype of the weight.
+            Rounding loses the pretrained weight: merging works, `unload()` is refused.
+        quant_iterations: With `residual_dtype`, how often the factors are fitted again to what quantising lost.
             0 takes the weight's own triplets, as QPiSSA does.
-        scaling: How far a step of an optimizer moves a triplet. `"spectral"`: as far for every triplet of every layer,
-            and less far the more layers there are, so that a learning rate found for one model serves another.
-            `"plain"`: in proportion to its singular value, as where U and V themselves train.
+        scaling: How far an optimizer's step moves a triplet. `"spectral"`: equally far for every triplet of every
+            layer, and less far the more layers there are, so that a learning rate found for one model serves another.
+            `"plain"`: in proportion to the triplet's singular value, as if U and V themselves trained.
         rank_pattern: Ranks of single layers, `{name or regular expression: r}`.
         layers_to_transform: Indices of the blocks to adapt; None adapts all. It goes with names in
             `target_modules`, not with a regular expression or `"all-linear"`.
@@ -93,11 +93,11 @@ class SivaConfig(PeftConfig):
             embeddings or `{name of an embedding: [token, ...]}`. Weights that are tied to them follow.
         bias: Biases that train and are saved: `"none"`, `"all"` of the model, or `"siva_only"`, those of the adapted
             layers. They are the model's own: they stay when the adapter is disabled, unloaded or deleted.
-        init_weights: True starts from the pretrained model. False starts from a random change of it, as LoRA's
-            `init_lora_weights=False` does, which is for tests. `"saved"` makes layers that wait for a saved adapter,
-            with no decomposition; saved configurations hold it.
-        pissa: Folder of a PiSSA adapter whose training goes on here, see `from_pissa`. Saved configurations hold None.
-        base_fingerprints: Filled in: for each adapted layer what its pretrained weight was.
+        init_weights: True starts from the pretrained model. False, for tests, starts from a random change of it, as
+            LoRA's `init_lora_weights=False` does. `"saved"`, which saved configurations hold, decomposes nothing: the
+            layers wait for a saved adapter.
+        pissa: Folder of a PiSSA adapter that is trained further, see `from_pissa`. Saved configurations hold None.
+        base_fingerprints: Filled in: the fingerprint of each adapted layer's pretrained weight.
         target_parameters, layer_replication: LoRA's; here they are refused.
 
     Raises:
@@ -163,7 +163,7 @@ class SivaConfig(PeftConfig):
                 setattr(self, name, set(value))  # as PEFT's own configurations keep them
 
     def _check_layers(self) -> None:
-        """Refuse, as LoRA does, a choice of blocks that PEFT would leave out without a word."""
+        """Refuse, as LoRA does, a choice of blocks that PEFT would ignore silently."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -179,7 +179,7 @@ class SivaConfig(PeftConfig):
             )
 
     def _check_further(self) -> None:
-        """Refuse what cannot train beside the factors."""
+        """Refuse settings of what trains beside the factors that SiVA or this PEFT cannot follow."""
         if self.bias not in get_args(Bias):
             raise FastpeftError(f"bias={self.bias!r}; allowed are {', '.join(map(repr, get_args(Bias)))}.")
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
@@ -197,14 +197,14 @@ class SivaConfig(PeftConfig):
                 )
         if self.target_parameters:
             raise FastpeftError(
-                f"target_parameters={self.target_parameters!r}: SiVA decomposes the weight of a linear layer, and a "
-                "parameter of another module, as of stacked experts, is not one. Name linear layers in target_modules, "
-                "or use LoRA."
+                f"target_parameters={self.target_parameters!r}: SiVA decomposes weights of linear layers, and a "
+                "parameter of another module, as of stacked experts, is none. Name linear layers in target_modules, or "
+                "use LoRA."
             )
         if self.layer_replication:
             raise FastpeftError(
-                f"layer_replication={self.layer_replication!r}: replicated layers share their weights, in whose place "
-                "SiVA would put what is left of them. Replicate the layers in the base model, or use LoRA."
+                f"layer_replication={self.layer_replication!r}: replicated layers share their weights, and SiVA would "
+                "change the weight of all. Replicate the layers in the base model, or use LoRA."
             )
 
     @classmethod
@@ -213,9 +213,9 @@ class SivaConfig(PeftConfig):
     ) -> SivaConfig:
         """The configuration that makes a trained PiSSA adapter of PEFT a SiVA adapter.
 
-        A model that `get_peft_model` makes with it, from the base model that the PiSSA adapter was trained on, computes
-        what that adapter computes; modules that it saved whole, as a classification head, come along. It trains on,
-        saves, merges and exports as any SiVA adapter. The two share their form, in other coordinates:
+        Give it to `get_peft_model` with the base model of the PiSSA adapter. The model then computes what that adapter
+        computes, with the modules that it saved whole, such as a classification head. It trains, saves, merges and
+        exports as any SiVA adapter does. The two methods have one form in different coordinates:
         `U = B (c / S0)^1/2`, `V = (c / S0)^1/2 A`, where c is PEFT's scaling and S0 the singular values of the weight.
 
         Args:
@@ -223,9 +223,9 @@ class SivaConfig(PeftConfig):
             residual, residual_dtype: As in `SivaConfig`. A quantised residual is made from the adapter's own factors.
 
         Raises:
-            FastpeftError: The folder holds no PiSSA adapter, or one that started from a randomised decomposition
-                (`pissa_niter_...`), which cannot be made again, or has what SiVA has not (DoRA, biases). When the
-                model is made: its layers are not those of the adapter.
+            FastpeftError: The folder holds no PiSSA adapter, or one that SiVA cannot take over: from a randomised
+                decomposition (`pissa_niter_...`), which cannot be made again, or with DoRA or biases. When the model
+                is made: its layers are not those of the adapter.
 
         Example:
             >>> model = peft.get_peft_model(base, SivaConfig.from_pissa("pissa-adapter"))  # doctest: +SKIP
@@ -239,7 +239,7 @@ class SivaConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration and a model card beside a saved adapter, whose factors serve at loading."""
+        """Write the configuration, as a loaded adapter needs it, and a model card."""
         made_from = self.init_weights, self.pissa
         self.init_weights, self.pissa = "saved", None
         try:

@@ -1,11 +1,9 @@
 """The singular value decomposition that SiVA starts from.
 
 Only the top r singular triplets of a weight are needed. They come from the Gram matrix of its shorter side, in float64,
-by the randomised method with power iterations (Halko, Martinsson, Tropp 2011) in its form that keeps the earlier
-powers, a block Krylov space (Halko, Martinsson, Shkolnisky, Tygert 2011): it grows from a seeded start until the
-leading singular vectors in it are known to `_ACCURACY`. Where the singular values lie too close for that, all
-eigenvectors are computed.
-`bench/data/siva_init.csv` is what these choices were made by.
+by a randomised block Krylov method (Halko, Martinsson, Shkolnisky, Tygert 2011): the space grows from a seeded start
+until the leading singular vectors in it are known to `_ACCURACY`. Where the singular values lie too close for that, all
+eigenvectors are computed. `bench/data/siva_init.csv` has the measurements behind these choices.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
     r"""Split `weight` into its top-r singular triplets and the rest.
 
     `W0 = U0 diag(S0) V0`; the triplets 1..r become the factors. With `d` None the rest is `W0 - (U0 * s) V0`,
-    otherwise it is made of the triplets r+1..d alone, which loses those above d on purpose.
+    otherwise it consists of the triplets r+1..d, and those above d are dropped on purpose.
 
     Args:
         weight: `(N, K)`, any floating dtype.
@@ -65,9 +63,9 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         and the rest in the dtype of `weight`, computed in float32 (float64 for float64) and rounded once.
 
     Notes:
-        Two calls on one machine agree bit by bit, as a rule on another number of threads too, since float64 is rounded
-        to float32 last; elsewhere to rounding, which a small gap between singular values magnifies. The factors may
-        come out of the cache, see `fastpeft.siva.cache`.
+        Two calls on one machine agree bit by bit, and as a rule with another number of threads too, since float64 is
+        rounded to float32 last. Two machines agree to rounding, which a small gap between singular values magnifies.
+        The factors may come from the cache, see `fastpeft.siva.cache`.
 
     Raises:
         FastpeftError: the weight is not a finite floating matrix, or r or d is out of range.
@@ -88,7 +86,7 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
 
 
 def top_triplets(weight: Tensor, r: int, name: str = "weight") -> Factors:
-    """The factors that `decompose` splits off a weight of full rank, without the rest."""
+    """The factors that `decompose` gives for a weight of full rank, without the rest."""
     entry = cache.entry(weight, r)
     held = None if entry is None else cache.read(entry)
     if held is not None:
@@ -102,8 +100,8 @@ def top_triplets(weight: Tensor, r: int, name: str = "weight") -> Factors:
 def _triplets(weight: Tensor, count: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """The top `count` singular triplets u, s, v in float64, on the CPU where the device of `weight` lacks float64.
 
-    They are those of the weight restricted to the span of its leading singular vectors on the shorter side, so that u
-    and v are orthonormal also where singular values are 0.
+    They are computed in the span of the leading singular vectors of the shorter side, so u and v are orthonormal even
+    where singular values are 0.
     """
     matrix = (weight.cpu() if weight.device.type == "mps" else weight).double()
     wide = matrix.shape[0] < matrix.shape[1]
@@ -131,9 +129,9 @@ def _leading_eigenvectors(gram: Tensor, count: int, name: str) -> Tensor:
 
 
 def _krylov_basis(gram: Tensor, count: int) -> Tensor | None:
-    """The same basis, to `_ACCURACY`, out of a Krylov space from a random start; None if that would grow too large.
+    """The same basis, to `_ACCURACY`, from a block Krylov space; None if that would grow too large.
 
-    By Davis and Kahan the angle to the true span is at most the residual of the eigenpairs over the gap behind them.
+    By Davis and Kahan, the angle to the true span is at most the residual of the eigenpairs over the gap behind them.
     """
     generator = torch.Generator().manual_seed(_SEED)
     start = torch.randn(len(gram), _BLOCK, dtype=gram.dtype, generator=generator)
@@ -143,7 +141,7 @@ def _krylov_basis(gram: Tensor, count: int) -> Tensor | None:
         for _ in range(_BLOCKS_A_CHECK):
             image = gram @ block
             space, images = torch.cat([space, block], 1), torch.cat([images, image], 1)
-            for _ in range(2):  # the second time takes out what rounding left
+            for _ in range(2):  # the second time removes what rounding left
                 image = torch.linalg.qr(image - space @ (space.t() @ image)).Q
             block = image
         if space.shape[1] <= count:
@@ -164,7 +162,7 @@ def is_lossy(weight: Tensor, d: int | None) -> bool:
 def subtract(weight: Tensor, factors: Factors) -> Tensor:
     """`weight - (u * s) v`, computed in float32 (float64 for float64) and rounded once to the dtype of `weight`.
 
-    Creating an adapter and loading it both pass here: on one machine their results are equal bit by bit.
+    Creating an adapter and loading it both call this, so on one machine their results are equal bit by bit.
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(precision) - factors.product().to(precision)).to(weight.dtype)
@@ -176,7 +174,7 @@ def add(weight: Tensor, factors: Factors) -> Tensor:
 
 
 def belongs(weight: Tensor, factors: Factors) -> bool:
-    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, as well as its dtype lets them be."""
+    """Whether `factors` are singular triplets of `weight`, `W V^T = U diag(s)`, to the precision of its dtype."""
     u, s, v = (part.to(weight.device, torch.float32) for part in factors)
     error = torch.linalg.matrix_norm(weight.float() @ v.t() - u * s)
     return bool(error <= max(1e-4, 4 * torch.finfo(weight.dtype).eps) * torch.linalg.vector_norm(s))

@@ -40,15 +40,13 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
     Modules that trained whole, as a classification head, are saved with it, and so are biases and embeddings of tokens.
 
-    PEFT loads it on any base model. vLLM takes the format for the decoders that it serves, if the adapter has no
-    `modules_to_save` (which a classification head is) and 2r is at most its `max_lora_rank`; ranks may differ between
+    PEFT loads it on any base model. vLLM loads it for the decoders that it serves, if the adapter has no
+    `modules_to_save` (such as a classification head) and 2r is at most its `max_lora_rank`. Ranks may differ between
     layers, since the scaling is 1 in all of them.
 
-    In float32 its logits are the adapter's to 1e-5. In bfloat16 the two round in other places: with all linear layers
-    of the bundled model adapted, the logits' largest error was 1.1e-3, the adapter's own 1.6e-3, merged 0.9e-3.
-
-    With `residual_dtype` training saw the base model's weights rounded; the LoRA adds the same change to them
-    unrounded, so that its outputs differ by what rounding moved. This is logged.
+    In float32 its logits agree with the adapter's to 1e-5. In bfloat16 the two round in different places, with errors
+    of one size. With `residual_dtype` the adapter trained on rounded weights; the LoRA adds the same change to the
+    weights before rounding, so its outputs differ a little. This is logged.
 
     Args:
         model: what PEFT wrapped.
@@ -105,7 +103,7 @@ def save_as_lora(model: PeftModel, folder: str | Path, adapter_name: str = "defa
 
 
 def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The tensors of a saved SiVA adapter as those of a LoRA, and the rank of each layer."""
+    """The tensors of a LoRA made from those of a saved SiVA adapter, and the rank of each layer."""
     tensors = {key: tensor.contiguous() for key, tensor in state.items() if ".siva_" not in key}
     # with bias="all" those of a module that was saved whole have two names; safetensors writes no memory twice
     tensors = {key: tensor.clone() if key.endswith(".bias") else tensor for key, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The linear layer that SiVA takes over: what it stands for, and how its frozen weight is stored."""
+"""The linear layer that SiVA takes over: which kinds there are, and how its frozen weight is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # weight, u, s,
 
 
 class FrozenLinear(nn.Module, BaseTunerLayer):
-    """A linear layer taken over, whose stored weight does not train: the pretrained W0, or what is left of it, W_r.
+    """A linear layer whose stored weight does not train: the pretrained W0, or the rest of it, W_r.
 
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`.
@@ -54,7 +54,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
 
     @property
     def stored(self) -> Tensor:
-        """What is stored, as `(out_features, in_features)`: empty where `quantised` is in its place."""
+        """The stored weight `(out_features, in_features)`; empty where `quantised` takes its place."""
         weight: Tensor = self.base_layer.weight
         if weight.requires_grad and not weight.is_leaf:  # FSDP1: a view of a flat parameter of which other parts train
             weight = weight.detach()
@@ -62,7 +62,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
 
     @property
     def _weight(self) -> Tensor:
-        """The weight that does not train, apart from autograd."""
+        """The weight that does not train, dequantised if need be, outside of autograd."""
         if self.quantised is not None and not self.merged:
             return self.quantised.dequantise(self.base_layer.weight.dtype)
         return self.stored.data
@@ -100,9 +100,9 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
 
 
 def original_fingerprint(base_layer: Any) -> str | None:
-    """The fingerprint of a pretrained weight, also where an unloaded adapter left it equal to rounding.
+    """The fingerprint of a pretrained weight, also if an unloaded adapter left it equal to rounding only.
 
-    None where the weight is not there yet (meta device).
+    None on the meta device, where a weight has no values yet.
     """
     weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
     if weight.device.type == "meta":

@@ -1,13 +1,13 @@
 """Layers that read the same x as one group: the first of them computes the outputs of all.
 
-Query, key and value of an attention are three layers of one input. A `SharedInput` is a pair of hooks on the module
-that holds them. While that module runs, the first of the group to be called computes `siva_linear_group` for all, and
-each of the others takes its output, but only for the same tensor object at the same version, in the same modes of
-autograd and autocast; else it computes for itself. Where layers turn out to read different tensors, as the query of a
-cross-attention does, the group is parted.
+Query, key and value of an attention are three layers with one input. A `SharedInput` is a pair of hooks on the module
+that holds them. While that module runs, the layer that is called first computes `siva_linear_group` for all, and each
+of the others takes its output. It does so only for the same tensor object at the same version, in the same modes of
+autograd and autocast; otherwise it computes for itself. If layers turn out to read different tensors, as the query of a
+cross-attention does, they leave the group.
 
-Layers hold nothing of this: what is open is kept per thread, and only while the module runs. So copies, replicas and
-pickles need no care, and a layer that is called by itself always computes.
+The layers hold none of this state. Open groups are kept per thread, and only while the module runs. So copies, replicas
+and pickles need no care, and a layer that is called by itself always computes for itself.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from fastpeft.functional import siva_linear_group
 from fastpeft.siva.frozen import FrozenLinear, Operands
 
-# Names of layers of one module that read the same x, architecture by architecture; a query comes first.
-SAME_INPUT = (
+# Names of the query, key and value projections, architecture by architecture.
+ATTENTION = (
     ("query", "key", "value"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
     ("q_lin", "k_lin", "v_lin"),  # DistilBERT
     ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART
     ("q", "k", "v"),  # T5
-    ("gate_proj", "up_proj"),  # Llama, Mistral, Qwen: the gated feed-forward
-    ("wi_0", "wi_1"),  # T5's
 )
+# Names of layers of one module that read the same x: those, and the gated feed-forward of Llama and T5.
+SAME_INPUT = (*ATTENTION, ("gate_proj", "up_proj"), ("wi_0", "wi_1"))
 _CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # whose query reads another sequence
 _ATTRIBUTE = "_siva_shared_input"
 
@@ -67,7 +67,7 @@ def take(layer: FrozenLinear, x: Tensor) -> Tensor | None:
 
 
 class SharedInput:
-    """The hooks of a module whose children in each of `groups`, by name, are thought to read the same x."""
+    """The hooks of a module whose children in each of `groups`, by name, are expected to read the same x."""
 
     def __init__(self, module: nn.Module, groups: list[tuple[str, ...]]) -> None:
         self.groups = groups
@@ -86,7 +86,7 @@ class SharedInput:
         """Open the groups for one run of the module, which may be a replica of the one the hooks were put on."""
         if torch.compiler.is_compiling():
             return
-        # not within backward: what checkpointing runs again has to save the same tensors as its first run
+        # not within backward: a checkpointed block that runs again must save the same tensors as before
         if self._strangers and torch._C._current_graph_task_id() == -1:
             self._regroup()
         for names in self.groups:
@@ -95,7 +95,7 @@ class SharedInput:
             _open.groups.update((layer, group) for layer in layers)
 
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> None:
-        """Close the groups. No output means that an exception ended the run, and says nothing of what layers read."""
+        """Close the groups. No output means that an exception ended the run, so that unread outputs mean nothing."""
         if torch.compiler.is_compiling():
             return
         for names in self.groups:
@@ -171,10 +171,10 @@ _open = _Open()  # the groups of the modules that this thread is running
 
 
 def _operands(layer: FrozenLinear) -> Operands | None:
-    """What `layer` would compute with; None where its call does more than that.
+    """What `layer` would compute with; None if its call does more than that.
 
-    A hook before its forward may change x, or bring the layer's weights only then (sharding, offloading), for which
-    other libraries put a function in the place of its forward as well.
+    A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
+    (sharding, offloading).
     """
     return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
 

@@ -27,21 +27,21 @@ class SivaLinear(LoadableLinear):
 
     `h = x W_r^T + ((x V^T) * s) U^T + b` with `U = U0 + dU` and `V = V0 + dV`
 
-    Per adapter it holds the change `siva_du (N, r)` and `siva_dv (r, K)`, which trains and is 0 at the start, and the
-    initial factors `siva_s (r,)`, `siva_u0`, `siva_v0`, which do not train. All are float32. So weight decay pulls
-    towards the pretrained weight, and an optimizer's steps are those that it would take on U and V.
+    An adapter has the changes `siva_du (N, r)` and `siva_dv (r, K)`, which train and start at 0, and the initial
+    factors `siva_s (r,)`, `siva_u0` and `siva_v0`, which do not train. All are float32. So weight decay pulls towards
+    the pretrained weight, and an optimizer makes the steps that it would make on U and V.
 
-    With `residual="frozen"` the wrapped layer's weight is `W_r`; adapters share it, so their initial factors must
-    agree. With `"implicit"` it stays the pretrained `W0` and `((x V0^T) * s) U0^T` is subtracted at run time.
+    With `residual="frozen"` the wrapped layer's weight is `W_r`. Adapters share it, so their initial factors must
+    agree. With `"implicit"` it stays the pretrained `W0`, and `((x V0^T) * s) U0^T` is subtracted at run time.
 
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
         r, d, residual, residual_dtype, quant_iterations: As in `SivaConfig`.
-        step: How far each triplet's part of the weight moves when an optimizer moves what trains by 1 an entry, in the
-            spectral norm and as a share of the weight's, see `fastpeft.siva.change.scales`. None: in proportion to the
+        step: How far each triplet's part of the weight moves, in the spectral norm and as a share of the weight's, when
+            an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.
-        init_weights: `"saved"` leaves the factors for `load_state_dict` to fill in; else as in `SivaConfig`.
+        init_weights: `"saved"` leaves the factors to `load_state_dict`; else as in `SivaConfig`.
         name: What error messages call the layer.
 
     Raises:
@@ -99,9 +99,9 @@ class SivaLinear(LoadableLinear):
         return siva_linear(x, self.stored, *factors, bias)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
-        """Each row of x by the adapter it names, by the pretrained weight where that is none of this layer's."""
+        """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
         factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
-        if self.quantised is not None:  # one adapter after the other: the weight is there for one product at a time
+        if self.quantised is not None:  # one adapter after another: the weight is dequantised for each product
             shared = {
                 "rest": self.quantised,
                 "bias": self.base_layer.bias,
@@ -120,10 +120,10 @@ class SivaLinear(LoadableLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight by which the layer acts, differentiable in the factors, in the layout of the base layer's.
+        """The weight with which the layer computes, differentiable in the factors, in the base layer's layout.
 
-        Modules such as `nn.MultiheadAttention` read it instead of calling the layer. It is computed at its first use:
-        see `LazyWeight`.
+        Modules such as `nn.MultiheadAttention` read it instead of calling the layer. It is computed when its values are
+        used, see `LazyWeight`.
 
         Raises:
             FastpeftError: At its use, if each row of the batch has an adapter of its own.
@@ -136,7 +136,7 @@ class SivaLinear(LoadableLinear):
     def _compute_weight(self) -> Tensor:
         if self.rows is not None and not self.disable_adapters:
             raise FastpeftError(
-                f"{self.name}: adapter_names needs layers that are called, but a module reads this one's weight. Run "
+                f"{self.name}: adapter_names needs layers that are called, but a module reads this layer's weight. Run "
                 "the model once for each adapter."
             )
         factors = self._acting()

@@ -1,4 +1,4 @@
-"""A weight that is computed where its values are wanted only."""
+"""A weight whose values are computed only when they are used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KNOWN = (
 
 
 class LazyWeight(Tensor):
-    """A tensor with a dtype, a device and a shape, whose values are computed by whatever uses them, at each use.
+    """A tensor with a dtype, a device and a shape, whose values are computed at each use.
 
-    Modules read the weight of a layer for two reasons. T5 asks for its dtype before each call of the layer;
+    Modules read a layer's weight for two reasons. T5 asks for its dtype before each call of the layer.
     `nn.MultiheadAttention` multiplies by it and never calls the layer.
 
     Args:
@@ -30,7 +30,9 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], like: Tensor, shape: tuple[int, ...]) -> LazyWeight:
-        blank = like.detach().new_full((1,) * len(shape), float("nan")).expand(shape)  # what takes no notice shows it
+        blank = (
+            like.detach().new_full((1,) * len(shape), float("nan")).expand(shape)
+        )  # a use that skips __torch_function__ shows
         weight = blank.as_subclass(cls)
         weight._compute = compute
         return weight

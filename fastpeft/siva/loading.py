@@ -1,4 +1,4 @@
-"""Saving and loading the adapters of a linear layer, of whatever form and whatever moment a state dict comes from."""
+"""Saving and loading the adapters of a linear layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LoadableLinear(AdaptedLinear):
         self.load_state_dict({f"siva_{part}.{adapter_name}": each for part, each in tensors.items()}, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Before the factors of this layer change: refuse what does not fit its weight."""
+        """Refuse factors that do not fit the layer's weight, before they are loaded."""
         loaded = {}
         for name in self.siva_du:
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
@@ -69,9 +69,9 @@ class LoadableLinear(AdaptedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
-        """The adapter whose initial factors must be taken out of a stored weight that is being loaded; None: it is W_r.
+        """The adapter whose triplets must be subtracted from a weight that is being loaded; None: it is W_r already.
 
-        A checkpoint has W_r, but PEFT's `set_base_model_state_dict` brings the pretrained weight.
+        A checkpoint holds W_r, but PEFT's `set_base_model_state_dict` loads the pretrained weight.
         """
         weight = weight.t() if self.fan_in_fan_out else weight
         if not self._frozen or self.merged or weight.shape != self._weight.shape or weight.device.type == "meta":
@@ -92,7 +92,7 @@ class LoadableLinear(AdaptedLinear):
         return None
 
     def _convert_whole_factors(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Put changes in the place of whole factors, U and V, which earlier versions saved."""
+        """Replace whole factors, U and V, which earlier versions saved, by changes."""
         for name in self.siva_du:
             keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
             if not all(key in state_dict for key in keys.values()):
@@ -106,13 +106,13 @@ class LoadableLinear(AdaptedLinear):
                     state_dict[f"{change}.scale"] = scale
 
     def _expect_quantised(self, arriving: bool) -> None:
-        """Before a whole state dict is loaded: make room for a quantised W_r if one is `arriving`."""
+        """Make room for a quantised W_r, if one is `arriving` in a whole state dict."""
         kind = next((kind for kind in self.residual_dtype.values() if kind is not None), None)
         if arriving and kind is not None and self.quantised is None:
             self._hold(QuantisedWeight(self._weight, kind))
 
     def _starts_from(self, name: str, initial: Factors) -> bool:
-        """Whether these are, bit by bit, the initial factors of the adapters that `name` must agree with."""
+        """Whether these are, bit by bit, the initial factors of the adapters with which `name` must agree."""
         peers = [name] if self.residual[name] == "implicit" else list(self.siva_du)
         return all(
             torch.equal(part.to(own), own)
@@ -123,7 +123,7 @@ class LoadableLinear(AdaptedLinear):
 
     @torch.no_grad()
     def _take_in(self, name: str) -> None:
-        """Split the weight for an adapter whose tensors were set one by one, as transformers' loader does."""
+        """Split the weight for an adapter whose tensors were set one by one, as by transformers' loader."""
         initial = self._initial(name)
         if not initial.s.any():
             raise FastpeftError(
@@ -136,12 +136,12 @@ class LoadableLinear(AdaptedLinear):
         _take_in_loaded(self, None)
 
     def _prepare_for(self, name: str, initial: Factors) -> None:
-        """Before `name` takes other initial factors, of another machine's SVD say: give W0 back where W_r is stored."""
+        """Restore W0 where W_r is stored, before `name` gets other initial factors, as from another machine's SVD."""
         frozen, lossy = self.residual[name] == "frozen", self.d[name] is not None
         if self.quantised is not None:
             raise FastpeftError(
-                f"{self.name}: adapter {name!r} starts from another decomposition than the quantised residual that is "
-                "in place, for which the pretrained weight is no longer there. Load it into a fresh base model."
+                f"{self.name}: adapter {name!r} starts from another decomposition than the present quantised residual, "
+                "and the pretrained weight is no longer there. Load it into a fresh base model."
             )
         others = [other for other in self.siva_du if other != name and other not in self._waiting]
         if frozen and others:
@@ -162,7 +162,7 @@ class LoadableLinear(AdaptedLinear):
 
 
 def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
-    """After a state dict was loaded: split the weight for the adapters that were waiting for their factors."""
+    """After a state dict was loaded, split the weight for the adapters that waited for their factors."""
     if layer._whole is not None:
         layer._take_out(layer._initial(layer._whole), None)
         layer._whole = None
@@ -182,7 +182,7 @@ def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
 
 
 def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """Factors are saved in float32 even where `autocast_adapter_dtype=False` keeps them in half precision."""
+    """Save factors in float32, even if `autocast_adapter_dtype=False` keeps them in half precision."""
     for key, tensor in state_dict.items():
         factor = key.startswith(f"{prefix}siva_") and not key.startswith(f"{prefix}siva_residual")
         if factor and tensor.dtype in (torch.float16, torch.bfloat16):
@@ -190,7 +190,7 @@ def _save_in_float32(layer: LoadableLinear, state_dict: dict[str, Tensor], prefi
 
 
 def current_keys(keys: Mapping[str, T]) -> dict[str, T]:
-    """What an adapter's file holds, by the names of this version where an earlier one saved it."""
+    """What an adapter's file holds, with the names of an earlier version replaced by those of this one."""
     current: dict[str, T] = {}
     for key, value in keys.items():
         layer, whole, part = key.rpartition(".siva_")

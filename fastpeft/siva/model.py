@@ -30,19 +30,13 @@ from fastpeft.support.fingerprints import fingerprints_agree
 logger = logging.getLogger(__name__)
 
 # `scaling="spectral"`: how far each triplet's part of the weight moves, in the spectral norm and as a share of the
-# weight's, where an optimizer moves what trains by 1 an entry. It is divided by the number of layers, since what they
-# do adds up. A learning rate of 1e-3 then serves all of `bench/data/siva_rates.csv`.
+# weight's, when an optimizer moves every trained entry by 1. It is divided by the number of layers, since their effects
+# add up. A learning rate of 1e-3 then suits all models in `bench/data/siva_rates.csv`.
 SPECTRAL_STEP = 1500.0
-_FEWEST_LAYERS = 12  # of those measured; fewer take no larger steps
+_FEWEST_LAYERS = 12  # the fewest measured; models with fewer layers take no larger steps
 
 # Names of the query and key projections, architecture by architecture.
-QUERY_AND_KEY = (
-    ("query", "key"),  # BERT, RoBERTa, XLM-R, ELECTRA, ViT
-    ("q_lin", "k_lin"),  # DistilBERT
-    ("query_proj", "key_proj"),  # DeBERTa-v2
-    ("q_proj", "k_proj"),  # Llama, Mistral, Qwen, OPT, BART
-    ("q", "k"),  # T5
-)
+QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 
@@ -51,9 +45,9 @@ class SivaModel(BaseTuner):
     """A model whose chosen linear layers are `SivaLinear`; made by `peft.get_peft_model` from a `SivaConfig`.
 
     PEFT's `adapter_names=[...]`, an argument of the model's forward and of `generate`, gives each row of a batch an
-    adapter of its own, in training too. What trains is what requires a gradient: `model.set_requires_grad([...])` adds
-    the adapters beside the active one. Blocks may be checkpointed by transformers' own switch alone: other checkpoints
-    inside the model run again, in backward, without knowing the rows.
+    adapter of its own, in training too. `model.set_requires_grad([...])` makes adapters beside the active one train.
+    Checkpoint blocks by transformers' own switch only: other checkpoints run again in backward without knowing the
+    rows.
     """
 
     prefix: str = "siva_"
@@ -61,7 +55,7 @@ class SivaModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, peft_config, *args, **kwargs)
-        if isinstance(peft_config, dict):  # of a PeftModel; a model with adapters injected saves itself as it is
+        if isinstance(peft_config, dict):  # of a PeftModel; a model with injected adapters is saved as it is stored
             model.register_state_dict_post_hook(_give_pretrained)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -69,8 +63,8 @@ class SivaModel(BaseTuner):
         check_name(adapter_name)
         if config.init_weights != "saved" and (kwargs.get("low_cpu_mem_usage") or _makes_empty_factors(model)):
             raise FastpeftError(
-                f"low_cpu_mem_usage=True for the new adapter {adapter_name!r}: it makes empty factors, which a saved "
-                "adapter fills. Those of a new one are computed from the weights: leave it out."
+                f"low_cpu_mem_usage=True for the new adapter {adapter_name!r}: it makes empty factors for a saved "
+                "adapter to fill. Those of a new one are computed from the weights: leave it out."
             )
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
@@ -86,7 +80,7 @@ class SivaModel(BaseTuner):
         return peft_config  # target_modules=None is resolved by looking at the model, in _prepare_model
 
     def _prepare_model(self, peft_config: SivaConfig, model: nn.Module) -> None:
-        """Resolve the targets and refuse what cannot be adapted, before the first layer is touched."""
+        """Resolve the targets, and refuse those that cannot be adapted before the first layer is changed."""
         if peft_config.target_modules is None:
             peft_config.target_modules = query_and_key(model)
         wanted = peft_config.target_modules
@@ -161,14 +155,14 @@ class SivaModel(BaseTuner):
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in its place; it is made on the device of the one it wraps, so nothing is moved or copied.
+        """Put a layer in its place; it is on the device of the one that it wraps, so nothing is moved or copied.
 
-        PEFT's own form reads `child.weight`, which a separately saved classification head does not have.
+        PEFT's own method reads `child.weight`, which a separately saved classification head does not have.
         """
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Factors are made in float32; without autocast what trains takes the dtype of the base layer."""
+        """Factors are made in float32; without autocast those that train get the dtype of the base layer."""
         if autocast_adapter_dtype:
             for module in self.model.modules():
                 if isinstance(module, TrainableTokensWrapper):
@@ -180,14 +174,14 @@ class SivaModel(BaseTuner):
                     changes[adapter_name].to(layer.base_layer.weight.dtype)
 
     def _siva_layers(self) -> Iterator[SivaLinear]:
-        """The adapted layers. No public name: PEFT hands those that are not here on to the wrapped model."""
+        """The adapted layers. The name is private since PEFT looks up any public name in the wrapped model."""
         return (module for module in self.model.modules() if isinstance(module, SivaLinear))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SivaConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Whole factors, as earlier versions saved them, get the adapter's name too; the layer then converts them."""
+        """Add the adapter's name to whole factors too, which earlier versions saved and which the layer converts."""
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -203,12 +197,13 @@ class SivaModel(BaseTuner):
         return model
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refused: a weighted sum of SiVA adapters has not their form, but as LoRA adapters they can be combined so."""
+        """Raise `FastpeftError`: a weighted sum of SiVA adapters is not a SiVA adapter. As LoRA they can be summed."""
         raise FastpeftError(
-            f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is none. Let them act together, each "
-            f"with weight 1, by layer.set_adapter({adapters!r}) of each fastpeft.SivaLinear among model.modules(); the "
-            "head that runs is still that of model.set_adapter(NAME). Or, of adapters without heads of their own, "
-            'export each as a LoRA (`fastpeft export --to lora`) and combine those with combination_type="cat".'
+            f"add_weighted_adapter({adapters!r}): a weighted sum of SiVA adapters is no SiVA adapter. Let them act "
+            f"together, each with weight 1, by layer.set_adapter({adapters!r}) of each fastpeft.SivaLinear among "
+            "model.modules(); the head that runs is still that of model.set_adapter(NAME). Or, of adapters without "
+            "heads of their own, export each as a LoRA (`fastpeft export --to lora`) and combine those with "
+            'combination_type="cat".'
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -224,7 +219,7 @@ class SivaModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT's `adapter_names` gives a name for each row of the batch, let each row take that adapter."""
+        """If PEFT's `adapter_names` gives a name for each row of the batch, let each row use that adapter."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -235,7 +230,7 @@ class SivaModel(BaseTuner):
             yield
 
     def _check_adapter_names(self, names: Any) -> None:
-        """Raise `FastpeftError` unless each is an adapter, or `BASE`, and the stored weights are free of adapters."""
+        """Raise `FastpeftError` unless each names an adapter, or `BASE`, and no adapter is merged or trains biases."""
         known = [*self.peft_config, BASE]
         if not isinstance(names, (list, tuple)) or not names or not all(name in known for name in names):
             raise FastpeftError(
@@ -257,10 +252,10 @@ class SivaModel(BaseTuner):
 
 
 def _give_pretrained(model: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Give the wrapped model's own state dict the pretrained weights where W_r is stored.
+    """Put the pretrained weights into the wrapped model's own state dict, where W_r is stored.
 
-    PEFT's `get_base_model_state_dict` calls it and strips the names of all that belongs to adapters, so that W_r would
-    pass for the pretrained weight. The state dict of the whole PeftModel, a checkpoint, is as it is stored.
+    PEFT's `get_base_model_state_dict` takes that state dict and removes all names of adapters, so W_r would look like
+    the pretrained weight. The state dict of the whole PeftModel, a checkpoint, keeps W_r.
     """
     if prefix:
         return
@@ -281,7 +276,7 @@ def query_and_key(model: nn.Module) -> set[str]:
     """The names of the query and key projections of `model`.
 
     Raises:
-        FastpeftError: they are fused with others, or have names that are not known here.
+        FastpeftError: they are fused with others, or their names are not known here.
     """
     names = {
         name.rpartition(".")[2]
@@ -321,7 +316,7 @@ def _rank(peft_config: SivaConfig, key: str) -> int:
 
 
 def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
-    """Give layers that "all-linear" found and that are smaller than r the largest rank that they have."""
+    """Give layers that "all-linear" found and that are smaller than r their full rank."""
     limited = {}
     for name, module in targets.items():
         shape = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
@@ -335,7 +330,7 @@ def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
 
 
 def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
-    """Raise `FastpeftError` unless the tokens that train have embeddings, which PEFT looks up by the same names."""
+    """Raise `FastpeftError` unless the tokens that train have embeddings, under the names by which PEFT finds them."""
     given = peft_config.trainable_token_indices
     if given is None:
         return
@@ -369,7 +364,7 @@ def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
 
 
 def _makes_empty_factors(model: nn.Module) -> bool:
-    """Whether parameters are made on no device now, inside PEFT's `low_cpu_mem_usage`, though the model has one."""
+    """Whether new parameters go to the meta device (PEFT's `low_cpu_mem_usage`), though the model is on another."""
     made = nn.ParameterDict({"probe": torch.empty(0, device="cpu")})["probe"]
     return made.device.type == "meta" and any(each.device.type != "meta" for each in model.parameters())
 

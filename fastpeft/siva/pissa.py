@@ -5,8 +5,8 @@ from `B0 = U0 diag(S0 / c)^1/2` and `A0 = diag(S0 / c)^1/2 V0` on the weight `W0
 
     c B A = U diag(S0) V  with  U = B diag(c / S0)^1/2  and  V = diag(c / S0)^1/2 A
 
-is the trained product in SiVA's coordinates, whose initial values are U0 and V0. A PiSSA folder holds B and A only: U0,
-S0 and V0 are made from the base model's weight again, by the call that PEFT makes.
+is the trained product in SiVA's coordinates, whose initial values are U0 and V0. A PiSSA folder holds B and A only. U0,
+S0 and V0 are computed from the base model's weight again, by the same call as in PEFT.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PissaAdapter:
-    """What a folder written by `save_pretrained` holds: configuration, and tensors by their names in the base model."""
+    """The configuration in a folder of `save_pretrained`, and the tensors by their names in the base model."""
 
     path: Path
     config: LoraConfig
@@ -48,7 +48,7 @@ class PissaAdapter:
         """Read a local folder.
 
         Raises:
-            FastpeftError: it holds no PiSSA adapter, or one that SiVA cannot stand for.
+            FastpeftError: it holds no PiSSA adapter, or one that SiVA cannot take over.
         """
         path = Path(path).expanduser()
         kind = files.read_json(path / "adapter_config.json").get("peft_type")
@@ -100,7 +100,7 @@ class PissaAdapter:
         """The trained and the initial factors of the layer `name` with the pretrained `weight` `(N, K)`.
 
         Raises:
-            FastpeftError: the shapes do not go together.
+            FastpeftError: the shapes of factors and weight differ.
         """
         a, b = self.tensors[f"{name}{_A}"].float(), self.tensors[f"{name}{_B}"].float()
         if (len(b), a.shape[1]) != tuple(weight.shape):
@@ -121,7 +121,7 @@ class PissaAdapter:
         return alpha / (math.sqrt(r) if self.config.use_rslora else r)
 
     def fill_saved_modules(self, model: nn.Module, adapter_name: str) -> None:
-        """Give modules that trained whole, as a classification head, their trained weights."""
+        """Load the weights of modules that trained whole, such as a classification head."""
         for name, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
                 start = f"{name}."

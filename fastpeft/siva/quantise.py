@@ -1,10 +1,10 @@
 """A frozen residual in 8 or 4 bits: `W0 = Q + (U * s) V` to rounding, Q being what a format makes of the rest.
 
-The factors take the large directions away, so that what is left spans less and is rounded finer (QPiSSA: Meng, Wang,
-Zhang 2024). Given Q, the best factors are the top triplets of `W0 - Q`, and given those the rest is another: the two
-are made in turns, as LoftQ does from factors of zero (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023). A turn ends
-with Q, which is therefore a function of the pretrained weight and of the factors that a file holds, and no file holds
-it. What this gains is in `bench/data/siva_quantised.csv`; the formats are those of `fastpeft/ops/quantise.py`.
+The factors take out the largest directions, so the rest has a smaller range and is rounded more finely (QPiSSA: Meng,
+Wang, Zhang 2024). Given Q, the best factors are the top triplets of `W0 - Q`; given the factors, Q is another. So the
+two are made in turns, as LoftQ does from factors of zero (Li, Yu, Liang, He, Karampatziakis, Chen, Zhao 2023). A turn
+ends with Q. So Q follows from the pretrained weight and the factors in a file, and no file holds it. The gain is in
+`bench/data/siva_quantised.csv`; the formats are those of `fastpeft/ops/quantise.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ITERATIONS = 5
 
 
 def check_format(residual_dtype: str | None) -> None:
-    """Raise `FastpeftError` unless the format exists, and with it the library that it needs."""
+    """Raise `FastpeftError` unless the format exists and its library is installed."""
     if residual_dtype is not None and residual_dtype not in get_args(Format):
         raise FastpeftError(
             f"residual_dtype={residual_dtype!r}; allowed are {' and '.join(map(repr, get_args(Format)))}, or None for "
@@ -41,8 +41,8 @@ def decompose_quantised(
         weight: `(N, K)`, any floating dtype.
         r: 1 to min(N, K).
         kind: the format of the rest.
-        iterations: how often the factors are made again from what the quantised rest leaves of the weight. 0: they are
-            the top triplets of the weight.
+        iterations: how often the factors are made again from the weight less the quantised rest. 0: they are the top
+            triplets of the weight.
         name: what error messages call the weight.
 
     Returns:
@@ -68,10 +68,10 @@ def quantised_siva_linear(
     Args:
         x, u, s, v, bias: as in `siva_linear`.
         rest: the weight.
-        dtype: what all is brought to.
+        dtype: in which all is computed.
 
     Notes:
-        Saved for backward: what `siva_linear` saves, the weight as its codes. It is dequantised for the time of a
+        Saved for backward: as by `siva_linear`, with the codes instead of the weight. The weight is dequantised for a
         product, in forward and again in backward, so a training step holds one layer's at a time.
     """
     u, s, v = (factor.to(dtype) for factor in (u, s, v))

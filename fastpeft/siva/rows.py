@@ -1,8 +1,8 @@
 """Batches whose rows belong to different adapters: PEFT's `adapter_names`.
 
-While a model runs with a name for each row, every adapted layer of it holds the `Rows` and takes the factors of each
-row's adapter. Modules that adapters save whole, as classification heads, and embeddings of which they train tokens run
-once for each adapter on its rows.
+While a model runs with a name for each row, every adapted layer holds the `Rows` and uses the factors of each row's
+adapter. Modules that adapters save whole, such as classification heads, and embeddings of which they train tokens run
+once for each adapter, on its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastpeft.errors import FastpeftError
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
-_CHECKPOINT = "_gradient_checkpointing_func"  # what modules of transformers that can be checkpointed call
+_CHECKPOINT = "_gradient_checkpointing_func"  # modules of transformers call this to checkpoint
 
 
 class Rows:
@@ -34,7 +34,7 @@ class Rows:
 
     Attributes:
         sizes: Number of rows of each adapter, in the order of the adapters' names.
-        order: int64 `(B,)`, which brings the rows into that order; None where they stand in it.
+        order: int64 `(B,)`, which sorts the rows into that order; None if they are sorted already.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device, copies: int = 1) -> None:
@@ -45,7 +45,7 @@ class Rows:
         self.order = None if order == list(range(len(names))) else torch.tensor(order, device=device)
 
     def of(self, x: Tensor, reader: str) -> Rows:
-        """The rows of x `(B, *, K)`, which `reader` reads: these, or these repeated.
+        """The rows of x `(B, *, K)`, the input of `reader`: these, or these repeated.
 
         Raises:
             FastpeftError: x has another number of rows.
@@ -61,7 +61,7 @@ class Rows:
         )
 
     def each(self, x: Tensor, functions: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
-        """What `functions`, one for each adapter, make of the adapters' rows of x, in the order of x."""
+        """The results of `functions`, one for each adapter on its rows of x, in the order of x."""
         parts = (x if self.order is None else x[self.order]).split(list(self.sizes.values()))
         found = torch.cat([function(part) for function, part in zip(functions, parts, strict=True)])
         return found if self.order is None else found[self.order.argsort()]
@@ -69,9 +69,9 @@ class Rows:
 
 @contextmanager
 def acting(model: nn.Module, kind: type[nn.Module], rows: Rows) -> Iterator[None]:
-    """Let the layers of `kind` in `model`, and modules that adapters saved whole, take each row by its adapter.
+    """Inside it the layers of `kind` in `model`, and modules that adapters saved whole, use each row's adapter.
 
-    What transformers checkpoints meanwhile takes the same rows when backward runs it again.
+    Blocks that transformers checkpoints meanwhile use the same rows when backward runs them again.
     """
     changes: list[tuple[nn.Module, str, Any]] = []
     for name, module in model.named_modules():
@@ -98,7 +98,7 @@ def acting(model: nn.Module, kind: type[nn.Module], rows: Rows) -> Iterator[None
 def _checkpoint(
     function: Callable[..., Any], module: nn.Module, kind: type[nn.Module], rows: Rows, run: Any, *args: Any
 ) -> Any:
-    """`function(run, *args)`, where `run` is called now and in backward, when the model holds no rows any more."""
+    """`function(run, *args)`, where `run` knows the rows in backward too, when the model no longer holds them."""
 
     def run_by_rows(*args: Any, **kwargs: Any) -> Any:
         with acting(module, kind, rows):
@@ -108,10 +108,10 @@ def _checkpoint(
 
 
 def _run_saved(wrapper: Any, name: str, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Each row by what its adapter saved for the module, by the pretrained one where it saved nothing.
+    """Run each row by the module that its adapter saved, or by the pretrained one if it saved none.
 
     Raises:
-        FastpeftError: the module takes or gives anything but one tensor with the rows in its first dimension.
+        FastpeftError: the module takes or returns anything but one tensor with the rows in its first dimension.
     """
     leaves, spec = tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -134,7 +134,7 @@ def _run_saved(wrapper: Any, name: str, rows: Rows, *args: Any, **kwargs: Any) -
 
 
 def _saved(wrapper: Any, adapter: str) -> Callable[..., Any]:
-    """What `adapter` runs in the place of a module of the base model."""
+    """What runs for `adapter` instead of a module of the base model."""
     if not wrapper.disable_adapters:
         if isinstance(wrapper, TrainableTokensWrapper):
             if adapter in wrapper.token_adapter.token_indices:

@@ -21,10 +21,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name != "report.md")  # that one `compare` wrote
+TUTORIAL = DOCS / "tutorial.md"
 RUN = {"python", "sh"}
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
 SHOWN = {OUTPUT, "math"}
 NEEDS = {"how-to/integrations.md": ("trl", "sentence_transformers", "lightning")}  # of the extra `integrations`
+REVIEWS = "text,label\n" + "".join(
+    f'"A warm and clever film, number {number}.",good\nScene {number} drags on and on.,bad\n' for number in range(20)
+)
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,15 +72,22 @@ def test_nothing_escapes_the_tests(page: Path) -> None:
     assert "~~~" not in page.read_text(encoding="utf-8")
 
 
+def running() -> Iterator[Any]:
+    """The pages that have blocks to run; of all but the tutorial a sample is drawn."""
+    for page in PAGES:
+        if any(block.runs for block in blocks(page)):
+            yield pytest.param(page, id=name(page), marks=() if page == TUTORIAL else pytest.mark.docs)
+
+
 @pytest.mark.long
-@pytest.mark.docs
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.runs for block in blocks(page))], ids=name)
+@pytest.mark.parametrize("page", [*running()])
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom in one folder, as a reader at the root of a clone does, and in one Python program."""
+    """From top to bottom in one folder that has reviews.csv, as a reader's at the root of a clone, in one program."""
     for package in NEEDS.get(name(page), ()):
         pytest.importorskip(package, reason="the extra `integrations` is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "reviews.csv").write_text(REVIEWS, encoding="utf-8")
     commands = tmp_path / "bin"
     commands.mkdir()
     for command, arguments in (("fastpeft", "-m fastpeft"), ("python", "")):
@@ -144,3 +155,12 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
         links.feed((site / page.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8"))
         assert not [link for link in links.loaded if "//" in link], page
         assert not links.silent, page
+
+
+def test_the_walk_passes_files_that_are_there_and_none_twice() -> None:
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    walk = text.partition("\n## A walk\n")[2].partition("\n## ")[0]
+    files = re.findall(r"^\| \d+ \| `([\w/.]+)` \|", walk, re.MULTILINE)
+    assert len(files) > 30
+    assert len(set(files)) == len(files)
+    assert not [file for file in files if not (ROOT / file).exists() and not (ROOT / "fastpeft" / file).exists()]

@@ -9,11 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from backbones import IDS, MASK, ladder, logits, tiny
+from backbones import IDS, MASK, classifier, ladder, logits, tiny, train_a_little, trainable
 from safetensors.torch import load_file
-from samples import Interrupt, reviews, save_tiny_model, write_csv
+from samples import Interrupt, reviews, write_csv
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
 from fastpeft.training.estimates import plan
@@ -21,8 +20,6 @@ from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
 from fastpeft.training.memory import simulate_training_step
 from fastpeft.training.task import Task
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = torch.tensor([0, 1, 2])
 
@@ -33,18 +30,7 @@ def with_siva(layers: list[int], base: Any = None, **changes: Any) -> Any:
 
 
 def beside(layers: list[int], **changes: Any) -> LadderModel:
-    torch.manual_seed(1)
     return ladder(with_siva(layers, **changes).eval(), train_adapters=True)
-
-
-def train_a_little(model: Any, steps: int = 3) -> Any:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
-        optimizer.step()
-    return model.eval()
 
 
 # -- what trains -----------------------------------------------------------------------------------------------------
@@ -58,7 +44,7 @@ def test_the_adapter_trains_and_the_backbone_does_not() -> None:
     train_a_little(model)
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert model.adapters.keys() <= changed
-    assert changed <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert changed <= trainable(model).keys()
 
 
 def test_features_that_change_as_it_trains_are_not_cached(tmp_path: Path) -> None:
@@ -75,11 +61,7 @@ def test_an_adapter_of_another_name_is_refused() -> None:
 
 
 def test_at_the_start_it_computes_what_the_side_network_alone_does() -> None:
-    torch.manual_seed(1)
-    alone = ladder(tiny())
-    model = beside([1])
-    model.side.load_state_dict(alone.side.state_dict())
-    torch.testing.assert_close(logits(model), logits(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(beside([1])), logits(ladder()), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_a_backbone_that_runs_with_gradients_throughout() -> None:
@@ -87,7 +69,7 @@ def test_gradients_are_those_of_a_backbone_that_runs_with_gradients_throughout()
     train_a_little(model)  # so that no factor is where its gradient vanishes
     model.zero_grad()
     model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p.grad.clone() for name, p in trainable(model).items()}
     model.zero_grad()
     model._gradients_from = 0
     model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
@@ -155,35 +137,25 @@ def test_a_pool_refuses_it_and_keeps_its_backbone(tmp_path: Path) -> None:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.mark.parametrize("residual", ["frozen", "implicit"])
 @pytest.mark.parametrize("given", ["nothing", "base", "wrapped"])
-def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: str, residual: str, given: str) -> None:
-    def base() -> Any:
-        torch.manual_seed(3)  # the head, which the file lacks
-        return AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
+def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, residual: str, given: str) -> None:
+    def wrapped() -> Any:
+        return with_siva([1], classifier(checkpoint), residual=residual)
 
-    model = LadderModel(
-        with_siva([1], base(), residual=residual), LadderConfig(reduction_factor=2, train_adapters=True)
-    )
-    train_a_little(model).save_pretrained(tmp_path)
-    bases = {"nothing": None, "base": base(), "wrapped": with_siva([1], base(), residual=residual)}
+    model = train_a_little(ladder(wrapped(), train_adapters=True))
+    model.save_pretrained(tmp_path)
+    bases = {"nothing": None, "base": classifier(checkpoint), "wrapped": wrapped()}
     loaded = LadderModel.from_pretrained(tmp_path, base=bases[given])
     assert logits(loaded).equal(logits(model))
     assert all(parameter.requires_grad for parameter in loaded.adapters.values())
     assert model.adapters.keys() < load_file(tmp_path / "model.safetensors").keys()
 
 
-def test_peft_reads_the_adapter_alone(tmp_path: Path, checkpoint: str) -> None:
-    base = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
-    model = train_a_little(LadderModel(with_siva([1], base), LadderConfig(reduction_factor=2, train_adapters=True)))
-    model.save_pretrained(tmp_path)
-    plain = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
-    alone = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+def test_peft_reads_the_adapter_alone(tmp_path: Path, checkpoint: Path) -> None:
+    base = classifier(checkpoint)
+    train_a_little(ladder(with_siva([1], base), train_adapters=True)).save_pretrained(tmp_path)
+    alone = peft.PeftModel.from_pretrained(classifier(checkpoint), str(tmp_path / "adapter"))
     states = [m(IDS, attention_mask=MASK).last_hidden_state for m in (alone.roberta.eval(), base.roberta.eval())]
     assert states[0].equal(states[1])
 
@@ -192,13 +164,13 @@ def test_peft_reads_the_adapter_alone(tmp_path: Path, checkpoint: str) -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
+def config(tmp_path: Path, checkpoint: Path) -> TrainConfig:
     write_csv(tmp_path / "reviews.csv", reviews(60))
     return TrainConfig(
         output=str(tmp_path / "run"),
         method="k-lst",
         window=3,
-        model=checkpoint,
+        model=str(checkpoint),
         data=str(tmp_path / "reviews.csv"),
         max_steps=4,
         learning_rate=1e-2,

@@ -12,18 +12,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from backbones import IDS, MASK, ladder, logits, tiny
-from samples import save_tiny_model
+from backbones import IDS, MASK, classifier, ladder, logits, quantise_a_layer, tiny, train_a_little, trainable
+from pools import SMALL, answers, shuffled
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, MeZO
+from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder.cache import _identity
+from fastpeft.ladder.passes import listen
 from fastpeft.ops.quantise import QuantisedLinear
 from fastpeft.training.memory import simulate_training_step
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 NF4 = pytest.param("nf4", marks=NEEDS_BITSANDBYTES)
@@ -39,31 +37,9 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 def last_feature(model: LadderModel) -> Tensor:
     seen: list[Tensor] = []
-    with torch.no_grad(), model.backbone.listen(lambda _, feature: seen.append(feature), lambda feature: feature):
+    with torch.no_grad(), listen(model.backbone, lambda _, feature: seen.append(feature), lambda feature: feature):
         model.backbone.body(IDS, attention_mask=MASK)
     return seen[-1]
-
-
-def step(model: LadderModel) -> LadderModel:
-    """A step of AdamW on all that trains."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()(**BATCH).loss.backward()
-    optimizer.step()
-    return model.eval()
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_tiny_model(folder)
-    return folder
-
-
-def classifier(checkpoint: Path, **arguments: Any) -> Any:
-    return AutoModelForSequenceClassification.from_pretrained(
-        checkpoint, **{"dtype": torch.float32, "num_labels": 3, **arguments}
-    )
 
 
 # -- what it does ------------------------------------------------------------------------------------------------
@@ -75,10 +51,9 @@ def test_features_are_near_and_the_head_trains_in_float32(kind: Any, architectur
     exact, model = ladder(tiny(architecture)), ladder(tiny(architecture), backbone_dtype=kind)
     assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR[kind]
     before = copy.deepcopy(model.state_dict())
-    step(model)
+    train_a_little(model)
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert changed == {name for name, parameter in exact.named_parameters() if parameter.requires_grad}
+    assert changed == trainable(model).keys() == trainable(exact).keys()
     assert {model.state_dict()[name].dtype for name in changed} == {torch.float32}
 
 
@@ -138,17 +113,6 @@ def test_a_module_whose_layers_are_linear_or_read_the_weights_of_theirs(kind: An
         assert any(isinstance(module, QuantisedLinear) for module in base.modules())
 
 
-def test_mezo_trains_a_side_network_beside_it() -> None:
-    model = ladder(backbone_dtype="int8").eval()
-    before = copy.deepcopy(model.state_dict())
-    optimizer = MeZO([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
-    with torch.no_grad():
-        optimizer.step(lambda: model(**BATCH).loss)
-    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed
-    assert not any(".roberta." in name for name in changed)
-
-
 @pytest.mark.long(but="nf4")
 @FORMATS
 def test_a_simulated_step_counts_the_bytes_of_the_format(kind: Any) -> None:
@@ -170,7 +134,7 @@ def test_a_simulated_step_counts_the_bytes_of_the_format(kind: Any) -> None:
 def test_a_saved_side_network_makes_its_backbone_again(
     tmp_path: Path, checkpoint: Path, kind: Any, loaded: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = step(ladder(classifier(checkpoint, dtype=loaded), backbone_dtype=kind))
+    model = train_a_little(ladder(classifier(checkpoint, dtype=loaded), backbone_dtype=kind))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 60_000
     with caplog.at_level(logging.WARNING, "fastpeft"):
@@ -192,7 +156,7 @@ def test_another_backbone_is_refused_before_it_is_quantised(tmp_path: Path, chec
 
 
 def test_training_goes_on_with_fewer_bits(tmp_path: Path, checkpoint: Path) -> None:
-    first = step(ladder(classifier(checkpoint)))
+    first = train_a_little(ladder(classifier(checkpoint)))
     first.save_pretrained(tmp_path)
     model = ladder(classifier(checkpoint), backbone_dtype="int8")
     model.take_over(tmp_path, head=True)
@@ -201,26 +165,26 @@ def test_training_goes_on_with_fewer_bits(tmp_path: Path, checkpoint: Path) -> N
 
 @DTYPES
 def test_a_pool_of_one_dtype(tmp_path: Path, checkpoint: Path, kind: Any) -> None:
-    model = step(ladder(classifier(checkpoint), backbone_dtype=kind))
+    model = train_a_little(ladder(classifier(checkpoint), backbone_dtype=kind))
     model.save_pretrained(tmp_path)
     pool = LadderPool(classifier(checkpoint), backbone_dtype=kind)
-    for name, side in (("saved", tmp_path), ("model", model), ("new", LadderConfig(window_size=3, reduction_factor=2))):
+    for name, side in (("saved", tmp_path), ("model", model), ("new", LadderConfig(**SMALL))):
         pool.add(name, side)
     shared = {p.data_ptr() for p in pool.backbone.layers[0].parameters()}
     for name in pool.tasks:
         assert {p.data_ptr() for p in pool[name].backbone.layers[0].parameters()} == shared
         assert pool[name].config.backbone_dtype == kind
-    found = torch.stack([row.logits for row in pool({"input_ids": IDS, "attention_mask": MASK}, 3 * ["saved"])])
-    torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(answers(pool, 3 * ["saved"]), logits(model), rtol=1e-3, atol=1e-3)
     pool["new"].save_pretrained(tmp_path / "new")
     LadderModel.from_pretrained(tmp_path / "new", base=classifier(checkpoint))
 
 
 def test_a_pool_in_bfloat16_of_models_with_a_pooler() -> None:
     pool = LadderPool(tiny("Bert"), backbone_dtype="bfloat16")
-    model = pool.add("new", LadderConfig(window_size=3, reduction_factor=2))
-    rows = pool({"input_ids": IDS, "attention_mask": MASK}, 3 * ["new"])
-    torch.testing.assert_close(torch.stack([row.logits for row in rows]), logits(model), rtol=2e-2, atol=2e-2)
+    for number, name in enumerate("ab"):
+        shuffled(pool.add(name, LadderConfig(**SMALL)), number)
+    expected = torch.stack([logits(pool[name])[row] for row, name in enumerate("aba")])
+    torch.testing.assert_close(answers(pool, list("aba")), expected, rtol=2e-2, atol=2e-2)
 
 
 @DTYPES
@@ -292,9 +256,7 @@ def test_a_base_that_does_not_fit_is_refused_and_left_as_it_is() -> None:
     ladder(base, backbone_dtype="int8")
     with pytest.raises(FastpeftError, match="brought this RobertaForSequenceClassification to 'int8'"):
         ladder(base)
-    quantised = tiny()
-    dense = quantised.roberta.encoder.layer[0].output.dense
-    dense.weight = nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
+    quantised = quantise_a_layer(tiny())
     with pytest.raises(FastpeftError, match="quantised already"):
         ladder(quantised, backbone_dtype="bfloat16")
     assert quantised.roberta.embeddings.word_embeddings.weight.dtype == torch.float32
@@ -330,7 +292,7 @@ def test_a_base_quantised_by_bitsandbytes_is_taken_as_it_is() -> None:
     assert codes.dtype == torch.uint8
     assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR["nf4"]
     before = codes.clone()  # bitsandbytes has packed them anew in the first pass
-    step(model)
+    train_a_little(model)
     assert codes.equal(before)
 
 
@@ -350,7 +312,7 @@ def test_a_base_quantised_by_torchao_is_taken_as_it_is(tmp_path: Path) -> None:
     quantize_(base.roberta.encoder, Int8WeightOnlyConfig())
     model = ladder(base)
     assert 0 < relative(last_feature(model), last_feature(exact)) < ERROR["int8"]
-    step(model).save_pretrained(tmp_path)
+    train_a_little(model).save_pretrained(tmp_path)
     assert model.config.base_fingerprints.keys() == {"embedding"}
     quantize_(base.classifier, Int8WeightOnlyConfig())
     with pytest.raises(FastpeftError, match="is quantised"):
@@ -384,7 +346,7 @@ def test_a_compiled_backbone_is_the_same(kind: Any) -> None:
     count = backend.graphs
     logits(model)
     assert backend.graphs == count, "hooks of a new pass compile nothing anew"
-    step(model)
+    train_a_little(model)
     frozen = {name for name in before if f"base.{name}" not in model._trained}
     assert all(model.base.state_dict()[name].equal(before[name]) for name in frozen)
 
@@ -417,10 +379,8 @@ def test_a_compiled_model_can_be_simulated_cached_and_in_a_pool(tmp_path: Path) 
     base = tiny()
     ladder(base).compile_backbone(backend="eager")
     pool = LadderPool(base)
-    pool.add("new", LadderConfig(window_size=3, reduction_factor=2))
-    batch = {"input_ids": IDS, "attention_mask": MASK}
-    found = torch.stack([row.logits for row in pool(batch, 3 * ["new"])])
-    torch.testing.assert_close(found, logits(pool["new"]))
+    pool.add("new", LadderConfig(**SMALL))
+    torch.testing.assert_close(answers(pool, 3 * ["new"]), logits(pool["new"]))
 
 
 @pytest.mark.slow

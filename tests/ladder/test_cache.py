@@ -11,15 +11,12 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, labels, ladder, logits, tiny
-from samples import save_tiny_model
+from backbones import IDS, MASK, labels, ladder, logits, tiny, trainable, vit
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.training.memory import simulate_training_step
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 Runs = list[int]
 
@@ -164,7 +161,7 @@ def test_what_comes_after_the_layers_has_no_part_in_it(tmp_path: Path) -> None:
     model = cached(tmp_path, tiny("Bert", num_labels=2))
     features(model)
     with torch.no_grad():
-        for parameter in (p for p in model.parameters() if p.requires_grad):
+        for parameter in trainable(model).values():
             parameter.add_(1.0)
     features(model)
     assert counts(model) == (3, 3)
@@ -220,13 +217,13 @@ def test_training_is_the_same_whatever_was_there_and_close_to_that_without(tmp_p
     def trained(folder: Path | None) -> list[Tensor]:
         model = ladder(feature_dropout=0.2).train()
         model.cache_features(folder, dtype)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
         torch.manual_seed(7)
         for _ in range(3):
             optimizer.zero_grad()
             model(IDS, attention_mask=MASK, **labels("ForSequenceClassification")).loss.backward()
             optimizer.step()
-        return [p.detach() for p in model.parameters() if p.requires_grad]
+        return [p.detach() for p in trainable(model).values()]
 
     cold, warm, without = trained(tmp_path), trained(tmp_path), trained(None)
     assert all(first.equal(second) for first, second in zip(cold, warm))
@@ -241,13 +238,12 @@ def test_half_precision_backbone(tmp_path: Path, dtype: torch.dtype) -> None:
     assert {feature.dtype for feature in features(model)} == {dtype}
     output = model(IDS, attention_mask=MASK, **labels("ForSequenceClassification"))
     output.loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is not None for p in trainable(model).values())
 
 
-def test_inside_a_prompt(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    masked_lm = ladder(transformers.AutoModelForMaskedLM.from_pretrained(folder)).eval()
+def test_inside_a_prompt(tmp_path: Path, checkpoint: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    masked_lm = ladder(transformers.AutoModelForMaskedLM.from_pretrained(checkpoint)).eval()
     prompt = Prompt("{text} is <mask>", {0: "awful", 1: "lovely"})
     model = PromptModel(masked_lm, tokenizer, prompt).eval()
     texts = ["the film", "a very brilliant story", "end"]
@@ -318,7 +314,7 @@ def test_a_folder_that_can_no_longer_be_written_costs_nothing(
     def no_space(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastpeft.ladder.store._write", no_space)
+    monkeypatch.setattr("fastpeft.support.record_store._write", no_space)
     with caplog.at_level(logging.WARNING, "fastpeft"):
         for _ in range(2):
             assert logits(model).equal(expected)
@@ -327,10 +323,8 @@ def test_a_folder_that_can_no_longer_be_written_costs_nothing(
 
 
 def test_rows_without_tokens_are_refused(tmp_path: Path) -> None:
-    shape = {"image_size": 4, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.ViTConfig(**shape, intermediate_size=32, num_channels=1)
     with pytest.raises(FastpeftError, match="reads pixel_values"):
-        ladder(transformers.ViTForImageClassification(config)).cache_features(tmp_path)
+        ladder(vit()).cache_features(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,20 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import ladder, tiny
+from backbones import ladder, tiny, trainable
 from causal_models import CAUSAL, causal_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
+from fastpeft import FastpeftError, LadderModel, LadderPool
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.causality import decide_causal
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from fastpeft.ladder.passes import compile_layers
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
 
 # whose attention does not call itself causal, or not in the first layer
-SILENT = (
-    "bloom",
-    "falcon_mamba",
-    "lfm2",
-    "mamba",
-    "mamba2",
-    "mpt",
-    "qwen3_next",
-    "rwkv",
-    "trocr",
-    "xglm",
-)
+SILENT = ("bloom", "falcon_mamba", "lfm2", "mamba", "mamba2", "mpt", "qwen3_next", "rwkv", "trocr", "xglm")
 REFUSED = {
     "cpmant": "the feature of layer 0 has the shape",  # 32 tokens of a prompt come before the text's
     "deepseek_v4": "the feature of layer 0 has the shape",  # several streams
@@ -80,7 +67,7 @@ def assert_no_later_token_is_seen(model: LadderModel) -> None:
 
 
 def train_a_step(model: LadderModel) -> None:
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
     before = {name: parameter.detach().clone() for name, parameter in model.side.named_parameters()}
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
@@ -102,26 +89,6 @@ def test_every_causal_architecture_trains_and_looks_at_no_later_token_or_is_refu
     train_a_step(model)
     if kind not in MASKED_WORDS:
         assert_no_later_token_is_seen(model)
-
-
-def test_a_ladder_beside_lfm2_learns_nothing_of_random_tokens() -> None:
-    """Of two tokens drawn at random the first says nothing of the second: the loss is that of a guess at best."""
-    vocabulary, generator = 8, torch.Generator().manual_seed(3)
-    base = causal_model("lfm2", vocab_size=vocabulary)
-    for parameter in base.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.3)
-    model = ladder(base, reduction_factor=1).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(120):
-        ids = torch.randint(0, vocabulary, (64, 2), generator=generator)
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-20:]) / 20 > 0.98 * math.log(vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +141,7 @@ def test_a_side_network_that_learned_from_later_tokens_is_refused(tmp_path: Path
         lambda: LadderModel.from_pretrained(tmp_path, base=causal_model("bloom")),
         lambda: ladder(causal_model("bloom"), causal=False),
     ):
-        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it anew"):
+        with pytest.raises(FastpeftError, match=r"causal=False beside a BloomForCausalLM.*train it again"):
             make()
 
 
@@ -278,7 +245,7 @@ def test_big_bird_keeps_its_sparse_attention() -> None:
 
 def test_to_find_out_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(causal_model("gpt2"))
-    backbone.compile(backend=lambda graph, _: pytest.fail("compiled"))
+    compile_layers(backbone, {"backend": lambda graph, _: pytest.fail("compiled")})
     assert decide_causal(backbone, None) is True
 
 
@@ -303,8 +270,7 @@ def test_rwkv_is_the_same_saved_and_in_a_pool(tmp_path: Path) -> None:
         torch.testing.assert_close(pool["saved"](input_ids=IDS).logits, expected)
 
 
-@pytest.mark.parametrize("kind", SILENT)
-def test_a_ladder_generates_nothing(kind: str) -> None:
-    model = LadderModel(causal_model(kind), LadderConfig(window_size=3, reduction_factor=2))
+def test_a_ladder_generates_nothing() -> None:
+    model = ladder(causal_model("bloom"))
     with pytest.raises(FastpeftError, match=r"does not generate.*logits\[:, -1\]"):
         model.generate(IDS, max_new_tokens=2)

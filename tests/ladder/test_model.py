@@ -13,7 +13,19 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, SPECIAL, labels, ladder, logits, tiny
+from backbones import (
+    IDS,
+    MASK,
+    SPECIAL,
+    classifier,
+    labels,
+    ladder,
+    logits,
+    quantise_a_layer,
+    tiny,
+    train_a_little,
+    trainable,
+)
 from safetensors.torch import load_file
 from samples import reviews, save_tiny_model
 from torch import Tensor, nn
@@ -23,29 +35,9 @@ from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import SideNetwork
 from fastpeft.training.memory import simulate_training_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def weights(model: LadderModel) -> dict[str, Tensor]:
-    """What trains, copied."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
 
 def trained_head(model: LadderModel) -> list[str]:
-    return [
-        name.removeprefix("base.") for name, p in model.named_parameters() if p.requires_grad and "side." not in name
-    ]
-
-
-def train_a_little(model: nn.Module, steps: int = 3, lr: float = 1e-2) -> Any:
-    """Steps of a plain optimizer over everything that trains."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2])).loss.backward()
-        optimizer.step()
-    return model.eval()
+    return [name.removeprefix("base.") for name in trainable(model) if "side." not in name]
 
 
 # -- architectures -----------------------------------------------------------------------------------------------
@@ -78,9 +70,7 @@ def test_every_architecture_by_one_path(kind: str, head: str, trains: list[str])
     output = model(IDS, attention_mask=MASK, **labels(head))
     output.loss.backward()
     assert list(dict.fromkeys(name.rpartition(".")[0] for name in trained_head(model))) == trains
-    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model).keys()
     assert model.config.causal is (kind == "GPT2")
     assert all(tensor.equal(before[name]) for name, tensor in model.base.state_dict().items())
 
@@ -105,23 +95,6 @@ def test_the_side_network_sees_the_backbones_hidden_states() -> None:
     assert all(a.equal(b) for a, b in zip(seen, (expected[0], *expected)))
 
 
-def test_causal_models_do_not_look_ahead() -> None:
-    model = ladder(tiny("GPT2", "LMHeadModel")).eval()
-    changed = IDS.clone()
-    changed[:, 5:] = 7
-    with torch.no_grad():
-        first, second = model(IDS).logits, model(changed).logits
-    torch.testing.assert_close(first[:, :5], second[:, :5])
-    assert not first[:, 5:].allclose(second[:, 5:])
-
-
-def test_padding_changes_nothing() -> None:
-    model = ladder().eval()
-    with torch.no_grad():
-        alone = model(IDS[:1, :6], attention_mask=MASK[:1, :6]).logits
-    torch.testing.assert_close(logits(model)[:1], alone)
-
-
 def test_layers_named_by_hand() -> None:
     expected = logits(ladder().eval())
     for names in (["roberta.encoder.layer"], "roberta.encoder.layer", [f"roberta.encoder.layer.{i}" for i in range(3)]):
@@ -129,16 +102,6 @@ def test_layers_named_by_hand() -> None:
 
 
 # -- the backbone ------------------------------------------------------------------------------------------------
-
-
-def test_training_leaves_the_backbones_bits_alone_and_changes_the_rest() -> None:
-    model = ladder()
-    before = copy.deepcopy(model.state_dict())
-    train_a_little(model)
-    trained = weights(model).keys()
-    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
-    assert changed == trained
-    assert not any("roberta" in name for name in trained)
 
 
 def test_no_graph_below_the_side_network() -> None:
@@ -215,7 +178,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(IDS, labels=torch.tensor([0, 1, 2])).loss
     loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(p.grad.dtype == torch.float32 for p in trainable(model).values())
 
 
 def test_over_a_peft_model(tmp_path: Path) -> None:
@@ -263,15 +226,6 @@ def test_a_training_step_can_be_simulated() -> None:
     assert estimate.peak > sum(p.numel() * p.element_size() for p in tiny().parameters())
 
 
-def test_a_deep_copy_stands_by_itself() -> None:
-    model = ladder().eval()
-    copied = copy.deepcopy(model)
-    expected = logits(model)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    assert logits(copied).equal(expected)
-
-
 # -- files -------------------------------------------------------------------------------------------------------
 
 
@@ -283,19 +237,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def classifier(checkpoint: Path, **arguments: Any) -> Any:
-    torch.manual_seed(3)
-    arguments = {"dtype": torch.float32, "id2label": {0: "bad", 1: "so-so", 2: "good"}, **arguments}
-    return transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, **arguments)
-
-
 @pytest.mark.parametrize("config", [{}, {"window_size": 1, "fusion": "gated"}, {"num_heads": 2, "residual": True}])
 def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict[str, Any]) -> None:
     model = ladder(classifier(checkpoint), **config)
     train_a_little(model)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    assert saved.keys() == weights(model).keys()
+    assert saved.keys() == trainable(model).keys()
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("LadderModel.from_pretrained") == 1
 
     loaded = LadderModel.from_pretrained(tmp_path)
@@ -351,12 +299,8 @@ def test_a_quantised_backbone_is_taken_with_a_warning(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ladder(classifier(checkpoint)).save_pretrained(tmp_path)
-    base = classifier(checkpoint)
-    linear = base.roberta.encoder.layer[0].output.dense
-    linear.forward = lambda x: x.new_zeros(*x.shape[:-1], 16)  # instead of dequantising
-    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
     with caplog.at_level(logging.WARNING, "fastpeft"):
-        LadderModel.from_pretrained(tmp_path, base=base)
+        LadderModel.from_pretrained(tmp_path, base=quantise_a_layer(classifier(checkpoint)))
     assert "quantised backbone cannot be compared" in caplog.text
 
 
@@ -401,90 +345,48 @@ def test_a_backbone_that_cannot_be_found_is_asked_for(tmp_path: Path, checkpoint
 )
 def test_a_base_without_a_name_is_given_to_load(tmp_path: Path, kind: str, head: str) -> None:
     model = ladder(tiny(kind, head))
-    for name, parameter in weights(model).items():
-        model.get_parameter(name).data = parameter + 0.1
+    for parameter in trainable(model).values():
+        parameter.data += 0.1
     model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == weights(model).keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == trainable(model).keys()
     assert logits(LadderModel.from_pretrained(tmp_path, base=tiny(kind, head))).equal(logits(model.eval()))
 
 
 # -- Trainer -----------------------------------------------------------------------------------------------------
 
 
-def trainer(model: nn.Module, checkpoint: Path, output: Path, **arguments: Any) -> transformers.Trainer:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    names = ("negative", "positive")
-    rows = [{**tokenizer(text), "labels": names.index(label)} for text, label in reviews(32)]
-    settings = {
-        "output_dir": str(output),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "save_steps": 2,
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "eval_strategy": "steps",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return transformers.Trainer(
-        model=model,
-        args=transformers.TrainingArguments(**(settings | arguments)),
-        train_dataset=rows,
-        eval_dataset=rows[:8],
-        processing_class=tokenizer,
-    )
-
-
-def test_trainer_checkpoints_resume_to_the_bit(tmp_path: Path, checkpoint: Path) -> None:
-    def model() -> LadderModel:
-        return ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}), feature_dropout=0.3)
-
-    whole = trainer(model(), checkpoint, tmp_path / "whole")
-    losses = [entry["loss"] for entry in whole.train() and whole.state.log_history if "loss" in entry]
-    assert len(losses) == 8
-    trainer(model(), checkpoint, tmp_path / "parts", max_steps=8).train()
-    resumed = trainer(model(), checkpoint, tmp_path / "parts")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
-    assert resumed.state.global_step == 8
-    expected = weights(whole.model)
-    assert all(tensor.equal(expected[name]) for name, tensor in weights(resumed.model).items())
-    names = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors").keys()
-    assert names == expected.keys()
-
-
 def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = ladder(classifier(checkpoint, id2label={0: "no", 1: "yes"}))
-    best = trainer(
-        model,
-        checkpoint,
-        tmp_path,
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    rows = [{**tokenizer(text), "labels": int(label == "positive")} for text, label in reviews(32)]
+    settings = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=True,  # an early checkpoint, so that loading it changes something
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
     )
+    best = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:8], processing_class=tokenizer)
     best.train()
     assert best.state.best_model_checkpoint
     assert "missing keys" not in caplog.text
     kept = load_file(Path(best.state.best_model_checkpoint) / "model.safetensors")
-    assert all(tensor.equal(kept[name]) for name, tensor in weights(model).items())
+    assert kept.keys() == trainable(model).keys()
+    assert all(tensor.equal(kept[name]) for name, tensor in trainable(model).items())
     assert not best.state.best_model_checkpoint.endswith("checkpoint-8")
     optimized = {id(p) for group in best.optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for p in model.base.roberta.parameters()}
     assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
-
-
-@pytest.mark.long(but="config2")
-@pytest.mark.parametrize("config", [{}, {"residual": True}, {"window_size": 1, "fusion": "gated"}])
-def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
-    model = ladder(**config)
-    train_a_little(model, steps=120, lr=3e-3)
-    assert logits(model).argmax(-1).tolist() == [0, 1, 2]
-    assert logits(model).softmax(-1).diagonal().min() > 0.9
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
@@ -494,11 +396,7 @@ def test_training_learns_a_batch_by_heart(config: dict[str, Any]) -> None:
     ("base", "config", "message"),
     [
         (lambda: nn.Linear(4, 4), {}, "the base is a Linear"),
-        (
-            lambda: tiny(head="Model"),
-            {},
-            "RobertaModel has no head .* RobertaForSequenceClassification or RobertaForTokenCl",
-        ),
+        (lambda: tiny(head="Model"), {}, "RobertaModel has no head .* RobertaForSequenceClassification or Rob"),
         (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers.*as ALBERT's"),
         (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
         (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
@@ -539,7 +437,7 @@ def test_advice_on_models_with_encoder_and_decoder_works(kind: str) -> None:
 
 def learns(model: LadderModel, ids: Tensor, labels: Tensor) -> None:
     """Steps lower the loss."""
-    optimizer = torch.optim.Adam([p for p in model.eval().parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.Adam(trainable(model.eval()).values(), lr=1e-2)
     losses = []
     for _ in range(20):
         losses.append(model(ids, labels=labels).loss)

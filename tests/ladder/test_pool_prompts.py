@@ -9,49 +9,35 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from backbones import ladder
+from backbones import classifier, ladder, trainable
 from pools import ROUNDING, SMALL, shuffled
-from samples import save_tiny_model
 from torch import Tensor
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, Prompt, PromptCollator, PromptModel
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = {
     "opinion": Prompt("{text} is <mask>", {0: "awful", 1: "lovely"}),
     "degree": Prompt("a <mask> story : {text}", {0: "dull", 1: "odd", 2: "funny"}),
 }
-CLASSES = {"opinion": 2, "degree": 3, "plain": 2}
+CLASSES = {"opinion": 2, "degree": 3, "plain": 3}
 TASKS = ["degree", "plain", "opinion", "degree", "opinion", "plain"]
 TEXTS = ["the film", "a very brilliant story", "end", "plot and actor was clumsy", "touching", "rather tedious scene"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a masked-word head, and its tokenizer."""
-    return save_tiny_model(tmp_path_factory.mktemp("prompts") / "model")
+def tokenizer(checkpoint: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(checkpoint)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(folder)
+def masked_lm(checkpoint: Path) -> Any:
+    return transformers.AutoModelForMaskedLM.from_pretrained(checkpoint)
 
 
-def masked_lm(folder: Path) -> Any:
-    return transformers.AutoModelForMaskedLM.from_pretrained(folder)
-
-
-def classifier(folder: Path, classes: int = 2) -> Any:
-    torch.manual_seed(0)
-    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
-
-
-def member(folder: Path, tokenizer: Any, task: str, seed: int = 1) -> Any:
+def member(checkpoint: Path, tokenizer: Any, task: str, seed: int = 1) -> Any:
     """A model of a task by itself, with weights of its own."""
     if task == "plain":
-        return shuffled(ladder(classifier(folder)), seed)
-    model = shuffled(PromptModel(ladder(masked_lm(folder)), tokenizer, PROMPTS[task]), seed)
+        return shuffled(ladder(classifier(checkpoint)), seed)
+    model = shuffled(PromptModel(ladder(masked_lm(checkpoint)), tokenizer, PROMPTS[task]), seed)
     return model.calibrate() if task == "degree" else model
 
 
@@ -81,10 +67,10 @@ def alone(model: Any, tokenizer: Any, task: str, text: str) -> Tensor:
 
 
 @pytest.mark.parametrize("positions", [True, False], ids=["positions given", "masks looked for"])
-def test_every_row_gets_its_models_answer_from_one_pass(folder: Path, tokenizer: Any, positions: bool) -> None:
-    pool, expected = LadderPool(classifier(folder)), {}
+def test_every_row_gets_its_models_answer_from_one_pass(checkpoint: Path, tokenizer: Any, positions: bool) -> None:
+    pool, expected = LadderPool(classifier(checkpoint)), {}
     for seed, task in enumerate(CLASSES):
-        model = member(folder, tokenizer, task, seed)
+        model = member(checkpoint, tokenizer, task, seed)
         expected[task] = [alone(model, tokenizer, task, text) for text in TEXTS]
         assert pool.add(task, model) is pool[task]
     passes: list[None] = []
@@ -97,16 +83,16 @@ def test_every_row_gets_its_models_answer_from_one_pass(folder: Path, tokenizer:
     assert len({answer.logits.sum().item() for answer in answers}) == len(TASKS)
 
 
-def test_members_share_the_backbones_weights(folder: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(folder))
-    model = pool.add("opinion", member(folder, tokenizer, "opinion"))
+def test_members_share_the_backbones_weights(checkpoint: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(checkpoint))
+    model = pool.add("opinion", member(checkpoint, tokenizer, "opinion"))
     own, theirs = (dict(backbone.body.named_parameters()) for backbone in (pool.backbone, model.masked_lm.backbone))
     assert all(theirs[name] is parameter for name, parameter in own.items())
     assert model.core.lm_head.decoder.weight is own["embeddings.word_embeddings.weight"]
 
 
-def test_a_new_side_network_gets_a_prompt(folder: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(folder))
+def test_a_new_side_network_gets_a_prompt(checkpoint: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(checkpoint))
     pool.add("opinion", LadderConfig(**SMALL))
     model = pool.add("opinion", PromptModel(pool.remove("opinion"), tokenizer, PROMPTS["opinion"]))
     rows = PromptCollator(tokenizer)(encoded(tokenizer, "opinion", TEXTS[:1]))
@@ -114,9 +100,9 @@ def test_a_new_side_network_gets_a_prompt(folder: Path, tokenizer: Any) -> None:
     torch.testing.assert_close(pool(dict(rows), ["opinion"])[0].logits, expected, **ROUNDING)
 
 
-def test_a_row_without_its_mask_is_refused(folder: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(folder))
-    pool.add("opinion", member(folder, tokenizer, "opinion"))
+def test_a_row_without_its_mask_is_refused(checkpoint: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(checkpoint))
+    pool.add("opinion", member(checkpoint, tokenizer, "opinion"))
     with pytest.raises(FastpeftError, match="a row has no mask token or several"):
         pool(dict(tokenizer(["the film"], return_tensors="pt")), ["opinion"])
 
@@ -124,10 +110,10 @@ def test_a_row_without_its_mask_is_refused(folder: Path, tokenizer: Any) -> None
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_saved_members_come_back_with_their_prompts(tmp_path: Path, folder: Path, tokenizer: Any) -> None:
-    pool, expected = LadderPool(masked_lm(folder)), {}
+def test_saved_members_come_back_with_their_prompts(tmp_path: Path, checkpoint: Path, tokenizer: Any) -> None:
+    pool, expected = LadderPool(masked_lm(checkpoint)), {}
     for seed, task in enumerate(PROMPTS):
-        model = member(folder, tokenizer, task, seed)
+        model = member(checkpoint, tokenizer, task, seed)
         model.save_pretrained(tmp_path / task)
         expected[task] = alone(model, tokenizer, task, TEXTS[1])
         assert isinstance(pool.add(task, tmp_path / task), PromptModel)
@@ -139,12 +125,12 @@ def test_saved_members_come_back_with_their_prompts(tmp_path: Path, folder: Path
 
 
 def test_a_prompt_on_a_base_with_another_head_is_told_how_to_come_in(
-    tmp_path: Path, folder: Path, tokenizer: Any
+    tmp_path: Path, checkpoint: Path, tokenizer: Any
 ) -> None:
-    model = member(folder, tokenizer, "opinion")
+    model = member(checkpoint, tokenizer, "opinion")
     model.save_pretrained(tmp_path)
-    pool = LadderPool(classifier(folder))
-    with pytest.raises(FastpeftError, match=r"head of a RobertaForMaskedLM.* PromptModel\.from_pretrained, which"):
+    pool = LadderPool(classifier(checkpoint))
+    with pytest.raises(FastpeftError, match=r"head of a RobertaForMaskedLM.* PromptModel\.from_pretrained loads"):
         pool.add("opinion", tmp_path)
     pool.add("opinion", PromptModel.from_pretrained(tmp_path))
     rows = PromptCollator(tokenizer)(encoded(tokenizer, "opinion", TEXTS[:1]))
@@ -152,16 +138,16 @@ def test_a_prompt_on_a_base_with_another_head_is_told_how_to_come_in(
     torch.testing.assert_close(pool(dict(rows), ["opinion"])[0].logits, expected, **ROUNDING)
 
 
-def test_a_prompt_for_a_classifier_changes_its_rows_alone(tmp_path: Path, folder: Path, tokenizer: Any) -> None:
-    member(folder, tokenizer, "plain").save_pretrained(tmp_path)
+def test_a_prompt_for_a_classifier_changes_its_rows_alone(tmp_path: Path, checkpoint: Path, tokenizer: Any) -> None:
+    member(checkpoint, tokenizer, "plain").save_pretrained(tmp_path)
     Prompt("{text} is <mask>", head="classifier").save(tmp_path)
-    assert type(LadderPool(classifier(folder)).add("plain", tmp_path)) is LadderModel
+    assert type(LadderPool(classifier(checkpoint)).add("plain", tmp_path)) is LadderModel
 
 
-def test_a_prompt_around_another_model_is_refused(folder: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(folder))
+def test_a_prompt_around_another_model_is_refused(checkpoint: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(checkpoint))
     with pytest.raises(FastpeftError, match="not a PromptModel around a RobertaForMaskedLM"):
-        pool.add("opinion", PromptModel(masked_lm(folder), tokenizer, PROMPTS["opinion"]))
+        pool.add("opinion", PromptModel(masked_lm(checkpoint), tokenizer, PROMPTS["opinion"]))
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -178,7 +164,7 @@ def batches(tokenizer: Any, task: str) -> list[dict[str, Tensor]]:
 
 
 def sgd(model: Any, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    return torch.optim.SGD(trainable(model).values(), lr=rate)
 
 
 def trained_apart(model: Any, data: list[dict[str, Tensor]], rate: float) -> list[float]:
@@ -193,31 +179,31 @@ def trained_apart(model: Any, data: list[dict[str, Tensor]], rate: float) -> lis
     return losses
 
 
-def test_a_search_over_one_prompt_trains_to_the_bit_as_separate_runs(folder: Path, tokenizer: Any) -> None:
+def test_a_search_over_one_prompt_trains_to_the_bit_as_separate_runs(checkpoint: Path, tokenizer: Any) -> None:
     rates, data = {"slow": 1e-2, "fast": 0.5}, batches(tokenizer, "opinion")
-    pool = LadderPool(masked_lm(folder))
+    pool = LadderPool(masked_lm(checkpoint))
     for name in rates:
-        pool.add(name, member(folder, tokenizer, "opinion"))
+        pool.add(name, member(checkpoint, tokenizer, "opinion"))
     losses = pool.fit(data, {name: sgd(pool[name], rate) for name, rate in rates.items()}, seed=4)
     for name, rate in rates.items():
-        assert losses[name] == trained_apart(member(folder, tokenizer, "opinion"), data, rate)
+        assert losses[name] == trained_apart(member(checkpoint, tokenizer, "opinion"), data, rate)
     assert losses["slow"][0] == losses["fast"][0]
     assert losses["slow"][1] != losses["fast"][1]
 
 
-def test_tasks_with_and_without_prompts_train_together(folder: Path, tokenizer: Any) -> None:
-    pool, data = LadderPool(classifier(folder)), {task: batches(tokenizer, task) for task in CLASSES}
+def test_tasks_with_and_without_prompts_train_together(checkpoint: Path, tokenizer: Any) -> None:
+    pool, data = LadderPool(classifier(checkpoint)), {task: batches(tokenizer, task) for task in CLASSES}
     for task in CLASSES:
-        pool.add(task, member(folder, tokenizer, task))
+        pool.add(task, member(checkpoint, tokenizer, task))
     losses = pool.fit(data, {task: sgd(pool[task], 0.1) for task in CLASSES}, seed=4)
     for task in CLASSES:
-        expected = trained_apart(member(folder, tokenizer, task), data[task], 0.1)
+        expected = trained_apart(member(checkpoint, tokenizer, task), data[task], 0.1)
         torch.testing.assert_close(torch.tensor(losses[task]), torch.tensor(expected), **ROUNDING)
 
 
-def test_positions_of_masks_reach_only_members_with_a_prompt(folder: Path, tokenizer: Any) -> None:
-    pool = LadderPool(masked_lm(folder))
-    pool.add("opinion", member(folder, tokenizer, "opinion"))
+def test_positions_of_masks_reach_only_members_with_a_prompt(checkpoint: Path, tokenizer: Any) -> None:
+    pool = LadderPool(masked_lm(checkpoint))
+    pool.add("opinion", member(checkpoint, tokenizer, "opinion"))
     pool.add("words", LadderConfig(**SMALL))
     (batch, _) = batches(tokenizer, "opinion")
     found = dict(pool.outputs({"opinion": batch, "words": {**batch, "labels": batch["input_ids"]}}))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers
-from backbones import IDS, ladder, logits, tiny
-from samples import save_tiny_model
+from backbones import IDS, classifier, ladder, logits, quantise_a_layer, tiny, trainable, vit
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, SivaConfig
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEPT = [1, 2, 5, 6, 8, 11, 12, 15]  # channels of 16
 
@@ -138,35 +133,20 @@ def channels(model: LadderModel) -> list[int]:
 
 
 def test_layers_without_biases() -> None:
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
-        qkv_bias=False,
-    )
-    side = ladder(transformers.ViTForImageClassification(config), init="pruned").side
+    side = ladder(vit(qkv_bias=False), init="pruned").side
     assert not side.blocks[0].qkv.bias.any()
     assert side.blocks[0].qkv.weight.any()
 
 
-def test_what_is_loaded_is_not_pruned_again(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "base")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    model = ladder(base, init="pruned")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1
+def test_what_is_loaded_is_not_pruned_again(tmp_path: Path, checkpoint: Path) -> None:
+    model = ladder(classifier(checkpoint), init="pruned")
+    for parameter in trainable(model).values():
+        parameter.data += 0.1
     model.eval().save_pretrained(tmp_path / "ladder")
     loaded = LadderModel.from_pretrained(tmp_path / "ladder")
     assert logits(loaded).equal(logits(model))
     assert loaded.config.init == "pruned"
-    quantised = copy.deepcopy(base)
-    linear = quantised.roberta.encoder.layer[0].output.dense
-    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    quantised = quantise_a_layer(classifier(checkpoint))
     LadderModel.from_pretrained(tmp_path / "ladder", base=quantised)
     with pytest.raises(FastpeftError, match=r"not quantised; a RobertaLayer has .*int8 \(16, 32\)"):
         ladder(quantised, init="pruned")

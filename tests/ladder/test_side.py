@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import FastpeftError, LadderConfig
+from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
 from fastpeft.methods.registry import get_method
 from fastpeft.training.config import parse_value
 from fastpeft.training.settings import sort_settings
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
@@ -273,8 +272,9 @@ def test_defaults_of_the_report() -> None:
     assert isinstance(side.blocks[0].fusion, WindowFusion)
 
 
-def test_features_out_of_order_are_refused() -> None:
-    run = SideRun(network(window_size=3), None, 0)
+@pytest.mark.parametrize("kind", [SideRun, DirectRun])
+def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
+    run = kind(network(window_size=3), None, 0)
     run.feed(0, features()[0])
     with pytest.raises(FastpeftError, match="layer 2 came where that of layer 1"):
         run.feed(2, features()[2])

@@ -80,7 +80,7 @@ def test_a_group_that_comes_later_finds_settled_weights() -> None:
     for model, defer in ((ours, True), (theirs, False)):
         optimizer = MeZO(model[0].parameters(), lr=0.1, defer=defer)
         optimizer.step(fit(model))
-        optimizer.add_param_group({"params": model[2].parameters()})
+        optimizer.add_param_group({"params": model[2].bias, "lr": 0.05})
         optimizer.step(fit(model))
         optimizer.settle()
     assert equal(weights(ours), weights(theirs))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from networks import SETTINGS, close, equal, fit, network, weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpeft import MeZO
 from fastpeft.mezo import step_seed
@@ -18,61 +19,71 @@ from fastpeft.ops import noise
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plain_run(model: nn.Module, steps: int, lr: float, wd: float, **settings: Any) -> list[float]:
-    """Steps written straight from the methods, each addition with a z as large as the tensor; returns each step's g."""
+def plain_step(groups: list[dict[str, Any]], loss_of: Callable[[], Tensor], step: int, **settings: Any) -> float:
+    """A step written straight from the methods, each addition with a z as large as the tensor; returns its g."""
     n, eps = settings.get("num_estimates", 1), 1e-3
     kind, limit = settings.get("noise", "gaussian"), settings.get("max_projected_grad", math.inf)
-    found = []
+    seeds = [step_seed(0, step * n + draw) for draw in range(n)]
+    none = [0.0] * len(groups)
 
-    def add(seed: int, scale: float, decay: float = 0.0) -> None:
+    def add(seed: int, *scales: float, decays: list[float] = none) -> None:
         offset = 0
-        for p in model.parameters():
-            z = noise.NOISE[kind](offset, p.numel(), seed, "cpu").view(p.shape)
-            a, s = (torch.tensor(x, dtype=torch.float32) for x in (1 - decay, scale))
-            p.data = (a * p.data.float() + s * z).to(p.dtype)
-            offset += p.numel()
+        for group, scale, decay in zip(groups, scales * (len(groups) // len(scales)), decays):
+            for p in group["params"]:
+                z = noise.NOISE[kind](offset, p.numel(), seed, "cpu").view(p.shape)
+                a, s = (torch.tensor(x, dtype=torch.float32) for x in (1 - decay, scale))
+                p.data = (a * p.data.float() + s * z).to(p.dtype)
+                offset += p.numel()
 
-    for step in range(steps):
-        seeds = [step_seed(0, step * n + draw) for draw in range(n)]
-        with torch.no_grad():
-            loss_of = lambda step=step: fit(model, step)().item()  # noqa: E731
-            if settings.get("estimator") == "fzoo":
-                at_home, losses = loss_of(), []
-                for draw, seed in enumerate(seeds):
-                    if draw:
-                        add(seeds[draw - 1], -eps)
-                    add(seed, eps)
-                    losses.append(loss_of())
-                slopes = [(loss - at_home) / (eps * n * statistics.stdev(losses)) for loss in losses]
-                away = eps
-            else:
-                slopes = []
-                for draw, seed in enumerate(seeds):
-                    if draw:
-                        add(seeds[draw - 1], eps)
-                    add(seed, eps)
-                    plus = loss_of()
-                    add(seed, -2 * eps)
-                    slopes.append(max(-limit, min(limit, (plus - loss_of()) / (2 * eps))) / n)
-                away = -eps
-            add(seeds[-1], -away * (1 - lr * wd) - lr * slopes[-1], lr * wd)
-            for seed, slope in zip(seeds[:-1], slopes):
-                add(seed, -lr * slope)
-        found.append(sum(slopes))
-    return found
+    slopes, losses = [], []
+    with torch.no_grad():
+        if settings.get("estimator") == "fzoo":
+            at_home = loss_of().item()
+            for draw, seed in enumerate(seeds):
+                if draw:
+                    add(seeds[draw - 1], -eps)
+                add(seed, eps)
+                losses.append(loss_of().item())
+            scale = eps * n * statistics.stdev(losses)
+            slopes = [(loss - at_home) / scale if scale else 0.0 for loss in losses]
+            away = eps
+        else:
+            for draw, seed in enumerate(seeds):
+                if draw:
+                    add(seeds[draw - 1], eps)
+                add(seed, eps)
+                plus = loss_of().item()
+                add(seed, -2 * eps)
+                slopes.append(max(-limit, min(limit, (plus - loss_of().item()) / (2 * eps))) / n)
+            away = -eps
+        decays = [group["lr"] * group["weight_decay"] for group in groups]
+        last = [-away * (1 - decay) - group["lr"] * slopes[-1] for group, decay in zip(groups, decays)]
+        add(seeds[-1], *last, decays=decays)
+        for seed, slope in zip(seeds[:-1], slopes):
+            add(seed, *(-group["lr"] * slope for group in groups))
+    return sum(slopes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_every_estimator_is_its_plain_loop(settings: dict[str, Any]) -> None:
-    ours, theirs = network(), network()
-    optimizer = MeZO(ours, lr=1e-3, weight_decay=0.1, **settings)
-    slopes = []
-    for step in range(10):
+def test_steps_are_those_of_a_plain_loop(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bit for bit: the same noise, the same roundings, decay before the step, two groups, a schedule."""
+    ours, theirs = network(dtype), network(dtype)
+    own = ({"lr": 3e-2, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.0})
+    if settings.get("estimator") == "fzoo":
+        own = tuple({**each, "lr": each["lr"] / 100} for each in own)
+    optimizer = MeZO([{"params": layer.parameters(), **s} for layer, s in zip(ours[::2], own)], lr=1.0, **settings)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    for step in range(30):
+        groups = [
+            {**s, "params": list(layer.parameters()), "lr": group["lr"]}
+            for layer, s, group in zip(theirs[::2], own, optimizer.param_groups)
+        ]
         optimizer.step(fit(ours, step))
-        slopes.append(optimizer.projected_grad)
-    assert slopes == plain_run(theirs, 10, 1e-3, 0.1, **settings)
-    assert equal(weights(ours), weights(theirs))
-    assert not equal(weights(ours), weights(network()))
+        schedule.step()
+        assert optimizer.projected_grad == plain_step(groups, fit(theirs, step), step, **settings)
+        assert equal(weights(ours), weights(theirs))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(network(dtype)), weights(ours)))
 
 
 @pytest.mark.long(but="{'noise': 'rademacher'}")

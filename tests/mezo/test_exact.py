@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mezo_trainer
 import peft
 import pytest
 import torch
-from networks import equal, weights
+from networks import equal, fit, network, weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers import RobertaForMaskedLM
 
-from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
+from fastpeft import FastpeftError, MeZO, MeZOTrainer, SivaConfig
 from fastpeft.functional import mezo_perturb, mezo_perturb_
 from fastpeft.mezo import Journal, step_seed
 
@@ -25,33 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 1e-2
 
 
-def language_model(dtype: torch.dtype = torch.bfloat16, vocab_size: int = 60) -> RobertaForMaskedLM:
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=20,
-        initializer_range=0.2,
-    )
-    return RobertaForMaskedLM(config).to(dtype).eval()
+def language_model(vocab_size: int = 60) -> RobertaForMaskedLM:
+    return mezo_trainer.language_model(vocab_size=vocab_size).bfloat16().eval()
 
 
 def loss_of(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
     ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(step))
     return lambda: model(input_ids=ids, labels=ids.roll(1, 1)).loss
-
-
-def network(dtype: torch.dtype) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
-
-
-def fit(model: nn.Module, step: int = 0) -> Callable[[], Tensor]:
-    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
-    return lambda: model(x).square().mean()
 
 
 # -- what a step computes ----------------------------------------------------------------------------------------------
@@ -153,16 +134,6 @@ def test_lr_0_leaves_every_bit_where_in_place_drifts(dtype: torch.dtype) -> None
     assert not equal(weights(in_place), before)
 
 
-@pytest.mark.slow
-def test_ten_thousand_steps_at_lr_0_leave_every_bit() -> None:
-    model = network(torch.bfloat16)
-    before = weights(model)
-    optimizer = MeZO(model, lr=0.0, restore="exact")
-    for step in range(10_000):
-        optimizer.step(fit(model, step))
-    assert equal(weights(model), before)
-
-
 @pytest.mark.parametrize("call", [1, 3])
 def test_an_exception_in_the_forward_puts_the_parameters_back(call: int) -> None:
     model = language_model()
@@ -214,21 +185,8 @@ def test_a_journal_repeats_stochastic_rounding(tmp_path: Path) -> None:
 
 
 def test_the_trainer(tmp_path: Path) -> None:
-    ids = torch.randint(3, 30, (8, 6), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": row, "labels": row.roll(1)} for row in ids]
-    arguments = MeZOConfig(
-        str(tmp_path),
-        restore="exact",
-        max_steps=3,
-        learning_rate=0.0,
-        eps=EPS,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        weight_decay=0.1,
-    )
-    trainer = MeZOTrainer(language_model(), arguments, train_dataset=rows)
+    arguments = mezo_trainer.config(tmp_path, restore="exact", learning_rate=0.0, eps=EPS, weight_decay=0.1)
+    trainer = MeZOTrainer(language_model(), arguments, train_dataset=mezo_trainer.rows())
     before = weights(trainer.model)
     trainer.train()
     assert equal(weights(trainer.model), before)

@@ -109,8 +109,8 @@ def test_groups_have_noise_of_their_own_and_a_state_goes_on_to_the_bit() -> None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"noise": "rademacher"}, "has noise 'gaussian' alone; got 'rademacher'"),
-        ({"restore": "exact"}, "has restore 'in_place' alone; got 'exact'"),
+        ({"noise": "rademacher"}, "allows noise 'gaussian' alone; got 'rademacher'"),
+        ({"restore": "exact"}, "allows restore 'in_place' alone; got 'exact'"),
     ],
 )
 def test_other_settings_are_refused(given: dict[str, str], message: str) -> None:

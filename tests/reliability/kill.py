@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from samples import reviews, save_tiny_model, write_csv
 
 from bench.harness import DATA, put_row
-from fastpeft.ladder.store import _LINE_BYTES, RecordStore
 from fastpeft.mezo import Journal
 from fastpeft.support import files
+from fastpeft.support.record_store import _LINE_BYTES, RecordStore
 from fastpeft.training.run_folder import RunFolder
 
 FILE = DATA / "kills.csv"

@@ -157,6 +157,8 @@ def _run(tests: list[str], short: set[str]) -> tuple[str, str]:
             return ("long" if test in set(tests) - short else "short"), test
     if done.returncode == 0:
         return "none", ""
+    if "while loading conftest" in done.stderr:
+        return "short", "the tests cannot be loaded"
     raise SystemExit(done.stdout + done.stderr)
 
 

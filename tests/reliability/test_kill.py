@@ -13,7 +13,7 @@ from PIL import Image
 from reliability import kill
 from safetensors.torch import save
 
-from fastpeft.ladder.store import RecordStore
+from fastpeft.support.record_store import RecordStore
 
 
 def picture() -> bytes:

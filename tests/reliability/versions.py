@@ -2,7 +2,7 @@
 
 `make version-test` builds a wheel. For each of `ENVIRONMENTS` it makes a virtual environment, installs the wheel there
 with the versions that are named, and runs the tests on it, away from the sources; what it finds is a row of
-bench/data/versions.csv, from which docs/reliability.md has its table. What passed there is not run again unless it is
+bench/data/versions.csv, from which docs/results/faults.md has its table. What passed there is not run again unless it is
 named, so a run that was cut off goes on.
 
 uv (`pip install uv`) makes the environments. It finds or fetches the interpreters; a torch for CPUs only comes from
@@ -75,7 +75,7 @@ SELECTION = (
     "tests/ladder/test_model.py",
     "tests/mezo/test_optimizer.py",
     "tests/kernels/test_siva_linear.py",
-    "tests/kernels/test_mezo.py",
+    "tests/kernels/test_mezo_perturb.py",
     "tests/ops/test_backends.py",
     "tests/test_cli.py",
     "tests/training/test_export.py",

@@ -9,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import TrainableTokensWrapper
+from siva_adapters import CLOSE, move, tiny, token_ids, trained
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, SivaConfig
@@ -19,26 +19,20 @@ from fastpeft.siva.export import save_as_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-TINY = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TOKENS = [40, 3, 49]
 BASE = "__base__"
 
 
 def decoder(tied: bool = False) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**TINY, initializer_range=0.3, tie_word_embeddings=tied)
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny("Llama", "ForCausalLM", initializer_range=0.3, tie_word_embeddings=tied)
 
 
 def encoder() -> Any:
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(**TINY, max_position_embeddings=40, initializer_range=0.3)
-    return transformers.RobertaForSequenceClassification(config).eval()
+    return tiny(initializer_range=0.3)
 
 
 def ids(rows: int = 3) -> Tensor:
-    found = torch.randint(3, 50, (rows, 9), generator=torch.Generator().manual_seed(2))
+    found = token_ids(rows)
     found[:, 4] = TOKENS[0]
     return found
 
@@ -48,22 +42,9 @@ def logits(model: nn.Module, inputs: Tensor | None = None, **settings: Any) -> T
     return model(ids() if inputs is None else inputs, **settings).logits
 
 
-def move(model: Any, seed: int = 0) -> Any:
-    """Change what trains."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return model.eval()
-
-
 def adapted(base: Any, **config: Any) -> Any:
     task = "SEQ_CLS" if hasattr(base, "classifier") else "CAUSAL_LM"
-    return move(peft.get_peft_model(base, SivaConfig(**({"r": 2, "task_type": task} | config))))
-
-
-def trained(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return move(peft.get_peft_model(base, SivaConfig(**({"r": 2, "task_type": task} | config)))).eval()
 
 
 def beside(model: nn.Module) -> set[str]:
@@ -173,7 +154,7 @@ def test_each_row_has_the_tokens_of_its_adapter(tied: bool) -> None:
     model.add_adapter("second", SivaConfig(**settings, trainable_token_indices=[TOKENS[0], 7]))
     model.add_adapter("third", SivaConfig(**settings))
     model.set_requires_grad(["default", "second", "third"])
-    move(model)
+    move(model).eval()
     names = ["second", BASE, "default", "third", "second"]
     expected = {}
     for name in ("default", "second", "third"):
@@ -203,7 +184,7 @@ def test_tokens_that_a_chat_template_adds(tmp_path: Path) -> None:
 
     config = SivaConfig(r=2, task_type="CAUSAL_LM")
     config.trainable_token_indices, config.modules_to_save = {"embed_tokens": [50, 51]}, ["lm_head"]
-    model = move(peft.get_peft_model(base(), config))
+    model = move(peft.get_peft_model(base(), config)).eval()
     model.save_pretrained(tmp_path)
     new = torch.full((1, 4), 51)
     loaded = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
@@ -301,7 +282,7 @@ def test_a_saved_module_that_cannot_run_by_rows_is_named(last: nn.Module, call: 
     model = peft.get_peft_model(Tagger(last, call), SivaConfig(**settings))
     model.add_adapter("second", SivaConfig(**settings))
     model.set_requires_grad(["default", "second"])
-    move(model)
+    move(model).eval()
     x, names = torch.randn(4, 5, 6), ["second", "default", BASE, "default"]
     if message is not None:
         with pytest.raises(FastpeftError, match=message):

@@ -10,18 +10,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from siva_adapters import CLOSE, RESIDUALS, move, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import optimizer as optimizers
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from fastpeft import FastpeftError, MeZO, SivaConfig, SivaLinear
 from fastpeft.methods.saved_adapters import check_weights
 from fastpeft.siva.decompose import decompose
 from fastpeft.siva.model import SPECTRAL_STEP
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-RESIDUALS = pytest.mark.parametrize("residual", ["frozen", "implicit"])
 
 
 def linear(seed: int = 0) -> nn.Linear:
@@ -29,17 +26,8 @@ def linear(seed: int = 0) -> nn.Linear:
     return nn.Linear(20, 12)
 
 
-def moved(layer: SivaLinear, size: float = 0.05) -> SivaLinear:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in (p for p in layer.parameters() if p.requires_grad):
-        parameter.data += size * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return layer
-
-
-def tiny(seed: int = 0) -> BertModel:
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return BertModel(BertConfig(**sizes, intermediate_size=32)).eval()
+def tiny_bert() -> Any:
+    return tiny("Bert", "Model", vocab_size=30)
 
 
 IDS = torch.arange(12).view(2, 6)
@@ -51,10 +39,10 @@ def output(model: nn.Module) -> Tensor:
 
 
 def adapted(**given: Any) -> Any:
-    model = peft.get_peft_model(tiny(), SivaConfig(r=3, **given)).eval()
+    model = peft.get_peft_model(tiny_bert(), SivaConfig(r=3, **given)).eval()
     for layer in model.modules():
         if isinstance(layer, SivaLinear):
-            moved(layer)
+            move(layer, 1, 0.05)
     return model
 
 
@@ -89,7 +77,7 @@ def test_weight_decay_goes_back_to_the_pretrained_weight(residual: str, trained:
     weight = linear().weight.detach().clone()
     layer = SivaLinear.from_linear(linear(), 4, residual=residual)
     if trained:
-        moved(layer)
+        move(layer, 1, 0.05)
         assert (layer.weight - weight).abs().max() > 1e-2
     parameters = [p for p in layer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.5, weight_decay=0.1)
@@ -105,7 +93,7 @@ def test_weight_decay_goes_back_to_the_pretrained_weight(residual: str, trained:
 def test_a_lossy_residual_decays_to_its_own_start(given: dict[str, Any]) -> None:
     layer = SivaLinear.from_linear(linear(), 4, **given)
     start = layer.weight.detach()
-    moved(layer)
+    move(layer, 1, 0.05)
     for change in layer._changes("default"):
         change.weight.data *= 0
     assert layer.weight.detach().equal(start)
@@ -144,11 +132,11 @@ def test_small_steps_of_half_precision_adapters_are_kept() -> None:
 @pytest.mark.parametrize("cast", [lambda model: model, lambda model: model.to(torch.bfloat16)])
 def test_half_precision_factors_merge_and_convert(residual: str, cast: Any) -> None:
     model = peft.get_peft_model(
-        tiny().to(torch.bfloat16), SivaConfig(r=3, residual=residual), autocast_adapter_dtype=False
+        tiny_bert().to(torch.bfloat16), SivaConfig(r=3, residual=residual), autocast_adapter_dtype=False
     )
     model = cast(model).eval()
     layer = next(each for each in model.modules() if isinstance(each, SivaLinear))
-    moved(layer)
+    move(layer, 1, 0.05)
     assert layer.siva_du["default"].weight.dtype == torch.bfloat16
     expected = output(model).float()
     delta = layer.get_delta_weight("default")
@@ -188,10 +176,10 @@ def test_a_reference_adapter_of_the_same_configuration_is_the_base(
     residual: str, reloaded: bool, tmp_path: Path
 ) -> None:
     """As TRL makes one beside the adapter that trains, and copies what has its name in it."""
-    expected, model = output(tiny()), adapted(residual=residual)
+    expected, model = output(tiny_bert()), adapted(residual=residual)
     if reloaded:
         model.save_pretrained(str(tmp_path))
-        model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path), is_trainable=True).eval()
+        model = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path), is_trainable=True).eval()
     trained = output(model)
     model.add_adapter("ref", model.peft_config["default"])
     model.set_adapter("ref")
@@ -227,7 +215,7 @@ def test_files_of_whole_factors_load(residual: str, low_cpu_mem_usage: bool, tmp
     model = adapted(residual=residual)
     model.save_pretrained(str(tmp_path))
     as_before(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
     torch.testing.assert_close(output(loaded), output(model), rtol=0, atol=1e-6)
     changes = {name: p for name, p in loaded.named_parameters() if "siva_d" in name}
     assert len(changes) == 8
@@ -243,7 +231,7 @@ def test_a_run_checks_files_of_whole_factors(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(str(tmp_path))
     as_before(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
     check_weights(loaded, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -259,8 +247,8 @@ def test_a_run_checks_files_of_whole_factors(tmp_path: Path) -> None:
 def test_a_step_is_as_large_for_every_triplet_of_every_layer() -> None:
     """Where Adam moves every entry by eta, the weight moves by a share of it that the number of layers decides."""
     pretrained, model = (
-        tiny(),
-        peft.get_peft_model(tiny(), SivaConfig(r=3, target_modules=["query", "dense"])),
+        tiny_bert(),
+        peft.get_peft_model(tiny_bert(), SivaConfig(r=3, target_modules=["query", "dense"])),
     )
     layers = [module for module in model.modules() if isinstance(module, SivaLinear)]
     assert len(layers) == 9  # fewer than 12 count as 12
@@ -279,7 +267,7 @@ def test_a_step_is_as_large_for_every_triplet_of_every_layer() -> None:
 
 
 def test_the_plain_form_moves_a_triplet_in_proportion_to_its_singular_value() -> None:
-    model = peft.get_peft_model(tiny(), SivaConfig(r=3, scaling="plain"))
+    model = peft.get_peft_model(tiny_bert(), SivaConfig(r=3, scaling="plain"))
     layer = next(module for module in model.modules() if isinstance(module, SivaLinear))
     assert layer.siva_du["default"].scale is None
     layer.siva_du["default"].weight.data += 1e-4
@@ -311,7 +299,7 @@ def test_scales_stay_in_float32() -> None:
 
 
 def test_a_whole_state_dict_of_whole_factors_loads() -> None:
-    layer = moved(SivaLinear.from_linear(linear(), 4))
+    layer = move(SivaLinear.from_linear(linear(), 4), 1, 0.05)
     state = layer.state_dict()
     for part in "uv":
         change = state.pop(f"siva_d{part}.default.weight")
@@ -326,7 +314,7 @@ def test_whole_factors_are_refused_where_they_cannot_be_converted(tmp_path: Path
     """Transformers sets the tensors of a file one by one and leaves out what it does not know."""
     adapted().save_pretrained(str(tmp_path))
     as_before(tmp_path)
-    model = tiny()
+    model = tiny_bert()
     model.load_adapter(str(tmp_path))
     with pytest.raises(FastpeftError, match=r"lacks siva_du or siva_dv.*PeftModel\.from_pretrained"):
         output(model)
@@ -340,9 +328,8 @@ def test_no_optimizer_of_the_process_is_watched() -> None:
 
 
 def test_a_weight_that_is_asked_for_its_dtype_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 30, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
-    model = peft.get_peft_model(T5EncoderModel(T5Config(**sizes)).eval(), SivaConfig(r=3, target_modules=["wo", "q"]))
+    base = tiny("T5", "EncoderModel", d_ff=32, d_kv=8, num_layers=1)
+    model = peft.get_peft_model(base, SivaConfig(r=3, target_modules=["wo", "q"]))
     model.add_adapter("other", SivaConfig(r=3, target_modules=["wo", "q"], residual="frozen"))
     computed = []
     monkeypatch.setattr(SivaLinear, "_compute_weight", lambda layer: computed.append(layer))

@@ -15,6 +15,7 @@ import ranks as rank_processes
 import torch
 import torch.distributed as dist
 from samples import tiny_classifier
+from siva_adapters import RESIDUALS, move, without_dropout
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,7 +29,6 @@ from fastpeft import SivaConfig, SivaLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RESIDUALS = ("frozen", "implicit")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 Run = Callable[..., list[Any]]
@@ -43,12 +43,9 @@ def adapted(residual: str = "frozen", **config: Any) -> peft.PeftModel:
     base = tiny_classifier()
     for weight in base.parameters():
         weight.data *= 10 if weight.dim() == 2 else 1
-    torch.manual_seed(0)
     settings: dict[str, Any] = {"r": 3, "target_modules": ["query", "key", "dense"], "task_type": "SEQ_CLS"} | config
     model = peft.get_peft_model(base, SivaConfig(residual=residual, **settings)).eval()
-    for parameter in trained(model).values():
-        parameter.data += 0.01 * torch.randn(parameter.shape)
-    return model
+    return move(model, size=0.01)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -92,7 +89,7 @@ def counter() -> Iterator[CompileCounterWithBackend]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_a_layer_compiles_once_for_all_shapes(residual: str, counter: CompileCounterWithBackend) -> None:
     torch.manual_seed(0)
     layer = SivaLinear.from_linear(nn.Linear(20, 12), 4, residual=residual)
@@ -107,7 +104,7 @@ def test_a_layer_compiles_once_for_all_shapes(residual: str, counter: CompileCou
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_a_model_compiles_whole(residual: str, counter: CompileCounterWithBackend) -> None:
     model = adapted(residual)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -150,7 +147,7 @@ def test_inductor_compiles_a_training_step() -> None:
 
 @pytest.mark.long(but="implicit-False")
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_exports_with_a_free_batch_size(residual: str, strict: bool) -> None:
     model = adapted(residual)
     size = torch.export.Dim("batch", min=2, max=64)
@@ -170,7 +167,7 @@ def test_exports_with_a_free_batch_size(residual: str, strict: bool) -> None:
 # -- autocast and checkpointing ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_autocast_computes_in_its_dtype_and_trains_in_float32(residual: str) -> None:
     layer = adapted(residual).base_model.model.roberta.encoder.layer[0].attention.self.query
     x = torch.randn(5, 7, 16, requires_grad=True)
@@ -197,12 +194,9 @@ def test_a_model_trains_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_checkpointing_changes_no_gradient(residual: str, use_reentrant: bool) -> None:
-    model = adapted(residual, target_modules=["query", "key", "value", "dense"]).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(adapted(residual, target_modules=["query", "key", "value", "dense"]))
     expected = step(model, batch())
     calls = []
     model.base_model.model.roberta.encoder.layer[0].attention.self.query.register_forward_hook(
@@ -284,7 +278,7 @@ def assert_same(
 
 @needs_gloo
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_ddp_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
     model = adapted(residual)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
@@ -292,7 +286,7 @@ def test_ddp_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
     model = adapted(residual)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
@@ -301,7 +295,7 @@ def test_fsdp2_equals_one_process(ranks: Run, residual: str) -> None:
 
 @needs_gloo
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_fsdp1_equals_one_process(ranks: Run, residual: str, passes: int) -> None:
     model = adapted(residual)
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}

@@ -15,6 +15,7 @@ import transformers
 from packaging.version import Version
 from peft.utils.hotswap import hotswap_adapter
 from samples import logits, save_tiny_model, tiny_classifier
+from siva_adapters import CLOSE, RESIDUALS, move
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -24,20 +25,9 @@ from fastpeft.siva.export import save_as_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
 
 def config(**given: Any) -> SivaConfig:
     return SivaConfig(**({"r": 2, "task_type": "SEQ_CLS"} | given))
-
-
-def move(model: Any) -> Any:
-    """Change what trains."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def adapted(**given: Any) -> Any:
@@ -186,11 +176,6 @@ def test_no_target_left_is_said(given: dict[str, Any]) -> None:
     assert logits(base).equal(expected)
 
 
-def test_an_exclusion_that_excludes_nothing_is_said() -> None:
-    with pytest.warns(UserWarning, match="no modules were excluded"):
-        peft.get_peft_model(tiny_classifier(), config(exclude_modules=["absent"]))
-
-
 # -- PEFT's doors ----------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +300,7 @@ def two_adapters(**given: Any) -> Any:
 
 
 @pytest.mark.skipif(not hasattr(peft, "convert_to_lora"), reason="this PEFT converts no adapters")
-@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+@RESIDUALS
 def test_peft_makes_a_lora_of_it(residual: str) -> None:
     model = adapted(residual=residual, modules_to_save=None, task_type=None)
     assert model.supports_lora_conversion()
@@ -383,7 +368,7 @@ def test_transformers_refuses_an_adapter_of_another_model(tmp_path: Path, checkp
 @pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="this transformers wants a newer PEFT for it"
 )
-@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+@RESIDUALS
 def test_transformers_makes_switches_saves_and_deletes(tmp_path: Path, checkpoint: Path, residual: Any) -> None:
     model = load(checkpoint)
     expected = logits(model)

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 from samples import logits, tiny_classifier
-from torch import Tensor, nn
+from siva_adapters import CLOSE, move
+from torch import Tensor
 
 from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.decompose import Factors
@@ -21,17 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def adapted(kind: str = "Roberta", **config: Any) -> peft.PeftModel:
     """One with an adapter, and a head, that training has moved."""
-    model = peft.get_peft_model(tiny_classifier(kind), SivaConfig(task_type="SEQ_CLS", **config)).eval()
-    move(model)
-    return model
-
-
-def move(model: nn.Module) -> None:
-    """Change what trains."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return move(peft.get_peft_model(tiny_classifier(kind), SivaConfig(task_type="SEQ_CLS", **config))).eval()
 
 
 def test_the_factors_make_what_training_changed() -> None:
@@ -65,8 +56,8 @@ def test_peft_loads_it_on_the_base_model(tmp_path: Path, kind: str, config: dict
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     lora = peft.PeftModel.from_pretrained(tiny_classifier(kind), str(tmp_path)).eval()
     assert not torch.allclose(logits(lora), logits(tiny_classifier(kind)), atol=1e-2)
-    torch.testing.assert_close(logits(lora), logits(model), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(lora.merge_and_unload()), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(lora), logits(model), **CLOSE)
+    torch.testing.assert_close(logits(lora.merge_and_unload()), logits(model), **CLOSE)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
+from siva_adapters import RESIDUALS, move, tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,10 +68,7 @@ def adapted(targets: list[str] = ALL, name: str = "attention", **config: Any) ->
     """A model with trained adapters, and its attention."""
     torch.manual_seed(0)
     model = peft.get_peft_model(Model(name), SivaConfig(r=2, target_modules=targets, **config))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.01 * torch.randn_like(parameter)
-    return model, model.get_base_model().attention
+    return move(model, size=0.01), model.get_base_model().attention
 
 
 def alone(model: nn.Module) -> nn.Module:
@@ -121,7 +118,7 @@ def nothing_stays_open() -> Any:
 # -- what is computed ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+@RESIDUALS
 @pytest.mark.parametrize("targets", [ALL, ["query", "key"], ["key", "value"]])
 def test_a_group_computes_once_what_its_layers_would(sizes: list[int], residual: str, targets: list[str]) -> None:
     model, _ = adapted(targets, residual=residual)
@@ -187,14 +184,11 @@ def test_inference_mode_computes_alone(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("targets", [["query", "key", "value"], ["q_proj"]])
 def test_models_of_transformers(sizes: list[int], targets: list[str]) -> None:
-    shape = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"intermediate_size": 32, "max_position_embeddings": 20}
-    torch.manual_seed(0)
     if targets == ["q_proj"]:
-        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_key_value_heads=1))
+        base = tiny("Llama", "ForCausalLM", num_key_value_heads=1)
         targets, expected = "all-linear", [3, 2] * 2  # query, key, value; gate, up
     else:
-        base = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**shape, pad_token_id=0))
+        base = tiny()
         expected = [3] * 2
     model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=targets)).eval()
     ids = torch.arange(3, 11)[None]

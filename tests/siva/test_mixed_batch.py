@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from samples import tiny_classifier
+from siva_adapters import RESIDUALS, tiny, token_ids, without_dropout
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, SivaConfig
@@ -20,7 +20,6 @@ from fastpeft.ops import aten, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RESIDUALS = ("frozen", "implicit")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 BASE = "__base__"
 
@@ -173,10 +172,6 @@ def classifier(residual: str = "frozen") -> peft.PeftModel:
     return model.eval()
 
 
-def ids(rows: int = len(NAMES)) -> Tensor:
-    return torch.randint(3, 50, (rows, 9), generator=torch.Generator().manual_seed(2))
-
-
 def of_adapter(model: peft.PeftModel, name: str, inputs: Tensor) -> Tensor:
     """The logits of a batch that belongs to one adapter."""
     if name == BASE:
@@ -198,14 +193,14 @@ def one_by_one(model: peft.PeftModel, names: Sequence[str], inputs: Tensor) -> T
     return torch.stack([found[row] for row in range(len(names))])
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 @pytest.mark.parametrize("names", [NAMES, sorted(NAMES), NAMES[::-1], ["second"] * 7, [BASE] * 7])
 def test_a_mixed_batch_equals_a_batch_for_each_adapter(residual: str, names: list[str]) -> None:
     model = classifier(residual)
     with torch.no_grad():
-        expected = one_by_one(model, names, ids())
-        torch.testing.assert_close(model(ids(), adapter_names=names).logits, expected, **CLOSE)
-        assert len(set(names)) == 1 or not torch.allclose(model(ids()).logits, expected, atol=0.01)
+        expected = one_by_one(model, names, token_ids(7))
+        torch.testing.assert_close(model(token_ids(7), adapter_names=names).logits, expected, **CLOSE)
+        assert len(set(names)) == 1 or not torch.allclose(model(token_ids(7)).logits, expected, atol=0.01)
     assert all(layer.rows is None for layer in model.base_model._siva_layers())
 
 
@@ -219,22 +214,19 @@ def train_all(model: peft.PeftModel) -> None:
     model.set_requires_grad(["default", "second", "third"])
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
+@RESIDUALS
 def test_gradients_are_those_of_a_batch_for_each_adapter(residual: str) -> None:
-    model = classifier(residual).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(classifier(residual))
     total: dict[str, Tensor] = {}
     for name in set(NAMES) - {BASE}:
         model.set_adapter(name)
         train_all(model)
         rows = [row for row, own in enumerate(NAMES) if own == name]
-        for key, gradient in gradients(model, model(ids()[rows]).logits).items():
+        for key, gradient in gradients(model, model(token_ids(7)[rows]).logits).items():
             total[key] = total.get(key, 0) + gradient
     model.set_adapter("default")
     train_all(model)
-    found = gradients(model, model(ids(), adapter_names=NAMES).logits)
+    found = gradients(model, model(token_ids(7), adapter_names=NAMES).logits)
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     for key, gradient in found.items():
         assert gradient.abs().max() > 1e-3, key
@@ -262,7 +254,7 @@ def test_rows_of_a_quantised_residual() -> None:
 def test_only_what_requires_a_gradient_gets_one() -> None:
     model = classifier()
     model.set_adapter("second")
-    found = gradients(model, model(ids(), adapter_names=NAMES).logits)
+    found = gradients(model, model(token_ids(7), adapter_names=NAMES).logits)
     assert found
     assert all(".second" in name for name in found)
 
@@ -270,15 +262,12 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_remembers_the_rows_of_each_run(use_reentrant: bool) -> None:
     """Two runs with different names before one backward, in which the blocks run again."""
-    model = classifier("implicit").train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(classifier("implicit"))
     train_all(model)
     model.enable_input_require_grads()
 
     def both() -> Tensor:
-        return torch.cat([model(ids(), adapter_names=names).logits for names in (NAMES, NAMES[::-1])])
+        return torch.cat([model(token_ids(7), adapter_names=names).logits for names in (NAMES, NAMES[::-1])])
 
     expected = gradients(model, both())
     calls: list[object] = []
@@ -298,18 +287,18 @@ def test_checkpointing_remembers_the_rows_of_each_run(use_reentrant: bool) -> No
 def test_an_exception_leaves_no_rows_behind() -> None:
     model = classifier()
     with torch.no_grad():
-        expected = model(ids()).logits
+        expected = model(token_ids(7)).logits
         handle = model.base_model.model.roberta.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model(ids(), adapter_names=NAMES)
+            model(token_ids(7), adapter_names=NAMES)
         handle.remove()
-        assert model(ids()).logits.equal(expected)
+        assert model(token_ids(7)).logits.equal(expected)
 
 
 def test_disabled_adapters_disable_those_of_rows() -> None:
     model = classifier()
     with torch.no_grad(), model.disable_adapter():
-        assert model(ids(), adapter_names=NAMES).logits.equal(model(ids()).logits)
+        assert model(token_ids(7), adapter_names=NAMES).logits.equal(model(token_ids(7)).logits)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +314,7 @@ def test_disabled_adapters_disable_those_of_rows() -> None:
 def test_wrong_names_are_refused(names: Any, message: str) -> None:
     model = classifier()
     with pytest.raises(FastpeftError, match=message):
-        model(ids(), adapter_names=names)
+        model(token_ids(7), adapter_names=names)
     assert all(layer.rows is None for layer in model.base_model._siva_layers())
 
 
@@ -334,9 +323,9 @@ def test_merged_adapters_are_refused(training: bool) -> None:
     model = classifier().train(training)
     model.merge_adapter()
     with pytest.raises(FastpeftError, match=r"call `unmerge_adapter` first\. Now 'default' would act"):
-        model(ids(), adapter_names=NAMES)
+        model(token_ids(7), adapter_names=NAMES)
     model.unmerge_adapter()
-    model(ids(), adapter_names=NAMES)
+    model(token_ids(7), adapter_names=NAMES)
 
 
 def test_a_weight_that_is_read_cannot_differ_by_row() -> None:
@@ -357,35 +346,24 @@ def test_a_weight_that_is_read_cannot_differ_by_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv1d_and_half_precision(dtype: torch.dtype) -> None:
-    config = transformers.GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=2, n_head=2)
-    torch.manual_seed(0)
-    model = peft.get_peft_model(transformers.GPT2Model(config).to(dtype), SivaConfig(r=2, target_modules=["c_attn"]))
+    model = peft.get_peft_model(tiny("GPT2", "Model").to(dtype), SivaConfig(r=2, target_modules=["c_attn"]))
     model.add_adapter("second", SivaConfig(r=2, target_modules=["c_attn"]))
     train_a_little(model)
     model.eval()
     with torch.no_grad():
-        found = model(ids(3), adapter_names=["second", "default", "second"]).last_hidden_state
+        found = model(token_ids(3), adapter_names=["second", "default", "second"]).last_hidden_state
         expected = []
         for row, name in enumerate(["second", "default", "second"]):
             model.set_adapter(name)
-            expected.append(model(ids(3)[row : row + 1]).last_hidden_state)
+            expected.append(model(token_ids(3)[row : row + 1]).last_hidden_state)
     assert found.dtype is dtype
     tolerance = CLOSE if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.05}
     torch.testing.assert_close(found, torch.cat(expected), **tolerance)
 
 
 def causal() -> peft.PeftModel:
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
     settings = {"r": 4, "residual": "implicit", "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), SivaConfig(**settings))
+    model = peft.get_peft_model(tiny("Llama", "ForCausalLM", initializer_range=0.3), SivaConfig(**settings))
     model.add_adapter("second", SivaConfig(**settings))
     train_a_little(model)
     return model.eval()
@@ -394,7 +372,10 @@ def causal() -> peft.PeftModel:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generates_by_row(beams: int) -> None:
     model = causal()
-    prompt, settings = ids(4)[:, :5], {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    prompt, settings = (
+        token_ids(4)[:, :5],
+        {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0},
+    )
     names = ["second", "default", BASE, "second"]
     mask = torch.ones_like(prompt)
     found = model.generate(input_ids=prompt, attention_mask=mask, adapter_names=names, **settings)
@@ -412,30 +393,25 @@ def test_generates_by_row(beams: int) -> None:
 
 
 def test_an_encoder_reads_each_row_once_and_a_decoder_every_beam() -> None:
-    config = transformers.T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
-    torch.manual_seed(0)
-    model = peft.get_peft_model(
-        transformers.T5ForConditionalGeneration(config), SivaConfig(r=2, task_type="SEQ_2_SEQ_LM")
-    )
+    base = tiny("T5", "ForConditionalGeneration", d_kv=8, d_ff=32, num_layers=2, decoder_start_token_id=0)
+    model = peft.get_peft_model(base, SivaConfig(r=2, task_type="SEQ_2_SEQ_LM"))
     model.add_adapter("second", SivaConfig(r=2, task_type="SEQ_2_SEQ_LM"))
     train_a_little(model)
     model.eval()
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
     names = ["second", "default", "second"]
-    found = model.generate(input_ids=ids(3), attention_mask=torch.ones(3, 9), adapter_names=names, **settings)
+    found = model.generate(input_ids=token_ids(3), attention_mask=torch.ones(3, 9), adapter_names=names, **settings)
     for row, name in enumerate(names):
         model.set_adapter(name)
-        alone = model.generate(input_ids=ids(3)[row : row + 1], attention_mask=torch.ones(1, 9), **settings)
+        alone = model.generate(input_ids=token_ids(3)[row : row + 1], attention_mask=torch.ones(1, 9), **settings)
         assert found[row].equal(alone[0])
 
 
 def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
     model = classifier("implicit")
     with torch.no_grad():
-        expected = model(ids(), adapter_names=NAMES).logits
-        assert copy.deepcopy(model)(ids(), adapter_names=NAMES).logits.equal(expected)
+        expected = model(token_ids(7), adapter_names=NAMES).logits
+        assert copy.deepcopy(model)(token_ids(7), adapter_names=NAMES).logits.equal(expected)
         model.save_pretrained(tmp_path)
         base = tiny_classifier()
         for weight in base.parameters():
@@ -443,7 +419,7 @@ def test_a_copy_and_a_reload_know_no_rows(tmp_path: Any) -> None:
         loaded = peft.PeftModel.from_pretrained(base, tmp_path)
         for name in ("second", "third"):
             loaded.load_adapter(tmp_path / name, name)
-        assert loaded.eval()(ids(), adapter_names=NAMES).logits.equal(expected)
+        assert loaded.eval()(token_ids(7), adapter_names=NAMES).logits.equal(expected)
 
 
 @pytest.mark.long
@@ -454,6 +430,6 @@ def test_compiles() -> None:
     compiled = torch.compile(model, fullgraph=torch.__version__ >= (2, 11), backend="aot_eager")
     with torch.no_grad():
         for names in (NAMES, NAMES[::-1]):
-            found = compiled(ids(), adapter_names=names).logits
-            torch.testing.assert_close(found, model(ids(), adapter_names=names).logits, **CLOSE)
+            found = compiled(token_ids(7), adapter_names=names).logits
+            torch.testing.assert_close(found, model(token_ids(7), adapter_names=names).logits, **CLOSE)
     torch._dynamo.reset()

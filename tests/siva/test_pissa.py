@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from samples import logits, tiny_classifier
+from siva_adapters import CLOSE, RESIDUALS, move
 
 from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.layer import SivaLinear
@@ -21,18 +22,15 @@ PISSA = {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa", "target_modules"
 
 def trained(folder: Path, kind: str = "Roberta", task_type: str | None = "SEQ_CLS", **config: Any) -> torch.Tensor:
     """Save a PiSSA adapter that training has moved, and tell the logits that its folder gives in PEFT."""
-    model = peft.get_peft_model(tiny_classifier(kind), peft.LoraConfig(**{**PISSA, "task_type": task_type, **config}))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    given = peft.LoraConfig(**{**PISSA, "task_type": task_type, **config})
+    model = move(peft.get_peft_model(tiny_classifier(kind), given), size=0.5)
     model.save_pretrained(str(folder))
     loaded = logits(peft.PeftModel.from_pretrained(tiny_classifier(kind), str(folder)).eval())
-    torch.testing.assert_close(loaded, logits(model.eval()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loaded, logits(model.eval()), **CLOSE)
     return loaded
 
 
-@pytest.mark.parametrize("residual", ["frozen", "implicit"])
+@RESIDUALS
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -49,13 +47,13 @@ def test_the_logits_are_those_of_pissa(tmp_path: Path, kind: str, config: dict[s
     expected = trained(tmp_path / "pissa", kind, **config)
     model = peft.get_peft_model(tiny_classifier(kind), SivaConfig.from_pissa(tmp_path / "pissa", residual)).eval()
     assert not torch.allclose(expected, logits(tiny_classifier(kind)), atol=1e-4)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
     model.save_pretrained(str(tmp_path / "siva"))  # from here on nothing of PiSSA's is needed
     (tmp_path / "pissa" / "adapter_config.json").unlink()
     loaded = peft.PeftModel.from_pretrained(tiny_classifier(kind), str(tmp_path / "siva")).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
-    torch.testing.assert_close(logits(copy.deepcopy(model)), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(copy.deepcopy(model)), expected, **CLOSE)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, **CLOSE)
 
 
 def test_before_training_the_factors_are_the_initial_ones(tmp_path: Path) -> None:

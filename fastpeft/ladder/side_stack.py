@@ -1,4 +1,4 @@
-"""Side networks of one shape, computed as one network with a dimension more."""
+"""Side networks of one shape, computed together as one network with one more dimension."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastpeft.ladder.config import SHAPE
 from fastpeft.ladder.side import SideNetwork
 
 _STACKED = ("down", "projections", "blocks", "up")  # the parts of a side network that are computed for all at once
-# which attention PyTorch takes is a setting of the whole process: one at a time sets it and sets it back
+# PyTorch's choice of attention is a setting of the whole process: one thread at a time changes it and restores it
 _ATTENTION = threading.Lock()
 
 
 def shape_of(side: SideNetwork) -> Hashable:
-    """What two side networks must have in common to be stacked; equal to itself alone where one cannot be."""
+    """A key that two side networks share if they can be stacked; a network that cannot be has a key of its own."""
     if any(name.partition(".")[0] not in _STACKED for name, _ in side.named_parameters()):
         return id(side)
     settings = tuple(repr(getattr(side.config, name)) for name in SHAPE)
@@ -29,13 +29,13 @@ def shape_of(side: SideNetwork) -> Hashable:
 
 
 class SideStack:
-    """G side networks of one `shape_of`, each weight of theirs a slice of one tensor `(G, ...)`.
+    """G side networks of one `shape_of`, whose weights are slices of tensors `(G, ...)`.
 
-    The slices are their parameters' own memory: nothing is held twice, and what an optimizer or `load_state_dict`
-    writes to a network is seen here. Moving a network to another device or dtype parts it from its stack.
+    The parameters of the networks are these slices: nothing is stored twice, and the stack sees what an optimizer or
+    `load_state_dict` writes to a network. A network that moves to another device or dtype leaves its stack.
 
     Args:
-        sides: the networks; their weights are copied once, to where they lie together. One alone stays where it is.
+        sides: the networks. Their weights are copied once, into the stack; a single network stays as it is.
     """
 
     def __init__(self, sides: Sequence[SideNetwork]) -> None:
@@ -43,7 +43,7 @@ class SideStack:
         if len(sides) == 1:
             return
         own = {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in sides[0].parameters()}
-        self._code = copy.deepcopy(sides[0], dict(own)).eval()  # weights come and go in it, which no thread must see
+        self._code = copy.deepcopy(sides[0], dict(own)).eval()  # a copy: `functional_call` swaps weights in and out
         self._weights: dict[int, Tensor] = {}  # by the id of the parameter of `_code`
         for parameters in zip(*(side.parameters() for side in sides)):
             stacked = torch.stack([parameter.detach() for parameter in parameters])
@@ -52,9 +52,9 @@ class SideStack:
             self._weights[id(own[id(parameters[0])])] = stacked
 
     def select(self, places: Sequence[int]) -> SideNetwork:
-        """The networks at `places` as one, whose operands and results are `(G, B, T, ...)`; a single one as it is.
+        """The networks at `places` as one, with operands and results `(G, B, T, ...)`; a single network as it is.
 
-        Weights are copied for some of the networks, and not for all in their order.
+        The weights are copied, unless `places` are all networks in their order.
         """
         if len(places) == 1:
             return self.sides[places[0]]
@@ -71,7 +71,7 @@ class StackedModule(nn.Module):
     """G modules as one: the g-th slice of each operand meets the g-th module's weights.
 
     Args:
-        code: a module like them, whose own weights are not used.
+        code: a module of their class; its own weights are not used.
         weights: the stacked weights `(G, ...)`, by the id of the parameter of `code`.
     """
 
@@ -82,13 +82,13 @@ class StackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of linear layers."""
+        """The stacked weight of linear layers."""
         return self._weights["weight"]
 
     def forward(self, *operands: Any) -> Tensor:
-        """Tensors `(G, ...)` are taken apart, anything else goes to every module."""
+        """Each module gets its slice of tensors `(G, ...)`; other operands go to every module."""
         in_dims = (0, *(0 if isinstance(operand, Tensor) else None for operand in operands))
-        with _ATTENTION, sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be stacked on a CPU
+        with _ATTENTION, sdpa_kernel(SDPBackend.MATH):  # vmap has no fused attention on a CPU
             result: Tensor = vmap(self._call, in_dims=in_dims)(self._weights, *operands)
         return result
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from fastpeft.ladder.passes import features_of, listen, skip_layers
 
 KINDS = ("Roberta", "DistilBert", "ModernBert", "Electra", "DebertaV2", "GPT2")
 
@@ -22,7 +21,10 @@ def last_feature(model: Any) -> Tensor:
     """What the last layer of `model` gives for the samples, as any model computes it."""
     kept = []
     backbone = Backbone(model)
-    with torch.no_grad(), backbone.listen(lambda layer, feature: None, lambda feature: kept.append(feature) or feature):
+    with (
+        torch.no_grad(),
+        listen(backbone, lambda layer, feature: None, lambda feature: kept.append(feature) or feature),
+    ):
         model(IDS, attention_mask=MASK)
     return kept[0]
 
@@ -35,9 +37,9 @@ def test_a_pass_without_layers_computes_the_rest_of_the_model(kind: str, learnt:
     model.config.pad_token_id = 0
     backbone = Backbone(model)
     if learnt:
-        with backbone.listen(lambda layer, feature: None, lambda feature: feature):
+        with listen(backbone, lambda layer, feature: None, lambda feature: feature):
             model(IDS, attention_mask=MASK)
-    with backbone.skip_layers(last_feature(model)):
+    with skip_layers(backbone, last_feature(model)):
         skipped = model(IDS, attention_mask=MASK).logits
     assert torch.equal(skipped, model(IDS, attention_mask=MASK).logits)
 
@@ -48,7 +50,7 @@ def test_layers_are_skipped_and_are_themselves_again_afterwards() -> None:
     backbone, output = Backbone(model), torch.zeros(3, 9, 16)
     seen: list[nn.Module] = []
     hooks = [layer.attention.register_forward_hook(lambda module, *_: seen.append(module)) for layer in backbone.layers]
-    with backbone.skip_layers(output):
+    with skip_layers(backbone, output):
         model(IDS)
         seen.clear()  # the first layer runs once, to learn what layers return
         model(IDS)
@@ -62,7 +64,7 @@ def test_layers_are_skipped_and_are_themselves_again_afterwards() -> None:
 def test_gradients_reach_the_output_given() -> None:
     model, output = tiny(), torch.randn(3, 9, 16, requires_grad=True)
     assert isinstance(model, transformers.RobertaForSequenceClassification)
-    with Backbone(model).skip_layers(output):
+    with skip_layers(Backbone(model), output):
         model(IDS).logits.sum().backward()
     assert output.grad is not None
     assert output.grad.abs().sum() > 0
@@ -73,10 +75,10 @@ def test_features_must_have_the_shape_of_the_input() -> None:
     backbone = Backbone(model, feature_sizes=[16, 16, 24, 16])
     seen: list[int] = []
     with pytest.raises(FastpeftError, match=r"layer 2 has the shape \(3, 9, 16\).* here \(3, 9, 24\)\. Load the base"):
-        backbone.features({"input_ids": IDS})
+        features_of(backbone, {"input_ids": IDS})
     with (
         pytest.raises(FastpeftError, match=r"layer 0 has the shape \(3, 9, 16\).* here \(3, 8, 16\)"),
-        Backbone(model).listen(lambda layer, feature: seen.append(layer), lambda feature: feature, (3, 8)),
+        listen(Backbone(model), lambda layer, feature: seen.append(layer), lambda feature: feature, (3, 8)),
     ):
         model(IDS)
     assert not seen
@@ -94,4 +96,4 @@ def test_a_model_is_given_what_it_knows_and_keeps_no_keys_and_values(kind: str) 
     if kind == "GPT2":
         assert "use_cache" in arguments
         assert "use_cache" in inputs
-    backbone.features(given)
+    features_of(backbone, given)

@@ -1,4 +1,4 @@
-"""What a saved side network is made of: its configuration, its weights, its base and the adapter beside it."""
+"""Files of a saved side network: its configuration, weights and model card, its base, and the adapter beside it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from fastpeft.support.hub import model_options
 from fastpeft.support.model_card import model_card
 from fastpeft.support.safe_paths import check_named_files
 
-ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, as PEFT reads it
+ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
+# the arguments of `from_pretrained` that say where files are
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_ON_THE_CARD = (*SHAPE[:5], "init", "layer_drop", "share_projections", "output_mix", "backbone_dtype")
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
-    """The configuration that `save_pretrained` wrote to a folder or hub id; `hub` says where on the hub."""
+    """The configuration saved in a folder or hub id; `hub` holds some of `HUB_ARGUMENTS`."""
     check_named_files(Path(source, hub.get("subfolder") or ""))
     try:
         values = dict(LadderConfig.get_config_dict(source, **hub)[0])
-    except Exception as error:  # a broken file surfaces as almost any type
+    except Exception as error:  # a broken file raises almost any type
         raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
     if values.get("model_type") != LadderConfig.model_type:
         raise FastpeftError(
@@ -39,7 +42,7 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
         config: LadderConfig = LadderConfig.from_dict(values)
     except FastpeftError:
         raise
-    except Exception as error:  # a value of another type surfaces as almost any
+    except Exception as error:  # a value of another type raises almost any type
         raise FastpeftError(f"cannot use the configuration of a side network in {source!r}: {error}") from error
     return config
 
@@ -59,13 +62,13 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     if name is None or loader is None:
         raise FastpeftError(
             f"the side network was trained on {name or 'a base without a name'} of class {kind}, which cannot be "
-            "loaded by itself. Pass it: LadderModel.from_pretrained(..., base=model)."
+            "loaded by name. Pass it: LadderModel.from_pretrained(..., base=model)."
         )
     if arguments.get("dtype", "auto") == "auto":
         arguments["dtype"] = config.dtype or "auto"  # the dtype it was trained in, not that of the file
     arguments = {
         "revision": config.base_revision or "main",
-        "ignore_mismatched_sizes": True,  # of a head, which is loaded from the side network's file
+        "ignore_mismatched_sizes": True,  # the head is loaded from the side network's file
         "use_safetensors": True,
         **model_options(name),
         **task_fields(config),
@@ -82,7 +85,7 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
 
 
 def describe_base(config: LadderConfig, core: Any) -> None:
-    """Copy into the configuration of a side network what names its base and the task of that."""
+    """Copy the name, revision, class and task of a base into the configuration of its side network."""
     config.base_class = type(core).__name__
     if not isinstance(core, PreTrainedModel):
         return
@@ -93,18 +96,18 @@ def describe_base(config: LadderConfig, core: Any) -> None:
 
 
 def task_fields(config: Any) -> dict[str, Any]:
-    """What the configuration of a model with a head says of its task."""
+    """The task fields of the configuration of a model with a head, those that are set."""
     names = ("id2label", "label2id", "problem_type")
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
 
 
 def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = None) -> PeftModel:
-    """The base of a saved side network with the adapter that was trained beside that.
+    """The base of a saved side network with the adapter that trained beside it.
 
     Raises:
-        FastpeftError: it cannot be read or put there.
+        FastpeftError: the adapter cannot be read or added to the base.
     """
-    hub = {} if hub is None else hub
+    hub = hub or {}
     if Path(source).is_dir():
         check_file(Path(source, hub.get("subfolder") or "", ADAPTER_FOLDER))
     place = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), ADAPTER_FOLDER)))}
@@ -119,7 +122,7 @@ def with_adapter(base: nn.Module, source: str, hub: Mapping[str, Any] | None = N
 
 
 def check_shape(saved: LadderConfig, own: LadderConfig, source: str) -> None:
-    """Raise `FastpeftError` unless the side network saved in `source` has the weights that one of `own` has."""
+    """Raise `FastpeftError` unless `saved`, the configuration in `source`, gives the same weights as `own`."""
     different = [item for item in SHAPE if getattr(saved, item) != getattr(own, item)]
     if different:
         there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
@@ -130,13 +133,13 @@ def check_shape(saved: LadderConfig, own: LadderConfig, source: str) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], trained: Set[str], source: str) -> None:
-    """Raise `FastpeftError` unless saved weights are all that train of a model, and are sound.
+    """Raise `FastpeftError` unless `weights`, read from `source`, are sound and are those that train.
 
     Args:
-        weights: as they were saved.
+        weights: the saved weights.
         own: the state of the model.
-        trained: names of what trains.
-        source: where the weights come from.
+        trained: the names of the weights that train.
+        source: a folder or hub id, for the message.
     """
     missing, unknown = sorted(trained - weights.keys()), sorted(weights.keys() - trained)
     if missing or unknown:
@@ -147,8 +150,8 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], trai
     for name, tensor in weights.items():
         if tensor.is_floating_point() != own[name].is_floating_point() or not tensor.isfinite().all():
             raise FastpeftError(
-                f"{name} in {source!r} is damaged: it holds {tensor.dtype} numbers, or such as are not finite. Restore "
-                "the file, or train anew."
+                f"{name} in {source!r} is damaged: its {tensor.dtype} values are of the wrong type or not finite. "
+                "Restore the file, or train again."
             )
         if tensor.shape != own[name].shape:
             raise FastpeftError(
@@ -162,29 +165,22 @@ def some(names: Sequence[str]) -> str:
     return (", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "none"
 
 
+def without_wrapper(name: str) -> str:
+    """The name of a weight, the same whether PEFT wraps the base or not."""
+    return name.replace("base.base_model.model.", "base.", 1)
+
+
 def write_card(config: LadderConfig, folder: Path) -> None:
-    """Write a model card; one that is there is kept."""
+    """Write a model card, unless there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     card = folder / "README.md"
     if card.exists():
         return
-    shown = (
-        "window_size",
-        "reduction_factor",
-        "fusion",
-        "num_heads",
-        "residual",
-        "init",
-        "layer_drop",
-        "share_projections",
-        "output_mix",
-        "backbone_dtype",
-    )
     text = model_card(
         base_model=config.base_model_name_or_path or "the base model",
         method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
         snippet=f"import fastpeft\n\nmodel = fastpeft.LadderModel.from_pretrained({folder.name!r})",
         library="transformers",
-        settings={name: getattr(config, name) for name in shown} | {"feature_dropout": config.dropout},
+        settings={name: getattr(config, name) for name in _ON_THE_CARD} | {"feature_dropout": config.dropout},
     )
     card.write_text(text, encoding="utf-8")

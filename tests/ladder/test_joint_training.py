@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import labels, tiny
+from backbones import labels, tiny, trainable
 from pools import BATCH, SMALL, pool_of, shuffled
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder.cache import DTYPES
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 RATES = {"slow": 1e-3, "fast": 1e-2, "gated": 1e-2}
 CONFIGS = {
@@ -60,7 +58,7 @@ def trained_apart(
 
 
 def optimizer_of(model: nn.Module, name: str) -> tuple[Any, Any]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATES[name])
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=RATES[name])
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=4)
 
 
@@ -73,10 +71,6 @@ def batches(rows: int = 3, tokens: int = 9, seed: int = 0, number: int = 4) -> l
         answers = torch.randint(3, (rows,), generator=generator)
         made.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": answers})
     return made
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_search_trains_to_the_bit_as_separate_runs() -> None:
@@ -93,9 +87,9 @@ def test_a_search_trains_to_the_bit_as_separate_runs() -> None:
     for name in RATES:
         alone, expected = trained_apart(name, data, seeds[name])
         assert losses[name] == expected
-        weights = trained(pool[name])
-        assert weights.keys() == trained(alone).keys()
-        assert all(weights[key].equal(value) for key, value in trained(alone).items())
+        weights = trainable(pool[name])
+        assert weights.keys() == trainable(alone).keys()
+        assert all(weights[key].equal(value) for key, value in trainable(alone).items())
         assert not pool[name].training
 
 
@@ -106,8 +100,8 @@ def test_tasks_with_batches_of_their_own_train_as_separate_runs() -> None:
     for name in data:
         alone, expected = trained_apart(name, data[name], 4)
         torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(expected), rtol=1e-4, atol=1e-5)
-        moved = sum((p - q).norm() for p, q in zip(trained(pool[name]).values(), trained(alone).values()))
-        whole = sum((p - q).norm() for p, q in zip(trained(new_member(name)).values(), trained(alone).values()))
+        moved = sum((p - q).norm() for p, q in zip(trainable(pool[name]).values(), trainable(alone).values()))
+        whole = sum((p - q).norm() for p, q in zip(trainable(new_member(name)).values(), trainable(alone).values()))
         assert moved < 1e-2 * whole
 
 
@@ -123,7 +117,7 @@ def test_members_stop_on_their_own() -> None:
     assert {name: len(values) for name, values in losses.items()} == {"slow": 1, "fast": 3, "gated": 8}
     assert seen[:4] == [("slow", 1), ("fast", 1), ("gated", 1), ("fast", 2)]
     alone, _ = trained_apart("fast", data[:3], 0)
-    assert trained(alone).keys() == trained(pool["fast"]).keys()
+    assert trainable(alone).keys() == trainable(pool["fast"]).keys()
 
 
 def test_gradients_are_clipped_per_member() -> None:
@@ -131,10 +125,10 @@ def test_gradients_are_clipped_per_member() -> None:
     for limit in (None, 1e-3):
         pool = new_pool()
         model = pool["fast"]
-        start = copy.deepcopy(trained(model))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        start = copy.deepcopy(trainable(model))
+        optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
         pool.fit(batches(number=1), {"fast": optimizer}, max_grad_norm=limit)
-        norms[limit] = torch.stack([(start[name] - p).norm() for name, p in trained(model).items()]).norm().item()
+        norms[limit] = torch.stack([(start[name] - p).norm() for name, p in trainable(model).items()]).norm().item()
     assert norms[1e-3] == pytest.approx(1e-3, rel=1e-2)
     assert norms[None] > 1e-2
 
@@ -148,7 +142,7 @@ def test_outputs_for_a_loop_of_ones_own(head: str) -> None:
         gradients = {key: p.grad.clone() for key, p in pool[name].named_parameters() if p.grad is not None}
         pool[name].zero_grad()
         pool[name](**batch).loss.backward()
-        assert gradients.keys() == trained(pool[name]).keys()
+        assert gradients.keys() == trainable(pool[name]).keys()
         assert all(gradients[key].equal(pool[name].get_parameter(key).grad) for key in gradients)
     (name, output), *rest = pool.outputs({"1": batch})
     assert name == "1"
@@ -225,13 +219,13 @@ def test_a_loss_that_is_not_finite_ends_training_before_its_step() -> None:
 
     def spoil(*_: Any) -> bool:
         hidden.bias.data[0] = torch.nan
-        before.update(copy.deepcopy(trained(pool["slow"])))
+        before.update(copy.deepcopy(trainable(pool["slow"])))
         return False
 
     with pytest.raises(FastpeftError, match="the loss of 'slow' is nan at step 2"):
         pool.fit(data, optimizers, stop=spoil)
-    assert before.keys() == trained(pool["slow"]).keys()
-    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in trained(pool["slow"]).items())
+    assert before.keys() == trainable(pool["slow"]).keys()
+    assert all(torch.equal(p.nan_to_num(), before[name].nan_to_num()) for name, p in trainable(pool["slow"]).items())
     assert all(parameter.grad is None for parameter in pool["slow"].parameters())
     assert not pool["slow"].training
 

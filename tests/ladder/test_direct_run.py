@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from backbones import ladder, logits, tiny, train_a_little, trainable
 from side_networks import EXACT, LAYERS, MASK, features, network
 from torch import Tensor
-from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel
-from fastpeft.ladder.direct import DirectRun
+from fastpeft import LadderConfig, LadderModel
+from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import SideNetwork, SideRun
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def output(run: SideRun, given: list[Tensor]) -> Tensor:
@@ -77,34 +74,14 @@ def test_it_drops_features_and_blocks_in_training() -> None:
     assert not torch.allclose(found[1], output(DirectRun(dropping.eval(), MASK, 3), features()))
 
 
-def test_features_must_come_in_order_and_all() -> None:
-    run = DirectRun(network(window_size=3), MASK, 0)
-    with pytest.raises(FastpeftError, match="layer 1 came where that of layer 0 was expected"):
-        run.feed(1, features()[1])
-    run.feed(0, features()[0])
-    with pytest.raises(FastpeftError, match="read 1 features of 4"):
-        run.output()
-
-
 @pytest.mark.parametrize("config", [{"window_size": 3}, {"window_size": 1, "fusion": "gated"}], ids=str)
 def test_a_model_that_computes_so_is_saved_and_loaded_as_ever(config: dict[str, Any], tmp_path) -> None:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    base = RobertaForSequenceClassification(RobertaConfig(vocab_size=80, **shape))
-    model = LadderModel(copy.deepcopy(base), LadderConfig(reduction_factor=2, **config))
+    model = ladder(**config)
     model.side_run = DirectRun
-    model.eval()
-    batch = {
-        "input_ids": torch.randint(5, 60, (2, 5)),
-        "attention_mask": torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
-        "labels": torch.tensor([0, 1]),
-    }
-    model(**batch).loss.backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None for parameter in trained)
+    train_a_little(model, steps=1)
+    assert all(parameter.grad is not None for parameter in trainable(model).values())
     model.save_pretrained(tmp_path)
-    loaded = LadderModel.from_pretrained(tmp_path, base=base)
-    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    torch.testing.assert_close(logits(LadderModel.from_pretrained(tmp_path, base=tiny())), logits(model))
 
 
 def test_it_keeps_all_features_where_the_library_streams() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpeft.ladder import store as module
-from fastpeft.ladder.store import RecordStore
+from fastpeft.support import record_store as module
+from fastpeft.support.record_store import RecordStore
 
 ROOMY = 2**30
 

@@ -1,8 +1,8 @@
-"""k-LST and LST written directly from their equations: what the library's form of a side network is compared with.
+"""k-LST and LST written directly from their equations, to compare the library's form of a side network with.
 
-The backbone keeps all its features until the side network runs. Each side block projects the k features of its window
-one by one, drops out, adds positions, concatenates them along the tokens, makes keys and values of them and attends to
-all k * T, by PyTorch's fused attention; a feature outside the backbone is zeros, projected like the others.
+All features are kept until the side network runs. Each side block projects the k features of its window one by one,
+applies dropout, adds positions, concatenates them along the tokens, computes keys and values and attends to all k * T
+by PyTorch's fused attention. A feature outside the backbone is zeros, projected like the others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from fastpeft.ladder.side import GatedFusion, SideRun, WindowFusion
 
 
 class DirectRun(SideRun):
-    """One pass of a side network in the direct form, with the weights that it has for its own form.
+    """One pass of a side network in the direct form, with the same weights as the library's form.
 
-    `model.side_run = DirectRun` makes a `LadderModel` compute so. It trains, saves and loads as before, and PyTorch
-    draws its dropout. What comes after the fusion of a block is the library's.
+    `model.side_run = DirectRun` makes a `LadderModel` use it; training, saving and loading stay the same. PyTorch draws
+    its dropout. What follows the fusion of a block is the library's code.
 
     Args:
         args, kwargs: as for `SideRun`.

@@ -1,13 +1,12 @@
-"""Records under keys in one folder: appended by any number of processes, read through a memory map.
+"""Records of bytes under keys, in one folder: any number of processes append them, and read them by a memory map.
 
-ROOT/lock            held while a process appends to any store below ROOT
-ROOT/NAME/records    the records' bytes, each from a multiple of 64
-ROOT/NAME/index      for each record a line: its key, where it is, and checksums of its bytes and of the line
+ROOT/lock            locked while a process appends to any store below ROOT
+ROOT/NAME/records    the records' bytes, each at a multiple of 64
+ROOT/NAME/index      a line for each record: its key, its place, and checksums of its bytes and of the line
 
-The bytes of a record come first and its line after them, so whatever moment a process is killed at, what the index
-names is there; half a line is overwritten by the next. After a power cut the disk may hold the line and not the bytes,
-or bytes may change later: a record is checked when a process reads it for the first time, and a wrong one counts as
-absent.
+A record's bytes are written before its line. So if a process is killed, each record in the index is whole, and the
+next line overwrites half a line. After a power cut the disk may hold a line without its bytes, and bytes may change
+later: a process checks a record at its first read, and treats a damaged one as absent.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class RecordStore:
 
     Args:
         root: the folder that holds this store and perhaps others.
-        name: of the folder of this one.
-        max_bytes: what all files below `root` may take together.
+        name: the name of this store's folder.
+        max_bytes: the most that all files below `root` may take together.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -56,15 +55,15 @@ class RecordStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._records, self._index = (_open(folder / part) for part in ("records", "index"))
         self._mapped = np.empty(0, np.uint8)
-        # offset, length, and the checksum until the bytes were found to have it
+        # by key: offset, length, and the checksum, None once it has been checked
         self._places: dict[bytes, tuple[int, int, int | None]] = {}
-        self._lines_end = 0  # of the index, as far as it was read
+        self._lines_end = 0  # how far the index has been read
         self._records_end = 0
-        self._told = False
+        self._warned = False
         self.refresh()
 
     def refresh(self) -> None:
-        """Take note of what any process has appended since."""
+        """Read what any process has appended to the index since the last time."""
         size = os.fstat(self._index.fileno()).st_size
         end = size - size % _LINE_BYTES
         self._index.seek(self._lines_end)
@@ -78,7 +77,7 @@ class RecordStore:
         self._lines_end += len(lines)
 
     def get(self, keys: Iterable[bytes]) -> dict[bytes, Record]:
-        """The records under `keys`, read-only, in the memory map; without those that are absent or damaged."""
+        """The records under `keys`, as read-only memory maps, without those that are absent or damaged."""
         found = ((key, self._read(key)) for key in keys if key in self._places)
         return {key: record for key, record in found if record is not None}
 
@@ -90,23 +89,25 @@ class RecordStore:
         if checksum is not None:
             if len(record) < length or zlib.crc32(record.data) != checksum:
                 del self._places[key]
-                self._tell_damage()
+                if not self._warned:
+                    logger.warning("%s holds damaged records; they are computed again", self._records.name)
+                    self._warned = True
                 return None
             self._places[key] = (offset, length, None)
         return record
 
     def append(self, records: Mapping[bytes, Record]) -> list[bytes]:
-        """Keep records, but for those whose key another process has used already.
+        """Store records, without those whose key is there already.
 
         Returns:
-            The keys of those that the limit left no room for.
+            The keys of the records that do not fit within the limit.
 
         Raises:
-            OSError: the disk is full or the folder is no longer there.
+            OSError: the disk is full, or the folder was deleted.
         """
         refused, lines = [], []
-        with files.lock(self.root / "lock"):  # without which two that append at once lose records of each other
-            if os.fstat(self._index.fileno()).st_nlink == 0:  # the folder was deleted: nobody could read what is added
+        with files.lock(self.root / "lock"):  # two processes that append at once would lose each other's records
+            if os.fstat(self._index.fileno()).st_nlink == 0:  # nobody could read what is added
                 raise FileNotFoundError(errno.ENOENT, "the folder was deleted", self._index.name)
             self.refresh()
             room = self.max_bytes - bytes_below(self.root)
@@ -129,29 +130,24 @@ class RecordStore:
         return refused
 
     def _map(self) -> None:
-        """Map the file of records as long as it is now."""
+        """Map the file of records at its present length."""
         if size := os.fstat(self._records.fileno()).st_size:
             self._mapped = np.frombuffer(mmap.mmap(self._records.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
 
-    def _tell_damage(self) -> None:
-        if not self._told:
-            logger.warning("%s holds damaged records, which are computed anew", self._records.name)
-            self._told = True
-
 
 def bytes_below(root: Path) -> int:
-    """What the files of all stores below `root` take."""
+    """The size of all stores below `root`."""
     return sum(file.stat().st_size for file in root.glob("*/*"))
 
 
 def _open(file: Path) -> BinaryIO:
-    """A file to read and write anywhere in, without a buffer; made if need be."""
+    """Open a file to read and write without a buffer; it is made if need be."""
     file.touch()
     return file.open("r+b", buffering=0)
 
 
 def _write(file: BinaryIO, offset: int, content: bytes | memoryview) -> None:
-    """Write all of `content` at `offset`; one call may write a part."""
+    """Write all of `content` at `offset`; a single `write` may write only a part."""
     file.seek(offset)
     rest = memoryview(content)
     while rest:

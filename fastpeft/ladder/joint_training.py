@@ -1,4 +1,4 @@
-"""Training many side networks together: batches below each other, each member's steps, and its random numbers."""
+"""Training many side networks together: joined batches, and the steps and random numbers of each member."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Stop: TypeAlias = Callable[[str, int, float], bool]
 
 
 def source_of(batch: Batch) -> Tensor:
-    """What its rows and tokens are counted by."""
+    """The input whose shape gives the rows and tokens of a batch."""
     return batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
 
 
 def join(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[Batch, dict[int, Any]]:
-    """The inputs of batches below each other, padded on the right, and where each is: its rows and its tokens."""
+    """The inputs of several batches as one, padded on the right, and the place of each: its rows and its tokens."""
     if len(batches) == 1:
         return next(iter(batches.values())), dict.fromkeys(batches, ...)
     shapes = {name: source_of(batch).shape[:2] for name, batch in batches.items()}
@@ -50,7 +50,7 @@ def join(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[Batch, dict[i
             if part is None and key in ("attention_mask", "token_type_ids"):
                 part = source_of(batch).new_full(shapes[name], int(key == "attention_mask"), dtype=torch.long)
             if part is None:
-                raise FastpeftError(f"some of the batches have {key} and others have not. Give it to all or none.")
+                raise FastpeftError(f"some of the batches have {key} and others do not. Give it to all or none.")
             widths = (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])
             parts.append(F.pad(part, widths, value=pad_token_id if key == "input_ids" else 0))
         joined[key] = torch.cat(parts)
@@ -60,12 +60,12 @@ def join(batches: Mapping[int, Batch], pad_token_id: int) -> tuple[Batch, dict[i
 def steps_of(
     data: Iterable[Batch] | Mapping[str, Iterable[Batch]], names: Sequence[str], epochs: int, stopped: set[str]
 ) -> Iterator[dict[str, Batch]]:
-    """The batch of every member that still trains, step by step; `stopped` grows meanwhile."""
+    """For each step, the batch of every member that still trains; the caller adds to `stopped` between steps."""
     sources = [data[name] for name in names if name in data] if isinstance(data, Mapping) else [data]
     if epochs > 1 and (spent := [source for source in sources if isinstance(source, Iterator)]):
         raise FastpeftError(
-            f"epochs={epochs}, but the batches come from a {type(spent[0]).__name__}, which ends after one. Give what "
-            "can be gone through again, such as a list or a DataLoader."
+            f"epochs={epochs}, but the batches come from a {type(spent[0]).__name__}, which ends after one. Give a "
+            "list, a DataLoader or another iterable that can start again."
         )
     if not isinstance(data, Mapping):
         for batch in itertools.chain.from_iterable(itertools.repeat(data, epochs)):
@@ -86,7 +86,7 @@ def steps_of(
 
 @contextlib.contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let modules and what is in them be in evaluation mode, and give each its mode back; those in it cost nothing."""
+    """Put modules and their submodules into evaluation mode while the block runs, then restore each one's mode."""
     training = [part for module in modules if module.training for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -98,11 +98,11 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class RandomStream:
-    """While entered, torch draws from a stream of its own, which goes on from one time to the next.
+    """A context in which torch draws from a stream of its own, which continues at the next entry.
 
     Args:
-        seed: as of `torch.manual_seed` before the first time.
-        device: on which drawing is covered, beside the CPU.
+        seed: the stream starts as after `torch.manual_seed(seed)`.
+        device: the device whose generator is exchanged, besides the CPU's.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -128,14 +128,14 @@ class Learner:
     """A member in training.
 
     Args:
-        name: of its task.
+        name: the name of its task.
         model: the member.
-        stepping: its optimizer, or a pair with its scheduler.
-        stream: what it draws from.
-        max_grad_norm: where to clip its gradient norm; None does not.
+        stepping: its optimizer, or a pair of optimizer and scheduler.
+        stream: its random numbers.
+        max_grad_norm: where to clip its gradient norm; None does not clip.
 
     Attributes:
-        losses: of every step.
+        losses: the loss of each step.
     """
 
     def __init__(
@@ -143,16 +143,15 @@ class Learner:
     ) -> None:
         self.name, self.model = name, model
         self.losses: list[float] = []
-        self._optimizer: Optimizer
         self._scheduler: LRScheduler | None
         self._optimizer, self._scheduler = stepping if isinstance(stepping, tuple) else (stepping, None)
         self._stream, self._max_grad_norm = stream, max_grad_norm
 
     def step(self, compute: Callable[[], Any]) -> None:
-        """A step by the loss of what `compute` returns.
+        """A step on the loss of the output that `compute` returns.
 
         Raises:
-            FastpeftError: there is no loss, or it is not finite. The step is not made then.
+            FastpeftError: there is no loss, or it is not finite. No step is made then.
         """
         with self._stream:
             loss = compute().loss

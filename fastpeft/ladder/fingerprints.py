@@ -1,0 +1,84 @@
+"""Fingerprints of a backbone's weights, by which a side network recognises the model that it was trained on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.support.fingerprints import fingerprint, fingerprints_agree
+
+logger = logging.getLogger(__name__)
+
+# an attribute of a model whose weights were converted: its fingerprints before that
+BEFORE_CONVERSION = "fastpeft_fingerprints"
+
+
+def fingerprints(
+    backbone: Backbone, trained: Iterable[nn.Parameter] = (), *, skip_trained: bool = False
+) -> dict[str, str]:
+    """Fingerprints of the embedding, the first and the last layer, without those whose weights are quantised.
+
+    A module that is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone
+    that was converted to another dtype has the fingerprints of its weights before that.
+
+    Args:
+        backbone: the model.
+        trained: parameters that change, such as those of an adapter; they are left out.
+        skip_trained: whether to leave out each part that holds some of `trained`: the adapter itself recognises it.
+    """
+    before: dict[str, str] | None = getattr(backbone.core, BEFORE_CONVERSION, None)
+    if before is not None:
+        return dict(before)
+    changing = {id(parameter) for parameter in trained}
+    if backbone.plain:
+        kept = [tensor for tensor in frozen_tensors(backbone) if tensor.is_floating_point()]
+        kept = [tensor for tensor in kept if id(tensor) not in changing]
+        return {"layers": fingerprint(_joined(kept))} if kept and not (skip_trained and changing) else {}
+    parts = {"embedding": backbone.core.get_input_embeddings(), "first layer": backbone.layers[0]}
+    parts["last layer"] = backbone.layers[-1]
+    found = {}
+    for name, part in parts.items():
+        weights = list(part.parameters())
+        kept = [p for p in weights if id(p) not in changing]
+        if not any(map(is_quantised, kept)) and not (skip_trained and len(kept) < len(weights)):
+            found[name] = fingerprint(_joined(kept))
+    return found
+
+
+def check_fingerprints(
+    backbone: Backbone, expected: Mapping[str, str], source: str | None, trained: Iterable[nn.Parameter] = ()
+) -> None:
+    """Raise `FastpeftError` if a saved fingerprint is not that of the backbone's weights without `trained`."""
+    found = fingerprints(backbone, trained)
+    different = [name for name, text in expected.items() if not fingerprints_agree(text, found.get(name, text))]
+    if different:
+        raise FastpeftError(
+            f"the side network was trained on another backbone: weights of the {' and the '.join(different)} differ. "
+            f"Load it on {source or 'the model it was trained on'}, unchanged and wrapped as it was there."
+        )
+    if expected.keys() - found.keys():
+        logger.warning("weights of a quantised backbone cannot be compared; check that it is %s", source)
+
+
+def frozen_tensors(backbone: Backbone) -> list[Tensor]:
+    """Parameters and buffers of the modules that are not part of the head."""
+    own = ((module.parameters(recurse=False), module.buffers(recurse=False)) for module in backbone.frozen)
+    return [tensor for tensors in own for tensor in itertools.chain(*tensors)]
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a weight holds codes of few bits: integers, or a tensor made of other tensors as torchao's are."""
+    return not tensor.is_floating_point() or is_traceable_wrapper_subclass(tensor)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All values in one vector, in the least precise of their dtypes, so that a cast of some stays comparable."""
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.cat([tensor.detach().flatten().to(dtype) for tensor in tensors])

@@ -1,0 +1,208 @@
+"""Passes of a backbone whose layers are listened to, replaced or compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+
+_ADVICE_FOR_TEXT = (
+    "Load the base with attn_implementation='sdpa', which keeps padding, without virtual tokens, and name in "
+    "feature_modules only layers of the backbone's width."
+)
+_ADVICE = (
+    "Name in feature_modules layers between which the number of tokens stays the same (H W for (B, C, H, W)), and give "
+    "the widths that were not found in feature_sizes."
+)
+
+
+@contextlib.contextmanager
+def listen(
+    backbone: Backbone,
+    feed: Callable[[int, Tensor], None],
+    replace: Callable[[Tensor], Tensor] = lambda feature: feature,
+    tokens: tuple[int, ...] | None = None,
+) -> Iterator[None]:
+    """While the block runs, hand each feature to `feed`, and let `replace` change the output of the last layer.
+
+    Both see features as `(B, T, d)`: a `(B, d)` is one token, and a `(B, d, H, W)` of a convolution is H W tokens.
+    A pooler, which comes after the layers, trains in float32: after layers in half precision it runs under autocast.
+
+    Args:
+        backbone: the model, which the block calls.
+        feed: called as `feed(layer, feature)`, layer 0 to L.
+        replace: called with `B_L` after `feed`; its result goes on to the head.
+        tokens: B and T of all features; None takes them from the first feature.
+
+    Raises:
+        FastpeftError: in the block, if a feature has another shape.
+    """
+
+    def take(layer: int, feature: Any) -> Tensor:
+        nonlocal tokens
+        found = _as_tokens(feature, layer)
+        tokens = found.shape[:2] if tokens is None else tokens
+        expected = (*tokens, backbone.feature_sizes[layer])
+        if found.shape != expected:
+            raise FastpeftError(
+                f"the feature of layer {layer} has the shape {tuple(found.shape)}; it must be (B, T, d), here "
+                f"{expected}. {_ADVICE_FOR_TEXT if backbone.input_name == 'input_ids' else _ADVICE}"
+            )
+        feed(layer, found)
+        return found
+
+    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+
+    def after(index: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            feature = output[0] if isinstance(output, tuple) else output
+            found = take(index, feature)
+            if index < len(backbone.layers):
+                return None
+            replaced = _from_tokens(replace(found), feature.shape)
+            after_layers.enter_context(autocast_of(replaced))
+            return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+        return hook
+
+    handles = [backbone.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(backbone.layers, 1)]
+    try:
+        with contextlib.ExitStack() as after_layers:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def skip_layers(backbone: Backbone, output: Tensor) -> Iterator[None]:
+    """While the block runs, the layers compute nothing and the output of the last one is `output`, `(B, T, d)`.
+
+    A pass of the model then computes its embeddings and its head. In the first such pass the first layer runs too, to
+    learn whether layers return a tensor or a tuple.
+
+    Raises:
+        FastpeftError: the model is not a transformers model, so what runs between its layers is not known.
+    """
+    if backbone.plain:
+        raise FastpeftError(
+            f"only a transformers model can run without its layers; the base is a {type(backbone.core).__name__}. "
+            "Give it a LadderModel of its own, without a cache."
+        )
+    last = backbone.layers[-1]
+
+    def forward_of(layer: nn.Module) -> Callable[..., Any]:
+        computed = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if backbone.tuple_size is None:
+                with torch.no_grad():
+                    returned = computed(*args, **kwargs)
+                backbone.tuple_size = len(returned) if isinstance(returned, tuple) else 0
+            hidden = output if layer is last else args[0] if args else kwargs["hidden_states"]
+            return (hidden, *[None] * (backbone.tuple_size - 1)) if backbone.tuple_size else hidden
+
+        return forward
+
+    before = [vars(layer).get("forward") for layer in backbone.layers]
+    try:
+        for layer in backbone.layers:
+            layer.forward = forward_of(layer)
+        yield
+    finally:
+        for layer, own in zip(backbone.layers, before):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+def run_body(
+    backbone: Backbone,
+    given: Mapping[str, Any],
+    feed: Callable[[int, Tensor], None],
+    replace: Callable[[Tensor], Tensor] = lambda feature: feature,
+) -> None:
+    """A pass over text without the head; `feed` and `replace` as in `listen`."""
+    with listen(backbone, feed, replace, tokens_of(given)):
+        backbone.body(**backbone.inputs(given))
+
+
+def features_of(backbone: Backbone, given: Mapping[str, Any]) -> list[Tensor]:
+    """The features `B_0 .. B_L` of text, each `(B, T, d)`."""
+    kept: list[Tensor] = []
+    run_body(backbone, given, lambda _, feature: kept.append(feature))
+    if len(kept) != len(backbone.layers) + 1:
+        raise FastpeftError(
+            f"a pass made {len(kept)} features of {len(backbone.layers) + 1}. Name in feature_modules layers that run "
+            "once each."
+        )
+    return kept
+
+
+def compile_layers(backbone: Backbone, options: Mapping[str, Any]) -> None:
+    """Compile each layer, with options of `torch.compile`. Hooks on a layer stay outside of what is compiled."""
+    for layer in backbone.layers:
+        layer.forward = _CompiledForward(layer, options)
+
+
+class _CompiledForward:
+    """The forward of a layer, compiled at its first call. A copy of the model compiles again, for its own layer."""
+
+    def __init__(self, layer: nn.Module, options: Mapping[str, Any]) -> None:
+        own = vars(layer).get("forward")
+        self._forward: Any = own._forward if isinstance(own, _CompiledForward) else layer.forward
+        self._options = options
+        self._compiled: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
+            self._compiled = torch.compile(self._forward, **self._options)
+        return self._compiled(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_compiled": None}
+
+
+def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
+    """B and T of text; None for other inputs."""
+    source: Tensor | None = given.get("input_ids", given.get("inputs_embeds"))
+    return None if source is None else source.shape[:2]
+
+
+def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context for float32 modules that read `feature`: autocast to its dtype if that has 16 bits and none is on."""
+    kind, dtype = feature.device.type, feature.dtype
+    if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, dtype)
+    return contextlib.nullcontext()
+
+
+def _as_tokens(feature: Any, layer: int) -> Tensor:
+    """A feature as `(B, T, d)`; see `listen`."""
+    if isinstance(feature, Tensor) and feature.is_floating_point():
+        if feature.ndim == 2:
+            return feature[:, None]
+        if feature.ndim == 3:
+            return feature
+        if feature.ndim == 4:
+            return feature.flatten(2).mT
+    found = f"{feature.dtype} {tuple(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
+    raise FastpeftError(
+        f"the feature of layer {layer} is {found.removeprefix('torch.')}; allowed are floating-point (B, T, d), (B, d) "
+        "and (B, C, H, W). Name in feature_modules layers whose input and output have one of these shapes."
+    )
+
+
+def _from_tokens(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_as_tokens`, for a feature that had `shape`."""
+    if len(shape) == 2:
+        return tokens[:, 0]
+    return tokens if len(shape) == 3 else tokens.mT.reshape(shape)

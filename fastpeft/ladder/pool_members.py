@@ -1,0 +1,63 @@
+"""The side networks of a pool, and which of them are computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.side_stack import SideStack, shape_of
+
+
+def ladder_of(member: Any) -> Any:
+    """The `LadderModel` that a member is, or that is inside a member with a prompt."""
+    return getattr(member, "masked_lm", member)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The side networks of a pool at one time. A change makes a new one, so that running calls keep theirs.
+
+    Attributes:
+        models: by task, each a `LadderModel` or a `PromptModel` around one.
+        stacks: side networks of one shape, with their tasks in the stack's order.
+    """
+
+    models: Mapping[str, Any]
+    stacks: Sequence[tuple[tuple[str, ...], SideStack]]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.models:
+            there = ", ".join(map(repr, self.models)) or "none"
+            raise FastpeftError(f"the pool has no task {name!r}; its tasks are {there}. Add it first.")
+        return self.models[name]
+
+    def with_member(self, name: str, model: Any) -> Members:
+        return self._changed({**self.models, name: model}, shape_of(ladder_of(model).side))
+
+    def without(self, name: str) -> Members:
+        left = {task: model for task, model in self.models.items() if task != name}
+        return self._changed(left, shape_of(ladder_of(self.models[name]).side))
+
+    def _changed(self, models: Mapping[str, Any], shape: Any) -> Members:
+        """Members with `models`, which differ from these only in side networks of one shape."""
+        stacks = [(names, stack) for names, stack in self.stacks if shape_of(stack.sides[0]) != shape]
+        sides = {name: ladder_of(model).side for name, model in models.items()}
+        alike = {name: side for name, side in sides.items() if shape_of(side) == shape}
+        if alike:
+            stacks.append((tuple(alike), SideStack(list(alike.values()))))
+        return Members(models, stacks)
+
+    def batches(self, rows: Mapping[str, Sequence[int]]) -> Iterator[tuple[list[str], SideStack, list[int]]]:
+        """Groups of tasks to compute together, each with its stack and the places of its tasks in it.
+
+        All tasks of a group are padded to the most rows of any, so tasks with fewer than half of that are in another.
+        """
+        for names, stack in self.stacks:
+            waiting = sorted((name for name in names if name in rows), key=lambda name: -len(rows[name]))
+            while waiting:
+                chosen = {name for name in waiting if 2 * len(rows[name]) >= len(rows[waiting[0]])}
+                waiting = [name for name in waiting if name not in chosen]
+                places = [place for place, name in enumerate(names) if name in chosen]
+                yield [names[place] for place in places], stack, places

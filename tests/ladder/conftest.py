@@ -1,0 +1,18 @@
+"""A pretrained model on the disk for all tests of side networks, which run on one thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from samples import save_tiny_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models_run_on_one_thread(one_thread: None) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a masked-word head, and its tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("checkpoint") / "model")
