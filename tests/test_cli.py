@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import random
@@ -23,11 +22,13 @@ from typer.testing import CliRunner, Result
 import fastpeft
 from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig
 from fastpeft.cli import app
+from fastpeft.comparison.variants import DECIDED, PROMPTED
 from fastpeft.data.examples import load_data
 from fastpeft.methods.registry import METHODS
 from fastpeft.mezo import Journal
 from fastpeft.ops import backends
 from fastpeft.prompts.model import load_prompted
+from fastpeft.training.config import options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,38 +109,46 @@ def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     assert weights.with_suffix(".safetensors").read_bytes() == before
 
 
-def test_every_value_of_a_run_has_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {
-        **{"output": "out", "method": "lst", "model": "m", "init_from": "earlier", "data": "d.csv", "targets": "query"},
-        **{"problem_type": "regression", "metric": "loss", "text_column": "t", "label_column": "l"},
-        **{"prompt": "{text} <mask>", "label_words": "a,b", "prompt_head": "classifier"},
-        **{"rank": 3, "window": 5, "reduction": 2, "max_steps": 7, "batch_size": 4, "max_length": 9, "save_steps": 6},
-        **{"seed": 1, "split_seed": 2, "epochs": 2.5, "learning_rate": 0.5, "bf16": True, "deterministic": True},
-        **{
-            "patience": 8,
-            "split": "shuffled",
-            "cache_features": "features",
-            "cache_dtype": "int8",
-            "optimizer_in_backward": True,
-        },
-    }
-    alone = {"output": "out", "objective": "mlm"}  # with a problem or a prompt, it is refused
-    without = {"settings", "found_prompt"}  # --set gives the one, a search the other
-    assert given.keys() | alone.keys() | without == {field.name for field in dataclasses.fields(TrainConfig)}
+def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given on the command line, it comes into the configuration as it is."""
     seen = []
 
-    def plan(config: TrainConfig, **options: Any) -> None:
-        seen.append(dataclasses.asdict(config))
+    def plan(config: TrainConfig, **_: Any) -> None:
+        seen.append(config)
         raise FastpeftError("seen")
 
     monkeypatch.setattr("fastpeft.console.plan", plan)
-    for values in (given, alone):
+    fixed = {
+        "method": "lst",
+        "output": "out",
+        "window": 5,
+        "metric": "loss",
+        "save_steps": 6,
+        "prompt": "{text} <mask>",
+    }
+    fixed |= {"cache_features": "kept", "label_words": "a,b", "max_length": 9, "init_from": "earlier", "model": "m"}
+    of_kind = {str: "text", int: 3, float: 0.5, bool: True}
+    given = {
+        known.name: next(iter(known.choices), of_kind[known.kind]) for known in options() if known.kind is not dict
+    }
+    alone = {"output": "out", "objective": given.pop("objective")}  # with a problem or a prompt, it is refused
+    for values in (given | fixed, alone):
         arguments = []
         for name, value in values.items():
             arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         CliRunner().invoke(app, ["train", "--dry-run", "--set", "x=3", *arguments])
-        expected = TrainConfig.from_values({**values, "settings": {"x": 3}})
-        assert seen.pop() == dataclasses.asdict(expected)
+        assert seen.pop() == TrainConfig.from_values({**values, "settings": {"x": 3}})
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_has_the_fields_of_a_run(command: str) -> None:
+    shown = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+    left_out = set() if command == "train" else {*DECIDED, *PROMPTED} - {"output"}  # it has one of its own
+    for known in options():
+        if known.kind is not dict:
+            assert (f" --{known.name.replace('_', '-')} " in shown) == (known.name not in left_out), known.name
+    assert all(f"--{name} " in shown for name in ("set", "quiet", "dry-run", "memory-budget"))
+    assert all(name in shown for name in METHODS)
 
 
 def test_what_trains_with_label_words(place: Path) -> None:
@@ -356,30 +365,6 @@ def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
     assert "at step" in result.stderr
     assert "last-good" in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_help_names_methods_and_options() -> None:
-    assert all(command in run("--help").stdout for command in ("train", "eval", "predict", "export", "info"))
-    shown = run("train", "--help").stdout
-    for option in (
-        "targets",
-        "rank",
-        "window",
-        "reduction",
-        "init-from",
-        "cache-features",
-        "epochs",
-        "max-steps",
-        "config",
-        "set",
-        "resume",
-        "overwrite",
-        "quiet",
-        "dry-run",
-        "memory-budget",
-    ):
-        assert f"--{option} " in shown
-    assert all(name in shown for name in METHODS)
 
 
 def test_info_names_every_op_and_version() -> None:

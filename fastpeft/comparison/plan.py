@@ -19,7 +19,7 @@ from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
-from fastpeft.training.config import FOR_LABELS, TrainConfig
+from fastpeft.training.config import FOR_LABELS, TrainConfig, options
 from fastpeft.training.setup import resolve
 
 _ZERO_SHOT_FIELDS = ("model", "data", "split", "prompt", "label_words", "text_column", "label_column")
@@ -152,38 +152,28 @@ class CompareConfig:
             if method == ZERO_SHOT:
                 name = _folder_name(variant)
                 return [Cell(name, variant, method, None, self._zero_shot_values(name, own))]
-            tried = self._search_cells(variant)
+            tried, results = self._trained_cells(variant)
             names = tuple(cell.name for cell in tried)
-            seeds = self.seeds or PROTOCOLS.get(self.protocol or "quick", 1)
-            results = [self._result_cell(variant, seed) for seed in range(seeds)]
             return [*tried, *(dataclasses.replace(cell, rates=names, row=row) for cell in results)]
         except FastpeftError as error:
             raise FastpeftError(f"the variant {variant!r} cannot be used: {error}") from None
 
-    def _result_cell(self, variant: str, seed: int) -> Cell:
-        """The cell of a variant with a seed, but for the rates that it chooses among."""
-        _, _, earlier = parse_variant(variant)
-        start = None if earlier is None else self._result_cell(earlier, seed)
-        return self._trained_cell(f"{_folder_name(variant)}-seed{seed}", variant, seed, [start] if start else [])
-
-    def _search_cells(self, variant: str) -> list[Cell]:
-        """The cells that try learning rates for a variant: none where it has one, or none is searched."""
+    def _trained_cells(self, variant: str) -> tuple[list[Cell], list[Cell]]:
+        """The cells that try learning rates for a variant, and those that train it, one for each seed."""
         _, own, earlier = parse_variant(variant)
+        start_tried, starts = ([], []) if earlier is None else self._trained_cells(earlier)
+        name, seeds = _folder_name(variant), range(self.seeds or PROTOCOLS.get(self.protocol or "quick", 1))
+        results = [self._trained_cell(f"{name}-seed{seed}", variant, seed, starts[seed : seed + 1]) for seed in seeds]
         if self.protocol != "full" or "learning_rate" in {**self.shared, **own}:
-            return []
-        starts = [] if earlier is None else self._search_cells(earlier)
-        if earlier is not None and not starts:  # its rate was given
-            starts = [self._result_cell(earlier, 0)]
-        config = self._trained_cell("", variant, 0, starts).config
-        recipe = resolve(config).recipe
+            return [], results
+        tried = []
         own_text, chain, rest = partition_chain(variant)
-        cells = []
-        for rate in rates(recipe.learning_rate):
-            tried = f"{own_text}:learning_rate={rate:g}{chain}{rest}"
-            cell = self._trained_cell(f"search-{_folder_name(tried)}", tried, 0, starts)
+        for rate in rates(resolve(results[0].config).recipe.learning_rate):
+            text = f"{own_text}:learning_rate={rate:g}{chain}{rest}"
+            cell = self._trained_cell(f"search-{_folder_name(text)}", text, 0, start_tried or starts[:1])
             values = {**cell.values, "data": str(_slice(self.output)), "text_column": None, "label_column": None}
-            cells.append(dataclasses.replace(cell, variant=variant, search=True, values=values))
-        return cells
+            tried.append(dataclasses.replace(cell, variant=variant, search=True, values=values))
+        return tried, results
 
     def _trained_cell(self, name: str, variant: str, seed: int, starts: Sequence[Cell]) -> Cell:
         method, own, _ = parse_variant(variant)
@@ -193,7 +183,7 @@ class CompareConfig:
         values = _train_values({**shared, **own})
         if starts:
             values = {"model": starts[0].values["model"], **values, "init_from": starts[0].values["output"]}
-        values |= {"output": str(self._cell_folder(name)), "method": method, "seed": seed}
+        values |= {"output": str(_cells_folder(self.output) / name), "method": method, "seed": seed}
         if self.protocol == "quick" and not METHODS[method].optimization.zeroth_order and "max_steps" not in values:
             values.setdefault("epochs", 1)
         config = TrainConfig.from_values(values)
@@ -215,32 +205,27 @@ class CompareConfig:
             if key in self.common:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}, which the other cells are given. Leave one out.")
         given = {key: value for key, value in {**self.shared, **own}.items() if key in _ZERO_SHOT_FIELDS}
-        config = TrainConfig.from_values({**given, "output": str(self._cell_folder(name))})
+        config = TrainConfig.from_values({**given, "output": str(_cells_folder(self.output) / name)})
         if config.parse_prompt() is None and not config.awaits_prompt:
             raise FastpeftError(f"{ZERO_SHOT} needs a prompt; give one as {ZERO_SHOT}:prompt=sst2.")
         return {**config.values(), "method": ZERO_SHOT, "calibrate": calibrate}
 
-    def _cell_folder(self, name: str) -> Path:
-        return _cells_folder(self.output) / name
-
 
 def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options as `TrainConfig.from_values` takes them: what is no field of it is a setting."""
-    fields = [item.name for item in dataclasses.fields(TrainConfig)]
-    values: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    for name, value in given.items():
+    fields = [known.name for known in options()]
+    for name in given:
         if name in DECIDED:
             raise FastpeftError(f"{name} cannot be given; {DECIDED[name]}.")
-        (values if name in fields else settings)[name] = value
-    return {**values, "settings": settings}
+    settings = {name: value for name, value in given.items() if name not in fields}
+    return {**{name: given[name] for name in given if name in fields}, "settings": settings}
 
 
 def _meant(settings: Iterable[str]) -> str:
     """Advice on settings whose names are almost that of a field of `TrainConfig`; empty where none is."""
-    options = [item.name for item in dataclasses.fields(TrainConfig) if item.name not in DECIDED]
-    close = [name for setting in settings for name in difflib.get_close_matches(setting, options, 1, cutoff=0.8)]
-    return f" Did you mean {close[0]}? A variant takes {', '.join(options)} too." if close else ""
+    fields = [known.name for known in options() if known.name not in DECIDED]
+    close = [name for setting in settings for name in difflib.get_close_matches(setting, fields, 1, cutoff=0.8)]
+    return f" Did you mean {close[0]}? A variant takes {', '.join(fields)} too." if close else ""
 
 
 def _folder_name(variant: str) -> str:

@@ -155,7 +155,7 @@ class TrainConfig:
     )
     prompt: str | None = option(
         "A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
-        metavar="TEMPLATE|NAME|auto|none",
+        metavar="PROMPT",
         unset="none",
     )
     label_words: str | None = option(

@@ -250,7 +250,7 @@ def test_figure5_has_one_rate_whatever_the_protocol() -> None:
 
 
 @pytest.mark.parametrize(("suite", "rows"), [("table1", 11), ("table2", 18), ("figure5", 4)])
-def test_suites_are_the_reports_rows(suite: str, rows: int) -> None:
+def test_suites_are_the_papers_rows(suite: str, rows: int) -> None:
     cells = CompareConfig(output="out", suite=suite, methods=["bitfit"], protocol="quick").cells()
     assert len({cell.variant for cell in cells}) == len(cells) == rows + 1
     assert cells[-1].variant == "bitfit"

@@ -41,7 +41,7 @@ def plan(tmp_path: Path) -> Plan:
     return made
 
 
-def test_the_reports_orderings_are_judged(plan: Plan) -> None:
+def test_the_papers_orderings_are_judged(plan: Plan) -> None:
     report.write(plan, whole=True)
     text = (plan.folder / "report.md").read_text()
     orders = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| accuracy: ")]
@@ -95,7 +95,7 @@ def test_a_second_comparison_leaves_rows_in_their_suite(plan: Plan) -> None:
 
 
 def test_rows_of_two_prompts_are_told_apart(tmp_path: Path) -> None:
-    """Two comparisons of one folder, each with the report's rows by a prompt of its own."""
+    """Two comparisons of one folder, each with the paper's rows by a prompt of its own."""
     for prompts in ([], ["MR"]):
         suite = CompareConfig(output=str(tmp_path / "out"), suite="table1", prompts=prompts)
         plan = Plan.make(suite, "command")
@@ -185,7 +185,7 @@ def test_without_an_allocator_the_peak_is_the_process(plan: Plan) -> None:
     assert "| SiVA | 255 | 1,507 |\n" in text
 
 
-def test_figures_stand_beside_the_reports(plan: Plan) -> None:
+def test_results_stand_beside_the_papers(plan: Plan) -> None:
     report.write(plan, whole=False)
     text = (plan.folder / "report.md").read_text()
     assert "| SiVA | 96.56 | 95.00 | 96.63 | 50.00 | 4,529 | 232 | 73.3 | 100.0 |" in text
@@ -242,7 +242,7 @@ def test_without_predictions_no_accuracy_is_judged(plan: Plan, known: bool) -> N
             (cell.folder.path / "curves.json").unlink()
     report.write(plan, whole=True)
     text = (plan.folder / "report.md").read_text()
-    assert "| accuracy: " not in text.partition("## The report's orderings")[2]
+    assert "| accuracy: " not in text.partition("## Orderings of the paper")[2]
     assert "| 0.950 | 0.500 |" in text
     assert ("## Training curves" in text) == known
 

@@ -73,6 +73,22 @@ def test_what_does_not_fit_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_options_of_a_run_are_for_all_cells() -> None:
+    common = ["--bf16", "--max-length", "32", "--batch-size", "4", "--learning-rate", "1e-3", "--rank", "2"]
+    shown = CliRunner().invoke(app, ["compare", "--methods", "siva,lora:rank=3", "--output", "out", *common])
+    assert shown.exit_code == 0, shown.output
+    cells = [cell["values"] for cell in json.loads(Path("out/comparison.json").read_text())["cells"]]
+    assert [
+        [cell[name] for name in ("bf16", "max_length", "batch_size", "learning_rate", "rank")] for cell in cells
+    ] == [
+        [True, 32, 4, 1e-3, 2],
+        [True, 32, 4, 1e-3, 3],
+    ], "a variant's own come before them"
+    refused = CliRunner().invoke(app, ["compare", "--methods", "siva", "--output", "new", "--seed", "1"])
+    assert (refused.exit_code, "--seed" in refused.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_template_with_a_comma_on_the_command_line() -> None:
     prompts = '"{text}, <mask>":label_words=No+Yes,none'
     shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--prompts", prompts, "--output", "out"])

@@ -1,4 +1,4 @@
-"""What a report is made of, and how it is written: as Markdown, and as a page of HTML that needs no other file."""
+"""The parts of a report, and their two forms: Markdown, and a page of HTML that needs no other file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Strong:
-    """A text that nobody should miss."""
+    """An emphasised paragraph."""
 
     text: str
 
@@ -42,7 +42,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts, the header first; `numbers` are the columns that are set as numbers."""
+    """Rows of texts, the header first; the columns `numbers` are aligned on the right."""
 
     rows: Sequence[Sequence[str]]
     numbers: range = range(0)
@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: the name of its file, what it is, for who cannot see it, what stands below it, and its PNG."""
+    """A picture: the name of its file, a description for readers who cannot see it, its caption and its PNG."""
 
     name: str
     alt: str
@@ -59,12 +59,12 @@ class Figure:
 
     @property
     def data(self) -> str:
-        """The picture as an address of its own, for a page without other files."""
+        """The picture as a data URL."""
         return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
 
 
-# What Markdown takes for more than a letter inside a line: tags and entities, but not the < of "< 0.001"; what makes
-# letters bold, slanted or code, but not the _ of "label_words"; a link's middle; a backslash that would undo another.
+# What Markdown takes for markup inside a line: tags and entities, but not the < of "< 0.001"; emphasis and code, but
+# not the _ of "label_words"; the middle of a link; a backslash before punctuation.
 _MARKUP = re.compile(r"<(?![\d ])|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
 
 Block = Heading | Text | Strong | Items | Code | Table | Figure
@@ -95,7 +95,7 @@ def _lines(block: Block) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """A text as one line of Markdown that shows it letter by letter: a variant, a class or an error may hold markup."""
+    """A text as one line of Markdown, with markup escaped, which a variant, a class or an error may hold."""
     line = re.sub(r"\s*[\r\n]\s*", " ", text)
     return _MARKUP.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", line)
 

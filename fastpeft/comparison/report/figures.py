@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Points = Sequence[tuple[int, float]]  # (step, value)
+Curve = Sequence[tuple[int, float]]  # (step, value)
 
-TOGETHER = 5  # curves that one picture can hold
-_COLUMNS = 2  # of pictures beside each other
-_WIDTH = 6  # inches: on a phone, which shows a picture narrow, letters stay large enough
-_SHORT = 36  # letters of a name, of which two have room beside each other
+TOGETHER = 5  # the most curves in one picture
+_COLUMNS = 2  # of small pictures or of names in a legend
+_WIDTH = 6  # inches: letters stay legible where a phone shows the picture narrow
+_SHORT = 36  # the most letters of names that stand in two columns
 _COLOURS, _MARKERS = 10, "os^Dv"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A method in a picture of two measures: its name, where it is, and the interval of its height."""
+class Point:
+    """A variant in a picture of two measures, with the interval of the second."""
 
     name: str
     x: float
@@ -27,18 +27,18 @@ class Place:
     interval: tuple[float, float] | None
 
 
-def scatter(places: Sequence[Place], x_title: str, y_title: str) -> bytes:
-    """Methods by two measures, the first on a scale of powers; numbered where colours alone would not tell them."""
-    beside = _COLUMNS if max(len(place.name) for place in places) <= _SHORT else 1
-    figure = _figure(4.2 + 0.21 * math.ceil(len(places) / beside))
+def scatter(points: Sequence[Point], x_title: str, y_title: str) -> bytes:
+    """Variants by two measures, the first on a logarithmic scale; numbered where they are too many for colours."""
+    beside = _COLUMNS if max(len(point.name) for point in points) <= _SHORT else 1
+    figure = _figure(4.2 + 0.21 * math.ceil(len(points) / beside))
     axes = figure.subplots()
-    numbered = len(places) > TOGETHER
-    for index, place in enumerate(places):
+    numbered = len(points) > TOGETHER
+    for index, point in enumerate(points):
         colour = f"C{index % _COLOURS}"
-        if place.interval:
-            axes.vlines(place.x, *place.interval, color=colour, alpha=0.25, linewidth=2)
-        label = f"{index + 1}  {place.name}" if numbered else place.name
-        axes.scatter(place.x, place.y, marker=_MARKERS[index // _COLOURS % len(_MARKERS)], color=colour, label=label)
+        if point.interval:
+            axes.vlines(point.x, *point.interval, color=colour, alpha=0.25, linewidth=2)
+        label = f"{index + 1}  {point.name}" if numbered else point.name
+        axes.scatter(point.x, point.y, marker=_MARKERS[index // _COLOURS % len(_MARKERS)], color=colour, label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -48,14 +48,14 @@ def scatter(places: Sequence[Place], x_title: str, y_title: str) -> bytes:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=beside, fontsize="small", frameon=False)
     if numbered:
-        _number(axes, [(place.x, place.y) for place in places])
+        _number(axes, [(point.x, point.y) for point in points])
     return _png(figure)
 
 
 def _number(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     """Write its number beside each point, on the side that is farthest from points and other numbers."""
-    axes.figure.draw_without_rendering()  # which decides where the points are
-    taken = [tuple(place) for place in axes.transData.transform(points)]
+    axes.figure.draw_without_rendering()  # which places the points
+    taken = [tuple(pixels) for pixels in axes.transData.transform(points)]
     reach = 9 * axes.figure.dpi / 72  # of 9 points
     sides = [(math.cos(turn), math.sin(turn)) for turn in (index * math.pi / 4 for index in range(8))]
     for number, (x, y) in enumerate(taken[: len(points)], 1):
@@ -66,13 +66,13 @@ def _number(axes: Any, points: Sequence[tuple[float, float]]) -> None:
         axes.text(*where, str(number), fontsize="small", horizontalalignment="center", verticalalignment="center")
 
 
-def curves(by_name: Mapping[str, Points], y_title: str) -> bytes:
-    """Values as they were logged over the steps, none smoothed: in one picture, or where they are many in one each."""
+def curves(by_name: Mapping[str, Curve], y_title: str) -> bytes:
+    """Logged values over the steps, not smoothed: in one picture, or with a picture for each of many curves."""
     together = len(by_name) <= TOGETHER
     rows = 1 if together else math.ceil(len(by_name) / _COLUMNS)
     figure = _figure(4.2 if together else 1.2 + 1.7 * rows)
     ends = [points[-1][0] for points in by_name.values()]
-    sharex = max(ends) <= 2 * min(ends)  # else the longest would press the others together
+    sharex = max(ends) <= 2 * min(ends)  # else the longest would squeeze the others
     grid = figure.subplots(rows, 1 if together else _COLUMNS, sharex=sharex, sharey=True, squeeze=False).flatten()
     for index, (name, points) in enumerate(by_name.items()):
         axes = grid[0 if together else index]

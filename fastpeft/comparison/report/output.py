@@ -1,4 +1,4 @@
-"""What a comparison leaves: `results.csv`, a line a cell; `report.md`, `report.html` and pictures, a row a variant."""
+"""The files that a comparison writes: `results.csv`, with a line a cell, and the report, with a row a variant."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from fastpeft.comparison.report import document, paired_tests, results, sections
 from fastpeft.data.problems import TITLES, in_order
 from fastpeft.support import files
 
-_OWN_COLUMNS = ("variant", "method", "seed", "state", "error", "versions")
-
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The figure to look at of a finished cell, with its name."""
+    """The main metric of a finished cell, with its name."""
     names = in_order(metrics)
     return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
 
 
 def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:
-    """The report in short: the sentences that it opens with, its table, and what runs warn of."""
+    """The report in short: its opening sentences, its table and the warnings of runs."""
     compared = results.variants(plan.results)
     opening = sections.opening(compared, paired_tests.all_pairs(compared))
     return opening, results.table(compared), results.warnings(compared)
 
 
 def write(plan: Plan, *, whole: bool) -> None:
-    """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each in one atomic step."""
+    """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each file atomically."""
     files.write_text(plan.folder / "results.csv", _results(plan.cells))
     parts = sections.report(plan, pictures=whole)
     title = sections.title(plan)
@@ -45,28 +43,18 @@ def write(plan: Plan, *, whole: bool) -> None:
 
 
 def _results(cells: Iterable[Cell]) -> str:
-    """The cells as csv: what they are, and every single value of their `metrics.json`."""
+    """The cells as csv, with the numbers and texts of their `metrics.json`."""
     rows = []
     for cell in cells:
         metrics = cell.metrics() or {}
-        single = {k: v for k, v in metrics.items() if not isinstance(v, (list, dict)) and k not in _OWN_COLUMNS}
-        rows.append(
-            {
-                "variant": cell.variant,
-                "method": cell.method,
-                "seed": cell.seed,
-                "state": cell.state,
-                **({"search": True} if cell.search else {}),
-                **single,
-                "versions": sections.versions(metrics),
-                "error": cell.error(),
-            }
-        )
-    fullest = max(rows, key=len)
+        own = {"variant": cell.variant, "method": cell.method, "seed": cell.seed, "state": cell.state}
+        own |= {"search": True} if cell.search else {}
+        last = {"versions": sections.versions(metrics), "error": cell.error()}
+        plain = {name: value for name, value in metrics.items() if not isinstance(value, (list, dict))}
+        rows.append({**own, **plain, **own, **last})
+    columns = dict.fromkeys(name for row in (max(rows, key=len), *rows) for name in row)
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(key for row in (fullest, *rows) for key in row)), lineterminator="\n"
-    )
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

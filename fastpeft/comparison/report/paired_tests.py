@@ -1,4 +1,4 @@
-"""Whether any two variants of a comparison differ significantly: a paired test of each pair, and what that says."""
+"""Paired tests: whether the accuracies of any two variants differ significantly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastpeft.comparison.report.document import Block, Heading, Table, Text
 from fastpeft.comparison.report.results import Variant
 
 _FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
-_NAMED = 3  # pairs that the verdict names
-_LISTED = 15  # pairs that have a row each: those of six variants
+_NAMED = 3  # the most pairs that the verdict names
+_LISTED = 15  # the most pairs, of six variants, that have a row each
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Pair:
     Attributes:
         first, second: the variants, the first with the higher accuracy or the same.
         difference: how far the first is above the second.
-        p: that of the difference, corrected for the number of pairs (Holm).
-        seeds: how many training seeds it is over; 0 where neither was trained.
+        p: its p value, corrected for the number of pairs (Holm).
+        seeds: the number of training seeds; 0 where neither was trained.
     """
 
     first: Variant
@@ -42,7 +42,7 @@ class Pair:
 
 
 def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
-    """The test of every two variants whose dev rows were kept, in their order, p corrected over all of them (Holm)."""
+    """The paired test of every two variants whose predictions were kept, p corrected for their number (Holm)."""
     found = []
     for one, other in combinations(compared, 2):
         if tested := one.above(other):
@@ -55,7 +55,7 @@ def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
 
 
 def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
-    """One sentence: whether any difference between these variants is significant."""
+    """One sentence that says whether any difference is significant."""
     if not tested:
         return "No difference was tested: a paired test needs the classes that two finished variants predict."
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
@@ -80,12 +80,12 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
 
 
 def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
-    """The pairs that a variant is of."""
+    """The pairs with a variant."""
     return [pair for pair in tested if name in (pair.first.name, pair.second.name)]
 
 
 def standing(tested: Sequence[Pair], name: str) -> str:
-    """How many others the variant with the highest accuracy is significantly above."""
+    """How many others the variant of the highest accuracy is significantly above."""
     held = pairs_of(tested, name)
     below = [pair for pair in held if pair.first.name == name and pair.significant]
     if len(held) == 1:
@@ -94,7 +94,7 @@ def standing(tested: Sequence[Pair], name: str) -> str:
 
 
 def limits(tested: Sequence[Pair]) -> str:
-    """What the tests cannot show, with one seed or few rows; empty where there is nothing to say."""
+    """What the tests cannot show because of one seed or few rows; empty where there are enough of both."""
     told = []
     if any(pair.seeds == 1 for pair in tested):
         told.append(
@@ -112,7 +112,7 @@ def limits(tested: Sequence[Pair]) -> str:
 
 
 def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
-    """The pairs, a row each, or a matrix of them where they are many."""
+    """The section on the pairs: a row each, or a matrix where they are many."""
     if not tested:
         return
     yield Heading("Paired tests")
@@ -161,7 +161,7 @@ def _rows(tested: Sequence[Pair]) -> int:
 
 
 def _least_rows(pairs: int) -> int:
-    """Rows that one of two must answer rightly and the other wrongly, never the other way, to differ significantly.
+    """The least number of rows that one variant must answer rightly and the other wrongly for significance.
 
     By McNemar's exact test p is then 2 / 2^rows, which Holm multiplies by the number of pairs.
     """

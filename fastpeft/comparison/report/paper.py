@@ -1,4 +1,4 @@
-"""What the report that the methods come from claims, beside what was measured here."""
+"""The results that the paper has, beside those of a comparison."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastpeft.comparison.report.document import Block, Heading, Strong, Table, T
 from fastpeft.comparison.report.results import Variant
 from fastpeft.data.problems import LOSS
 
-# What two variants that are alike may differ by, as a share of the lower. Three runs each of 11 variants on a machine
-# with other work differed in speed by 12 to 72 %, by 18 % in the median; memory does not vary, but 1 MB is no order.
+# A share of the lower value: differences of equal variants reach it. The speeds of three runs each of 11 variants on a
+# machine with other work differed by 12 to 72 %, by 18 % in the median. Memory does not vary, but 1 MB is no order.
 MEMORY_MARGIN, SPEED_MARGIN = 0.02, 0.2
 _AT_RATES = ", at rates "
 _MEASURES = ("accuracy", "memory", "samples/s")
@@ -21,13 +21,12 @@ _VERDICTS = (significance.SEEN, significance.REVERSED, significance.UNDECIDED)
 
 
 def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
-    """The figures of the report's own tables beside ours."""
+    """The results in the paper's tables beside ours."""
     own = [variant for variant in compared if variant.row and variant.runs]
     if not own:
         return
-    header = ["row"]
-    for measure in ("accuracy, %", "F1, %", "memory, MB", "samples/s"):
-        header += [f"{measure}: report", "here"]
+    measures = ("accuracy, %", "F1, %", "memory, MB", "samples/s")
+    header = ["row", *(title for measure in measures for title in (f"{measure}: paper", "here"))]
     rows = [header]
     for variant in own:
         row = suites.paper_row(variant.row or "")
@@ -36,10 +35,10 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         ours = [_mean(variant, "accuracy", 100, ".2f"), _mean(variant, "f1", 100, ".2f")]
         ours += [_mean(variant, "peak_memory_mb", 1, ",.0f"), _mean(variant, "samples_per_second", 1, ".1f")]
         rows.append([variant.name, *(text for pair in zip(theirs, ours) for text in pair)])
-    yield Heading("Beside the report's figures")
+    yield Heading("Results of the paper")
     yield Text(
-        f"The report's are of {suites.MEASURED_WITH}, on its machine; two where its own tables differ. Ours are of "
-        "the model, the data and the machine below, so the orders compare, not the sizes."
+        f"The paper measured {suites.MEASURED_WITH}, on its own machine; it has two values where its tables differ. "
+        "Ours are of the model, the data and the machine below. Rankings compare; absolute numbers do not."
     )
     yield Table(rows, numbers=range(1, len(header)))
 
@@ -54,18 +53,18 @@ def _mean(variant: Variant, key: str, factor: float, form: str) -> str:
 
 
 def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
-    """Which of the report's orders are seen here."""
+    """Which orderings of the paper are seen here."""
     finished = [variant for variant in compared if variant.runs]
     judged = list(_accuracy_orders(finished))
     rows = [*judged, *_measured_orders(finished)]
     if not rows:
         return
-    yield Heading("The report's orderings")
+    yield Heading("Orderings of the paper")
     if judged and any(len(variant.runs) == 1 for variant in finished if variant.row):
         yield Strong(
-            "Accuracies of one seed: a verdict holds for this seed alone. Its test counts how far other rows would "
-            "move the difference, and not how far another seed would, so it finds too many differences between "
-            "methods that are alike. Run --seeds 3 or more before you conclude that one method is better."
+            "Accuracies of one seed: a verdict holds for this seed alone. Its test knows how far other rows would "
+            "move the difference, but not how far another seed would, so it finds too many differences between "
+            "equal methods. Run --seeds 3 or more before you conclude that one method is better."
         )
     counted = {
         measure: [row[1].partition(",")[0] for row in rows if row[0].startswith(measure)] for measure in _MEASURES
@@ -76,26 +75,26 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         if verdicts
     ]
     yield Text(f"{'; '.join(items)}.")
-    yield Table([["the report has", "verdict", "here", "p", "p by Holm"], *rows], numbers=range(2, 5))
+    yield Table([["the paper has", "verdict", "here", "p", "p by Holm"], *rows], numbers=range(2, 5))
     yield Text(
-        "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows (McNemar's "
-        "exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by the p that Holm "
-        f"corrects for the number of orderings: {significance.UNDECIDED} from {significance.LEVEL:g}, even where the "
-        f"interval, which is not corrected, leaves out 0; {significance.REVERSED}: not seen, the opposite is. Memory "
-        "and samples/s: the two means, and how far the first is from the second; decided where every run of the one is "
+        "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows "
+        "(McNemar's exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by p "
+        f"after Holm's correction for the number of orderings: {significance.UNDECIDED} from {significance.LEVEL:g}, "
+        f"even where the interval, which is not corrected, leaves out 0; {significance.REVERSED}: not seen, the "
+        "opposite is. Memory and samples/s: the two means, and their difference; decided where every run of one is "
         f"on one side of every run of the other, by more than {100 * MEMORY_MARGIN:g} % of memory and "
-        f"{100 * SPEED_MARGIN:g} % of speed. Runs of one variant differ by as much in speed on a machine that does "
-        "other things too."
+        f"{100 * SPEED_MARGIN:g} % of speed. On a machine with other work, runs of one variant differ by as much in "
+        "speed."
     )
     if any(_AT_RATES in row[0] for row in judged):
         yield Text(
-            "At rates: the two took different learning rates, by the search or as given, so a part of the difference "
-            "may be the rate's and not the method's."
+            "At rates: the two took different learning rates, by the search or as given, so the rate may explain a "
+            "part of the difference."
         )
 
 
 def _pairs(compared: Sequence[Variant], measure: str) -> Iterator[tuple[Variant, Variant]]:
-    """The variants that the report's orders are about: of two with prompts, those with the same one."""
+    """The variants of each ordering in the paper; two that both have a prompt have the same one."""
     for first, second in suites.orderings(measure):
         for one, other in product(compared, compared):
             prompts = {one.prompt, other.prompt} - {None}
@@ -122,7 +121,7 @@ def _accuracy_orders(compared: Sequence[Variant]) -> list[list[str]]:
 
 
 def _rates(one: Variant, other: Variant) -> str:
-    """The learning rates of two variants, where a search found other ones for the one than for the other."""
+    """The learning rates of two variants, where a search found different ones."""
     taken = [
         " or ".join(f"{rate:g}" for rate in sorted(set(variant.values("learning_rate")))) for variant in (one, other)
     ]
@@ -152,7 +151,7 @@ def _measured_orders(compared: Sequence[Variant]) -> Iterator[list[str]]:
 
 
 def lags(compared: Sequence[Variant]) -> Iterator[Block]:
-    """How many steps LoRA is behind the others."""
+    """How many steps LoRA lags behind the others."""
     kept = [(variant, found) for variant in compared if (found := variant.cells[0].curves())]
     slow = next((found for variant, found in kept if variant.row == "lora"), None)
     if slow is None or len(kept) < 2:
@@ -169,13 +168,13 @@ def lags(compared: Sequence[Variant]) -> Iterator[Block]:
     steps = next(iter(slow.values()))[-1][0]
     yield Heading("LoRA's lag")
     yield Text(
-        f"Steps, of {steps:,}, that LoRA comes later to what the other had reached: the median over 20 levels that "
-        "both curves of the first seed pass through; below 0 LoRA is ahead, - where they have none in common."
+        f"How many steps later, of {steps:,}, LoRA reaches a level than the other: the median over 20 levels that both "
+        "curves of the first seed pass. Below 0 LoRA is ahead; - where the curves share no levels."
     )
     yield Table(rows, numbers=range(1, 1 + len(measures)))
 
 
 def _rising(name: str, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A curve that rises as it gets better."""
+    """The curve, negated where lower is better."""
     sign = -1 if name in (f"dev {LOSS}", "dev mse", "dev perplexity") else 1
     return [(step, sign * value) for step, value in points]

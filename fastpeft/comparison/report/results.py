@@ -1,4 +1,4 @@
-"""What was measured of the variants of a comparison, and the table of it."""
+"""The results of a comparison's variants, and their table."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastpeft.comparison.report import significance
 from fastpeft.comparison.report.document import Table
 from fastpeft.data.problems import CLASSIFICATION, get_problem
 
-MARK = "†"  # of a variant with a warning
-ACCURACY = "accuracy"  # the metric that is a mean over rows, so that rows tell how good it is
+MARK = "†"  # after the name of a variant with a warning
+ACCURACY = "accuracy"  # the metric that has an interval, as a mean over rows
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the report: a key of `metrics.json`, its title and format, and how it was measured."""
+    """A column of the table: a key of `metrics.json`, its title and format, and how it is measured."""
 
     key: str
     title: str
@@ -39,7 +39,7 @@ class Column:
 
 
 COLUMNS = (
-    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the weights that the run leaves"),
+    Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the final weights of the run"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
     Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
     Column("matthews", "Matthews", ".3f"),
@@ -52,35 +52,33 @@ COLUMNS = (
         "samples_per_second",
         "samples/s",
         ".0f",
-        "rows trained on by the seconds spent in training steps, each cell by itself and one after another, so "
-        "whatever else the machine did is in it",
+        "rows per second of training steps; cells run one after another, and other work on the machine slows them",
     ),
     Column(
         "peak_memory_mb",
         "peak memory, MB",
         ",.0f",
-        "(2^20 bytes) of a training step on the longest batch: from the CUDA allocator on a GPU; else simulated, with "
-        "what a GPU would run fused counted fused",
+        "of a training step on the longest batch, 1 MB is 2^20 bytes: by the CUDA allocator on a GPU, else simulated",
     ),
     Column("trainable_parameters", "trained parameters", ",.0f"),
     Column("learning_rate", "learning rate", "g", "the peak of its schedule"),
-    Column("train_seconds", "seconds", ",.0f", "spent in training steps; of a run that was resumed, since then"),
+    Column("train_seconds", "seconds", ",.0f", "of training steps; of a resumed run, since then"),
 )
 
 _MEMORY_TITLES = {"simulated": "simulated step peak, MB", "CUDA allocator": "CUDA allocator peak, MB"}  # by the source
 
 
 class Variant:
-    """What a comparison has of one variant.
+    """One variant of a comparison and its results.
 
     Attributes:
-        name: as written, or the name of its row in the report's tables, with its prompt where several are of that row,
-            and `MARK` where there is a warning that is not of all variants.
+        name: as written; in the paper's tables the title of its row, with its prompt where several variants are of that
+            row. It ends in `MARK` where a warning is not of all variants.
         cells: one a seed.
-        row: key of its row in the report's tables; None where it is of none.
-        prompt: as written, of a row that has one.
-        runs: what was measured, of those that are finished.
-        warnings: what these warn of, and the seeds of those that do.
+        row: key of its row in the paper's tables; None where it is in none.
+        prompt: as written, for a row that has one.
+        runs: `metrics.json` of the finished cells.
+        warnings: the warnings of these, each with the seeds that have it.
     """
 
     def __init__(self, cells: Sequence[Cell], several: bool = False) -> None:
@@ -97,7 +95,7 @@ class Variant:
 
     @property
     def seeds(self) -> str:
-        """How many are finished."""
+        """How many seeds are finished."""
         return f"{len(self.runs)}" if len(self.runs) == len(self.cells) else f"{len(self.runs)} of {len(self.cells)}"
 
     def values(self, key: str) -> list[float]:
@@ -105,19 +103,19 @@ class Variant:
 
     @cached_property
     def answers(self) -> dict[int | None, np.ndarray]:
-        """By seed, of each dev row whether its class was told `(rows,)`; empty where that was not kept."""
+        """By seed, whether the class of each dev row was predicted `(rows,)`; empty where that was not kept."""
         kept = {cell.seed: found for cell in self.cells if (found := cell.predictions())}
         return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in kept.items()}
 
     def interval(self) -> tuple[float, float] | None:
-        """Of its accuracy; None where rows do not tell."""
+        """The interval of its accuracy; None where predictions were not kept."""
         answers = list(self.answers.values())
         return significance.interval(np.stack(answers)) if answers else None
 
     def above(self, other: Variant) -> tuple[significance.Difference, int] | None:
-        """How far its accuracy is above another's, paired by dev row and seed, and over how many seeds.
+        """How far its accuracy is above another's, paired by dev row and seed, and the number of seeds.
 
-        What has no seed answers alike beside each of the other's. None where no rows tell.
+        A variant without seeds is paired with every seed of the other. None where predictions were not kept.
         """
         ours, theirs = self.answers, other.answers
         seeds = [
@@ -132,7 +130,7 @@ class Variant:
 
 
 def variants(cells: Iterable[Cell]) -> list[Variant]:
-    """The variants that cells are of, in their order."""
+    """The variants of some cells, in their order."""
     grouped: dict[str, list[Cell]] = {}
     for cell in cells:
         grouped.setdefault(cell.variant, []).append(cell)
@@ -145,7 +143,7 @@ def variants(cells: Iterable[Cell]) -> list[Variant]:
 
 
 def warnings(compared: Sequence[Variant]) -> list[str]:
-    """What runs warn of, each after the names of the variants, and of the seeds where not all of a variant do."""
+    """The warnings of runs, each after the names of the variants that have it, and the seeds where only some do."""
     named: dict[str, list[str]] = {}
     for variant in compared:
         for sentence, seeds in variant.warnings.items():
@@ -158,14 +156,14 @@ def warnings(compared: Sequence[Variant]) -> list[str]:
 
 
 def _of_all(compared: Sequence[Variant]) -> set[str]:
-    """Warnings of every run of several variants that were trained, which are of the data."""
+    """Warnings of every trained run of several variants, which come from the data."""
     trained = [variant for variant in compared if variant.runs and variant.cells[0].seed is not None]
     whole = [{text for text, seeds in each.warnings.items() if len(seeds) == len(each.runs)} for each in trained]
     return set.intersection(*whole) if len(whole) > 1 else set()
 
 
 def _warnings(cell: Cell) -> list[str]:
-    """What a finished run warns of; of one that keeps no warnings, whether it predicts one class."""
+    """The warnings of a finished run; of one from before they were kept, whether it predicts one class."""
     metrics = cell.metrics() or {}
     if "warnings" in metrics:
         return list(metrics["warnings"])
@@ -174,10 +172,10 @@ def _warnings(cell: Cell) -> list[str]:
 
 
 def table(compared: Sequence[Variant]) -> Table:
-    """The report's table: a row a variant, the columns that any cell has, the metric to look at first.
+    """The main table: a row a variant, the columns that any cell has, the main metric first.
 
-    What stands in a row of the report's tables is called as there, and told as written at the end. The last row is what
-    always answering the most frequent class of the training rows measures, where that is known.
+    A variant of a row in the paper's tables has its title, and the variant as written in the last column. The last row
+    has the metrics of always answering the most frequent class of the training rows, where these are known.
     """
     shown = columns(compared)
     several = any(len(variant.cells) > 1 for variant in compared)
@@ -195,7 +193,7 @@ def table(compared: Sequence[Variant]) -> Table:
 
 
 def columns(compared: Iterable[Variant]) -> list[Column]:
-    """The columns of which any variant has a value: metrics first, in the order of their problem."""
+    """The columns that have a value: metrics first, in the order of their problem."""
     compared = list(compared)
     runs = [metrics for variant in compared for metrics in variant.runs]
     problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
@@ -208,7 +206,7 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
 
 
 def _show(variant: Variant, column: Column) -> str:
-    """A variant's figure: an accuracy with its interval where rows tell it."""
+    """A variant's value in a column; an accuracy has its interval where that is known."""
     values = variant.values(column.key)
     if column.key == ACCURACY and values and (ends := variant.interval()):
         return f"{plain.mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"

@@ -1,4 +1,4 @@
-"""What the report of a comparison says."""
+"""The sections of a report, from its title to the versions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
 from fastpeft.methods.registry import get_method
 
-_NAMED = 4  # methods that a title names, variants that a caption does
+_NAMED = 4  # the most methods in a title, and variants in a caption
 
 
 def title(plan: Plan) -> str:
-    """What was compared, the suites or the methods, and on what."""
+    """The suites or the methods that were compared, and the data."""
     data = _short(plan.results[0].values["data"])
     if plan.suites:
         return f"{'; '.join(suites.get_suite(name).title for name in plan.suites)}, on {data}"
@@ -30,7 +30,7 @@ def title(plan: Plan) -> str:
 
 
 def report(plan: Plan, *, pictures: bool) -> list[Block]:
-    """The report, without its title; `pictures`: with them."""
+    """The report without its title, and with its pictures only if `pictures`."""
     compared = variants(plan.results)
     tested = paired_tests.all_pairs(compared)
     first, *others = opening(compared, tested)
@@ -56,7 +56,7 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
 
 
 def opening(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> list[str]:
-    """What a report begins with: whether any difference is significant, and what the tests cannot show."""
+    """The first sentences: whether any difference is significant, and what the tests cannot show."""
     return list(filter(None, (paired_tests.verdict(compared, tested), paired_tests.limits(tested))))
 
 
@@ -70,7 +70,7 @@ def _method(cell: Cell) -> str:
 
 
 def _summary(plan: Plan, compared: Sequence[Variant]) -> str:
-    """What was compared on what, in a line."""
+    """The number of variants and seeds, the model and the data."""
     models = dict.fromkeys(_short(cell.values["model"]) for cell in plan.results)
     seeds = sorted({len(variant.cells) for variant in compared if variant.cells[0].method != ZERO_SHOT})
     counted = " or ".join(f"{number} seed{'s' * (number > 1)}" for number in seeds)
@@ -82,7 +82,7 @@ def _summary(plan: Plan, compared: Sequence[Variant]) -> str:
 
 
 def _short(name: str) -> str:
-    """A model or data as named, or the last part of its path."""
+    """The name of a model or of data, or the last part of its path."""
     return Path(name).name if Path(name).is_absolute() else name
 
 
@@ -91,7 +91,7 @@ def versions(metrics: Mapping[str, Any]) -> str:
 
 
 def _trade_offs(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> Iterator[Block]:
-    """Pictures of the metric to look at against memory and against speed."""
+    """Pictures of the main metric against memory and against speed."""
     metric = next((column for column in columns(compared) if column.key in TITLES), None)
     if metric is None:
         return
@@ -99,8 +99,8 @@ def _trade_offs(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]
         ("peak_memory_mb", "memory", "peak memory of a training step, MB", "MB"),
         ("samples_per_second", "speed", "samples a second", "samples a second"),
     ):
-        places = [
-            figures.Place(
+        points = [
+            figures.Point(
                 variant.name,
                 plain.mean(values),
                 plain.mean(variant.values(metric.key)),
@@ -109,23 +109,23 @@ def _trade_offs(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]
             for variant in compared
             if (values := [value for value in variant.values(key) if value > 0]) and variant.values(metric.key)
         ]
-        if places:
+        if points:
             shown = f"{_sentence(metric.title)} on the dev rows against {x_title}"
             if name == "memory":
                 yield Heading(f"{_sentence(metric.title)} against memory and speed")
             yield Figure(
                 f"{metric.key}-{name}",
-                f"{shown}: {len(places)} variants.",
-                f"{_highest(places, unit, tested if metric.key == ACCURACY else ())}"
+                f"{shown}: {len(points)} variants.",
+                f"{_highest(points, unit, tested if metric.key == ACCURACY else ())}"
                 f"{' Faint lines: 95 % intervals.' if metric.key == ACCURACY else ''}",
-                figures.scatter(places, x_title, f"dev {metric.title}"),
+                figures.scatter(points, x_title, f"dev {metric.title}"),
             )
 
 
-def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[paired_tests.Pair]) -> str:
-    """Which variant measured highest, and whether that is significant; where several did, none is called so."""
-    best = max(places, key=lambda place: place.y)
-    ties = [place.name for place in places if math.isclose(place.y, best.y)]
+def _highest(points: Sequence[figures.Point], unit: str, tested: Sequence[paired_tests.Pair]) -> str:
+    """The variant with the highest metric and whether that is significant, or those that share it."""
+    best = max(points, key=lambda point: point.y)
+    ties = [point.name for point in points if math.isclose(point.y, best.y)]
     warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
     if len(ties) > 1:
         return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
@@ -134,17 +134,17 @@ def _highest(places: Sequence[figures.Place], unit: str, tested: Sequence[paired
 
 
 def _sentence(text: str) -> str:
-    """A text with which a sentence may begin."""
+    """A text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
 def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
-    """Pictures of what was logged while training, of each variant's first seed."""
+    """Pictures of the values logged in training, for each variant's first seed."""
     kept = {variant.name: found for variant in compared if (found := variant.cells[0].curves())}
     names = list(dict.fromkeys(name for found in kept.values() for name in found))
     if names:
         yield Heading("Training curves")
-        yield Text("As logged, nothing smoothed; of the first seed.")
+        yield Text("As logged, not smoothed; of the first seed.")
     for name in names:
         drawn = {variant: found[name] for variant, found in kept.items() if found.get(name)}
         ends = sorted((points[-1][1], variant) for variant, points in drawn.items())
@@ -159,7 +159,7 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
 
 
 def _rates(plan: Plan) -> Iterator[Block]:
-    """What was tried to find learning rates, and which of the best has none beyond it that was tried."""
+    """The learning rates that were tried, and which of the best are the lowest or the highest of them."""
     results = {variant.cells[0].variant: variant for variant in variants(plan.results)}
     searched, rows, at_the_edge = variants(plan.searches), [], []
     for variant in searched:
@@ -176,20 +176,19 @@ def _rates(plan: Plan) -> Iterator[Block]:
     if rows:
         yield Heading("Learning rates")
         yield Text(
-            "Tried on a slice of the training rows, and measured on another slice of them; the dev rows had no part in "
-            "it."
+            "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part."
         )
         if at_the_edge:
             yield Strong(
-                f"{len(at_the_edge)} of {len(searched)} took the lowest or the highest rate that was "
-                "tried, so a better one may lie beyond, and these figures may be below what the method reaches: "
+                f"{len(at_the_edge)} of {len(searched)} took the lowest or the highest rate that was tried, so a "
+                "better rate may lie beyond, and the method may reach more than is shown here: "
                 f"{', '.join(at_the_edge)}."
             )
         yield Table([["variant", "learning rate", "on the slice", ""], *rows], numbers=range(1, 3))
 
 
 def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
-    """What the estimates of memory before a run are worth."""
+    """How far the estimates of memory were from what was measured."""
     allocated, resident, errors = [], [], []
     for variant in compared:
         for metrics in variant.runs[:1]:
@@ -204,21 +203,21 @@ def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
     if allocated:
         worst = max(errors, key=abs)
         yield Text(
-            f"What --dry-run says before a run, against the allocator's peak: {plain.mean(errors):+.1%} on average, at "
-            f"most {worst:+.1%}."
+            f"The estimate of --dry-run against the allocator's peak: {plain.mean(errors):+.1%} on average, at most "
+            f"{worst:+.1%}."
         )
         yield Table([["variant", "estimated, MB", "measured, MB", "error"], *allocated], numbers=range(1, 4))
     if resident:
         yield Text(
-            "What --dry-run says before a run, of a training step on a GPU. Without one there is no allocator to "
-            "measure it by. What the whole process held at most is another thing: Python, its libraries, the data and "
-            "what evaluating took are in it."
+            "The estimate of --dry-run is of a training step on a GPU. Without a GPU no allocator measures that. "
+            "The peak of the whole process is not the same: it holds Python, its libraries, the data and the "
+            "evaluation too."
         )
         yield Table([["variant", "estimated, MB", "resident peak of the process, MB"], *resident], numbers=range(1, 3))
 
 
 def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
-    """Machine, versions, commands, and how figures were come by."""
+    """Machine, versions, commands, and how values were measured."""
     finished = [metrics for variant in compared for metrics in variant.runs]
     devices = [_device(metrics) for metrics in finished]
     yield Heading("Where and how")
@@ -237,18 +236,18 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
     if chosen:
         names = dict.fromkeys(f"{cell.variant} (by {cell.values['metric']})" for cell in chosen)
         notes.append(
-            "Of these the best checkpoint was taken, by the dev rows that it is measured on, which makes them look "
-            f"better than on new rows: {', '.join(names)}."
+            "The best checkpoint was chosen by the dev rows that it is measured on, so these look better than on new "
+            f"rows: {', '.join(names)}."
         )
     if len(set(filter(None, devices))) > 1:
         notes.append(
-            "Not all cells ran on the same device with as many threads: speeds and seconds compare only among those "
-            "that did. results.csv has device and threads of each."
+            "Not all cells ran on the same device with as many threads. Compare speeds and seconds only among those "
+            "that did; results.csv has the device and threads of each."
         )
     if any(variant.interval() for variant in compared):
         notes.append(
-            "In brackets: the 95 % interval, with one seed over new rows alone (Wilson's), with several over new rows "
-            "and new seeds."
+            "In brackets: the 95 % interval, for new rows with one seed (Wilson's), for new rows and seeds with "
+            "several."
         )
     if any(len(variant.cells) > 1 for variant in compared):
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
@@ -262,13 +261,13 @@ def _text(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def _device(metrics: Mapping[str, Any]) -> str:
-    """Where a cell ran; nothing of a zero-shot row, whose speed is not measured."""
+    """Where a cell ran; empty for zero-shot, whose speed is not measured."""
     threads = metrics.get("threads")
     return _text(metrics, "device") + ("" if threads is None else f", CPU threads: {threads}")
 
 
 def _data(metrics: Mapping[str, Any]) -> str:
-    if "train_rows" not in metrics:  # of a zero-shot row
+    if "train_rows" not in metrics:  # zero-shot
         return ""
     return (
         f"{_short(metrics['data'])}, {metrics['train_rows']:,} rows to train on, {metrics['dev_rows']:,} to measure on"

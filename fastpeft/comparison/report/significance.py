@@ -1,7 +1,7 @@
-"""What can be said of accuracies: intervals, and whether one method is above another.
+"""Statistics of accuracies: intervals, and paired tests of two methods.
 
-Every method answers the same dev rows, so methods are compared row by row, and with several seeds seed by seed too. All
-is about `right`, `(seeds, rows)`: 1 where an answer was right, 0 where it was wrong.
+All methods answer the same dev rows, so two are compared row by row, and seed by seed. Their answers are `right`
+`(seeds, rows)`: 1 where an answer was right, 0 where it was wrong.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
-LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
+LEVEL = 0.05  # of significance; intervals have the level 1 - LEVEL
 
-SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: not seen, the opposite order is
+SEEN, REVERSED, UNDECIDED = "seen", "reversed", "undecided"  # reversed: the opposite order is seen
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Difference:
     Attributes:
         mean: the difference.
         low, high: its interval.
-        p: how likely a difference of this size or more is where there is none.
+        p: how likely a difference of this size or more is between equal methods.
         test: name of the test.
     """
 
@@ -36,14 +36,14 @@ class Difference:
     test: str
 
     def __neg__(self) -> Difference:
-        """How far the other method is above the one."""
+        """The difference with the methods exchanged."""
         return Difference(-self.mean, -self.high, -self.low, self.p, self.test)
 
 
 def interval(right: np.ndarray) -> tuple[float, float]:
-    """The interval of an accuracy over new rows and, with several seeds, over new seeds.
+    """The interval of an accuracy for new rows and, with several seeds, for new seeds.
 
-    With one seed Wilson's; with S seeds and N rows the mean over both plus or minus t standard errors, whose square is
+    Wilson's with one seed. With S seeds and N rows the mean plus or minus t standard errors, whose square is
     `var(seeds) / S + var(rows) / N` (variances of the means over the other), with Welch's degrees of freedom.
 
     Args:
@@ -67,8 +67,8 @@ def interval(right: np.ndarray) -> tuple[float, float]:
 def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
-    With one seed by McNemar's exact test: of the rows that one answers rightly and the other wrongly, half should be
-    either's. With several by the t test of the mean difference, whose standard error is that of `interval`.
+    With one seed McNemar's exact test: of the rows that only one answers rightly, half should be each method's. With
+    several the t test of the mean difference, whose standard error is that of `interval`.
 
     Args:
         first, second: `(seeds, rows)`, 0 or 1.
@@ -132,16 +132,16 @@ def show_difference(difference: Difference) -> str:
 
 
 def verdict(difference: float, p: float) -> str:
-    """Whether the order that a positive difference has is seen, given its p value as `holm` corrects it."""
+    """Whether a positive difference is seen, given its p value as `holm` corrects it."""
     if p >= LEVEL or difference == 0:
         return UNDECIDED
     return SEEN if difference > 0 else REVERSED
 
 
 def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> str:
-    """Whether `first` is above `second`, both positive: seen where each of its values is above each of the other's.
+    """Whether `first` is above `second`, both positive: seen where each of its values is above all of the other's.
 
-    By more than `margin`, a share of the lower value; what differs by less is undecided.
+    A difference below `margin`, a share of the lower value, is undecided.
     """
     if min(first) > (1 + margin) * max(second):
         return SEEN
@@ -149,17 +149,16 @@ def verdict_of_ranges(first: Sequence[float], second: Sequence[float], margin: f
 
 
 def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], levels: int = 20) -> float | None:
-    """How many steps later a rising curve `slow` reaches what `fast` had reached: the median over levels.
+    """How many steps later the rising curve `slow` reaches a level than `fast`: the median over evenly spaced levels.
 
-    The levels divide evenly what both curves pass through; a curve reaches one where the straight line between two of
-    its points, first of all, comes up to it.
+    Between two points a curve is a straight line; it reaches a level where it first comes up to it.
 
     Args:
         slow, fast: points (step, value) in the order of their steps.
-        levels: how many.
+        levels: how many levels.
 
     Returns:
-        Steps, negative where `slow` is ahead; None where the curves pass through no common values.
+        Steps, negative where `slow` is ahead; None where the curves share no levels.
 
     Example:
         >>> lag([(0, 0.0), (100, 1.0)], [(0, 0.0), (50, 1.0), (100, 1.0)], levels=4)
@@ -174,7 +173,7 @@ def lag(slow: Sequence[tuple[int, float]], fast: Sequence[tuple[int, float]], le
 
 
 def _reaches(curve: Sequence[tuple[int, float]], level: float) -> float:
-    """The step at which a curve first comes up to `level`, which it does."""
+    """The step at which a curve first comes up to `level`."""
     if curve[0][1] >= level:
         return float(curve[0][0])
     (left, before), (right, after) = next((a, b) for a, b in pairwise(curve) if b[1] >= level)
