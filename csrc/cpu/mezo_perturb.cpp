@@ -9,7 +9,7 @@
 
 #include "arguments.h"
 #include "choose.h"
-#include "pass.h"
+#include "mezo_perturb_pass.h"
 
 namespace fastpeft {
 namespace {

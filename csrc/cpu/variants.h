@@ -4,8 +4,8 @@
 #include <string_view>
 #include <vector>
 
-#include "low_rank.h"
-#include "perturb.h"
+#include "mezo_perturb.h"
+#include "siva_linear_products.h"
 
 namespace fastpeft {
 

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "arguments.h"
-#include "perturb.cuh"
+#include "mezo_perturb.cuh"
 
 namespace fastpeft {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/pass.h"
+#include "cpu/mezo_perturb_pass.h"
 #include "cpu/variants.h"
 
 namespace {

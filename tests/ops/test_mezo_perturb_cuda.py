@@ -24,7 +24,7 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 template <typename Word> void __stcs(Word* p, Word word) { *p = word; }
 struct { unsigned x; } threadIdx, blockIdx, gridDim;
-#include "cuda/perturb.cuh"
+#include "cuda/mezo_perturb.cuh"
 using namespace fastpeft;
 
 template <typename T>

@@ -10,8 +10,8 @@
 // called here: a copy of one of its functions, compiled for a newer processor, could end up in the code for all.
 #include <cstring>
 
+#include "mezo_perturb.h"
 #include "normal.h"
-#include "perturb.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)

@@ -2,5 +2,5 @@
 #define FASTPEFT_ISA avx2
 #define FASTPEFT_TARGET __attribute__((target("avx2,fma")))
 #define FASTPEFT_VECTOR_BYTES 32
-#include "low_rank_tile.h"
+#include "siva_linear_tile.h"
 #endif

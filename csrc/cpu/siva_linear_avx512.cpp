@@ -2,5 +2,5 @@
 #define FASTPEFT_ISA avx512
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 #define FASTPEFT_VECTOR_BYTES 64
-#include "low_rank_tile.h"
+#include "siva_linear_tile.h"
 #endif

@@ -2,4 +2,4 @@
 #define FASTPEFT_ISA baseline
 #define FASTPEFT_TARGET
 #define FASTPEFT_VECTOR_BYTES 16
-#include "low_rank_tile.h"
+#include "siva_linear_tile.h"

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/pass.h"
+#include "cpu/mezo_perturb_pass.h"
 #include "cpu/variants.h"
 #include "normal.h"
 #include "philox.h"
@@ -305,7 +305,7 @@ void test_drop(const Variant& variant, Format format) {
 
 }  // namespace
 
-int low_rank_failures();  // test_low_rank.cpp
+int low_rank_failures();  // test_siva_linear.cpp
 int vast_failures();      // test_vast.cpp
 
 int main() {

@@ -1,5 +1,5 @@
-// The products of csrc/cpu/low_rank.h by every instruction set against plain sums in double, on buffers that end where
-// the numbers do: a read or write past an end is the sanitizer's to find.
+// The products of csrc/cpu/siva_linear_products.h by every instruction set against plain sums in double, on buffers
+// that end where the numbers do: a read or write past an end is the sanitizer's to find.
 #include <cmath>
 #include <cstdio>
 #include <string>

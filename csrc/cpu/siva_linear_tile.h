@@ -1,4 +1,4 @@
-// The products of low_rank.h, compiled once for each instruction set: the including file defines
+// The products of siva_linear_products.h, compiled once for each instruction set: the including file defines
 //
 //     FASTPEFT_ISA            the namespace that this copy lives in
 //     FASTPEFT_TARGET         the attribute that makes the compiler use the instruction set ("" for its default)
@@ -9,7 +9,7 @@
 // compiled for a newer processor, could end up in the code for all.
 #include <cstring>
 
-#include "low_rank.h"
+#include "siva_linear_products.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "perturb.h"
+#include "mezo_perturb.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

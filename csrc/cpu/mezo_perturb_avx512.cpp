@@ -7,5 +7,5 @@
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,f16c,prefer-vector-width=512")))
 #endif
 #define FASTPEFT_VECTOR_BYTES 64
-#include "perturb_tile.h"
+#include "mezo_perturb_tile.h"
 #endif

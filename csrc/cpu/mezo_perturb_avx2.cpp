@@ -2,5 +2,5 @@
 #define FASTPEFT_ISA avx2
 #define FASTPEFT_TARGET __attribute__((target("avx2,f16c")))
 #define FASTPEFT_VECTOR_BYTES 32
-#include "perturb_tile.h"
+#include "mezo_perturb_tile.h"
 #endif
