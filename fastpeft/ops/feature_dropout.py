@@ -1,4 +1,4 @@
-"""`fastpeft::feature_dropout_`: dropout of backbone features by the noise contract, in place."""
+"""`fastpeft::feature_dropout_`: dropout of backbone features in place; seed and index decide what is dropped."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Frozen weights in 8 or 4 bits: what SiVA keeps its residual in, and a side network's backbone its linear layers.
+"""Frozen weights in 8 or 4 bits, for the residual of SiVA and for the linear layers of a side network's backbone.
 
-- `int8`: every row divided by its largest magnitude, in 255 even steps. 1 byte a weight.
-- `nf4`: blocks of 64 values, each divided by its largest magnitude, to the nearest of the 16 quantiles of a normal
+- `int8`: each row is divided by its largest magnitude and rounded to 255 even steps. 1 byte a weight.
+- `nf4`: each block of 64 values is divided by its largest magnitude and rounded to the 16 quantiles of a normal
   distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
 
-Only weights are quantised: a layer's is dequantised for the time of its product, into the dtype of its input.
+Only weights are quantised. A layer dequantises its weight for each product, to the dtype of its input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK = 64  # values of nf4 that share a scale
 
 
 def check_library(argument: str, kind: str | None) -> None:
-    """Raise `FastpeftError` where the value of `argument` is a format whose library is not installed."""
+    """Raise `FastpeftError` if `kind`, the value of `argument`, is a format whose library is not installed."""
     if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise FastpeftError(
             f"{argument}='nf4' needs the library bitsandbytes, which is not installed. Run pip install "
@@ -54,7 +54,7 @@ def _quantise_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _dequantise_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    # As one row: on a CPU bitsandbytes 0.50 mistakes the scales of rows that are not whole blocks
+    # as one row, since on a CPU bitsandbytes 0.50 reads wrong scales for rows that are not whole blocks
     row = torch.Size((1, len(scales) * _BLOCK))
     known = torch.float32 if dtype == torch.float64 else dtype
     state = QuantState(scales, shape=row, dtype=known, blocksize=_BLOCK, quant_type="nf4")
@@ -67,19 +67,19 @@ _DEQUANTISE = {"int8": _dequantise_int8, "nf4": _dequantise_nf4}
 
 
 def dequantise(kind: Format, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of `shape` in `dtype` that codes and scales of a format stand for."""
+    """The weight of `shape` in `dtype` that the codes and scales of a format represent."""
     return _DEQUANTISE[kind](codes, scales, shape, dtype)
 
 
 class QuantisedWeight(nn.Module):
     """A frozen weight `(N, K)` in a format of few bits.
 
+    Its `codes` and `scales` are parameters that never train, so that code which moves, shards or counts the weights of
+    a model includes them. The scales stay in float32 when the model is cast.
+
     Args:
         weight: `(N, K)`, any floating dtype; rounded from float32.
         kind: the format.
-
-    Its `codes` and `scales` are parameters that never train, so that whatever moves, shards or counts a model's weights
-    does so with these too. The scales stay in float32 whatever dtype the model is cast to.
     """
 
     def __init__(self, weight: Tensor, kind: Format) -> None:
@@ -105,11 +105,11 @@ class QuantisedLinear(nn.Module):
     """A frozen linear layer with a quantised weight: `h = x W~^T + b`.
 
     Args:
-        layer: what it takes the place of; its bias is kept, itself and in its dtype.
+        layer: the layer that it replaces; it uses the same bias.
         kind: the format.
 
     Notes:
-        Computes in the dtype of x, or that of autocast. Its whole weight is there for the time of the product only.
+        It computes in the dtype of x, or that of autocast. The dequantised weight exists only during the product.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
@@ -122,7 +122,7 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`(N, K)`, dequantised, for code that reads the weight of a layer, as `nn.TransformerEncoderLayer` does."""
+        """The dequantised weight `(N, K)`, for code that reads it, such as `nn.TransformerEncoderLayer`."""
         return self.quantised.dequantise(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

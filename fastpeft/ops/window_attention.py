@@ -1,6 +1,7 @@
-"""`fastpeft::window_attention`: queries of a side network over a window of k backbone features.
+"""`fastpeft::window_attention`: attention of a side network's queries to a window of k backbone features.
 
-Dimension letters: B batch, H heads, T tokens, D width of a side network, k slots of a window of which S are real.
+Dimension letters: B batch, H heads, T tokens, D width of a side network, k slots of a window; S of them are real, which
+means inside the backbone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def window_attention_reference(
     """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
 
     q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
-    A slot that is not real has T equal keys `p_i`: one key whose score gains the logarithm of how many are visible.
+    A slot outside the backbone has T equal keys `p_i`, computed as one key: the logarithm of the number of visible
+    tokens is added to its score.
     """
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
     scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
@@ -54,11 +56,10 @@ def window_attention_backward_reference(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `window_attention`, with the keys `K = C + p`, `P = exp(q K^T - lse)` made again and
-    `dS = P (dout K^T - sum of dout * out over D)`:
+    """Gradients of `window_attention`. Keys and probabilities are computed again.
 
-    `dq = dS K`, and of `dK = P^T dout + dS^T q`, added up over heads, dC is what dropout kept and dp the sums over
-    sentences and tokens.
+    `K = C + p`, `P = exp(q K^T - lse)`, `dS = P (dout K^T - sum of dout * out over D)`, `dq = dS K`, and
+    `dK = P^T dout + dS^T q`, summed over heads. dC is dK where dropout kept it, dp its sum over sentences and tokens.
     """
     keys = _window_keys(q, c, p, slots, dropout, seed, block)
     scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
@@ -83,14 +84,14 @@ def window_attention_backward_reference(
 
 
 def absent_slots(p: Tensor, slots: Sequence[int]) -> list[int]:
-    """Slots of a window, with a vector each in p `(k, D)`, that are not real."""
+    """The slots that are not real; p `(k, D)` has a vector for every slot."""
     return [slot for slot in range(p.shape[0]) if slot not in slots]
 
 
 def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
-    """Which tokens a query does not see, bool `(B, T, T)`; how many it sees, `(B, T)`; where that is none, `(B, T)`.
+    """The tokens hidden from a query, bool `(B, T, T)`; the number it sees, `(B, T)`; whether it sees none, `(B, T)`.
 
-    A query that sees none is computed on all tokens, so that its numbers are finite, and set to 0 later.
+    A query that sees none is computed on all tokens, so that its values are finite, and set to 0 later.
     """
     if mask is None:
         mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
@@ -105,7 +106,7 @@ def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, devic
 def _window_keys(
     q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
 ) -> Tensor:
-    """The keys, which are the values, of all heads: `(B, 1, S T + k - S, D)`, those of absent slots last."""
+    """The keys of all heads, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
     feature_dropout_reference(real, slots, dropout, seed, block)
@@ -114,7 +115,7 @@ def _window_keys(
 
 
 def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int) -> tuple[Tensor, Tensor]:
-    """The scores `(B, H, T, S T + k - S)`, and which queries see nothing, `(B, 1, T)`."""
+    """The scores `(B, H, T, S T + k - S)`, and whether a query sees no token, `(B, 1, T)`."""
     batch, _, tokens, _ = q.shape
     hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
     scores = q.to(keys.dtype) @ keys.mT
@@ -123,7 +124,7 @@ def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, r
     return torch.cat((of_real, of_absent), dim=-1), nothing[:, None]
 
 
-_AT_ONCE = 2**18  # numbers in keys: with fewer, a call costs as much as what it does
+_AT_ONCE = 2**18  # values of the keys of one call: with fewer, the overhead of a call is as large as its work
 
 
 def window_attention_aten(
@@ -137,15 +138,15 @@ def window_attention_aten(
     seed: int,
     block: int,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference, by PyTorch's fused attention, which has one tile of the scores at a time."""
+    """As the reference, by PyTorch's fused attention, which holds one tile of the scores at a time."""
     keys = _fused_keys(q, c, p, slots, dropout, seed, block)
     rows = _rows(q, keys.dtype)
-    if 0 in (rows.shape[2], keys.shape[2]):  # by which PyTorch divides
+    if 0 in (rows.shape[2], keys.shape[2]):  # PyTorch divides by these
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     bias, nothing = _fused_bias(q, p, mask, slots, causal, keys.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, attn_mask=bias, scale=1.0)
     lse = lse.view(q.shape[:-1]).to(torch.float32)
-    if nothing is not None:  # where PyTorch's out is 0, and its lse too
+    if nothing is not None:  # PyTorch's out is 0 there, but so is its lse
         lse.masked_fill_(nothing, -torch.inf)
     return out.view(q.shape).to(q.dtype), lse
 
@@ -167,22 +168,22 @@ def window_attention_backward_aten(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, for a few sentences at a time, of which each thread takes some.
+    """As the reference, for a few sentences at a time, shared among threads.
 
-    PyTorch makes the gradients of keys and those of values apart. For a few sentences both are small, and their sums
-    take the place of keys that are done with: fresh memory costs more time than what is done there.
+    PyTorch returns the gradients of keys and of values in two tensors. For a few sentences both are small, and their
+    sums overwrite keys that are no longer needed: allocating memory costs more time than this computation.
     """
     keys = _fused_keys(q, c, p, slots, dropout, seed, block)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
     needs = need_dq, need_dc, need_dp
-    if 0 in (*rows.shape, *keys.shape):  # by some of which PyTorch divides
+    if 0 in (*rows.shape, *keys.shape):  # PyTorch divides by some of these
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
         return dq, dc, dp
     bias, _ = _fused_bias(q, p, mask, slots, causal, keys.dtype)
-    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # PyTorch's: 0 if it sees none
+    lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # as PyTorch's: 0 if none is seen
     dq = torch.empty_like(rows)
-    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # a sentence's lie in its keys or before
-    last = len(slots) * c.shape[2]  # of the real keys
+    dreal = keys.view(-1)[: c.numel()].view(c.shape)  # those of a sentence overwrite its own keys or earlier ones
+    last = len(slots) * c.shape[2]  # the number of real keys
     dabsent = keys.new_empty(len(q), keys.shape[2] - last, keys.shape[3])
     threads = torch.get_num_threads()
     at_once = threads * max(1, _AT_ONCE // (threads * keys[0].numel()))
@@ -211,16 +212,16 @@ def window_attention_backward_aten(
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x `(B, H, T, D)` as `(B, 1, H T, D)`, dense: as all heads see the same keys, they are one with the rows of all.
+    """x `(B, H, T, D)` as `(B, 1, H T, D)`, dense: all heads see the same keys, so they are one head with more rows.
 
-    A -1 could not be told where another size is 0.
+    The size H T is written out, since a -1 is ambiguous if another size is 0.
     """
     batch, heads, tokens, width = x.shape
     return x.to(dtype).reshape(batch, 1, heads * tokens, width).contiguous()
 
 
 def _fused_keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> Tensor:
-    """The keys, which are the values: `(B, 1, S T + k - S, D)`, made where they stay, those of absent slots last."""
+    """The keys, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last, without a copy."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, real, tokens, width = c.shape
     absent, p = absent_slots(p, slots), p.to(compute)
@@ -237,13 +238,13 @@ def _fused_keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: 
 def _fused_bias(
     q: Tensor, p: Tensor, mask: Tensor | None, slots: Sequence[int], causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to scores, `(B, 1, H T, S T + k - S)`: the logarithm of how many of the tokens that a query sees a
-    key stands for. And which queries see none, `(B, H, T)`.
+    """The bias of the scores `(B, 1, H T, S T + k - S)`, and whether a query sees no token, `(B, H, T)`.
 
-    A size is 1 where it makes no difference. Both are None where the logarithms are 0.
+    The bias is the logarithm of the number of visible tokens that a key stands for. Sizes that make no difference are
+    1. Both are None if all logarithms are 0.
     """
     absent = p.shape[0] - len(slots)
-    if mask is not None and mask.all():  # a CPU knows what its masks say
+    if mask is not None and mask.all():  # on a CPU this costs little
         mask = None
     if mask is None and not causal and absent == 0:
         return None, None
@@ -357,12 +358,12 @@ def _window_attention_vmap(
     seed: int,
     block: int,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """G attentions are one over G B rows, where every slot is a real one that has its own p added.
+    """G attentions as one over G B rows, in which every slot is real and holds its own p.
 
-    An absent slot is T equal keys. The noise of dropout depends on a row's place in the batch, so there must be none.
+    An absent slot becomes T equal keys. There is no dropout, since its noise depends on a row's place in the batch.
     """
     if dropout > 0:
-        raise NotImplementedError("window_attention: torch.vmap takes no dropout. Set the networks to eval().")
+        raise NotImplementedError("window_attention: torch.vmap supports no dropout. Set the networks to eval().")
 
     def stacked(x: Tensor, dim: int | None) -> Tensor:
         return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
