@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,40 +73,8 @@ def mezo_perturb_reference(
     return out
 
 
-def _mezo_perturb_in_place_shapes(
-    params: list[Tensor],
-    offsets: list[int],
-    seeds: list[int],
-    scales: list[float],
-    decay: float,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-) -> None:
+def _no_result(*_: Any, **__: Any) -> None:
     return None
-
-
-def _mezo_perturb_replay_shapes(
-    params: list[Tensor],
-    offsets: list[int],
-    seeds: Tensor,
-    scales: Tensor,
-    decay: float,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-) -> None:
-    return None
-
-
-def _mezo_perturb_shapes(
-    param: Tensor,
-    offset: int,
-    seeds: list[int],
-    scales: list[float],
-    decay: float,
-    noise: str = "gaussian",
-    rounding: str = "nearest",
-) -> Tensor:
-    return torch.empty_like(param)
 
 
 # terms (seed, scale) are applied in order; decay goes with the first
@@ -112,7 +82,7 @@ define(
     "mezo_perturb_",
     "(Tensor(a!)[] params, int[] offsets, int[] seeds, float[] scales, float decay, str noise='gaussian', "
     "str rounding='nearest') -> ()",
-    shapes=_mezo_perturb_in_place_shapes,
+    shapes=_no_result,
     reference=mezo_perturb_in_place_reference,
 )
 
@@ -123,7 +93,7 @@ define(
     "mezo_perturb_replay_",
     "(Tensor(a!)[] params, int[] offsets, Tensor seeds, Tensor scales, float decay, str noise='gaussian', "
     "str rounding='nearest') -> ()",
-    shapes=_mezo_perturb_replay_shapes,
+    shapes=_no_result,
     reference=mezo_perturb_replay_reference,
 )
 
@@ -132,6 +102,6 @@ define(
     "mezo_perturb",
     "(Tensor param, int offset, int[] seeds, float[] scales, float decay, str noise='gaussian', "
     "str rounding='nearest') -> Tensor",
-    shapes=_mezo_perturb_shapes,
+    shapes=lambda param, *_, **__: torch.empty_like(param),
     reference=mezo_perturb_reference,
 )
