@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,12 @@ class LadderModel(PreTrainedModel):
         causal = bool(config.causal)
         side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), backbone.activation, causal)
         head = backbone.head_parameters()
-        _check_floating(head, type(backbone.core).__name__)
+        if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
+            modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
+            raise FastpeftError(
+                f"the head of the {type(backbone.core).__name__} is quantised ({saving.some(quantised)}), and it "
+                f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
+            )
         if config.init == "pruned":
             prune(side, backbone)
         convert(backbone, config.backbone_dtype)
@@ -212,7 +217,9 @@ class LadderModel(PreTrainedModel):
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
-        seed = blocks_seed = self.draw_seed()
+        seed = blocks_seed = 0
+        if self.training and (self.config.dropout or self.config.layer_drop):
+            seed = blocks_seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
         if seed and self.config.layer_drop and torch.is_grad_enabled():
             blocks_seed = agreed(seed, device)  # or each process would wait for gradients that others do not have
         return self.side_run(self.side, mask, seed, keep_states, blocks_seed)
@@ -232,12 +239,6 @@ class LadderModel(PreTrainedModel):
             "a LadderModel does not generate: its side network keeps no keys and values. Choose a token from "
             "logits[:, -1], append it and call the model again. model.base.generate() uses the base alone."
         )
-
-    def draw_seed(self) -> int:
-        """A seed for the dropout of one pass, from torch's random state; 0 if nothing is dropped."""
-        if not self.training or self.config.dropout == self.config.layer_drop == 0:
-            return 0
-        return int(torch.randint(2**63 - 1, (), device="cpu").item())
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.
@@ -385,17 +386,6 @@ class LadderModel(PreTrainedModel):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
-
-
-def _check_floating(head: Mapping[str, nn.Parameter], kind: str) -> None:
-    """Raise `FastpeftError` if a weight of the head is quantised, since the head trains."""
-    quantised = [name for name, parameter in head.items() if is_quantised(parameter)]
-    if quantised:
-        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
-        raise FastpeftError(
-            f"the head of the {kind} is quantised ({saving.some(quantised)}), and it trains. Load the base with "
-            f"BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like of another quantization_config."
-        )
 
 
 def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:

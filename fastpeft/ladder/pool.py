@@ -139,7 +139,7 @@ class LadderPool:
             if member is side:
                 share_backbone(ladder_of(member), self.backbone)
             member.eval()
-            self._members = self._members.with_member(name, member)
+            self._members = self._members.changed({**self._members.models, name: member}, member)
         return member
 
     def _check_free(self, name: str) -> None:
@@ -154,7 +154,8 @@ class LadderPool:
         """
         with self._changing:
             member = self._members[name]
-            self._members = self._members.without(name)
+            left = {task: model for task, model in self._members.models.items() if task != name}
+            self._members = self._members.changed(left, member)
             for parameter in ladder_of(member).side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
         return member

@@ -33,15 +33,9 @@ class Members:
             raise FastpeftError(f"the pool has no task {name!r}; its tasks are {there}. Add it first.")
         return self.models[name]
 
-    def with_member(self, name: str, model: Any) -> Members:
-        return self._changed({**self.models, name: model}, shape_of(ladder_of(model).side))
-
-    def without(self, name: str) -> Members:
-        left = {task: model for task, model in self.models.items() if task != name}
-        return self._changed(left, shape_of(ladder_of(self.models[name]).side))
-
-    def _changed(self, models: Mapping[str, Any], shape: Any) -> Members:
-        """Members with `models`, which differ from these only in side networks of one shape."""
+    def changed(self, models: Mapping[str, Any], member: Any) -> Members:
+        """Members with `models`; `member` was added or removed, so only the stack of its shape is made again."""
+        shape = shape_of(ladder_of(member).side)
         stacks = [(names, stack) for names, stack in self.stacks if shape_of(stack.sides[0]) != shape]
         sides = {name: ladder_of(model).side for name, model in models.items()}
         alike = {name: side for name, side in sides.items() if shape_of(side) == shape}
