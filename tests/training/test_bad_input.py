@@ -298,7 +298,7 @@ CASES = [
     (["--method", "mezo", "--set", "eps=0"], ["eps is 0", "above 0"]),
     (["--method", "mezo", "--set", "eps=small"], ["eps is 'small'", "float"]),
     (["--method", "mezo", "--set", "epz=1"], ["'epz'", "eps", "fastpeft.MeZOConfig"]),
-    (["--method", "mezo", "--set", "fp16=true"], ["fp16=True", "MeZO has not"]),
+    (["--method", "mezo", "--set", "fp16=true"], ["fp16=True", "MeZO makes none"]),
     (["--method", "mezo", "--set", "journal=false"], ["journal cannot be set", "always keeps one"]),
     (["--method", "mezo", "--set", "save_weights=false"], ["save_weights cannot be set", "leave save_steps out"]),
     (["--method", "mezo", "--set", "estimator=adam"], ["estimator is 'adam'", "spsa, fzoo"]),
