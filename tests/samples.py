@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -41,6 +42,13 @@ class Interrupt(TrainerCallback):
     def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def pickle_adapter(folder: Path) -> None:
+    """Keep the weights of a saved adapter in the format that runs code when it is read."""
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
 
 
 def prompted(methods: Sequence[str]) -> list[tuple[str, str]]:

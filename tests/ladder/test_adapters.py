@@ -11,7 +11,7 @@ import pytest
 import torch
 from backbones import IDS, MASK, classifier, ladder, logits, tiny, train_a_little, trainable
 from safetensors.torch import load_file
-from samples import Interrupt, reviews, write_csv
+from samples import Interrupt, pickle_adapter, reviews, write_csv
 from torch import Tensor
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
@@ -158,6 +158,9 @@ def test_peft_reads_the_adapter_alone(tmp_path: Path, checkpoint: Path) -> None:
     alone = peft.PeftModel.from_pretrained(classifier(checkpoint), str(tmp_path / "adapter"))
     states = [m(IDS, attention_mask=MASK).last_hidden_state for m in (alone.roberta.eval(), base.roberta.eval())]
     assert states[0].equal(states[1])
+    pickle_adapter(tmp_path / "adapter")
+    with pytest.raises(FastpeftError, match="no other format is read"):
+        LadderModel.from_pretrained(tmp_path, base=classifier(checkpoint))
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

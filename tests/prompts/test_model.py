@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from samples import pickle_adapter
 from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
@@ -315,6 +316,9 @@ def test_an_adapter_inside_it_is_saved_and_loaded(tmp_path: Path, config: Any) -
     )
     again = PromptModel(plain, tokenizer_of("Roberta"), PROMPT)
     torch.testing.assert_close(logits(again.eval()), logits(model), **CLOSE)
+    pickle_adapter(tmp_path / "adapter")
+    with pytest.raises(FastpeftError, match="no other format is read"):
+        PromptModel.from_pretrained(tmp_path / "adapter")
 
 
 class Beside(nn.Module):
