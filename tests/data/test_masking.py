@@ -274,7 +274,7 @@ def test_a_comparison_searches_rates_on_rows_with_labels(config: TrainConfig, pl
     alone = CompareConfig(
         output=str(tmp_path / "alone"), methods=["k-lst:objective=mlm"], protocol="full", common=common
     )
-    with pytest.raises(FastpeftError, match="rows with labels, and no variant has these"):
+    with pytest.raises(FastpeftError, match="rows with labels, and no variant has labels"):
         Comparison(alone)
 
 
