@@ -269,7 +269,7 @@ def show_report(comparison: Comparison) -> None:
         console.print("\n".join(document.table_lines(shown)), soft_wrap=True)
     if warned:
         console.print("\n".join(["Warnings:", *warned]), soft_wrap=True)
-    console.print(f"saved in {comparison.plan.folder / 'report.md'} and page.html")
+    console.print(f"saved in {comparison.plan.folder / 'report.md'} and report.html")
 
 
 @contextmanager
