@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from fastpeft.errors import FastpeftError
@@ -28,6 +29,9 @@ _PROMPT_TUNING = Recipe(1e-3, epochs=20)  # PEFT's example of RoBERTa-large
 _BITFIT = Recipe(4e-4)  # Ben Zaken et al. 2022: between their 1e-4 and 1e-3
 _SIVA = Recipe(1e-3)  # measured here, as the next; see `bench/data/siva_rates.csv`
 _HEAD = Recipe(1e-3, weight_decay=0.01)
+
+
+_lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 
 
 def _by_name(methods: Iterable[Method]) -> dict[str, Method]:
@@ -75,49 +79,35 @@ METHODS: dict[str, Method] = _by_name(
             trains=everything,
             optimization=Optimization.MEZO,
         ),
-        AdapterMethod(
+        _lora(
             name="lora",
             title="LoRA",
             description="low-rank updates beside frozen weights",
-            recipe=_LORA,
-            config="LoraConfig",
-            rank=8,
             fields=lambda r: {"lora_alpha": 2 * r},
         ),
-        AdapterMethod(
+        _lora(
             name="pissa",
             title="PiSSA",
             description="LoRA that starts from the top singular triplets",
-            recipe=_LORA,
-            config="LoraConfig",
-            rank=8,
             fields=lambda r: {"lora_alpha": r, "init_lora_weights": "pissa"},
         ),
-        AdapterMethod(
+        _lora(
             name="dora",
             title="DoRA",
             description="LoRA with the length of each row of the weight apart from its direction",
-            recipe=_LORA,
-            config="LoraConfig",
-            rank=8,
             fields=lambda r: {"lora_alpha": 2 * r, "use_dora": True},
         ),
-        AdapterMethod(
+        _lora(
             name="olora",
             title="OLoRA",
             description="LoRA that starts from an orthonormal basis of the weight",
-            recipe=_LORA,
-            config="LoraConfig",
-            rank=8,
             fields=lambda r: {"lora_alpha": r, "init_lora_weights": "olora"},
         ),
-        AdapterMethod(
+        _lora(
             name="qlora",
             title="QLoRA",
             description="LoRA in all linear layers, beside weights in 4 bits",
             recipe=_QLORA,
-            config="LoraConfig",
-            rank=8,
             fields=lambda r: {"lora_alpha": 2 * r, "target_modules": "all-linear"},
             four_bits=True,
             merges=False,

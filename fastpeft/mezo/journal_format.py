@@ -136,7 +136,7 @@ class RecordFormat:
         for number, begin in enumerate(starts, 1):
             whole = self._is_whole(content, begin)
             if not (whole or any(self._is_whole(content, later) for later in starts[number:])):
-                return  # a power cut may leave zeros, or anything, in the place of several records
+                return  # after a power cut several records may hold zeros, or anything
             fields = self._layout.unpack_from(content, begin)
             seed = self._estimator.seeds(self._seed, position[0])[0]
             known = fields[1] in Kind.__members__.values() and fields[2] <= len(self._estimator.points)

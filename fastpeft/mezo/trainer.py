@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with MeZO in the place of backward pass and optimizer."""
+"""`transformers.Trainer` with MeZO instead of backward pass and optimizer."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _ARGUMENTS = """
     eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
 """
 
-# what to do in the place of some others
+# what to do instead of setting some others
 _INSTEAD = {
     **{name: f"use the option {name}" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
     "r": "use the option rank",

@@ -96,9 +96,8 @@ class Setup:
 
     def with_head(self, head: Head) -> RunSetup:
         """It, with what the data tell; they are checked already."""
-        preparation = dataclasses.replace(
-            self.preparation, task_type=head.problem.task_type, by_words=self._by_words(head)
-        )
+        by_words = head.by_words or (self.config.awaits_prompt and self.config.prompt_head != "classifier")
+        preparation = dataclasses.replace(self.preparation, task_type=head.problem.task_type, by_words=by_words)
         return RunSetup(self.config, self.method, preparation, self.arguments, head)
 
     def for_data(self, data: TextData) -> RunSetup:
@@ -115,9 +114,6 @@ class Setup:
         check_texts(setup.head.prompt, data.train)
         setup.method.check(setup.preparation)
         return setup
-
-    def _by_words(self, head: Head) -> bool:
-        return head.by_words or (self.config.awaits_prompt and self.config.prompt_head != "classifier")
 
 
 @dataclass(frozen=True)
