@@ -141,7 +141,7 @@ def save_tiny_model(folder: Path, kind: str = "Roberta", head: str = "ForMaskedL
     return folder
 
 
-_TINY = {
+TINY = {  # of a transformers configuration
     "vocab_size": 50,
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -156,7 +156,7 @@ def tiny_classifier(kind: str = "Roberta") -> nn.Module:
     """A randomly initialised classifier, the same at every call."""
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, f"{kind}ForSequenceClassification")(
-        getattr(transformers, f"{kind}Config")(**_TINY)
+        getattr(transformers, f"{kind}Config")(**TINY)
     ).eval()
     return model
 

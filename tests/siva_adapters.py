@@ -7,25 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from samples import TINY
 from torch import Tensor, nn
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 RESIDUALS = pytest.mark.parametrize("residual", ["frozen", "implicit"])
 
-_TINY = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
-
 
 def tiny(kind: str = "Roberta", head: str = "ForSequenceClassification", **changes: Any) -> Any:
     """A randomly initialised model in eval mode, the same at every call."""
-    config = getattr(transformers, f"{kind}Config")(**{**_TINY, **changes})
+    config = getattr(transformers, f"{kind}Config")(**{**TINY, **changes})
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}{head}")(config).eval()
 
