@@ -192,6 +192,7 @@ def test_progress_for_a_program(place: Path) -> None:
         "decomposing weights",
         "measuring before training",
         "training",
+        "measuring",
         "measuring after training",
         "simulating memory",
         "saving",

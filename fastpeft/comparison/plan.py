@@ -223,7 +223,7 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def _meant(settings: Iterable[str]) -> str:
     """Advice on settings whose names are almost that of a field of `TrainConfig`; empty where none is."""
     fields = [known.name for known in options() if known.name not in DECIDED]
-    close = next(filter(None, (did_you_mean(setting, fields, cutoff=0.8) for setting in settings)), "")
+    close = next(filter(None, (did_you_mean(setting, fields, cutoff=0.7) for setting in settings)), "")
     return f"{close} A variant takes {', '.join(fields)} too." if close else ""
 
 
