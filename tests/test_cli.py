@@ -204,6 +204,25 @@ def test_progress_for_a_program(place: Path) -> None:
     assert steps[-1]["samples_per_second"] > 0
 
 
+def test_a_run_reports_to_tensorboard(place: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(*TRAIN, "--method", "head", "--output", "out", "--report-to", "tensorboard", "--quiet")
+    events = list((place / "out" / "logs").glob("events.out.tfevents.*"))
+    assert any(b"train/loss" in path.read_bytes() for path in events)
+    assert sorted(path.name for path in place.iterdir()) == ["model", "out", "reviews.csv"]
+    run(*TRAIN, "--method", "head", "--output", "out", "--quiet", "--overwrite")
+    assert not (place / "out" / "logs").exists()
+
+
+def test_a_reporter_that_is_not_installed_is_one_message(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpeft.training.task.find_spec", lambda name: None)
+    refused = CliRunner().invoke(app, [*TRAIN, "--report-to", "wandb"])
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1].startswith(
+        "Error: --report-to is 'wandb', but that package is not installed."
+    )
+
+
 def test_what_trains_with_label_words(place: Path) -> None:
     counts = {}
     for method in ("siva", "head", "full"):

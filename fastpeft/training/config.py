@@ -26,6 +26,7 @@ from fastpeft.support.files import parse_json
 from fastpeft.training.run_folder import earlier_run, read_config
 
 FOR_LABELS = ("problem_type", "label_column", "prompt", "label_words", "prompt_head")  # without sense for an objective
+REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
 
 
@@ -216,6 +217,13 @@ class TrainConfig:
     patience: int | None = option(
         OUTPUT, "End when `metric` was not better for so many checkpoints in a row", least=1, unset="never", metavar="N"
     )
+    report_to: str | None = option(
+        OUTPUT,
+        "Also log to this service or library; TensorBoard's files are in `logs` of the run's folder",
+        choices=REPORTERS,
+        unset="none",
+        metavar="NAME",
+    )
     prompt: str | None = option(
         MODEL,
         "A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
@@ -295,7 +303,7 @@ class TrainConfig:
                 "metric", "there are no checkpoints to choose from. Say by `save_steps` how often to save one."
             )
         if self.patience is not None and self.metric is None:
-            self._refuse("patience", "there is no metric to watch. Name one, or leave patience out.")
+            self._refuse("patience", "there is no metric to watch. Name one, or leave `patience` out.")
         self.parse_prompt()
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
@@ -330,7 +338,7 @@ class TrainConfig:
             return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
         for name in ("label_words", "prompt_head"):
             if getattr(self, name) is not None:
-                self._refuse(name, f"there is no prompt. Give one, or leave {name} out.")
+                self._refuse(name, f"there is no prompt. Give one, or leave `{name}` out.")
         return None
 
     @classmethod

@@ -125,6 +125,9 @@ def train(
 
         trainer.ranks.first_does(begin)
         arguments.output_dir = str(folder.staging)
+        if config.report_to is not None:
+            with task.refusing():
+                trainer.begin_reports(config.report_to)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)

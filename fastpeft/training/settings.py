@@ -24,7 +24,7 @@ _ARGUMENTS = """
     dataloader_prefetch_factor dataloader_multiprocessing_context
     per_device_eval_batch_size eval_steps eval_delay eval_accumulation_steps
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
-    log_on_each_node include_num_input_tokens_seen report_to run_name project
+    log_on_each_node include_num_input_tokens_seen run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id
     ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph
     eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
@@ -47,11 +47,12 @@ _INSTEAD = {
     "metric_for_best_model": "use `metric`",
     "greater_is_better": "use `metric`, which decides it",
     "full_determinism": "use `deterministic`",
-    "resume_from_checkpoint": "use `resume`",
+    "resume_from_checkpoint": "use --resume",
     "bf16_full_eval": "it would round the weights that train; use `bf16`",
     "fp16_full_eval": "it would round the weights that train; use fp16",
     "eval_strategy": "dev rows are measured a few times a run, or with `metric` at each checkpoint",
     "eval_on_start": "dev rows are always measured before the first step",
+    "report_to": "use `report_to`",
     "label_names": "the model's labels are in the column labels",
     "push_to_hub": "push the folder of the finished run",
     "save_total_limit": "the newest checkpoints are kept",
@@ -63,7 +64,7 @@ _INSTEAD = {
     "fsdp": "each process of a launcher has the whole model",
     "deepspeed": "each process of a launcher has the whole model",
     "journal": "a run by MeZO always keeps one",
-    "save_weights": "leave save_steps out, and the journal is the only checkpoint",
+    "save_weights": "leave `save_steps` out, and the journal is the only checkpoint",
 }
 
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +123,11 @@ class Task:
             self.setup.arguments,
             self.method.optimization,
         )
+        if config.report_to is not None and find_spec(config.report_to) is None:
+            raise FastpeftError(
+                f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
+                f"{config.report_to}, or leave it out."
+            )
         learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
         if "lr_scheduler_type" in given:
             schedule: dict[str, Any] = {}
@@ -146,7 +153,8 @@ class Task:
             "use_cpu": not torch.accelerator.is_available(),  # the Trainer refuses bf16 on a CPU it found by itself
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
-            "report_to": "none",
+            "report_to": "none",  # the run's Trainer begins when its folder is there
+            "run_name": Path(config.output).name,
             **({"journal": optimization.keeps_journal} if optimization.zeroth_order else {}),
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **given,

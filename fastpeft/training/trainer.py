@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
@@ -35,7 +36,7 @@ from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_losses
 from fastpeft.support.stages import report
 from fastpeft.training.optimizer_in_backward import StepsInBackward
-from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.run_folder import LOGS, RunFolder
 from fastpeft.training.task import Task, collator, loader_options, steps_per_epoch
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,16 @@ class RunTrainer(Trainer):
         # the Trainer takes the losses of models that accept it for divided by the items of all processes and
         # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's
         self.model_accepts_loss_kwargs = False
+
+    def begin_reports(self, to: str) -> None:
+        """Log to a service or library from here on; its set-up may refuse."""
+        for kind in get_reporting_integration_callbacks(to):
+            callback = kind()
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self.folder.path / LOGS)
+            if hasattr(callback, "setup"):
+                callback.setup(self.args, self.state, self.model)
+            self.add_callback(callback)
 
     def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
         """What decides when the metric is measured, and what follows from it."""
