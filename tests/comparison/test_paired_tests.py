@@ -115,7 +115,10 @@ def test_the_best_is_named_with_those_it_is_significantly_above(tmp_path: Path) 
 def test_names_or_counts(tmp_path: Path, right: dict[str, Any], told: str) -> None:
     line = first_lines(plan_of(tmp_path, right))[0]
     if told == "head has":
-        assert line == "siva and lora share the highest accuracy, 0.900; 2 of 3 pairs of variants differ significantly (Holm)."
+        assert (
+            line
+            == "siva and lora share the highest accuracy, 0.900; 2 of 3 pairs of variants differ significantly (Holm)."
+        )
         return
     name, _, rest = told.partition(" has ;")
     assert line.startswith(f"{name} has the highest accuracy, 0.95")

@@ -161,9 +161,7 @@ def page(title: str, blocks: Sequence[Block]) -> str:
         style_hash=_digest(style),
         script_hash=_digest(script),
         glyph=lambda index: Markup(figures.glyph(index)),
-        charts=lambda figure: [
-            Markup(figure.chart.svg(figure.alt, width)) for width in (figures.WIDE, figures.NARROW)
-        ],
+        charts=lambda figure: [Markup(figure.chart.svg(figure.alt, width)) for width in (figures.WIDE, figures.NARROW)],
     )
 
 

@@ -39,7 +39,8 @@ _RADII = 4.5, 13.0  # of the smallest and the largest mark
 # What a file has of the page's style. Programs that show files know neither variables nor light-dark().
 _STYLE = """
 svg { font: 13px system-ui, sans-serif; background: #fff; }
-text { fill: #1c2024; stroke: #fff; stroke-width: 3px; paint-order: stroke; } .soft, .soft text { fill: #5b6570; color: #5b6570; }
+text { fill: #1c2024; stroke: #fff; stroke-width: 3px; paint-order: stroke; }
+.soft, .soft text { fill: #5b6570; color: #5b6570; }
 .grid { stroke: #d5dae0; } .mark { fill: currentColor; stroke: #fff; fill-opacity: .9; }
 .line { fill: none; stroke: currentColor; stroke-width: 1.5; } .band { fill: currentColor; fill-opacity: .1; }
 .thin { stroke: currentColor; stroke-opacity: .4; }
@@ -237,12 +238,12 @@ class _Axis:
         rough = (high - low) / most if self._scale is float else (high - low) / (2 * most)
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
-        decimals = len(f"{step:.10f}".rstrip("0").partition(".")[2])
+        form = f",.{len(f'{step:.10f}'.rstrip('0').partition('.')[2])}f" if 1e-6 < step < 1e6 else ".3g"
         found: list[tuple[float, str]] = []
         for number in range(math.ceil(low / step), math.floor(high / step) + 1):
             pixel = self(number * step)
             if not found or abs(pixel - found[-1][0]) >= apart:
-                found.append((pixel, f"{number * step:,.{decimals}f}"))
+                found.append((pixel, format(number * step, form)))
         return found
 
 
@@ -251,7 +252,7 @@ def _axes(x: _Axis, y: _Axis, x_title: str, y_title: str) -> list[str]:
     for pixel, text in x.ticks(62):
         parts.append(f'<path class="grid" d="M{pixel:.1f} {y.start}V{y.end}"/>')
         parts.append(f'<text x="{pixel:.1f}" y="{y.start + 18}" text-anchor="middle">{text}</text>')
-    for pixel, text in y.ticks(48):
+    for pixel, text in y.ticks(36):
         parts.append(f'<path class="grid" d="M{x.start} {pixel:.1f}H{x.end}"/>')
         parts.append(f'<text x="{x.start - 7}" y="{pixel + 4:.1f}" text-anchor="end">{text}</text>')
     middle = (x.start + x.end) / 2

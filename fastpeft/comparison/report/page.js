@@ -194,10 +194,11 @@ function told(chart, { series, x, y }) {
 
 for (const chart of all(".chart")) {
   const point = (event) => {
-    const found = nearest(chart, event);
+    const named = event.target.closest("text")?.closest("[data-variant]");
+    const found = named ? { series: named } : nearest(chart, event);
     if (!found.series) return clear();
     light(found.series.dataset.variant);
-    show(told(chart, found), event.clientX, event.clientY);
+    show(named ? named.getAttribute("aria-label") : told(chart, found), event.clientX, event.clientY);
   };
   chart.addEventListener("pointermove", point);
   chart.addEventListener("pointerdown", point);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics as plain
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ def _trade_off(compared: Sequence[Variant]) -> Iterator[Block]:
         )
         for index, variant in enumerate(compared)
         if (memory := [value for value in variant.values("peak_memory_mb") if value > 0])
-        and (scores := variant.values(metric.key))
+        and (scores := [value for value in variant.values(metric.key) if math.isfinite(value)])
     ]
     if points:
         memory_title = next(column.title for column in shown if column.key == "peak_memory_mb")
@@ -198,7 +199,9 @@ def _rates(plan: Plan) -> Iterator[Block]:
                 "better rate may lie beyond, and the method may reach more than is shown here: "
                 f"{', '.join(at_the_edge)}."
             )
-        yield Table([["variant", "learning rate", "on the slice", ""], *rows], range(1, 3), "Learning rates that were tried")
+        yield Table(
+            [["variant", "learning rate", "on the slice", ""], *rows], range(1, 3), "Learning rates that were tried"
+        )
 
 
 def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
@@ -220,14 +223,22 @@ def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
             f"The estimate of --dry-run against the allocator's peak: {plain.mean(errors):+.1%} on average, at most "
             f"{worst:+.1%}."
         )
-        yield Table([["variant", "estimated, MB", "measured, MB", "error"], *allocated], range(1, 4), "Estimated and measured memory")
+        yield Table(
+            [["variant", "estimated, MB", "measured, MB", "error"], *allocated],
+            range(1, 4),
+            "Estimated and measured memory",
+        )
     if resident:
         yield Text(
             "The estimate of --dry-run is of a training step on a GPU. Without a GPU no allocator measures that. "
             "The peak of the whole process is not the same: it holds Python, its libraries, the data and the "
             "evaluation too."
         )
-        yield Table([["variant", "estimated, MB", "resident peak of the process, MB"], *resident], range(1, 3), "Estimated memory and the process")
+        yield Table(
+            [["variant", "estimated, MB", "resident peak of the process, MB"], *resident],
+            range(1, 3),
+            "Estimated memory and the process",
+        )
 
 
 def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
