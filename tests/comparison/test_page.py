@@ -243,12 +243,15 @@ def test_of_many_classes_the_most_frequent_mistakes_are_told(tmp_path: Path) -> 
     assert table.rows == [["label", "answer", "siva", "lora"], ["c3", "c7", "5", "0"], ["c1", "c0", "1", "1"]]
 
 
-def test_rows_on_which_variants_differ(tmp_path: Path) -> None:
+def test_rows_on_which_variants_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fastpeft")
     plan = plan_of(tmp_path, ["siva", "lora", "head"], seeds=2)
+    caplog.clear()
     *_, text, table = mistakes.disagreements(variants(plan.results))
     assert isinstance(text, Text)
     assert isinstance(table, Table)
     assert table.rows[0] == ["row", "text", "label", "siva", "lora", "head"]
+    assert caplog.messages == [], "the runs have told what they load"
     right = [list((cell.predictions() or {})["predictions"]) for cell in plan.results]
     shares = [tuple(sum(right[2 * v + s][row] == row % 2 for s in (0, 1)) for v in range(3)) for row in range(ROWS)]
     differ = [row for row in range(ROWS) if len(set(shares[row])) > 1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -85,9 +86,21 @@ def _texts(variant: Variant, labels: np.ndarray) -> list[str]:
     """The dev texts of a comparison, shortened; none where they cannot be loaded, or have other labels by now."""
     from fastpeft.training.task import data_for
 
-    with suppress(FastpeftError, OSError):
+    with suppress(FastpeftError, OSError), _silent("fastpeft.data"):  # the runs have told what they load
         dev = data_for(variant.cells[0].config).dev
         if np.array_equal(dev.labels, labels):
             texts = [text if isinstance(text, str) else " / ".join(text) for text in dev.texts]
             return [text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…" for text in texts]
     return []
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without the messages of a package."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
