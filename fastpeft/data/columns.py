@@ -47,7 +47,7 @@ def pick_columns(table: Table, problem: Problem | None, text_column: str | None,
             )
     texts_alone = problem is MASKED_WORDS
     if texts_alone and label_column is not None:
-        raise FastpeftError(f"label_column is {label_column!r}, but no labels are read. Leave it out.")
+        raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
     tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
     label = label_column or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
     texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
@@ -104,8 +104,8 @@ def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]
     names = tuple(name.strip() for name in given.split(","))
     if len(names) > 2 or len(set(names)) < len(names):
         raise FastpeftError(
-            f"text_column is {given!r}; a row has one text or two. Name one column, or two different ones joined by a "
-            "comma."
+            f"`text_column` is {given!r}; a row has one text or two. Name one column, or two different ones joined by "
+            "a comma."
         )
     return names
 

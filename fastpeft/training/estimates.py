@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from fastpeft.data.problems import REGRESSION
 from fastpeft.errors import FastpeftError
-from fastpeft.support import processes
+from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.memory import (
@@ -120,7 +120,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     task = Task.load(config)
     arguments = task.training_arguments(config.output)
     trainable, total = count_parameters(task.model)
-    if timed and processes.launched() == 1:
+    if timed and launched() == 1:
         taken = _estimate(task, arguments, begin, budget_mb)
     else:
         taken = Estimate(simulated_peak_mb(task, arguments, _longest(task)))

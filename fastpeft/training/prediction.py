@@ -83,7 +83,7 @@ class Predictions:
         text_column: str | None = None,
     ) -> None:
         if text_column is not None and file is None:
-            raise FastpeftError(f"text_column is {text_column!r}, but there is no file. Name one, or leave it out.")
+            raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
         self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels

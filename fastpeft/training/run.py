@@ -26,8 +26,10 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import device_name, versions
 from fastpeft.support.interrupts import noting_stops
+from fastpeft.support.launcher import is_first
 from fastpeft.support.model_card import model_card
-from fastpeft.support.processes import Ranks, is_first, noticing_losses
+from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
@@ -93,7 +95,9 @@ def train(
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
         return TrainResult(folder.path, folder.metrics())
-    if resume and folder.started and config.awaits_prompt:
+    if resume and not folder.started:
+        logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
+    elif resume and config.awaits_prompt:
         config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
@@ -204,6 +208,7 @@ def _finish(
         ],
     }
     staged = folder.staging / "result"
+    report("saving")
 
     def write() -> None:
         with folder.saving("the result"):
@@ -285,6 +290,7 @@ def _metrics(
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = count_parameters(trainer.model)
     longest = max(trainer.order.lengths)
+    report("simulating memory")
     estimate = peak = simulated_peak_mb(task, trainer.args, longest)
     if device.type == "cuda":
         peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)

@@ -145,8 +145,8 @@ def resolve(config: TrainConfig) -> Setup:
     settings, arguments = sort_settings(method, config.settings)
     if method.optimization.zeroth_order and config.optimizer_in_backward:
         raise FastpeftError(
-            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
-            "it out."
+            f"`optimizer_in_backward` is on, but the method {method.name!r} has no gradients and no backward pass. "
+            "Leave it out."
         )
     if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
         raise FastpeftError(

@@ -25,6 +25,7 @@ from fastpeft.methods.method import Method
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.loading import continue_earlier, load_start
 from fastpeft.training.prompt_search import search_prompt
@@ -73,14 +74,17 @@ class Task:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
         plan = resolve(config)
+        report("reading data")
         data = data_for(config)
         setup = plan.for_data(data)  # refuses before a prompt is searched for, which takes its time
         if config.awaits_prompt:
             found = search_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
             setup = dataclasses.replace(plan, config=found).for_data(data)
         prompt = setup.prompt
+        report("loading the model")
         classifier = draw_start(setup)
         max_length = _max_length(config, classifier.max_length, setup.method.own_tokens(setup.preparation))
+        report("encoding texts")
         train_rows, dev_rows = (
             encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
         )
@@ -88,6 +92,7 @@ class Task:
             warn_of_cut_words(part, rows, data.problem, max_length)
         if data.problem is MASKED_WORDS:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
+        report("preparing the model")
         model = prepare(classifier, setup)
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, max_length)
 
@@ -184,12 +189,12 @@ class Task:
         size = arguments.world_size
         if arguments.train_batch_size % size:
             raise FastpeftError(
-                f"batch_size is {self.config.batch_size}, which {size} processes cannot share in equal parts. "
+                f"`batch_size` is {self.config.batch_size}, which {size} processes cannot share in equal parts. "
                 f"Give a multiple of {size}, or start another number of them."
             )
         if self.config.optimizer_in_backward:
             raise FastpeftError(
-                f"optimizer_in_backward with {size} processes: a gradient is used before that of the others is "
+                f"`optimizer_in_backward` with {size} processes: a gradient is used before that of the others is "
                 "added. Leave it out, or start one process."
             )
         arguments.accelerator_config.split_batches = True
@@ -257,7 +262,7 @@ def _max_length(config: TrainConfig, reads: int, own: int) -> int:
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, limit)
     if max_length > limit:
         raise FastpeftError(
-            f"max_length {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
+            f"`max_length` {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
             f"{limit} tokens or less."
         )
     return max_length
@@ -330,7 +335,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
         rows = [row for row in rows if 0 in row["special_tokens_mask"]]
         if not rows:
             raise FastpeftError(
-                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger max_length."
+                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
             )
         return rows
     labels = examples.labels

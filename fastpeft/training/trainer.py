@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.stages import report
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.task import Task, collator, loader_options, steps_per_epoch
@@ -120,6 +121,7 @@ class RunTrainer(Trainer):
         self.ranks = Ranks()
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
+        self.zeroth_order = task.method.optimization.zeroth_order
         self.chosen_by = task.config.metric
         curve_rows = task.dev_rows
         if self.chosen_by is None:
@@ -141,6 +143,7 @@ class RunTrainer(Trainer):
                 _Stopping(self),
                 self.clock,
                 self.cuda_peak,
+                _Reports(self),
                 *callbacks,
             ],
         )
@@ -408,6 +411,48 @@ class _Stopping(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._asked(args, state):
             self.trainer.stopped = control.should_training_stop = True  # now: a checkpoint keeps what was set before
+
+
+class _Reports(TrainerCallback):
+    """Reports each step, with the latest loss and metric and the speed, and each batch that is measured.
+
+    By MeZO, with the latest projected gradient too, and the speed in steps a second: its runs have many short ones.
+    """
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+        self.latest: dict[str, float] = {}
+        self.measuring = "measuring before training"
+        self.batches = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measuring = "measuring"
+        report("training", state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        clock = self.trainer.clock
+        speed = {"steps_per_second": clock.steps / clock.seconds}
+        if not self.trainer.zeroth_order:
+            rows = args.train_batch_size * args.gradient_accumulation_steps
+            speed = {"samples_per_second": rows * speed["steps_per_second"]}
+        report("training", state.global_step, state.max_steps, **self.latest, **speed)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+        metric = self.trainer.problem.primary
+        names = {"loss": LOSS, "projected_grad": "projected_grad", f"eval_{metric}": metric}
+        self.latest |= {told: logs[name] for name, told in names.items() if name in logs}
+        if self.measuring == "measuring":  # what was logged after the last step
+            report("training", state.global_step, state.max_steps, **self.latest)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches += 1
+        report(self.measuring, self.batches, len(kwargs["eval_dataloader"]))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches = 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measuring = "measuring after training"
 
 
 class Clock(TrainerCallback):
