@@ -195,7 +195,10 @@ def test_names_stand_beside_their_marks_and_cover_nothing(width: int) -> None:
     assert areas[20] / areas[6] == pytest.approx(3, rel=0.02), "the area is the time"
 
 
-@pytest.mark.parametrize("values", [[231.0, 232.0], [100.0], [1e-5, 3.0], [0.5, 0.5], [0.0, 625.0], [-3.0, 40_000.0], [0.0, 1e30], [1e-9, 3e-9]])
+@pytest.mark.parametrize(
+    "values",
+    [[231.0, 232.0], [100.0], [1e-5, 3.0], [0.5, 0.5], [0.0, 625.0], [-3.0, 40_000.0], [0.0, 1e30], [1e-9, 3e-9]],
+)
 def test_axes_have_round_values_where_they_belong(values: list[float]) -> None:
     for log in (True, False) if min(values) > 0 else (False,):
         axis = figures._Axis(values, 50, 450, log=log)
@@ -203,7 +206,9 @@ def test_axes_have_round_values_where_they_belong(values: list[float]) -> None:
         assert 1 <= len(ticks) <= 11
         assert all(50 <= pixel <= 450 for pixel, _ in ticks)
         for pixel, text in ticks:
-            assert axis(float(text.replace(",", ""))) == pytest.approx(pixel, abs=0.5), "what is written is where it stands"
+            assert axis(float(text.replace(",", ""))) == pytest.approx(pixel, abs=0.5), (
+                "what is written is where it stands"
+            )
         if not log:
             factor, offset = map(float, axis.inverse.split())
             assert factor * axis(values[0]) + offset == pytest.approx(values[0], rel=1e-6, abs=1e-6 * max(values))

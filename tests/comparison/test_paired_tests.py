@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compared import finish
+from rich.console import Console
 
 from fastpeft import CompareConfig, console
 from fastpeft.comparison.plan import Plan
@@ -235,7 +236,7 @@ FEW = "200 dev rows are few."
 def shown(plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     comparison = object.__new__(Comparison)
     comparison.plan = plan
-    monkeypatch.setattr(console, "console", console.Console(highlight=False, markup=False, width=200))
+    monkeypatch.setattr(console, "console", Console(highlight=False, markup=False, width=200))
     console.show_report(comparison)
     return capsys.readouterr().out
 
