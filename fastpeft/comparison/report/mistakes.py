@@ -23,7 +23,8 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
     for index, variant in enumerate(compared):
         kept = [run for run in variant.runs if run.get("confusion_matrix") and run.get("per_class")]
         names = list(kept[0]["per_class"]) if kept else []
-        if kept and all(list(run["per_class"]) == names for run in kept):
+        square = (len(names), len(names))
+        if kept and all(list(r["per_class"]) == names and np.shape(r["confusion_matrix"]) == square for r in kept):
             found[index] = (names, np.sum([run["confusion_matrix"] for run in kept], axis=0))
     if not found:
         return
@@ -47,7 +48,7 @@ def matrices(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def disagreements(compared: Sequence[Variant]) -> Iterator[Block]:
     """The dev rows that some variants answer rightly and others do not, with their texts where these are known."""
-    answered = [variant for variant in compared if variant.answers]
+    answered = [variant for variant in compared if variant.answers and variant.labels.ndim == 1]
     if len(answered) < 2:
         return
     labels = answered[0].labels
