@@ -57,8 +57,8 @@ class LadderModel(PreTrainedModel):
 
     Raises:
         FastpeftError: the head of the base cannot be told from its body or is quantised, its layers are not found or
-            cannot be converted to `backbone_dtype`, widths do not divide, the configuration is that of a side network on another backbone, or
-            the base predicts next tokens but would see them: see `LadderConfig.causal`.
+            cannot be converted to `backbone_dtype`, widths do not divide, the configuration is that of a side network
+            on another backbone, or the base predicts next tokens but would see them: see `LadderConfig.causal`.
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
