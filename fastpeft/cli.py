@@ -515,7 +515,7 @@ def export(
     to: str = typer.Option(
         "merged",
         help="merged: a plain transformers model; lora: a SiVA adapter as a LoRA of twice its rank, for its base "
-        "model.",
+        "model; onnx: a file for ONNX Runtime, of side networks too.",
     ),
     step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:

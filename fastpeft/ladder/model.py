@@ -38,6 +38,9 @@ class LadderModel(PreTrainedModel):
     The side network trains, and so does the model's own head except for a decoder to the vocabulary, in float32.
     `save_pretrained` writes what trains, and names the backbone.
 
+    A base of `AutoModel` has no head: the output is its own, and `last_hidden_state` is what the side network made, in
+    the backbone's width and dtype. So it makes embeddings, and the side network alone trains.
+
     The backbone may take fewer bits: load the base in a smaller dtype, set `config.backbone_dtype` (which loading
     repeats), or quantise all but the head by bitsandbytes or torchao.
 
@@ -49,14 +52,13 @@ class LadderModel(PreTrainedModel):
     saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it.
 
     Args:
-        base: a transformers model with a head, another module, or PEFT's wrapper of one. It is not copied; its backbone
-            is frozen.
+        base: a transformers model, another module, or PEFT's wrapper of one. It is not copied; its backbone is frozen.
         config: the configuration of the side network; it is copied.
 
     Raises:
-        FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be converted to
-            `backbone_dtype`, widths do not divide, the configuration is that of a side network on another backbone, or
-            the base predicts next tokens but would see them: see `LadderConfig.causal`.
+        FastpeftError: the head of the base cannot be told from its body or is quantised, its layers are not found or
+            cannot be converted to `backbone_dtype`, widths do not divide, the configuration is that of a side network
+            on another backbone, or the base predicts next tokens but would see them: see `LadderConfig.causal`.
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
@@ -156,7 +158,7 @@ class LadderModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """What the base model returns: `logits`, and `loss` if labels are given.
+        """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
         Args:
             input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`. A vision model takes `pixel_values`; a module that is
@@ -170,8 +172,9 @@ class LadderModel(PreTrainedModel):
             return_dict: False for a tuple.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, or it is
-                not a transformers model and answers for each token while the configuration's `causal` is None.
+            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
+                head and labels are given, or it is not a transformers model and answers for each token while the
+                configuration's `causal` is None.
         """
         plain = self.backbone.plain
         if self.backbone.model is not self.base:
@@ -183,6 +186,11 @@ class LadderModel(PreTrainedModel):
         if (inputs if plain else text if text is not None else pixel_values) is None:
             names = "inputs" if plain else "input_ids, inputs_embeds or pixel_values"
             raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
+        if self.backbone.headless and any(each is not None for each in (labels, start_positions, end_positions)):
+            raise FastpeftError(
+                f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
+                "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
+            )
         if text is not None:
             check_mask(attention_mask, text.shape[:2])
         given = {

@@ -90,10 +90,11 @@ class SideNetworkMethod(Method):
         inside_prompt(model).take_over(checkpoint, head=True)
 
     def check_export(self, to: str, trained: str) -> None:
-        raise FastpeftError(
-            f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
-            "cannot become a part of them. Load it from its own folder."
-        )
+        if to != "onnx":
+            raise FastpeftError(
+                f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
+                "cannot become a part of them. Load it from its own folder, or export it to onnx."
+            )
 
     def check_successor(self, later: Method, run: EarlierRun) -> None:
         if not isinstance(later, SideNetworkMethod):
