@@ -11,7 +11,7 @@ from typing import Any
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import figures, paired_tests, paper
+from fastpeft.comparison.report import classes, figures, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, Strong, Table, Text
 from fastpeft.comparison.report.results import ACCURACY, MARK, Variant, columns, table, variants, warnings
 from fastpeft.comparison.variants import ZERO_SHOT
@@ -37,6 +37,7 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
     parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
     if warned := warnings(compared):
         parts += [Heading("Warnings"), Items(warned)]
+    parts += classes.report(compared)
     parts += paper.figures_beside(compared)
     parts += paper.orderings(compared)
     parts += paired_tests.report(compared, tested)
