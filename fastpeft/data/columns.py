@@ -195,7 +195,7 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
     """What the labels of `table` are."""
     if isinstance(table.rows[0][columns.texts[0]], list):
         return TAGGING
-    if columns.flags or any(isinstance(row.get(columns.label), list) for row in table.rows):
+    if columns.flags or all(isinstance(row.get(columns.label), list) for row in table.rows):
         return MULTI_LABEL
     numbers = [as_number(str(row.get(columns.label)).strip()) for row in table.rows]
     whole = all(number is None or float(number).is_integer() for number in numbers)
