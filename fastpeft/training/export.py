@@ -156,7 +156,7 @@ def _card_of_run(
         data=config.data,
         labels=run.labels,
         labels_are=run.problem.labels,
-        answers=answers_in_words(metrics),
+        answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),
         chosen_by=chosen_by(metrics) if step is None else None,
         metrics=results(metrics) if step is None else None,
         settings={name: value for name, value in settings.items() if value is not None},

@@ -143,14 +143,19 @@ def test_training_lowers_it_and_reports_have_the_cross_entropy(config: TrainConf
 
 @pytest.mark.parametrize("method", ["full", "mezo"])
 def test_accumulated_batches_are_one_batch(config: TrainConfig, tmp_path: Path, method: str) -> None:
-    rate = 1e-2 if method == "full" else 1e-3
-    config = replace(config, method=method, class_weights="balanced", learning_rate=rate)
-    whole = train(replace(config, output=str(tmp_path / "whole"), batch_size=4)).metrics
-    halves = {"gradient_accumulation_steps": 2}
-    parts = train(replace(config, output=str(tmp_path / "parts"), batch_size=2, settings=halves)).metrics
-    unweighted = train(replace(config, output=str(tmp_path / "plain"), batch_size=4, class_weights=None)).metrics
-    assert parts["loss"] == pytest.approx(whole["loss"], abs=2e-2 if method == "full" else 1e-3)
-    assert whole["loss"] != unweighted["loss"]
+    # all rows in every step, of which some micro-batches have one class alone
+    for name, rows in ("train", [*SKEWED[:6], *SKEWED[-2:]]), ("dev", SKEWED[6:16]):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_csv(tmp_path / "data" / f"{name}.csv", rows)
+    config = replace(config, method=method, data=str(tmp_path / "data"), class_weights="balanced", learning_rate=1e-3)
+    losses, logged = {8: Losses(), 2: Losses()}, {"logging_steps": 1}
+    for size, kept in losses.items():
+        settings = {**logged, "gradient_accumulation_steps": 8 // size}
+        train(replace(config, output=str(tmp_path / f"{size}"), batch_size=size, settings=settings), callbacks=[kept])
+    assert len(losses[8].found) == 3
+    assert losses[2].found == pytest.approx(losses[8].found, abs=1e-5)
+    # a class has half of the loss, be it of 6 rows or of 2: a model that knows nothing has log 2
+    assert losses[8].found[0] == pytest.approx(np.log(2), abs=0.05)
 
 
 def test_tags_take_weights(config: TrainConfig, place: Path) -> None:
