@@ -26,7 +26,7 @@ from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
-from fastpeft.training.results import memory
+from fastpeft.training.results import class_scores, memory, threshold_in_words
 
 
 def show_messages(quiet: bool) -> None:
@@ -60,7 +60,8 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what was measured, and what it was before training where that is known.
 
     First comes the metric that the result was chosen by, then those of the problem, the one to look at first; last,
-    where there are classes, what always answering the most frequent one of the training rows would measure.
+    where there are classes, what always answering the most frequent one of the training rows would measure, and the
+    scores of each.
     """
     rows = []
     for name in in_order(metrics):
@@ -70,10 +71,12 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"{title} before", f"{before:.3f}"))
         rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
     if always := metrics.get("most_frequent_class"):
-        kind = "tag" if "word_f1" in always else "class"
+        kind = "tag" if "word_f1" in always else "labels" if "micro_f1" in always else "class"
         scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
         rows.append((f"most frequent {kind}", f"{scores} (always {always['class']})"))
-    return rows
+    if threshold := threshold_in_words(metrics):
+        rows.append(("threshold", threshold))
+    return [*rows, *class_scores(metrics).items()]
 
 
 def show_warnings(metrics: Mapping[str, Any]) -> None:

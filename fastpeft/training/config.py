@@ -25,7 +25,11 @@ from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json
 from fastpeft.training.run_folder import earlier_run, read_config
 
-FOR_LABELS = ("problem_type", "label_column", "prompt", "label_words", "prompt_head")  # without sense for an objective
+# without sense for an objective
+FOR_LABELS = (
+    *("problem_type", "label_column", "prompt", "label_words", "prompt_head"),
+    *("class_weights", "focal_gamma", "threshold"),
+)
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
 
@@ -41,6 +45,7 @@ class Option(NamedTuple):
         unset: what None stands for.
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
+        stored: of choices that files have otherwise, what they have, which is allowed too.
         metavar: what stands for a value on the command line. None: its type.
         folder: whether the value is the name of a folder.
         panel: the heading under which help has it.
@@ -56,6 +61,7 @@ class Option(NamedTuple):
     least: int = 0
     most: int | None = None
     choices: Collection[str] = ()
+    stored: Mapping[str, str] = {}
     metavar: str | None = None
     folder: bool = False
     panel: str = ""
@@ -80,7 +86,8 @@ class Option(NamedTuple):
         if value is None:
             return self.default is None
         if self.kind is str:
-            return is_text(value) and (value in self.choices if self.choices else value != "")
+            allowed = (*self.choices, *self.stored.values())
+            return is_text(value) and (value in allowed if self.choices else value != "")
         if self.kind is int:
             return type(value) is int and self.least <= value <= (self.most or math.inf)
         if self.kind is float:
@@ -157,7 +164,12 @@ class TrainConfig:
         metavar="NAME",
     )
     problem_type: str | None = option(
-        DATA, "What the labels are", choices=PROBLEMS, unset="found from the data", metavar="KIND"
+        DATA,
+        "What the labels are",
+        choices=PROBLEMS,
+        stored={short: problem.name for short, problem in PROBLEMS.items()},
+        unset="found from the data",
+        metavar="KIND",
     )
     targets: str | None = option(
         METHOD,
@@ -265,7 +277,32 @@ class TrainConfig:
         DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", metavar="NAME"
     )
     label_column: str | None = option(
-        DATA, "Column of classes, numbers or tags", unset="found by name", metavar="NAME", common=True
+        DATA,
+        "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",
+        unset="found by name",
+        metavar="NAME",
+        common=True,
+    )
+    class_weights: str | None = option(
+        TRAINING,
+        "Weigh classes in the loss so that all have the same share of it: n / (k count) for k classes and n rows",
+        choices=("balanced",),
+        unset="each row counts the same",
+        metavar="HOW",
+    )
+    focal_gamma: float | None = option(
+        TRAINING,
+        "Exponent of the focal loss, in which rows that are easy count less; 2 is usual",
+        unset="the cross entropy",
+        metavar="GAMMA",
+    )
+    threshold: str | None = option(
+        TRAINING,
+        "Answer the second of two classes, or labels, above the probability with the best F1 on a tenth of the "
+        "training rows, which is kept apart for that",
+        choices=("auto",),
+        unset="above a half",
+        metavar="HOW",
     )
     settings: dict[str, Any] = field(
         default_factory=dict,
@@ -280,6 +317,7 @@ class TrainConfig:
             if not known.takes(value):
                 close = did_you_mean(str(value), known.choices)
                 raise FastpeftError(f"`{known.name}` is {value!r}; it must be {known.allowed}.{close}")
+            object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
             object.__setattr__(self, "model", model)
@@ -321,6 +359,12 @@ class TrainConfig:
         if self.objective is not None:
             return f"the objective {self.objective!r} hides other words in every epoch. Leave out either."
         return ""
+
+    @property
+    def own_loss(self) -> str:
+        """What the training loss is beside the model's own, in words; empty where it is that."""
+        parts = ("weighted" if self.class_weights else "", "focal" if self.focal_gamma else "")
+        return " ".join(filter(None, parts))
 
     @property
     def awaits_prompt(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastpeft.data.problems import REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
@@ -219,6 +219,8 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     }
     if problem is REGRESSION:
         batch["labels"] = batch["labels"].float()
+    if problem is MULTI_LABEL:
+        batch["labels"] = torch.zeros(rows, len(task.data.labels), device=device)
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
     try:

@@ -86,6 +86,7 @@ class _Metrics(dict[str, Any]):
             "problem_type": lambda name: isinstance(name, str),
             "pairs": lambda pairs: isinstance(pairs, bool),
             "max_length": lambda length: type(length) is int and length > 0,
+            "threshold": lambda found: found is None or (isinstance(found, float) and 0 < found < 1),
             "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
         }
         for name, fit in fits.items():

@@ -21,7 +21,7 @@ from transformers.utils import is_liger_kernel_available
 from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
-from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.prompts.model import PromptCollator
@@ -57,6 +57,7 @@ class Task:
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
             dev rows and not yet in the others.
+        apart_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
     """
 
@@ -66,6 +67,7 @@ class Task:
     data: TextData
     train_rows: list[Row]
     dev_rows: list[Row]
+    apart_rows: list[Row]
     max_length: int
 
     @classmethod
@@ -87,8 +89,9 @@ class Task:
         classifier = draw_start(setup)
         max_length = _max_length(config, classifier.max_length, setup.method.own_tokens(setup.preparation))
         report("encoding texts")
-        train_rows, dev_rows = (
-            encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
+        train_rows, dev_rows, apart_rows = (
+            [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
+            for part in (data.train, data.dev, data.apart)
         )
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_cut_words(part, rows, data.problem, max_length)
@@ -96,7 +99,7 @@ class Task:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
         model = prepare(classifier, setup)
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, max_length)
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)
 
     @property
     def config(self) -> TrainConfig:
@@ -172,8 +175,10 @@ class Task:
                 raise ValueError("neftune_noise_alpha must be at least 0.")
             if first.use_liger_kernel and not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
-            if first.label_smoothing_factor and self.data.problem is REGRESSION:
-                raise ValueError("label_smoothing_factor is for classes, but the data has numbers.")
+            if first.label_smoothing_factor and self.data.problem in (REGRESSION, MULTI_LABEL):
+                raise ValueError(f"label_smoothing_factor is for classes, but the data has {self.data.problem.labels}.")
+            if first.label_smoothing_factor and self.config.own_loss:
+                raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
             if config.optimizer_in_backward:
                 _check_steps_in_backward(first)
             # refuse what they cannot do before anything is written
@@ -244,6 +249,7 @@ def data_for(config: TrainConfig) -> TextData:
         label_column=config.label_column,
         split_seed=config.split_seed,
         split=config.split,
+        keep_apart=config.threshold is not None,
     )
 
 

@@ -100,6 +100,7 @@ class RunTrainer(Trainer):
         samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
+        own_loss: what training lowers in place of the model's own loss, None where it lowers that.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
         stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
@@ -124,6 +125,11 @@ class RunTrainer(Trainer):
         self.problem, self.labels = task.data.problem, task.data.labels
         self.zeroth_order = task.method.optimization.zeroth_order
         self.chosen_by = task.config.metric
+        self.own_loss = None
+        if task.config.own_loss:
+            from fastpeft.training.losses import training_loss
+
+            self.own_loss = training_loss(task.config, task.data)
         curve_rows = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
@@ -189,15 +195,22 @@ class RunTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
-    def classes(self, rows: list[Row]) -> list[int]:
-        """The most likely class of each of `rows`, which were measured last."""
+    def classes(self, rows: list[Row], threshold: float | None) -> list[int]:
+        """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # as in `_by_length`
-        found = dict(zip(order, self._outputs.argmax(-1).tolist()))
+        answers = self.problem.answers(self.problem.decided(self._outputs, threshold))
+        found = dict(zip(order, answers.tolist()))
         return [found[index] for index in range(len(rows))]
 
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and labels, as the problem scores them, of the rows that were measured last."""
         return self._outputs, self._labels
+
+    def lowered(self, measured: float) -> float:
+        """The loss that training lowers, of the rows that were measured last, whose loss in reports is `measured`."""
+        if self.own_loss is None:
+            return measured
+        return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
@@ -247,8 +260,19 @@ class RunTrainer(Trainer):
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
             )
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        # where the Trainer measures, it asks for outputs: what is reported is the model's own loss
+        if self.own_loss is None or return_outputs:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            labels = inputs.pop("labels")
+            found = self.own_loss(model(**inputs).logits, labels)
         if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
             self._check_finite([], found[0] if isinstance(found, tuple) else found)
         return found

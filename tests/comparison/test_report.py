@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,30 @@ def test_results_stand_beside_the_papers(plan: Plan) -> None:
     assert "+10.0% on average, at most +10.0%" in text
     assert "| SiVA | 255 | 232 | +10.0% |" in text
     assert "![" not in text, "pictures come with the last cell"
+
+
+def test_classes_have_their_scores(tmp_path: Path) -> None:
+    made = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["lora", "siva"], seeds=2), "fastpeft compare")
+
+    def write(names: list[str]) -> str:
+        for number, cell in enumerate(made.results):
+            shutil.rmtree(cell.folder.path, ignore_errors=True)
+            scores = {
+                name: {"precision": 0.5, "recall": 0.25, "f1": (place + number % 2) / 8, "support": 7}
+                for place, name in enumerate(names)
+            }
+            finish(cell, 150, 1.0, 1.0, per_class=scores)
+        report.write(made, whole=False)
+        return (made.folder / "report.md").read_text()
+
+    few = write(["bad", "good"])
+    assert "## Scores by class" in few
+    assert "| method | bad (7) | good (7) |\n" in few
+    assert "| siva | 0.062 (0.250) | 0.188 (0.250) |\n" in few
+    many = write([f"class {number}" for number in range(7)])
+    assert "Of 7 classes, the 5 of the lowest F1 of each variant." in many
+    assert "| siva | class 0 0.062 (0.250) | class 1 0.188 (0.250) |" in many
+    assert "class 5" not in many
 
 
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:

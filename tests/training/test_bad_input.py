@@ -214,7 +214,11 @@ CASES = [
     (["--text-column", "text,text"], ["--text-column is 'text,text'", "two different ones"]),
     (["--data", "pairs-and-texts"], ["pairs of texts to train on and one text a row to measure on"]),
     # problems
-    (["--problem-type", "ranking"], ["--problem-type is 'ranking'", "regression, token_classification"]),
+    (["--problem-type", "causal"], ["--problem-type is 'causal'", "classification, regression, tags, multi-label"]),
+    (
+        ["--problem-type", "ranking"],
+        ["--problem-type is 'ranking'", "must be one of classification, regression, tags, multi-label"],
+    ),
     (["--problem-type", "regression"], ["row 1 of good.csv has 'negative'", "must be a number"]),
     (["--problem-type", "token_classification"], ["row 1 of good.csv", "must be a list of words", "jsonl and parquet"]),
     (["--data", "short-tags.jsonl"], ["row 2 of short-tags.jsonl has a list of 1", "each of the 2 words"]),

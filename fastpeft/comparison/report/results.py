@@ -41,6 +41,10 @@ class Column:
 COLUMNS = (
     Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the final weights of the run"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
+    Column("micro_f1", "micro F1", ".3f", "over all answers of all labels"),
+    Column("macro_f1", "macro F1", ".3f", "the mean over labels"),
+    Column("subset_accuracy", "subset accuracy", ".3f", "the share of rows with all labels right"),
+    Column("ranking_precision", "ranking precision", ".3f", "the label ranking average precision"),
     Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
     Column("matthews", "Matthews", ".3f"),
     Column("pearson", "Pearson", ".3f"),

@@ -11,7 +11,7 @@ from typing import Any
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import figures, mistakes, paired_tests, paper
+from fastpeft.comparison.report import classes, figures, mistakes, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
 from fastpeft.comparison.report.results import (
     ACCURACY,
@@ -52,6 +52,7 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
     if pictures:
         parts += _training_curves(compared)
         parts += [PageOnly([*mistakes.matrices(compared), *mistakes.disagreements(compared)])]
+    parts += classes.report(compared)
     parts += paper.figures_beside(compared)
     parts += paper.orderings(compared)
     parts += paired_tests.report(compared, tested)
