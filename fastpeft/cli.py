@@ -304,6 +304,17 @@ def compare(
         help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
         "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
     ),
+    jobs: int | None = typer.Option(
+        None,
+        metavar="N",
+        help="Run N cells at once: the CPU threads are divided among them, and each has a GPU where there are several "
+        "(default: 1; with --executor ray one a GPU, or one a node)",
+    ),
+    executor: str = typer.Option(
+        "local",
+        metavar="local|ray",
+        help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",
+    ),
     settings: list[str] | None = _SETTINGS,
     quiet: bool = _QUIET,
     dry_run: bool = typer.Option(
@@ -335,7 +346,7 @@ def compare(
         common={**_settings(settings), **_given(common)},
     )
     _check_budget(memory_budget, dry_run)
-    comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
+    comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]), jobs, executor)
     if dry_run:
         failing = console.show_plan(comparison, memory_budget)
         for variant, error in failing.items():

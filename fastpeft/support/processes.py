@@ -17,6 +17,7 @@ from fastpeft.errors import FastpeftError, LostProcessError, first_line
 
 T = TypeVar("T")
 
+JOBS = "FASTPEFT_JOBS"  # a comparison tells its processes by it how many of them a machine may run at once
 _OF_GLOO = re.compile("gloo|pair closure|(closed|reset) by peer")  # the place in its sources, or what its sockets say
 
 
@@ -24,6 +25,12 @@ def launched() -> int:
     """How many processes a launcher started, by what it tells each of them."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() else 1
+
+
+def jobs() -> int:
+    """How many processes of a comparison, of which this may be one, run at once on this machine."""
+    count = os.environ.get(JOBS, "1")
+    return int(count) if count.isdigit() else 1
 
 
 def is_first() -> bool:

@@ -27,7 +27,7 @@ from fastpeft.support import files
 from fastpeft.support.environment import device_name, versions
 from fastpeft.support.interrupts import noting_stops
 from fastpeft.support.model_card import model_card
-from fastpeft.support.processes import Ranks, is_first, noticing_losses
+from fastpeft.support.processes import Ranks, is_first, jobs, noticing_losses
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
@@ -320,6 +320,7 @@ def _metrics(
         "seed": config.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "jobs": jobs(),
         "versions": versions(),
         "command": command,
     }

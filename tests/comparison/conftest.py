@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells that take no time, in the folder `out` of the working folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cell.py").write_text(STAND_IN)
-    monkeypatch.setattr(run, "_command", lambda cell: [sys.executable, "-S", "cell.py", str(cell.config_file)])
+    monkeypatch.setattr(run, "_arguments", lambda cell: ["-S", "cell.py", str(cell.config_file)])
     rows = Examples(["good", "bad"], [1, 0])
     data = TextData(rows, rows, ["negative", "positive"], "two words", CLASSIFICATION)
     monkeypatch.setattr(run, "data_for", lambda config: data)

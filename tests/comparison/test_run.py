@@ -24,6 +24,7 @@ import fastpeft
 from fastpeft import CompareConfig, FastpeftError, compare
 from fastpeft.cli import app
 from fastpeft.comparison import run
+from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION, PROBLEMS, Problem
@@ -271,15 +272,15 @@ def test_two_comparisons_do_not_meet_in_one_folder() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
     code = "import pathlib, time\npathlib.Path('on').touch()\nwhile not pathlib.Path('off').exists(): time.sleep(0.01)"
-    with run._lock(Path("out")) as lock, Path("log").open("wb") as log:
-        cell = threading.Thread(target=run._wait, args=([sys.executable, "-S", "-c", code], log, lock))
-        cell.start()
-        while not Path("on").exists():
-            time.sleep(0.01)
-    with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
-        compare(config("head"))
-    Path("off").touch()
-    cell.join()
+    with Local(1) as local:
+        with run._lock(Path("out")) as lock:
+            cell = local.start(["-S", "-c", code], Path("log"), [lock.fileno()])
+            while not Path("on").exists():
+                time.sleep(0.01)
+        with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
+            compare(config("head"))
+        Path("off").touch()
+        assert cell.result().how == "with exit code 0"
     assert compare(config("head")).failed == {}
 
 
