@@ -229,7 +229,7 @@ class Ray(Executor):
 
     def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
         environment = _environment(self.threads, self._beside)
-        task = self._task.remote(list(arguments), str(Path.cwd()), str(log.absolute()), environment, _ATTEND)
+        task = self._task.remote(list(arguments), str(Path.cwd()), str(log.absolute()), environment, _WATCH)
         self._running.add(task)
         began = time.monotonic()
 
@@ -290,26 +290,14 @@ def _how(code: int) -> str:
     return f"by signal {-code}{' (perhaps for lack of memory)' if -code == getattr(signal, 'SIGKILL', 9) else ''}"
 
 
-# Between a worker of Ray and a cell: a line from the worker lets the cell save and end, and the worker's end kills it
-_ATTEND = """
-import os, subprocess, sys, threading
-cell = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-def attend():
-    while sys.stdin.readline():
-        cell.terminate()
-    cell.kill()
-threading.Thread(target=attend, daemon=True).start()
-code = cell.wait()
-if code < 0:
-    os.kill(os.getpid(), -code)
-os._exit(code)
-"""
+# Ray ends the children of a worker that it ends itself, but not those of one that is killed, which this does
+_WATCH = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
 
 
 def _remote() -> Callable[[list[str], str, str, dict[str, str], str], tuple[float, int]]:
     """What a worker of Ray does. Ray sends its code, since it has no module: a worker need not load this package."""
 
-    def cell(arguments: list[str], place: str, log: str, environment: dict[str, str], attend: str) -> tuple[float, int]:
+    def cell(arguments: list[str], place: str, log: str, environment: dict[str, str], watch: str) -> tuple[float, int]:
         import os
         import platform
         import subprocess
@@ -321,26 +309,29 @@ def _remote() -> Callable[[list[str], str, str, dict[str, str], str], tuple[floa
             out.write(f"{lost}On {platform.node()}:\n".encode())
             out.flush()
             began = time.monotonic()
-            with subprocess.Popen(
-                [sys.executable, "-S", "-c", attend, sys.executable, *arguments],
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
                 cwd=place,
                 env={**os.environ, **environment},
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-            ) as process:
+            )
+        watcher = subprocess.Popen([sys.executable, "-S", "-c", watch, str(process.pid)], stdin=subprocess.PIPE)
+        try:
+            while True:
                 try:
-                    while True:
-                        try:
-                            code = process.wait(0.2)
-                            return time.monotonic() - began, code
-                        except subprocess.TimeoutExpired:
-                            continue  # now and then a request to end can be raised
-                except KeyboardInterrupt:
-                    assert process.stdin is not None
-                    process.stdin.write(b"\n")
-                    process.stdin.flush()
-                    process.wait()
-                    raise
+                    code = process.wait(0.2)
+                    return time.monotonic() - began, code
+                except subprocess.TimeoutExpired:
+                    continue  # now and then a request to end can be raised
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            process.kill()
+            watcher.kill()
+            watcher.communicate()
 
     return cell
