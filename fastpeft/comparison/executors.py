@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from fastpeft.support.processes import JOBS
 logger = logging.getLogger(__name__)
 
 _RETRIES = 3  # of a cell whose worker is lost
+_PATIENCE_S = 10.0  # for a cluster to answer
 
 
 class Ended(NamedTuple):
@@ -162,8 +164,8 @@ class Ray(Executor):
     def __init__(self, jobs: int | None, most: int) -> None:
         if importlib.util.find_spec("ray") is None:
             raise FastpeftError(
-                "the executor ray needs the package ray, which is not installed. Install it by `pip install "
-                "'fastpeft[ray]'`, or choose the executor local."
+                "the executor ray needs the package ray, which is not installed. Run pip install 'fastpeft[ray]', or "
+                "choose the executor local."
             )
         self._asked, self._most = jobs, most
         self._running: set[Any] = set()
@@ -199,15 +201,17 @@ class Ray(Executor):
     def _connect(self) -> None:
         """Connect to the cluster, or start one, with as little as possible said or kept by Ray itself."""
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        address, handler = os.environ.get("RAY_ADDRESS"), signal.getsignal(signal.SIGTERM)
-        if address is None:
-            address = "local"
+        address, handler = os.environ.get("RAY_ADDRESS") or "local", signal.getsignal(signal.SIGTERM)
+        if address == "local":
             # Ray's own guard of memory would try a cell again for ever
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             self._own_folder = tempfile.mkdtemp(prefix="ray-")
             cpus = max(torch.get_num_threads(), self._asked or 1)
             quiet |= {"num_cpus": cpus, "include_dashboard": False, "_temp_dir": self._own_folder}
         try:
+            if ":" in address:  # Ray itself would look for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), _PATIENCE_S).close()
             self._ray.init(address, **quiet)
         except Exception as error:  # of very many types
             fault = f"Ray does not start on this machine ({first_line(error)}). Choose the executor local."

@@ -211,7 +211,8 @@ def test_a_dry_run_tells_the_time_of_several_at_once() -> None:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.Comparison, "estimates", lambda comparison, budget_mb: told)
-        one, two = (CliRunner().invoke(app, [*command, *more]).stdout for more in ([], ["--jobs", "2"]))
+        shown = [CliRunner().invoke(app, [*command, *more]).stdout for more in ([], ["--jobs", "2"])]
+    one, two = (" ".join(text.split()) for text in shown)
     assert "0 of 3 finished, about 9 s for what has a time; nothing was written" in one
     assert "about 6 s for what has a time, if 2 cells at once, with 1 CPU thread each, do not slow one another" in two
     assert not Path("out").exists()
@@ -248,6 +249,16 @@ def test_what_cannot_run_is_refused(options: list[str], message: str, monkeypatc
     shown = CliRunner().invoke(app, ["compare", "--methods", "head", "--output", "out", *options])
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert message in " ".join(shown.stderr.split())
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_cluster_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    for address in ("127.0.0.1:1", "nowhere:port"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(FastpeftError, match=f"there is no Ray at '{address}', which RAY_ADDRESS names"):
+            compare(config("head"), executor="ray")
     assert not Path("out").exists()
 
 
