@@ -449,6 +449,23 @@ def compare(
         help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
         "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
     ),
+    jobs: int | None = _option(
+        None,
+        "--jobs",
+        "-j",
+        panel=_COMPARISON,
+        common=True,
+        metavar="N",
+        help="Run N cells at once: the CPU threads are divided among them, and each has a GPU where there are several "
+        "(default: 1; with --executor ray one a GPU, or one a node)",
+    ),
+    executor: str = _option(
+        "local",
+        "--executor",
+        panel=_COMPARISON,
+        metavar="local|ray",
+        help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",
+    ),
     settings: list[str] | None = _SETTINGS,
     quiet: bool = _QUIET,
     dry_run: bool = _option(
@@ -489,7 +506,7 @@ def compare(
             seeds=seeds,
             common={**_settings(settings), **_given(common)},
         )
-        comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
+        comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]), jobs, executor)
         known = console.estimates(comparison, memory_budget) if dry_run else {}
     if dry_run:
         failing = console.show_plan(comparison, known, memory_budget)

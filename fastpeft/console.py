@@ -18,6 +18,7 @@ from rich.text import Text
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
+from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order
 from fastpeft.progress import console, errors
@@ -161,21 +162,27 @@ def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: 
     """
     cells = comparison.plan.wanted
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
-    timed: list[float] = []
+    timed: dict[str, float] = {}
     for cell in cells:
         if cell.state == "finished":
             table.add_row(cell.name, cell.state, "-", *(["-"] if budget_mb else []), "-")
             continue
         found = known.get(cell.variant, Estimate())
         seconds = found.seconds(comparison.rows(cell))
-        timed += [] if seconds is None else [seconds]
+        timed |= {} if seconds is None else {cell.name: seconds}
         fits = [] if budget_mb is None else [_fits(found, budget_mb)]
         memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
         time = "fails" if found.error else _time(found, seconds, budget_mb)
         table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
     console.print(table)
-    finished = sum(cell.state == "finished" for cell in cells)
-    left = f", about {_duration(sum(timed))} for what has a time" if timed else ""
+    unfinished, executor = [cell for cell in cells if cell.state != "finished"], comparison.executor
+    finished = len(cells) - len(unfinished)
+    left = ""
+    if timed:
+        left = f", about {_duration(seconds_of_all(unfinished, timed, executor.jobs))} for what has a time"
+        if executor.jobs > 1:
+            each = f"{executor.threads} CPU thread{'s' * (executor.threads > 1)} each"
+            left += f", if {executor.jobs} cells at once, with {each}, do not slow one another"
     console.print(f"{finished} of {len(cells)} finished{left}; nothing was written")
     return {variant: found.error for variant, found in known.items() if found.error}
 
@@ -248,14 +255,15 @@ def _cells_view(comparison: Comparison) -> Group:
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
         state, text = known[cell.name], output.headline(cell.metrics() or {}) or cell.error() or ""
-        text = _duration(comparison.seconds_running()) if state == "running" else text
+        text = _duration(comparison.seconds_running(cell)) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))
 
 
 def _nearest(states: Mapping[str, list[Cell]], room: int) -> list[Cell]:
-    """So many cells: the one that runs, the last that failed, the last that finished, the next that wait."""
-    shown = [*states["running"], *_last(states["failed"], room // 4)]
+    """So many cells: those that run, the last that failed, the last that finished, the next that wait."""
+    shown = states["running"][:room]
+    shown += _last(states["failed"], min(room - len(shown), room // 4))
     rest = max(0, room - len(shown))
     waiting = states["waiting"][: max(rest // 2, rest - len(states["finished"]))]
     return [*shown, *_last(states["finished"], rest - len(waiting)), *waiting]

@@ -1,8 +1,10 @@
-"""What a launcher, as `torchrun`, says of the processes that it started."""
+"""What a launcher, as `torchrun` or a comparison, says of the processes that it started."""
 
 from __future__ import annotations
 
 import os
+
+JOBS = "FASTPEFT_JOBS"  # a comparison tells its processes by it how many of them a machine may run at once
 
 
 def launched() -> int:
@@ -14,3 +16,9 @@ def launched() -> int:
 def is_first() -> bool:
     """Whether this is the one of them that writes and shows things."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def jobs() -> int:
+    """How many processes of a comparison, of which this may be one, run at once on this machine."""
+    count = os.environ.get(JOBS, "1")
+    return int(count) if count.isdigit() else 1

@@ -35,7 +35,7 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import device_name, versions
 from fastpeft.support.interrupts import noting_stops
-from fastpeft.support.launcher import is_first
+from fastpeft.support.launcher import is_first, jobs
 from fastpeft.support.model_card import model_card
 from fastpeft.support.processes import Ranks, noticing_losses
 from fastpeft.support.stages import report
@@ -357,6 +357,7 @@ def _metrics(
         "seed": config.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "jobs": jobs(),
         "versions": versions(),
         "command": command,
     }

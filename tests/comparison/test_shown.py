@@ -144,7 +144,7 @@ def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None
     states |= {cell.name: "finished" for cell in cells[:60]} | {cells[index].name: "failed" for index in (3, 70)}
     monkeypatch.setattr(comparison, "state", lambda cell: states[cell.name])
     states[cells[60].name] = "running"
-    comparison.running, comparison._started = cells[60], time.monotonic() - 300
+    comparison.running[cells[60].name] = time.monotonic() - 300
     lines = view(comparison).splitlines()
     assert len(lines) <= 23
     assert max(map(len, lines)) <= 80

@@ -56,7 +56,7 @@ COLUMNS = (
         "samples_per_second",
         "samples/s",
         ".0f",
-        "rows per second of training steps; cells run one after another, and other work on the machine slows them",
+        "rows per second of training steps; other work on the machine slows them",
     ),
     Column(
         "peak_memory_mb",
@@ -175,12 +175,18 @@ def _of_all(compared: Sequence[Variant]) -> set[str]:
 
 
 def _warnings(cell: Cell) -> list[str]:
-    """The warnings of a finished run; of one from before they were kept, whether it predicts one class."""
+    """The warnings of a finished run, and of its speed; before they were kept, whether it predicts one class."""
     metrics = cell.metrics() or {}
+    beside = []
+    if (jobs := metrics.get("jobs", 1)) > 1:
+        beside = [
+            f"It ran on a machine with up to {jobs} cells at once. Compare its speed and seconds with no cell that ran "
+            "otherwise."
+        ]
     if "warnings" in metrics:
-        return list(metrics["warnings"])
+        return [*metrics["warnings"], *beside]
     predicted = set((cell.predictions() or {}).get("predictions", ()))
-    return ["It predicts the same class for every dev row."] if len(predicted) == 1 else []
+    return ["It predicts the same class for every dev row."] * (len(predicted) == 1) + beside
 
 
 def table(compared: Sequence[Variant]) -> Table:
