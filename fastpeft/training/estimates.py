@@ -19,6 +19,7 @@ from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
+from fastpeft.training.callbacks import CURVE_POINTS, Clock
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.memory import (
     MEBIBYTE,
@@ -28,10 +29,11 @@ from fastpeft.training.memory import (
     fused_adamw,
     simulate_training_step,
 )
+from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.settings import checkpointing_options
 from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
-from fastpeft.training.trainer import CURVE_POINTS, CURVE_ROWS, Clock, LengthGroupedOrder, trainer_class
+from fastpeft.training.trainer import CURVE_ROWS, trainer_class
 
 logger = logging.getLogger(__name__)
 

@@ -192,7 +192,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
             f"cannot go on from {checkpoint}: {first_line(error)} Delete that folder to go on from what is before it, "
             "or train anew with --overwrite."
         ) from error
-    if trainer.stopped:
+    if trainer.stopping.stopped:
         raise KeyboardInterrupt
 
 

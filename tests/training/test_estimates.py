@@ -17,8 +17,8 @@ from fastpeft.cli import app
 from fastpeft.comparison.run import Comparison
 from fastpeft.training import estimates
 from fastpeft.training.estimates import Estimate, _padded_tokens, estimate, plan
+from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.task import Task
-from fastpeft.training.trainer import LengthGroupedOrder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
