@@ -177,7 +177,7 @@ def test_each_has_a_card_in_turn(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     caplog.set_level(logging.WARNING, "fastpeft")
     with Local(3) as three:
-        assert caplog.messages == ["3 cells at once share 2 GPUs, and its memory"]
+        assert caplog.messages == ["3 cells at once share 2 GPUs and the memory there"]
         assert [three._environment(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["4", "6", "4"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert Local(2)._environment(1)["CUDA_VISIBLE_DEVICES"] == "1"

@@ -155,6 +155,11 @@ def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None
     assert shown[-1][0][-5:] == cells[67].name[-5:], "the ends of names are kept"
     assert lines[-1] == "not shown: 52 finished, 39 waiting"
 
+    states[cells[61].name] = "running"
+    comparison.running[cells[61].name] = time.monotonic() - 20
+    shown = [line.split("│")[2:4] for line in view(comparison).splitlines() if line.startswith("│")]
+    assert [[part.strip() for part in row] for row in shown[:2]] == [["running", "5 min"], ["running", "20 s"]]
+
 
 def test_a_dry_run_counts_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "process_seconds", lambda: 4.0)
