@@ -18,6 +18,7 @@ from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.training.evaluation import Predictor, Taken
 
+_MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
 NAME = r"[\w.-]{1,100}"  # of a task: it stands in addresses and in metrics
 
 
@@ -98,7 +99,7 @@ class Tasks:
         runs: folders of finished runs, by the names of their tasks.
         device: where the models are put. None: the best device there is.
         max_length: where to cut texts that a run would read further, in tokens.
-        max_rows: texts of one pass.
+        max_rows: texts of one pass; on a CPU 16 at most.
 
     Raises:
         FastpeftError: a run cannot be loaded, or cannot answer.
@@ -243,8 +244,10 @@ class Tasks:
         rows = [(each.task, taken) for each in asked for taken in each.taken]
         order = sorted(range(len(rows)), key=lambda place: len(rows[place][1].row["input_ids"]))  # pads little
         scores: dict[int, np.ndarray] = {}
-        for start in range(0, len(rows), self.max_rows):
-            places = order[start : start + self.max_rows]
+        device = asked[0].task.predictor.run.classifier.model.device.type
+        size = min(self.max_rows, _MOST_ON_CPU) if device == "cpu" else self.max_rows
+        for start in range(0, len(rows), size):
+            places = order[start : start + size]
             chosen = [rows[place] for place in places]
             task = chosen[0][0]
             if task.shared is not None:
