@@ -128,6 +128,24 @@ def pool() -> str:
     return table(["work", "", "ms", "time over the first"], body)
 
 
+def serve() -> str:
+    """`fastpeft serve` under load."""
+    body = [
+        [
+            row["tasks"].replace(" ", ", "),
+            row["clients"],
+            whole(row["requests"]),
+            *(row[name] for name in ("requests_per_s", "texts_per_s")),
+            *(whole(row[name]) for name in ("ms_p50", "ms_p99")),
+            row["wrong"],
+            row["load"],
+        ]
+        for row in rows("serve.csv")
+    ]
+    heads = ["tasks", "clients", "requests", "a second", "texts a second", "ms, p50", "ms, p99", "wrong", "load"]
+    return table(heads, body)
+
+
 OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
 OP_MIXED = {
     "reference": "its plain formula",

@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder-speed": cost_tables.ladder_speed,
     "feature-cache": cost_tables.feature_cache,
     "pool": cost_tables.pool,
+    "serve": cost_tables.serve,
     "ladder-options": accuracy_tables.ladder_options,
     "ladder-pretraining": accuracy_tables.ladder_pretraining,
     "backbone-dtype": accuracy_tables.backbone_dtype,

@@ -1,4 +1,4 @@
-"""The command line: `fastpeft train | eval | predict | compare | export | info`."""
+"""The command line: `fastpeft train | eval | predict | compare | export | serve | info`."""
 
 from __future__ import annotations
 
@@ -544,6 +544,50 @@ def export(
         console.show_messages(quiet=False)
         saved = exporting.export(folder, output, to, step)
     typer.echo(f"saved in {saved}")
+
+
+@app.command(cls=_Command)
+def serve(
+    items: list[str] = typer.Argument(
+        ..., metavar="RUN...", help="Folders of finished runs. NAME=RUN names a task (default: the folder's name)."
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is reached from other machines."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 is any free one."),
+    max_rows: int = typer.Option(64, min=1, help="Most texts of one pass."),
+    max_wait: float = typer.Option(
+        0.004, min=0, max=10, help="Seconds that a request waits for others to share a pass."
+    ),
+    max_length: int | None = typer.Option(
+        None, min=1, help="Cut texts at so many tokens (default: where the run was trained to; never later)"
+    ),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 (default: the accelerator, or the CPU)"),
+    runs: Path | None = typer.Option(
+        None, metavar="DIR", help="Let clients add runs that lie in this folder, and remove tasks."
+    ),
+) -> None:
+    """Answer over HTTP as predict does, for one run or many.
+
+    Side networks (k-LST, LST) on equal backbones share one backbone, and a pass answers for all of them. Any other run
+    is served beside them, with a model of its own.
+
+    There is no authentication: let a proxy keep strangers away, from --runs above all. Needs the extra serve.
+    """
+    with shown(lines=False):
+        from fastpeft import console
+        from fastpeft.serving import server
+
+    console.show_messages(quiet=False)
+    server.serve(
+        items,
+        host=host,
+        port=port,
+        max_rows=max_rows,
+        max_wait=max_wait,
+        max_length=max_length,
+        device=device,
+        runs=runs,
+        say=typer.echo,
+    )
 
 
 @app.command(cls=_Command)

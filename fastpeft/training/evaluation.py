@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,6 +209,8 @@ class Predictor:
 
     Args:
         folder: folder of the run.
+        device: where to put its model. None: the best there is.
+        max_length: where to cut texts that the run would read further, in tokens.
 
     Attributes:
         run: the run, with its model.
@@ -216,8 +219,10 @@ class Predictor:
         FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.run = load_run(folder)
+    def __init__(self, folder: str | Path, device: str | None = None, max_length: int | None = None) -> None:
+        self.run = load_run(folder, device)
+        if max_length is not None:
+            self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is MASKED_WORDS:
             raise FastpeftError(
                 f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
@@ -242,8 +247,16 @@ class Predictor:
     def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
         """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
         those of the tags, `(words, tags)`; float32."""
+        return self.scores_of(taken, _outputs(self.run, [row for _, row in taken]))
+
+    def scores_of(self, taken: Sequence[Taken], outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """What `scores` gives, of the model's outputs for each text: `(outputs,)`, or `(T, outputs)` of its tokens.
+
+        Raises:
+            FastpeftError: an output is not finite.
+        """
         problem = self.run.problem
-        outputs = _outputs(self.run, [row for _, row in taken])
+        _check_finite(outputs, self.run)
         if problem.per_token:
             outputs = [
                 output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
@@ -340,9 +353,13 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
         found |= {
             i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
         }
-    if not all(np.isfinite(outputs).all() for outputs in found.values()):
+    _check_finite(found.values(), run)
+    return [found[i] for i in range(len(rows))]
+
+
+def _check_finite(outputs: Iterable[np.ndarray], run: FinishedRun) -> None:
+    if not all(np.isfinite(each).all() for each in outputs):
         raise FastpeftError(
             f"the model of the run in {run.config.output!r} gives outputs that are not finite: its weights or those of "
             "its base are damaged. Restore them, or train anew."
         )
-    return [found[i] for i in range(len(rows))]

@@ -55,15 +55,19 @@ class FinishedRun:
         return cls(classifier, setup.config, head.problem, head.labels, pairs, head.prompt, max_length, threshold)
 
 
-def load_run(folder: str | Path) -> FinishedRun:
+def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     """Load the classifier of a finished run.
+
+    Args:
+        folder: folder of the run.
+        device: where to put its model. None: the best there is.
 
     Raises:
         FastpeftError: the folder holds no finished run, or its files, its base model or the run that it started from
             cannot be loaded.
     """
     run = assemble(RunFolder(folder))
-    run.classifier.model.to(best_device())
+    run.classifier.model.to(device or best_device())
     return run
 
 

@@ -215,15 +215,15 @@ class Predictions:
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
         if problem.per_token:
             best = [self._predictor.answer(each) for each in scores]
-            found = [[prediction.row, word, tag, _short(p)] for word, (tag, p) in zip(text, best)]
+            found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]
         else:
             said = [] if problem is REGRESSION else [self._answer(scores)[0]]
             texts = text if isinstance(text, tuple) else (text,)
-            found = [[prediction.row, *texts, *said, *map(_short, scores)]]
+            found = [[prediction.row, *texts, *said, *map(shortest, scores)]]
         return [dict(zip(self.columns, values)) for values in found]
 
 
-def _short(value: float) -> float:
+def shortest(value: float) -> float:
     """A float32 by the fewest digits that tell it."""
     return float(str(np.float32(value)))
 

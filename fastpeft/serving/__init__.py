@@ -1,0 +1,1 @@
+"""Finished runs behind HTTP: `fastpeft serve`. What imports the extra `serve` is imported when a server starts."""

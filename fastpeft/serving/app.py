@@ -1,0 +1,195 @@
+"""The application: what is answered at which address."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import fastapi
+from fastapi import FastAPI
+from fastapi import Path as Part
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from fastpeft.errors import FastpeftError
+from fastpeft.serving.batcher import Batcher
+from fastpeft.serving.guard import Guard, Metrics
+from fastpeft.serving.messages import Answer, Refusal, Request, Source, TaskInfo, answer_of, describe
+from fastpeft.serving.page import page
+from fastpeft.serving.tasks import NAME, RefusedError, Tasks
+from fastpeft.version import __version__
+
+_MOST_SHOWN = 300  # letters at each end of a message
+
+Name = Annotated[str, Part(pattern=f"^{NAME}$")]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on.
+
+    Attributes:
+        body: bytes of a request.
+        queue: texts that may wait.
+        seconds: to send a request, and again to answer it.
+    """
+
+    body: int = 1 << 20
+    queue: int = 4_096
+    seconds: float = 30.0
+
+
+def create_app(
+    tasks: Tasks, *, runs: Path | None = None, max_wait: float = 0.004, limits: Limits | None = None
+) -> FastAPI:
+    """The application for `tasks`.
+
+    Args:
+        tasks: what it answers for.
+        runs: a folder; clients may add runs that lie in it, and remove tasks. None: they may not.
+        max_wait: seconds that the first request of a batch waits for others.
+        limits: None: the default ones.
+    """
+    limits = limits or Limits()
+    metrics = Metrics(lambda: batcher.waiting)
+    batcher = Batcher(
+        tasks,
+        max_wait=max_wait,
+        max_queue=limits.queue,
+        seconds=limits.seconds,
+        observe=metrics.batches.observe,
+    )
+    running = False
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal running
+        async with batcher.running():
+            running = True
+            yield  # at its end the server has answered all requests
+            running = False
+
+    app = FastAPI(
+        title="fastpeft serve",
+        description="Finished runs of fastpeft. A refused request gets a JSON object whose detail says why.",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from another host
+        redoc_url=None,
+    )
+    app.add_middleware(Guard, metrics=metrics, max_bytes=limits.body, seconds=limits.seconds)
+    _refuse_in_words(app)
+
+    @app.get("/health", responses=_refusals(503))
+    async def health() -> dict[str, str]:
+        """Whether requests are taken: 503 where the queue is full."""
+        if not running or batcher.waiting >= limits.queue:
+            raise RefusedError("the queue is full. Try again later.", 503)
+        return {"status": "ready"}
+
+    @app.get("/health/live")
+    async def alive() -> dict[str, str]:
+        """Whether the process runs."""
+        return {"status": "alive"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    def measured() -> PlainTextResponse:
+        """What Prometheus reads."""
+        return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> str:
+        return page(app.openapi())
+
+    @app.get("/tasks")
+    async def listed() -> list[TaskInfo]:
+        """The tasks that are served."""
+        return [describe(task, tasks.beside(task)) for task in tasks]
+
+    @app.post("/predict", responses=_refusals(400, 404, 408, 413, 415, 422, 503))
+    async def predict(asked: Request, request: fastapi.Request) -> Answer:
+        """Answer texts by a task."""
+        name = asked.task
+        if name is None:
+            served = [task.name for task in tasks]
+            if len(served) != 1:
+                raise RefusedError(f"task is missing; there are {', '.join(served) or 'none'}. Name one.", 422)
+            (name,) = served
+        request.state.task = tasks[name].name  # one that is there: clients must not make up labels of metrics
+        try:
+            ready, scores = await batcher.answer(name, asked.texts)
+        except FastpeftError:
+            tasks[name]  # says so where it was removed while the request waited
+            raise
+        metrics.texts.labels(name).inc(len(scores))
+        return answer_of(ready, scores)
+
+    if runs is not None:
+        _let_change(app, tasks, runs.resolve())
+    return app
+
+
+def _let_change(app: FastAPI, tasks: Tasks, runs: Path) -> None:
+    """Let clients add and remove tasks."""
+
+    @app.put("/tasks/{name}", status_code=201, responses=_refusals(400, 404, 408, 409, 413, 415, 422))
+    async def add(name: Name, source: Source) -> TaskInfo:
+        """Load a run from the folder of runs."""
+        try:
+            folder = (runs / source.path).resolve()
+            inside = folder != runs and folder.is_relative_to(runs) and folder.is_dir()
+        except (OSError, ValueError):  # as of a NUL in the name
+            inside = False
+        if not inside:
+            raise RefusedError(f"there is no folder {source.path!r} below the folder of runs. Name one there.", 404)
+        try:
+            task = await asyncio.to_thread(tasks.add, name, folder)
+        except RefusedError:
+            raise
+        except FastpeftError as error:
+            raise RefusedError(str(error), 400) from error
+        return describe(task, tasks.beside(task))
+
+    @app.delete("/tasks/{name}", status_code=204, responses=_refusals(404, 422))
+    async def remove(name: Name) -> None:
+        """Forget a task; its folder stays."""
+        await asyncio.to_thread(tasks.remove, name)
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI is told of refusals."""
+    return {status: {"model": Refusal} for status in statuses}
+
+
+def _refuse_in_words(app: FastAPI) -> None:
+    """Let each refusal be `{"detail": "one message"}`, short and in UTF-8 whatever of a client's it repeats."""
+
+    def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        if len(detail) > 2 * _MOST_SHOWN:
+            detail = f"{detail[:_MOST_SHOWN]} ... {detail[-_MOST_SHOWN:]}"
+        detail = detail.encode(errors="backslashreplace").decode()
+        return JSONResponse({"detail": detail}, status, headers)
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: fastapi.Request, error: RefusedError) -> JSONResponse:
+        return refusal(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
+
+    @app.exception_handler(Exception)
+    async def failed(_: fastapi.Request, error: Exception) -> JSONResponse:
+        return refusal(500, "the server failed; its log says why.")
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method in ("POST", "PUT") and kind != "application/json":
+            return refusal(415, "the body must be JSON. Send it with the header Content-Type: application/json.")
+        wrong = [
+            f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+            for each in error.errors()[:3]
+        ]
+        return refusal(422, f"the request cannot be read. {'; '.join(wrong)}.")

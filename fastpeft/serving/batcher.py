@@ -1,0 +1,112 @@
+"""The queue between a server's requests and the one thread that answers them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.serving.tasks import RefusedError, Tasks
+
+
+@dataclass
+class Waiting:
+    """A request in the queue."""
+
+    task: str
+    texts: Sequence[Any]
+    answer: asyncio.Future[Any]
+
+
+class Batcher:
+    """Collects what arrives within a few milliseconds, and answers it together.
+
+    Args:
+        tasks: what answers.
+        max_wait: seconds that the first request of a batch waits for others.
+        max_queue: texts that may wait; a request that comes then is refused, unless none wait.
+        seconds: how long a request waits at most.
+        observe: is told the number of texts of each batch.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        *,
+        max_wait: float,
+        max_queue: int,
+        seconds: float,
+        observe: Callable[[int], object],
+    ) -> None:
+        self.tasks, self.max_wait, self.max_queue, self.seconds = tasks, max_wait, max_queue, seconds
+        self.waiting = 0  # texts in the queue
+        self._observe = observe
+        self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
+        self._left_over: Waiting | None = None
+
+    async def answer(self, task: str, texts: Sequence[Any]) -> Any:
+        """What `Tasks.answer` gives for one request.
+
+        Raises:
+            RefusedError: by the task, or there are too many texts in the queue, or they took too long.
+        """
+        if self.waiting and self.waiting + len(texts) > self.max_queue:
+            raise RefusedError(f"{self.waiting} texts are waiting, and {self.max_queue} may. Try again later.", 503)
+        waiting = Waiting(task, texts, asyncio.get_running_loop().create_future())
+        self.waiting += len(texts)
+        self._queue.put_nowait(waiting)
+        try:
+            async with asyncio.timeout(self.seconds):
+                return await waiting.answer
+        except TimeoutError:  # what still waits is then left out
+            raise RefusedError(f"there was no answer within {self.seconds:g} seconds. Try again later.", 503) from None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Answer requests while inside it."""
+        # one thread, always the same: each that computes would have threads of its own for PyTorch's work
+        with ThreadPoolExecutor(1, "fastpeft-serve") as thread:
+            worker = asyncio.create_task(self._run(thread))
+            try:
+                yield
+            finally:
+                worker.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await worker
+
+    async def _run(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [waiting for waiting in await self._collect() if not waiting.answer.done()]
+            if not batch:  # nobody waits for it any more
+                continue
+            self._observe(sum(len(waiting.texts) for waiting in batch))
+            asked = [(waiting.task, waiting.texts) for waiting in batch]
+            answers = await loop.run_in_executor(thread, self.tasks.answer, asked)
+            for waiting, answer in zip(batch, answers, strict=True):
+                if waiting.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    waiting.answer.set_exception(answer)
+                else:
+                    waiting.answer.set_result(answer)
+
+    async def _collect(self) -> list[Waiting]:
+        """The next requests, `max_rows` texts at most unless the first has more."""
+        first = self._left_over or await self._queue.get()
+        self._left_over = None
+        batch, rows = [first], len(first.texts)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.max_wait):
+                while rows < self.tasks.max_rows:
+                    following = await self._queue.get()
+                    rows += len(following.texts)
+                    if rows > self.tasks.max_rows:
+                        self._left_over = following
+                        break
+                    batch.append(following)
+        self.waiting -= sum(len(waiting.texts) for waiting in batch)
+        return batch

@@ -1,0 +1,164 @@
+"""What clients send and get, as JSON; the OpenAPI description is made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
+from fastpeft.prompts.template import is_text
+from fastpeft.serving.tasks import Ready, Task
+from fastpeft.training.prediction import shortest
+
+MAX_TEXTS = 256  # of one request
+MAX_CHARACTERS = 20_000  # of one text, a pair, or a list of words
+
+
+def _checked(value: Any) -> Any:
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError("it is neither a string nor a list of strings")
+    if not all(part.strip() for part in parts):
+        raise ValueError("it is empty")
+    if sum(map(len, parts)) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
+    if not all(is_text(part) and "\0" not in part for part in parts):
+        raise ValueError("it has a NUL, or half of a character (a lone surrogate)")
+    return value
+
+
+_STRING = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": MAX_CHARACTERS,
+    "pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$",
+}
+Text = Annotated[
+    Any,
+    BeforeValidator(_checked),
+    WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _STRING, "minItems": 1}]}),
+]
+
+
+class Request(BaseModel):
+    """Texts for a task."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"texts": ["A warm, funny film.", "A bore."]}]}
+    )
+
+    texts: list[Text] = Field(
+        min_length=1,
+        max_length=MAX_TEXTS,
+        description="Strings; for a run on pairs lists of two; for a run on tags lists of words, or strings in which "
+        "spaces separate them.",
+    )
+    task: str | None = Field(None, description="The task's name. It may be left out where there is one task.")
+
+
+class Classified(BaseModel):
+    """What a run on classes says of a text."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float] = Field(description="That of every class.")
+
+
+class Labelled(BaseModel):
+    """What a run on several labels says of a text."""
+
+    labels: list[str] = Field(description="Those that are answered; there may be none.")
+    probabilities: dict[str, float] = Field(description="That of every label.")
+
+
+class Number(BaseModel):
+    """What a run on numbers says of a text."""
+
+    name: str
+    value: float
+
+
+class Word(BaseModel):
+    """A word and its most likely tag."""
+
+    word: str
+    tag: str
+    probability: float
+
+
+class Tagged(BaseModel):
+    """What a run on tags says of a text."""
+
+    words: list[Word]
+
+
+class Answer(BaseModel):
+    """A prediction for each text, in the order of the texts."""
+
+    task: str
+    predictions: list[Classified | Labelled | Number | Tagged]
+
+
+class TaskInfo(BaseModel):
+    """A task that is served."""
+
+    name: str
+    method: str
+    problem: str
+    labels: list[str]
+    reads: str = Field(description="What a text is: a string, a pair or words.")
+    max_length: int = Field(description="Tokens at which texts are cut.")
+    shares_backbone_with: list[str]
+
+
+class Source(BaseModel):
+    """Where a run lies."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="Its folder, below the folder of runs.")
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
+    """Scores in the words of their task's problem."""
+    predictor = ready.task.predictor
+    run = predictor.run
+    made: list[Classified | Labelled | Number | Tagged] = []
+    for taken, found in zip(ready.taken, scores):
+        if run.problem.per_token:
+            best = [predictor.answer(each) for each in found]
+            said = [Word(word=word, tag=tag, probability=shortest(p)) for word, (tag, p) in zip(taken.text, best)]
+            made.append(Tagged(words=said))
+            continue
+        every = dict(zip(run.labels, map(shortest, found)))
+        if run.problem is REGRESSION:
+            ((name, value),) = every.items()
+            made.append(Number(name=name, value=value))
+        elif run.problem is MULTI_LABEL:
+            made.append(Labelled(labels=[name for name, _ in predictor.answer(found)], probabilities=every))
+        else:
+            label, _ = predictor.answer(found)
+            made.append(Classified(label=label, probability=every[label], probabilities=every))
+    return Answer(task=ready.task.name, predictions=made)
+
+
+def describe(task: Task, beside: list[str]) -> TaskInfo:
+    """A task for those who ask what there is."""
+    run = task.predictor.run
+    return TaskInfo(
+        name=task.name,
+        method=run.config.method,
+        problem=run.problem.name,
+        labels=run.labels,
+        reads="pair" if run.is_pair else "words" if run.problem.per_token else "string",
+        max_length=run.max_length,
+        shares_backbone_with=beside,
+    )

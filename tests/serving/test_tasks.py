@@ -1,0 +1,150 @@
+"""Runs that share a backbone, and runs beside them, say what `predict` says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from samples import reviews
+
+from fastpeft import FastpeftError, LadderPool
+from fastpeft.serving.server import described
+from fastpeft.serving.tasks import RefusedError, Tasks, parse_runs
+from fastpeft.training.evaluation import Predictor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXTS = [text for text, _ in reviews(7)]
+PAIRS = [[text, "a dull film"] for text in TEXTS[:3]]
+ASKED: list[tuple[str, list[Any]]] = [
+    ("a", TEXTS[:3]),
+    ("words", TEXTS[3:5]),
+    ("pairs", PAIRS),
+    ("b", TEXTS[2:6]),
+    ("number", TEXTS[:2]),
+    ("mood", TEXTS[4:]),
+    ("alone", TEXTS[:1]),
+    ("a", TEXTS[5:]),
+]
+CLOSE = {"rtol": 0, "atol": 1e-6}  # of numbers of about 1 in float32: a batch pads more than a row alone
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Path) -> list[list[np.ndarray]]:
+    """The scores of what is `ASKED`, each run by itself."""
+    known = {name: Predictor(runs / name) for name, _ in ASKED}
+    return [known[name].scores([known[name].take(text) for text in texts]) for name, texts in ASKED]
+
+
+@pytest.fixture
+def tasks(runs: Path) -> Tasks:
+    return Tasks({name: runs / name for name, _ in ASKED}, max_rows=4)
+
+
+def test_one_batch_over_tasks_has_the_answers_of_each(
+    tasks: Tasks, expected: list[list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[set[str]] = []  # the tasks of every pass
+    call = LadderPool.__call__
+    monkeypatch.setattr(
+        LadderPool, "__call__", lambda pool, batch, names: (shared.append(set(names)), call(pool, batch, names))[1]
+    )
+    answers = tasks.answer(ASKED)
+    for (name, texts), answer, scores in zip(ASKED, answers, expected):
+        assert not isinstance(answer, Exception)
+        assert answer[0].task.name == name
+        assert len(answer[1]) == len(texts)
+        for own, other in zip(answer[1], scores):
+            np.testing.assert_allclose(own, other, **CLOSE)
+    assert set().union(*shared) == {"a", "b", "words", "mood", "alone"}
+    assert max(map(len, shared)) > 1
+
+
+def test_it_is_told_what_shares_a_backbone_and_what_does_not(tasks: Tasks) -> None:
+    assert described(tasks)[0] == "a, b, mood, words: one backbone for all"
+    rest = {line.partition(":")[0]: line for line in described(tasks)[1:]}
+    assert "stands on another backbone" in rest["alone"]
+    assert "siva has no side network" in rest["pairs"]
+    assert "head has no side network" in rest["number"]
+
+
+def test_a_text_that_is_refused_leaves_the_others_of_its_batch(tasks: Tasks) -> None:
+    first, refused, gone, last = tasks.answer(
+        [("a", TEXTS[:1]), ("words", [TEXTS[0], "a " * 50]), ("x", ["a"]), ASKED[3]]
+    )
+    assert isinstance(first, tuple)
+    assert isinstance(last, tuple)
+    assert isinstance(refused, RefusedError)
+    assert refused.status == 422
+    assert "text 2: of the 50 words" in str(refused)
+    assert isinstance(gone, RefusedError)
+    assert (gone.status, "no task 'x'" in str(gone)) == (404, True)
+
+
+def test_a_task_that_went_after_its_request_was_read_leaves_the_others(
+    tasks: Tasks, expected: list[list[np.ndarray]]
+) -> None:
+    shared = tasks["b"].shared
+    assert shared is not None
+    shared.pool.remove("b")
+    there, gone = tasks.answer([ASKED[0], ASKED[3]])
+    assert isinstance(gone, FastpeftError)
+    assert not isinstance(there, Exception)
+    np.testing.assert_allclose(there[1], expected[0], **CLOSE)
+
+
+def test_tasks_come_and_go(runs: Path, expected: list[list[np.ndarray]]) -> None:
+    tasks = Tasks({"a": runs / "a"})
+    tasks.add("b", runs / "b")
+    assert tasks.beside(tasks["b"]) == ["a"]
+    tasks.remove("a")
+    (answer,) = tasks.answer([ASKED[3]])
+    assert not isinstance(answer, Exception)
+    for own, other in zip(answer[1], expected[3]):
+        np.testing.assert_allclose(own, other, **CLOSE)
+    for name, status in (("b", 409), ("x", 404)):
+        with pytest.raises(RefusedError) as error:
+            tasks.add(name, runs / "a") if status == 409 else tasks.remove(name)
+        assert error.value.status == status
+
+
+def test_a_run_that_cannot_answer_is_not_there(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "b", tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    weights = load_file(file)
+    weights = {name: value.fill_(3e38) if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(weights, file, {"format": "pt"})
+    tasks = Tasks({"a": runs / "a"})
+    with pytest.raises(FastpeftError, match="not finite"):
+        tasks.add("b", tmp_path / "b")
+    assert [task.name for task in tasks] == ["a"]
+    tasks.add("b", runs / "b")
+    assert tasks.beside(tasks["b"]) == ["a"]
+
+
+def test_texts_are_cut_earlier_but_never_later(runs: Path) -> None:
+    assert [Tasks({"a": runs / "a"}, max_length=n)["a"].predictor.run.max_length for n in (8, 99)] == [8, 32]
+
+
+def test_names_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x=y").mkdir()
+    assert parse_runs(["runs/one", "two=runs/one", "z=x=y", "./three/"]) == {
+        "one": "runs/one",
+        "two": "runs/one",
+        "z": "x=y",
+        "three": "./three/",
+    }
+    for items, message in (
+        (["=a"], "'=a' does not name a task"),
+        (["a="], "'a=' does not name a task"),
+        (["a/b=c"], "'a/b=c' does not name a task"),
+        (["x=y"], "'x=y' does not name a task"),
+        (["one/a", "two/a"], "'one/a' and 'two/a' would both be the task 'a'"),
+    ):
+        with pytest.raises(FastpeftError, match=message):
+            parse_runs(items)
