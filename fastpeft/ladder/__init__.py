@@ -14,6 +14,7 @@ __all__ = ["LadderConfig", "LadderModel", "LadderPool", "SideNetwork"]
 
 transformers.AutoConfig.register(LadderConfig.model_type, LadderConfig, exist_ok=True)
 for _auto in (
+    transformers.AutoModel,
     transformers.AutoModelForSequenceClassification,
     transformers.AutoModelForTokenClassification,
     transformers.AutoModelForMaskedLM,

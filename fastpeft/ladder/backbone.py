@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from fastpeft.errors import FastpeftError
 
@@ -27,23 +28,25 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inpu
 
 
 class Backbone:
-    """A model with a head, taken apart. It holds references and changes nothing.
+    """A model taken apart into layers and head. It holds references and changes nothing.
 
-    The head of a module that is not a transformers model is what comes after its last layer in `modules()`.
+    The head of a module that is not a transformers model is what comes after its last layer in `modules()`. A model of
+    `AutoModel` has none: its pooler is frozen too.
 
     Args:
-        model: a transformers model with a head, another module, or PEFT's wrapper of one.
+        model: a transformers model, another module, or PEFT's wrapper of one.
         feature_modules: names of the layers. None finds the layers of a transformers model.
         feature_sizes: widths of the features; see the property of that name.
 
     Attributes:
         core: the model without PEFT's wrapper.
         plain: whether the core is not a transformers model.
+        headless: whether the core is a transformers model without a head, which answers with hidden states.
         body: a transformers model without its head; for another module, the whole module.
         layers: the L modules whose outputs are the features `B_1 .. B_L`. The first layer's input is `B_0`.
 
     Raises:
-        FastpeftError: the model has no head, or its layers are not found.
+        FastpeftError: the head cannot be told from the body, or the layers are not found.
     """
 
     def __init__(
@@ -56,13 +59,14 @@ class Backbone:
         self.plain = not isinstance(core, PreTrainedModel)
         if self.plain and (feature_modules is None or not isinstance(core, nn.Module)):
             raise FastpeftError(
-                f"the base is a {type(core).__name__}; give a transformers model with a head, such as one of "
+                f"the base is a {type(core).__name__}; give a transformers model, such as one of "
                 "AutoModelForSequenceClassification, or another nn.Module with its layers named in feature_modules."
             )
         self.model = model
         self.core = core
         self.body: nn.Module = core if self.plain else core.base_model
-        if self.body is core and not self.plain:
+        self.headless = self.body is core and not self.plain
+        if self.headless and not _is_an_encoder(core):
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
@@ -167,6 +171,8 @@ class Backbone:
         if self.plain:
             places = {id(module): place for place, module in enumerate(modules)}
             return modules[: 1 + max(places[id(module)] for module in self.layers[-1].modules())]
+        if self.headless:
+            return modules
         # a pooler is inside the body, but runs after the layers and belongs to the head
         poolers = [module for name, module in self.body.named_modules() if name.rpartition(".")[2] == POOLER]
         pooled = {id(module) for pooler in poolers for module in pooler.modules()}
@@ -230,8 +236,15 @@ class Backbone:
         return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
 
 
+def _is_an_encoder(core: PreTrainedModel) -> bool:
+    """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
+    names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
+    one_stack = not getattr(core.config, "is_encoder_decoder", False)
+    return one_stack and any(type(core).__name__ in ((name,) if isinstance(name, str) else name) for name in names)
+
+
 def _model_with_a_head(config: Any) -> str:
-    """Advice: which model to load in place of one without a head of its own."""
+    """Advice: which model to load in place of one whose head cannot be told from its body."""
     heads = (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING)
     if named := [classes[type(config)].__name__ for classes in heads if type(config) in classes]:
         return f"Load the model with {' or '.join(named)}."

@@ -38,6 +38,9 @@ class LadderModel(PreTrainedModel):
     The side network trains, and so does the model's own head except for a decoder to the vocabulary, in float32.
     `save_pretrained` writes what trains, and names the backbone.
 
+    A base of `AutoModel` has no head: the output is its own, and `last_hidden_state` is what the side network made, in
+    the backbone's width and dtype. So it makes embeddings, and the side network alone trains.
+
     The backbone may take fewer bits: load the base in a smaller dtype, set `config.backbone_dtype` (which loading
     repeats), or quantise all but the head by bitsandbytes or torchao.
 
@@ -49,14 +52,13 @@ class LadderModel(PreTrainedModel):
     saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it.
 
     Args:
-        base: a transformers model with a head, another module, or PEFT's wrapper of one. It is not copied; its backbone
-            is frozen.
+        base: a transformers model, another module, or PEFT's wrapper of one. It is not copied; its backbone is frozen.
         config: the configuration of the side network; it is copied.
 
     Raises:
-        FastpeftError: the base has no head, its head is quantised, its layers are not found or cannot be converted to
-            `backbone_dtype`, widths do not divide, the configuration is that of a side network on another backbone, or
-            the base predicts next tokens but would see them: see `LadderConfig.causal`.
+        FastpeftError: the head of the base cannot be told from its body or is quantised, its layers are not found or
+            cannot be converted to `backbone_dtype`, widths do not divide, the configuration is that of a side network
+            on another backbone, or the base predicts next tokens but would see them: see `LadderConfig.causal`.
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
@@ -156,7 +158,7 @@ class LadderModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """What the base model returns: `logits`, and `loss` if labels are given.
+        """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
         Args:
             input_ids: `(B, T)`, or `inputs_embeds` `(B, T, d)`. A vision model takes `pixel_values`; a module that is
@@ -164,14 +166,16 @@ class LadderModel(PreTrainedModel):
             attention_mask: `(B, T)`, 1 for tokens and 0 for padding; beside `inputs` only the side network reads it.
             token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
             labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
-                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error).
+                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or
+                binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`).
             output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
 
         Raises:
-            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, or it is
-                not a transformers model and answers for each token while the configuration's `causal` is None.
+            FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
+                head and labels are given, or it is not a transformers model and answers for each token while the
+                configuration's `causal` is None.
         """
         plain = self.backbone.plain
         if self.backbone.model is not self.base:
@@ -183,6 +187,11 @@ class LadderModel(PreTrainedModel):
         if (inputs if plain else text if text is not None else pixel_values) is None:
             names = "inputs" if plain else "input_ids, inputs_embeds or pixel_values"
             raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
+        if self.backbone.headless and any(each is not None for each in (labels, start_positions, end_positions)):
+            raise FastpeftError(
+                f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
+                "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
+            )
         if text is not None:
             check_mask(attention_mask, text.shape[:2])
         given = {
@@ -206,7 +215,7 @@ class LadderModel(PreTrainedModel):
             outputs = self.base(inputs) if plain else self.base(**arguments, return_dict=True)
         if plain:
             check_told(self.config.causal, self.base, outputs)
-            outputs = _with_loss(outputs, labels)
+            outputs = _with_loss(outputs, labels, self.config.problem_type)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
@@ -388,7 +397,7 @@ class LadderModel(PreTrainedModel):
         self.load_state_dict(weights, strict=False)
 
 
-def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
+def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:
     """The output of a module that is not a transformers model, in the form that transformers' models return."""
     if not isinstance(logits, Tensor):
         raise FastpeftError(
@@ -405,5 +414,10 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
             else ", whose last dimension is the classes. Give a class for each of the others."
         )
         raise FastpeftError(f"labels have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}{advice}")
-    loss = F.mse_loss(logits, labels) if numbers else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    if not numbers:
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    elif problem_type == "multi_label_classification":
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+    else:
+        loss = F.mse_loss(logits, labels)
     return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -23,6 +23,8 @@ from fastpeft.support.safe_paths import check_named_files
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
 # the arguments of `from_pretrained` that say where files are
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# fields of a base's configuration that other libraries read from a model's, as sentence-transformers does
+_SIZES = ("hidden_size", "max_position_embeddings")
 _ON_THE_CARD = (*SHAPE[:5], "init", "layer_drop", "share_projections", "output_mix", "backbone_dtype")
 
 
@@ -89,7 +91,8 @@ def describe_base(config: LadderConfig, core: Any) -> None:
     config.base_class = type(core).__name__
     if not isinstance(core, PreTrainedModel):
         return
-    for name, value in task_fields(core.config).items():
+    sizes = {name: getattr(core.config, name) for name in _SIZES if hasattr(core.config, name)}
+    for name, value in {**sizes, **task_fields(core.config)}.items():
         setattr(config, name, value)
     config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path
     config.base_revision = getattr(core.config, "_commit_hash", None) or config.base_revision

@@ -90,7 +90,7 @@ class AdapterMethod(Method):
             )
 
     def check_export(self, to: str, trained: str) -> None:
-        if to == "merged":
+        if to != "lora":
             self.check_merges(trained)
 
     def loading_snippet(self, folder: str, *, chained: bool, **known: Any) -> str:

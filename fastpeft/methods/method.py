@@ -149,7 +149,7 @@ class Method(ABC):
         if to == "lora":
             raise FastpeftError(
                 f"{trained} trained a whole model ({self.title}); only a SiVA adapter is exported to lora. Export it "
-                "to merged."
+                "to merged or onnx."
             )
         self.check_merges(trained)
 

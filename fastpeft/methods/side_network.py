@@ -90,17 +90,18 @@ class SideNetworkMethod(Method):
         inside_prompt(model).take_over(checkpoint, head=True)
 
     def check_export(self, to: str, trained: str) -> None:
-        raise FastpeftError(
-            f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
-            "cannot become a part of them. Load it from its own folder."
-        )
+        if to != "onnx":
+            raise FastpeftError(
+                f"{trained} trained a side network ({self.title}), which works beside the layers of its backbone and "
+                "cannot become a part of them. Load it from its own folder, or export it to onnx."
+            )
 
     def check_successor(self, later: Method, run: EarlierRun) -> None:
         if not isinstance(later, SideNetworkMethod):
             raise FastpeftError(
                 f"the run in {run.name!r} trained a side network and left its backbone as it was, so {later.name!r} "
                 f"has nothing to start from. Choose a method with the same side network, {run.method} or mezo with "
-                f"--set over={run.method}, or leave init_from out."
+                f"--set over={run.method}, or leave `init_from` out."
             )
 
     def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 `backends` chooses what each runs on. Users call the checked functions of `fastpeft.functional`.
 
     reference.siva_linear, aten.siva_linear, ...    a form of every op, by the op's name
+    decompositions()                                those that change nothing in place, for ExportedProgram
 """
 
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     siva_linear_mixed,
     window_attention,
 )
-from fastpeft.ops.define import OPS
+from fastpeft.ops.define import OPS, decompositions  # noqa: F401
 
 reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 aten = SimpleNamespace(**{name: op.aten for name, op in OPS.items() if op.aten is not None})

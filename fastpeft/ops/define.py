@@ -37,6 +37,21 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """Each op that changes nothing in place, with the form in plain PyTorch that stands for it in an exported graph.
+
+    Returns:
+        A table for `torch.export.ExportedProgram.run_decompositions`: what runs without this library has none of its
+        ops.
+
+    Example:
+        >>> program = torch.export.export(model, (), inputs, strict=False)  # doctest: +SKIP
+        >>> program = program.run_decompositions(decompositions())  # doctest: +SKIP
+    """
+    named = {name: op for name, op in OPS.items() if not name.endswith("_")}
+    return {getattr(torch.ops.fastpeft, name).default: op.reference for name, op in named.items()}
+
+
 def define(
     name: str,
     schema: str,

@@ -110,7 +110,7 @@ def _window_keys(
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
     feature_dropout_reference(real, slots, dropout, seed, block)
-    real += p[list(slots), None]
+    real = real + p[list(slots), None]
     return torch.cat((real.flatten(1, 2), p[absent_slots(p, slots)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
 
 

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from fastpeft.data.problems import REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.prompts.template import is_text
 from fastpeft.serving.tasks import Ready, Task
-from fastpeft.training.evaluation import most_likely
 from fastpeft.training.prediction import shortest
 
 MAX_TEXTS = 256  # of one request
@@ -67,6 +66,13 @@ class Classified(BaseModel):
     probabilities: dict[str, float] = Field(description="That of every class.")
 
 
+class Labelled(BaseModel):
+    """What a run on several labels says of a text."""
+
+    labels: list[str] = Field(description="Those that are answered; there may be none.")
+    probabilities: dict[str, float] = Field(description="That of every label.")
+
+
 class Number(BaseModel):
     """What a run on numbers says of a text."""
 
@@ -92,7 +98,7 @@ class Answer(BaseModel):
     """A prediction for each text, in the order of the texts."""
 
     task: str
-    predictions: list[Classified | Number | Tagged]
+    predictions: list[Classified | Labelled | Number | Tagged]
 
 
 class TaskInfo(BaseModel):
@@ -123,19 +129,23 @@ class Refusal(BaseModel):
 
 def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
     """Scores in the words of their task's problem."""
-    run = ready.task.predictor.run
-    made: list[Classified | Number | Tagged] = []
+    predictor = ready.task.predictor
+    run = predictor.run
+    made: list[Classified | Labelled | Number | Tagged] = []
     for taken, found in zip(ready.taken, scores):
         if run.problem.per_token:
-            best = [most_likely(each, run.labels) for each in found]
+            best = [predictor.answer(each) for each in found]
             said = [Word(word=word, tag=tag, probability=shortest(p)) for word, (tag, p) in zip(taken.text, best)]
             made.append(Tagged(words=said))
             continue
-        label, value = most_likely(found, run.labels)
+        every = dict(zip(run.labels, map(shortest, found)))
         if run.problem is REGRESSION:
-            made.append(Number(name=label, value=shortest(value)))
+            ((name, value),) = every.items()
+            made.append(Number(name=name, value=value))
+        elif run.problem is MULTI_LABEL:
+            made.append(Labelled(labels=[name for name, _ in predictor.answer(found)], probabilities=every))
         else:
-            every = dict(zip(run.labels, map(shortest, found)))
+            label, _ = predictor.answer(found)
             made.append(Classified(label=label, probability=every[label], probabilities=every))
     return Answer(task=ready.task.name, predictions=made)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from fastpeft.version import __version__
 
+ONNX_FILE = "model.onnx"
+
 _HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
     "SEQ_CLS": "SequenceClassification",
     "TOKEN_CLS": "TokenClassification",
@@ -104,6 +106,22 @@ def _chained_snippet(folder: str, prompt_head: str | None) -> str:
     return "\n".join(lines)
 
 
+def onnx_snippet(folder: str, *, max_length: int, pairs: bool, words: bool) -> str:
+    """Python code that runs the ONNX model in `folder`, which reads texts, `pairs` of them or lists of `words`."""
+    texts = '[["A", "warm", "film"]], is_split_into_words=True' if words else '["A warm film."]'
+    texts += ', ["Two friends meet."]' if pairs else ""
+    texts += f", padding=True, truncation=True, max_length={max_length}"
+    return (
+        "import onnxruntime\n"
+        "from transformers import AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})\n"
+        f"session = onnxruntime.InferenceSession({folder + '/' + ONNX_FILE!r})\n"
+        f'batch = tokenizer({texts}, return_tensors="np")\n'
+        "inputs = {each.name: batch[each.name] for each in session.get_inputs()}\n"
+        'logits = session.run(["logits"], inputs)[0]  # config.json has the names of its columns in id2label'
+    )
+
+
 def _prompt_line(folder: str) -> str:
     return f"prompt = Prompt.load({folder!r})  # prompt.encode(tokenizer, texts) makes what the model reads"
 
@@ -117,6 +135,7 @@ def model_card(
     data: str | None = None,
     labels: Sequence[str] = (),
     labels_are: str = "classes",
+    answers: str | None = None,
     chosen_by: str | None = None,
     metrics: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
@@ -127,10 +146,11 @@ def model_card(
         base_model: path or hub id of the model that was fine-tuned; None where it is not known.
         method: the method's title, as "SiVA".
         snippet: Python code that loads what was saved.
-        library: the one that loads it: `peft` for adapters, else `transformers`.
+        library: the one that loads it: `peft` for adapters, `onnx`, else `transformers`.
         data: what it was trained on, in words.
         labels: names of the model's outputs.
         labels_are: what those are, in one word.
+        answers: how answers follow from outputs; None: the most likely class is the answer, or the number.
         chosen_by: the metric by which the checkpoint was chosen; None: it is that of the last step.
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
@@ -147,6 +167,8 @@ def model_card(
         lines.append(f"- Data: {_in_line(data)}")
     if labels:
         lines.append(f"- {labels_are.capitalize()}: {', '.join(map(_in_line, labels))}")
+    if answers:
+        lines.append(f"- Answers: {_in_line(answers)}")
     if chosen_by:
         lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
     for title, values in (("Results", metrics), ("Settings", settings)):

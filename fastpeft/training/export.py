@@ -1,19 +1,22 @@
-"""A finished run, or a saved adapter, as what other libraries load: a plain model, or a plain LoRA."""
+"""A finished run, or a saved adapter, as what other libraries load: a plain model, a plain LoRA, or an ONNX file."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import DataCollatorWithPadding
 
+from fastpeft.data.examples import Examples
 from fastpeft.data.models import Classifier, resolve_model
 from fastpeft.data.problems import MASKED_WORDS
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder import LadderModel
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.methods.wrapping import merge
@@ -21,16 +24,18 @@ from fastpeft.mezo import Journal
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
-from fastpeft.support.model_card import loading_snippet, model_card
+from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.training.loading import FinishedRun, assemble
-from fastpeft.training.results import chosen_by, results
+from fastpeft.training.onnx_model import check_onnx, write_onnx
+from fastpeft.training.results import answers_in_words, chosen_by, results
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, setup_of_run
-from fastpeft.training.task import draw_start, prepare
+from fastpeft.training.task import draw_start, encode, prepare
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("merged", "lora")
+FORMS = ("merged", "lora", "onnx")
+_TEXTS = ("A warm film.", "It is long, and its end surprises nobody who has read the book.", "Good.")
 
 
 def export(folder: str | Path, output: str | Path, to: str = "merged", step: int | None = None) -> Path:
@@ -41,8 +46,9 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
             a base model that can be loaded.
         output: the folder to make.
         to: "merged", a plain transformers model: a whole one as it is, an adapter merged into its base, which may be
-            that of a chain of runs; or "lora", the adapter of a SiVA run as a LoRA of twice its rank, for its base.
-            See `fastpeft.siva.export.save_as_lora` for who takes it.
+            that of a chain of runs; "lora", the adapter of a SiVA run as a LoRA of twice its rank, for its base, see
+            `fastpeft.siva.export.save_as_lora` for who takes it; or "onnx", the merged model or the side network with
+            its backbone as `model.onnx`, compared with PyTorch on a few texts.
         step: of a run by MeZO, the weights after so many of its steps, made again from its journal. None: those that
             the run left.
 
@@ -50,14 +56,15 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         `output`.
 
     Raises:
-        FastpeftError: the run cannot be loaded or has no such form, or `output` exists. Nothing is written then.
+        FastpeftError: the run cannot be loaded or has no such form, `output` exists, or a library is not installed.
+            Nothing is written then.
 
     Example:
         >>> export("runs/siva-demo", "model")  # doctest: +SKIP
         >>> AutoModelForSequenceClassification.from_pretrained("model")  # doctest: +SKIP
     """
     if to not in FORMS:
-        raise FastpeftError(f"a run is exported to {to!r}; allowed are {' and '.join(FORMS)}. Choose one of these.")
+        raise FastpeftError(f"a run is exported to {to!r}; allowed are {', '.join(FORMS)}. Choose one of these.")
     output = Path(output).expanduser()
     if os.path.lexists(output):
         raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
@@ -65,15 +72,23 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
     if holds_adapter(source.path) and not source.started:
         if step is not None:
             raise FastpeftError(f"step is {step}, but {str(source.path)!r} holds an adapter alone. Leave it out.")
+        if to == "onnx":
+            raise FastpeftError(
+                f"{str(source.path)!r} holds an adapter alone, and only a run is exported to onnx. Export it to "
+                "merged, or call write_onnx of fastpeft.training.onnx_model on its model."
+            )
         (model, tokenizer), prompt = load_adapter(source.path), None
         card = _card_of_adapter(model, output, to, tokenizer is not None)
     else:
         setup = setup_of_run(source)
         setup.method.check_export(to, f"the run in {str(source.path)!r}")
+        if to == "onnx":
+            _check_onnx(setup, source)
         if to == "lora" and setup.config.init_from is not None:
             logger.info("the LoRA goes onto the model of the run in %s: export that to merged", setup.config.init_from)
         run = assemble(source) if step is None else _replay(source, setup, step)
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
+        batches = _batches(run) if to == "onnx" else []
         card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     remedy = "Give the name of a new folder where one can be made, with room in it."
@@ -82,7 +97,10 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         tempfile.TemporaryDirectory(prefix=".export-", dir=existing) as temporary,
     ):
         staged = Path(temporary) / output.name
-        _save(model, to, staged)
+        if to == "onnx":
+            _save_onnx(model, batches, staged)
+        else:
+            _save(model, to, staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if prompt is not None:
@@ -91,6 +109,38 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         output.parent.mkdir(parents=True, exist_ok=True)
         files.publish(staged, output)
     return output
+
+
+def _check_onnx(setup: RunSetup, folder: RunFolder) -> None:
+    """Raise `FastpeftError` where a run has no head that an ONNX file is written of, or a library is missing."""
+    if setup.head.by_words or setup.head.prompt is not None:
+        has = "learned masked words" if setup.head.problem is MASKED_WORDS else "has a prompt"
+        raise FastpeftError(
+            f"the run in {str(folder.path)!r} {has}; only a run without, with a head of its own, is exported to onnx. "
+            "Load it from its own folder."
+        )
+    check_onnx()
+
+
+def _batches(run: FinishedRun) -> list[Any]:
+    """A few texts as the model of a run reads them, in several shapes."""
+    texts: list[Any] = [text.split() if run.problem.per_token else text for text in _TEXTS]
+    if run.is_pair:
+        texts = list(zip(texts, reversed(texts)))
+    labels: list[Any] = [[0] * len(text) if run.problem.per_token else 0 for text in texts]
+    rows = encode(run.classifier.tokenizer, Examples(texts, labels), run.max_length, None, run.problem)
+    for row in rows:
+        del row["labels"]
+    pad = DataCollatorWithPadding(run.classifier.tokenizer)
+    return [dict(pad(some)) for some in (rows[:2], rows[2:], rows)]
+
+
+def _save_onnx(model: Any, batches: Sequence[Any], folder: Path) -> None:
+    folder.mkdir()
+    model = merge(model) if isinstance(model, PeftModel) else model
+    difference = write_onnx(model, batches, folder / ONNX_FILE)
+    (model.backbone.core if isinstance(model, LadderModel) else model).config.save_pretrained(folder)
+    logger.info("ONNX Runtime agrees with PyTorch on %d texts to %.0e of the largest output", len(_TEXTS), difference)
 
 
 def _save(model: Any, to: str, folder: Path) -> None:
@@ -136,13 +186,16 @@ def _card_of_run(
     onto_chain = adapter and config.init_from is not None
     base = f"the model of the run in {config.init_from}, exported to merged"
     shown = {name: getattr(config, name) for name in ("prompt", "init_from", "batch_size", "seed")}
+
     settings = {"learning_rate": metrics["learning_rate"], "steps": metrics["steps"], **shown, **config.settings}
     if step is not None:
         settings["steps"] = f"{step} of {metrics['steps']}"
     return model_card(
         base_model=config.model,
         method=f"{title}, as a LoRA" if adapter else title,
-        snippet=loading_snippet(
+        snippet=onnx_snippet(str(output), max_length=run.max_length, pairs=run.is_pair, words=run.problem.per_token)
+        if to == "onnx"
+        else loading_snippet(
             str(output),
             base_model=base if onto_chain else resolve_model(config.model),
             task_type=None if onto_chain else run.problem.task_type,
@@ -152,10 +205,11 @@ def _card_of_run(
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
         ),
-        library="peft" if adapter else "transformers",
+        library={"lora": "peft", "merged": "transformers"}.get(to, to),
         data=config.data,
         labels=run.labels,
         labels_are=run.problem.labels,
+        answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),
         chosen_by=chosen_by(metrics) if step is None else None,
         metrics=results(metrics) if step is None else None,
         settings={name: value for name, value in settings.items() if value is not None},

@@ -50,3 +50,10 @@ def test_mezo_decoder(tmp_path: Path) -> None:
     found = run("mezo_decoder", "--output", str(tmp_path))
     assert found["after"] < found["before"] - 0.5
     assert found["replayed"]
+
+
+@pytest.mark.docs
+def test_embeddings(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="the extra `integrations` is not installed")
+    score = run("embeddings", "--output", str(tmp_path), "--method", "lst")
+    assert score["loaded"] == score["after"] != score["before"]

@@ -10,8 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, Interrupt
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from samples import PROMPT, Interrupt, pairs, scores, tagged, write_jsonl
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 
 from fastpeft import FastpeftError, Prompt, PromptModel, TrainConfig, train
 from fastpeft.methods.registry import METHODS
@@ -162,6 +168,58 @@ def test_a_lora_of_a_chain_says_what_it_goes_onto(
     agree(PeftModel.from_pretrained(base, folder), second, folder)
     agree(by_the_card(folder, base=base), second, folder)
     assert f"base: 'the model of the run in {config.output}, exported" in (folder / "README.md").read_text()
+
+
+def onnx_logits(folder: Path) -> torch.Tensor:
+    """What the code in an exported folder's card computes."""
+    names: dict[str, Any] = {}
+    exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    return torch.from_numpy(names["logits"])
+
+
+@pytest.mark.long(but="full on numbers")
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [("full", scores), ("siva", pairs), ("k-lst", tagged)],
+    ids=["full on numbers", "SiVA on pairs", "k-LST on tags"],
+)
+def test_onnx(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str, data: Any) -> None:
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    train(replace(config, method=method, data=str(write_jsonl(tmp_path / "rows.jsonl", data(40)))))
+    with caplog.at_level(logging.INFO, "fastpeft"):
+        folder = export(config.output, tmp_path / "deep" / "onnx", "onnx")
+    assert "ONNX Runtime agrees with PyTorch on 3 texts" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    run = load_run(config.output)
+    assert AutoConfig.from_pretrained(folder).id2label == dict(enumerate(run.labels))
+    text: Any = [["A", "warm", "film"]] if run.problem.per_token else ["A warm film."]
+    given = (text, ["Two friends meet."]) if run.is_pair else (text,)
+    batch = run.classifier.tokenizer(*given, is_split_into_words=run.problem.per_token, return_tensors="pt")
+    with torch.no_grad():
+        expected = run.classifier.model.cpu()(**batch).logits
+    torch.testing.assert_close(onnx_logits(folder), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_onnx_form(config: TrainConfig, tmp_path: Path) -> None:
+    runs = {
+        "has a prompt; only a run without": {"method": "lora", **PROMPT},
+        "learned masked words; only a run without": {"objective": "mlm"},
+    }
+    for number, (message, changes) in enumerate(runs.items()):
+        run = train(replace(config, output=str(tmp_path / f"{number}"), **changes)).folder
+        with pytest.raises(FastpeftError, match=message):
+            export(run, tmp_path / "onnx", "onnx")
+    load_run(tmp_path / "0").classifier.model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FastpeftError, match="holds an adapter alone, and only a run is exported to onnx"):
+        export(tmp_path / "adapter", tmp_path / "onnx", "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_a_failed_write_leaves_nothing(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
