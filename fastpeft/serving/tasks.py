@@ -176,12 +176,12 @@ class Tasks:
                 shared.pool.add(name, run.classifier.model)
                 return Task(name, predictor, shared)
             except FastpeftError as error:  # it names what differs
-                reason = str(error)
+                reason = str(error).partition(". ")[0]
         try:
             pool = LadderPool(ladder.base, ladder.config.feature_modules, ladder.config.backbone_dtype)
             pool.add(name, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
-            return Task(name, predictor, None, str(error))
+            return Task(name, predictor, None, str(error).partition(". ")[0])
         return Task(name, predictor, Shared(pool, run.classifier.tokenizer, run.config.bf16), reason)
 
     def remove(self, name: str) -> None:
