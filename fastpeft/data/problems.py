@@ -27,7 +27,7 @@ TITLES = {
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
     "subset_accuracy": "subset accuracy",
-    "ranking_precision": "label ranking average precision",
+    "ranking_precision": "ranking precision",
     "word_f1": "F1 of words",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",

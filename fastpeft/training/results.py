@@ -53,13 +53,16 @@ def answers_in_words(metrics: Mapping[str, Any]) -> str | None:
 
 
 def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """F1, precision and recall of each class in a `metrics.json`, of many classes those of the lowest F1."""
+    """F1, precision and recall of each class in a `metrics.json`, and of how many rows or words it is the label.
+
+    Of many classes those of the lowest F1.
+    """
     known = metrics.get("per_class", {})
     shown = sorted(known, key=lambda name: known[name]["f1"])[:_WORST] if len(known) > _MOST_ROWS else list(known)
     rows = {
-        f"F1 of {name}": f"{found['f1']:.3f} (precision {found['precision']:.3f}, recall {found['recall']:.3f}, "
-        f"of {found['support']:,})"
-        for name, found in ((name, known[name]) for name in shown)
+        f"F1 of {name} ({(found := known[name])['support']:,})": f"{found['f1']:.3f}, "
+        f"precision {found['precision']:.3f}, recall {found['recall']:.3f}"
+        for name in shown
     }
     return rows | (
         {"all classes": f"{len(known):,}, of which these have the lowest F1"} if len(shown) < len(known) else {}
