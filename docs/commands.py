@@ -30,6 +30,8 @@ def fields() -> str:
 
 
 def section(name: str, command: Any) -> str:
+    for parameter in command.params:
+        parameter.hidden = False  # as `--help-all` shows them
     context = command.make_context(f"fastpeft {name}", [], resilient_parsing=True)
     records = [parameter.get_help_record(context) for parameter in command.params]
     body = [[f"`{names}`", plain(text)] for names, text in records]

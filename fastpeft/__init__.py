@@ -1,28 +1,31 @@
 """Fine-tune transformers on little memory: SiVA, k-LST and MeZO on custom kernels.
 
-Importing this package makes SIVA known to PEFT, so that `get_peft_model` and `PeftModel.from_pretrained` take it, and
-side networks to the Auto classes of transformers.
+With this package imported, PEFT knows SiVA, so that `get_peft_model` and `PeftModel.from_pretrained` take it, and the
+Auto classes of transformers know side networks. The import itself loads neither of the two, nor PyTorch: what is
+registered with a library is registered when that is imported, before or after this.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import fastpeft.support.quiet  # noqa: F401  # isort: skip  # before PEFT is imported
-from fastpeft import functional
+import fastpeft.support.quiet  # noqa: F401  # before PEFT is imported
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
-from fastpeft.siva import SivaConfig, SivaLinear
+from fastpeft.support.import_hook import when_imported
 from fastpeft.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fastpeft import functional
     from fastpeft.comparison.plan import CompareConfig
     from fastpeft.comparison.run import compare
+    from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.prompts.model import PromptCollator, PromptModel
     from fastpeft.prompts.template import Prompt
+    from fastpeft.siva import SivaConfig, SivaLinear
     from fastpeft.training.run import TrainConfig, train
 
 __all__ = [
@@ -45,15 +48,20 @@ __all__ = [
     "train",
 ]
 
-# Names that are loaded at first use, to keep the import quick: most of their modules import the Trainer.
-_LAZY = {
+# where the other names are, for their first use
+_MODULES = {
     "CompareConfig": "fastpeft.comparison.plan",
+    "LadderConfig": "fastpeft.ladder",
+    "LadderModel": "fastpeft.ladder",
+    "LadderPool": "fastpeft.ladder",
     "MeZO": "fastpeft.mezo.optimizer",
     "MeZOConfig": "fastpeft.mezo.trainer",
     "MeZOTrainer": "fastpeft.mezo.trainer",
     "Prompt": "fastpeft.prompts",
     "PromptCollator": "fastpeft.prompts.model",
     "PromptModel": "fastpeft.prompts.model",
+    "SivaConfig": "fastpeft.siva",
+    "SivaLinear": "fastpeft.siva",
     "TrainConfig": "fastpeft.training",
     "compare": "fastpeft.comparison.run",
     "train": "fastpeft.training",
@@ -61,10 +69,24 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif name == "functional":
+        value = importlib.import_module("fastpeft.functional")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# these packages register themselves
+when_imported(
+    {
+        "peft": partial(importlib.import_module, "fastpeft.siva"),
+        "transformers": partial(importlib.import_module, "fastpeft.ladder"),
+    }
+)

@@ -6,27 +6,61 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items
+from fastpeft.data.names import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
+from fastpeft.progress import shown, write_json
+from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.support.interrupts import sigterm_interrupts
-from fastpeft.training.config import TrainConfig, options, parse_value
+from fastpeft.support.launcher import is_first
+from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, TrainConfig, options, parse_value
+from fastpeft.training.run_folder import RunFolder, read_config
+from fastpeft.version import __version__
 
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
 
 
+_COMPARISON, _HELP = "Comparison", "Help"
+_PANELS = (_COMPARISON, DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED, _HELP)  # the headings of help, in their order
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Options, of which help shows flags without a type."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+class _Command(TyperCommand):
+    """A command, whose `--help` is below its other options."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = _HELP
+        return option
+
+
 class _Group(TyperGroup):
     """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -37,7 +71,7 @@ class _Group(TyperGroup):
                     backends.choices()  # raises where it asks for a back end that is not there
                 return super().invoke(ctx)
         except FastpeftError as error:
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {error.told(_typed)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             typer.echo(str(interrupt) or "Interrupted.", err=True)
@@ -47,10 +81,26 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune transformers on little memory.",
+    epilog="To begin: fastpeft train --data reviews.csv",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", "-V", is_eager=True, callback=_show_version, help="Show the version and exit."
+    ),
+) -> None:
+    pass
 
 
 def _flag(name: str) -> str:
@@ -58,36 +108,73 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _run_options(*excluded: str, panel: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of `TrainConfig`, which it takes as `**values`.
+def _typed(name: str) -> str:
+    """A name in a message, as the command line has it."""
+    return _flag(name) if name in {known.name for known in options()} else name
+
+
+def _show_all_help(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def _option(default: Any, *names: str, panel: str, common: bool = False, **others: Any) -> Any:
+    """An option under a heading of help; of a command with many, help shows the common ones unless asked for all."""
+    return typer.Option(default, *names, rich_help_panel=panel, hidden=not common, **others)
+
+
+def _offering(choices: Collection[str]) -> Callable[[], list[str]]:
+    """What completes a value on the command line."""
+    return lambda: list(choices)
+
+
+def _run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of `TrainConfig`, which it takes as `**values`, and `--help-all`.
 
     Args:
         excluded: names of fields for which it has none.
-        panel: the heading under which `--help` shows them, after the command's own. None: with those, before them.
     """
     made = []
     for known in options():
         if known.name not in excluded:
-            shown = typer.Option(
-                _flag(known.name), help=known.text(_flag), metavar=known.metavar, rich_help_panel=panel
+            shown = _option(
+                None,
+                _flag(known.name),
+                *([f"-{known.letter}"] if known.letter else []),
+                panel=known.panel,
+                common=known.common,
+                help=known.text(_flag),
+                metavar=known.metavar,
+                autocompletion=_offering(known.choices) if known.choices else None,
             )
-            kind: Any = Annotated[known.kind | None, shown]
-            made.append(inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+            parameter = inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=shown)
+            made.append(parameter.replace(annotation=known.kind | None))
+    asked = _option(
+        False, "--help-all", panel=_HELP, common=True, is_eager=True, callback=_show_all_help, help="Show every option."
+    )
+    made.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=asked, annotation=bool))
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = [*own, *made] if panel else [*made, *own]
+        parameters = sorted([*made, *own], key=lambda each: _PANELS.index(each.default.rich_help_panel))
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return command
 
     return add
 
 
-_SETTINGS = typer.Option(
-    None, "--set", metavar="KEY=VALUE", help="A field of the method's configuration or of TrainingArguments."
+_SETTINGS = _option(
+    None,
+    "--set",
+    panel=METHOD,
+    metavar="KEY=VALUE",
+    help="A field of the method's configuration or of TrainingArguments.",
 )
-_QUIET = typer.Option(False, "--quiet", help="Show nothing but errors.")
+_QUIET = _option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -118,33 +205,47 @@ def _stem(data: str) -> str:
     return Path(data).stem.replace(":", "-")
 
 
-@app.command()
+@app.command(cls=_Command)
 @_run_options("found_prompt", "settings")
 def train(
     *,
-    config: Path | None = typer.Option(None, help="A run.json to repeat; other options change it."),
-    settings: list[str] | None = _SETTINGS,
-    resume: bool = typer.Option(False, "--resume", help="Go on from where the run in the output has come to."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the run in the output."),
-    quiet: bool = _QUIET,
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Show what would be trained, its memory and time; write nothing."
+    config: Path | None = _option(
+        None, "--config", panel=ADVANCED, metavar="FILE", help="A run.json to repeat; other options change it."
     ),
-    memory_budget: float | None = typer.Option(
-        None, metavar="MB", help="With --dry-run: show whether a step fits into so much memory."
+    settings: list[str] | None = _SETTINGS,
+    resume: bool = _option(
+        False, "--resume", panel=OUTPUT, common=True, help="Go on from where the run in the output has come to."
+    ),
+    overwrite: bool = _option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
+    quiet: bool = _QUIET,
+    progress: str = _option(
+        "auto",
+        "--progress",
+        panel=OUTPUT,
+        metavar="KIND",
+        help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, an object a line on standard "
+        "output, the result last; or none",
+    ),
+    dry_run: bool = _option(
+        False,
+        "--dry-run",
+        panel=OUTPUT,
+        common=True,
+        help="Show what would be trained, its memory and time; write nothing.",
+    ),
+    memory_budget: float | None = _option(
+        None,
+        "--memory-budget",
+        panel=OUTPUT,
+        metavar="MB",
+        help="With --dry-run: show whether a step fits into so much memory.",
     ),
     **values: Any,
 ) -> None:
     """Fine-tune a model."""
-    from fastpeft import console
-    from fastpeft.support import processes
-    from fastpeft.training.run import train as train_run
-    from fastpeft.training.run_folder import RunFolder, read_config
-
     values = _given(values)
     new_settings = _settings(settings)
-    quiet = quiet or not processes.is_first()
-    console.show_messages(quiet)
+    quiet = quiet or not is_first()
     if config is not None:
         values = {**read_config(config), **values}
     values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
@@ -154,22 +255,32 @@ def train(
         values["settings"] = {**values.get("settings", {}), **new_settings}
     run = TrainConfig.from_values(values)
     _check_budget(memory_budget, dry_run)
-    if dry_run:
-        console.show_run_plan(run, memory_budget)
-        return
     command = shlex.join(["fastpeft", *sys.argv[1:]])
-    with console.progress_bar(quiet) as callbacks:
-        result = train_run(run, resume=resume, overwrite=overwrite, callbacks=callbacks, command=command)
-    if not quiet:
+    with shown("none" if quiet and progress == "auto" else progress):
+        from fastpeft import console
+        from fastpeft.training.run import train as train_run
+
+        console.show_messages(quiet)
+        if dry_run:
+            plan = console.run_plan(run, memory_budget)
+        else:
+            result = train_run(run, resume=resume, overwrite=overwrite, command=command)
+    if dry_run:
+        console.show_run_plan(run, plan, memory_budget)
+    elif progress == "json":
+        write_json({"stage": "finished", "folder": str(result.folder), "metrics": result.metrics})
+    elif not quiet:
         console.show_metrics(result.folder, result.metrics)
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=_Command)
 def evaluate(
     folder: Path | None = typer.Argument(None, metavar="[DIR]", help="Folder of a finished run."),
-    data: str | None = typer.Option(None, help="Other data: all rows of a file, or the dev file of a folder."),
+    data: str | None = typer.Option(
+        None, "--data", "-d", help="Other data: all rows of a file, or the dev file of a folder."
+    ),
     model: str | None = typer.Option(
-        None, help="In place of DIR: a model, with a prompt and no training, on the dev rows."
+        None, "--model", "-m", help="In place of DIR: a model, with a prompt and no training, on the dev rows."
     ),
     prompt: str | None = typer.Option(
         None,
@@ -184,32 +295,35 @@ def evaluate(
     label_column: str | None = typer.Option(None, help="Column of classes in --data."),
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""
-    from fastpeft import console
-    from fastpeft.prompts.named import is_auto, parse_prompt
-    from fastpeft.training import evaluation
-
-    console.show_messages(quiet=False)
-    columns = {"text_column": text_column, "label_column": label_column}
-    if folder is not None and (model, prompt, label_words, calibrate) == (None, None, None, False):
-        metrics = evaluation.evaluate(folder, data, **columns)
-        title = f"{folder} on {data or 'its own data'}"
-    elif folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words)):
-        data = data or "demo"
-        texts = evaluation.load_classes(data, text_column, label_column)
-        parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
-        assert parsed is not None  # for none, this branch is not taken
-        metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
-        title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
-    elif folder is None and model:
+    zero_shot = folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))
+    if folder is None and model and not zero_shot:
         raise FastpeftError(
             "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "
             "and its words, as --prompt '{text} It was <mask>.' --label-words terrible,great; or --prompt auto, which "
             "finds one on the training rows of --data."
         )
-    else:
+    if not zero_shot and (folder is None or (model, prompt, label_words, calibrate) != (None, None, None, False)):
         raise FastpeftError(
             "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
         )
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    with shown(lines=False):
+        from fastpeft import console
+        from fastpeft.training import evaluation
+
+        console.show_messages(quiet=False)
+        if folder is not None:
+            metrics = evaluation.evaluate(folder, data, **columns)
+            title = f"{folder} on {data or 'its own data'}"
+        else:
+            assert model
+            assert prompt
+            data = data or DEMO
+            texts = evaluation.load_classes(data, **columns)
+            parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
+            assert parsed is not None  # for none, there was an error
+            metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
+            title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
     console.show_table(
         title,
         [*console.measured(metrics), ("loss", f"{metrics['loss']:.3f}"), ("rows", f"{metrics['dev_rows']:,}")],
@@ -217,7 +331,7 @@ def evaluate(
     console.show_warnings(metrics)
 
 
-@app.command()
+@app.command(cls=_Command)
 def predict(
     folder: Path = typer.Argument(..., metavar="DIR", help="Folder of a finished run."),
     texts: list[str] | None = typer.Argument(
@@ -234,7 +348,10 @@ def predict(
     text_column: str | None = typer.Option(None, help="Column of texts in --file, or two joined by a comma for pairs."),
     every: bool = typer.Option(False, "--all", help="Show the probability of every class, not of one."),
     output: Path | None = typer.Option(
-        None, help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file."
+        None,
+        "--output",
+        "-o",
+        help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file.",
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
 ) -> None:
@@ -245,16 +362,17 @@ def predict(
 
     Exit code 1: rows of the file were left out, each named on standard error.
     """
-    from fastpeft import console
-    from fastpeft.training import prediction
-
-    console.show_messages(quiet=False)
     if not texts and file is None:
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
         raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
-    target = None if output is None else prediction.check_output(output, overwrite)
-    found = prediction.Predictions(folder, texts or [], file, kind=kind, text_column=text_column)
+    with shown(lines=False):
+        from fastpeft import console
+        from fastpeft.training import prediction
+
+        console.show_messages(quiet=False)
+        target = None if output is None else prediction.check_output(output, overwrite)
+        found = prediction.Predictions(folder, texts or [], file, kind=kind, text_column=text_column)
     with ExitStack() as held:
         write = None if target is None else held.enter_context(prediction.writing(target, found.columns))
         advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))
@@ -275,42 +393,94 @@ def predict(
     raise typer.Exit(1 if count else 0)
 
 
-@app.command()
-@_run_options(*DECIDED, *PROMPTED, panel="For all cells, as for train")
+@app.command(cls=_Command)
+@_run_options(*DECIDED, *PROMPTED)
 def compare(
     *,
-    output: str = typer.Option(..., help="Folder of the comparison; in one that is there it goes on."),
-    suite: str | None = typer.Option(
-        None, help="table1, table2 or figure5: the rows that the paper has there, beside --methods."
+    output: str = _option(
+        ...,
+        "--output",
+        "-o",
+        panel=OUTPUT,
+        common=True,
+        metavar="DIR",
+        help="Folder of the comparison; in one that is there it goes on.",
     ),
-    methods: list[str] | None = typer.Option(
+    suite: str | None = _option(
         None,
+        "--suite",
+        panel=_COMPARISON,
+        common=True,
+        metavar="NAME",
+        help="table1, table2 or figure5: the rows that the paper has there, beside --methods.",
+    ),
+    methods: list[str] | None = _option(
+        None,
+        "--methods",
+        panel=_COMPARISON,
+        common=True,
         metavar="VARIANT,...",
         help=f"Of {_NAMES}. A variant is a method and its options after colons: "
         "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
         "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
     ),
-    protocol: str | None = typer.Option(
+    protocol: str | None = _option(
         None,
+        "--protocol",
+        panel=_COMPARISON,
+        common=True,
+        metavar="NAME",
         help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
         "three rates on a slice of the training rows.",
     ),
-    seeds: int | None = typer.Option(
-        None, help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)"
-    ),
-    prompts: list[str] | None = typer.Option(
+    seeds: int | None = _option(
         None,
+        "--seeds",
+        panel=_COMPARISON,
+        common=True,
+        metavar="N",
+        help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)",
+    ),
+    prompts: list[str] | None = _option(
+        None,
+        "--prompts",
+        panel=_COMPARISON,
         metavar="PROMPT,...",
         help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
         "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
     ),
+    jobs: int | None = _option(
+        None,
+        "--jobs",
+        "-j",
+        panel=_COMPARISON,
+        common=True,
+        metavar="N",
+        help="Run N cells at once: the CPU threads are divided among them, and each has a GPU where there are several "
+        "(default: 1; with --executor ray one a GPU, or one a node)",
+    ),
+    executor: str = _option(
+        "local",
+        "--executor",
+        panel=_COMPARISON,
+        metavar="local|ray",
+        help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",
+    ),
     settings: list[str] | None = _SETTINGS,
     quiet: bool = _QUIET,
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Show the cells with the time and memory that each would take; write nothing."
+    dry_run: bool = _option(
+        False,
+        "--dry-run",
+        panel=OUTPUT,
+        common=True,
+        help="Show the cells with the time and memory that each would take; write nothing.",
     ),
-    memory_budget: float | None = typer.Option(
-        None, metavar="MB", help="With --dry-run: show which cells fit into so much memory."
+    memory_budget: float | None = _option(
+        None,
+        "--memory-budget",
+        panel=OUTPUT,
+        metavar="MB",
+        help="With --dry-run: show which cells fit into so much memory.",
     ),
     **common: Any,
 ) -> None:
@@ -320,24 +490,26 @@ def compare(
 
     Exit code 1: some failed, or with --dry-run would.
     """
-    from fastpeft import console
-    from fastpeft.comparison.plan import CompareConfig
-    from fastpeft.comparison.run import Comparison
-
-    console.show_messages(quiet)
-    config = CompareConfig(
-        output=output,
-        methods=[item for text in methods or [] for item in split_items(text)],
-        suite=suite,
-        protocol=protocol,
-        prompts=[item for text in prompts or [] for item in split_items(text)],
-        seeds=seeds,
-        common={**_settings(settings), **_given(common)},
-    )
     _check_budget(memory_budget, dry_run)
-    comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]))
+    with shown("none" if quiet else "auto", lines=False):
+        from fastpeft import console
+        from fastpeft.comparison.plan import CompareConfig
+        from fastpeft.comparison.run import Comparison
+
+        console.show_messages(quiet)
+        config = CompareConfig(
+            output=output,
+            methods=[item for text in methods or [] for item in split_items(text)],
+            suite=suite,
+            protocol=protocol,
+            prompts=[item for text in prompts or [] for item in split_items(text)],
+            seeds=seeds,
+            common={**_settings(settings), **_given(common)},
+        )
+        comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]), jobs, executor)
+        known = console.estimates(comparison, memory_budget) if dry_run else {}
     if dry_run:
-        failing = console.show_plan(comparison, memory_budget)
+        failing = console.show_plan(comparison, known, memory_budget)
         for variant, error in failing.items():
             typer.echo(f"{variant} would fail: {error}", err=True)
         raise typer.Exit(1 if failing else 0)
@@ -353,7 +525,7 @@ def compare(
     raise typer.Exit(1 if result.failed else 0)
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     folder: Path = typer.Argument(..., metavar="RUN", help="Folder of a finished run or of a PEFT adapter."),
     output: Path = typer.Argument(..., metavar="OUT", help="The folder to make."),
@@ -365,19 +537,22 @@ def export(
     step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
-    from fastpeft import console
-    from fastpeft.training import export as exporting
+    with shown(lines=False):
+        from fastpeft import console
+        from fastpeft.training import export as exporting
 
-    console.show_messages(quiet=False)
-    typer.echo(f"saved in {exporting.export(folder, output, to, step)}")
+        console.show_messages(quiet=False)
+        saved = exporting.export(folder, output, to, step)
+    typer.echo(f"saved in {saved}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
-    from fastpeft import console
-    from fastpeft.ops import backends
-    from fastpeft.support import environment
+    with shown(lines=False):
+        from fastpeft import console
+        from fastpeft.ops import backends
+        from fastpeft.support import environment
 
     console.show_messages(quiet=False)
     ops = [(f"{choice.op} on {choice.device}", f"{choice.backend}: {choice.reason}") for choice in backends.choices()]

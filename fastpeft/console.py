@@ -1,39 +1,33 @@
-"""What the command line shows: progress, tables, messages."""
+"""What the command line shows: tables and messages."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
 
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
+from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order
-from fastpeft.mezo.trainer import MeZOConfig
-from fastpeft.siva.progress import listening
+from fastpeft.progress import console, errors
 from fastpeft.support.logs import show_own_messages
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.estimates import Estimate, plan
+from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
-from fastpeft.training.results import memory
-from fastpeft.training.trainer import Clock
-
-# what is shown are a person's own words and paths, in which brackets and colons mean nothing
-console = Console(highlight=False, markup=False, emoji=False)
-errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+from fastpeft.training.results import class_scores, memory, threshold_in_words
 
 
 def show_messages(quiet: bool) -> None:
@@ -41,93 +35,6 @@ def show_messages(quiet: bool) -> None:
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
     show_own_messages(handler, quiet)
     pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
-
-
-class ProgressBar(TrainerCallback):
-    """A bar over the steps of a run, with the latest loss and metric and the speed in samples a second.
-
-    By MeZO, with the latest projected gradient too, and the speed in steps a second: its runs have many short ones.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("training", total=None, loss="-", slope="", metric="", speed="")
-        self.clock = Clock()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
-        self.progress.start()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.on_step_begin(args, state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.on_step_end(args, state, control)
-        speed = self.clock.steps / self.clock.seconds
-        rows = args.train_batch_size * args.gradient_accumulation_steps
-        shown = f"{speed:.1f} steps/s" if isinstance(args, MeZOConfig) else f"{speed * rows:.1f} samples/s"
-        self.progress.update(self.task, completed=state.global_step, speed=shown)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-        if "projected_grad" in logs:
-            self.progress.update(self.task, slope=f"g {logs['projected_grad']:.3g}")
-        measured = [name for name in logs if name.startswith("eval_") and name.removeprefix("eval_") in TITLES]
-        for name in measured[:1]:  # a problem's first metric is logged first
-            self.progress.update(self.task, metric=f"{TITLES[name.removeprefix('eval_')]} {logs[name]:.3f}")
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[list[TrainerCallback]]:
-    """The callbacks that show progress, none if `quiet`. The bar ends with the block, however that ends."""
-    if quiet:
-        yield []
-        return
-    fields = "loss {task.fields[loss]}  {task.fields[slope]}  {task.fields[metric]}  {task.fields[speed]}"
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(fields),
-        TimeRemainingColumn(),
-        console=errors,
-    )
-    try:
-        with _decomposition_bar():
-            yield [ProgressBar(progress)]
-    finally:
-        progress.stop()
-
-
-PATIENCE_S = 2.0  # before a bar shows how many weights are decomposed
-
-
-@contextmanager
-def _decomposition_bar() -> Iterator[None]:
-    """On a terminal, a bar over the layers that SiVA decomposes, if that takes long. It goes away at the end."""
-    columns = (TextColumn("decomposing weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=errors, transient=True)
-    task, began = bar.add_task("decomposing weights", total=None), time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal began
-        began = time.monotonic() if done == 1 else began
-        bar.update(task, completed=done, total=total)
-        if errors.is_terminal and time.monotonic() - began > PATIENCE_S:
-            bar.start()  # again is harmless
-        if done == total:
-            stop()
-
-    def stop() -> None:
-        if bar.live.is_started:  # a bar that never showed would end in an empty line
-            bar.stop()
-
-    try:
-        with listening(show):
-            yield
-    finally:
-        stop()
 
 
 @contextmanager
@@ -154,7 +61,8 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of a table: what was measured, and what it was before training where that is known.
 
     First comes the metric that the result was chosen by, then those of the problem, the one to look at first; last,
-    where there are classes, what always answering the most frequent one of the training rows would measure.
+    where there are classes, what always answering the most frequent one of the training rows would measure, and the
+    scores of each.
     """
     rows = []
     for name in in_order(metrics):
@@ -164,10 +72,12 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"{title} before", f"{before:.3f}"))
         rows.append((f"{title} after" if before is not None else title, f"{metrics[name]:.3f}"))
     if always := metrics.get("most_frequent_class"):
-        kind = "tag" if "word_f1" in always else "class"
+        kind = "tag" if "word_f1" in always else "labels" if "micro_f1" in always else "class"
         scores = ", ".join(f"{TITLES[name]} {always[name]:.3f}" for name in always if name in TITLES)
         rows.append((f"most frequent {kind}", f"{scores} (always {always['class']})"))
-    return rows
+    if threshold := threshold_in_words(metrics):
+        rows.append(("threshold", threshold))
+    return [*rows, *class_scores(metrics).items()]
 
 
 def show_warnings(metrics: Mapping[str, Any]) -> None:
@@ -192,10 +102,15 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
     show_warnings(metrics)
 
 
-def show_run_plan(config: TrainConfig, budget_mb: float | None) -> None:
-    """Print what a run would do and take, its time by a few steps that really run."""
-    with _warnings_alone(), errors.status("running a few steps"):
-        what = plan(config, timed=True, budget_mb=budget_mb)
+def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
+    """What a run would do and take, its time by a few steps that really run."""
+    report("running a few steps")
+    with _warnings_alone():
+        return plan(config, timed=True, budget_mb=budget_mb)
+
+
+def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None) -> None:
+    """Print it."""
     known, peak = what.estimate, what.peak_memory_mb
     seconds = known.seconds(what.rows)
     rows = [
@@ -227,31 +142,47 @@ def _time(known: Estimate, seconds: float | None, budget_mb: float | None) -> st
     return "not timed: does not fit" if budget_mb is not None and known.fits(budget_mb) is False else "unknown"
 
 
-def show_plan(comparison: Comparison, budget_mb: float | None) -> dict[str, str]:
+def estimates(comparison: Comparison, budget_mb: float | None) -> dict[str, Estimate]:
+    """What a run of each variant would take, by a few steps that really run."""
+    report("running a few steps of each variant")
+    with _warnings_alone():
+        return comparison.estimates(budget_mb)
+
+
+def show_plan(comparison: Comparison, known: Mapping[str, Estimate], budget_mb: float | None) -> dict[str, str]:
     """Print the cells of a comparison, in the order in which they run, and what each would take.
+
+    Args:
+        comparison: what they belong to.
+        known: what `estimates` found.
+        budget_mb: memory that they are to fit into.
 
     Returns:
         Why variants would fail, by the variant.
     """
     cells = comparison.plan.wanted
-    with _warnings_alone(), errors.status("running a few steps of each variant"):
-        known = comparison.estimates(budget_mb)
     table = Table("cell", "state", "memory, MB", *(["fits"] if budget_mb else []), "time")
-    timed: list[float] = []
+    timed: dict[str, float] = {}
     for cell in cells:
         if cell.state == "finished":
             table.add_row(cell.name, cell.state, "-", *(["-"] if budget_mb else []), "-")
             continue
         found = known.get(cell.variant, Estimate())
         seconds = found.seconds(comparison.rows(cell))
-        timed += [] if seconds is None else [seconds]
+        timed |= {} if seconds is None else {cell.name: seconds}
         fits = [] if budget_mb is None else [_fits(found, budget_mb)]
         memory = "-" if found.memory_mb is None else f"{found.memory_mb:,.0f}"
         time = "fails" if found.error else _time(found, seconds, budget_mb)
         table.add_row(cell.name, comparison.state(cell), memory, *fits, time)
     console.print(table)
-    finished = sum(cell.state == "finished" for cell in cells)
-    left = f", about {_duration(sum(timed))} for what has a time" if timed else ""
+    unfinished, executor = [cell for cell in cells if cell.state != "finished"], comparison.executor
+    finished = len(cells) - len(unfinished)
+    left = ""
+    if timed:
+        left = f", about {_duration(seconds_of_all(unfinished, timed, executor.jobs))} for what has a time"
+        if executor.jobs > 1:
+            each = f"{executor.threads} CPU thread{'s' * (executor.threads > 1)} each"
+            left += f", if {executor.jobs} cells at once, with {each}, do not slow one another"
     console.print(f"{finished} of {len(cells)} finished{left}; nothing was written")
     return {variant: found.error for variant, found in known.items() if found.error}
 
@@ -324,14 +255,15 @@ def _cells_view(comparison: Comparison) -> Group:
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
         state, text = known[cell.name], output.headline(cell.metrics() or {}) or cell.error() or ""
-        text = _duration(comparison.seconds_running()) if state == "running" else text
+        text = _duration(comparison.seconds_running(cell)) if state == "running" else text
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))
 
 
 def _nearest(states: Mapping[str, list[Cell]], room: int) -> list[Cell]:
-    """So many cells: the one that runs, the last that failed, the last that finished, the next that wait."""
-    shown = [*states["running"], *_last(states["failed"], room // 4)]
+    """So many cells: those that run, the last that failed, the last that finished, the next that wait."""
+    shown = states["running"][:room]
+    shown += _last(states["failed"], min(room - len(shown), room // 4))
     rest = max(0, room - len(shown))
     waiting = states["waiting"][: max(rest // 2, rest - len(states["finished"]))]
     return [*shown, *_last(states["finished"], rest - len(waiting)), *waiting]

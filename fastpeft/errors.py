@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Callable, Iterable
+
 
 class FastpeftError(ValueError):
     """Raised when what was given cannot be used.
 
     Its message names what was given, what is allowed and what to do. The command line prints the message
-    alone and exits with code 2.
+    alone and exits with code 2. A name of an option stands in backticks in what it is made of; the message has it as
+    Python does, and on the command line as it is typed there.
     """
+
+    def __str__(self) -> str:
+        return self.told(str)
+
+    def told(self, named: Callable[[str], str]) -> str:
+        """The message, in which `named` writes the name of an option."""
+        return re.sub(r"`(\w+)`", lambda found: named(found[1]), super().__str__())
 
 
 class NotFiniteError(FastpeftError):
@@ -22,3 +34,10 @@ class LostProcessError(FastpeftError):
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line: its first, or its type where it says nothing."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """A sentence with the names that are close to a given one, after a space; nothing where none is."""
+    known = list(allowed)
+    close = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known, 3, cutoff)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -89,6 +89,18 @@ def scores(rows: int) -> list[dict[str, Any]]:
     return [{"text": text, "score": values[label]} for text, label in reviews(rows, tuple(values))]
 
 
+def labelled(rows: int) -> list[dict[str, Any]]:
+    """Made-up texts with the list of opinions in them: none, one or several."""
+    generator = random.Random(0)
+    made = []
+    for row in range(rows):
+        labels = [label for index, label in enumerate(WORDS) if row % 8 & 1 << index]
+        words = [*generator.choices(_FILLERS, k=6), *(generator.choice(WORDS[label]) for label in labels)]
+        generator.shuffle(words)
+        made.append({"text": " ".join(words), "labels": labels})
+    return made
+
+
 def tagged(rows: int) -> list[dict[str, Any]]:
     """Made-up lists of words with a tag for each: that of the opinion, or O."""
     tags = {word: f"B-{label}" for label, words in WORDS.items() for word in words}

@@ -142,13 +142,85 @@ def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_help_has_the_fields_of_a_run(command: str) -> None:
-    shown = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+    shown = " ".join(run(command, "--help-all").stdout.replace("│", " ").split())
     left_out = set() if command == "train" else {*DECIDED, *PROMPTED} - {"output"}  # it has one of its own
     for known in options():
         if known.kind is not dict:
             assert (f" --{known.name.replace('_', '-')} " in shown) == (known.name not in left_out), known.name
     assert all(f"--{name} " in shown for name in ("set", "quiet", "dry-run", "memory-budget"))
     assert all(name in shown for name in METHODS)
+
+
+def test_help_has_what_most_people_need_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("train", "-h").stdout
+    names = re.findall(r"^│ (--[a-z-]+) ", shown, re.MULTILINE)
+    assert len(names) == 12, "ten, and the two of help itself"
+    assert {"--data", "--model", "--method", "--output", "--help-all"} <= set(names)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "bool" not in shown
+    every = run("train", "--help-all").stdout
+    headings = re.findall(r"^╭─ (\w+) ─", every, re.MULTILINE)
+    assert headings == ["Data", "Model", "Method", "Training", "Output", "Advanced", "Help"]
+    assert max(map(len, every.splitlines())) <= 80
+    assert "…" not in every
+
+
+def test_short_names_and_the_version(place: Path) -> None:
+    assert run("--version").stdout == run("-V").stdout == f"fastpeft {fastpeft.__version__}\n"
+    run("train", "-m", "model", "-d", "reviews.csv", "-o", "out", "--max-steps", "1", "--method", "head", "-q")
+    assert run("predict", "out", "a film", "-o", "found.csv").stdout
+    assert "accuracy" in run("eval", "out", "-d", "reviews.csv").stdout
+
+
+def test_values_are_completed() -> None:
+    environment = {"_FASTPEFT_COMPLETE": "complete_bash", "COMP_WORDS": "fastpeft train --method k-", "COMP_CWORD": "3"}
+    shown = CliRunner().invoke(app, [], prog_name="fastpeft", env=environment)
+    assert shown.stdout.split() == ["k-lst", "k-lst-direct"]
+
+
+def test_progress_for_a_program(place: Path) -> None:
+    shown = run(*TRAIN, "--method", "siva", "--output", "out", "--progress", "json")
+    told = [json.loads(line) for line in shown.stdout.splitlines()]
+    stages = list(dict.fromkeys(each["stage"] for each in told))
+    assert stages == [
+        "loading libraries",
+        "reading data",
+        "loading the model",
+        "encoding texts",
+        "preparing the model",
+        "decomposing weights",
+        "measuring before training",
+        "training",
+        "measuring",
+        "measuring after training",
+        "simulating memory",
+        "saving",
+        "finished",
+    ]
+    assert told[-1]["metrics"] == json.loads((place / "out" / "metrics.json").read_text())
+    steps = [each for each in told if each["stage"] == "training"]
+    assert (steps[-1]["done"], steps[-1]["total"], steps[-1]["seconds_left"]) == (4, 4, 0.0)
+    assert steps[-1]["samples_per_second"] > 0
+
+
+def test_a_run_reports_to_tensorboard(place: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(*TRAIN, "--method", "head", "--output", "out", "--report-to", "tensorboard", "--quiet")
+    events = list((place / "out" / "logs").glob("events.out.tfevents.*"))
+    assert any(b"train/loss" in path.read_bytes() for path in events)
+    assert sorted(path.name for path in place.iterdir()) == ["model", "out", "reviews.csv"]
+    run(*TRAIN, "--method", "head", "--output", "out", "--quiet", "--overwrite")
+    assert not (place / "out" / "logs").exists()
+
+
+def test_a_reporter_that_is_not_installed_is_one_message(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastpeft.training.task.find_spec", lambda name: None)
+    refused = CliRunner().invoke(app, [*TRAIN, "--report-to", "wandb"])
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[-1].startswith(
+        "Error: --report-to is 'wandb', but that package is not installed."
+    )
 
 
 def test_what_trains_with_label_words(place: Path) -> None:

@@ -1,28 +1,48 @@
-"""What an import loads: the command line and the options answer without PyTorch."""
+"""What an import loads: this library alone loads no other, and registers with one when that is imported."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import fastpeft
-
-# the package without its own `__init__`, whose names for users load PyTorch
-PROGRAM = """
-import importlib, sys, types
-package = types.ModuleType("fastpeft")
-package.__path__ = [sys.argv[1]]
-sys.modules["fastpeft"] = package
-importlib.import_module(sys.argv[2])
-print(*({"torch", "transformers", "peft"} & sys.modules.keys()))
+LIBRARIES = ("torch", "transformers", "peft")
+LOADED = f"print(*sorted({set(LIBRARIES)} & sys.modules.keys()))"
+# what waits for a library is done, and no import is looked at any more
+REGISTERED = """
+from transformers import AutoConfig, AutoModelForSequenceClassification as auto
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as adapters
+assert "SIVA" in adapters
+assert type(AutoConfig.for_model("fastpeft_ladder")) in auto._model_mapping.keys()
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("fastpeft")]
 """
 
 
-@pytest.mark.parametrize("module", ["fastpeft.training.config", "fastpeft.cli"])
-def test_options_are_known_without_pytorch(module: str) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(Path(fastpeft.__file__).parent), module]
+def python(program: str) -> str:
+    command = [sys.executable, "-c", f"import sys\n{program}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("", "")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("module", ["fastpeft", "fastpeft.training.config", "fastpeft.cli"])
+def test_an_import_alone_loads_no_other_library(module: str) -> None:
+    assert python(f"import {module}\n{LOADED}") == ""
+
+
+@pytest.mark.long(but="both after")
+@pytest.mark.parametrize(
+    "imports",
+    [
+        pytest.param("import fastpeft, peft, transformers", id="both after"),
+        pytest.param("import fastpeft, transformers, peft", id="transformers first"),
+        pytest.param("import peft, transformers, fastpeft", id="both before"),
+        pytest.param("import transformers, fastpeft", id="one before"),
+        pytest.param("from fastpeft.models import resolve_model", id="from our own modules"),
+        pytest.param("from fastpeft import SivaConfig", id="by a name"),
+        pytest.param("import fastpeft\nfrom transformers import Trainer", id="inside transformers"),
+    ],
+)
+def test_what_is_registered_in_any_order_of_imports(imports: str) -> None:
+    python(f"{imports}\n{REGISTERED}")

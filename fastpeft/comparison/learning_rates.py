@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.data.examples import Examples, TextData
-from fastpeft.data.problems import REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -48,13 +48,16 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
         seed: decides the choice and the order.
 
     Raises:
-        FastpeftError: the rows to learn from lack a class or tag.
+        FastpeftError: the rows to learn from lack a class or tag. A label that they lack, no row of the slice has.
     """
     order = list(range(len(data.train)))
     random.Random(seed).shuffle(order)
     train = _chosen(data.train, order[:rows])
     dev = data.dev if dev_rows is None else _chosen(data.train, order[rows : rows + dev_rows])
-    if data.problem is not REGRESSION:
+    if data.problem is MULTI_LABEL:
+        counts = [sum(label) for label in zip(*train.labels)]
+        dev = Examples(dev.texts, [[has * (count > 0) for has, count in zip(row, counts)] for row in dev.labels])
+    elif data.problem is not REGRESSION:
         seen = {tag for tags in train.labels for tag in (tags if data.problem.per_token else [tags])}
         missing = [name for index, name in enumerate(data.labels) if index not in seen]
         if missing:
@@ -62,7 +65,7 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
                 f"a slice of {rows:,} training rows has none of {missing[0]!r}, so learning rates cannot be searched "
                 "on it. Give more rows, or leave rare classes out."
             )
-    return dataclasses.replace(data, train=train, dev=dev)
+    return dataclasses.replace(data, train=train, dev=dev, apart=None)
 
 
 def write_rows(data: TextData, folder: Path) -> None:
@@ -84,4 +87,7 @@ def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:
             yield {"tokens": text, "tags": [data.labels[tag] for tag in label]}
             continue
         columns = {"sentence1": text[0], "sentence2": text[1]} if examples.is_pair else {"text": text}
+        if data.problem is MULTI_LABEL:
+            yield {**columns, "labels": [name for name, has in zip(data.labels, label) if has]}
+            continue
         yield {**columns, "label": label, **({} if data.problem is REGRESSION else {"label_text": data.labels[label]})}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from fastpeft.comparison.learning_rates import rates
 from fastpeft.comparison.suites import get_suite, suite_names
 from fastpeft.comparison.variants import CHAIN, DECIDED, ZERO_SHOT, parse_variant, partition_chain, with_prompts
 from fastpeft.data.splitting import SHUFFLED
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
 from fastpeft.training.config import FOR_LABELS, TrainConfig, options
@@ -74,7 +73,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.output, str) or not self.output:
-            raise FastpeftError(f"output is {self.output!r}; it must be the name of a folder.")
+            raise FastpeftError(f"`output` is {self.output!r}; it must be the name of a folder.")
         for name in ("methods", "prompts"):
             given = getattr(self, name)
             if isinstance(given, str) or not all(isinstance(item, str) and item for item in given):
@@ -98,7 +97,7 @@ class CompareConfig:
                 "a prompt is given for all cells and prompts to combine them with. Give one of the two."
             )
         if "init_from" in self.common and any(CHAIN in text for text, _ in self._variants()):
-            raise FastpeftError("init_from is given for all cells and by a variant. Give one of the two.")
+            raise FastpeftError("`init_from` is given for all cells and by a variant. Give one of the two.")
         self.cells()
 
     @property
@@ -143,7 +142,7 @@ class CompareConfig:
                 others = [text for text in variants if text != variant and text.partition(":")[0] != ZERO_SHOT]
                 named = f"; or name one of {', '.join(others)}" if others else ""
                 raise FastpeftError(
-                    f"init_from names {earlier!r}, which is no variant of the comparison. Add it, as --methods "
+                    f"`init_from` names {earlier!r}, which is no variant of the comparison. Add it, as --methods "
                     f"{shlex.quote(f'{earlier},{variant}')}{named}."
                 )
             if earlier is not None:
@@ -224,8 +223,8 @@ def _train_values(given: Mapping[str, Any]) -> dict[str, Any]:
 def _meant(settings: Iterable[str]) -> str:
     """Advice on settings whose names are almost that of a field of `TrainConfig`; empty where none is."""
     fields = [known.name for known in options() if known.name not in DECIDED]
-    close = [name for setting in settings for name in difflib.get_close_matches(setting, fields, 1, cutoff=0.8)]
-    return f" Did you mean {close[0]}? A variant takes {', '.join(fields)} too." if close else ""
+    close = next(filter(None, (did_you_mean(setting, fields, cutoff=0.7) for setting in settings)), "")
+    return f"{close} A variant takes {', '.join(fields)} too." if close else ""
 
 
 def _folder_name(variant: str) -> str:

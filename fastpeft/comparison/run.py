@@ -1,24 +1,26 @@
-"""Running a comparison: each unfinished cell in a process of its own, one after another."""
+"""Running a comparison: each unfinished cell in a process of its own, one after another or several at once."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
+import torch
+
+from fastpeft.comparison import executors
 from fastpeft.comparison.cells import Cell
+from fastpeft.comparison.executors import Ended
 from fastpeft.comparison.learning_rates import slice_sizes, take_slice, write_rows
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
 from fastpeft.comparison.report import output
+from fastpeft.comparison.schedule import next_ready, seconds_of_all
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.examples import TextData
 from fastpeft.data.models import check_model
@@ -26,7 +28,7 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.named import AUTO
 from fastpeft.support import files
-from fastpeft.support.interrupts import sigterm_interrupts
+from fastpeft.support.interrupts import sigterm_interrupts, uninterrupted
 from fastpeft.support.processes import refuse_several
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, estimate, process_seconds
@@ -44,7 +46,9 @@ class CompareResult:
     failed: dict[str, str]
 
 
-def compare(config: CompareConfig, *, command: str | None = None) -> CompareResult:
+def compare(
+    config: CompareConfig, *, command: str | None = None, jobs: int | None = None, executor: str = "local"
+) -> CompareResult:
     """Run every cell of `config` that is not finished, and write a report.
 
     The output then holds `results.csv`, `report.md`, `report.html` and `figures`; the first two are written anew after
@@ -54,18 +58,23 @@ def compare(config: CompareConfig, *, command: str | None = None) -> CompareResu
     Args:
         config: what to compare.
         command: the command line that started the comparison, for the report.
+        jobs: how many cells run at once. The CPU threads of the machine are divided among them, and each has a GPU
+            where there are several. None: one; by Ray as many as the cluster has GPUs, or else nodes.
+        executor: `local`: on this machine. `ray`: on the cluster of Ray that `RAY_ADDRESS` names, or else one that is
+            started here; its nodes share the output and the working folder, and a cell whose worker is lost is tried
+            again.
 
     Raises:
         FastpeftError: something given cannot be used, the folder holds a cell of the same name with other values, or
             another comparison runs there; then nothing was written. A cell that fails raises nothing.
-        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running cell has saved a checkpoint and ended, and the
-            report is written. A second Ctrl-C does not wait for the checkpoint.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running cells have saved checkpoints and ended, and the
+            report is written. A second Ctrl-C does not wait for the checkpoints.
 
     Example:
         >>> result = compare(CompareConfig(output="runs/all", methods=["siva", "lora"]))  # doctest: +SKIP
         >>> print((result.folder / "report.md").read_text())  # doctest: +SKIP
     """
-    return Comparison(config, command).run()
+    return Comparison(config, command, jobs, executor).run()
 
 
 class Comparison:
@@ -73,12 +82,16 @@ class Comparison:
 
     Attributes:
         plan: its cells.
-        running: the cell whose process runs now.
+        executor: what runs them.
+        running: when the process of each cell that runs now was started, by its name and `time.monotonic`.
     """
 
-    def __init__(self, config: CompareConfig, command: str | None = None) -> None:
+    def __init__(
+        self, config: CompareConfig, command: str | None = None, jobs: int | None = None, executor: str = "local"
+    ) -> None:
         refuse_several("a comparison")
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
+        self.executor = executors.make(executor, jobs, len(self.plan.wanted))
         data = _check(self.plan.wanted, "--prompts " if config.suite or config.prompts else "prompt=")
         self._train_rows = None if data is None else len(data.train)
         self._slice: TextData | None = None
@@ -89,16 +102,16 @@ class Comparison:
                     "variants their learning_rate, or choose the protocol quick."
                 )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
-        self.running: Cell | None = None
-        self._started = 0.0
+        self.running: dict[str, float] = {}
 
     def state(self, cell: Cell) -> str:
         """`running`, `finished`, `failed` or `waiting`."""
-        return "running" if cell is self.running else cell.state
+        return "running" if cell.name in self.running else cell.state
 
-    def seconds_running(self) -> float:
-        """How long the process of the running cell has run."""
-        return time.monotonic() - self._started if self.running else 0.0
+    def seconds_running(self, cell: Cell) -> float:
+        """How long the process of a cell has run, if it runs."""
+        now = time.monotonic()
+        return now - self.running.get(cell.name, now)
 
     def seconds_left(self) -> float | None:
         """A guess from finished cells, of the same method where there are any; None before the first."""
@@ -112,13 +125,13 @@ class Comparison:
         everything = [item for items in taken.values() for item in items]
         if not everything:
             return None
-        left = 0.0
-        for cell in self.plan.wanted:
-            if self.state(cell) in ("running", "waiting"):
-                row, outside = map(mean, zip(*taken.get(cell.method, everything)))
-                run = self.seconds_running() if cell is self.running else 0.0
-                left += max(0.0, self.rows(cell) * row + outside - run)
-        return left
+        left = [cell for cell in self.plan.wanted if self.state(cell) in ("running", "waiting")]
+        left.sort(key=lambda cell: cell.name not in self.running)
+        seconds = {}
+        for cell in left:
+            row, outside = map(mean, zip(*taken.get(cell.method, everything)))
+            seconds[cell.name] = max(0.0, self.rows(cell) * row + outside - self.seconds_running(cell))
+        return seconds_of_all(left, seconds, self.executor.jobs)
 
     def rows(self, cell: Cell) -> float:
         """How many rows a cell trains on, over all epochs."""
@@ -131,18 +144,20 @@ class Comparison:
     def estimates(self, budget_mb: float | None = None) -> dict[str, Estimate]:
         """The estimates of a cell of each variant that is not finished, by variant; see `fastpeft.training.estimates`.
 
-        Cells that try a rate have none: they take what the variant's others take, but for fewer rows.
+        Cells that try a rate have none: they take what the variant's others take, but for fewer rows. Steps are timed
+        on this machine, one variant after another, with as many threads as a cell has.
         """
         left = [cell for cell in self.plan.wanted if cell.state != "finished" and cell.method != ZERO_SHOT]
         trained = {cell.variant: cell for cell in left if not cell.search}
         process = process_seconds() if trained else 0.0
-        found = {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
+        with self.executor, _threads(self.executor.threads):
+            found = {variant: estimate(cell.config, budget_mb) for variant, cell in trained.items()}
         return {variant: what.later(process) for variant, what in found.items()}
 
     def run(self) -> CompareResult:
         """Run what is not finished, see `compare`."""
         plan = self.plan
-        with _lock(plan.folder) as lock, sigterm_interrupts():
+        with self.executor, _lock(plan.folder) as lock, sigterm_interrupts():
             plan.save()
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
                 with self._saving():
@@ -151,11 +166,7 @@ class Comparison:
                 if cell.state == "failed":
                     cell.log.unlink()
             try:
-                for number, cell in enumerate(list(plan.wanted), 1):
-                    if cell.state != "finished":
-                        logger.info("%d of %d: %s", number, len(plan.wanted), cell.name)
-                        self._run_cell(cell, lock)
-                        self._report(whole=False)
+                self._run_cells(lock)
             finally:
                 self._report(whole=True)
         return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
@@ -168,8 +179,40 @@ class Comparison:
         remedy = "Finished cells are kept. Make room, or let it be written; the same command goes on."
         return files.saving(f"to the output folder {str(self.plan.folder)!r}", lambda: remedy)
 
-    def _run_cell(self, cell: Cell, lock: BinaryIO) -> None:
-        """Run a cell's process to its end. Where it fails, its log's last line is `Error: ...`."""
+    def _run_cells(self, lock: BinaryIO) -> None:
+        """Run what is not finished, each cell after those that it needs. On an exception the running ones end too."""
+        waiting = [cell for cell in self.plan.wanted if cell.state != "finished"]
+        running: dict[Future[Ended], Cell] = {}
+        try:
+            while waiting or running:
+                while len(running) < self.executor.jobs and (cell := next_ready(waiting, self.running)):
+                    waiting.remove(cell)
+                    self._start(cell, lock, running)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._end(running.pop(future), future.result())
+                self._report(whole=False)
+        except BaseException as error:
+            try:
+                if isinstance(error, KeyboardInterrupt) and running:
+                    logger.warning(
+                        "ending what runs, which saves where it has come to; a second Ctrl-C ends it at once"
+                    )
+                    self.executor.stop()
+                    wait(running)
+            finally:
+                self.executor.kill()
+                wait(running)
+                for cell in running.values():
+                    cell.log.unlink(missing_ok=True)
+                self.running.clear()
+            raise
+
+    def _start(self, cell: Cell, lock: BinaryIO, running: dict[Future[Ended], Cell]) -> None:
+        """Start a cell's process, and add it to those that run. It holds the folder's lock as well, so that it keeps
+        other comparisons out if this one is killed.
+        """
+        names = [each.name for each in self.plan.wanted]
+        logger.info("%d of %d: %s", 1 + names.index(cell.name), len(names), cell.name)
         try:
             cell = self.plan.fill_in(cell)
         except FastpeftError as error:
@@ -179,26 +222,34 @@ class Comparison:
             return
         with self._saving():
             files.write_json(cell.config_file, cell.values)
-            log = cell.log.open("wb")
-        started = time.monotonic()
-        self.running, self._started = cell, started
-        try:
-            with log:
-                code = _wait(_command(cell), log, lock)
-        except KeyboardInterrupt:
-            cell.log.unlink(missing_ok=True)
-            raise
-        finally:
-            self.running = None
-        metrics, seconds = cell.metrics(), time.monotonic() - started
+            cell.log.write_bytes(b"")
+        with uninterrupted():
+            self.running[cell.name] = time.monotonic()
+            running[self.executor.start(_arguments(cell), cell.log, (lock.fileno(),))] = cell
+
+    def _end(self, cell: Cell, ended: Ended) -> None:
+        """Keep what a cell's process has left. Where it failed, its log's last line is then `Error: ...`."""
+        del self.running[cell.name]
+        metrics = cell.metrics()
         if metrics is None:
             with self._saving():
-                _mark_failed(cell.log, code)
+                _mark_failed(cell.log, ended.how)
             logger.warning("%s: failed: %s", cell.name, cell.error())
         else:
             with self._saving():
-                files.write_text(cell.clock, f"{seconds:.1f}\n")
-            logger.info("%s: %s (%.0f s)", cell.name, output.headline(metrics), seconds)
+                files.write_text(cell.clock, f"{ended.seconds:.1f}\n")
+            logger.info("%s: %s (%.0f s)", cell.name, output.headline(metrics), ended.seconds)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute with so many threads inside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(cells: Iterable[Cell], option: str) -> TextData | None:
@@ -248,48 +299,19 @@ def _words_option(config: TrainConfig, data: TextData, option: str) -> str:
     return ""
 
 
-def _command(cell: Cell) -> list[str]:
-    """The command line of a cell's process."""
-    python = [sys.executable, "-m"]
+def _arguments(cell: Cell) -> list[str]:
+    """What Python is given in a cell's process."""
     if cell.method == ZERO_SHOT:
-        return [*python, "fastpeft.comparison.zero_shot", str(cell.config_file)]
-    return [*python, "fastpeft", "train", "--config", str(cell.config_file), "--resume", "--quiet"]
+        return ["-m", "fastpeft.comparison.zero_shot", str(cell.config_file)]
+    return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume", "--quiet"]
 
 
-def _wait(command: list[str], log: IO[bytes], lock: BinaryIO) -> int:
-    """Run a process that writes to `log`, and return its exit code. On an exception here the process ends too.
-
-    It holds the folder's lock as well, so that it keeps other comparisons out if this one is killed.
-    """
-    kept = () if os.name == "nt" else (lock.fileno(),)
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=kept
-    ) as process:
-        try:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                logger.warning("ending the cell, which saves where it has come to; a second Ctrl-C ends it at once")
-                process.terminate()
-                process.wait()
-                raise
-        except BaseException:
-            process.kill()
-            process.wait()  # on an interruption, leaving the block does not wait
-            raise
-
-
-def _mark_failed(log: Path, code: int) -> None:
+def _mark_failed(log: Path, how: str) -> None:
     """Add a last line `Error: ...` to the log of a failed process that has none."""
     text = log.read_text(encoding="utf-8", errors="replace").rstrip()
     last = text.rpartition("\n")[2]
-    if last.startswith("Error: "):
-        return
-    ended = f"with exit code {code}"
-    if code < 0:
-        killed = " (perhaps for lack of memory)" if -code == getattr(signal, "SIGKILL", 9) else ""
-        ended = f"by signal {-code}{killed}"
-    files.write_text(log, f"{text}\nError: the process ended {ended}{f': {last}' if last else '.'}\n".lstrip())
+    if not last.startswith("Error: "):
+        files.write_text(log, f"{text}\nError: the process ended {how}{f': {last}' if last else '.'}\n".lstrip())
 
 
 def _lock(folder: Path) -> BinaryIO:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.support import files
 
 _PAPER: dict[str, Any] = files.read_json(Path(__file__).with_name("suites.json"))
@@ -72,7 +72,10 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
         ['full', 'lora:rank=4:targets=query+key', 'siva', 'k-lst:window=9']
     """
     if name not in suite_names():
-        raise FastpeftError(f"unknown suite {name!r}; allowed are {', '.join(suite_names())}. Choose one of these.")
+        raise FastpeftError(
+            f"unknown suite {name!r}; allowed are {', '.join(suite_names())}. Choose one of these."
+            f"{did_you_mean(name, suite_names())}"
+        )
     suite = _PAPER["suites"][name]
     keys = [key for key in suite["rows"] if prompt != "none" or _PROMPT not in _PAPER["rows"][key]["variant"]]
     return Suite(suite["title"], [paper_row(key, prompt) for key in keys], suite.get("common", {}))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS
 from fastpeft.training.config import parse_value
 
@@ -43,6 +43,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any], str | None]:
         raise FastpeftError(
             f"unknown method {method!r}; allowed are {', '.join((*METHODS, ZERO_SHOT))}. Write a variant as siva or "
             'siva:targets=query+value:rank=8, where + is a comma; put a value that has a comma itself in "".'
+            f"{did_you_mean(method, METHODS)}"
         )
     if chain and ZERO_SHOT in (method, earlier.partition(":")[0]):
         raise FastpeftError(f"{ZERO_SHOT} neither starts from a run nor leaves one.")

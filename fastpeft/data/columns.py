@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, REGRESSION, TAGGING, Problem
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, REGRESSION, TAGGING, Problem
 from fastpeft.data.tables import Table
-from fastpeft.data.values import as_number
+from fastpeft.data.values import SEPARATOR, as_number
 from fastpeft.errors import FastpeftError
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
@@ -30,26 +30,53 @@ _LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in S
 
 
 class Columns(NamedTuple):
-    """Names of the column, or two, of texts and of that of labels, which may be "" where none are asked for."""
+    """Names of the column, or two, of texts and of that of labels.
+
+    The latter is "" where no labels are asked for, and where each label has a column of its own, of 0 and 1: `flags`.
+    """
 
     texts: tuple[str, ...]
     label: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> str:
+        """The columns of labels, for messages."""
+        return ", ".join(map(repr, self.flags or [self.label]))
 
 
-def pick_columns(table: Table, problem: Problem | None, text_column: str | None, label_column: str | None) -> Columns:
-    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left."""
+def pick_columns(
+    table: Table,
+    problem: Problem | None,
+    text_column: str | None,
+    label_column: str | None,
+    known: Sequence[str] = (),
+) -> Columns:
+    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left.
+
+    Args:
+        table: where to look.
+        problem: what the labels are, where it is known.
+        text_column, label_column: those that a person names.
+        known: labels that have columns of their own, where these are there and no other is named.
+    """
     columns = table.columns
     texts = _named_columns(text_column, columns)
-    for name in (*texts, *([label_column] if label_column else [])):
+    flags = named_labels(label_column, columns) if label_column else ()
+    if label_column is None and known and {*known} <= {*columns}:
+        flags = tuple(known)
+    if len(flags) > 1:
+        return _with_flags(table, problem, texts, flags)
+    for name in (*texts, *flags):
         if name not in columns:
             raise FastpeftError(
                 f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
     texts_alone = problem is MASKED_WORDS
     if texts_alone and label_column is not None:
-        raise FastpeftError(f"label_column is {label_column!r}, but no labels are read. Leave it out.")
+        raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
     tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
-    label = label_column or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
+    label = next(iter(flags), None) or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
     texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
     left = _left(columns, texts)
     if label is None and texts and len(left) == 1:
@@ -69,6 +96,48 @@ def pick_columns(table: Table, problem: Problem | None, text_column: str | None,
             f"column {label!r} of {table.name} cannot be both text and class; its columns are {', '.join(columns)}."
         )
     return Columns(texts, label)
+
+
+def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], flags: tuple[str, ...]) -> Columns:
+    """The columns where every label has one of its own."""
+    if problem not in (None, MULTI_LABEL):
+        raise FastpeftError(
+            f"label_column names {len(flags)} columns, {', '.join(flags)}, which are labels of 0 and 1, but "
+            f"problem_type is {problem.short!r}. Name one column, or leave problem_type out."
+        )
+    if missing := [name for name in (*texts, *flags) if name not in table.columns]:
+        raise FastpeftError(
+            f"{table.name} has no column {missing[0]!r}; its columns are {', '.join(table.columns)}. Name some of "
+            "these."
+        )
+    texts = texts or _find_texts(_left(table.columns, flags), tagged=False, alone=True)
+    if not texts:
+        raise FastpeftError(
+            f"cannot tell which column of {table.name} has the texts; its columns are {', '.join(table.columns)}. Name "
+            "it with --text-column."
+        )
+    if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
+        raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")
+    return Columns(texts, "", flags)
+
+
+def named_labels(given: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns of labels that a person names: one, or several joined by commas."""
+    return (given,) if given in columns else tuple(name.strip() for name in given.split(","))
+
+
+def check_separated(tables: Sequence[Table], label: str) -> None:
+    """Raise `FastpeftError` where labels in one column seem to be separated by something else than `|`."""
+    cells = [value for table in tables for row in table.rows if isinstance(value := row.get(label), str)]
+    if any(SEPARATOR in cell for cell in cells):
+        return
+    odd = next((cell for cell in cells if "," in cell or ";" in cell or cell.strip().startswith("[")), None)
+    if odd is not None:
+        raise FastpeftError(
+            f"column {label!r} of {tables[0].name} has {odd!r}, and no row has a {SEPARATOR}, which stands between the "
+            f"labels of a text, as in comedy{SEPARATOR}drama. Separate them so, write lists in a jsonl or parquet "
+            "file, or give each label a column of 0 and 1 and name these by --label-column, joined by commas."
+        )
 
 
 def _has_words(table: Table, texts: Sequence[str]) -> bool:
@@ -104,8 +173,8 @@ def _named_columns(given: str | None, columns: Sequence[str]) -> tuple[str, ...]
     names = tuple(name.strip() for name in given.split(","))
     if len(names) > 2 or len(set(names)) < len(names):
         raise FastpeftError(
-            f"text_column is {given!r}; a row has one text or two. Name one column, or two different ones joined by a "
-            "comma."
+            f"`text_column` is {given!r}; a row has one text or two. Name one column, or two different ones joined by "
+            "a comma."
         )
     return names
 
@@ -126,6 +195,8 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
     """What the labels of `table` are."""
     if isinstance(table.rows[0][columns.texts[0]], list):
         return TAGGING
+    if columns.flags or all(isinstance(row.get(columns.label), list) for row in table.rows):
+        return MULTI_LABEL
     numbers = [as_number(str(row.get(columns.label)).strip()) for row in table.rows]
     whole = all(number is None or float(number).is_integer() for number in numbers)
     return CLASSIFICATION if whole or None in numbers else REGRESSION

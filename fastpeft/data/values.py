@@ -1,4 +1,4 @@
-"""What one cell of a table says: a text, words, tags, a number or a class, or an error that names its place.
+"""What one cell of a table says: a text, words, tags, a number, a class or labels, or an error that names its place.
 
 Every function raises a `FastpeftError` where the cell holds anything else.
 """
@@ -10,6 +10,9 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 from fastpeft.errors import FastpeftError
+
+SEPARATOR = "|"  # between the labels of a text in one cell
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
 class Place(NamedTuple):
@@ -53,6 +56,36 @@ def as_tags(value: Any, column: str, words: int, names: Sequence[str] | None, pl
     return [as_class(tag, column, names, place) for tag in value]
 
 
+def as_labels(value: Any, column: str, names: Sequence[str] | None, place: Place) -> list[str]:
+    """The names of a text's labels, each as `as_class` reads it: a list, or a text with `|` between them; or none."""
+    if isinstance(value, str):
+        value = value.split(SEPARATOR) if value.strip() else []
+    if value is None or value != value:
+        raise FastpeftError(
+            f"{place} says nothing of its labels in column {column!r}. Write an empty list, or in csv and tsv files an "
+            "empty text, where no label applies; or leave the row out."
+        )
+    labels = [as_class(label, column, names, place) for label in (value if isinstance(value, list) else [value])]
+    for label in labels:
+        if SEPARATOR in label:
+            raise FastpeftError(
+                f"{place} has the label {label!r} in column {column!r}, but {SEPARATOR} stands between labels. Rename "
+                "it."
+            )
+    return list(dict.fromkeys(labels))
+
+
+def as_flag(value: Any, column: str, place: Place) -> bool:
+    """Whether a text has the label that its column is named after."""
+    flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise FastpeftError(
+            f"{place} has {value!r} in column {column!r}, which must be 1 where the text has that label and 0 where "
+            "not. Correct it, or name other columns with --label-column."
+        )
+    return flag
+
+
 def as_score(value: Any, column: str, place: Place) -> float:
     """A finite number."""
     number = as_number(str(value).strip())
@@ -68,9 +101,8 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
     """A class as a name: words as they are, whole numbers by `names` or without a decimal point."""
     if not isinstance(value, (str, int, float, NoneType)):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, but a class is one word or whole number: a text or a word "
-            "has one class, and several at once cannot be learned. Give one, or name another column with "
-            "--label-column."
+            f"{place} has {value!r} in column {column!r}, but a class is one word or whole number. Give one; learn "
+            "several labels of a text by --problem-type multi-label; or name another column with --label-column."
         )
     absent = value is None or value != value  # NaN, as some writers mark what is missing
     text = "" if absent else str(value).strip()

@@ -91,12 +91,12 @@ class FeatureCache:
         if backbone.input_name != "input_ids":
             raise FastpeftError(
                 f"a {type(backbone.core).__name__} reads {backbone.input_name}; only the features of a model that "
-                "reads input_ids can be cached. Leave cache_features out."
+                "reads input_ids can be cached. Leave `cache_features` out."
             )
         if isinstance(backbone.model, PeftModel) and backbone.model.active_peft_config.is_prompt_learning:
             raise FastpeftError(
                 "the base has trained tokens or prefixes of PEFT beside a row's tokens, so its features cannot be "
-                "cached. Leave cache_features out, or use another base."
+                "cached. Leave `cache_features` out, or use another base."
             )
         self._arguments = (backbone, folder, dtype, max_bytes)
         self.hits = self.misses = 0
@@ -272,7 +272,7 @@ def _identity(backbone: Backbone) -> str:
     names = {module: name for name, module in modules}
     if not names.keys() >= set(backbone.layers):
         raise FastpeftError(
-            "feature_modules names layers outside the model's body. Name others, or leave cache_features out."
+            "feature_modules names layers outside the model's body. Name others, or leave `cache_features` out."
         )
     config = backbone.core.config.to_dict()
     about = {

@@ -166,7 +166,8 @@ class LadderModel(PreTrainedModel):
             attention_mask: `(B, T)`, 1 for tokens and 0 for padding; beside `inputs` only the side network reads it.
             token_type_ids, position_ids: `(B, T)`; token types are dropped if the base knows none.
             labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
-                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error).
+                takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or
+                binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`).
             output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
@@ -214,7 +215,7 @@ class LadderModel(PreTrainedModel):
             outputs = self.base(inputs) if plain else self.base(**arguments, return_dict=True)
         if plain:
             check_told(self.config.causal, self.base, outputs)
-            outputs = _with_loss(outputs, labels)
+            outputs = _with_loss(outputs, labels, self.config.problem_type)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
@@ -396,7 +397,7 @@ class LadderModel(PreTrainedModel):
         self.load_state_dict(weights, strict=False)
 
 
-def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
+def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:
     """The output of a module that is not a transformers model, in the form that transformers' models return."""
     if not isinstance(logits, Tensor):
         raise FastpeftError(
@@ -413,5 +414,10 @@ def _with_loss(logits: Any, labels: Tensor | None) -> SequenceClassifierOutput:
             else ", whose last dimension is the classes. Give a class for each of the others."
         )
         raise FastpeftError(f"labels have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}{advice}")
-    loss = F.mse_loss(logits, labels) if numbers else F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    if not numbers:
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    elif problem_type == "multi_label_classification":
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+    else:
+        loss = F.mse_loss(logits, labels)
     return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.adapter import AdapterMethod, PromptTuningMethod
 from fastpeft.methods.method import OVER, Method, Optimization
 from fastpeft.methods.recipes import Recipe
@@ -200,7 +200,10 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         True
     """
     if name not in METHODS:
-        raise FastpeftError(f"unknown method {name!r}; allowed are {', '.join(METHODS)}. Choose one of these.")
+        raise FastpeftError(
+            f"unknown method {name!r}; allowed are {', '.join(METHODS)}. Choose one of these."
+            f"{did_you_mean(name, METHODS)}"
+        )
     method = METHODS[name]
     if not (method.optimization.zeroth_order and settings and OVER in settings):
         return method

@@ -101,7 +101,7 @@ class SideNetworkMethod(Method):
             raise FastpeftError(
                 f"the run in {run.name!r} trained a side network and left its backbone as it was, so {later.name!r} "
                 f"has nothing to start from. Choose a method with the same side network, {run.method} or mezo with "
-                f"--set over={run.method}, or leave init_from out."
+                f"--set over={run.method}, or leave `init_from` out."
             )
 
     def start_later(self, run: EarlierRun, settings: Mapping[str, Any]) -> Any:

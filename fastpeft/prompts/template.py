@@ -274,7 +274,7 @@ class Prompt:
         ]
         if excess > sum(map(len, texts)):
             raise FastpeftError(
-                f"max_length {limit} leaves no room for the template {self.template!r}, which alone takes "
+                f"`max_length` {limit} leaves no room for the template {self.template!r}, which alone takes "
                 f"{len(offsets) - sum(map(len, texts))} tokens. Allow more tokens or shorten the template."
             )
         dropped = set()

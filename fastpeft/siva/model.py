@@ -23,9 +23,9 @@ from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.frozen import check_kind, original_fingerprint
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
-from fastpeft.siva.progress import report
 from fastpeft.siva.rows import BASE, Rows, acting
 from fastpeft.support.fingerprints import fingerprints_agree
+from fastpeft.support.stages import report
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class SivaModel(BaseTuner):
         if self._pissa is not None:
             layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.stored))
         self._number_made += 1
-        report(self._number_made, self._number_of_targets)
+        report("decomposing weights", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 

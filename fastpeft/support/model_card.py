@@ -135,6 +135,7 @@ def model_card(
     data: str | None = None,
     labels: Sequence[str] = (),
     labels_are: str = "classes",
+    answers: str | None = None,
     chosen_by: str | None = None,
     metrics: Mapping[str, str] | None = None,
     settings: Mapping[str, object] | None = None,
@@ -149,6 +150,7 @@ def model_card(
         data: what it was trained on, in words.
         labels: names of the model's outputs.
         labels_are: what those are, in one word.
+        answers: how answers follow from outputs; None: the most likely class is the answer, or the number.
         chosen_by: the metric by which the checkpoint was chosen; None: it is that of the last step.
         metrics: results, each with its formatted value.
         settings: hyper-parameters, in the order to show.
@@ -165,6 +167,8 @@ def model_card(
         lines.append(f"- Data: {_in_line(data)}")
     if labels:
         lines.append(f"- {labels_are.capitalize()}: {', '.join(map(_in_line, labels))}")
+    if answers:
+        lines.append(f"- Answers: {_in_line(answers)}")
     if chosen_by:
         lines.append(f"- Checkpoint: the best by {chosen_by} on the dev rows, the same that the results are of")
     for title, values in (("Results", metrics), ("Settings", settings)):

@@ -1,8 +1,7 @@
-"""Several processes that train together: what a launcher started, what all agree on, and the loss of one of them."""
+"""Several processes that train together: what all agree on, and the loss of one of them."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,21 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from fastpeft.errors import FastpeftError, LostProcessError, first_line
+from fastpeft.support.launcher import launched
 
 T = TypeVar("T")
 
 _OF_GLOO = re.compile("gloo|pair closure|(closed|reset) by peer")  # the place in its sources, or what its sockets say
-
-
-def launched() -> int:
-    """How many processes a launcher started, by what it tells each of them."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdigit() else 1
-
-
-def is_first() -> bool:
-    """Whether this is the one of them that writes and shows things."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def refuse_several(what: str) -> None:

@@ -14,9 +14,9 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from fastpeft.data.names import DEMO, FEATURE_DTYPES
-from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, PROBLEMS
+from fastpeft.data.problems import LOSS, MASKED_WORDS, OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.data.splitting import SPLITS
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.methods.side_network import SIVA_LAYERS
@@ -25,7 +25,12 @@ from fastpeft.prompts.template import HEADS, Prompt, is_text
 from fastpeft.support.files import parse_json
 from fastpeft.training.run_folder import earlier_run, read_config
 
-FOR_LABELS = ("problem_type", "label_column", "prompt", "label_words", "prompt_head")  # without sense for an objective
+# without sense for an objective
+FOR_LABELS = (
+    *("problem_type", "label_column", "prompt", "label_words", "prompt_head"),
+    *("class_weights", "focal_gamma", "threshold"),
+)
+REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")  # each the name of its package, and of the Trainer's callback
 _HIGHEST_SEED = 2**32 - 1
 
 
@@ -40,8 +45,12 @@ class Option(NamedTuple):
         unset: what None stands for.
         least, most: the range of a whole number.
         choices: the texts that are allowed. Empty: any text.
+        stored: of choices that files have otherwise, what they have, which is allowed too.
         metavar: what stands for a value on the command line. None: its type.
         folder: whether the value is the name of a folder.
+        panel: the heading under which help has it.
+        letter: its short name on the command line.
+        common: whether most people need it; help has the others if it is asked for all.
     """
 
     name: str
@@ -52,8 +61,12 @@ class Option(NamedTuple):
     least: int = 0
     most: int | None = None
     choices: Collection[str] = ()
+    stored: Mapping[str, str] = {}
     metavar: str | None = None
     folder: bool = False
+    panel: str = ""
+    letter: str = ""
+    common: bool = False
 
     @property
     def allowed(self) -> str:
@@ -73,7 +86,8 @@ class Option(NamedTuple):
         if value is None:
             return self.default is None
         if self.kind is str:
-            return is_text(value) and (value in self.choices if self.choices else value != "")
+            allowed = (*self.choices, *self.stored.values())
+            return is_text(value) and (value in allowed if self.choices else value != "")
         if self.kind is int:
             return type(value) is int and self.least <= value <= (self.most or math.inf)
         if self.kind is float:
@@ -88,9 +102,13 @@ class Option(NamedTuple):
         return re.sub(r"`(\w+)`", lambda found: named(found[1]), text)
 
 
-def option(help: str, default: Any = None, **others: Any) -> Any:
+# the headings of help, in their order
+DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED = "Data", "Model", "Method", "Training", "Output", "Advanced"
+
+
+def option(panel: str, help: str, default: Any = None, **others: Any) -> Any:
     """A field of `TrainConfig` that is an option of the command line; `others` are fields of `Option`."""
-    return field(default=default, metadata={"help": help, **others})
+    return field(default=default, metadata={"panel": panel, "help": help, **others})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,83 +123,187 @@ class TrainConfig:
         16
     """
 
-    output: str = option("Folder of the run; on the command line runs/METHOD-DATA where none is given", MISSING)
-    method: str = option("How the model is trained", "siva", choices=METHODS)
-    model: str = option("demo, a folder or a hub id", unset="demo, or the model of `init_from`")
+    output: str = option(
+        OUTPUT,
+        "Folder of the run; on the command line runs/METHOD-DATA where none is given",
+        MISSING,
+        metavar="DIR",
+        letter="o",
+        common=True,
+    )
+    method: str = option(METHOD, "How the model is trained", "siva", choices=METHODS, metavar="NAME", common=True)
+    model: str = option(
+        MODEL,
+        "demo, a folder or a hub id",
+        unset="demo, or the model of `init_from`",
+        metavar="NAME",
+        letter="m",
+        common=True,
+    )
     init_from: str | None = option(
+        MODEL,
         "Folder of a finished run to go on from: a whole model, an adapter, which is merged into its base, or "
         "a side network, which only a method with the same side network takes",
         metavar="RUN",
         folder=True,
     )
     data: str = option(
+        DATA,
         "demo; a csv, tsv, jsonl or parquet file; a folder with train.* and perhaps dev.*, or saved by datasets; or a "
         "hub data set as nyu-mll/glue:sst2",
         DEMO,
+        metavar="DATA",
+        letter="d",
+        common=True,
     )
     objective: str | None = option(
+        DATA,
         "Learn texts, as of a txt file, by their masked words; another run goes on with the result by `init_from`",
         choices=OBJECTIVES,
         unset="the labels are learned",
+        metavar="NAME",
     )
-    problem_type: str | None = option("What the labels are", choices=PROBLEMS, unset="found from the data")
+    problem_type: str | None = option(
+        DATA,
+        "What the labels are",
+        choices=PROBLEMS,
+        stored={short: problem.name for short, problem in PROBLEMS.items()},
+        unset="found from the data",
+        metavar="KIND",
+    )
     targets: str | None = option(
-        "Layers to adapt: names joined by commas, all-linear or a regular expression", unset="the method's"
+        METHOD,
+        "Layers to adapt: names joined by commas, all-linear or a regular expression",
+        unset="the method's",
+        metavar="LAYERS",
     )
-    rank: int | None = option("Rank of the adapter", least=1, unset="the method's")
-    window: int | None = option("Backbone features that each block of k-lst reads, odd", least=1, unset="9")
-    reduction: int | None = option("How many times narrower than the backbone a side network is", least=1, unset="8")
-    epochs: float | None = option("Passes over the training rows", unset="the method's recipe")
-    max_steps: int | None = option("Optimizer steps, in place of `epochs`", least=1)
+    rank: int | None = option(METHOD, "Rank of the adapter", least=1, unset="the method's", metavar="N")
+    window: int | None = option(
+        METHOD, "Backbone features that each block of k-lst reads, odd", least=1, unset="9", metavar="N"
+    )
+    reduction: int | None = option(
+        METHOD, "How many times narrower than the backbone a side network is", least=1, unset="8", metavar="N"
+    )
+    epochs: float | None = option(
+        TRAINING, "Passes over the training rows", unset="the method's recipe", metavar="N", common=True
+    )
+    max_steps: int | None = option(TRAINING, "Optimizer steps, in place of `epochs`", least=1, metavar="N")
     batch_size: int = option(
-        "Rows a step, shared by the processes of a launcher; by one process, on each device", 16, least=1
+        TRAINING,
+        "Rows a step, shared by the processes of a launcher; by one process, on each device",
+        16,
+        least=1,
+        metavar="N",
+        common=True,
     )
-    learning_rate: float | None = option("Peak rate of AdamW, or the rate of MeZO", unset="the method's recipe")
+    learning_rate: float | None = option(
+        TRAINING, "Peak rate of AdamW, or the rate of MeZO", unset="the method's recipe", metavar="RATE", common=True
+    )
     max_length: int | None = option(
-        "Longest text in tokens; longer ones are cut", least=2, unset="128, or the model's limit where that is less"
+        DATA,
+        "Longest text in tokens; longer ones are cut",
+        least=2,
+        unset="128, or the model's limit where that is less",
+        metavar="N",
     )
-    seed: int = option("Decides the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED)
-    split_seed: int = option("Decides which rows become dev rows where the data has none", 0, most=_HIGHEST_SEED)
+    seed: int = option(
+        TRAINING, "Decides the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED, metavar="N"
+    )
+    split_seed: int = option(
+        DATA, "Decides which rows become dev rows where the data has none", 0, most=_HIGHEST_SEED, metavar="N"
+    )
     split: str = option(
-        "How these are chosen, by class with equal texts on one side, or at random", SPLITS[0], choices=SPLITS
+        DATA,
+        "How these are chosen, by class with equal texts on one side, or at random",
+        SPLITS[0],
+        choices=SPLITS,
+        metavar="HOW",
     )
-    save_steps: int | None = option("Save a checkpoint every so many steps", least=1, unset="none")
+    save_steps: int | None = option(OUTPUT, "Save a checkpoint every so many steps", least=1, unset="none", metavar="N")
     metric: str | None = option(
+        OUTPUT,
         "Keep the checkpoint that is best by this metric of the dev rows, as accuracy, f1, pearson or loss",
         unset="the weights after the last step",
+        metavar="NAME",
     )
     patience: int | None = option(
-        "End when `metric` was not better for so many checkpoints in a row", least=1, unset="never"
+        OUTPUT, "End when `metric` was not better for so many checkpoints in a row", least=1, unset="never", metavar="N"
+    )
+    report_to: str | None = option(
+        OUTPUT,
+        "Also log to this service or library; TensorBoard's files are in `logs` of the run's folder",
+        choices=REPORTERS,
+        unset="none",
+        metavar="NAME",
     )
     prompt: str | None = option(
+        MODEL,
         "A template as '{text} It was <mask>.', a name as sst2, or auto to find one on training rows",
         metavar="PROMPT",
         unset="none",
     )
     label_words: str | None = option(
+        MODEL,
         "Words of the prompt: terrible,great in the order of the classes, or negative=terrible,positive=great",
         unset="the named prompt's",
+        metavar="WORDS",
     )
-    prompt_head: str | None = option("What answers a prompt", choices=HEADS, unset=HEADS[0])
+    prompt_head: str | None = option(MODEL, "What answers a prompt", choices=HEADS, unset=HEADS[0], metavar="KIND")
     found_prompt: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was found for the prompt auto. It is not searched for again"}
     )
     cache_features: str | None = option(
+        ADVANCED,
         "Folder for features of a frozen backbone; any run with k-lst or lst reads those that are there",
         metavar="DIR",
         folder=True,
         unset="computed in every epoch",
     )
     cache_dtype: str | None = option(
-        "What cached features are rounded to", choices=FEATURE_DTYPES, unset=FEATURE_DTYPES[0]
+        ADVANCED,
+        "What cached features are rounded to",
+        choices=FEATURE_DTYPES,
+        unset=FEATURE_DTYPES[0],
+        metavar="DTYPE",
     )
-    bf16: bool = option("Compute in bfloat16 by autocast; weights stay in float32", False)
+    bf16: bool = option(TRAINING, "Compute in bfloat16 by autocast; weights stay in float32", False)
     optimizer_in_backward: bool = option(
-        "Step during backward, and free each gradient after its use; gradients are not clipped by their norm", False
+        ADVANCED,
+        "Step during backward, and free each gradient after its use; gradients are not clipped by their norm",
+        False,
     )
-    deterministic: bool = option("Use deterministic kernels only", False)
-    text_column: str | None = option("Column of texts, or two joined by a comma for pairs", unset="found by name")
-    label_column: str | None = option("Column of classes, numbers or tags", unset="found by name")
+    deterministic: bool = option(ADVANCED, "Use deterministic kernels only", False)
+    text_column: str | None = option(
+        DATA, "Column of texts, or two joined by a comma for pairs", unset="found by name", metavar="NAME"
+    )
+    label_column: str | None = option(
+        DATA,
+        "Column of classes, numbers, tags or labels; or several of 0 and 1 joined by commas, one for each label",
+        unset="found by name",
+        metavar="NAME",
+        common=True,
+    )
+    class_weights: str | None = option(
+        TRAINING,
+        "Weigh classes in the loss so that all have the same share of it: n / (k count) for k classes and n rows",
+        choices=("balanced",),
+        unset="each row counts the same",
+        metavar="HOW",
+    )
+    focal_gamma: float | None = option(
+        TRAINING,
+        "Exponent of the focal loss, in which rows that are easy count less; 2 is usual",
+        unset="the cross entropy",
+        metavar="GAMMA",
+    )
+    threshold: str | None = option(
+        TRAINING,
+        "Answer the second of two classes, or labels, above the probability with the best F1 on a tenth of the "
+        "training rows, which is kept apart for that",
+        choices=("auto",),
+        unset="above a half",
+        metavar="HOW",
+    )
     settings: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Further fields of the method's configuration or of transformers.TrainingArguments"},
@@ -189,11 +311,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.problem_type == MASKED_WORDS.name:
-            self._refuse("problem_type", "this has no labels. Give objective mlm instead.")
+            self._refuse("problem_type", "this has no labels. Give `objective` mlm instead.")
         for known in options():
             value = getattr(self, known.name)
             if not known.takes(value):
-                raise FastpeftError(f"{known.name} is {value!r}; it must be {known.allowed}.")
+                close = did_you_mean(str(value), known.choices)
+                raise FastpeftError(f"`{known.name}` is {value!r}; it must be {known.allowed}.{close}")
+            object.__setattr__(self, known.name, known.stored.get(value, value) if known.stored else value)
         if self.model is None:
             model = DEMO if self.init_from is None else earlier_run(self.init_from).config()["model"]
             object.__setattr__(self, "model", model)
@@ -201,20 +325,27 @@ class TrainConfig:
             object.__setattr__(self, "found_prompt", None)
         method = get_method(self.method, self.settings)
         if self.cache_dtype is not None and self.cache_features is None:
-            self._refuse("cache_dtype", "no features are cached. Name a folder by cache_features, or leave it out.")
+            self._refuse("cache_dtype", "no features are cached. Name a folder by `cache_features`, or leave it out.")
         if self.cache_features is not None and (reason := self._changing(method)):
             self._refuse("cache_features", reason)
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
                 self._refuse(name, f"the objective {self.objective!r} learns from the texts alone. Leave out either.")
+        if self.metric is not None and self.metric not in (LOSS, *TITLES):
+            close = did_you_mean(self.metric, (LOSS, *TITLES))
+            self._refuse(
+                "metric", f"nothing of that name is measured. Choose one of {', '.join((*TITLES, LOSS))}.{close}"
+            )
         if self.metric is not None and self.save_steps is None:
-            self._refuse("metric", "there are no checkpoints to choose from. Say by save_steps how often to save one.")
+            self._refuse(
+                "metric", "there are no checkpoints to choose from. Say by `save_steps` how often to save one."
+            )
         if self.patience is not None and self.metric is None:
-            self._refuse("patience", "there is no metric to watch. Name one, or leave patience out.")
+            self._refuse("patience", "there is no metric to watch. Name one, or leave `patience` out.")
         self.parse_prompt()
 
     def _refuse(self, name: str, reason: str) -> NoReturn:
-        raise FastpeftError(f"{name} is {getattr(self, name)!r}, but {reason}")
+        raise FastpeftError(f"`{name}` is {getattr(self, name)!r}, but {reason}")
 
     def _changing(self, method: Method) -> str:
         """Why there are no features to cache; empty where there are."""
@@ -228,6 +359,12 @@ class TrainConfig:
         if self.objective is not None:
             return f"the objective {self.objective!r} hides other words in every epoch. Leave out either."
         return ""
+
+    @property
+    def own_loss(self) -> str:
+        """What the training loss is beside the model's own, in words; empty where it is that."""
+        parts = ("weighted" if self.class_weights else "", "focal" if self.focal_gamma else "")
+        return " ".join(filter(None, parts))
 
     @property
     def awaits_prompt(self) -> bool:
@@ -245,7 +382,7 @@ class TrainConfig:
             return written if self.found_prompt is None else Prompt.from_values(self.found_prompt)
         for name in ("label_words", "prompt_head"):
             if getattr(self, name) is not None:
-                self._refuse(name, f"there is no prompt. Give one, or leave {name} out.")
+                self._refuse(name, f"there is no prompt. Give one, or leave `{name}` out.")
         return None
 
     @classmethod
@@ -256,6 +393,7 @@ class TrainConfig:
         if unknown:
             raise FastpeftError(
                 f"unknown name {unknown[0]!r} in a run's configuration; allowed are {', '.join(known)}."
+                f"{did_you_mean(unknown[0], known)}"
             )
         if "output" not in values:
             raise FastpeftError("a run's configuration needs an output: the folder to write to.")

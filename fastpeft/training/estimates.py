@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastpeft.data.problems import REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
-from fastpeft.support import processes
+from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
+from fastpeft.training.callbacks import CURVE_POINTS, Clock
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.memory import (
     MEBIBYTE,
@@ -28,10 +29,11 @@ from fastpeft.training.memory import (
     fused_adamw,
     simulate_training_step,
 )
+from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.settings import checkpointing_options
 from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
-from fastpeft.training.trainer import CURVE_POINTS, CURVE_ROWS, Clock, LengthGroupedOrder, trainer_class
+from fastpeft.training.trainer import CURVE_ROWS, trainer_class
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     task = Task.load(config)
     arguments = task.training_arguments(config.output)
     trainable, total = count_parameters(task.model)
-    if timed and processes.launched() == 1:
+    if timed and launched() == 1:
         taken = _estimate(task, arguments, begin, budget_mb)
     else:
         taken = Estimate(simulated_peak_mb(task, arguments, _longest(task)))
@@ -166,9 +168,9 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     if budget_mb is not None and (memory is None or memory > budget_mb):
         return Estimate(memory)
     with tempfile.TemporaryDirectory() as elsewhere:
-        # no checkpoint, and no cache of features, which would be written
+        # no checkpoint and no cache of features, which would be written, and no report of it
         unmeasured: dict[str, Any] = {"save_steps": None, "metric": None, "patience": None}
-        unmeasured |= {"cache_features": None, "cache_dtype": None}
+        unmeasured |= {"cache_features": None, "cache_dtype": None, "report_to": None}
         short = dataclasses.replace(task.config, output=elsewhere, max_steps=_STEPS + 1, **unmeasured)
         try:
             task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))
@@ -219,6 +221,8 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
     }
     if problem is REGRESSION:
         batch["labels"] = batch["labels"].float()
+    if problem is MULTI_LABEL:
+        batch["labels"] = torch.zeros(rows, len(task.data.labels), device=device)
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
     try:

@@ -16,6 +16,7 @@ from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
     MASKED_WORDS,
+    MULTI_LABEL,
     REGRESSION,
     UNLABELLED,
     Problem,
@@ -60,7 +61,8 @@ def evaluate(
         )
     run = load_run(folder)
     trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
-    frequent = run.labels.index(known["class"]) if known.get("class") in run.labels else None
+    told = known.get("classes") or [known.get("class")]
+    frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
@@ -72,6 +74,7 @@ def evaluate(
             label_column=config.label_column,
             split_seed=config.split_seed,
             split=config.split,
+            keep_apart=config.threshold is not None,
         )
         if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
             raise FastpeftError(
@@ -91,9 +94,10 @@ def evaluate(
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = np.concatenate if run.problem.per_token else np.stack
     outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
-    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent)
+    measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     pitfalls.tell(measured["warnings"])
-    return {**measured, "dev_rows": len(rows)}
+    threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
+    return {**measured, "dev_rows": len(rows), **(threshold if run.threshold is not None else {})}
 
 
 def evaluate_zero_shot(
@@ -178,13 +182,15 @@ def _measure(
     outputs: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
-    frequent: int | None,
+    frequent: Sequence[int] | None,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """The metrics of a problem, the loss, the number of rows, what there is of classes, and warnings."""
+    raw, outputs = outputs, problem.decided(outputs, threshold)
     scores = problem.score(outputs, labels, names)
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
-        scores[LOSS] = problem.loss(outputs, labels)
+        scores[LOSS] = problem.loss(raw, labels)
     warnings = pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)
     described = describe(problem, outputs, labels, names, frequent)
     return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
@@ -227,22 +233,34 @@ class Predictor:
         run = self.run
         given = _as_input(text, run)
         # what the text would be labelled with; where words have tags, the labels show which tokens to read
-        none = [list(range(len(given))) if run.problem.per_token else 0]
+        none: list[Any] = [list(range(len(given))) if run.problem.per_token else 0]
         (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
         if run.problem.per_token:
             _word_tokens(row, given, run.max_length)
         return Taken(given, row)
 
     def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
-        """Of each text the probability of every class, `(classes,)`; its number, `(1,)`; or of every word those of the
-        tags, `(words, tags)`; float32."""
+        """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
+        those of the tags, `(words, tags)`; float32."""
         problem = self.run.problem
         outputs = _outputs(self.run, [row for _, row in taken])
         if problem.per_token:
             outputs = [
                 output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
             ]
-        return outputs if problem is REGRESSION else [torch.from_numpy(o).softmax(-1).numpy() for o in outputs]
+        if problem is REGRESSION:
+            return outputs
+        if problem is MULTI_LABEL:
+            return [torch.from_numpy(output).sigmoid().numpy() for output in outputs]
+        return [torch.from_numpy(output).softmax(-1).numpy() for output in outputs]
+
+    def answer(self, scores: np.ndarray) -> Any:
+        """What `predict` returns for a text, or for one of its words, given the scores of that."""
+        run = self.run
+        if run.problem is MULTI_LABEL:
+            return [(name, float(p)) for name, p in zip(run.labels, scores) if p > (run.threshold or 0.5)]
+        best = int(scores.argmax() if run.threshold is None else scores[1] > run.threshold)
+        return run.labels[best], float(scores[best])
 
 
 def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
@@ -255,7 +273,9 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
 
     Returns:
         For each text its most likely class and the probability of that; for a run on numbers the name of the number
-        and its value; for a run on tags a list with the most likely tag of every word and the probability of that.
+        and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
+        a run on several labels a list of those that are answered, which may be empty, each with its probability. Where
+        the run has a threshold, it decides between two classes, and which labels are answered.
 
     Raises:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
@@ -264,17 +284,10 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
     predictor = Predictor(folder)
-    labels = predictor.run.labels
     found = predictor.scores([predictor.take(text) for text in texts])
     if predictor.run.problem.per_token:
-        return [[most_likely(word, labels) for word in scores] for scores in found]
-    return [most_likely(scores, labels) for scores in found]
-
-
-def most_likely(scores: np.ndarray, labels: Sequence[str]) -> tuple[str, float]:
-    """The class of the largest score, with that; of a number its name and value."""
-    best = int(scores.argmax())
-    return labels[best], float(scores[best])
+        return [[predictor.answer(word) for word in scores] for scores in found]
+    return [predictor.answer(scores) for scores in found]
 
 
 def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:

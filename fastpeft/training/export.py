@@ -27,7 +27,7 @@ from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
-from fastpeft.training.results import chosen_by, results
+from fastpeft.training.results import answers_in_words, chosen_by, results
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, setup_of_run
 from fastpeft.training.task import draw_start, encode, prepare
@@ -209,6 +209,7 @@ def _card_of_run(
         data=config.data,
         labels=run.labels,
         labels_are=run.problem.labels,
+        answers=answers_in_words(metrics if step is None else {**metrics, "threshold": None}),
         chosen_by=chosen_by(metrics) if step is None else None,
         metrics=results(metrics) if step is None else None,
         settings={name: value for name, value in settings.items() if value is not None},

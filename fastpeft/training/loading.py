@@ -35,6 +35,7 @@ class FinishedRun:
         is_pair: whether it reads two texts a row.
         prompt: what texts are put into; None for the texts alone.
         max_length: where texts are cut, in tokens.
+        threshold: the probability above which the second of two classes, or labels, are answered; None: a half.
     """
 
     classifier: Classifier
@@ -44,13 +45,14 @@ class FinishedRun:
     is_pair: bool
     prompt: Prompt | None
     max_length: int
+    threshold: float | None
 
     @classmethod
     def of(cls, setup: RunSetup, metrics: Mapping[str, Any], classifier: Classifier) -> FinishedRun:
         """The run of a configuration, with what its `metrics.json` says and the model that it left."""
         head = setup.head
-        pairs, max_length = metrics["pairs"], metrics["max_length"]
-        return cls(classifier, setup.config, head.problem, head.labels, pairs, head.prompt, max_length)
+        pairs, max_length, threshold = metrics["pairs"], metrics["max_length"], metrics.get("threshold")
+        return cls(classifier, setup.config, head.problem, head.labels, pairs, head.prompt, max_length, threshold)
 
 
 def load_run(folder: str | Path) -> FinishedRun:

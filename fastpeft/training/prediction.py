@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.data.columns import pick_columns
-from fastpeft.data.problems import MASKED_WORDS, REGRESSION
+from fastpeft.data.columns import named_labels, pick_columns
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
-from fastpeft.data.values import Place, as_text, as_words
+from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
 from fastpeft.errors import FastpeftError
 from fastpeft.support.files import publish, saving
 from fastpeft.support.interrupts import uninterrupted
-from fastpeft.training.evaluation import Predictor, Taken, most_likely
+from fastpeft.training.evaluation import Predictor, Taken
 
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
 _TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
@@ -40,8 +40,8 @@ class Prediction:
     Attributes:
         row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
         text: a text, a pair of texts or a list of words.
-        scores: the probability of every class, `(classes,)`; the number, `(1,)`; or of every word the probabilities of
-            the tags, `(words, tags)`; float32.
+        scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
+            probabilities of the tags, `(words, tags)`; float32.
     """
 
     row: int
@@ -83,7 +83,7 @@ class Predictions:
         text_column: str | None = None,
     ) -> None:
         if text_column is not None and file is None:
-            raise FastpeftError(f"text_column is {text_column!r}, but there is no file. Name one, or leave it out.")
+            raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
         self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
@@ -105,7 +105,8 @@ class Predictions:
             own = run.config.text_column
             known = own is not None and {own, *map(str.strip, own.split(","))} & first.keys()
             text_column = own if known else None
-            first = {name: value for name, value in first.items() if name != run.config.label_column}
+            own_labels = named_labels(run.config.label_column or "", list(first))
+            first = {name: value for name, value in first.items() if name not in own_labels}
         texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
         if (len(texts) == 2) is not run.is_pair:
             kinds = ("pairs of texts", "one text a row")
@@ -158,7 +159,8 @@ class Predictions:
     def lines(self, prediction: Prediction, every: bool = False) -> Iterator[str]:
         """A prediction as lines of text, tabs between class, probability and text; with `every`, all classes.
 
-        Of a run on tags there is a line for every word, and an empty one after each text.
+        Of a run on tags there is a line for every word, and an empty one after each text. Of a run on several labels
+        `|` stands between those that are answered, and between their probabilities.
         """
         problem, text = self._predictor.run.problem, prediction.text
         if problem.per_token:
@@ -171,11 +173,19 @@ class Predictions:
             yield "\t".join([*self._said(prediction.scores, every and problem is not REGRESSION), *shown])
 
     def _said(self, scores: np.ndarray, every: bool) -> list[str]:
-        label, score = most_likely(scores, self.labels)
+        labels, answered = self._answer(scores)
         return [
-            label,
-            ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores)) if every else f"{score:.3f}",
+            labels,
+            ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores))
+            if every
+            else SEPARATOR.join(f"{p:.3f}" for p in answered),
         ]
+
+    def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
+        """The class, or the labels with `|` between them, and the probability of each."""
+        answer = self._predictor.answer(scores)
+        several = answer if isinstance(answer, list) else [answer]
+        return SEPARATOR.join(name for name, _ in several), [p for _, p in several]
 
     @cached_property
     def columns(self) -> dict[str, type]:
@@ -191,7 +201,8 @@ class Predictions:
         if problem is REGRESSION:
             said: dict[str, type] = {self.labels[0]: float}
         else:
-            said = {"class": str, **{f"p({label})": float for label in self.labels}}
+            said = {"labels" if problem is MULTI_LABEL else "class": str}
+            said |= {f"p({label})": float for label in self.labels}
         for name in self._names:
             if name in made or name in said:
                 raise FastpeftError(
@@ -203,10 +214,10 @@ class Predictions:
         """A prediction as rows of a table: one, or one a word."""
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
         if problem.per_token:
-            best = [most_likely(each, self.labels) for each in scores]
+            best = [self._predictor.answer(each) for each in scores]
             found = [[prediction.row, word, tag, _short(p)] for word, (tag, p) in zip(text, best)]
         else:
-            said = [] if problem is REGRESSION else [most_likely(scores, self.labels)[0]]
+            said = [] if problem is REGRESSION else [self._answer(scores)[0]]
             texts = text if isinstance(text, tuple) else (text,)
             found = [[prediction.row, *texts, *said, *map(_short, scores)]]
         return [dict(zip(self.columns, values)) for values in found]

@@ -159,8 +159,8 @@ def check_searchable(data: TextData) -> None:
     """Raise `FastpeftError` unless label words can be found for `data`: it has classes, and enough rows of each."""
     if data.problem is not CLASSIFICATION:
         raise FastpeftError(
-            f"the prompt {AUTO!r} finds label words, which stand for classes, but this is {data.problem.name}. Write a "
-            "template and add --prompt-head classifier, or leave the prompt out."
+            f"the prompt {AUTO!r} finds label words, which stand for classes, but this is {data.problem.short}. Write "
+            "a template and add --prompt-head classifier, or leave the prompt out."
         )
     counts = [data.train.labels.count(index) for index in range(len(data.labels))]
     if min(counts) < LEAST_ROWS:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpeft.data.problems import TITLES, get_problem
+from fastpeft.data.problems import MULTI_LABEL, TITLES, get_problem
 
+_MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of more
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
 
 
@@ -33,6 +34,36 @@ def results(metrics: Mapping[str, Any]) -> dict[str, str]:
         **memory(metrics),
         "trained parameters": f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}",
     }
+
+
+def threshold_in_words(metrics: Mapping[str, Any]) -> str | None:
+    """The threshold in a `metrics.json`, and what it was chosen by; None where none was chosen."""
+    threshold, rows = metrics.get("threshold"), metrics.get("threshold_rows")
+    return None if threshold is None else f"{threshold:.3f}, chosen on {rows:,} training rows that were kept apart"
+
+
+def answers_in_words(metrics: Mapping[str, Any]) -> str | None:
+    """How answers follow from the model's outputs, for a card; None where the most likely class is the answer."""
+    threshold = threshold_in_words(metrics)
+    if get_problem(metrics["problem_type"]) is MULTI_LABEL:
+        return f"every label whose probability, the sigmoid of its logit, is above {threshold or '0.5'}"
+    if threshold is None:
+        return None
+    return f"{metrics['labels'][1]} where its probability is above {threshold}; else {metrics['labels'][0]}"
+
+
+def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """F1, precision and recall of each class in a `metrics.json`, of many classes those of the lowest F1."""
+    known = metrics.get("per_class", {})
+    shown = sorted(known, key=lambda name: known[name]["f1"])[:_WORST] if len(known) > _MOST_ROWS else list(known)
+    rows = {
+        f"F1 of {name}": f"{found['f1']:.3f} (precision {found['precision']:.3f}, recall {found['recall']:.3f}, "
+        f"of {found['support']:,})"
+        for name, found in ((name, known[name]) for name in shown)
+    }
+    return rows | (
+        {"all classes": f"{len(known):,}, of which these have the lowest F1"} if len(shown) < len(known) else {}
+    )
 
 
 def chosen_by(metrics: Mapping[str, Any]) -> str | None:

@@ -16,9 +16,18 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import pitfalls
-from fastpeft.data.examples import labels_in_words
+from fastpeft.data.examples import count_labels, labels_in_words
 from fastpeft.data.models import resolve_model
-from fastpeft.data.problems import CLASSIFICATION, LOSS, MASKED_WORDS, TITLES, best_step, describe, most_frequent
+from fastpeft.data.problems import (
+    CLASSIFICATION,
+    LOSS,
+    MASKED_WORDS,
+    TITLES,
+    best_step,
+    best_threshold,
+    describe,
+    most_frequent,
+)
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
@@ -26,13 +35,15 @@ from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import device_name, versions
 from fastpeft.support.interrupts import noting_stops
+from fastpeft.support.launcher import is_first, jobs
 from fastpeft.support.model_card import model_card
-from fastpeft.support.processes import Ranks, is_first, noticing_losses
+from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
-from fastpeft.training.results import SIMULATED, chosen_by, found_settings, results
+from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task, recipe_used
 from fastpeft.training.trainer import RunTrainer, trainer_class
@@ -93,7 +104,9 @@ def train(
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
         return TrainResult(folder.path, folder.metrics())
-    if resume and folder.started and config.awaits_prompt:
+    if resume and not folder.started:
+        logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
+    elif resume and config.awaits_prompt:
         config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
@@ -102,7 +115,7 @@ def train(
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
-            for warning in pitfalls.seen_rows(task.data.dev.texts, trained_on):
+            for warning in (*pitfalls.seen_rows(task.data.dev.texts, trained_on), *_missing(task)):
                 logger.warning("%s", warning)
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
@@ -113,6 +126,7 @@ def train(
                 trainer = trainer_class(task)(task, arguments, folder, callbacks)
                 trainer.create_optimizer()
                 before = trainer.measure(task.dev_rows)
+                before_lowered = trainer.lowered(before[LOSS])
 
         def begin() -> None:
             held.enter_context(folder.held())
@@ -121,10 +135,13 @@ def train(
 
         trainer.ranks.first_does(begin)
         arguments.output_dir = str(folder.staging)
+        if config.report_to is not None:
+            with task.refusing():
+                trainer.begin_reports(config.report_to)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)
-                metrics = _finish(trainer, task, folder, before, trained_on, command)
+                metrics = _finish(trainer, task, folder, before, before_lowered, trained_on, command)
         except LostProcessError as error:
             raise LostProcessError(f"{error} {folder.going_on()}") from error
         except KeyboardInterrupt:
@@ -141,6 +158,11 @@ def _trained_on(task: Task) -> set[str]:
     start = task.config.init_from
     earlier = set() if start is None else RunFolder(start).trained_on()
     return earlier.union(map(digest, task.data.train.texts))
+
+
+def _missing(task: Task) -> list[str]:
+    """What is to be said of classes or labels that no training row has."""
+    return pitfalls.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
 
 
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
@@ -170,7 +192,7 @@ def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> No
             f"cannot go on from {checkpoint}: {first_line(error)} Delete that folder to go on from what is before it, "
             "or train anew with --overwrite."
         ) from error
-    if trainer.stopped:
+    if trainer.stopping.stopped:
         raise KeyboardInterrupt
 
 
@@ -179,31 +201,42 @@ def _finish(
     task: Task,
     folder: RunFolder,
     before: Mapping[str, float],
+    before_lowered: float,
     trained_on: Set[str],
     command: str | None,
 ) -> dict[str, Any]:
     """Measure the result and write it; what `metrics.json` then holds."""
-    config = task.config
+    config, data = task.config, task.data
     trainer.check_same()
     chosen = _take_best(trainer, task, folder)
     curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
+    threshold = None
+    if task.apart_rows:
+        trainer.measure(task.apart_rows)
+        threshold = best_threshold(data.problem, *trainer.answers())
     after = trainer.measure(task.dev_rows)
     if chosen is None:
         curve.append((trainer.state.global_step, after[task.metric]))
-    curves = {"training loss": trainer.points("loss"), f"dev {task.metric}": curve}
+    loss_title = f"{config.own_loss} training loss".strip()  # one of another kind is not to be compared
+    curves = {loss_title: trainer.points("loss"), f"dev {task.metric}": curve}
     if task.metric != LOSS:
         curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
     command = command or f"fastpeft train --config {folder.config_file}"
-    data, (outputs, labels) = task.data, trainer.answers()
+    outputs, labels = trainer.answers()
+    if threshold is not None:
+        outputs = data.problem.decided(outputs, threshold)
+        after |= data.problem.score(outputs, labels, data.labels)
     metrics = {
-        **_metrics(trainer, task, before, after, chosen, command),
+        **_metrics(trainer, task, before, after, chosen, threshold, command),
         **describe(data.problem, outputs, labels, data.labels, most_frequent(data.train.labels, data.problem)),
         "warnings": [
             *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
-            *pitfalls.of_training_loss(trainer.points("loss"), before[LOSS]),
+            *_missing(task),
+            *pitfalls.of_training_loss(trainer.points("loss"), before_lowered),
         ],
     }
     staged = folder.staging / "result"
+    report("saving")
 
     def write() -> None:
         with folder.saving("the result"):
@@ -212,10 +245,10 @@ def _finish(
             files.write_json(staged / CURVES, curves)
             files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
             if data.problem is CLASSIFICATION:
-                predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows)}
+                predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows, threshold)}
                 files.write_json(staged / PREDICTIONS, predictions)
             title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
-            draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, shown)
+            draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, loss_title, shown)
             folder.close(metrics, staged)
 
     trainer.ranks.first_does(write)
@@ -278,6 +311,7 @@ def _metrics(
     before: Mapping[str, float],
     after: Mapping[str, float],
     chosen: int | None,
+    threshold: float | None,
     command: str,
 ) -> dict[str, Any]:
     """What `metrics.json` holds."""
@@ -285,6 +319,7 @@ def _metrics(
     problem, cache = task.data.problem, getattr(inside_prompt(trainer.model), "feature_cache", None)
     trainable, total = count_parameters(trainer.model)
     longest = max(trainer.order.lengths)
+    report("simulating memory")
     estimate = peak = simulated_peak_mb(task, trainer.args, longest)
     if device.type == "cuda":
         peak = round(trainer.cuda_peak.nbytes / MEBIBYTE, 1)
@@ -307,6 +342,8 @@ def _metrics(
         "found_prompt": config.found_prompt,
         "metric": config.metric,
         "best_step": chosen,
+        "threshold": threshold,
+        "threshold_rows": len(task.apart_rows) or None,
         "train_rows": len(task.train_rows),
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
@@ -320,6 +357,7 @@ def _metrics(
         "seed": config.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "jobs": jobs(),
         "versions": versions(),
         "command": command,
     }
@@ -331,6 +369,8 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
     shown = (
         "objective",
         "problem_type",
+        "class_weights",
+        "focal_gamma",
         "metric",
         "patience",
         "prompt",
@@ -365,6 +405,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
         data=task.data.description,
         labels=task.data.labels,
         labels_are=problem.labels,
+        answers=answers_in_words(metrics),
         chosen_by=chosen_by(metrics),
         metrics=results(metrics),
         settings={

@@ -8,6 +8,7 @@ adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.
 adapter/          a part of the result: the adapter that trained beside a side network
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
+logs/             what TensorBoard shows, where the run was to report to it
 trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
 metrics.json      what was measured; written last, so it marks a run as finished
 .staging/         files on their way to one of the above
@@ -35,6 +36,7 @@ from fastpeft.version import __version__
 JOURNAL = "mezo.journal"  # of `fastpeft.mezo.journal`, which imports PyTorch
 CURVES = "curves.json"
 PREDICTIONS = "predictions.json"
+LOGS = "logs"
 TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
@@ -55,6 +57,7 @@ _WRITTEN = (
     "generation_config.json",
     "model*.safetensors*",
     "adapter",
+    LOGS,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -83,6 +86,7 @@ class _Metrics(dict[str, Any]):
             "problem_type": lambda name: isinstance(name, str),
             "pairs": lambda pairs: isinstance(pairs, bool),
             "max_length": lambda length: type(length) is int and length > 0,
+            "threshold": lambda found: found is None or (isinstance(found, float) and 0 < found < 1),
             "most_frequent_class": lambda found: isinstance(found, dict) and isinstance(found.get("class"), str),
         }
         for name, fit in fits.items():

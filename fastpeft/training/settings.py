@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
 from fastpeft.mezo.trainer import MeZOConfig
 
@@ -25,7 +24,7 @@ _ARGUMENTS = """
     dataloader_prefetch_factor dataloader_multiprocessing_context
     per_device_eval_batch_size eval_steps eval_delay eval_accumulation_steps
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
-    log_on_each_node include_num_input_tokens_seen report_to run_name project
+    log_on_each_node include_num_input_tokens_seen run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id
     ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph
     eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
@@ -33,26 +32,27 @@ _ARGUMENTS = """
 
 # what to do instead of setting some others
 _INSTEAD = {
-    **{name: f"use the option {name}" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
-    "r": "use the option rank",
-    "target_modules": "use the option targets",
-    "window_size": "use the option window",
-    "reduction_factor": "use the option reduction",
-    "output_dir": "use the option output",
-    "num_train_epochs": "use the option epochs",
-    "per_device_train_batch_size": "use the option batch_size",
-    "auto_find_batch_size": "use the option batch_size; a dry run tells how much memory it needs",
-    "data_seed": "use the option seed, which decides the order of rows too",
-    "save_strategy": "use the option save_steps",
-    "load_best_model_at_end": "use the option metric",
-    "metric_for_best_model": "use the option metric",
-    "greater_is_better": "use the option metric, which decides it",
-    "full_determinism": "use the option deterministic",
-    "resume_from_checkpoint": "use the option resume",
-    "bf16_full_eval": "it would round the weights that train; use the option bf16",
+    **{name: f"use `{name}`" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
+    "r": "use `rank`",
+    "target_modules": "use `targets`",
+    "window_size": "use `window`",
+    "reduction_factor": "use `reduction`",
+    "output_dir": "use `output`",
+    "num_train_epochs": "use `epochs`",
+    "per_device_train_batch_size": "use `batch_size`",
+    "auto_find_batch_size": "use `batch_size`; a dry run tells how much memory it needs",
+    "data_seed": "use `seed`, which decides the order of rows too",
+    "save_strategy": "use `save_steps`",
+    "load_best_model_at_end": "use `metric`",
+    "metric_for_best_model": "use `metric`",
+    "greater_is_better": "use `metric`, which decides it",
+    "full_determinism": "use `deterministic`",
+    "resume_from_checkpoint": "use --resume",
+    "bf16_full_eval": "it would round the weights that train; use `bf16`",
     "fp16_full_eval": "it would round the weights that train; use fp16",
-    "eval_strategy": "dev rows are measured a few times a run, or with the option metric at each checkpoint",
+    "eval_strategy": "dev rows are measured a few times a run, or with `metric` at each checkpoint",
     "eval_on_start": "dev rows are always measured before the first step",
+    "report_to": "use `report_to`",
     "label_names": "the model's labels are in the column labels",
     "push_to_hub": "push the folder of the finished run",
     "save_total_limit": "the newest checkpoints are kept",
@@ -64,7 +64,7 @@ _INSTEAD = {
     "fsdp": "each process of a launcher has the whole model",
     "deepspeed": "each process of a launcher has the whole model",
     "journal": "a run by MeZO always keeps one",
-    "save_weights": "leave save_steps out, and the journal is the only checkpoint",
+    "save_weights": "leave `save_steps` out, and the journal is the only checkpoint",
 }
 
 
@@ -81,8 +81,8 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if name not in hints and name in _INSTEAD:
             raise FastpeftError(f"{name} cannot be set as a setting; {_INSTEAD[name]}.")
         if name not in hints:
-            close = difflib.get_close_matches(name, hints, 3)
-            advice = f". Did you mean {' or '.join(close)}?" if close else f": {', '.join(fields)}."
+            close = did_you_mean(name, hints)
+            advice = f".{close}" if close else f": {', '.join(fields)}."
             kind = "fastpeft.MeZOConfig" if method.optimization.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "

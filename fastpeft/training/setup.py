@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.data.examples import Examples, TextData, texts_in_words
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, Problem, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OPTIONS, OVER, Method
 from fastpeft.methods.preparation import Preparation, parse_targets
@@ -61,7 +61,7 @@ class Head:
         if prompt is not None and problem is not CLASSIFICATION and prompt.head == "label_words":
             raise FastpeftError(
                 f"the prompt {prompt.template!r} answers by label words, which stand for classes, but this is "
-                f"{problem.name}. Add --prompt-head classifier, or leave it out."
+                f"{problem.short}. Add --prompt-head classifier, or leave it out."
             )
         return cls(list(labels), None if prompt is None else prompt.for_labels(labels), problem)
 
@@ -104,8 +104,9 @@ class Setup:
         """It, with its head on `data`; the head's prompt is missing while the configuration awaits it.
 
         Raises:
-            FastpeftError: metric, prompt, label words or method do not go with what the data has.
+            FastpeftError: metric, loss, prompt, label words or method do not go with what the data has.
         """
+        _check_classes(self.config, data)
         if self.config.awaits_prompt:
             check_searchable(data)
         if self.config.metric is not None:
@@ -145,8 +146,8 @@ def resolve(config: TrainConfig) -> Setup:
     settings, arguments = sort_settings(method, config.settings)
     if method.optimization.zeroth_order and config.optimizer_in_backward:
         raise FastpeftError(
-            f"optimizer_in_backward is on, but the method {method.name!r} has no gradients and no backward pass. Leave "
-            "it out."
+            f"`optimizer_in_backward` is on, but the method {method.name!r} has no gradients and no backward pass. "
+            "Leave it out."
         )
     if arguments.get("estimator") == "fzoo" and config.learning_rate is None:
         raise FastpeftError(
@@ -187,6 +188,23 @@ def setup_of_run(folder: RunFolder) -> RunSetup:
     )
     head = Head.of(config, metrics["labels"], get_problem(metrics["problem_type"]))
     return _setup(config, method, settings, arguments).with_head(head)
+
+
+def _check_classes(config: TrainConfig, data: TextData) -> None:
+    """Raise `FastpeftError` where what is for classes, or for two of them, does not go with what the data has."""
+    for name in ("class_weights", "focal_gamma"):
+        if getattr(config, name) is not None and not data.problem.has_classes:
+            raise FastpeftError(
+                f"`{name}` is {getattr(config, name)!r}, which is for classes, tags and labels, but the data has "
+                f"{data.problem.labels}. Leave it out."
+            )
+    two = data.problem is CLASSIFICATION and len(data.labels) == 2
+    if config.threshold is not None and not (two or data.problem is MULTI_LABEL):
+        what = "numbers" if not data.problem.has_classes else f"{len(data.labels)} {data.problem.labels}"
+        raise FastpeftError(
+            f"`threshold` is {config.threshold!r}, which is for two classes, or several labels of a text, but the data "
+            f"has {what}. Leave it out."
+        )
 
 
 def check_texts(prompt: Prompt | None, examples: Examples) -> None:

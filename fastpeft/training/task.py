@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,13 @@ from transformers.utils import is_liger_kernel_available
 from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
-from fastpeft.data.problems import MASKED_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.loading import continue_earlier, load_start
 from fastpeft.training.prompt_search import search_prompt
@@ -54,6 +57,7 @@ class Task:
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
             dev rows and not yet in the others.
+        apart_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
     """
 
@@ -63,6 +67,7 @@ class Task:
     data: TextData
     train_rows: list[Row]
     dev_rows: list[Row]
+    apart_rows: list[Row]
     max_length: int
 
     @classmethod
@@ -73,23 +78,28 @@ class Task:
             FastpeftError: something named is missing, broken or does not fit the rest.
         """
         plan = resolve(config)
+        report("reading data")
         data = data_for(config)
         setup = plan.for_data(data)  # refuses before a prompt is searched for, which takes its time
         if config.awaits_prompt:
             found = search_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
             setup = dataclasses.replace(plan, config=found).for_data(data)
         prompt = setup.prompt
+        report("loading the model")
         classifier = draw_start(setup)
         max_length = _max_length(config, classifier.max_length, setup.method.own_tokens(setup.preparation))
-        train_rows, dev_rows = (
-            encode(classifier.tokenizer, part, max_length, prompt, data.problem) for part in (data.train, data.dev)
+        report("encoding texts")
+        train_rows, dev_rows, apart_rows = (
+            [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
+            for part in (data.train, data.dev, data.apart)
         )
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_cut_words(part, rows, data.problem, max_length)
         if data.problem is MASKED_WORDS:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
+        report("preparing the model")
         model = prepare(classifier, setup)
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, max_length)
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)
 
     @property
     def config(self) -> TrainConfig:
@@ -116,6 +126,11 @@ class Task:
             self.setup.arguments,
             self.method.optimization,
         )
+        if config.report_to is not None and find_spec(config.report_to) is None:
+            raise FastpeftError(
+                f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
+                f"{config.report_to}, or leave it out."
+            )
         learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
         if "lr_scheduler_type" in given:
             schedule: dict[str, Any] = {}
@@ -141,7 +156,8 @@ class Task:
             "use_cpu": not torch.accelerator.is_available(),  # the Trainer refuses bf16 on a CPU it found by itself
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
-            "report_to": "none",
+            "report_to": "none",  # the run's Trainer begins when its folder is there
+            "run_name": Path(config.output).name,
             **({"journal": optimization.keeps_journal} if optimization.zeroth_order else {}),
             **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
             **given,
@@ -159,8 +175,10 @@ class Task:
                 raise ValueError("neftune_noise_alpha must be at least 0.")
             if first.use_liger_kernel and not is_liger_kernel_available():
                 raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
-            if first.label_smoothing_factor and self.data.problem is REGRESSION:
-                raise ValueError("label_smoothing_factor is for classes, but the data has numbers.")
+            if first.label_smoothing_factor and self.data.problem in (REGRESSION, MULTI_LABEL):
+                raise ValueError(f"label_smoothing_factor is for classes, but the data has {self.data.problem.labels}.")
+            if first.label_smoothing_factor and self.config.own_loss:
+                raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
             if config.optimizer_in_backward:
                 _check_steps_in_backward(first)
             # refuse what they cannot do before anything is written
@@ -184,12 +202,12 @@ class Task:
         size = arguments.world_size
         if arguments.train_batch_size % size:
             raise FastpeftError(
-                f"batch_size is {self.config.batch_size}, which {size} processes cannot share in equal parts. "
+                f"`batch_size` is {self.config.batch_size}, which {size} processes cannot share in equal parts. "
                 f"Give a multiple of {size}, or start another number of them."
             )
         if self.config.optimizer_in_backward:
             raise FastpeftError(
-                f"optimizer_in_backward with {size} processes: a gradient is used before that of the others is "
+                f"`optimizer_in_backward` with {size} processes: a gradient is used before that of the others is "
                 "added. Leave it out, or start one process."
             )
         arguments.accelerator_config.split_batches = True
@@ -231,6 +249,7 @@ def data_for(config: TrainConfig) -> TextData:
         label_column=config.label_column,
         split_seed=config.split_seed,
         split=config.split,
+        keep_apart=config.threshold is not None,
     )
 
 
@@ -257,7 +276,7 @@ def _max_length(config: TrainConfig, reads: int, own: int) -> int:
     max_length = config.max_length or min(DEFAULT_MAX_LENGTH, limit)
     if max_length > limit:
         raise FastpeftError(
-            f"max_length {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
+            f"`max_length` {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
             f"{limit} tokens or less."
         )
     return max_length
@@ -330,7 +349,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
         rows = [row for row in rows if 0 in row["special_tokens_mask"]]
         if not rows:
             raise FastpeftError(
-                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger max_length."
+                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
             )
         return rows
     labels = examples.labels

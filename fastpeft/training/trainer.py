@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
-from fastpeft.data.problems import LOSS, MASKED_WORDS, best_step
+from fastpeft.data.problems import LOSS, MASKED_WORDS
 from fastpeft.errors import NotFiniteError
 from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop
@@ -33,58 +31,26 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.training.callbacks import (
+    Clock,
+    CudaPeak,
+    CurvePoints,
+    EpochOfOrder,
+    MeasuredCheckpoints,
+    Patience,
+    Reports,
+    Stopping,
+    WholeCheckpoints,
+    logged,
+)
 from fastpeft.training.optimizer_in_backward import StepsInBackward
-from fastpeft.training.run_folder import RunFolder
+from fastpeft.training.row_order import LengthGroupedOrder
+from fastpeft.training.run_folder import LOGS, RunFolder
 from fastpeft.training.task import Task, collator, loader_options, steps_per_epoch
 
 logger = logging.getLogger(__name__)
 
-CURVE_POINTS = 5  # of the metric's curve, with its last
 CURVE_ROWS = 1_000  # dev rows behind an inner point
-
-
-class LengthGroupedOrder(Sampler[Any]):
-    """A random order of rows in which each batch holds rows of about one length, so that little is padded.
-
-    The order is a function of (seed, epoch) alone: a resumed run meets the rows that it would have met.
-
-    Args:
-        lengths: of the rows, in tokens.
-        batch_size: rows a batch.
-        seed: of the run.
-        with_epoch: whether to name rows by (epoch, index), for rows that differ from one epoch to the next.
-    """
-
-    _BATCHES_SORTED_TOGETHER = 50
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, with_epoch: bool = False) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.with_epoch = with_epoch
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[Any]:
-        rows = self.rows(self.epoch)
-        yield from ((self.epoch, row) for row in rows) if self.with_epoch else rows
-
-    def rows(self, epoch: int) -> list[int]:
-        """Indices of the rows, in the order of an epoch."""
-        generator = random.Random(f"{self.seed}:{epoch}")
-        order = list(range(len(self.lengths)))
-        generator.shuffle(order)
-        group = self.batch_size * self._BATCHES_SORTED_TOGETHER
-        rest = len(order) % self.batch_size  # an incomplete batch can only come last
-        full, last = order[: len(order) - rest], order[len(order) - rest :]
-        batches = []
-        for start in range(0, len(full), group):
-            grouped = sorted(full[start : start + group], key=self.lengths.__getitem__)
-            batches += [grouped[i : i + self.batch_size] for i in range(0, len(grouped), self.batch_size)]
-        generator.shuffle(batches)
-        return [row for batch in (*batches, last) for row in batch]
 
 
 class RunTrainer(Trainer):
@@ -98,10 +64,11 @@ class RunTrainer(Trainer):
         samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
+        own_loss: what training lowers in place of the model's own loss, None where it lowers that.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
         stop: once asked, the run ends after its step, with a checkpoint, unless that step is the last.
-        stopped: whether it did.
+        stopping: what then ends it, and says whether it did.
     """
 
     def __init__(
@@ -115,12 +82,17 @@ class RunTrainer(Trainer):
         self.clock = Clock()
         self.cuda_peak = CudaPeak()
         self.stop = StopRequest()
-        self.stopped = False
         self.folder = folder
         self.ranks = Ranks()
+        self.stopping = Stopping(self.stop, self.ranks)
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
+        self.own_loss = None
+        if task.config.own_loss:
+            from fastpeft.training.losses import training_loss
+
+            self.own_loss = training_loss(task.config, task.data)
         curve_rows = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
@@ -135,12 +107,13 @@ class RunTrainer(Trainer):
             compute_metrics=self._score,
             preprocess_logits_for_metrics=self.problem.digest or _logits_alone,
             callbacks=[
-                _EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
+                EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
-                _WholeCheckpoints(folder, self.chosen_by, self.ranks),
-                _Stopping(self),
+                WholeCheckpoints(folder, self.chosen_by, self.ranks),
+                self.stopping,
                 self.clock,
                 self.cuda_peak,
+                Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order),
                 *callbacks,
             ],
         )
@@ -149,12 +122,22 @@ class RunTrainer(Trainer):
         # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's
         self.model_accepts_loss_kwargs = False
 
+    def begin_reports(self, to: str) -> None:
+        """Log to a service or library from here on; its set-up may refuse."""
+        for kind in get_reporting_integration_callbacks(to):
+            callback = kind()
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self.folder.path / LOGS)
+            if hasattr(callback, "setup"):
+                callback.setup(self.args, self.state, self.model)
+            self.add_callback(callback)
+
     def _measuring(self, rows: int, patience: int | None) -> list[TrainerCallback]:
         """What decides when the metric is measured, and what follows from it."""
         if self.chosen_by is None:
-            return [_CurvePoints(rows)]
-        ending = [] if patience is None else [_Patience(self.chosen_by, patience)]
-        return [_MeasuredCheckpoints(), *ending]
+            return [CurvePoints(rows)]
+        ending = [] if patience is None else [Patience(self.chosen_by, patience)]
+        return [MeasuredCheckpoints(), *ending]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self.accelerator.prepare(
@@ -175,15 +158,22 @@ class RunTrainer(Trainer):
         self.model.__dict__.pop("_is_accelerate_prepared", None)
         return {name: measured[f"eval_{name}"] for name in (*self.problem.metrics, LOSS)}
 
-    def classes(self, rows: list[Row]) -> list[int]:
-        """The most likely class of each of `rows`, which were measured last."""
+    def classes(self, rows: list[Row], threshold: float | None) -> list[int]:
+        """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # as in `_by_length`
-        found = dict(zip(order, self._outputs.argmax(-1).tolist()))
+        answers = self.problem.answers(self.problem.decided(self._outputs, threshold))
+        found = dict(zip(order, answers.tolist()))
         return [found[index] for index in range(len(rows))]
 
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and labels, as the problem scores them, of the rows that were measured last."""
         return self._outputs, self._labels
+
+    def lowered(self, measured: float) -> float:
+        """The loss that training lowers, of the rows that were measured last, whose loss in reports is `measured`."""
+        if self.own_loss is None:
+            return measured
+        return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
@@ -233,8 +223,19 @@ class RunTrainer(Trainer):
                 f"peak is {self.args.learning_rate:g}) or look for a fault in the data."
             )
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        # where the Trainer measures, it asks for outputs: what is reported is the model's own loss
+        if self.own_loss is None or return_outputs:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            labels = inputs.pop("labels")
+            found = self.own_loss(model(**inputs).logits, labels)
         if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
             self._check_finite([], found[0] if isinstance(found, tuple) else found)
         return found
@@ -261,7 +262,7 @@ class RunTrainer(Trainer):
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The logged values of `name`, with their steps."""
-        return _points(self.state, name)
+        return logged(self.state, name)
 
 
 class MeZORunTrainer(RunTrainer, MeZOTrainer):
@@ -304,138 +305,6 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def _points(state: TrainerState, name: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[name]) for entry in state.log_history if name in entry]
-
-
 def _by_length(rows: list[Row]) -> list[Row]:
     """Rows in an order that pads little."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))
-
-
-class _EpochOfOrder(TrainerCallback):
-    """Tells the order of rows which epoch begins, by the steps made: a state made of a journal knows no epoch."""
-
-    def __init__(self, order: LengthGroupedOrder, steps: int) -> None:
-        self.order = order
-        self.steps = steps  # of an epoch
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.order.epoch = state.global_step // self.steps
-
-
-class _CurvePoints(TrainerCallback):
-    """Asks for the inner points of the metric's curve.
-
-    At least as many rows are trained on as an evaluation reads, so that evaluating stays the smaller part of the work,
-    but for a person who gives `eval_steps`.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
-        every = args.eval_steps or max(math.ceil(state.max_steps / CURVE_POINTS), math.ceil(self.rows / rows_a_step))
-        if state.global_step % every == 0 and state.global_step < state.max_steps:
-            control.should_evaluate = True
-
-
-class _MeasuredCheckpoints(TrainerCallback):
-    """Asks to measure what is about to be saved, and nothing else, so that the best checkpoint is known."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = control.should_save
-
-
-class _Patience(TrainerCallback):
-    """Ends a run whose metric was not better for as many checkpoints, also one that is resumed after the last of these.
-
-    All that it knows is in the log, which a checkpoint holds.
-    """
-
-    def __init__(self, metric: str, checkpoints: int) -> None:
-        self.metric = metric
-        self.checkpoints = checkpoints
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_evaluate(args, state, control)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        measured = _points(state, f"eval_{self.metric}")
-        best = best_step(measured, self.metric) if measured else 0
-        if not control.should_training_stop and sum(step > best for step, _ in measured) >= self.checkpoints:
-            logger.info("ends at step %d: the best %s was that of step %d", state.global_step, self.metric, best)
-            control.should_training_stop = True
-
-
-class _WholeCheckpoints(TrainerCallback):
-    """Moves each checkpoint, once the Trainer has written it, from the staging place to its final name."""
-
-    def __init__(self, folder: RunFolder, chosen_by: str | None, ranks: Ranks) -> None:
-        self.folder = folder
-        self.chosen_by = chosen_by
-        self.ranks = ranks
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        best = None
-        if self.chosen_by is not None:
-            best = best_step(_points(state, f"eval_{self.chosen_by}"), self.chosen_by)
-        self.ranks.wait()  # each process writes its random state into it
-        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
-
-
-class _Stopping(TrainerCallback):
-    """Ends a run that was asked to stop: saves a checkpoint of the step just made, then makes no other.
-
-    It comes after what measures each checkpoint, since one more to choose from could change the result. What one of
-    several processes was asked, all do: a signal reaches them at different moments.
-    """
-
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
-
-    def _asked(self, args: Any, state: Any) -> bool:
-        stop = self.trainer.stop
-        stop.asked = self.trainer.ranks.any(stop.asked, args.device)
-        return stop.asked and state.global_step < state.max_steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked(args, state):
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked(args, state):
-            self.trainer.stopped = control.should_training_stop = True  # now: a checkpoint keeps what was set before
-
-
-class Clock(TrainerCallback):
-    """Counts steps and the seconds spent in them, without evaluating and saving."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.seconds = 0.0
-        self._begin = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._begin = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps += 1
-        self.seconds += time.perf_counter() - self._begin
-
-
-class CudaPeak(TrainerCallback):
-    """The most bytes that the allocator held in any step, without evaluating and saving."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.device.type == "cuda":
-            self.nbytes = max(self.nbytes, torch.cuda.max_memory_allocated(args.device))

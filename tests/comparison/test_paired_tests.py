@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from compared import finish
+from rich.console import Console
 
 from fastpeft import CompareConfig, console
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import document, paired_tests, results, sections, significance
 from fastpeft.comparison.report import output as report
-from fastpeft.comparison.report.document import Figure, Items, Table
+from fastpeft.comparison.report.document import Items, Table
 from fastpeft.comparison.run import Comparison
 
 
@@ -54,28 +55,33 @@ ONE_SEED = (
 def test_nothing_is_significant(tmp_path: Path) -> None:
     six = {name: without(index) for index, name in enumerate(("siva", "lora", "head", "bitfit", "full", "lst"))}
     plan = plan_of(tmp_path, six)
-    told = "No significant difference in accuracy among these 6 variants on 1,000 dev rows."
+    told = (
+        "No significant difference in accuracy among these 6 variants on 1,000 dev rows; siva, lora, head and 3 more "
+        "share the highest, 0.999."
+    )
     assert first_lines(plan) == [told, ONE_SEED]
     report.write(plan, whole=True)
     text, page = ((plan.folder / f"report.{end}").read_text() for end in ("md", "html"))
     assert f"\n\n**{told}**\n\n{ONE_SEED}\n\n6 variants, 1 seed each." in text
-    assert f'</h1>\n<p class="strong">{told}</p>\n<p>{ONE_SEED}</p>' in page
-    assert "Highest" not in text, "all have the same accuracy"
-    assert "siva, lora, head and 3 more have the same, 0.999, and none is higher." in text
+    assert f'</h1>\n</header>\n<p class="verdict">{told}</p>\n<p>{ONE_SEED}</p>' in page
     assert "Last values: all " in text
     assert "told apart" not in text
 
 
 def test_two_variants_are_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": without(1), "head": without(2, 3)}, seeds=3)
-    assert first_lines(plan) == ["No significant difference in accuracy between siva and head on 1,000 dev rows."]
+    assert first_lines(plan) == [
+        "No significant difference in accuracy between siva and head on 1,000 dev rows; siva has the highest, 0.999, "
+        "at 200 MB peak memory."
+    ]
 
 
-def test_what_is_significant_is_named_with_its_p(tmp_path: Path) -> None:
+def test_the_best_is_named_with_those_it_is_significantly_above(tmp_path: Path) -> None:
     """10 rows of one against none of the other are McNemar's 2 / 2^10, times 3 pairs."""
     plan = plan_of(tmp_path, {"head": without(*range(10)), "siva": without(), "lora": without(*range(4))})
-    assert (
-        first_lines(plan)[0] == "siva is above head (p = 0.006, Holm); no significant difference in the other 2 pairs."
+    assert first_lines(plan)[0] == (
+        "siva has the highest accuracy, 1.000, at 200 MB peak memory; significantly above head; not significantly "
+        "above lora (Holm)."
     )
     (_, table) = tables(plan)
     assert table.rows[0] == ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
@@ -88,12 +94,46 @@ def test_what_is_significant_is_named_with_its_p(tmp_path: Path) -> None:
     assert [row[4] for row in table.rows[2:]] == ["0.062", "0.125"]
 
 
-def test_of_many_significant_pairs_the_highest_is_told(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path / "one", {"head": 20, "siva": 181, "lora": 180, "full": 140})
-    told = "5 of 6 pairs of variants differ significantly in accuracy (Holm)"
-    assert first_lines(plan)[0] == f"{told}; siva, the highest, is significantly above 2 of the other 3 variants."
-    tie = plan_of(tmp_path / "other", {"head": 20, "siva": 180, "lora": 180, "full": 140})
-    assert first_lines(tie)[0] == f"{told}.", "of which none is the highest"
+@pytest.mark.parametrize(
+    ("right", "told"),
+    [
+        ({"head": 20, "siva": 190, "lora": 150, "full": 140}, "siva has ; significantly above head, lora and full"),
+        (
+            {"siva": 190, **{f"lora:rank={rank}": 150 for rank in range(1, 5)}, "head": 189},
+            "siva has ; significantly above 4 of the other 5; not significantly above head",
+        ),
+        (
+            {"siva": 190, **{f"lora:rank={rank}": 150 for rank in range(1, 5)}},
+            "siva has ; significantly above all 4 others",
+        ),
+        (  # siva is above lora, but not significantly above head, which is wrong on other rows
+            {"siva": without(1, rows=20), "head": without(2, 3, rows=20), "lora": [0] * 13 + [1] * 7},
+            "siva has ; significantly above lora; not significantly above head",
+        ),
+        ({"head": 20, "siva": 180, "lora": 180}, "head has"),
+    ],
+)
+def test_names_or_counts(tmp_path: Path, right: dict[str, Any], told: str) -> None:
+    line = first_lines(plan_of(tmp_path, right))[0]
+    if told == "head has":
+        assert (
+            line
+            == "siva and lora share the highest accuracy, 0.900; 2 of 3 pairs of variants differ significantly (Holm)."
+        )
+        return
+    name, _, rest = told.partition(" has ;")
+    assert line.startswith(f"{name} has the highest accuracy, 0.95")
+    assert line.endswith(f", at 200 MB peak memory;{rest} (Holm).")
+
+
+def test_the_highest_may_be_significantly_above_none(tmp_path: Path) -> None:
+    """The highest is not tested against those whose predictions were not kept."""
+    plan = plan_of(tmp_path, {"siva": 190, "lora": 180, "head": 100})
+    (plan.results[0].folder.path / "predictions.json").unlink()
+    assert first_lines(plan)[0] == (
+        "siva has the highest accuracy, 0.950, at 200 MB peak memory; 1 of 1 pairs of variants differ significantly "
+        "(Holm)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +146,8 @@ def test_of_many_significant_pairs_the_highest_is_told(tmp_path: Path) -> None:
 def test_what_few_rows_cannot_show(tmp_path: Path, rows: int, told: str) -> None:
     same = {name: without(index, rows=rows) for index, name in enumerate(("siva", "lora", "head"))}
     assert first_lines(plan_of(tmp_path, same)) == [
-        f"No significant difference in accuracy among these 3 variants on {rows} dev rows.",
+        f"No significant difference in accuracy among these 3 variants on {rows} dev rows; siva, lora and head share "
+        f"the highest, {1 - 1 / rows:.3f}.",
         f"{ONE_SEED} {told}",
     ]
 
@@ -131,16 +172,16 @@ def test_without_classes_nothing_is_tested(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": 100, "head": 100, "lora": 100})
     for cell in plan.results[1:]:
         (cell.folder.path / "predictions.json").unlink()
-    told = "No difference was tested: a paired test needs the classes that two finished variants predict."
-    assert first_lines(plan) == [told]
+    told = "no difference was tested: a paired test needs the classes that two finished variants predict."
+    assert first_lines(plan) == [f"siva, head and lora share the highest accuracy, 0.500; {told}"]
     assert len(tables(plan)) == 1
 
 
 def test_variants_that_could_not_be_tested_are_not_counted(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, dict.fromkeys(("siva", "lora", "head", "full"), 150))
     (plan.results[0].folder.path / "predictions.json").unlink()
-    told = "No significant difference in accuracy among the 3 variants that could be tested on 200 dev rows."
-    assert first_lines(plan)[0] == told
+    told = "No significant difference in accuracy among the 3 variants that could be tested on 200 dev rows; "
+    assert first_lines(plan)[0].startswith(told)
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -186,15 +227,6 @@ def test_many_variants_have_a_matrix(tmp_path: Path) -> None:
     assert "| 3 siva:rank=3 | lower, p <0.001 |" in document.markdown("t", [matrix])
 
 
-def test_a_caption_says_whether_the_highest_is_significantly_so(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"head": 100, "siva": 181, "lora": 180})
-    captions = [part.caption for part in sections.report(plan, pictures=True) if isinstance(part, Figure)]
-    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; significantly above 1 of the other 2 variants.")
-    two = plan_of(tmp_path / "two", {"siva": 181, "lora": 180})
-    captions = [part.caption for part in sections.report(two, pictures=True) if isinstance(part, Figure)]
-    assert captions[0].startswith("Highest is siva, 0.905 at 200 MB; not significantly above the other.")
-
-
 # -- warnings ----------------------------------------------------------------------------------------------------------
 
 CONSTANT = "It predicts negative for every dev row."
@@ -204,7 +236,7 @@ FEW = "200 dev rows are few."
 def shown(plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     comparison = object.__new__(Comparison)
     comparison.plan = plan
-    monkeypatch.setattr(console, "console", console.Console(highlight=False, markup=False, width=200))
+    monkeypatch.setattr(console, "console", Console(highlight=False, markup=False, width=200))
     console.show_report(comparison)
     return capsys.readouterr().out
 
@@ -224,11 +256,11 @@ def test_warnings_stand_beside_their_variant(
     assert f"\n## Warnings\n\n- all variants: {FEW}\n- head †: {CONSTANT}\n" in text
     assert "\n| head † | 0.950 (" in text
     assert "\n| siva | 0.750 (" in text, "what all warn of marks none"
-    assert "\n**head † is above siva (p < 0.001, Holm), " in text
-    assert "Highest is head †, 0.950 at 200 MB; significantly above 2 of the other 2 variants. †: see Warnings." in text
+    told = "head † has the highest accuracy, 0.950, at 200 MB peak memory; significantly above siva and lora (Holm)."
+    assert f"\n**{told}**\n" in text
     assert f"<li>head †: {CONSTANT}</li>" in page
     lines = shown(plan, monkeypatch, capsys).splitlines()
-    assert lines[0].startswith("head † is above siva (p < 0.001, Holm), ")
+    assert lines[0] == told
     assert lines[-4:-1] == ["Warnings:", f"all variants: {FEW}", f"head †: {CONSTANT}"]
     assert any(line.startswith("| head † | 0.950 (") for line in lines)
 
@@ -246,7 +278,7 @@ def test_an_older_run_that_predicts_one_class_is_told_too(tmp_path: Path) -> Non
     plan = plan_of(tmp_path, {"siva": 50, "head": without(*range(0, 200, 2), rows=200)})
     (items,) = [part for part in sections.report(plan, pictures=False) if isinstance(part, Items)][:1]
     assert items.items == ["head †: It predicts the same class for every dev row."]
-    assert first_lines(plan)[0] == "head † is above siva (p < 0.001, Holm)."
+    assert first_lines(plan)[0].startswith("head † has the highest accuracy, 0.500, ")
 
 
 def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:

@@ -11,25 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compared import STAND_IN, config, results, started
-from samples import reviews, save_tiny_model, write_csv
 from typer.testing import CliRunner
 
 import fastpeft
 from fastpeft import CompareConfig, FastpeftError, compare
 from fastpeft.cli import app
 from fastpeft.comparison import run
+from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
 from fastpeft.data.problems import CLASSIFICATION, PROBLEMS, Problem
 from fastpeft.training.config import TrainConfig
-
-ROOT = Path(fastpeft.__file__).parents[1]
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -79,7 +77,7 @@ def test_the_report_tells_what_does_not_compare() -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_the_metric_to_look_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    tags = Problem("tags", "", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
+    tags = Problem("tags", "tags", "", "", "tags", ("f1", "accuracy"), lambda outputs, labels, names: {})
     monkeypatch.setitem(PROBLEMS, "tags", tags)
     Path("cell.py").write_text(STAND_IN.replace('"train_rows"', '"problem_type": "tags", "train_rows"'))
     compare(config("head"))
@@ -216,14 +214,6 @@ def test_a_killed_cell_is_told() -> None:
     assert [row["state"] for row in results()] == ["failed", "finished"]
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT as a person's Ctrl-C has it: what a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.long(but="15")
 @pytest.mark.usefixtures("stand_in", "interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -271,15 +261,15 @@ def test_two_comparisons_do_not_meet_in_one_folder() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_a_cell_that_outlives_its_comparison_keeps_the_folder() -> None:
     code = "import pathlib, time\npathlib.Path('on').touch()\nwhile not pathlib.Path('off').exists(): time.sleep(0.01)"
-    with run._lock(Path("out")) as lock, Path("log").open("wb") as log:
-        cell = threading.Thread(target=run._wait, args=([sys.executable, "-S", "-c", code], log, lock))
-        cell.start()
-        while not Path("on").exists():
-            time.sleep(0.01)
-    with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
-        compare(config("head"))
-    Path("off").touch()
-    cell.join()
+    with Local(1) as local:
+        with run._lock(Path("out")) as lock:
+            cell = local.start(["-S", "-c", code], Path("log"), [lock.fileno()])
+            while not Path("on").exists():
+                time.sleep(0.01)
+        with pytest.raises(FastpeftError, match="or a cell that it left, still runs in 'out'"):
+            compare(config("head"))
+        Path("off").touch()
+        assert cell.result().how == "with exit code 0"
     assert compare(config("head")).failed == {}
 
 
@@ -287,17 +277,6 @@ def test_the_public_name_is_the_function() -> None:
     """Whatever is imported before: a module of that name would take its place."""
     assert fastpeft.compare is run.compare
     assert importlib.util.find_spec("fastpeft.compare") is None
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of a person with a model and data."""
-    save_tiny_model(tmp_path / "model")
-    write_csv(tmp_path / "reviews.csv", reviews(60))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
 
 
 def test_real_cells_are_not_repeated(place: Path) -> None:

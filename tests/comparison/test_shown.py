@@ -144,7 +144,7 @@ def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None
     states |= {cell.name: "finished" for cell in cells[:60]} | {cells[index].name: "failed" for index in (3, 70)}
     monkeypatch.setattr(comparison, "state", lambda cell: states[cell.name])
     states[cells[60].name] = "running"
-    comparison.running, comparison._started = cells[60], time.monotonic() - 300
+    comparison.running[cells[60].name] = time.monotonic() - 300
     lines = view(comparison).splitlines()
     assert len(lines) <= 23
     assert max(map(len, lines)) <= 80
@@ -154,6 +154,11 @@ def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None
     assert [row[1] for row in shown[1:]] == ["failed"] * 2 + ["finished"] * 7 + ["waiting"] * 7
     assert shown[-1][0][-5:] == cells[67].name[-5:], "the ends of names are kept"
     assert lines[-1] == "not shown: 52 finished, 39 waiting"
+
+    states[cells[61].name] = "running"
+    comparison.running[cells[61].name] = time.monotonic() - 20
+    shown = [line.split("│")[2:4] for line in view(comparison).splitlines() if line.startswith("│")]
+    assert [[part.strip() for part in row] for row in shown[:2]] == [["running", "5 min"], ["running", "20 s"]]
 
 
 def test_a_dry_run_counts_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

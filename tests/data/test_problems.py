@@ -223,16 +223,16 @@ def test_classes_are_described_one_by_one() -> None:
     assert found["per_class"]["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     assert json.loads(json.dumps(found)) == found
     assert "most_frequent_class" not in describe(CLASSIFICATION, outputs, labels, names, None)
-    assert most_frequent([[0, 2], [2]], TAGGING) == 2
+    assert most_frequent([[0, 2], [2]], TAGGING) == [2]
     assert most_frequent([0.5], REGRESSION) is None
     assert describe(REGRESSION, outputs[:, :1], labels, ["score"], None) == {}
-    many = describe(CLASSIFICATION, np.eye(201), np.arange(201), [f"{n}" for n in range(201)], 0)
+    many = describe(CLASSIFICATION, np.eye(201), np.arange(201), [f"{n}" for n in range(201)], [0])
     assert (many["confusion_matrix"], len(many["per_class"])) == (None, 201)
 
 
 def test_every_problem_has_metrics_to_choose_by() -> None:
     for name, problem in PROBLEMS.items():
-        assert problem.name == name
+        assert problem.short == name
         problem.check_metric(problem.primary)
         problem.check_metric("loss")
         with pytest.raises(FastpeftError, match=f"'bleu' is not measured in {name}; allowed are {problem.primary}"):

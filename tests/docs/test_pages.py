@@ -8,6 +8,8 @@ import importlib.util
 import io
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,9 +25,13 @@ DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name != "report.md")  # that one `compare` wrote
 TUTORIAL = DOCS / "tutorial.md"
 RUN = {"python", "sh"}
+BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
 SHOWN = {OUTPUT, "math"}
-NEEDS = {"how-to/integrations.md": ("trl", "sentence_transformers", "lightning")}  # of the extra `integrations`
+NEEDS = {
+    "how-to/integrations.md": ("trl", "sentence_transformers", "lightning"),  # of the extra `integrations`
+    "how-to/from-unsloth.md": ("trl",),
+}
 REVIEWS = "text,label\n" + "".join(
     f'"A warm and clever film, number {number}.",good\nScene {number} drags on and on.,bad\n' for number in range(20)
 )
@@ -155,6 +161,58 @@ def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:
         links.feed((site / page.relative_to(DOCS)).with_suffix(".html").read_text(encoding="utf-8"))
         assert not [link for link in links.loaded if "//" in link], page
         assert not links.silent, page
+    _search_finds(site, "residual_dtype", "SiVA")
+    assert _within_two_clicks(site) >= {page.relative_to(DOCS).with_suffix(".html").as_posix() for page in PAGES}
+
+
+def _search_finds(site: Path, words: str, page: str) -> None:
+    """In a browser, with the site opened as files."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=chromium, args=BROWSER)
+        try:
+            tab = browser.new_page()
+            tab.goto((site / "index.html").as_uri())
+            tab.fill("input.md-search__input", words)
+            tab.wait_for_selector(f".md-search-result__item :text('{page}')")
+        finally:
+            browser.close()
+
+
+def _within_two_clicks(site: Path) -> set[str]:
+    """Pages that the first one links to, or that one of these does."""
+    found = {"index.html"}
+    for _ in range(2):
+        for page in list(found):
+            links = re.findall(r'href="([^"#:]+\.html)', (site / page).read_text(encoding="utf-8"))
+            found |= {os.path.normpath(Path(page).parent / link) for link in links}
+    return found
+
+
+@pytest.mark.long
+def test_the_notebook_is_the_tutorial_and_runs(tmp_path: Path) -> None:
+    file = ROOT / "examples" / "tutorial.ipynb"
+    written = file.read_text(encoding="utf-8")
+    assert written == load(DOCS / "tutorial_notebook.py").text(), "python docs/tutorial_notebook.py writes it anew"
+    nbclient = pytest.importorskip("nbclient", reason="the extra `docs` is not installed")
+    pytest.importorskip("ipykernel", reason="the extra `docs` is not installed")
+    with socket.socket() as free:  # the page itself may be served at the same moment
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    notebook = nbformat_of(written.replace("8123", str(port)))
+    nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "predicted.csv").is_file()
+
+
+def nbformat_of(text: str) -> Any:
+    import nbformat
+
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
 
 
 def test_the_walk_passes_files_that_are_there_and_none_twice() -> None:

@@ -247,6 +247,10 @@ def test_losses_beside_a_plain_module() -> None:
     torch.testing.assert_close(classes.loss, -logits.log_softmax(-1).diagonal().mean())
     numbers = run(model, "perceptron", labels=torch.ones(3, 3))
     torch.testing.assert_close(numbers.loss, (logits - 1).square().mean())
+    model.config.problem_type = "multi_label_classification"
+    several = run(model, "perceptron", labels=torch.eye(3))
+    expected = nn.functional.binary_cross_entropy_with_logits(several.logits, torch.eye(3))
+    torch.testing.assert_close(several.loss, expected)
     as_tuple = run(model, "perceptron", labels=LABELS, return_dict=False, output_hidden_states=True)
     assert [part.shape for part in as_tuple[:2]] == [(), (3, 3)]
     assert [state.shape for state in as_tuple[2]] == [(3, 1, 12)] * 3

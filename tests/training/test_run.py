@@ -20,8 +20,8 @@ from fastpeft.methods.registry import get_method
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, load_run, predict
 from fastpeft.training.optimizer_in_backward import StepsInBackward
+from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run import TrainResult
-from fastpeft.training.trainer import LengthGroupedOrder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

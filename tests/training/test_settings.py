@@ -35,7 +35,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("auto_find_batch_size", "use the option batch_size"),
+        ("auto_find_batch_size", "use batch_size"),
         ("save_only_model", "all that resume needs"),
         ("ignore_data_skip", "meets the rows"),
         ("bf16_full_eval", "round the weights"),

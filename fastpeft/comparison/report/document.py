@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PAGE = Path(__file__).with_name("page.html")
+from fastpeft.comparison.report import figures
+
+_PAGE = Path(__file__).with_name("page.html")  # beside it page.css and page.js, which each page holds
 FIGURES = "figures"  # the folder beside the report
 
 
@@ -42,41 +45,72 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts, the header first; the columns `numbers` are aligned on the right."""
+    """Rows of texts, the header first.
+
+    Attributes:
+        rows: the header and the rows.
+        numbers: the columns that are aligned on the right.
+        caption: what a page calls it.
+        variants: how many rows after the header are variants, in their order. Such a table is the page's main one: its
+            rows have the marks of the charts, and can be sorted and hidden. Rows below them stay at the end.
+    """
 
     rows: Sequence[Sequence[str]]
     numbers: range = range(0)
+    caption: str = "Table"
+    variants: int = 0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The confusion matrix of a variant, for a page alone: a row a label, a column an answer, both in `classes`."""
+
+    index: int
+    variant: str
+    classes: Sequence[str]
+    counts: Sequence[Sequence[int]]
+
+    def shade(self, row: int, column: int) -> int:
+        """The share of a label's rows that have an answer, from 0 to 5."""
+        return round(5 * self.counts[row][column] / max(1, sum(self.counts[row])))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: the name of its file, a description for readers who cannot see it, its caption and its PNG."""
+    """A chart: the name of its file, a description for readers who cannot see it, and its caption."""
 
     name: str
     alt: str
     caption: str
-    png: bytes
+    chart: figures.Scatter | figures.Curves
 
     @property
-    def data(self) -> str:
-        """The picture as a data URL."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.name}.svg"
+
+
+@dataclass(frozen=True)
+class PageOnly:
+    """Blocks that Markdown leaves out."""
+
+    blocks: Sequence[Block]
 
 
 # What Markdown takes for markup inside a line: tags and entities, but not the < of "< 0.001"; emphasis and code, but
 # not the _ of "label_words"; the middle of a link; a backslash before punctuation.
 _MARKUP = re.compile(r"<(?![\d ])|[&>]|[*`]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|\\(?=[!-/:-@\[-`{-~])")
 
-Block = Heading | Text | Strong | Items | Code | Table | Figure
+Block = Heading | Text | Strong | Items | Code | Table | Matrix | Figure | PageOnly
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
     """The report in Markdown, with links to the pictures in `FIGURES`."""
-    parts = [[f"# {_plain(title)}"], *(_lines(block) for block in blocks)]
+    parts = [[f"# {_plain(title)}"], *(_lines(block) for block in blocks if not isinstance(block, PageOnly | Matrix))]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
-def _lines(block: Block) -> list[str]:
+def _lines(block: Heading | Text | Strong | Items | Code | Table | Figure) -> list[str]:
     match block:
         case Heading(text):
             return [f"## {_plain(text)}"]
@@ -90,8 +124,8 @@ def _lines(block: Block) -> list[str]:
             return ["```", *lines, "```"]
         case Table():
             return table_lines(block)
-        case Figure(name, alt, caption):
-            return [f"![{_plain(alt)}]({FIGURES}/{name}.png)", "", _plain(caption)]
+        case Figure():
+            return [f"![{_plain(block.alt)}]({FIGURES}/{block.file})", "", _plain(block.caption)]
 
 
 def _plain(text: str) -> str:
@@ -108,9 +142,34 @@ def table_lines(table: Table) -> list[str]:
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """The report as a page of HTML, every text escaped, pictures inside."""
-    from jinja2 import Environment, StrictUndefined
+    """The report as a page of HTML that loads nothing: every text escaped; charts, style and script inside.
 
+    Its policy allows the style and the script that are written here, by their hashes, and nothing else.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    style = f"{_PAGE.with_suffix('.css').read_text(encoding='utf-8')}{figures.palette()}\n"
+    script = _PAGE.with_suffix(".js").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_PAGE.read_text(encoding="utf-8"))
-    return template.render(title=title, blocks=[(type(block).__name__, block) for block in blocks])
+    return template.render(
+        title=title,
+        blocks=[(type(block).__name__, block) for block in _flat(blocks)],
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_digest(style),
+        script_hash=_digest(script),
+        glyph=lambda index: Markup(figures.glyph(index)),
+        charts=lambda figure: [Markup(figure.chart.svg(figure.alt, width)) for width in (figures.WIDE, figures.NARROW)],
+    )
+
+
+def _flat(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield from _flat(block.blocks) if isinstance(block, PageOnly) else [block]
+
+
+def _digest(text: str) -> str:
+    """The hash of a style or a script, as a policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -37,7 +37,7 @@ def write(plan: Plan, *, whole: bool) -> None:
         pictures.mkdir(exist_ok=True)
         for part in parts:
             if isinstance(part, document.Figure):
-                files.write_bytes(pictures / f"{part.name}.png", part.png)
+                files.write_text(pictures / part.file, part.chart.svg(part.alt, file=True))
         files.write_text(plan.folder / "report.html", document.page(title, parts))
     files.write_text(plan.folder / "report.md", document.markdown(title, parts))
 

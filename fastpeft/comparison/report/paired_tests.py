@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import statistics as plain
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from fastpeft.comparison.report import significance
 from fastpeft.comparison.report.document import Block, Heading, Table, Text
-from fastpeft.comparison.report.results import Variant
+from fastpeft.comparison.report.results import Variant, main_metric
+from fastpeft.data.problems import TITLES
 
 _FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
-_NAMED = 3  # the most pairs that the verdict names
+_NAMED = 3  # the most variants that a part of the verdict names
 _LISTED = 15  # the most pairs, of six variants, that have a row each
 
 
@@ -55,42 +57,65 @@ def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
 
 
 def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
-    """One sentence that says whether any difference is significant."""
+    """One sentence: which variant is best, with how much memory, and above which others significantly."""
+    metric = main_metric(compared)
+    scores = {v.name: plain.mean(v.values(metric.key)) for v in compared if v.values(metric.key)} if metric else {}
+    best = [name for name, score in scores.items() if math.isclose(score, max(scores.values()))]
+    title = TITLES[metric.key] if metric else ""
     if not tested:
-        return "No difference was tested: a paired test needs the classes that two finished variants predict."
+        lead = f"{_highest(compared, best, scores, title)}; no" if best else "No"
+        return f"{lead} difference was tested: a paired test needs the classes that two finished variants predict."
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
-    found = sorted((pair for pair in tested if pair.significant), key=lambda pair: pair.p)
-    left = len(tested) - len(found)
+    found = [pair for pair in tested if pair.significant]
     if not found:
         these = f"between {' and '.join(names)}"
         if len(names) > 2:
             these = f"among {'these' if len(names) == len(compared) else 'the'} {len(names)} variants"
             these += "" if len(names) == len(compared) else " that could be tested"
-        return f"No significant difference in accuracy {these} on {_rows(tested):,} dev rows."
-    if len(found) > _NAMED:
-        highest = [
-            name
-            for name in names
-            if all(pair.first.name == name and pair.difference.mean for pair in pairs_of(tested, name))
-        ]
-        shown = f"; {highest[0]}, the highest, is {standing(tested, highest[0])}" if len(highest) == 1 else ""
-        return f"{len(found)} of {len(tested)} pairs of variants differ significantly in accuracy (Holm){shown}."
-    rest = f"; no significant difference in the other {f'{left} pairs' if left > 1 else 'pair'}" if left else ""
-    return f"{', '.join(map(_told, found))}{rest}."
+        return (
+            f"No significant difference in accuracy {these} on {_rows(tested):,} dev rows; "
+            f"{_highest(compared, best, scores)}."
+        )
+    told = [_highest(compared, best, scores, title)]
+    held = pairs_of(tested, best[0]) if len(best) == 1 else []
+    above = [pair.second.name for pair in held if pair.significant]
+    rest = [_other(pair, best[0]) for pair in held if not pair.significant]
+    if above:
+        told += [f"significantly above {_counted(above, held)}"]
+        told += [f"not significantly above {_counted(rest, held)}"] if rest else []
+    else:
+        told += [f"significantly above none of the other {len(held)} variants"] if held else []
+        told += [f"{len(found)} of {len(tested)} pairs of variants differ significantly"]
+    return f"{'; '.join(told)} (Holm)."
+
+
+def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[str, float], title: str = "") -> str:
+    """The variants with the highest value, that value, and the memory of a single one."""
+    shown = [*best[:_NAMED], *([f"{len(best) - _NAMED} more"] if len(best) > _NAMED else [])]
+    text = f"{_listed(shown)} {'has' if len(best) == 1 else 'share'} the highest{f' {title}' if title else ''}, "
+    text += f"{scores[best[0]]:.3f}"
+    memory = next(variant for variant in compared if variant.name == best[0]).values("peak_memory_mb")
+    return f"{text}, at {plain.mean(memory):,.0f} MB peak memory" if memory and len(best) == 1 else text
+
+
+def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:
+    """A few names, or how many they are."""
+    if len(names) <= _NAMED:
+        return _listed(names)
+    return f"all {len(names)} others" if len(names) == len(held) else f"{len(names)} of the other {len(held)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _other(pair: Pair, name: str) -> str:
+    return pair.second.name if pair.first.name == name else pair.first.name
 
 
 def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
     """The pairs with a variant."""
     return [pair for pair in tested if name in (pair.first.name, pair.second.name)]
-
-
-def standing(tested: Sequence[Pair], name: str) -> str:
-    """How many others the variant of the highest accuracy is significantly above."""
-    held = pairs_of(tested, name)
-    below = [pair for pair in held if pair.first.name == name and pair.significant]
-    if len(held) == 1:
-        return f"{'' if below else 'not '}significantly above the other"
-    return f"significantly above {len(below) or 'none'} of the other {len(held)} variants"
 
 
 def limits(tested: Sequence[Pair]) -> str:
@@ -134,7 +159,7 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
             for pair in sorted(tested, key=lambda pair: pair.p)
         ]
         header = ["variants", "significant", "difference, 95 % interval", "p", "p by Holm"]
-        yield Table([header, *rows], numbers=range(2, 5))
+        yield Table([header, *rows], range(2, 5), "Paired tests")
         return
     yield Text("In each cell p by Holm; higher or lower: the row's variant is so, significantly, beside the column's.")
     cells = {}
@@ -147,13 +172,7 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
     for number, name in enumerate(names):
         before = [cells.get((name, other), "-") for other in names[:number]]
         matrix.append([f"{number + 1} {name}", *before, *[""] * (len(names) - 1 - number)])
-    yield Table(matrix, numbers=range(1, len(names)))
-
-
-def _told(pair: Pair) -> str:
-    p = significance.show_p(pair.p)
-    shown = p.replace("<", "< ") if p.startswith("<") else f"= {p}"
-    return f"{pair.first.name} is above {pair.second.name} (p {shown}, Holm)"
+    yield Table(matrix, range(1, len(names)), "Paired tests: p by Holm of every pair")
 
 
 def _rows(tested: Sequence[Pair]) -> int:

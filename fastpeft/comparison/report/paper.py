@@ -40,7 +40,7 @@ def figures_beside(compared: Sequence[Variant]) -> Iterator[Block]:
         f"The paper measured {suites.MEASURED_WITH}, on its own machine; it has two values where its tables differ. "
         "Ours are of the model, the data and the machine below. Rankings compare; absolute numbers do not."
     )
-    yield Table(rows, numbers=range(1, len(header)))
+    yield Table(rows, range(1, len(header)), "Results of the paper and of this comparison")
 
 
 def _given(value: float | None, form: str) -> str:
@@ -75,7 +75,7 @@ def orderings(compared: Sequence[Variant]) -> Iterator[Block]:
         if verdicts
     ]
     yield Text(f"{'; '.join(items)}.")
-    yield Table([["the paper has", "verdict", "here", "p", "p by Holm"], *rows], numbers=range(2, 5))
+    yield Table([["the paper has", "verdict", "here", "p", "p by Holm"], *rows], range(2, 5), "Orderings of the paper")
     yield Text(
         "Accuracies: the difference with its own 95 % interval, and p, by paired tests on the same dev rows "
         "(McNemar's exact test with one seed, else a t test whose error counts seeds and rows). The verdict is by p "
@@ -171,7 +171,7 @@ def lags(compared: Sequence[Variant]) -> Iterator[Block]:
         f"How many steps later, of {steps:,}, LoRA reaches a level than the other: the median over 20 levels that both "
         "curves of the first seed pass. Below 0 LoRA is ahead; - where the curves share no levels."
     )
-    yield Table(rows, numbers=range(1, 1 + len(measures)))
+    yield Table(rows, range(1, 1 + len(measures)), "LoRA's lag")
 
 
 def _rising(name: str, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -14,7 +14,7 @@ from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import significance
 from fastpeft.comparison.report.document import Table
-from fastpeft.data.problems import CLASSIFICATION, get_problem
+from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
 
 MARK = "†"  # after the name of a variant with a warning
 ACCURACY = "accuracy"  # the metric that has an interval, as a mean over rows
@@ -41,6 +41,10 @@ class Column:
 COLUMNS = (
     Column(ACCURACY, "accuracy", ".3f", "on all dev rows, with the final weights of the run"),
     Column("f1", "F1", ".3f", "of the second class where there are two, else the mean over classes"),
+    Column("micro_f1", "micro F1", ".3f", "over all answers of all labels"),
+    Column("macro_f1", "macro F1", ".3f", "the mean over labels"),
+    Column("subset_accuracy", "subset accuracy", ".3f", "the share of rows with all labels right"),
+    Column("ranking_precision", "ranking precision", ".3f", "the label ranking average precision"),
     Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
     Column("matthews", "Matthews", ".3f"),
     Column("pearson", "Pearson", ".3f"),
@@ -52,7 +56,7 @@ COLUMNS = (
         "samples_per_second",
         "samples/s",
         ".0f",
-        "rows per second of training steps; cells run one after another, and other work on the machine slows them",
+        "rows per second of training steps; other work on the machine slows them",
     ),
     Column(
         "peak_memory_mb",
@@ -102,10 +106,18 @@ class Variant:
         return [metrics[key] for metrics in self.runs if metrics.get(key) is not None]
 
     @cached_property
+    def _predictions(self) -> dict[int | None, dict[str, list[int]]]:
+        return {cell.seed: found for cell in self.cells if (found := cell.predictions())}
+
+    @cached_property
     def answers(self) -> dict[int | None, np.ndarray]:
         """By seed, whether the class of each dev row was predicted `(rows,)`; empty where that was not kept."""
-        kept = {cell.seed: found for cell in self.cells if (found := cell.predictions())}
-        return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in kept.items()}
+        return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in self._predictions.items()}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of each dev row `(rows,)`, where predictions were kept."""
+        return np.array(next(iter(self._predictions.values()))["labels"])
 
     def interval(self) -> tuple[float, float] | None:
         """The interval of its accuracy; None where predictions were not kept."""
@@ -163,12 +175,18 @@ def _of_all(compared: Sequence[Variant]) -> set[str]:
 
 
 def _warnings(cell: Cell) -> list[str]:
-    """The warnings of a finished run; of one from before they were kept, whether it predicts one class."""
+    """The warnings of a finished run, and of its speed; before they were kept, whether it predicts one class."""
     metrics = cell.metrics() or {}
+    beside = []
+    if (jobs := metrics.get("jobs", 1)) > 1:
+        beside = [
+            f"It ran on a machine with up to {jobs} cells at once. Compare its speed and seconds with no cell that ran "
+            "otherwise."
+        ]
     if "warnings" in metrics:
-        return list(metrics["warnings"])
+        return [*metrics["warnings"], *beside]
     predicted = set((cell.predictions() or {}).get("predictions", ()))
-    return ["It predicts the same class for every dev row."] if len(predicted) == 1 else []
+    return ["It predicts the same class for every dev row."] * (len(predicted) == 1) + beside
 
 
 def table(compared: Sequence[Variant]) -> Table:
@@ -183,13 +201,19 @@ def table(compared: Sequence[Variant]) -> Table:
     header = ["method", *(column.title for column in shown)]
     rows = [header + ["seeds"] * several + ["variant"] * written]
     for variant in compared:
-        row = [variant.name, *(_show(variant, column) for column in shown)]
+        row = [variant.name, *(show(variant, column) for column in shown)]
         rows.append(row + [variant.seeds] * several + [variant.cells[0].variant] * written)
     always = [found for variant in compared for run in variant.runs if (found := run.get("most_frequent_class"))]
     if always:  # the row to be better than
         row = [column.show([always[0][column.key]] if column.key in always[0] else []) for column in shown]
         rows.append([f"most frequent class ({always[0]['class']})", *row, *["-"] * (several + written)])
-    return Table(rows, numbers=range(1, len(header) + several))
+    numbers = range(1, len(header) + several)
+    return Table(rows, numbers, "Results, a row a variant", variants=len(compared))
+
+
+def main_metric(compared: Iterable[Variant]) -> Column | None:
+    """The column of the metric to look at first; None where no cell has one."""
+    return next((column for column in columns(compared) if column.key in TITLES), None)
 
 
 def columns(compared: Iterable[Variant]) -> list[Column]:
@@ -205,7 +229,7 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
     return [column for column in ordered if any(variant.values(column.key) for variant in compared)]
 
 
-def _show(variant: Variant, column: Column) -> str:
+def show(variant: Variant, column: Column) -> str:
     """A variant's value in a column; an accuracy has its interval where that is known."""
     values = variant.values(column.key)
     if column.key == ACCURACY and values and (ends := variant.interval()):

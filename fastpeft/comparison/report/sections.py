@@ -11,14 +11,23 @@ from typing import Any
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import figures, paired_tests, paper
-from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, Strong, Table, Text
-from fastpeft.comparison.report.results import ACCURACY, MARK, Variant, columns, table, variants, warnings
+from fastpeft.comparison.report import classes, figures, mistakes, paired_tests, paper
+from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
+from fastpeft.comparison.report.results import (
+    ACCURACY,
+    Variant,
+    columns,
+    main_metric,
+    show,
+    table,
+    variants,
+    warnings,
+)
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
 from fastpeft.methods.registry import get_method
 
-_NAMED = 4  # the most methods in a title, and variants in a caption
+_NAMED = 4  # the most methods in a title
 
 
 def title(plan: Plan) -> str:
@@ -34,15 +43,19 @@ def report(plan: Plan, *, pictures: bool) -> list[Block]:
     compared = variants(plan.results)
     tested = paired_tests.all_pairs(compared)
     first, *others = opening(compared, tested)
-    parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared)), table(compared)]
+    parts: list[Block] = [Strong(first), *map(Text, others), Text(_summary(plan, compared))]
+    if pictures:
+        parts += _trade_off(compared)
+    parts += [table(compared)]
     if warned := warnings(compared):
         parts += [Heading("Warnings"), Items(warned)]
+    if pictures:
+        parts += _training_curves(compared)
+        parts += [PageOnly([*mistakes.matrices(compared), *mistakes.disagreements(compared)])]
+    parts += classes.report(compared)
     parts += paper.figures_beside(compared)
     parts += paper.orderings(compared)
     parts += paired_tests.report(compared, tested)
-    if pictures:
-        parts += _trade_offs(compared, tested)
-        parts += _training_curves(compared)
     if "figure5" in plan.suites:
         parts += paper.lags(compared)
     parts += _rates(plan)
@@ -90,47 +103,39 @@ def versions(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
 
 
-def _trade_offs(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) -> Iterator[Block]:
-    """Pictures of the main metric against memory and against speed."""
-    metric = next((column for column in columns(compared) if column.key in TITLES), None)
+def _trade_off(compared: Sequence[Variant]) -> Iterator[Block]:
+    """The chart of the main metric over memory, and of the time by the size of marks."""
+    metric = main_metric(compared)
     if metric is None:
         return
-    for key, name, x_title, unit in (
-        ("peak_memory_mb", "memory", "peak memory of a training step, MB", "MB"),
-        ("samples_per_second", "speed", "samples a second", "samples a second"),
-    ):
-        points = [
-            figures.Point(
-                variant.name,
-                plain.mean(values),
-                plain.mean(variant.values(metric.key)),
-                variant.interval() if metric.key == ACCURACY else None,
-            )
-            for variant in compared
-            if (values := [value for value in variant.values(key) if value > 0]) and variant.values(metric.key)
+    shown = columns(compared)
+    points = [
+        figures.Point(
+            index,
+            variant.name,
+            plain.mean(memory),
+            plain.mean(scores),
+            variant.interval() if metric.key == ACCURACY else None,
+            1000 / plain.mean(speeds) if (speeds := variant.values("samples_per_second")) and min(speeds) > 0 else None,
+            [f"{column.title}: {show(variant, column)}" for column in shown if variant.values(column.key)],
+        )
+        for index, variant in enumerate(compared)
+        if (memory := [value for value in variant.values("peak_memory_mb") if value > 0])
+        and (scores := [value for value in variant.values(metric.key) if math.isfinite(value)])
+    ]
+    if points:
+        memory_title = next(column.title for column in shown if column.key == "peak_memory_mb")
+        notes = [
+            "Up is better, left is less memory",
+            *(["the larger a mark, the longer 1,000 training rows take"] if any(p.size for p in points) else []),
+            *(["lines are 95 % intervals"] if any(point.interval for point in points) else []),
         ]
-        if points:
-            shown = f"{_sentence(metric.title)} on the dev rows against {x_title}"
-            if name == "memory":
-                yield Heading(f"{_sentence(metric.title)} against memory and speed")
-            yield Figure(
-                f"{metric.key}-{name}",
-                f"{shown}: {len(points)} variants.",
-                f"{_highest(points, unit, tested if metric.key == ACCURACY else ())}"
-                f"{' Faint lines: 95 % intervals.' if metric.key == ACCURACY else ''}",
-                figures.scatter(points, x_title, f"dev {metric.title}"),
-            )
-
-
-def _highest(points: Sequence[figures.Point], unit: str, tested: Sequence[paired_tests.Pair]) -> str:
-    """The variant with the highest metric and whether that is significant, or those that share it."""
-    best = max(points, key=lambda point: point.y)
-    ties = [point.name for point in points if math.isclose(point.y, best.y)]
-    warned = f" {MARK}: see Warnings." if any(name.endswith(MARK) for name in ties) else ""
-    if len(ties) > 1:
-        return f"{_listed(ties)} have the same, {best.y:.3f}, and none is higher.{warned}"
-    shown = f"; {paired_tests.standing(tested, best.name)}" if paired_tests.pairs_of(tested, best.name) else ""
-    return f"Highest is {best.name}, {best.y:.3f} at {best.x:,.0f} {unit}{shown}.{warned}"
+        yield Figure(
+            f"{metric.key}-memory",
+            f"{_sentence(TITLES[metric.key])} on the dev rows over memory: {len(points)} variants.",
+            f"{'; '.join(notes)}.",
+            figures.Scatter(points, memory_title, f"dev {metric.title}", "s for 1,000 rows"),
+        )
 
 
 def _sentence(text: str) -> str:
@@ -139,22 +144,33 @@ def _sentence(text: str) -> str:
 
 
 def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
-    """Pictures of the values logged in training, for each variant's first seed."""
-    kept = {variant.name: found for variant in compared if (found := variant.cells[0].curves())}
-    names = list(dict.fromkeys(name for found in kept.values() for name in found))
-    if names:
+    """Charts of the values logged in training, over all seeds."""
+    kept = [[found for cell in variant.cells if (found := cell.curves())] for variant in compared]
+    drawn: dict[str, list[figures.Curve]] = {}
+    longest = 0
+    for index, (variant, seeds) in enumerate(zip(compared, kept)):
+        for name in dict.fromkeys(name for seed in seeds for name in seed):
+            lines = [seed[name] for seed in seeds if seed.get(name)]
+            if steps := figures.over_seeds(lines):
+                longest = max(longest, *map(len, lines))
+                drawn.setdefault(name, []).append(figures.Curve(index, variant.name, steps, len(lines)))
+    if drawn:
         yield Heading("Training curves")
-        yield Text("As logged, not smoothed; of the first seed.")
-    for name in names:
-        drawn = {variant: found[name] for variant, found in kept.items() if found.get(name)}
-        ends = sorted((points[-1][1], variant) for variant, points in drawn.items())
+        joined = f" Of more than {figures.MOST_POINTS} steps neighbours are joined: their mean, and their range."
+        yield Text(
+            f"A line is the mean over seeds, a band their range.{joined * (longest > figures.MOST_POINTS)}"
+            if any(curve.seeds > 1 for curves in drawn.values() for curve in curves)
+            else f"Of one seed.{joined * (longest > figures.MOST_POINTS)}"
+        )
+    for name, curves in drawn.items():
+        ends = sorted((curve.steps[-1].mean, curve.name) for curve in curves)
         low, high = (f"{value:.3f} ({variant})" for value, variant in (ends[0], ends[-1]))
         last = f"from {low} to {high}" if ends[0][0] < ends[-1][0] else f"all {ends[0][0]:.3f}"
         yield Figure(
             name.replace(" ", "-"),
-            f"{_sentence(name)} over the steps: {len(drawn)} curve{'s' * (len(drawn) > 1)}.",
+            f"{_sentence(name)} over the steps: {len(curves)} curve{'s' * (len(curves) > 1)}.",
             f"Last values: {low if len(ends) == 1 else last}.",
-            figures.curves(drawn, name),
+            figures.Curves(curves, name),
         )
 
 
@@ -184,7 +200,9 @@ def _rates(plan: Plan) -> Iterator[Block]:
                 "better rate may lie beyond, and the method may reach more than is shown here: "
                 f"{', '.join(at_the_edge)}."
             )
-        yield Table([["variant", "learning rate", "on the slice", ""], *rows], numbers=range(1, 3))
+        yield Table(
+            [["variant", "learning rate", "on the slice", ""], *rows], range(1, 3), "Learning rates that were tried"
+        )
 
 
 def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
@@ -206,14 +224,22 @@ def _estimates(compared: Sequence[Variant]) -> Iterator[Block]:
             f"The estimate of --dry-run against the allocator's peak: {plain.mean(errors):+.1%} on average, at most "
             f"{worst:+.1%}."
         )
-        yield Table([["variant", "estimated, MB", "measured, MB", "error"], *allocated], numbers=range(1, 4))
+        yield Table(
+            [["variant", "estimated, MB", "measured, MB", "error"], *allocated],
+            range(1, 4),
+            "Estimated and measured memory",
+        )
     if resident:
         yield Text(
             "The estimate of --dry-run is of a training step on a GPU. Without a GPU no allocator measures that. "
             "The peak of the whole process is not the same: it holds Python, its libraries, the data and the "
             "evaluation too."
         )
-        yield Table([["variant", "estimated, MB", "resident peak of the process, MB"], *resident], numbers=range(1, 3))
+        yield Table(
+            [["variant", "estimated, MB", "resident peak of the process, MB"], *resident],
+            range(1, 3),
+            "Estimated memory and the process",
+        )
 
 
 def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:

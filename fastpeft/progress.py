@@ -1,0 +1,193 @@
+"""How far a command has come, as a person or a program sees it. It answers at once: no other library loads here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from fastpeft.data.problems import TITLES
+from fastpeft.errors import FastpeftError, did_you_mean
+from fastpeft.support.stages import listening, report
+
+# what are shown are a person's own words and paths, in which brackets and colons mean nothing
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+KINDS = ("auto", "json", "none")  # of `--progress`
+TRAINING = "training"  # the stage whose bar stays
+LINES_EVERY_S = 10.0
+JSON_EVERY_S = 1.0
+
+_SHOWN = {
+    "loss": "loss {:.3f}",
+    "projected_grad": "g {:.3g}",
+    "samples_per_second": "{:.1f} samples/s",
+    "steps_per_second": "{:.1f} steps/s",
+}
+
+
+def in_words(measured: Mapping[str, float]) -> str:
+    """Measurements on one line."""
+    return "  ".join(_SHOWN.get(name, f"{TITLES.get(name, name)} {{:.3f}}").format(measured[name]) for name in measured)
+
+
+class _Pace:
+    """How long a stage has taken, and what it still takes at its pace in this process."""
+
+    def __init__(self, done: int) -> None:
+        self.began, self.first, self.done = time.monotonic(), done, done
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def left(self, total: int | None) -> float | None:
+        """Seconds; None where nothing is known yet."""
+        made = self.done - self.first
+        return None if total is None or made <= 0 else self.seconds / made * (total - self.done)
+
+
+class _Stages:
+    """A listener that hears which stage is new, and how long each has taken. What it shows is its subclass's."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.paces: dict[str, _Pace] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None, measured: Mapping[str, float]) -> None:
+        begins = stage not in self.paces or done < self.paces[stage].done
+        moved = begins or done != self.paces[stage].done
+        if begins:
+            self.paces[stage] = _Pace(done)
+        self.paces[stage].done = done
+        changed, self.stage = begins or stage != self.stage, stage
+        self.show(stage, done, total, measured, changed or (moved and done == total))
+
+    def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
+        """Show a report, which is `notable` where a stage begins or ends."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class _Left(ProgressColumn):
+    """The time that a stage takes still."""
+
+    max_refresh = 0.5
+
+    def __init__(self, stages: _Stages) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def render(self, task: Task) -> Text:
+        pace = self.stages.paces[task.description]
+        left = pace.left(None if task.total is None else int(task.total))
+        return Text(clock(pace.seconds) if left is None else f"{clock(left)} left", style="progress.remaining")
+
+
+class Bars(_Stages):
+    """On a terminal: a bar for the stage under way, below that of the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[shown]}"))
+        self.progress = Progress(*columns, _Left(self), console=errors)
+        self.tasks: dict[str, TaskID] = {}
+        self.progress.start()
+
+    def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
+        if notable:
+            for name in [name for name in self.tasks if name not in (stage, TRAINING)]:
+                self.progress.remove_task(self.tasks.pop(name))
+            if stage not in self.tasks:
+                self.tasks[stage] = self.progress.add_task(stage, total=None, shown="")
+        counted = "" if total is None else f"{done}/{total}  "
+        task = self.tasks[stage]
+        self.progress.update(task, completed=done, total=total, shown=counted + in_words(measured))
+
+    def close(self) -> None:
+        for name in [name for name in self.tasks if name != TRAINING]:
+            self.progress.remove_task(self.tasks.pop(name))
+        self.progress.stop()
+
+
+class Lines(_Stages):
+    """In a file: a line when a stage begins and where it ends, and between them one in ten seconds."""
+
+    def __init__(self, every: float, write: Callable[[dict[str, Any], Mapping[str, float]], None]) -> None:
+        super().__init__()
+        self.every, self.write = every, write
+        self.told = -float("inf")
+
+    def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
+        if notable or time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            pace = self.paces[stage]
+            left = pace.left(total)
+            known = {"stage": stage, "done": done, "total": total, "seconds": round(pace.seconds, 2)}
+            self.write({**known, "seconds_left": None if left is None else round(left, 2)}, measured)
+
+
+def _write_line(known: Mapping[str, Any], measured: Mapping[str, float]) -> None:
+    """A report for a person who reads a log."""
+    stage, total, left = known["stage"], known["total"], known["seconds_left"]
+    words = [stage if total is None else f"{stage} {known['done']}/{total}", in_words(measured)]
+    words += [f"{clock(left)} left"] if left else []
+    errors.print("  ".join(filter(None, words)), soft_wrap=True)
+
+
+def write_json(known: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
+    """A report for a program: an object a line, on standard output."""
+    print(json.dumps({**known, **(measured or {})}), flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def check_kind(kind: str) -> None:
+    """Raise `FastpeftError` unless progress can be shown so."""
+    if kind not in KINDS:
+        raise FastpeftError(
+            f"--progress is {kind!r}; it must be one of {', '.join(KINDS)}. Choose one of these."
+            f"{did_you_mean(kind, KINDS)}"
+        )
+
+
+@contextmanager
+def shown(kind: str = "auto", lines: bool = True) -> Iterator[None]:
+    """Show how far what runs in the block has come; first, that libraries load.
+
+    Args:
+        kind: `auto`, a bar on a terminal and lines elsewhere; `json`; or `none`.
+        lines: whether it is worth lines where there is no terminal.
+    """
+    stages = _stages(kind, lines)
+    if stages is None:
+        yield
+        return
+    try:
+        with listening(stages):
+            report("loading libraries")
+            yield
+    finally:
+        stages.close()
+
+
+def _stages(kind: str, lines: bool) -> _Stages | None:
+    check_kind(kind)
+    if kind == "json":
+        return Lines(JSON_EVERY_S, write_json)
+    if kind == "auto" and errors.is_terminal:
+        return Bars()
+    return Lines(LINES_EVERY_S, _write_line) if kind == "auto" and lines else None

@@ -1,0 +1,79 @@
+"""Runs something when another library is imported, and imports none by itself.
+
+Libraries import one another while they load. So what waits for one of them runs when the outermost import has ended:
+of this library's own modules, or of one that is waited for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_OWN = __name__.partition(".")[0]
+
+
+class _Hook(MetaPathFinder):
+    """Finds modules as the other finders do, and sees the modules of `actions`, and this library's own, load.
+
+    Attributes:
+        actions: what to do, by the name of the module that it waits for.
+        depth: how many of those modules are loading now.
+        loaded: names of those that have loaded, and wait for the others to end.
+    """
+
+    def __init__(self, actions: dict[str, Callable[[], object]]) -> None:
+        self.actions = actions
+        self.depth = 0
+        self.loaded: list[str] = []
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.actions and fullname.partition(".")[0] != _OWN:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            self._watch(spec.loader)
+        return spec
+
+    def _watch(self, loader: Any) -> None:
+        """Let this one loader, which loads one module, tell when it begins and ends."""
+        load = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del loader.exec_module  # as it was
+            name = module.__name__  # a library may put another object in the module's place
+            self.depth += 1
+            try:
+                load(module)
+                self.loaded += [name] if name in self.actions else []
+            finally:
+                self.depth -= 1
+            self.act()
+
+        loader.exec_module = exec_module
+
+    def act(self) -> None:
+        """Do what waited for modules that have loaded; after the last, look at no import any more."""
+        while self.loaded and self.depth == 0:
+            self.actions.pop(self.loaded.pop(0))()
+        if not self.actions and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+def when_imported(actions: dict[str, Callable[[], object]]) -> None:
+    """Do what `actions` has for each module: at once if it is imported already, else as soon as it is.
+
+    Args:
+        actions: by the name of a module, what to call then, once.
+    """
+    hook = _Hook(dict(actions))
+    hook.loaded += [name for name in actions if name in sys.modules]
+    sys.meta_path.insert(0, hook)
+    hook.act()

@@ -1,0 +1,24 @@
+"""What a launcher, as `torchrun` or a comparison, says of the processes that it started."""
+
+from __future__ import annotations
+
+import os
+
+JOBS = "FASTPEFT_JOBS"  # a comparison tells its processes by it how many of them a machine may run at once
+
+
+def launched() -> int:
+    """How many processes a launcher started, by what it tells each of them."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the one of them that writes and shows things."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def jobs() -> int:
+    """How many processes of a comparison, of which this may be one, run at once on this machine."""
+    count = os.environ.get(JOBS, "1")
+    return int(count) if count.isdigit() else 1

@@ -1,0 +1,99 @@
+"""Losses for classes out of balance: weights of classes, and the focal loss. Training alone lowers them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft.data.examples import TextData
+from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
+from fastpeft.training.config import TrainConfig
+
+BALANCED = "balanced"
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    r"""A cross entropy in which rare classes, or rows that are hard, count more.
+
+        loss = mean over rows of  w_y (1 - p_y)^gamma (-log p_y)
+
+    Of several labels a row it is the mean over rows and labels of the same for each label's two answers, with the
+    weight `w` where the row has the label and 1 where not, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`.
+
+    The mean is over rows, or labelled tokens, and not over weights: those of balanced classes are 1 on average, and
+    batches that are accumulated or shared by processes then count by their rows, whatever classes they have.
+
+    Attributes:
+        problem: what the labels are.
+        weights: `w`, `(classes,)`, float32. None: 1.
+        gamma: of the focal loss of Lin et al. 2017, "Focal loss for dense object detection". At 0 it is the cross
+            entropy.
+    """
+
+    problem: Problem
+    weights: Tensor | None = None
+    gamma: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar in float32 or wider.
+
+        Args:
+            logits: `(N, classes)`, or `(B, T, classes)` of tokens.
+            labels: `(N,)`, integers, or `(B, T)` with -100 where a token has none; of labels `(N, classes)`, 0 and 1.
+        """
+        logits = logits if logits.dtype is torch.float64 else logits.float()
+        weights = None if self.weights is None else self.weights.to(logits)
+        if self.problem is MULTI_LABEL:
+            labels = labels.to(logits)
+            losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            counted = torch.ones_like(losses)
+            weight = None if weights is None else 1 + (weights - 1) * labels
+        else:
+            logits, labels = logits.flatten(0, -2), labels.flatten()
+            losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=UNLABELLED)
+            counted = labels != UNLABELLED
+            weight = None if weights is None else weights[labels.clamp_min(0)]
+        if self.gamma:
+            # 1 - p of the label, kept above 0, where a power below 1 has no slope
+            missed = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).eps)
+            losses = missed**self.gamma * losses
+        if weight is not None:
+            losses = weight * losses
+        return losses.sum() / counted.sum()
+
+
+def balanced(problem: Problem, labels: Sequence[Any], classes: int) -> Tensor:
+    """Weights that give all classes the same share of the loss, `(classes,)`, float32.
+
+    Of `n` rows, of which `count` have the class, with `k` classes that any row has: `n / (k count)`, as scikit-learn's
+    `class_weight="balanced"`; of a label `(n - count) / count`, the ratio of these weights for its two answers. A class
+    that no row has, and a label that no row or every row has, has the weight 1.
+
+    Args:
+        problem: what the labels are.
+        labels: of the training rows, as `Examples` holds them.
+        classes: how many there are.
+    """
+    if problem is MULTI_LABEL:
+        counts = np.sum(labels, axis=0)
+        weights = np.divide(len(labels) - counts, counts, out=np.ones(classes), where=counts > 0)
+        weights[counts == len(labels)] = 1.0
+    else:
+        counts = np.bincount(np.concatenate(labels) if problem.per_token else labels, minlength=classes)
+        weights = np.divide(counts.sum(), np.count_nonzero(counts) * counts, out=np.ones(classes), where=counts > 0)
+    return torch.from_numpy(weights).float()
+
+
+def training_loss(config: TrainConfig, data: TextData) -> TrainingLoss:
+    """The loss that `config` asks for, with the weights of the rows to train on in `data`."""
+    weights = None
+    if config.class_weights is not None:
+        weights = balanced(data.problem, data.train.labels, len(data.labels))
+    return TrainingLoss(data.problem, weights, config.focal_gamma or 0.0)
