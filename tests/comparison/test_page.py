@@ -25,6 +25,7 @@ from fastpeft.comparison.report.results import variants
 
 BAD = '</script><img src=x onerror="document.title=1">&'
 VARIANT = f"head:prompt={{text}} {BAD} <mask>:label_words=bad+good"
+SCORES = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": ROWS // 2}  # of a class
 NAMES = ["siva", "lora", "full", "bitfit", *(f"siva:rank={rank}" for rank in range(1, 17)), VARIANT]
 
 
@@ -51,7 +52,7 @@ def plan_of(place: Path, names: list[str], seeds: int = 1, **common: Any) -> Pla
             100.0 + 3 * number,
             50.0 + 5 * number,
             confusion_matrix=matrix,
-            per_class={"bad": {}, BAD: {}},
+            per_class={name: SCORES for name in ("bad", BAD)},
             warnings=[BAD],
             most_frequent_class={"class": BAD, "accuracy": 0.5},
         )
@@ -241,7 +242,11 @@ def test_of_many_classes_the_most_frequent_mistakes_are_told(tmp_path: Path) -> 
     for cell, count in zip(plan.results, (5, 0)):
         matrix = [[10 if row == column else 0 for column in range(12)] for row in range(12)]
         matrix[3][7], matrix[1][0] = count, 1
-        metrics = {**(cell.metrics() or {}), "confusion_matrix": matrix, "per_class": {f"c{n}": {} for n in range(12)}}
+        metrics = {
+            **(cell.metrics() or {}),
+            "confusion_matrix": matrix,
+            "per_class": {f"c{n}": SCORES for n in range(12)},
+        }
         cell.folder.metrics_file.write_text(json.dumps(metrics))
     *_, table = mistakes.matrices(variants(plan.results))
     assert isinstance(table, Table)

@@ -30,7 +30,7 @@ def report(compared: Sequence[Variant]) -> Iterator[Block]:
         header = [f"lowest F1, {place}" for place in range(1, _WORST + 1)]
         worst = [sorted(found.items(), key=lambda item: item[1])[:_WORST] for found in known.values()]
         rows = [[f"{name} {_show(scores)}" for name, scores in found] for found in worst]
-    yield Table([["method", *header], *([name, *row] for name, row in zip(known, rows))])
+    yield Table([["method", *header], *([name, *row] for name, row in zip(known, rows))], caption="Scores by class")
 
 
 def _scores(variant: Variant) -> dict[str, tuple[float, ...]]:
