@@ -52,7 +52,7 @@ def plan_of(place: Path, names: list[str], seeds: int = 1, **common: Any) -> Pla
             100.0 + 3 * number,
             50.0 + 5 * number,
             confusion_matrix=matrix,
-            per_class={name: SCORES for name in ("bad", BAD)},
+            per_class=dict.fromkeys(("bad", BAD), SCORES),
             warnings=[BAD],
             most_frequent_class={"class": BAD, "accuracy": 0.5},
         )
