@@ -18,7 +18,6 @@ from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_ite
 from fastpeft.data.names import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
-from fastpeft.progress import shown, write_json
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.support.interrupts import sigterm_interrupts
 from fastpeft.support.launcher import is_first
@@ -256,6 +255,8 @@ def train(
     run = TrainConfig.from_values(values)
     _check_budget(memory_budget, dry_run)
     command = shlex.join(["fastpeft", *sys.argv[1:]])
+    from fastpeft.progress import shown, write_json
+
     with shown("none" if quiet and progress == "auto" else progress):
         from fastpeft import console
         from fastpeft.training.run import train as train_run
@@ -307,6 +308,8 @@ def evaluate(
             "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
         )
     columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
+    from fastpeft.progress import shown
+
     with shown(lines=False):
         from fastpeft import console
         from fastpeft.training import evaluation
@@ -366,6 +369,8 @@ def predict(
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
         raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
+    from fastpeft.progress import shown
+
     with shown(lines=False):
         from fastpeft import console
         from fastpeft.training import prediction
@@ -491,6 +496,8 @@ def compare(
     Exit code 1: some failed, or with --dry-run would.
     """
     _check_budget(memory_budget, dry_run)
+    from fastpeft.progress import shown
+
     with shown("none" if quiet else "auto", lines=False):
         from fastpeft import console
         from fastpeft.comparison.plan import CompareConfig
@@ -537,6 +544,8 @@ def export(
     step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
+    from fastpeft.progress import shown
+
     with shown(lines=False):
         from fastpeft import console
         from fastpeft.training import export as exporting
@@ -572,6 +581,8 @@ def serve(
 
     There is no authentication: let a proxy keep strangers away, from --runs above all. Needs the extra serve.
     """
+    from fastpeft.progress import shown
+
     with shown(lines=False):
         from fastpeft import console
         from fastpeft.serving import server
@@ -593,6 +604,8 @@ def serve(
 @app.command(cls=_Command)
 def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
+    from fastpeft.progress import shown
+
     with shown(lines=False):
         from fastpeft import console
         from fastpeft.ops import backends

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-LIBRARIES = ("torch", "transformers", "peft")
+LIBRARIES = ("torch", "transformers", "peft", "numpy")
 LOADED = f"print(*sorted({set(LIBRARIES)} & sys.modules.keys()))"
 # what waits for a library is done, and no import is looked at any more
 REGISTERED = """

@@ -1,21 +1,23 @@
-"""Kinds of problem: what each asks of a model's head, of the rows, and how well it was answered."""
+"""Kinds of problem: what each asks of a model's head, of the rows, and how well it was answered.
+
+NumPy is imported where something is computed: the command line knows the kinds before that.
+"""
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from fastpeft.data.names import LOSS, UNLABELLED
 from fastpeft.errors import FastpeftError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-OUTSIDE = "O"  # the tag of words that belong to nothing
-UNLABELLED = -100  # the label of tokens that no loss and no metric looks at
-LOSS = "loss"
 _LESS_IS_BETTER = (LOSS, "mse", "perplexity")
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
 _TINY = 1e-9  # the least probability that is a threshold
@@ -83,14 +85,14 @@ class Problem:
 
     def answers(self, outputs: np.ndarray) -> np.ndarray:
         """The classes `(N,)` that outputs `(N, outputs)` come to; of labels 1 for those that are given, else 0."""
-        return (outputs > 0).astype(np.int64) if self is MULTI_LABEL else outputs.argmax(-1)
+        return (outputs > 0).astype("int64") if self is MULTI_LABEL else outputs.argmax(-1)
 
     def decided(self, outputs: np.ndarray, threshold: float | None) -> np.ndarray:
         """Outputs that come to the answers of a threshold of the second of two classes, or of labels; None: a half."""
         if threshold is None:
             return outputs
-        moved = outputs.astype(np.float64)
-        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= np.log(threshold / (1 - threshold))
+        moved = outputs.astype("float64")
+        (moved if self is MULTI_LABEL else moved[:, 1])[:] -= math.log(threshold / (1 - threshold))
         return moved
 
     def check_metric(self, metric: str) -> None:
@@ -132,6 +134,8 @@ def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
 
     Of several labels a row, the most frequent ones, as many as a row has on average and one at least.
     """
+    import numpy as np
+
     if not problem.has_classes:
         return None
     if problem is MULTI_LABEL:
@@ -150,6 +154,7 @@ def best_threshold(problem: Problem, outputs: np.ndarray, labels: np.ndarray) ->
         problem: what was learned.
         outputs, labels: as its `score` takes them.
     """
+    import numpy as np
     from sklearn.metrics import precision_recall_curve
 
     logits = (outputs if problem is MULTI_LABEL else outputs[:, 1] - outputs[:, 0]).astype(np.float64).ravel()
@@ -182,6 +187,7 @@ def describe(
     """
     if not problem.has_classes:
         return {}
+    import numpy as np
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     several = problem is MULTI_LABEL
@@ -206,108 +212,13 @@ def describe(
     return {**found, "confusion_matrix": matrix}
 
 
-def _score_classes(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy; F1 of the second class where there are two, the mean over classes where there are more; Matthews."""
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+def _from_scores(name: str) -> Callable[..., Any]:
+    """A function of `fastpeft.data.scores`, which imports NumPy, so it is looked up when it is called."""
 
-    guesses = outputs.argmax(-1)
-    average = "binary" if len(names) == 2 else "macro"
-    return {
-        "accuracy": float(accuracy_score(labels, guesses)),
-        "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),
-        "matthews": float(matthews_corrcoef(labels, guesses)),
-    }
+    def function(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("fastpeft.data.scores"), name)(*arguments)
 
-
-def _score_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """F1 over all answers and its mean over labels, the share of rows with all labels right, and how labels rank.
-
-    The last does not depend on a threshold: the mean over the labels of a row of how many of those that rank as high
-    or higher it has too.
-    """
-    from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_precision_score
-
-    guesses = MULTI_LABEL.answers(outputs)
-    return {
-        "micro_f1": float(f1_score(labels, guesses, average="micro", zero_division=0.0)),
-        "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
-        "subset_accuracy": float(accuracy_score(labels, guesses)),
-        "ranking_precision": float(label_ranking_average_precision_score(labels, outputs)),
-    }
-
-
-def _score_numbers(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Correlations of values and of ranks, and the mean squared error."""
-    guesses = outputs[:, 0].astype(np.float64)
-    labels = labels.astype(np.float64)
-    return {
-        "pearson": _correlation(guesses, labels),
-        "spearman": _correlation(_ranks(guesses), _ranks(labels)),
-        "mse": _squared_error(outputs, labels),
-    }
-
-
-def _cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over what has a label."""
-    labelled = labels != UNLABELLED
-    logits, classes = outputs[labelled].astype(np.float64), labels[labelled]
-    logits -= logits.max(-1, keepdims=True)
-    of_labels = np.take_along_axis(logits, classes[:, None], -1)[:, 0]
-    return float(np.mean(np.log(np.exp(logits).sum(-1)) - of_labels))
-
-
-def _binary_cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over rows and labels, of logits."""
-    logits = outputs.astype(np.float64)
-    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
-
-
-def _squared_error(outputs: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean((outputs[:, 0].astype(np.float64) - labels.astype(np.float64)) ** 2))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, equal values sharing the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
-    return ranks
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one side is constant, as scikit-learn has Matthews'."""
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / norm) if norm > 0 else 0.0
-
-
-def _score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """F1 of single words, the mean over the tags that occur but for O; accuracy of words.
-
-    It is not the F1 of whole entities, and tags that are numbers without names have no O: each of them counts.
-    """
-    from sklearn.metrics import accuracy_score, f1_score
-
-    labelled = labels != UNLABELLED
-    labels, guesses = labels[labelled], outputs[labelled].argmax(-1)
-    entities = [int(tag) for tag in np.union1d(labels, guesses) if names[tag] != OUTSIDE]
-    f1 = f1_score(labels, guesses, labels=entities, average="macro", zero_division=0.0) if entities else 0.0
-    return {"word_f1": float(f1), "accuracy": float(accuracy_score(labels, guesses))}
-
-
-def _digest_words(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of every token the loss and whether the most likely word is the hidden one: `(B, T, 2)`, float32."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    losses = cross_entropy(logits.float().mT, labels, ignore_index=UNLABELLED, reduction="none")
-    return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=-1)
-
-
-def _score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy of hidden words, the mean of their losses, and its exponential."""
-    losses, hits = outputs[labels != UNLABELLED].astype(np.float64).T
-    loss = float(losses.mean())
-    return {"masked_accuracy": float(hits.mean()), "perplexity": float(np.exp(loss)), LOSS: loss}
+    return function
 
 
 CLASSIFICATION = Problem(
@@ -317,8 +228,8 @@ CLASSIFICATION = Problem(
     task_type="SEQ_CLS",
     labels="classes",
     metrics=("accuracy", "f1", "matthews"),
-    score=_score_classes,
-    loss=_cross_entropy,
+    score=_from_scores("score_classes"),
+    loss=_from_scores("cross_entropy"),
 )
 REGRESSION = Problem(
     name="regression",
@@ -327,8 +238,8 @@ REGRESSION = Problem(
     task_type="SEQ_CLS",
     labels="numbers",
     metrics=("pearson", "spearman", "mse"),
-    score=_score_numbers,
-    loss=_squared_error,
+    score=_from_scores("score_numbers"),
+    loss=_from_scores("squared_error"),
 )
 TAGGING = Problem(
     name="token_classification",
@@ -337,9 +248,9 @@ TAGGING = Problem(
     task_type="TOKEN_CLS",
     labels="tags",
     metrics=("word_f1", "accuracy"),
-    score=_score_tags,
+    score=_from_scores("score_tags"),
     per_token=True,
-    loss=_cross_entropy,
+    loss=_from_scores("cross_entropy"),
 )
 MULTI_LABEL = Problem(
     name="multi_label_classification",
@@ -348,8 +259,8 @@ MULTI_LABEL = Problem(
     task_type="SEQ_CLS",
     labels="labels",
     metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
-    score=_score_labels,
-    loss=_binary_cross_entropy,
+    score=_from_scores("score_labels"),
+    loss=_from_scores("binary_cross_entropy"),
 )
 MASKED_WORDS = Problem(
     name="masked_words",
@@ -358,9 +269,9 @@ MASKED_WORDS = Problem(
     task_type=None,
     labels="masked words",
     metrics=("masked_accuracy", "perplexity"),
-    score=_score_words,
+    score=_from_scores("score_words"),
     per_token=True,
-    digest=_digest_words,
+    digest=_from_scores("digest_words"),
 )
 # what labels may be, by the short names
 PROBLEMS = {problem.short: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING, MULTI_LABEL)}

@@ -10,8 +10,6 @@ from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from fastpeft.errors import FastpeftError
 
 STRATIFIED, SHUFFLED = "stratified", "shuffled"
@@ -121,6 +119,8 @@ def stratified(
 
 def bins(numbers: Sequence[float], dev_rows: int) -> list[int]:
     """Of each number the bin that it is in, all about equally full, so few that each has a row among `dev_rows`."""
+    import numpy as np
+
     edges = np.quantile(numbers, np.linspace(0, 1, min(_BINS, dev_rows) + 1)[1:-1])
     found: list[int] = np.searchsorted(edges, numbers, side="right").tolist()
     return found
