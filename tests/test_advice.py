@@ -22,6 +22,7 @@ from fastpeft.methods.registry import METHODS
 from fastpeft.mezo.journal import Journal
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.model import SivaModel
+from fastpeft.training.config import options
 
 RAISED = ("FastpeftError", "NotFiniteError", "LostProcessError", "ValueError", "KeyboardInterrupt")
 
@@ -85,6 +86,14 @@ def test_options_are_there() -> None:
             named += 1
             assert option in allowed, place
     assert named > 30
+
+
+def test_names_in_backticks_are_options() -> None:
+    """The command line shows them as they are typed."""
+    options_of_a_run = {known.name for known in options()}
+    found = [(name, place) for place, text in MESSAGES.items() for name in re.findall(r"`(\w+)`", text)]
+    assert len(found) > 10
+    assert [each for each in found if each[0] not in options_of_a_run] == []
 
 
 @pytest.mark.parametrize(

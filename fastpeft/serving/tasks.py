@@ -278,7 +278,7 @@ def parse_runs(items: Iterable[str]) -> dict[str, str]:
         if not re.fullmatch(NAME, name) or not folder:
             raise FastpeftError(
                 f"{item!r} does not name a task; a name has letters, digits, '.', '_' and '-', 100 at most, and a "
-                "folder follows it. Write NAME=RUN, for example reviews=runs/siva-reviews."
+                "folder follows it. Write NAME=RUN, where RUN is the folder of a finished run."
             )
         if name in found:
             raise FastpeftError(

@@ -216,7 +216,7 @@ CASES: list[tuple[str, str, Damage, list[str], list[str]]] = [
     # what a run says of itself
     ("siva", "run.json", cut(40), EVAL, ["'bad' is not the folder of a run"]),
     ("siva", "run.json", hold(b"[1]"), EVAL, ["'bad' is not the folder of a run"]),
-    ("siva", "run.json", edit(batch_size="many"), EVAL, ["batch_size is 'many'"]),
+    ("siva", "run.json", edit(batch_size="many"), EVAL, ["--batch-size is 'many'"]),
     ("siva", "run.json", edit(method="sivva"), EVAL, ["'sivva'"]),
     ("siva", "run.json", edit(method=["siva"]), EVAL, ["method is ['siva']"]),
     ("siva", "run.json", edit(model=7), EVAL, ["model is 7"]),
