@@ -22,8 +22,8 @@ def test_each_option_is_a_row_that_says_what_it_is_for(name: str) -> None:
     rows = [line.removeprefix("| ").removesuffix(" |").split("` | ") for line in lines if line.startswith("| `")]
     assert len(rows) == len(COMMANDS[name].params)
     for parameter, (option, text) in zip(COMMANDS[name].params, rows):
-        assert option.startswith("`--") is (parameter.param_type_name == "option")
-        assert parameter.param_type_name == "argument" or option[1:].split()[0] in parameter.opts
+        assert option.startswith("`-") is (parameter.param_type_name == "option")
+        assert parameter.param_type_name == "argument" or option[1:].split()[0].rstrip(",") in parameter.opts
         assert text.strip(), option
 
 

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_names`: an adapter for each row of a batch, in training as in inference."""
+"""PEFT's adapter_names: an adapter for each row of a batch, in training as in inference."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_disabled_adapters_disable_those_of_rows() -> None:
         ("default", "give a list with a name for each row"),
         ([], "give a list"),
         ([["default"]] * 7, "give a list"),
-        (NAMES[:3], r"Length of `adapter_names` .* got 3 names, and .*query reads an input of shape \(7, 9, 16\)"),
+        (NAMES[:3], r"Length of adapter_names .* got 3 names, and .*query reads an input of shape \(7, 9, 16\)"),
     ],
 )
 def test_wrong_names_are_refused(names: Any, message: str) -> None:
@@ -322,7 +322,7 @@ def test_wrong_names_are_refused(names: Any, message: str) -> None:
 def test_merged_adapters_are_refused(training: bool) -> None:
     model = classifier().train(training)
     model.merge_adapter()
-    with pytest.raises(FastpeftError, match=r"call `unmerge_adapter` first\. Now 'default' would act"):
+    with pytest.raises(FastpeftError, match=r"call unmerge_adapter first\. Now 'default' would act"):
         model(token_ids(7), adapter_names=NAMES)
     model.unmerge_adapter()
     model(token_ids(7), adapter_names=NAMES)

@@ -447,7 +447,7 @@ CASES = [
     (["export", "run", "whole"], ["'whole' exists", "new folder"]),
     (["export", "run", "good.csv"], ["'good.csv' exists"]),
     (["export", "run", "good.csv/new"], ["cannot write to 'good.csv/new'"]),
-    (["export", "--to", "onnx", "run", "new"], ["'onnx'", "merged and lora"]),
+    (["export", "--to", "gguf", "run", "new"], ["'gguf'", "merged, lora, onnx"]),
     (["export", "side", "new"], ["'side' trained a side network (k-LST)", "own folder"]),
     (["export", "--to", "lora", "side", "new"], ["'side' trained a side network"]),
     (["export", "--to", "lora", "whole", "new"], ["'whole' trained a whole model", "to merged"]),
