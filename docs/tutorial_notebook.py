@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-_PART = re.compile(r"^(?:<!-- not run: .* -->\n)?```(?P<language>\w+)\n(?P<code>(?s:.*?))^```\n", re.MULTILINE)
+_PART = re.compile(r"^(?P<reason><!-- not run: .* -->\n)?```(?P<language>\w+)\n(?P<code>(?s:.*?))^```\n", re.MULTILINE)
 
 
 def notebook(page: str) -> dict[str, Any]:
     """A notebook with the text and the blocks of a page; what a block prints is left out, for it is printed anew."""
     cells, end = [], 0
     for found in _PART.finditer(page):
+        if found["reason"]:  # it stays a part of the text
+            continue
         cells.append(_cell("markdown", page[end : found.start()]))
         end = found.end()
         if found["language"] == "python":
