@@ -189,7 +189,7 @@ def test_progress_for_a_program(place: Path) -> None:
         "loading the model",
         "encoding texts",
         "preparing the model",
-        "decomposing weights",
+        "adapting layers",
         "measuring before training",
         "training",
         "measuring",

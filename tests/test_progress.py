@@ -48,7 +48,7 @@ def test_on_a_terminal(errors: Callable[..., io.StringIO], kind: str) -> None:
     with progress.shown(kind):
         adapt()
         work()
-    for text in ("loading libraries", "decomposing weights", "4/4", "loss 0.500", "31.2 samples/s"):
+    for text in ("loading libraries", "adapting layers", "4/4", "loss 0.500", "31.2 samples/s"):
         assert (text in screen.getvalue()) == (kind == "auto"), text
 
 
@@ -123,5 +123,5 @@ def test_the_library_tells_and_draws_nothing(capfd: pytest.CaptureFixture[str]) 
     with listening(lambda stage, done, total, measured: told.append((stage, done, total))):
         adapt()
     adapt()
-    assert told == [("decomposing weights", done, 4) for done in (1, 2, 3, 4)]
+    assert told == [("adapting layers", done, 4) for done in (1, 2, 3, 4)]
     assert capfd.readouterr() == ("", "")

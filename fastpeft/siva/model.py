@@ -150,7 +150,7 @@ class SivaModel(BaseTuner):
         if self._pissa is not None:
             layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.stored))
         self._number_made += 1
-        report("decomposing weights", self._number_made, self._number_of_targets)
+        report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
