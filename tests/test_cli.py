@@ -399,6 +399,11 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_resume_of_nothing_says_that_it_starts_anew(place: Path) -> None:
+    shown = run(*TRAIN, "--method", "head", "--output", "out", "--resume")
+    assert "there is no run in out to resume; it starts from the beginning" in " ".join(shown.stderr.split())
+
+
 def test_quiet_says_nothing(place: Path) -> None:
     assert run(*TRAIN, "--method", "head", "--quiet").output == ""
     assert (place / "runs" / "head-reviews" / "metrics.json").is_file(), "the default output"

@@ -55,6 +55,27 @@ def test_every_format_keeps_every_character(tmp_path: Path, suffix: str) -> None
     assert sorted(found) == sorted(rows)
 
 
+@pytest.mark.parametrize(("sign", "said"), [(";", ";"), ("\t", "tabs")])
+def test_a_csv_that_is_separated_otherwise_is_recognised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sign: str, said: str
+) -> None:
+    """As spreadsheets write it where the comma is in numbers; and a comma in the header means commas."""
+    caplog.set_level(logging.INFO, "fastpeft")
+    rows = [(f"one, two and {number}", ("no", "yes")[number % 2]) for number in range(20)]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=sign).writerows([("text", "label"), *rows])
+    data = load_data(str(tmp_path / "rows.csv"))
+    assert {text for part in (data.train, data.dev) for text in part.texts} == {text for text, _ in rows}
+    assert f"rows.csv is separated by {said}, not by commas" in caplog.text
+    caplog.clear()
+    (tmp_path / "commas.csv").write_text(
+        "text,label;x\n" + "".join(f'"a{sign}b {number}",{number % 2}\n' for number in range(20)), encoding="utf-8"
+    )
+    data = load_data(str(tmp_path / "commas.csv"), label_column="label;x")
+    assert f"a{sign}b 3" in {*data.train.texts, *data.dev.texts}
+    assert "is separated by" not in caplog.text
+
+
 def test_a_quoted_tsv_is_unquoted(tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     file.write_text('text\tlabel\n"a ""b""\tc"\t0\nplain\t1\n', encoding="utf-8")
