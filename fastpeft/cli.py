@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import shlex
@@ -212,9 +213,7 @@ def train(
         None, "--config", panel=ADVANCED, metavar="FILE", help="A run.json to repeat; other options change it."
     ),
     settings: list[str] | None = _SETTINGS,
-    resume: bool = _option(
-        False, "--resume", panel=OUTPUT, common=True, help="Go on from where the run in the output has come to."
-    ),
+    resume: bool = _option(False, "--resume", panel=OUTPUT, common=True, help="Resume the run in the output folder."),
     overwrite: bool = _option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
     quiet: bool = _QUIET,
     progress: str = _option(
@@ -244,7 +243,8 @@ def train(
     """Fine-tune a model."""
     values = _given(values)
     new_settings = _settings(settings)
-    quiet = quiet or not is_first()
+    if not is_first():  # it alone shows anything
+        quiet, progress = True, "none"
     if config is not None:
         values = {**read_config(config), **values}
     values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
@@ -266,7 +266,9 @@ def train(
             plan = console.run_plan(run, memory_budget)
         else:
             result = train_run(run, resume=resume, overwrite=overwrite, command=command)
-    if dry_run:
+    if dry_run and progress == "json":
+        write_json({"stage": "finished", "plan": dataclasses.asdict(plan)})
+    elif dry_run:
         console.show_run_plan(run, plan, memory_budget)
     elif progress == "json":
         write_json({"stage": "finished", "folder": str(result.folder), "metrics": result.metrics})

@@ -29,6 +29,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt, is_text
+from fastpeft.support.stages import report
 from fastpeft.training.loading import FinishedRun, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
@@ -341,6 +342,7 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
     size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
     for start in range(0, len(rows), size):
+        report("answering", start, len(rows))
         chosen = order[start : start + size]
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
