@@ -46,6 +46,12 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 class _Command(TyperCommand):
     """A command, whose `--help` is below its other options."""
 
+    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:  # noqa: A002 - click's name
+        paragraphs = (help or "").split(
+            "\n\n"
+        )  # of which each is broken where the terminal ends, not the source's line
+        super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
+
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
 
@@ -562,16 +568,23 @@ def serve(
     items: list[str] = typer.Argument(
         ..., metavar="RUN...", help="Folders of finished runs. NAME=RUN names a task (default: the folder's name)."
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is reached from other machines."),
-    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 is any free one."),
-    max_rows: int = typer.Option(64, min=1, help="Most texts of one pass."),
+    host: str = typer.Option(
+        "127.0.0.1", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is reached from other machines."
+    ),
+    port: int = typer.Option(8000, min=0, max=65535, metavar="N", help="Port to listen on; 0 is any free one."),
+    max_rows: int = typer.Option(64, min=1, metavar="N", help="Most texts of one pass; on a CPU 16 at most."),
     max_wait: float = typer.Option(
-        0.004, min=0, max=10, help="Seconds that a request waits for others to share a pass."
+        0.004, min=0, max=10, metavar="SECONDS", help="Seconds that a request waits for others to share a pass."
     ),
     max_length: int | None = typer.Option(
-        None, min=1, help="Cut texts at so many tokens (default: where the run was trained to; never later)"
+        None,
+        min=2,
+        metavar="N",
+        help="Cut texts at so many tokens (default: where the run was trained to; never later)",
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 (default: the accelerator, or the CPU)"),
+    device: str | None = typer.Option(
+        None, metavar="DEVICE", help="cpu, cuda, cuda:1 (default: the accelerator, or the CPU)"
+    ),
     runs: Path | None = typer.Option(
         None, metavar="DIR", help="Let clients add runs that lie in this folder, and remove tasks."
     ),
@@ -599,6 +612,7 @@ def serve(
         max_length=max_length,
         device=device,
         runs=runs,
+        loading=shown(lines=False),
         say=typer.echo,
     )
 

@@ -41,3 +41,8 @@ def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str
     known = list(allowed)
     close = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known, 3, cutoff)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def install(extra: str) -> str:
+    """How to install an extra, for a message: fastpeft is on no package index."""
+    return f'pip install --no-build-isolation ".[{extra}]" from a clone'

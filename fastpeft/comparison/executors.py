@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.support.launcher import JOBS
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Ray(Executor):
     def __init__(self, jobs: int | None, most: int) -> None:
         if importlib.util.find_spec("ray") is None:
             raise FastpeftError(
-                "the executor ray needs the package ray, which is not installed. Run pip install 'fastpeft[ray]', or "
+                f"the executor ray needs the package ray, which is not installed. Run {install('ray')}, or "
                 "choose the executor local."
             )
         self._asked, self._most = jobs, most

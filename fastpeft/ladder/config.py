@@ -74,8 +74,8 @@ class LadderConfig(PretrainedConfig):
             adapter in the last layers costs little memory.
         backbone_dtype: convert the frozen backbone: `"bfloat16"` all of it; `"int8"` or `"nf4"` the weights of its
             linear layers, dequantised for each product, at 1 or 0.5625 bytes each; nf4 needs bitsandbytes (`pip install
-            'fastpeft[nf4]'`). Embeddings, norms and biases then keep the dtype in which they were loaded, and the
-            backbone computes in it. None changes nothing.
+            --no-build-isolation ".[nf4]"` from a clone). Embeddings, norms and biases then keep the dtype in which they
+            were loaded, and the backbone computes in it. None changes nothing.
         base_model_name_or_path, base_revision, base_class: filled in: what the side network was trained on.
         base_fingerprints: filled in when saving: fingerprints of the backbone's weights.
 

@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper, constants
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, install
 from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation
 from fastpeft.prompts.model import PromptModel
@@ -151,7 +151,7 @@ def check_4_bits() -> None:
     """Raise `FastpeftError` where the library that keeps weights in 4 bits is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise FastpeftError(
-            "qlora needs the library bitsandbytes, which is not installed. Run pip install 'fastpeft[nf4]', or choose "
+            f"qlora needs the library bitsandbytes, which is not installed. Run {install('nf4')}, or choose "
             "siva with --set residual_dtype=int8."
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 
 Format = Literal["int8", "nf4"]
@@ -29,8 +29,8 @@ def check_library(argument: str, kind: str | None) -> None:
     """Raise `FastpeftError` if `kind`, the value of `argument`, is a format whose library is not installed."""
     if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise FastpeftError(
-            f"{argument}='nf4' needs the library bitsandbytes, which is not installed. Run pip install "
-            f"'fastpeft[nf4]', or use {argument}='int8'."
+            f"{argument}='nf4' needs the library bitsandbytes, which is not installed. Run "
+            f"{install('nf4')}, or use {argument}='int8'."
         )
 
 

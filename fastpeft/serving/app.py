@@ -85,16 +85,22 @@ def create_app(
     app.add_middleware(Guard, metrics=metrics, max_bytes=limits.body, seconds=limits.seconds)
     _refuse_in_words(app)
 
+    def check_worker() -> None:
+        if batcher.failed:
+            raise RefusedError("the server failed; its log says why. Start it again.", 503)
+
     @app.get("/health", responses=_refusals(503))
     async def health() -> dict[str, str]:
-        """Whether requests are taken: 503 where the queue is full."""
+        """Whether requests are taken: 503 where the queue is full, or nothing is answered any more."""
+        check_worker()
         if not running or batcher.waiting >= limits.queue:
             raise RefusedError("the queue is full. Try again later.", 503)
         return {"status": "ready"}
 
-    @app.get("/health/live")
+    @app.get("/health/live", responses=_refusals(503))
     async def alive() -> dict[str, str]:
-        """Whether the process runs."""
+        """Whether the server works: 503 where it must be started again."""
+        check_worker()
         return {"status": "alive"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -121,11 +127,7 @@ def create_app(
                 raise RefusedError(f"task is missing; there are {', '.join(served) or 'none'}. Name one.", 422)
             (name,) = served
         request.state.task = tasks[name].name  # one that is there: clients must not make up labels of metrics
-        try:
-            ready, scores = await batcher.answer(name, asked.texts)
-        except FastpeftError:
-            tasks[name]  # says so where it was removed while the request waited
-            raise
+        ready, scores = await batcher.answer(name, asked.texts)
         metrics.texts.labels(name).inc(len(scores))
         return answer_of(ready, scores)
 

@@ -46,6 +46,12 @@ class Batcher:
         self._observe = observe
         self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
         self._left_over: Waiting | None = None
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing answers any more."""
+        return self._worker is not None and self._worker.done()
 
     async def answer(self, task: str, texts: Sequence[Any]) -> Any:
         """What `Tasks.answer` gives for one request.
@@ -69,13 +75,13 @@ class Batcher:
         """Answer requests while inside it."""
         # one thread, always the same: each that computes would have threads of its own for PyTorch's work
         with ThreadPoolExecutor(1, "fastpeft-serve") as thread:
-            worker = asyncio.create_task(self._run(thread))
+            self._worker = asyncio.create_task(self._run(thread))
             try:
                 yield
             finally:
-                worker.cancel()
+                self._worker.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await worker
+                    await self._worker
 
     async def _run(self, thread: ThreadPoolExecutor) -> None:
         loop = asyncio.get_running_loop()
@@ -85,7 +91,11 @@ class Batcher:
                 continue
             self._observe(sum(len(waiting.texts) for waiting in batch))
             asked = [(waiting.task, waiting.texts) for waiting in batch]
-            answers = await loop.run_in_executor(thread, self.tasks.answer, asked)
+            answers: Sequence[Any]
+            try:
+                answers = await loop.run_in_executor(thread, self.tasks.answer, asked)
+            except Exception as error:  # it must not end this task, without which nothing is answered any more
+                answers = [error] * len(batch)
             for waiting, answer in zip(batch, answers, strict=True):
                 if waiting.answer.done():
                     continue

@@ -46,7 +46,8 @@ class Metrics:
 
 
 class Guard:
-    """Reads a request whole before the application gets it, so that no client holds that up or fills the memory.
+    """Reads a request whole before the application gets it, so that a slow or a large body neither holds that up nor
+    fills the memory. A connection on which no request begins is not bounded here.
 
     Args:
         app: the application.

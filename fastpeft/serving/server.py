@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.serving.tasks import Tasks, parse_runs
 from fastpeft.training.run_folder import RunFolder
 
@@ -27,6 +28,7 @@ def serve(
     max_length: int | None,
     device: str | None,
     runs: Path | None,
+    loading: AbstractContextManager[None],
     say: Callable[[str], object],
 ) -> None:
     """Serve finished runs until Ctrl-C or SIGTERM, after which the requests that came before are answered.
@@ -39,6 +41,7 @@ def serve(
         max_length: where to cut texts that a run would read further, in tokens.
         device: where the models are put. None: the best device there is.
         runs: a folder from which clients may add runs. None: they may not.
+        loading: is entered while the models are loaded, to show that.
         say: is given messages for a person.
 
     Raises:
@@ -51,9 +54,7 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
-        raise FastpeftError(
-            f'serve needs {error.name}, which is not installed: pip install "fastpeft[serve]"'
-        ) from None
+        raise FastpeftError(f"serve needs {error.name}, which is not installed. Run {install('serve')}.") from None
     folders = parse_runs(items)
     for folder in folders.values():
         RunFolder(folder).metrics()  # raises where it is no finished run, before any is loaded
@@ -61,7 +62,8 @@ def serve(
         raise FastpeftError(f"the folder of runs {str(runs)!r} is not there. Name one that is, or leave --runs out.")
     _check_device(device)
     with _bound(host, port) as listening:
-        tasks = Tasks(folders, device=device, max_length=max_length, max_rows=max_rows)
+        with loading:
+            tasks = Tasks(folders, device=device, max_length=max_length, max_rows=max_rows)
         limits = Limits()
         app = create_app(tasks, runs=runs, max_wait=max_wait, limits=limits)
         config = uvicorn.Config(

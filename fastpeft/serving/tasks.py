@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections import defaultdict
@@ -16,6 +17,7 @@ import torch
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
+from fastpeft.support.stages import report
 from fastpeft.training.evaluation import Predictor, Taken
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
@@ -35,7 +37,7 @@ class Shared:
     """A backbone that several runs share.
 
     Attributes:
-        pool: their side networks, by the names of their tasks.
+        pool: their side networks, by `Task.member`.
         tokenizer: of the first of them.
         bf16: whether they compute in bfloat16 where autocast does.
     """
@@ -58,7 +60,7 @@ class Shared:
         batch = PromptCollator(self.tokenizer)(encoded)
         masks = batch["attention_mask"].bool()
         with torch.autocast(self.pool.backbone.core.device.type, torch.bfloat16, enabled=self.bf16):
-            answers = self.pool(batch, [task.name for task, _ in rows])
+            answers = self.pool(batch, [task.member for task, _ in rows])
         found = []
         for (task, taken), answer, mask in zip(rows, answers, masks):
             output = answer.logits.float().cpu().numpy()
@@ -76,12 +78,15 @@ class Task:
         predictor: the run.
         shared: the backbone that it shares. None: its model is its own.
         reason: why its backbone is its own; empty where others may share it.
+        member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
+            another of the same name.
     """
 
     name: str
     predictor: Predictor
     shared: Shared | None
     reason: str = ""
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ class Tasks:
         self._tasks: dict[str, Task] = {}
         self._loading: set[str] = set()
         self._changing = threading.RLock()
+        self._numbers = itertools.count()
         for name, folder in runs.items():
+            report(f"loading {name}")
             self.add(name, folder)
 
     def __iter__(self) -> Iterator[Task]:
@@ -133,8 +140,9 @@ class Tasks:
 
     def beside(self, task: Task) -> list[str]:
         """The names of the other tasks on the backbone of one."""
-        others = [] if task.shared is None else task.shared.pool.tasks
-        return [name for name in others if name != task.name]
+        if task.shared is None:
+            return []
+        return [other.name for other in self if other.shared is task.shared and other.name != task.name]
 
     # -- changes -------------------------------------------------------------------------------------------------
 
@@ -169,20 +177,20 @@ class Tasks:
         ladder = inside_prompt(run.classifier.model)
         if not isinstance(ladder, LadderModel):
             return Task(name, predictor, None, f"{run.config.method} has no side network")
-        reason = ""
+        reason, member = "", f"{name} {next(self._numbers)}"
         here = {id(task.shared): task.shared for task in self if task.shared is not None and task.shared.fits(run)}
         for shared in here.values():
             try:
-                shared.pool.add(name, run.classifier.model)
-                return Task(name, predictor, shared)
+                shared.pool.add(member, run.classifier.model)
+                return Task(name, predictor, shared, member=member)
             except FastpeftError as error:  # it names what differs
                 reason = str(error).partition(". ")[0]
         try:
             pool = LadderPool(ladder.base, ladder.config.feature_modules, ladder.config.backbone_dtype)
-            pool.add(name, run.classifier.model)
+            pool.add(member, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, predictor, None, str(error).partition(". ")[0])
-        return Task(name, predictor, Shared(pool, run.classifier.tokenizer, run.config.bf16), reason)
+        return Task(name, predictor, Shared(pool, run.classifier.tokenizer, run.config.bf16), reason, member)
 
     def remove(self, name: str) -> None:
         """Forget a run.
@@ -197,7 +205,7 @@ class Tasks:
 
     def _leave(self, task: Task) -> None:
         if task.shared is not None:
-            task.shared.pool.remove(task.name)
+            task.shared.pool.remove(task.member)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -228,6 +236,8 @@ class Tasks:
                 taken.append(task.predictor.take(text))
             except FastpeftError as error:
                 return RefusedError(f"text {number}: {error}", 422)
+            except Exception as error:  # the other requests must be answered
+                return error
         return Ready(task, taken)
 
     def _answers(self, asked: Sequence[Ready]) -> list[list[np.ndarray] | Exception]:
@@ -236,7 +246,10 @@ class Tasks:
             return list(self._together(asked))
         except Exception as error:  # such as a task that was removed meanwhile, or too little memory for all
             if len(asked) == 1:
-                return [error]
+                task = asked[0].task
+                if self._tasks.get(task.name) is task:
+                    return [error]
+                return [RefusedError(f"there is no task {task.name!r} any more: it was removed or replaced.", 404)]
             return [answer for each in asked for answer in self._answers([each])]
 
     def _together(self, asked: Sequence[Ready]) -> list[list[np.ndarray]]:

@@ -76,8 +76,8 @@ class SivaConfig(PeftConfig):
         residual: `"frozen"` stores `W_r` in place of the weight. `"implicit"` leaves the weight untouched and
             subtracts the initial triplets at run time, so that any adapters can share one base model.
         residual_dtype: `"int8"` or `"nf4"` stores `W_r` in about 8 or 4.5 bits a weight, and dequantises it for each
-            product; nf4 needs bitsandbytes (`pip install 'fastpeft[nf4]'`). None keeps the dtype of the weight.
-            Rounding loses the pretrained weight: merging works, `unload()` is refused.
+            product; nf4 needs bitsandbytes (`pip install --no-build-isolation ".[nf4]"` from a clone). None keeps the
+            dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
         quant_iterations: With `residual_dtype`, how often the factors are fitted again to what quantising lost.
             0 takes the weight's own triplets, as QPiSSA does.
         scaling: How far an optimizer's step moves a triplet. `"spectral"`: equally far for every triplet of every

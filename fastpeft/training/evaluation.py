@@ -217,12 +217,19 @@ class Predictor:
         run: the run, with its model.
 
     Raises:
-        FastpeftError: as `load_run`; or the run learned masked words, so that there is nothing to say of a text.
+        FastpeftError: as `load_run`; the run learned masked words, so that there is nothing to say of a text; or
+            `max_length` leaves no room for one.
     """
 
     def __init__(self, folder: str | Path, device: str | None = None, max_length: int | None = None) -> None:
         self.run = load_run(folder, device)
         if max_length is not None:
+            special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
+            if max_length <= special:
+                raise FastpeftError(
+                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens around "
+                    f"each text. Give {special + 1} or more."
+                )
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is MASKED_WORDS:
             raise FastpeftError(

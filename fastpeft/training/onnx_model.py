@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ops import decompositions
 
@@ -42,8 +42,7 @@ def check_onnx() -> None:
     """Raise `FastpeftError` where a library that writes or runs ONNX is not installed."""
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
         raise FastpeftError(
-            f"an export to onnx needs {' and '.join(missing)}, which is not installed. Run pip install "
-            "'fastpeft[onnx]'."
+            f"an export to onnx needs {' and '.join(missing)}, which is not installed. Run {install('onnx')}."
         )
 
 

@@ -369,3 +369,41 @@ def test_a_fault_of_the_server_is_no_traceback_to_clients(
     status, answer, _ = server.ask("POST", "/predict", GOOD)
     assert (status, answer) == (500, {"detail": "the server failed; its log says why."})
     assert 'status="500",task="a"' in server.ask("GET", "/metrics")[1]
+
+
+def test_a_fault_leaves_the_next_requests_answered(
+    server: Server, tasks: Tasks, expected: dict[tuple[str, int], list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("secret")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tasks, "answer", failing)
+        assert server.ask("POST", "/predict", GOOD)[:2] == (500, {"detail": "the server failed; its log says why."})
+    status, answer, _ = server.ask("POST", "/predict", {"task": "b", "texts": TEXTS[:1]})
+    assert status == 200
+    assert_right(answer, "b", [0], expected)
+    assert server.ask("GET", "/health/live")[0] == 200
+
+
+def test_health_tells_that_nothing_is_answered_any_more(
+    server: Server, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batcher, "failed", True)
+    for path in ("/health", "/health/live"):
+        status, answer, _ = server.ask("GET", path)
+        assert (status, "Start it again" in answer["detail"]) == (503, True)
+
+
+def test_a_worker_that_ended_is_known() -> None:
+    async def end() -> None:
+        queue = batcher(Slow())
+        assert not queue.failed
+        async with queue.running():
+            assert not queue.failed
+            assert queue._worker is not None
+            queue._worker.cancel()
+            await asyncio.wait([queue._worker])
+            assert queue.failed
+
+    asyncio.run(end())

@@ -50,6 +50,8 @@ def test_what_is_refused_before_a_server_starts(runs: Path, tmp_path: Path, monk
         ([run, "--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid:8000"),
         ([run, "--port", "70000"], "65535"),
         ([run, "--max-rows", "0"], "--max-rows"),
+        ([run, "--max-length", "1"], "--max-length"),
+        ([run, "--max-length", "2", "--port", "0"], "--max-length is 2, but the run in"),
         ([], "RUN"),
     ):
         error = refused(*arguments)
@@ -62,7 +64,7 @@ def test_what_is_refused_before_a_server_starts(runs: Path, tmp_path: Path, monk
 
 def test_without_the_extra_it_says_what_to_install(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert 'pip install "fastpeft[serve]"' in refused(str(runs / "a"))
+    assert 'Run pip install --no-build-isolation ".[serve]" from a clone.' in refused(str(runs / "a"))
 
 
 @pytest.mark.long

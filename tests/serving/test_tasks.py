@@ -13,7 +13,8 @@ from samples import reviews
 
 from fastpeft import FastpeftError, LadderPool
 from fastpeft.serving.server import described
-from fastpeft.serving.tasks import RefusedError, Tasks, parse_runs
+from fastpeft.serving.tasks import Ready, RefusedError, Tasks, parse_runs
+from fastpeft.support.stages import listening
 from fastpeft.training.evaluation import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +52,12 @@ def test_one_batch_over_tasks_has_the_answers_of_each(
     shared: list[set[str]] = []  # the tasks of every pass
     call = LadderPool.__call__
     monkeypatch.setattr(
-        LadderPool, "__call__", lambda pool, batch, names: (shared.append(set(names)), call(pool, batch, names))[1]
+        LadderPool,
+        "__call__",
+        lambda pool, batch, names: (
+            shared.append({name.partition(" ")[0] for name in names}),
+            call(pool, batch, names),
+        )[1],
     )
     answers = tasks.answer(ASKED)
     for (name, texts), answer, scores in zip(ASKED, answers, expected):
@@ -90,7 +96,7 @@ def test_a_task_that_went_after_its_request_was_read_leaves_the_others(
 ) -> None:
     shared = tasks["b"].shared
     assert shared is not None
-    shared.pool.remove("b")
+    shared.pool.remove(tasks["b"].member)
     there, gone = tasks.answer([ASKED[0], ASKED[3]])
     assert isinstance(gone, FastpeftError)
     assert not isinstance(there, Exception)
@@ -112,6 +118,39 @@ def test_tasks_come_and_go(runs: Path, expected: list[list[np.ndarray]]) -> None
         assert error.value.status == status
 
 
+def test_what_was_read_for_a_task_is_not_answered_by_one_that_replaced_it(runs: Path) -> None:
+    tasks = Tasks({"a": runs / "a", "b": runs / "b"})
+    held = Ready(tasks["b"], [tasks["b"].predictor.take(TEXTS[0])])
+    tasks.remove("b")
+    tasks.add("b", runs / "mood")
+    assert tasks.beside(tasks["a"]) == ["b"]
+    there, gone = tasks._answers([Ready(tasks["b"], [tasks["b"].predictor.take(TEXTS[0])]), held])
+    assert isinstance(there, list)
+    assert isinstance(gone, RefusedError)
+    assert (gone.status, "no task 'b' any more" in str(gone)) == (404, True)
+
+
+def test_one_request_that_cannot_be_read_fails_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Predictor.take
+
+    def failing(predictor: Predictor, text: Any) -> Any:
+        if text == "bad":
+            raise RuntimeError("the tokenizer failed")
+        return take(predictor, text)
+
+    monkeypatch.setattr(Predictor, "take", failing)
+    failed, there = tasks.answer([("a", ["bad"]), ("a", TEXTS[:1])])
+    assert isinstance(failed, RuntimeError)
+    assert isinstance(there, tuple)
+
+
+def test_each_run_is_reported_as_it_loads(runs: Path) -> None:
+    stages: list[str] = []
+    with listening(lambda stage, *_: stages.append(stage)):
+        Tasks({"a": runs / "a", "two": runs / "b"})
+    assert stages == ["loading a", "loading two"]
+
+
 def test_a_run_that_cannot_answer_is_not_there(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "b", tmp_path / "b")
     file = tmp_path / "b" / "model.safetensors"
@@ -128,6 +167,11 @@ def test_a_run_that_cannot_answer_is_not_there(runs: Path, tmp_path: Path) -> No
 
 def test_texts_are_cut_earlier_but_never_later(runs: Path) -> None:
     assert [Tasks({"a": runs / "a"}, max_length=n)["a"].predictor.run.max_length for n in (8, 99)] == [8, 32]
+    for name, special in (("a", 2), ("pairs", 3)):
+        with pytest.raises(FastpeftError, match=f"reads {special} special tokens .* Give {special + 1} or more"):
+            Predictor(runs / name, max_length=special)
+        one = Predictor(runs / name, max_length=special + 1)
+        assert len(one.take(TEXTS[0] if name == "a" else PAIRS[0]).row["input_ids"]) == special + 1
 
 
 def test_names_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
