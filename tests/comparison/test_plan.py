@@ -327,7 +327,7 @@ def test_a_rate_that_was_given_is_no_other_protocol(tmp_path: Path) -> None:
     plan = Plan.make(config("siva", output=output, common={"learning_rate": 1.0}), "command")
     plan.save()
     finish(plan.results[0], accuracy=0.5)
-    with pytest.raises(FastpeftError, match="learning_rate 1.0 -> None"):
+    with pytest.raises(FastpeftError, match=r"learning_rate 1\.0 -> None"):
         Plan.make(config("siva", output=output), "command")
     with pytest.raises(FastpeftError, match="its learning rate was not searched, and is now to be"):
         Plan.make(config("siva", output=output, protocol="full"), "command")
