@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items
+from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, told_of
 from fastpeft.data.names import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
@@ -29,6 +29,7 @@ from fastpeft.version import __version__
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
+_FIELDS = {known.name for known in options()}
 
 
 _COMPARISON, _HELP = "Comparison", "Help"
@@ -46,7 +47,7 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 class _Command(TyperCommand):
     """A command, whose `--help` is below its other options."""
 
-    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:  # noqa: A002 - click's name
+    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:
         paragraphs = (help or "").split(
             "\n\n"
         )  # of which each is broken where the terminal ends, not the source's line
@@ -114,9 +115,12 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+_TYPED = {*_FIELDS, "jobs", "executor", "protocol", "seeds", "memory_budget"}  # what messages name, and is typed
+
+
 def _typed(name: str) -> str:
     """A name in a message, as the command line has it."""
-    return _flag(name) if name in {known.name for known in options()} else name
+    return _flag(name) if name in _TYPED else name
 
 
 def _show_all_help(context: typer.Context, asked: bool) -> None:
@@ -201,7 +205,7 @@ def _settings(items: list[str] | None) -> dict[str, Any]:
 def _check_budget(memory_budget: float | None, dry_run: bool) -> None:
     if memory_budget is not None and not (dry_run and memory_budget > 0):
         raise FastpeftError(
-            f"the memory budget is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
+            f"`memory_budget` is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
             "fits. Correct it, or add --dry-run."
         )
 
@@ -504,6 +508,10 @@ def compare(
     Exit code 1: some failed, or with --dry-run would.
     """
     _check_budget(memory_budget, dry_run)
+    new_settings = _settings(settings)
+    for name in new_settings:
+        if name in _FIELDS and name not in DECIDED:
+            raise FastpeftError(f"{name} cannot be set as a setting; use `{name}`.")
     from fastpeft.progress import shown
 
     with shown("none" if quiet else "auto", lines=False):
@@ -519,14 +527,15 @@ def compare(
             protocol=protocol,
             prompts=[item for text in prompts or [] for item in split_items(text)],
             seeds=seeds,
-            common={**_settings(settings), **_given(common)},
+            common={**new_settings, **_given(common)},
         )
         comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]), jobs, executor)
         known = console.estimates(comparison, memory_budget) if dry_run else {}
     if dry_run:
         failing = console.show_plan(comparison, known, memory_budget)
         for variant, error in failing.items():
-            typer.echo(f"{variant} would fail: {error}", err=True)
+            told = FastpeftError(told_of(variant, FastpeftError(error))).told(_typed)
+            typer.echo(f"{variant} would fail: {told}", err=True)
         raise typer.Exit(1 if failing else 0)
     try:
         with console.live_comparison(comparison, quiet):
