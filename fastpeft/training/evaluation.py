@@ -227,8 +227,8 @@ class Predictor:
             special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
             if max_length <= special:
                 raise FastpeftError(
-                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens around "
-                    f"each text. Give {special + 1} or more."
+                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens "
+                    f"around each text. Give {special + 1} or more."
                 )
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is MASKED_WORDS:
