@@ -195,7 +195,7 @@ class Comparison:
             try:
                 if isinstance(error, KeyboardInterrupt) and running:
                     logger.warning(
-                        "ending what runs, which saves where it has come to; a second Ctrl-C ends it at once"
+                        "stopping; running cells save a checkpoint first; a second Ctrl-C ends them at once"
                     )
                     self.executor.stop()
                     wait(running)
