@@ -194,9 +194,7 @@ class Comparison:
         except BaseException as error:
             try:
                 if isinstance(error, KeyboardInterrupt) and running:
-                    logger.warning(
-                        "stopping; running cells save a checkpoint first; a second Ctrl-C ends them at once"
-                    )
+                    logger.warning("stopping; running cells save a checkpoint first; a second Ctrl-C ends them at once")
                     self.executor.stop()
                     wait(running)
             finally:
