@@ -45,10 +45,9 @@ def _without_types(parameters: list[Any]) -> list[Any]:
 class _Command(TyperCommand):
     """A command, whose `--help` is below its other options."""
 
-    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:  # noqa: A002 - click's name
-        paragraphs = (help or "").split(
-            "\n\n"
-        )  # of which each is broken where the terminal ends, not the source's line
+    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:
+        # help breaks the lines of a paragraph where the terminal ends, not also where those of the source do
+        paragraphs = (help or "").split("\n\n")
         super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
 
     def get_params(self, ctx: Any) -> list[Any]:

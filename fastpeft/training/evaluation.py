@@ -226,7 +226,7 @@ class Predictor:
             special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
             if max_length <= special:
                 raise FastpeftError(
-                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens around "
+                    f"`max_length` is {max_length}, but the run in {str(folder)!r} adds {special} special tokens to "
                     f"each text. Give {special + 1} or more."
                 )
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
