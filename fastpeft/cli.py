@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items
+from fastpeft.cli_options import COMPARISON, FIELDS, Command, panel_option, run_options, typed, without_types
+from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, told_of
 from fastpeft.data.names import DEMO
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.support.interrupts import sigterm_interrupts
 from fastpeft.support.launcher import is_first
-from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, TrainConfig, options, parse_value
+from fastpeft.training.config import ADVANCED, METHOD, OUTPUT, TrainConfig, parse_value
 from fastpeft.training.run_folder import RunFolder, read_config
 from fastpeft.version import __version__
 
@@ -30,41 +30,11 @@ from fastpeft.version import __version__
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
 
 
-_COMPARISON, _HELP = "Comparison", "Help"
-_PANELS = (_COMPARISON, DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED, _HELP)  # the headings of help, in their order
-
-
-def _without_types(parameters: list[Any]) -> list[Any]:
-    """Options, of which help shows flags without a type."""
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-    return parameters
-
-
-class _Command(TyperCommand):
-    """A command, whose `--help` is below its other options."""
-
-    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:
-        # help breaks the lines of a paragraph where the terminal ends, not also where those of the source do
-        paragraphs = (help or "").split("\n\n")
-        super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.rich_help_panel = _HELP
-        return option
-
-
 class _Group(TyperGroup):
     """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return _without_types(super().get_params(ctx))
+        return without_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -75,7 +45,7 @@ class _Group(TyperGroup):
                     backends.choices()  # raises where it asks for a back end that is not there
                 return super().invoke(ctx)
         except FastpeftError as error:
-            typer.echo(f"Error: {error.told(_typed)}", err=True)
+            typer.echo(f"Error: {error.told(typed)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             typer.echo(str(interrupt) or "Interrupted.", err=True)
@@ -107,78 +77,14 @@ def _options(
     pass
 
 
-def _flag(name: str) -> str:
-    """The option of a field of `TrainConfig`."""
-    return f"--{name.replace('_', '-')}"
-
-
-def _typed(name: str) -> str:
-    """A name in a message, as the command line has it."""
-    return _flag(name) if name in {known.name for known in options()} else name
-
-
-def _show_all_help(context: typer.Context, asked: bool) -> None:
-    if asked:
-        for parameter in context.command.params:
-            parameter.hidden = False  # type: ignore[attr-defined]
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
-def _option(default: Any, *names: str, panel: str, common: bool = False, **others: Any) -> Any:
-    """An option under a heading of help; of a command with many, help shows the common ones unless asked for all."""
-    return typer.Option(default, *names, rich_help_panel=panel, hidden=not common, **others)
-
-
-def _offering(choices: Collection[str]) -> Callable[[], list[str]]:
-    """What completes a value on the command line."""
-    return lambda: list(choices)
-
-
-def _run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of `TrainConfig`, which it takes as `**values`, and `--help-all`.
-
-    Args:
-        excluded: names of fields for which it has none.
-    """
-    made = []
-    for known in options():
-        if known.name not in excluded:
-            shown = _option(
-                None,
-                _flag(known.name),
-                *([f"-{known.letter}"] if known.letter else []),
-                panel=known.panel,
-                common=known.common,
-                help=known.text(_flag),
-                metavar=known.metavar,
-                autocompletion=_offering(known.choices) if known.choices else None,
-            )
-            parameter = inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=shown)
-            made.append(parameter.replace(annotation=known.kind | None))
-    asked = _option(
-        False, "--help-all", panel=_HELP, common=True, is_eager=True, callback=_show_all_help, help="Show every option."
-    )
-    made.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=asked, annotation=bool))
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = sorted([*made, *own], key=lambda each: _PANELS.index(each.default.rich_help_panel))
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return command
-
-    return add
-
-
-_SETTINGS = _option(
+_SETTINGS = panel_option(
     None,
     "--set",
     panel=METHOD,
     metavar="KEY=VALUE",
     help="A field of the method's configuration or of TrainingArguments.",
 )
-_QUIET = _option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
+_QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +105,7 @@ def _settings(items: list[str] | None) -> dict[str, Any]:
 def _check_budget(memory_budget: float | None, dry_run: bool) -> None:
     if memory_budget is not None and not (dry_run and memory_budget > 0):
         raise FastpeftError(
-            f"the memory budget is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
+            f"`memory_budget` is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
             "fits. Correct it, or add --dry-run."
         )
 
@@ -209,20 +115,20 @@ def _stem(data: str) -> str:
     return Path(data).stem.replace(":", "-")
 
 
-@app.command(cls=_Command)
-@_run_options("found_prompt", "settings")
+@app.command(cls=Command)
+@run_options("found_prompt", "settings")
 def train(
     *,
-    config: Path | None = _option(
+    config: Path | None = panel_option(
         None, "--config", panel=ADVANCED, metavar="FILE", help="A run.json to repeat; other options change it."
     ),
     settings: list[str] | None = _SETTINGS,
-    resume: bool = _option(
-        False, "--resume", panel=OUTPUT, common=True, help="Go on from where the run in the output has come to."
+    resume: bool = panel_option(
+        False, "--resume", panel=OUTPUT, common=True, help="Resume the run in the output folder."
     ),
-    overwrite: bool = _option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
+    overwrite: bool = panel_option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
     quiet: bool = _QUIET,
-    progress: str = _option(
+    progress: str = panel_option(
         "auto",
         "--progress",
         panel=OUTPUT,
@@ -230,14 +136,14 @@ def train(
         help="How progress is shown: auto, a bar on a terminal and lines elsewhere; json, an object a line on standard "
         "output, the result last; or none",
     ),
-    dry_run: bool = _option(
+    dry_run: bool = panel_option(
         False,
         "--dry-run",
         panel=OUTPUT,
         common=True,
         help="Show what would be trained, its memory and time; write nothing.",
     ),
-    memory_budget: float | None = _option(
+    memory_budget: float | None = panel_option(
         None,
         "--memory-budget",
         panel=OUTPUT,
@@ -249,7 +155,8 @@ def train(
     """Fine-tune a model."""
     values = _given(values)
     new_settings = _settings(settings)
-    quiet = quiet or not is_first()
+    if not is_first():  # it alone shows anything
+        quiet, progress = True, "none"
     if config is not None:
         values = {**read_config(config), **values}
     values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
@@ -271,7 +178,9 @@ def train(
             plan = console.run_plan(run, memory_budget)
         else:
             result = train_run(run, resume=resume, overwrite=overwrite, command=command)
-    if dry_run:
+    if dry_run and progress == "json":
+        write_json({"stage": "finished", "plan": dataclasses.asdict(plan)})
+    elif dry_run:
         console.show_run_plan(run, plan, memory_budget)
     elif progress == "json":
         write_json({"stage": "finished", "folder": str(result.folder), "metrics": result.metrics})
@@ -279,7 +188,7 @@ def train(
         console.show_metrics(result.folder, result.metrics)
 
 
-@app.command(name="eval", cls=_Command)
+@app.command(name="eval", cls=Command)
 def evaluate(
     folder: Path | None = typer.Argument(None, metavar="[DIR]", help="Folder of a finished run."),
     data: str | None = typer.Option(
@@ -339,7 +248,7 @@ def evaluate(
     console.show_warnings(metrics)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def predict(
     folder: Path = typer.Argument(..., metavar="DIR", help="Folder of a finished run."),
     texts: list[str] | None = typer.Argument(
@@ -403,11 +312,11 @@ def predict(
     raise typer.Exit(1 if count else 0)
 
 
-@app.command(cls=_Command)
-@_run_options(*DECIDED, *PROMPTED)
+@app.command(cls=Command)
+@run_options(*DECIDED, *PROMPTED)
 def compare(
     *,
-    output: str = _option(
+    output: str = panel_option(
         ...,
         "--output",
         "-o",
@@ -416,76 +325,76 @@ def compare(
         metavar="DIR",
         help="Folder of the comparison; in one that is there it goes on.",
     ),
-    suite: str | None = _option(
+    suite: str | None = panel_option(
         None,
         "--suite",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         common=True,
         metavar="NAME",
         help="table1, table2 or figure5: the rows that the paper has there, beside --methods.",
     ),
-    methods: list[str] | None = _option(
+    methods: list[str] | None = panel_option(
         None,
         "--methods",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         common=True,
         metavar="VARIANT,...",
         help=f"Of {_NAMES}. A variant is a method and its options after colons: "
         "k-lst:window=5, or lora:rank=8. In a list + is a comma; a value with a comma goes in quotes. "
         "zero-shot:prompt=sst2 is not trained; lst:init_from=mezo starts from another variant.",
     ),
-    protocol: str | None = _option(
+    protocol: str | None = panel_option(
         None,
         "--protocol",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         common=True,
         metavar="NAME",
         help="quick: one seed, one epoch, the recipes' rates. full: three seeds, and of each variant the best of "
         "three rates on a slice of the training rows.",
     ),
-    seeds: int | None = _option(
+    seeds: int | None = panel_option(
         None,
         "--seeds",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         common=True,
         metavar="N",
         help="Runs of each variant, with the seeds 0, 1, ... (default: the protocol's, or 1)",
     ),
-    prompts: list[str] | None = _option(
+    prompts: list[str] | None = panel_option(
         None,
         "--prompts",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         metavar="PROMPT,...",
         help="Combine each variant that has no prompt with each of these: templates, names, auto or none, as "
         "sst2:label_words=bad+good. With --suite one prompt, for its prompted rows; none leaves them out.",
     ),
-    jobs: int | None = _option(
+    jobs: int | None = panel_option(
         None,
         "--jobs",
         "-j",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         common=True,
         metavar="N",
         help="Run N cells at once: the CPU threads are divided among them, and each has a GPU where there are several "
         "(default: 1; with --executor ray one a GPU, or one a node)",
     ),
-    executor: str = _option(
+    executor: str = panel_option(
         "local",
         "--executor",
-        panel=_COMPARISON,
+        panel=COMPARISON,
         metavar="local|ray",
         help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",
     ),
     settings: list[str] | None = _SETTINGS,
     quiet: bool = _QUIET,
-    dry_run: bool = _option(
+    dry_run: bool = panel_option(
         False,
         "--dry-run",
         panel=OUTPUT,
         common=True,
         help="Show the cells with the time and memory that each would take; write nothing.",
     ),
-    memory_budget: float | None = _option(
+    memory_budget: float | None = panel_option(
         None,
         "--memory-budget",
         panel=OUTPUT,
@@ -501,6 +410,10 @@ def compare(
     Exit code 1: some failed, or with --dry-run would.
     """
     _check_budget(memory_budget, dry_run)
+    new_settings = _settings(settings)
+    for name in new_settings:
+        if name in FIELDS and name not in DECIDED:
+            raise FastpeftError(f"{name} cannot be set as a setting; use `{name}`.")
     from fastpeft.progress import shown
 
     with shown("none" if quiet else "auto", lines=False):
@@ -516,14 +429,15 @@ def compare(
             protocol=protocol,
             prompts=[item for text in prompts or [] for item in split_items(text)],
             seeds=seeds,
-            common={**_settings(settings), **_given(common)},
+            common={**new_settings, **_given(common)},
         )
         comparison = Comparison(config, shlex.join(["fastpeft", *sys.argv[1:]]), jobs, executor)
         known = console.estimates(comparison, memory_budget) if dry_run else {}
     if dry_run:
         failing = console.show_plan(comparison, known, memory_budget)
         for variant, error in failing.items():
-            typer.echo(f"{variant} would fail: {error}", err=True)
+            told = FastpeftError(told_of(variant, FastpeftError(error))).told(typed)
+            typer.echo(f"{variant} would fail: {told}", err=True)
         raise typer.Exit(1 if failing else 0)
     try:
         with console.live_comparison(comparison, quiet):
@@ -537,7 +451,7 @@ def compare(
     raise typer.Exit(1 if result.failed else 0)
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def export(
     folder: Path = typer.Argument(..., metavar="RUN", help="Folder of a finished run or of a PEFT adapter."),
     output: Path = typer.Argument(..., metavar="OUT", help="The folder to make."),
@@ -560,7 +474,7 @@ def export(
     typer.echo(f"saved in {saved}")
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def serve(
     items: list[str] = typer.Argument(
         ..., metavar="RUN...", help="Folders of finished runs. NAME=RUN names a task (default: the folder's name)."
@@ -614,7 +528,7 @@ def serve(
     )
 
 
-@app.command(cls=_Command)
+@app.command(cls=Command)
 def info() -> None:
     """Show versions, devices, and what each op runs on and why."""
     from fastpeft.progress import shown

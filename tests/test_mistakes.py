@@ -124,8 +124,17 @@ MISTAKES = [
     (f"{COMPARE} --methods siva,lorra", "unknown method 'lorra'.*Did you mean lora"),
     (f"{COMPARE} --methods siva:rnak=3", "Did you mean rank"),
     (f"{COMPARE} --suite table3", "unknown suite 'table3'.*Did you mean table"),
-    (f"{COMPARE} --methods siva --protocol fast", "fast"),
-    (f"{COMPARE} --methods siva --seeds 0", "seeds"),
+    (f"{COMPARE} --methods siva --protocol ful", "--protocol is 'ful'.*Did you mean full"),
+    (f"{COMPARE} --methods siva --seeds 0", "--seeds is 0"),
+    (f"{COMPARE} --methods siva --jobs 0", "--jobs is 0"),
+    (f"{COMPARE} --methods siva --executor rya", "--executor is 'rya'.*Did you mean ray"),
+    (f"{COMPARE} --methods siva --memory-budget 100", "--memory-budget is 100 MB"),
+    (f"{COMPARE} --methods siva --metric acc --save-steps 2", "cannot be used: --metric is 'acc'"),
+    (f"{COMPARE} --methods siva:metric=acc --save-steps 2", "cannot be used: metric is 'acc'"),
+    (
+        f"{COMPARE} --methods siva --set learning_rate=1",
+        "learning_rate cannot be set as a setting; use --learning-rate",
+    ),
     ("compare --methods siva", "--output"),
 ]
 

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastpeft.errors import FastpeftError, first_line, install
+from fastpeft.errors import FastpeftError, did_you_mean, first_line, install
 from fastpeft.support.launcher import JOBS
 
 logger = logging.getLogger(__name__)
 
 _RETRIES = 3  # of a cell whose worker is lost
 _PATIENCE_S = 10.0  # for a cluster to answer
+_PASSED_ON = ("FASTPEFT_", "HF_", "WANDB_", "MLFLOW_")  # how variables begin that a node is given
 
 
 class Ended(NamedTuple):
@@ -203,7 +204,7 @@ class Ray(Executor):
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address, handler = os.environ.get("RAY_ADDRESS") or "local", signal.getsignal(signal.SIGTERM)
         if address == "local":
-            # Ray's own guard of memory would try a cell again for ever
+            # Ray's own guard of memory would end a cell before the machine has to
             os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
             self._own_folder = tempfile.mkdtemp(prefix="ray-")
             cpus = max(torch.get_num_threads(), self._asked or 1)
@@ -232,8 +233,10 @@ class Ray(Executor):
             shutil.rmtree(self._own_folder, ignore_errors=True)
 
     def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
-        environment = _environment(self.threads, self._beside)
-        task = self._task.remote(list(arguments), str(Path.cwd()), str(log.absolute()), environment, _WATCH)
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        environment |= _environment(self.threads, self._beside)
+        given = (list(arguments), str(Path.cwd()), str(log.absolute()), environment, _WATCH, _RETRIES)
+        task = self._task.remote(*given)
         self._running.add(task)
         began = time.monotonic()
 
@@ -267,11 +270,12 @@ def make(name: str, jobs: int | None, most: int) -> Executor:
         FastpeftError: there is no such executor, it lacks what it needs, or `jobs` is no number of processes.
     """
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise FastpeftError(f"jobs is {jobs!r}; it must be a whole number from 1: how many cells run at once.")
+        raise FastpeftError(f"`jobs` is {jobs!r}; it must be a whole number from 1: how many cells run at once.")
     if name == "ray":
         return Ray(jobs, most)
     if name != "local":
-        raise FastpeftError(f"the executor is {name!r}; it must be local or ray.")
+        close = did_you_mean(name, ("local", "ray"))
+        raise FastpeftError(f"`executor` is {name!r}; it must be local or ray.{close}")
     return Local(min(jobs or 1, max(1, most)))
 
 
@@ -298,18 +302,26 @@ def _how(code: int) -> str:
 _WATCH = "import os, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), 9)"
 
 
-def _remote() -> Callable[[list[str], str, str, dict[str, str], str], tuple[float, int]]:
+def _remote() -> Callable[[list[str], str, str, dict[str, str], str, int], tuple[float, int]]:
     """What a worker of Ray does. Ray sends its code, since it has no module: a worker need not load this package."""
 
-    def cell(arguments: list[str], place: str, log: str, environment: dict[str, str], watch: str) -> tuple[float, int]:
+    def cell(
+        arguments: list[str], place: str, log: str, environment: dict[str, str], watch: str, retries: int
+    ) -> tuple[float, int]:
         import os
         import platform
         import subprocess
         import sys
         import time
 
-        with open(log, "ab") as out:
+        with open(log, "ab+") as out:
             lost = "The worker was lost. " if out.tell() else ""
+            out.seek(0)
+            tried_again = out.read().count(b"The worker was lost. On ")
+            if lost and tried_again >= retries:  # Ray itself counts no worker that it ended for lack of memory
+                told = f"Error: the worker was lost {tried_again + 1} times, perhaps for lack of memory."
+                out.write(f"{lost}\n{told}\n".encode())
+                return 0.0, 1
             out.write(f"{lost}On {platform.node()}:\n".encode())
             out.flush()
             began = time.monotonic()

@@ -13,7 +13,15 @@ from typing import Any
 from fastpeft.comparison.cells import CELLS, SLICE, Cell
 from fastpeft.comparison.learning_rates import rates
 from fastpeft.comparison.suites import get_suite, suite_names
-from fastpeft.comparison.variants import CHAIN, DECIDED, ZERO_SHOT, parse_variant, partition_chain, with_prompts
+from fastpeft.comparison.variants import (
+    CHAIN,
+    DECIDED,
+    ZERO_SHOT,
+    parse_variant,
+    partition_chain,
+    told_of,
+    with_prompts,
+)
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS, get_method
@@ -79,7 +87,8 @@ class CompareConfig:
             if isinstance(given, str) or not all(isinstance(item, str) and item for item in given):
                 raise FastpeftError(f"{name} are {given!r}; they must be a list of texts that are not empty.")
         if self.protocol not in (None, *PROTOCOLS):
-            raise FastpeftError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.")
+            close = did_you_mean(str(self.protocol), PROTOCOLS)
+            raise FastpeftError(f"`protocol` is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}.{close}")
         if self.suite is None and not self.methods:
             raise FastpeftError(
                 f"there is no method to compare. Name some by --methods, as {', '.join((*METHODS, ZERO_SHOT))}; or a "
@@ -91,7 +100,7 @@ class CompareConfig:
                 "Give the one prompt of those with, auto, or none to leave them out."
             )
         if self.seeds is not None and (type(self.seeds) is not int or self.seeds < 1):
-            raise FastpeftError(f"seeds is {self.seeds!r}; it must be a whole number from 1.")
+            raise FastpeftError(f"`seeds` is {self.seeds!r}; it must be a whole number from 1.")
         if self.prompts and "prompt" in self.common:
             raise FastpeftError(
                 "a prompt is given for all cells and prompts to combine them with. Give one of the two."
@@ -155,7 +164,7 @@ class CompareConfig:
             names = tuple(cell.name for cell in tried)
             return [*tried, *(dataclasses.replace(cell, rates=names, row=row) for cell in results)]
         except FastpeftError as error:
-            raise FastpeftError(f"the variant {variant!r} cannot be used: {error}") from None
+            raise FastpeftError(f"the variant {variant!r} cannot be used: {told_of(variant, error)}") from None
 
     def _trained_cells(self, variant: str) -> tuple[list[Cell], list[Cell]]:
         """The cells that try learning rates for a variant, and those that train it, one for each seed."""
@@ -189,7 +198,7 @@ class CompareConfig:
         try:
             resolve(config)
         except FastpeftError as error:
-            raise FastpeftError(f"{error}{_meant(values['settings'])}") from None
+            raise FastpeftError(f"{error.args[0]}{_meant(values['settings'])}") from None
         return Cell(name, variant, method, seed, config.values(), tuple(start.name for start in starts))
 
     def _zero_shot_values(self, name: str, own: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +211,7 @@ class CompareConfig:
                 raise FastpeftError(f"{ZERO_SHOT} takes no {key}; allowed are {', '.join((*allowed, 'calibrate'))}.")
         for key in _CHANGES_DEV_ROWS:
             if key in self.common:
-                raise FastpeftError(f"{ZERO_SHOT} takes no {key}, which the other cells are given. Leave one out.")
+                raise FastpeftError(f"{ZERO_SHOT} takes no `{key}`, which the other cells are given. Leave one out.")
         given = {key: value for key, value in {**self.shared, **own}.items() if key in _ZERO_SHOT_FIELDS}
         config = TrainConfig.from_values({**given, "output": str(_cells_folder(self.output) / name)})
         if config.parse_prompt() is None and not config.awaits_prompt:
@@ -358,10 +367,12 @@ def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:
 
 def _of_another_protocol(config: CompareConfig, cell: Cell, by_name: Mapping[str, Cell]) -> str:
     """An error for a cell that was run by another protocol than that of `config`; empty where it was not."""
-    for protocol in (None, *PROTOCOLS):
+    for protocol in (name for name in (None, *PROTOCOLS) if name != config.protocol):
         cells = dataclasses.replace(config, protocol=protocol).cells()
         try:
             other = next(other for other in cells if other.name == cell.name)
+            if any(name not in by_name for name in other.rates):  # no rate was searched for it
+                continue
             filled = _filled_in(other, by_name)
             filled.folder.check(filled.values, resume=True, overwrite=False, moved=cell.own_paths(filled.values))
         except (StopIteration, FastpeftError):

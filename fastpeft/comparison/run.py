@@ -21,7 +21,7 @@ from fastpeft.comparison.learning_rates import slice_sizes, take_slice, write_ro
 from fastpeft.comparison.plan import ROWS, CompareConfig, Plan
 from fastpeft.comparison.report import output
 from fastpeft.comparison.schedule import next_ready, seconds_of_all
-from fastpeft.comparison.variants import ZERO_SHOT
+from fastpeft.comparison.variants import ZERO_SHOT, told_of
 from fastpeft.data.examples import TextData
 from fastpeft.data.models import check_model
 from fastpeft.data.problems import CLASSIFICATION
@@ -278,7 +278,9 @@ def _check(cells: Iterable[Cell], option: str) -> TextData | None:
             resolve(config).for_data(loaded[rows])
         except FastpeftError as error:
             how = _words_option(config, loaded[rows], option)
-            raise FastpeftError(f"the variant {cell.variant!r} cannot be used: {error}{how}") from None
+            raise FastpeftError(
+                f"the variant {cell.variant!r} cannot be used: {told_of(cell.variant, error)}{how}"
+            ) from None
     return next((data for (objective, *_), data in loaded.items() if objective is None), None)
 
 

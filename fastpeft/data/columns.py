@@ -102,8 +102,8 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
     """The columns where every label has one of its own."""
     if problem not in (None, MULTI_LABEL):
         raise FastpeftError(
-            f"label_column names {len(flags)} columns, {', '.join(flags)}, which are labels of 0 and 1, but "
-            f"problem_type is {problem.short!r}. Name one column, or leave problem_type out."
+            f"`label_column` names {len(flags)} columns, {', '.join(flags)}, which are labels of 0 and 1, but "
+            f"`problem_type` is {problem.short!r}. Name one column, or leave `problem_type` out."
         )
     if missing := [name for name in (*texts, *flags) if name not in table.columns]:
         raise FastpeftError(

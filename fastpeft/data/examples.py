@@ -13,7 +13,7 @@ from typing import Any
 
 from fastpeft.data.columns import Columns, check_separated, class_names, pick_columns, tell_problem
 from fastpeft.data.names import DEMO
-from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, REGRESSION, Problem, get_problem
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
@@ -151,6 +151,10 @@ def load_data(
     else:
         labels = names or _classes(_labels_of(seen))
         _check_classes(labels, len(seen) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(seen)), data)
+    if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
+        logger.warning(
+            "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
+        )
     train, dev, *kept = [_to_examples(part, labels, problem, data) for part in parts]
     if train.is_pair != dev.is_pair:
         raise FastpeftError(
@@ -158,6 +162,13 @@ def load_data(
             "that both have with --text-column."
         )
     return TextData(train, dev, labels, description, problem, *kept)
+
+
+def _joined(labels: Sequence[str]) -> str | None:
+    """A class that is written as several others, with `|` between them."""
+    return next(
+        (label for label in labels if "|" in label and {part.strip() for part in label.split("|")} & {*labels}), None
+    )
 
 
 def load_rows(

@@ -51,6 +51,13 @@ def of_dev_rows(
     return found
 
 
+def of_threshold(rows: int) -> list[str]:
+    """What makes a threshold doubtful that was chosen on so many rows; none where none was."""
+    if not 0 < rows < _FEW_ROWS:
+        return []
+    return [f"The threshold was chosen on only {rows} rows, so it is rough; {_FEW_ROWS} are the least to choose by."]
+
+
 def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
     """Which classes or labels no training row has, given the training and dev rows of each."""
     missing = [name for name, (rows, _) in zip(names, counts) if not rows]

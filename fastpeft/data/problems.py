@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastpeft.data.names import LOSS, UNLABELLED
@@ -73,6 +74,9 @@ class Problem:
     loss: Callable[[np.ndarray, np.ndarray], float] | None = None
     digest: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_problem, (self.name,)  # a pickle of it is this one again
+
     @property
     def primary(self) -> str:
         """The metric to look at where a person names none."""
@@ -126,7 +130,7 @@ def get_problem(name: str) -> Problem:
     for problem in (MASKED_WORDS, *PROBLEMS.values()):
         if name in (problem.name, problem.short):
             return problem
-    raise FastpeftError(f"problem_type is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
+    raise FastpeftError(f"`problem_type` is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
 
 
 def most_frequent(labels: Sequence[Any], problem: Problem) -> list[int] | None:
@@ -214,11 +218,11 @@ def describe(
 
 def _from_scores(name: str) -> Callable[..., Any]:
     """A function of `fastpeft.data.scores`, which imports NumPy, so it is looked up when it is called."""
+    return partial(_call, name)
 
-    def function(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("fastpeft.data.scores"), name)(*arguments)
 
-    return function
+def _call(name: str, *arguments: Any) -> Any:
+    return getattr(importlib.import_module("fastpeft.data.scores"), name)(*arguments)
 
 
 CLASSIFICATION = Problem(

@@ -30,16 +30,17 @@ def score_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
     """F1 over all answers and its mean over labels, the share of rows with all labels right, and how labels rank.
 
     The last does not depend on a threshold: the mean over the labels of a row of how many of those that rank as high
-    or higher it has too.
+    or higher it has too. Rows that have no label say nothing of it, and are left out there; 0 where all are such.
     """
     from sklearn.metrics import accuracy_score, f1_score, label_ranking_average_precision_score
 
-    guesses = (outputs > 0).astype(np.int64)
+    guesses, some = (outputs > 0).astype(np.int64), labels.any(axis=-1)
+    ranking = label_ranking_average_precision_score(labels[some], outputs[some]) if some.any() else 0.0
     return {
         "micro_f1": float(f1_score(labels, guesses, average="micro", zero_division=0.0)),
         "macro_f1": float(f1_score(labels, guesses, average="macro", zero_division=0.0)),
         "subset_accuracy": float(accuracy_score(labels, guesses)),
-        "ranking_precision": float(label_ranking_average_precision_score(labels, outputs)),
+        "ranking_precision": float(ranking),
     }
 
 

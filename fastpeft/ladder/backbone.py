@@ -66,7 +66,7 @@ class Backbone:
         self.core = core
         self.body: nn.Module = core if self.plain else core.base_model
         self.headless = self.body is core and not self.plain
-        if self.headless and not _is_an_encoder(core):
+        if self.headless and not _has_one_stack(core):
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
@@ -236,7 +236,7 @@ class Backbone:
         return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
 
 
-def _is_an_encoder(core: PreTrainedModel) -> bool:
+def _has_one_stack(core: PreTrainedModel) -> bool:
     """Whether the output of the layers is what the model is for: it is one of `AutoModel` with a single stack."""
     names = (*MODEL_MAPPING_NAMES.values(), *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.values())
     one_stack = not getattr(core.config, "is_encoder_decoder", False)

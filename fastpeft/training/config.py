@@ -125,7 +125,7 @@ class TrainConfig:
 
     output: str = option(
         OUTPUT,
-        "Folder of the run; on the command line runs/METHOD-DATA where none is given",
+        "Folder of the run; on the command line runs/METHOD-DATA is the default",
         MISSING,
         metavar="DIR",
         letter="o",

@@ -49,7 +49,7 @@ class Estimate:
         memory_mb: peak of a training step on the longest batch, in MB (2^20 bytes); None where it cannot be told.
         start_seconds: to load and to measure the dev rows; None where nothing was timed.
         row_seconds: of training, a row; None likewise.
-        error: why nothing more can be told.
+        error: why nothing more can be told; names of options may stand in backticks, as in a `FastpeftError`.
     """
 
     memory_mb: float | None = None
@@ -150,7 +150,7 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
         task = Task.load(dataclasses.replace(config, init_from=None))
         arguments = task.training_arguments(config.output)
     except FastpeftError as error:
-        return Estimate(error=str(error))
+        return Estimate(error=error.args[0])
     return _estimate(task, arguments, begin, budget_mb)
 
 

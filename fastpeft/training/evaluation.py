@@ -29,6 +29,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt, is_text
+from fastpeft.support.stages import report
 from fastpeft.training.loading import FinishedRun, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
@@ -226,8 +227,8 @@ class Predictor:
             special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
             if max_length <= special:
                 raise FastpeftError(
-                    f"`max_length` is {max_length}, but the run in {str(folder)!r} adds {special} special tokens to "
-                    f"each text. Give {special + 1} or more."
+                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens "
+                    f"around each text. Give {special + 1} or more."
                 )
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
         if self.run.problem is MASKED_WORDS:
@@ -348,6 +349,7 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
     size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
     for start in range(0, len(rows), size):
+        report("answering", start, len(rows))
         chosen = order[start : start + size]
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")

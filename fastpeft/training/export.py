@@ -25,6 +25,7 @@ from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
+from fastpeft.support.stages import report
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
 from fastpeft.training.results import answers_in_words, chosen_by, results
@@ -137,6 +138,7 @@ def _batches(run: FinishedRun) -> list[Any]:
 
 def _save_onnx(model: Any, batches: Sequence[Any], folder: Path) -> None:
     folder.mkdir()
+    report("writing ONNX")
     model = merge(model) if isinstance(model, PeftModel) else model
     difference = write_onnx(model, batches, folder / ONNX_FILE)
     (model.backbone.core if isinstance(model, LadderModel) else model).config.save_pretrained(folder)

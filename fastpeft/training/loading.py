@@ -16,6 +16,7 @@ from fastpeft.methods.method import OVER, EarlierRun
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
+from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.run_folder import RunFolder, earlier_run
 from fastpeft.training.setup import Head, RunSetup, setup_of_run
@@ -66,6 +67,7 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
         FastpeftError: the folder holds no finished run, or its files, its base model or the run that it started from
             cannot be loaded.
     """
+    report("loading the model")
     run = assemble(RunFolder(folder))
     run.classifier.model.to(device or best_device())
     return run

@@ -157,7 +157,7 @@ def resolve(config: TrainConfig) -> Setup:
     for option in OPTIONS:
         if option not in method.options and getattr(config, option) is not None:
             raise FastpeftError(
-                f"the method {method.name!r} takes no {option}; leave it out. What it takes is "
+                f"the method {method.name!r} takes no `{option}`; leave it out. What it takes is "
                 f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
             )
     setup = _setup(config, method, settings, arguments)

@@ -145,6 +145,34 @@ def test_a_lost_worker_of_ray_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if folder.encode() in said(file)]
 
 
+def test_a_cell_is_not_tried_for_ever(tmp_path: Path) -> None:
+    """Ray does not count the workers that its guard of memory ends."""
+    log = tmp_path / "cell.log"
+    log.write_text("On a:\n")
+    given = (["-c", "print('ran')"], str(tmp_path), str(log), {}, executors._WATCH, 3)
+    codes = [executors._remote()(*given)[1] for _ in range(4)]
+    assert codes == [0, 0, 0, 1]
+    assert log.read_text().count("ran") == 3
+    assert log.read_text().endswith("\nError: the worker was lost 4 times, perhaps for lack of memory.\n")
+
+
+def test_a_node_is_given_the_variables_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Task:
+        def remote(self, *given: Any) -> tuple[str, str]:
+            return repr(given[0]), repr(sorted(given[3].items()))
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FASTPEFT_JOBS", "9")
+    monkeypatch.setenv("MINE", "1")
+    ray: Any = executors.Ray.__new__(executors.Ray)
+    ray._running, ray._task, ray._beside = set(), Task(), 2
+    ray._begin(["-V"], tmp_path / "log", ())
+    ((_, passed),) = ray._running
+    assert "('HF_HUB_OFFLINE', '1')" in passed
+    assert "('FASTPEFT_JOBS', '2')" in passed
+    assert "MINE" not in passed
+
+
 def said(file: Path) -> bytes:
     try:
         return file.read_bytes()
@@ -237,9 +265,9 @@ def test_a_dry_run_times_with_the_threads_of_a_cell(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--jobs", "0"], "jobs is 0; it must be a whole number from 1"),
-        (["--jobs", "-2"], "jobs is -2; it must be a whole number from 1"),
-        (["--executor", "slurm"], "the executor is 'slurm'; it must be local or ray."),
+        (["--jobs", "0"], "--jobs is 0; it must be a whole number from 1"),
+        (["--jobs", "-2"], "--jobs is -2; it must be a whole number from 1"),
+        (["--executor", "slurm"], "--executor is 'slurm'; it must be local or ray."),
         (["--executor", "ray"], 'pip install --no-build-isolation ".[ray]" from a clone'),
     ],
 )

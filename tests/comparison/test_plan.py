@@ -322,6 +322,17 @@ def test_another_protocol_is_named_as_the_cause(tmp_path: Path, before: str | No
         Plan.make(config("siva", output=output, protocol=now, common={"rank": 2}), "command")
 
 
+def test_a_rate_that_was_given_is_no_other_protocol(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    plan = Plan.make(config("siva", output=output, common={"learning_rate": 1.0}), "command")
+    plan.save()
+    finish(plan.results[0], accuracy=0.5)
+    with pytest.raises(FastpeftError, match=r"learning_rate 1\.0 -> None"):
+        Plan.make(config("siva", output=output), "command")
+    with pytest.raises(FastpeftError, match="its learning rate was not searched, and is now to be"):
+        Plan.make(config("siva", output=output, protocol="full"), "command")
+
+
 def test_full_tries_as_many_rates_for_every_method(tmp_path: Path) -> None:
     full = config(
         "siva", "lst:init_from=mezo", "mezo", "lora:learning_rate=1e-3", output=str(tmp_path), protocol="full"

@@ -217,6 +217,15 @@ def test_classes_have_their_scores(tmp_path: Path) -> None:
     assert "class 5" not in many
 
 
+def test_a_threshold_is_not_that_of_the_curves(tmp_path: Path) -> None:
+    made = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["lora", "siva"]), "fastpeft compare")
+    told = "- Curves and the choice of checkpoints are at a probability of 0.5, the table at each run's threshold."
+    for cell, threshold, noted in zip(made.results, (None, 0.3), (False, True)):
+        finish(cell, 150, 1.0, 1.0, threshold=threshold)
+        report.write(made, whole=False)
+        assert (told in (made.folder / "report.md").read_text()) is noted
+
+
 def test_loras_lag_is_told_in_steps(plan: Plan) -> None:
     (table,) = [
         part

@@ -147,7 +147,7 @@ def test_metrics_by_hand() -> None:
     assert scores["micro_f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
     assert scores["macro_f1"] == pytest.approx((4 / 5 + 2 / 3 + 1) / 3)
     assert scores["subset_accuracy"] == 0.75
-    assert scores["ranking_precision"] == pytest.approx((1 + 1 / 2 + 1 + 1) / 4)
+    assert scores["ranking_precision"] == pytest.approx((1 + 1 / 2 + 1) / 3), "without the row that has no label"
     loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(outputs), torch.tensor(labels))
     assert MULTI_LABEL.loss is not None
     assert MULTI_LABEL.loss(outputs, labels) == pytest.approx(loss.item(), rel=1e-12)
@@ -161,6 +161,13 @@ def test_metrics_by_hand() -> None:
     # a threshold of 0.2 is a logit of -1.39
     lower = MULTI_LABEL.answers(MULTI_LABEL.decided(outputs, 0.2))
     assert lower.tolist() == (outputs > np.log(0.2 / 0.8)).astype(int).tolist()
+
+
+def test_joined_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(f"film {number}", ("dull", "fun", "dull|fun")[number % 3]) for number in range(30)]
+    data = load_data(str(write_csv(tmp_path / "joined.csv", rows)))
+    assert data.problem is CLASSIFICATION
+    assert "to learn several labels of a text add --problem-type multi-label" in caplog.text
 
 
 def test_what_was_never_told_is_warned_of() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from fastpeft.data.examples import Examples
 from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import (
     CLASSIFICATION,
+    MASKED_WORDS,
     PROBLEMS,
     REGRESSION,
     TAGGING,
     TITLES,
     UNLABELLED,
+    Problem,
     describe,
     in_order,
     most_frequent,
@@ -335,3 +338,8 @@ def test_losses_are_those_of_training() -> None:
     ):
         assert problem.loss is not None
         assert problem.loss(outputs.numpy(), labels.numpy()) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS.values(), MASKED_WORDS], ids=lambda problem: problem.short)
+def test_a_pickle_is_the_problem_itself(problem: Problem) -> None:
+    assert pickle.loads(pickle.dumps(problem)) is problem

@@ -168,7 +168,7 @@ def test_a_run_that_cannot_answer_is_not_there(runs: Path, tmp_path: Path) -> No
 def test_texts_are_cut_earlier_but_never_later(runs: Path) -> None:
     assert [Tasks({"a": runs / "a"}, max_length=n)["a"].predictor.run.max_length for n in (8, 99)] == [8, 32]
     for name, special in (("a", 2), ("pairs", 4)):
-        with pytest.raises(FastpeftError, match=f"adds {special} special tokens .* Give {special + 1} or more"):
+        with pytest.raises(FastpeftError, match=f"reads {special} special tokens .* Give {special + 1} or more"):
             Predictor(runs / name, max_length=special)
         one = Predictor(runs / name, max_length=special + 1)
         assert len(one.take(TEXTS[0] if name == "a" else PAIRS[0]).row["input_ids"]) == special + 1

@@ -265,6 +265,10 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
             "The best checkpoint was chosen by the dev rows that it is measured on, so these look better than on new "
             f"rows: {', '.join(names)}."
         )
+    if any(metrics.get("threshold") is not None for metrics in finished):
+        notes.append(
+            "Curves and the choice of checkpoints are at a probability of 0.5, the table at each run's threshold."
+        )
     if len(set(filter(None, devices))) > 1:
         notes.append(
             "Not all cells ran on the same device with as many threads. Compare speeds and seconds only among those "
