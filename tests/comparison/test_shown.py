@@ -208,7 +208,7 @@ def test_data_that_cannot_be_loaded_is_told_before_the_first_cell(
         assert not Path("out").exists()
     write_csv(Path("reviews.csv"), reviews(20))
     assert CliRunner().invoke(app, [*command, "--dry-run"]).exit_code == 0
-    shown = CliRunner().invoke(app, [*command, "--dry-run", "--set", "label_column=stars"])
+    shown = CliRunner().invoke(app, [*command, "--dry-run", "--label-column", "stars"])
     assert (shown.exit_code, "no column 'stars'" in shown.stderr) == (2, True)
 
 
