@@ -75,7 +75,7 @@ class Problem:
     digest: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return get_problem, (self.name,)  # a pickle of it is this one again
+        return get_problem, (self.name,)  # what another process is sent becomes this one again
 
     @property
     def primary(self) -> str:
