@@ -255,7 +255,8 @@ def _cells_view(comparison: Comparison) -> Group:
     names = min(max(len(cell.name) for cell in shown), max(20, width - _BESIDE_NAMES))
     for cell in shown:
         state, text = known[cell.name], output.headline(cell.metrics() or {}) or cell.error() or ""
-        text = _duration(comparison.seconds_running(cell)) if state == "running" else text
+        if state == "running":
+            text = ", ".join(filter(None, (_duration(comparison.seconds_running(cell)), cell.said())))
         table.add_row(_middle_cut(cell.name, names), state, _middle_cut(text, max(12, width - names - _LINES)))
     return Group(Text(head), table, *([Text(f"not shown: {hidden}")] if hidden else []))
 

@@ -105,10 +105,14 @@ class Cell:
 
     def error(self) -> str | None:
         """The error of its latest try; None where it did not fail."""
-        if self.folder.finished or not self.log.is_file():
-            return None
-        last = self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+        last = "" if self.folder.finished else self.said()
         return last.removeprefix("Error: ") if last.startswith("Error: ") else None
+
+    def said(self) -> str:
+        """The last line of its log: how far a running one has come. Empty where there is none."""
+        if not self.log.is_file():
+            return ""
+        return self.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
 
     @property
     def state(self) -> str:

@@ -303,7 +303,7 @@ def _arguments(cell: Cell) -> list[str]:
     """What Python is given in a cell's process."""
     if cell.method == ZERO_SHOT:
         return ["-m", "fastpeft.comparison.zero_shot", str(cell.config_file)]
-    return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume", "--quiet"]
+    return ["-m", "fastpeft", "train", "--config", str(cell.config_file), "--resume"]
 
 
 def _mark_failed(log: Path, how: str) -> None:
