@@ -81,7 +81,7 @@ def work(folder: Path, kind: str, output: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     common = ["--model", str(folder / "model"), "--data", str(folder / "reviews.csv"), "--output", str(output)]
     if kind in _VARIANTS:
-        options = ["--max-steps", str(STEPS), "--save-steps", "3", "--set", "deterministic=true"]
+        options = ["--max-steps", str(STEPS), "--save-steps", "3", "--deterministic"]
         command = ["compare", "--methods", _VARIANTS[kind], *options]
     else:
         given = {name.replace("_", "-"): str(value).format(output=output) for name, value in RUNS[kind].items()}
