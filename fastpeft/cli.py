@@ -85,6 +85,13 @@ _SETTINGS = panel_option(
     help="A field of the method's configuration or of TrainingArguments.",
 )
 _QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
+_BUDGET = panel_option(
+    None,
+    "--memory-budget",
+    panel=OUTPUT,
+    metavar="MB",
+    help="With --dry-run: show what fits into so much memory.",
+)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +150,7 @@ def train(
         common=True,
         help="Show what would be trained, its memory and time; write nothing.",
     ),
-    memory_budget: float | None = panel_option(
-        None,
-        "--memory-budget",
-        panel=OUTPUT,
-        metavar="MB",
-        help="With --dry-run: show whether a step fits into so much memory.",
-    ),
+    memory_budget: float | None = _BUDGET,
     **values: Any,
 ) -> None:
     """Fine-tune a model."""
@@ -394,13 +395,7 @@ def compare(
         common=True,
         help="Show the cells with the time and memory that each would take; write nothing.",
     ),
-    memory_budget: float | None = panel_option(
-        None,
-        "--memory-budget",
-        panel=OUTPUT,
-        metavar="MB",
-        help="With --dry-run: show which cells fit into so much memory.",
-    ),
+    memory_budget: float | None = _BUDGET,
     **common: Any,
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,7 @@ class _Pace:
         return None if total is None or made <= 0 else self.seconds / made * (total - self.done)
 
 
-class _Stages:
+class _Stages(ABC):
     """A listener that hears which stage is new, and how long each has taken. What it shows is its subclass's."""
 
     def __init__(self) -> None:
@@ -70,9 +71,9 @@ class _Stages:
         changed, self.stage = begins or stage != self.stage, stage
         self.show(stage, done, total, measured, changed or (moved and done == total))
 
+    @abstractmethod
     def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
         """Show a report, which is `notable` where a stage begins or ends."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -105,8 +106,7 @@ class Bars(_Stages):
 
     def show(self, stage: str, done: int, total: int | None, measured: Mapping[str, float], notable: bool) -> None:
         if notable:
-            for name in [name for name in self.tasks if name not in (stage, TRAINING)]:
-                self.progress.remove_task(self.tasks.pop(name))
+            self._keep(stage)
             if stage not in self.tasks:
                 self.tasks[stage] = self.progress.add_task(stage, total=None, shown="")
         counted = "" if total is None else f"{done}/{total}  "
@@ -114,9 +114,13 @@ class Bars(_Stages):
         self.progress.update(task, completed=done, total=total, shown=counted + in_words(measured))
 
     def close(self) -> None:
-        for name in [name for name in self.tasks if name != TRAINING]:
-            self.progress.remove_task(self.tasks.pop(name))
+        self._keep()
         self.progress.stop()
+
+    def _keep(self, *stages: str) -> None:
+        """Take the bars of other stages away, but for that of the training."""
+        for name in self.tasks.keys() - {*stages, TRAINING}:
+            self.progress.remove_task(self.tasks.pop(name))
 
 
 class Lines(_Stages):

@@ -15,8 +15,6 @@ from fastpeft.data.examples import TextData
 from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
 from fastpeft.training.config import TrainConfig
 
-BALANCED = "balanced"
-
 
 @dataclass(frozen=True)
 class TrainingLoss:
