@@ -1,0 +1,98 @@
+"""A frozen weight in the layout that a product reads fastest, made once.
+
+A product on a CPU reorders its weight at every call, because the weight may have changed. One that is frozen has not:
+oneDNN packs it once. A pack is a copy in another layout and perhaps another dtype. It is made at first use, never
+saved or copied, and dropped when the weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs this weight: it lies on a CPU, has entries, and `dtype` is float32 or bfloat16."""
+    return (
+        weight.device.type == "cpu"
+        and dtype in _PACKED_DTYPES
+        and weight.numel() > 0
+        and type(weight) in (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
+        and torch.backends.mkldnn.is_available()
+        and not torch.compiler.is_compiling()  # the compiler has a choice of its own
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`weight` `(N, K)` in oneDNN's layout; `to_dense()` gives the same bits back. For what `can_pack` allows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` for a packed W, all of one dtype, outside of autograd."""
+    h: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return h
+
+
+class Packs:
+    """The packs of one frozen weight: of W for the product, of W^T for the gradient of its input, one a dtype.
+
+    Args:
+        enabled: False packs nothing, which saves memory.
+
+    Notes:
+        A change of the weight is noticed by its place, version, dtype and some sampled entries: the last see what
+        writes `weight.data += delta`, as PEFT's merge does, which leaves place and version alone. Copies and pickles
+        of packs are empty.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._signature: tuple[Any, ...] = ()
+        self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+
+    def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
+        """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
+        if not self.enabled or not can_pack(weight, dtype):
+            return None
+        signature = _signature(weight)
+        if signature != self._signature:
+            self._packed.clear()
+            self._signature = signature
+        found = self._packed.get((dtype, transposed))
+        if found is None:
+            matrix = weight.detach().t() if transposed else weight
+            found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
+        return found
+
+    def drop(self) -> None:
+        """Forget all packs."""
+        self._signature = ()
+        self._packed.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packs take now."""
+        return sum(packed.numel() * packed.element_size() for packed in self._packed.values())
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Packs:
+        return Packs(self.enabled)
+
+    def __reduce__(self) -> tuple[Callable[..., Packs], tuple[bool]]:
+        return Packs, (self.enabled,)
+
+
+def _signature(weight: Tensor) -> tuple[Any, ...]:
+    """What differs, but for a change of a few entries through `.data`, when a weight has changed."""
+    version = 0 if weight.is_inference() else weight._version
+    stored = weight.data
+    flat = stored.reshape(-1) if stored.is_contiguous() else stored.t().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLES)
+    return weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride(), tuple(flat[::step].tolist())
