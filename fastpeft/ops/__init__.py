@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     feature_dropout,
+    int8_linear,
     mezo_perturb,
     siva_linear,
     siva_linear_group,

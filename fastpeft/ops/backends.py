@@ -38,6 +38,7 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("window_attention_backward", "cpu"): ("aten",),
     ("window_attention_backward", "cuda"): ("triton",),
     ("feature_dropout_", "cpu"): ("cpp",),
+    ("int8_linear", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed", "cpu"): ("aten",),
     ("siva_linear_mixed", "cuda"): ("triton", "aten"),
     ("siva_linear_mixed_backward", "cpu"): ("aten",),

@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#define FASTPEFT_ISA avx512
+#define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")))
+#include "int8_linear_tile.h"
+#endif
