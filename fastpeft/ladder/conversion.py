@@ -11,6 +11,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import BackboneDtype
 from fastpeft.ladder.fingerprints import BEFORE_CONVERSION, fingerprints, frozen_tensors, is_quantised
+from fastpeft.ops.frozen_linear import pack_layer
 from fastpeft.ops.quantise import QuantisedLinear
 
 _DTYPE = "fastpeft_backbone_dtype"  # an attribute of a converted model, which a copy of the model has too
@@ -40,6 +41,12 @@ def convert(backbone: Backbone, dtype: BackboneDtype | None) -> None:
     if converted_to(backbone.core) != dtype:
         _convert(backbone, dtype, is_read=len(readers) > 0)
     readers.add(backbone)
+
+
+def pack(backbone: Backbone) -> None:
+    """Let the frozen linear layers of a model compute with packed weights; in bfloat16 alone, the packs replace them."""
+    for module in backbone.frozen:
+        pack_layer(module, keeps_weight=converted_to(backbone.core) != "bfloat16")
 
 
 def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> None:

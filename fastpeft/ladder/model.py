@@ -22,7 +22,7 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.conversion import convert
+from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
@@ -111,6 +111,8 @@ class LadderModel(PreTrainedModel):
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
         self._source: FeatureSource | None = None  # of the features while `reading_from` is entered
         base.requires_grad_(False)
+        if config.pack_backbone:
+            pack(backbone)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self._gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):

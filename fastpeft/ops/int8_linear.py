@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.define import define
+from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.products import as_matrix
+from fastpeft.support.processor import has_int8
 
 _STEPS = 255  # between the smallest and the largest code
 _LEAST = 1e-30  # a range below which a row is taken for zeros
@@ -77,3 +79,14 @@ define(
     reference=int8_linear_reference,
     aten=int8_linear_aten,
 )
+
+
+def can_multiply_int8(x: Tensor) -> bool:
+    """Whether the processor multiplies in int8 faster than it dequantises: x is float32 or bfloat16 on such a CPU."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and has_int8()
+
+
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+    """The op, under autocast in its dtype, outside of autograd."""
+    h: Tensor = torch.ops.fastpeft.int8_linear(x.to(compute_dtype(x, x)), codes, scales, sums, bias)
+    return h

@@ -41,6 +41,16 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return h
 
 
+Codes = tuple[Tensor, Tensor, Tensor]  # int8 (N, K), float32 scales (N, 1), int32 sums of rows (N,)
+
+
+def quantise_rows(matrix: Tensor) -> Codes:
+    """Each row of a float32 `(N, K)` divided by its largest magnitude and rounded to 255 even steps."""
+    scales = matrix.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    codes = (matrix / scales).round().to(torch.int8)
+    return codes, scales, codes.sum(1, dtype=torch.int32)
+
+
 class Packs:
     """The packs of one frozen weight: of W for the product, of W^T for the gradient of its input, one a dtype.
 
@@ -57,30 +67,44 @@ class Packs:
         self.enabled = enabled
         self._signature: tuple[Any, ...] = ()
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self._codes: Codes | None = None
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
         """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
         if not self.enabled or not can_pack(weight, dtype):
             return None
-        signature = _signature(weight)
-        if signature != self._signature:
-            self._packed.clear()
-            self._signature = signature
+        self._check(weight)
         found = self._packed.get((dtype, transposed))
         if found is None:
             matrix = weight.detach().t() if transposed else weight
             found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
         return found
 
+    def codes(self, weight: Tensor) -> Codes:
+        """`weight` `(N, K)` in int8, as `fastpeft::int8_linear` takes it."""
+        self._check(weight)
+        if self._codes is None:
+            self._codes = quantise_rows(weight.detach().float())
+        return self._codes
+
+    def _check(self, weight: Tensor) -> None:
+        """Drop what was packed of other values."""
+        signature = _signature(weight)
+        if signature != self._signature:
+            self.drop()
+            self._signature = signature
+
     def drop(self) -> None:
         """Forget all packs."""
         self._signature = ()
         self._packed.clear()
+        self._codes = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the packs take now."""
-        return sum(packed.numel() * packed.element_size() for packed in self._packed.values())
+        kept = [*self._packed.values(), *(self._codes or ())]
+        return sum(each.numel() * each.element_size() for each in kept)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Packs:
         return Packs(self.enabled)

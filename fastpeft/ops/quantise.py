@@ -4,7 +4,9 @@
 - `nf4`: each block of 64 values is divided by its largest magnitude and rounded to the 16 quantiles of a normal
   distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
 
-Only weights are quantised. A layer dequantises its weight for each product, to the dtype of its input.
+Where nothing needs a gradient and the processor has instructions for it, int8 codes are multiplied as they are, with
+activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a layer dequantises its weight for each product, to the
+dtype of its input.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
+from fastpeft.ops.int8_linear import can_multiply_int8, int8_linear
+from fastpeft.ops.packing import quantise_rows
 
 Format = Literal["int8", "nf4"]
 
@@ -35,8 +39,8 @@ def check_library(argument: str, kind: str | None) -> None:
 
 
 def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    scales = matrix.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (matrix / scales).round().to(torch.int8), scales
+    codes, scales, _ = quantise_rows(matrix)
+    return codes, scales
 
 
 def _dequantise_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -88,6 +92,18 @@ class QuantisedWeight(nn.Module):
         codes, scales = _QUANTISE[kind](weight.detach().float())
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
+        self._sums: Tensor | None = None  # of the rows of codes, for the product in int8
+
+    def can_multiply(self, x: Tensor) -> bool:
+        """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""
+        needs_dx = torch.is_grad_enabled() and x.requires_grad
+        return self.kind == "int8" and not needs_dx and not torch.compiler.is_compiling() and can_multiply_int8(x)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
+        if self._sums is None or self._sums.device != self.codes.device:
+            self._sums = self.codes.data.sum(1, dtype=torch.int32)
+        return int8_linear(x, self.codes.data, self.scales.data, self._sums, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:
         super()._apply(keeping_dtypes(fn, [self.scales]), recurse)
@@ -109,7 +125,8 @@ class QuantisedLinear(nn.Module):
         kind: the format.
 
     Notes:
-        It computes in the dtype of x, or that of autocast. The dequantised weight exists only during the product.
+        It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to 8
+        bits. A dequantised weight exists only during the product.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
@@ -126,6 +143,8 @@ class QuantisedLinear(nn.Module):
         return self.quantised.dequantise(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantised.can_multiply(x):
+            return self.quantised.multiply(x, self.bias)
         dtype = compute_dtype(x, x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.quantised.dequantise(dtype), bias)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
@@ -72,9 +73,12 @@ def quantised_siva_linear(
 
     Notes:
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. The weight is dequantised for a
-        product, in forward and again in backward, so a training step holds one layer's at a time.
+        product, in forward and again in backward, so a training step holds one layer's at a time. Without gradients
+        int8 codes are multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
     """
     u, s, v = (factor.to(dtype) for factor in (u, s, v))
+    if not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
+        return rest.multiply(x, bias).add_(F.linear(F.linear(x, v) * s, u))
     bias = None if bias is None else bias.to(dtype)
     h: Tensor = _SivaLinear.apply(x.to(dtype), rest.codes, rest.scales, u, s, v, bias, rest.kind, rest.shape)
     return h

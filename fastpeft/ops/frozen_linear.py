@@ -1,0 +1,232 @@
+"""Linear layers that know that they never train: their weight is packed once, and `freeze` tells them.
+
+`h = x W^T + b` and `dx = dh W`, each by the pack of W or of its transpose that `fastpeft.ops.packing` keeps; W has no
+gradient. Where no pack is to be had (another device or dtype, under `torch.compile`) it is the plain product.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.int8_linear import can_multiply_int8, int8_linear
+from fastpeft.ops.packing import Packs, packed_linear
+from fastpeft.ops.products import as_matrix
+
+Computation = Literal["int8"]
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) -> Tensor:
+    """`x W^T + b` for a weight that does not train.
+
+    Args:
+        x: `(*, K)`, in the dtype of `weight` unless autocast is on.
+        weight: `(N, K)`.
+        bias: `(N,)` or None; it may train.
+        packs: of this weight.
+
+    Returns:
+        `(*, N)` in the dtype of x, under autocast in that of autocast.
+    """
+    dtype = compute_dtype(x, weight)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    packed = packs.of(weight, dtype) if autocast or x.dtype == dtype else None
+    if packed is None:
+        return F.linear(x, weight, bias)
+    if autocast:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)
+        return h
+    return packed_linear(x, packed, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """The gradients of `frozen_linear`, of x and of the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, packed: Tensor) -> Tensor:
+        ctx.packs, ctx.dtype = packs, x.dtype
+        ctx.save_for_backward(weight)  # so that a change before backward is an error, as it is for F.linear
+        return packed_linear(x, packed, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
+        dx = dbias = None
+        if need_dx:
+            packed = ctx.packs.of(weight, ctx.dtype, transposed=True)
+            dx = dh @ weight.to(ctx.dtype) if packed is None else packed_linear(dh, packed, None)
+        if need_dbias:
+            dbias = as_matrix(dh).sum(0)
+        return dx, None, dbias, None, None
+
+
+class _Packed:
+    """What `freeze` makes of a linear layer, by a change of its class: everything else stays as it is.
+
+    Attributes:
+        packs: of the weight `(N, K)`.
+        computation: "int8" to multiply in int8 where no gradient is asked for; None for the dtype of x.
+        keeps_weight: False if the pack takes the place of the weight once the layer has run without gradients. The
+            parameter is then the pack, which counts as ever and cannot be read; the attribute `weight` brings the
+            values back.
+    """
+
+    packs: Packs
+    computation: Computation | None
+    keeps_weight: bool
+    original: type[nn.Linear | Conv1D]
+    _parameters: dict[str, nn.Parameter | None]
+    bias: nn.Parameter | None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, with its values."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if weight.is_mkldnn:
+            self.packs.drop()  # who reads the values may change them
+            matrix = weight.detach().to_dense()
+            weight = nn.Parameter(self._of_matrix(matrix).contiguous(), requires_grad=False)
+            self._parameters["weight"] = weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        stored = self._parameters["weight"]
+        needs_dx = torch.is_grad_enabled() and x.requires_grad
+        if stored is not None and stored.is_mkldnn and not needs_dx and x.dtype == compute_dtype(x, x) == stored.dtype:
+            return packed_linear(x, stored.data, self.bias)
+        del stored
+        weight = self.weight
+        if weight.requires_grad or torch.compiler.is_compiling():
+            return self.original.forward(self, x)  # type: ignore[arg-type]
+        matrix = self._of_matrix(weight)
+        if self.computation == "int8" and not needs_dx and can_multiply_int8(x):
+            return int8_linear(x, *self.packs.codes(matrix), self.bias)
+        h = frozen_linear(x, matrix, self.bias, self.packs)
+        if not (self.keeps_weight or needs_dx):
+            del weight, matrix
+            self._let_go()
+        return h
+
+    def _let_go(self) -> None:
+        """Put the pack in the place of the weight, unless someone holds that, who could write to it."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        packed = self.packs.of(self._of_matrix(weight), weight.dtype)
+        if packed is None:
+            return
+        holders = weakref.ref(weight)
+        del weight
+        self._parameters["weight"] = None
+        held = holders()
+        self._parameters["weight"] = nn.Parameter(packed, requires_grad=False) if held is None else held
+        self.packs.drop()
+
+    def _of_matrix(self, weight: Tensor) -> Tensor:
+        """From the layer's layout to `(N, K)` or back."""
+        return weight.t() if self.original is Conv1D else weight
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        _ = self.weight  # bring the values back
+        self.original._save_to_state_dict(self, *arguments)  # type: ignore[arg-type]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        _ = self.weight
+        self.original._load_from_state_dict(self, *arguments)  # type: ignore[arg-type]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _ = self.weight
+        return self.original._apply(self, fn, recurse)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        _ = self.weight
+        return self.__dict__.copy()
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """An `nn.Linear` that `freeze` has packed."""
+
+    original = nn.Linear
+
+
+class PackedConv1D(_Packed, Conv1D):
+    """A `Conv1D` of transformers that `freeze` has packed."""
+
+    original = Conv1D
+
+
+_PACKED: dict[type[nn.Module], type[Any]] = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_weight: bool = True) -> bool:
+    """Pack one layer, see `freeze`; False if it is no linear layer or its weight trains."""
+    kind = _PACKED.get(type(layer))
+    weight = layer._parameters.get("weight")
+    if kind is None or weight is None or weight.requires_grad:
+        return False
+    layer.__dict__.update(packs=Packs(), computation=computation, keeps_weight=keeps_weight)
+    layer.__class__ = kind
+    return True
+
+
+def freeze(model: Model, computation: Computation | None = None) -> Model:
+    """Let the frozen linear layers of a model compute with a weight that is packed once.
+
+    Args:
+        model: any module, such as one that PEFT has wrapped. Each `nn.Linear` or transformers' `Conv1D` in it whose
+            weight does not require a gradient changes its class, in place: parameters, names and hooks stay. A weight
+            that is made to train later computes as before.
+        computation: "int8" multiplies 8-bit codes of weights (by output) and activations (by row, at run time) where no
+            gradient is asked for, which is for inference; None keeps the dtype of the model, or of autocast.
+
+    Returns:
+        The model.
+
+    Raises:
+        FastpeftError: no linear layer is frozen, or `computation` is another word.
+
+    Notes:
+        Packs are made at first use and take as many bytes as the weight, twice that where gradients pass through. They
+        are not saved, copied or moved. A weight that changes is packed again; a change of a few entries through
+        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a CPU alone; elsewhere nothing changes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
+        >>> freeze(model)(torch.randn(3, 8)).shape
+        torch.Size([3, 2])
+    """
+    if computation not in (None, "int8"):
+        raise FastpeftError(f"freeze: `computation` is {computation!r}; allowed are 'int8' and None.")
+    unfreeze(model)
+    packed = [pack_layer(module, computation) for module in model.modules()]
+    if not any(packed):
+        raise FastpeftError(
+            f"freeze: the {type(model).__name__} has no frozen linear layer. Call requires_grad_(False) on what does "
+            "not train first."
+        )
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Undo `freeze`: each layer has its class again, and its packs are gone."""
+    for module in model.modules():
+        if isinstance(module, _Packed):
+            _ = module.weight
+            module.__class__ = module.original
+            for name in ("packs", "computation", "keeps_weight"):
+                del module.__dict__[name]
+    return model
