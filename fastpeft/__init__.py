@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastpeft.ladder import LadderConfig, LadderModel, LadderPool
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
+    from fastpeft.ops.frozen_linear import freeze, unfreeze
     from fastpeft.prompts.model import PromptCollator, PromptModel
     from fastpeft.prompts.template import Prompt
     from fastpeft.siva import SivaConfig, SivaLinear
@@ -44,8 +45,10 @@ __all__ = [
     "SivaLinear",
     "TrainConfig",
     "compare",
+    "freeze",
     "functional",
     "train",
+    "unfreeze",
 ]
 
 # where the other names are, for their first use
@@ -64,7 +67,9 @@ _MODULES = {
     "SivaLinear": "fastpeft.siva",
     "TrainConfig": "fastpeft.training",
     "compare": "fastpeft.comparison.run",
+    "freeze": "fastpeft.ops.frozen_linear",
     "train": "fastpeft.training",
+    "unfreeze": "fastpeft.ops.frozen_linear",
 }
 
 

@@ -44,7 +44,10 @@ def convert(backbone: Backbone, dtype: BackboneDtype | None) -> None:
 
 
 def pack(backbone: Backbone) -> None:
-    """Let the frozen linear layers of a model compute with packed weights; in bfloat16 alone, the packs replace them."""
+    """Let the frozen linear layers of a model compute with packs of their weights.
+
+    In a model that was converted to bfloat16 these take the place of the weights.
+    """
     for module in backbone.frozen:
         pack_layer(module, keeps_weight=converted_to(backbone.core) != "bfloat16")
 

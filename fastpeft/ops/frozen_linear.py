@@ -88,7 +88,7 @@ class _Packed:
     keeps_weight: bool
     original: type[nn.Linear | Conv1D]
     _parameters: dict[str, nn.Parameter | None]
-    bias: nn.Parameter | None
+    bias: Any
 
     @property
     def weight(self) -> nn.Parameter:
@@ -155,7 +155,7 @@ class _Packed:
         return self.__dict__.copy()
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Packed, nn.Linear):  # type: ignore[misc]
     """An `nn.Linear` that `freeze` has packed."""
 
     original = nn.Linear
@@ -226,7 +226,7 @@ def unfreeze(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, _Packed):
             _ = module.weight
-            module.__class__ = module.original
+            module.__class__ = module.original  # type: ignore[assignment]
             for name in ("packs", "computation", "keeps_weight"):
                 del module.__dict__[name]
     return model

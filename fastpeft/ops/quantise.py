@@ -125,8 +125,8 @@ class QuantisedLinear(nn.Module):
         kind: the format.
 
     Notes:
-        It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to 8
-        bits. A dequantised weight exists only during the product.
+        It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to
+        8 bits. A dequantised weight exists only during the product.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:

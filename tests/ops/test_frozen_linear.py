@@ -1,0 +1,267 @@
+"""`freeze`: linear layers whose weight is packed once compute what they did, and notice when the weight changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import fastpeft
+from fastpeft.ops.frozen_linear import PackedLinear, freeze, pack_layer, unfreeze
+from fastpeft.ops.packing import Packs, can_pack, pack
+
+DTYPES = [torch.float32, torch.bfloat16]
+# of a sum of 40 products, which another order of additions changes; measured 2e-7 and 0.003
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def frozen(kind: Callable[[int, int], nn.Module] = nn.Linear, n: int = 24, k: int = 40) -> nn.Module:
+    layer = kind(k, n) if kind is nn.Linear else Conv1D(n, k)
+    return layer.requires_grad_(False)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    scale = expected.abs().amax().item() if expected.numel() else 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[found.dtype] * max(scale, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 5), (0,), (300,)])
+def test_output_and_gradients_are_those_of_the_layer(rows: tuple[int, ...], kind: type, dtype: torch.dtype) -> None:
+    layer = frozen(kind).to(dtype)
+    layer.bias.requires_grad_()
+    packed = freeze(copy.deepcopy(layer))
+    x = torch.randn(*rows, 40, dtype=dtype)
+    results = []
+    for each in (layer, packed):
+        y = x.clone().requires_grad_()
+        h = each(y)
+        h.float().square().sum().backward()
+        results.append((h.detach(), y.grad, each.bias.grad))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert found.dtype == dtype
+        assert_close(found, expected)
+
+
+def test_a_pack_holds_the_bits_of_the_weight() -> None:
+    for dtype in DTYPES:
+        weight = torch.randn(33, 19).to(dtype)
+        assert torch.equal(pack(weight).to_dense(), weight)
+
+
+def test_repeats_are_bit_equal() -> None:
+    layer, x = freeze(frozen()), torch.randn(9, 40)
+    assert all(torch.equal(layer(x), layer(x)) for _ in range(3))
+
+
+def test_under_autocast_the_pack_is_the_one_cast_copy() -> None:
+    layer = freeze(frozen())
+    x = torch.randn(5, 40, requires_grad=True)
+    kept = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t),
+    ):
+        h = layer(x)
+    assert h.dtype == torch.bfloat16
+    assert kept == [torch.float32]  # the weight itself, and no copy
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(h, F.linear(x, layer.weight, layer.bias))
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda layer: layer.weight.add_(1),
+    "through data": lambda layer: layer.weight.data.add_(1),
+    "a new tensor as data": lambda layer: setattr(layer.weight, "data", layer.weight.data + 1),
+    "a new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight + 1, requires_grad=False)),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "mezo": lambda layer: fastpeft.functional.mezo_perturb_([layer.weight], [0], [3], [0.5]),
+}
+
+
+@pytest.mark.parametrize("keeps_weight", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_of_the_weight_is_noticed(change: str, keeps_weight: bool) -> None:
+    layer, x = frozen(), torch.randn(6, 40)
+    pack_layer(layer, keeps_weight=keeps_weight)
+    before = layer(x)
+    CHANGES[change](layer)
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not torch.allclose(layer(x), before)
+
+
+def test_another_dtype_and_device_are_noticed() -> None:
+    layer, x = freeze(frozen()), torch.randn(6, 40)
+    layer(x)
+    layer.to(torch.bfloat16)
+    assert_close(layer(x.bfloat16()), F.linear(x.bfloat16(), layer.weight, layer.bias))
+    layer.to(torch.float64)
+    assert torch.equal(layer(x.double()), F.linear(x.double(), layer.weight, layer.bias))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+
+
+def test_merging_and_unmerging_of_lora_are_noticed() -> None:
+    base = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 24))
+    model = freeze(get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False)))
+    layer = model.base_model.model[0]
+    assert type(layer.base_layer) is PackedLinear
+    x = torch.randn(6, 40)
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), expected)
+        plain = model.unload()
+        assert not torch.allclose(plain(x), expected)
+
+
+def test_gradients_of_lora_on_a_frozen_model_are_those_on_a_plain_one() -> None:
+    base = nn.Sequential(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 24))
+    model = get_peft_model(base, LoraConfig(target_modules=["0", "2"], init_lora_weights=False))
+    x = torch.randn(6, 40)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    expected = gradients()
+    freeze(model)
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_a_weight_that_is_made_to_train_trains() -> None:
+    layer, x = freeze(frozen()), torch.randn(6, 40)
+    layer(x)
+    layer.requires_grad_()
+    layer(x).sum().backward()
+    assert_close(layer.weight.grad, x.sum(0).expand(24, 40))
+
+
+def test_a_change_between_forward_and_backward_is_an_error() -> None:
+    layer = freeze(frozen())
+    h = layer(torch.randn(6, 40, requires_grad=True))
+    layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_unfreeze_leaves_what_was_there() -> None:
+    model = nn.Sequential(nn.Linear(40, 24), nn.Sequential(Conv1D(8, 24))).requires_grad_(False)
+    before = {id(p) for p in model.parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds, attributes = [type(m) for m in model.modules()], [set(m.__dict__) for m in model.modules()]
+    freeze(model)(torch.randn(3, 40))
+    unfreeze(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+    assert {id(p) for p in model.parameters()} == before
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_what_trains_or_is_of_another_kind_stays() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4).requires_grad_(False), nn.Linear(4, 4).requires_grad_(False))
+    assert [type(m) for m in freeze(model)] == [nn.Linear, Own, PackedLinear]
+    assert [type(m) for m in freeze(model)] == [nn.Linear, Own, PackedLinear]  # twice is once
+
+
+def test_refuses_a_model_without_frozen_layers_and_unknown_words() -> None:
+    with pytest.raises(fastpeft.FastpeftError, match=r"no frozen linear layer.*requires_grad_"):
+        freeze(nn.Linear(4, 4))
+    with pytest.raises(fastpeft.FastpeftError, match="'int4'; allowed are 'int8'"):
+        freeze(frozen(), computation="int4")
+
+
+@pytest.mark.parametrize("keeps_weight", [True, False])
+def test_copies_pickles_and_files_have_the_weight_and_no_pack(keeps_weight: bool) -> None:
+    layer, x = frozen(), torch.randn(6, 40)
+    pack_layer(layer, keeps_weight=keeps_weight)
+    weight = layer.weight.clone()
+    with torch.no_grad():
+        expected = layer(x)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert torch.equal(layer.state_dict()["weight"], weight)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.packs.nbytes == 0
+        assert torch.equal(other.weight, weight)
+        assert torch.equal(other(x), expected)
+    torch.save(layer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(torch.load(file)["weight"], weight)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@torch.no_grad()
+def test_a_pack_in_the_place_of_the_weight(kind: type) -> None:
+    layer, x = frozen(kind), torch.randn(6, 40)
+    weight = layer.weight.clone()
+    pack_layer(layer, keeps_weight=False)
+    expected = layer(x)
+    stored = layer._parameters["weight"]
+    assert stored.is_mkldnn
+    assert layer.packs.nbytes == 0  # not kept twice
+    assert sum(p.numel() for p in layer.parameters()) == 40 * 24 + 24
+    assert torch.equal(layer(x), expected)
+    held = layer.weight  # whoever reads the values gets them, and may write
+    assert torch.equal(held, weight)
+    layer(x)
+    assert layer._parameters["weight"] is held
+    held.mul_(2)
+    assert not torch.allclose(layer(x), expected)
+    del held
+    layer(x)
+    assert layer._parameters["weight"].is_mkldnn
+    with torch.enable_grad():
+        y = x.clone().requires_grad_()
+        layer(y).sum().backward()
+    assert_close(y.grad, (2 * weight if kind is nn.Linear else 2 * weight.t()).sum(0).expand(6, 40))
+    unfreeze(layer)
+    assert torch.equal(layer.weight, 2 * weight)
+
+
+def test_int8_is_for_what_asks_for_no_gradient() -> None:
+    layer = freeze(frozen(), computation="int8")
+    x = torch.randn(6, 40)
+    exact = F.linear(x, layer.weight, layer.bias)
+    with_gradient = layer(x.clone().requires_grad_())
+    assert_close(with_gradient.detach(), exact)
+    error = (layer(x) - exact).norm() / exact.norm()
+    assert error < 0.02
+    layer.weight.data.mul_(2)
+    assert (layer(x) - F.linear(x, layer.weight, layer.bias)).norm() < 0.05 * exact.norm()
+
+
+def test_packs_are_for_dense_weights_on_a_cpu() -> None:
+    weight = torch.randn(4, 4)
+    assert can_pack(weight, torch.float32)
+    assert not can_pack(weight.to("meta"), torch.float32)
+    assert not can_pack(weight, torch.float64)
+    assert not can_pack(weight[:0], torch.float32)
+    assert Packs(enabled=False).of(weight, torch.float32) is None
+
+
+def test_a_compiled_model_computes_the_same_in_one_graph() -> None:
+    model = freeze(nn.Sequential(nn.Linear(40, 24), nn.ReLU()).requires_grad_(False))
+    x = torch.randn(6, 40)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
