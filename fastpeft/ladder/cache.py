@@ -34,6 +34,7 @@ from fastpeft.data.names import FEATURE_DTYPES as DTYPES
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.passes import features_of
+from fastpeft.ops.frozen_linear import Packed
 from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
@@ -300,7 +301,9 @@ def _stamp(backbone: Backbone) -> list[Any]:
         if _is_trained(name):
             continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
+            if isinstance(module, Packed) and tensor is module._parameters["weight"]:
+                stamp.append(module.stamp())
+            elif tensor is not None:
                 version = 0 if tensor.is_inference() else tensor._version
                 address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
                 stamp.append((id(tensor), address, version))

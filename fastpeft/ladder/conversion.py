@@ -11,7 +11,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import BackboneDtype
 from fastpeft.ladder.fingerprints import BEFORE_CONVERSION, fingerprints, frozen_tensors, is_quantised
-from fastpeft.ops.frozen_linear import pack_layer
+from fastpeft.ops.frozen_linear import PackedConv1D, PackedLinear, pack_layer
 from fastpeft.ops.quantise import QuantisedLinear
 
 _DTYPE = "fastpeft_backbone_dtype"  # an attribute of a converted model, which a copy of the model has too
@@ -80,7 +80,7 @@ def _convert(backbone: Backbone, dtype: BackboneDtype | None, is_read: bool) -> 
             f"backbone_dtype={dtype!r}, but the {kind} is quantised already. Leave backbone_dtype out, or load the "
             "model without a quantization_config."
         )
-    linears = [module for module in backbone.frozen if type(module) in (nn.Linear, Conv1D)]
+    linears = [module for module in backbone.frozen if type(module) in (nn.Linear, Conv1D, PackedLinear, PackedConv1D)]
     if dtype != "bfloat16" and not linears:
         raise FastpeftError(
             f"backbone_dtype={dtype!r} is for linear layers, of which the backbone, a {kind}, has none. Use "

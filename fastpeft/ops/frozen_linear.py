@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
-from fastpeft.ops.int8_linear import can_multiply_int8, int8_linear
+from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, packed_linear
 from fastpeft.ops.products import as_matrix
 
 Computation = Literal["int8"]
+Stamp = tuple[int, int, int]
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) -> Tensor:
@@ -72,7 +73,7 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, None, dbias, None, None
 
 
-class _Packed:
+class Packed:
     """What `freeze` makes of a linear layer, by a change of its class: everything else stays as it is.
 
     Attributes:
@@ -87,6 +88,7 @@ class _Packed:
     computation: Computation | None
     keeps_weight: bool
     original: type[nn.Linear | Conv1D]
+    _values: tuple[Stamp | None, Stamp]  # the stamp of what holds the values now, None for the pack; its first one
     _parameters: dict[str, nn.Parameter | None]
     bias: Any
 
@@ -100,7 +102,15 @@ class _Packed:
             matrix = weight.detach().to_dense()
             weight = nn.Parameter(self._of_matrix(matrix).contiguous(), requires_grad=False)
             self._parameters["weight"] = weight
+            self._values = _stamp(weight), self._values[1]
         return weight
+
+    def stamp(self) -> Stamp:
+        """A cheap value that changes with the weight's values, but not when the pack takes their place."""
+        stored = self._parameters["weight"]
+        assert stored is not None
+        now = None if stored.is_mkldnn else _stamp(stored)
+        return self._values[1] if now == self._values[0] else now or self._values[1]
 
     def forward(self, x: Tensor) -> Tensor:
         stored = self._parameters["weight"]
@@ -113,7 +123,7 @@ class _Packed:
             return self.original.forward(self, x)  # type: ignore[arg-type]
         matrix = self._of_matrix(weight)
         if self.computation == "int8" and not needs_dx and can_multiply_int8(x):
-            return int8_linear(x, *self.packs.codes(matrix), self.bias)
+            return multiply(x, *self.packs.codes(matrix), self.bias)
         h = frozen_linear(x, matrix, self.bias, self.packs)
         if not (self.keeps_weight or needs_dx):
             del weight, matrix
@@ -127,12 +137,15 @@ class _Packed:
         packed = self.packs.of(self._of_matrix(weight), weight.dtype)
         if packed is None:
             return
-        holders = weakref.ref(weight)
+        stamp, holders = self.stamp(), weakref.ref(weight)
         del weight
         self._parameters["weight"] = None
         held = holders()
-        self._parameters["weight"] = nn.Parameter(packed, requires_grad=False) if held is None else held
-        self.packs.drop()
+        if held is None:
+            self._parameters["weight"], self._values = nn.Parameter(packed, requires_grad=False), (None, stamp)
+            self.packs.drop()
+        else:
+            self._parameters["weight"] = held
 
     def _of_matrix(self, weight: Tensor) -> Tensor:
         """From the layer's layout to `(N, K)` or back."""
@@ -155,13 +168,17 @@ class _Packed:
         return self.__dict__.copy()
 
 
-class PackedLinear(_Packed, nn.Linear):  # type: ignore[misc]
+def _stamp(weight: nn.Parameter) -> Stamp:
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class PackedLinear(Packed, nn.Linear):  # type: ignore[misc]
     """An `nn.Linear` that `freeze` has packed."""
 
     original = nn.Linear
 
 
-class PackedConv1D(_Packed, Conv1D):
+class PackedConv1D(Packed, Conv1D):
     """A `Conv1D` of transformers that `freeze` has packed."""
 
     original = Conv1D
@@ -178,7 +195,8 @@ def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_w
     weight = layer._parameters.get("weight")
     if kind is None or weight is None or weight.requires_grad:
         return False
-    layer.__dict__.update(packs=Packs(), computation=computation, keeps_weight=keeps_weight)
+    stamp = _stamp(weight)
+    layer.__dict__.update(packs=Packs(), computation=computation, keeps_weight=keeps_weight, _values=(stamp, stamp))
     layer.__class__ = kind
     return True
 
@@ -224,9 +242,9 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
 def unfreeze(model: Model) -> Model:
     """Undo `freeze`: each layer has its class again, and its packs are gone."""
     for module in model.modules():
-        if isinstance(module, _Packed):
+        if isinstance(module, Packed):
             _ = module.weight
             module.__class__ = module.original  # type: ignore[assignment]
-            for name in ("packs", "computation", "keeps_weight"):
+            for name in ("packs", "computation", "keeps_weight", "_values"):
                 del module.__dict__[name]
     return model

@@ -86,7 +86,7 @@ def can_multiply_int8(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and has_int8()
 
 
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
     """The op, under autocast in its dtype, outside of autograd."""
     h: Tensor = torch.ops.fastpeft.int8_linear(x.to(compute_dtype(x, x)), codes, scales, sums, bias)
     return h

@@ -46,7 +46,8 @@ Codes = tuple[Tensor, Tensor, Tensor]  # int8 (N, K), float32 scales (N, 1), int
 
 def quantise_rows(matrix: Tensor) -> Codes:
     """Each row of a float32 `(N, K)` divided by its largest magnitude and rounded to 255 even steps."""
-    scales = matrix.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    largest = matrix.abs().amax(1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
+    scales = largest.clamp_min(torch.finfo(torch.float32).tiny) / 127
     codes = (matrix / scales).round().to(torch.int8)
     return codes, scales, codes.sum(1, dtype=torch.int32)
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
-from fastpeft.ops.int8_linear import can_multiply_int8, int8_linear
+from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows
 
 Format = Literal["int8", "nf4"]
@@ -103,7 +103,7 @@ class QuantisedWeight(nn.Module):
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
         if self._sums is None or self._sums.device != self.codes.device:
             self._sums = self.codes.data.sum(1, dtype=torch.int32)
-        return int8_linear(x, self.codes.data, self.scales.data, self._sums, bias)
+        return multiply(x, self.codes.data, self.scales.data, self._sums, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:
         super()._apply(keeping_dtypes(fn, [self.scales]), recurse)

@@ -21,6 +21,7 @@ from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder.cache import _identity
 from fastpeft.ladder.passes import listen
 from fastpeft.ops.quantise import QuantisedLinear
+from fastpeft.support.processor import has_int8
 from fastpeft.training.memory import simulate_training_step
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -90,7 +91,23 @@ def test_computes_in_the_dtype_of_its_input_or_of_autocast(kind: Any) -> None:
     layer = QuantisedLinear(nn.Linear(16, 24), kind)
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     expected = x @ layer.weight.t() + layer.bias
+    x.requires_grad_()  # so that activations are not rounded to 8 bits
     torch.testing.assert_close(layer(x), expected)
+    half = layer(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).equal(half)
+    assert half.dtype == torch.bfloat16
+    assert relative(half, expected) < 0.02
+
+
+@pytest.mark.skipif(not has_int8(), reason="the processor multiplies no int8")
+def test_codes_are_multiplied_as_they_are_where_no_gradient_is_asked_for() -> None:
+    layer = QuantisedLinear(nn.Linear(64, 24), "int8")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    expected = x @ layer.weight.t() + layer.bias
+    found = layer(x)
+    assert not torch.allclose(found, expected, rtol=1e-5)
+    assert relative(found, expected) < 0.02  # measured: 0.007
     half = layer(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).equal(half)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastpeft import FastpeftError, functional
 from fastpeft.ops import aten, backends, define, reference
+from fastpeft.ops.packing import quantise_rows
 
 Op = Callable[..., Any]
 Sizes = dict[str, int]
@@ -95,6 +96,10 @@ def feature_dropout_(z: Sizes) -> list[Any]:
     return [draw(z["b"], z["slots"], z["t"], z["d"]), list(range(z["slots"])), 0.3, 5, 2]
 
 
+def int8_linear(z: Sizes) -> list[Any]:
+    return [draw(z["b"], z["t"], z["k"]), *quantise_rows(draw(z["n"], z["k"])), draw(z["n"])]
+
+
 def mezo_perturb(z: Sizes) -> list[Any]:
     return [draw(z["n"], z["k"]), 3, *TERMS, 0.1]
 
@@ -119,6 +124,7 @@ OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "window_attention": (window_attention, "b h t d slots absent"),
     "window_attention_backward": (window_attention_backward, "b h t d slots absent"),
     "feature_dropout_": (feature_dropout_, "b t d slots"),
+    "int8_linear": (int8_linear, "b t k n"),
     "mezo_perturb": (mezo_perturb, "k n"),
     "mezo_perturb_": (mezo_perturb_, "b k n"),
     "mezo_perturb_replay_": (mezo_perturb_replay_, "b k n"),
