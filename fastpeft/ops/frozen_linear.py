@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -119,7 +120,9 @@ class Packed:
             return packed_linear(x, stored.data, self.bias)
         del stored
         weight = self.weight
-        if weight.requires_grad or torch.compiler.is_compiling():
+        # a fake weight that a pack would replace stands for as many bytes by itself
+        replaced = isinstance(weight, FakeTensor) and not self.keeps_weight
+        if weight.requires_grad or replaced or torch.compiler.is_compiling():
             return self.original.forward(self, x)  # type: ignore[arg-type]
         matrix = self._of_matrix(weight)
         if self.computation == "int8" and not needs_dx and can_multiply_int8(x):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -23,20 +25,27 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
         weight.device.type == "cpu"
         and dtype in _PACKED_DTYPES
         and weight.numel() > 0
-        and type(weight) in (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
+        and (type(weight) in (Tensor, torch.nn.Parameter) or isinstance(weight, FakeTensor))  # not what is sharded
         and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
 
 
 def pack(weight: Tensor) -> Tensor:
-    """`weight` `(N, K)` in oneDNN's layout; `to_dense()` gives the same bits back. For what `can_pack` allows."""
+    """`weight` `(N, K)` in oneDNN's layout; `to_dense()` gives the same bits back. For what `can_pack` allows.
+
+    Of a fake tensor, by which memory is simulated, it is a copy: as many bytes.
+    """
+    if isinstance(weight, FakeTensor):
+        return weight.detach().clone(memory_format=torch.contiguous_format)
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return packed
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for a packed W, all of one dtype, outside of autograd."""
+    if not packed.is_mkldnn:  # a fake one
+        return F.linear(x, packed, bias)
     h: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return h
 
@@ -116,6 +125,8 @@ class Packs:
 
 def _signature(weight: Tensor) -> tuple[Any, ...]:
     """What differs, but for a change of a few entries through `.data`, when a weight has changed."""
+    if isinstance(weight, FakeTensor):
+        return (id(weight),)
     version = 0 if weight.is_inference() else weight._version
     stored = weight.data
     flat = stored.reshape(-1) if stored.is_contiguous() else stored.t().reshape(-1)

@@ -50,13 +50,18 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of `tensors` from now on."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key, nbytes = id(storage), storage.nbytes()
+            if tensor.is_mkldnn:  # a pack, which has no storage
+                storage: Any = tensor
+                nbytes = tensor.numel() * tensor.element_size()
+            else:
+                storage = tensor.untyped_storage()
+                nbytes = storage.nbytes()
+            key = id(storage)
             if key in self._live:
                 reference, before = self._live[key]
             else:
