@@ -77,7 +77,7 @@ class LadderConfig(PretrainedConfig):
             too; elsewhere, and from nf4, a weight is dequantised for each product. nf4 needs bitsandbytes (`pip install
             --no-build-isolation ".[nf4]"` from a clone). Embeddings, norms and biases then keep the dtype in which they
             were loaded, and the backbone computes in it. None changes nothing.
-        pack_backbone: whether the backbone's linear layers keep a packed copy of their weight on a CPU, see
+        pack_weights: whether the backbone's linear layers keep a packed copy of their weight on a CPU, see
             `fastpeft.freeze`, which is faster and takes as many bytes again. With `backbone_dtype="bfloat16"` the copy
             takes the place of the weight.
         base_model_name_or_path, base_revision, base_class: filled in: what the side network was trained on.
@@ -111,7 +111,7 @@ class LadderConfig(PretrainedConfig):
         causal: bool | None = None,
         train_adapters: bool = False,
         backbone_dtype: BackboneDtype | None = None,
-        pack_backbone: bool = True,
+        pack_weights: bool = True,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_class: str | None = None,
@@ -134,7 +134,7 @@ class LadderConfig(PretrainedConfig):
         self.causal = causal
         self.train_adapters = train_adapters
         self.backbone_dtype = backbone_dtype
-        self.pack_backbone = pack_backbone
+        self.pack_weights = pack_weights
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.base_class = base_class

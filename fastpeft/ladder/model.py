@@ -111,7 +111,7 @@ class LadderModel(PreTrainedModel):
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
         self._source: FeatureSource | None = None  # of the features while `reading_from` is entered
         base.requires_grad_(False)
-        if config.pack_backbone:
+        if config.pack_weights:
             pack(backbone)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self._gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`

@@ -94,10 +94,11 @@ class Packed:
     bias: Any
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Any:
         """The parameter, with its values."""
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight = self._parameters.get("weight")
+        if weight is None:  # FSDP1 takes the parameter away and sets a view of its own
+            return self.__dict__["weight"]
         if weight.is_mkldnn:
             self.packs.drop()  # who reads the values may change them
             matrix = weight.detach().to_dense()
@@ -105,6 +106,14 @@ class Packed:
             self._parameters["weight"] = weight
             self._values = _stamp(weight), self._values[1]
         return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
 
     def stamp(self) -> Stamp:
         """A cheap value that changes with the weight's values, but not when the pack takes their place."""
@@ -114,7 +123,7 @@ class Packed:
         return self._values[1] if now == self._values[0] else now or self._values[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        stored = self._parameters["weight"]
+        stored = self._parameters.get("weight")
         needs_dx = torch.is_grad_enabled() and x.requires_grad
         if stored is not None and stored.is_mkldnn and not needs_dx and x.dtype == compute_dtype(x, x) == stored.dtype:
             return packed_linear(x, stored.data, self.bias)
@@ -122,7 +131,7 @@ class Packed:
         weight = self.weight
         # a fake weight that a pack would replace stands for as many bytes by itself
         replaced = isinstance(weight, FakeTensor) and not self.keeps_weight
-        if weight.requires_grad or replaced or torch.compiler.is_compiling():
+        if weight.requires_grad or replaced or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.original.forward(self, x)  # type: ignore[arg-type]
         matrix = self._of_matrix(weight)
         if self.computation == "int8" and not needs_dx and can_multiply_int8(x):
@@ -175,7 +184,7 @@ def _stamp(weight: nn.Parameter) -> Stamp:
     return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
-class PackedLinear(Packed, nn.Linear):  # type: ignore[misc]
+class PackedLinear(Packed, nn.Linear):
     """An `nn.Linear` that `freeze` has packed."""
 
     original = nn.Linear

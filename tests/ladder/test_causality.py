@@ -237,7 +237,7 @@ def test_big_bird_keeps_its_sparse_attention() -> None:
     """It turns to full attention when it meets a short text."""
     base = tiny("BigBird", attention_type="block_sparse").train()
     before = {name: (type(module), module.training) for name, module in base.named_modules()}
-    assert ladder(base, pack_backbone=False).side.causal is False
+    assert ladder(base, pack_weights=False).side.causal is False
     base.train()
     assert {name: (type(module), module.training) for name, module in base.named_modules()} == before
     assert base.bert.attention_type == "block_sparse"
