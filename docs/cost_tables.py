@@ -146,6 +146,42 @@ def serve() -> str:
     return table(heads, body)
 
 
+FROZEN = {
+    "packed float32": "packed, float32",
+    "F.linear bfloat16": "`F.linear`, bfloat16",
+    "packed bfloat16": "packed, bfloat16",
+    "int8, bfloat16": "int8, bfloat16",
+    "dynamic int8 of PyTorch": "PyTorch's dynamic int8",
+}
+ENCODERS = {
+    "float32": "float32",
+    "frozen float32": "float32, frozen",
+    "bfloat16": "bfloat16",
+    "frozen bfloat16": "bfloat16, frozen",
+    "int8, float32": "int8, the rest in float32",
+    "int8, bfloat16": "int8, the rest in bfloat16",
+}
+
+
+def frozen_linear() -> str:
+    """How many times faster than `F.linear` in float32 one product of 1,024 rows is."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows("frozen_linear.csv"):
+        if row["rows"] == "1024":
+            shape = f"{int(row['in_features']):,} x {int(row['out_features']):,}"
+            case = shape, {"forward": "forward", "dx": "with dx"}[row["work"]]
+            lines.setdefault(case, {})[row["candidate"]] = f"{1 / float(row['ratio_p50']):.2f}"
+    body = [[*case, *(found.get(name, "") for name in FROZEN)] for case, found in lines.items()]
+    return table(["times as fast", "", *FROZEN.values()], body)
+
+
+def frozen_encoder() -> str:
+    """How many times faster than in float32 a frozen encoder of RoBERTa-base's shapes runs."""
+    found = [row for row in rows("frozen_encoder.csv") if row["model"] == "base"]
+    body = [[ENCODERS[r["candidate"]], whole(r["ms_p50"]), f"{1 / float(r['ratio_p50']):.2f}"] for r in found]
+    return table(["linear layers", "ms", "times as fast"], body)
+
+
 OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
 OP_MIXED = {
     "reference": "its plain formula",

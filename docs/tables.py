@@ -43,6 +43,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised": accuracy_tables.quantised,
     "op-window": cost_tables.op_window,
     "op-mixed": cost_tables.op_mixed,
+    "frozen-linear": cost_tables.frozen_linear,
+    "frozen-encoder": cost_tables.frozen_encoder,
     "mezo-pass": cost_tables.mezo_pass,
     "mezo-step": cost_tables.mezo_step,
     "mezo-drift": accuracy_tables.mezo_drift,
