@@ -23,7 +23,7 @@ from fastpeft import TrainConfig, train
 from fastpeft.support.environment import best_device
 
 FILE = DATA / "frozen_accuracy.csv"
-KEY = ("model", "method", "dtype", "seed", "train_rows")
+KEY = ("model", "method", "dtype", "seed")
 SEEDS = 3
 # what differs from the method's defaults in float32; the first of a method is what the others are paired with
 CELLS: dict[str, dict[str, dict[str, Any]]] = {
