@@ -12,7 +12,8 @@ As six small products by BLAS these cost more than their operations, 0.1 ms a pr
 compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the profiler.
 
 `--model base` and `--model large` take RoBERTa's shapes, `--tokens` other lengths, `--candidates` some of the rows,
-`--rounds` fewer rounds.
+`--rounds` fewer rounds. `--dtype bfloat16` casts the base before adapters are made of it, which keep the dtype that
+their library gives them; `--dtype autocast` keeps float32 weights, and computes in bfloat16 by autocast.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
 CASE = {"model": "demo", "work": "training step", "batch": str(BATCH_SIZE), "tokens": str(TOKENS), "dtype": "float32"}
 RANK = 4
 ADAPTERS_FILE = DATA / "siva_training.csv"
+DTYPES = ("float32", "bfloat16", "autocast")
 TARGETS = {"query, key": "query,key", "key, value": "key,value", "all linear": "all-linear"}
 
 
@@ -76,23 +78,29 @@ ADAPTERS = {
 
 
 def training_step(
-    cell: Cell, device: torch.device, model_name: str = "demo", tokens: int = TOKENS
+    cell: Cell, device: torch.device, model_name: str = "demo", tokens: int = TOKENS, dtype: str = "float32"
 ) -> Callable[[], object]:
-    """Forward, backward and AdamW of one batch, ready to run."""
+    """Forward, backward and AdamW of one batch, ready to run; `dtype` is one of `DTYPES`."""
     torch.manual_seed(0)
     targets = parse_targets(TARGETS[cell.targets]) if cell.targets else None
     settings = {"use_dora": True} if cell.variant == "dora" else {}
     preparation = Preparation(["classifier"], RANK if cell.targets else None, targets, settings)
     method = get_method("head" if cell.method == LIMIT else cell.method)
-    model = method.prepare(MODELS[model_name](), preparation).to(device).train()
+    base = MODELS[model_name]()
+    if dtype == "bfloat16":
+        base = base.to(torch.bfloat16)
+    model = method.prepare(base, preparation).to(device).train()
     if cell.method == LIMIT:
         pass_gradients(model, targets)
     compiled = cell.variant == "compiled"
-    return step_of(torch.compile(model) if compiled else model, method.recipe.weight_decay, device, tokens)
+    ready = torch.compile(model) if compiled else model
+    return step_of(ready, method.recipe.weight_decay, device, tokens, autocast=dtype == "autocast")
 
 
-def step_of(model: nn.Module, weight_decay: float, device: torch.device, tokens: int = TOKENS) -> Callable[[], object]:
-    """A step of `model`, whose output has a loss, on random text."""
+def step_of(
+    model: nn.Module, weight_decay: float, device: torch.device, tokens: int = TOKENS, autocast: bool = False
+) -> Callable[[], object]:
+    """A step of `model`, whose output has a loss, on random text, if need be in bfloat16 by autocast."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=weight_decay, fused=True)
     ids = torch.randint(5, 8_000, (BATCH_SIZE, tokens), device=device)
@@ -100,7 +108,9 @@ def step_of(model: nn.Module, weight_decay: float, device: torch.device, tokens:
 
     def step() -> None:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
 
     return step
@@ -131,10 +141,11 @@ def adapters(
     model: str = "demo",
     names: Sequence[str] = tuple(ADAPTERS),
     tokens: int = TOKENS,
+    dtype: str = "float32",
 ) -> Candidates:
-    """SiVA, the limit and other adapters on the same layers: those of `names`."""
+    """SiVA, the limit and other adapters on the same layers, in one of `DTYPES`: those of `names`."""
     cells = {name: Cell(method, targets, variant) for name, (method, variant) in ADAPTERS.items()}
-    return {name: training_step(cells[name], device, model, tokens) for name in names}
+    return {name: training_step(cells[name], device, model, tokens, dtype) for name in names}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
@@ -150,6 +161,7 @@ def main() -> None:
     parser.add_argument("--targets", default="query, key;all linear", help="with --adapters")
     parser.add_argument("--candidates", default=",".join(ADAPTERS), help="with --adapters; siva comes first")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="with --adapters")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --adapters")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     device = torch.device(given.device)
@@ -157,8 +169,8 @@ def main() -> None:
         measure(FILE, CASE, candidates(device), device, given.rounds)
         return
     for targets in given.targets.split(";"):
-        case = {**CASE, "model": given.model, "tokens": str(given.tokens), "targets": targets}
-        steps = adapters(targets, device, given.model, given.candidates.split(","), given.tokens)
+        case = {**CASE, "model": given.model, "tokens": str(given.tokens), "dtype": given.dtype, "targets": targets}
+        steps = adapters(targets, device, given.model, given.candidates.split(","), given.tokens, given.dtype)
         measure(ADAPTERS_FILE, case, steps, device, given.rounds)
 
 

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     given = parser.parse_args()
-    flags = ["--bf16"] if given.bf16 else []
+    flags = ["--bf16" if given.bf16 else "--no-bf16"]
     for rate in given.rates:
         for scaling in given.scalings:
             for targets in given.targets:

@@ -57,7 +57,8 @@ ADAPTER_STEPS = {
 
 
 def _adapters(targets: str) -> str:
-    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"]) == ("demo", targets))
+    case = ("demo", targets, "float32")
+    found = (row for row in rows("siva_training.csv") if (row["model"], row["targets"], row["dtype"]) == case)
     return table(["one training step", "ms", "time over SiVA's"], _ratios(found, ADAPTER_STEPS))
 
 
@@ -73,7 +74,7 @@ def siva_speed_base() -> str:
     """RoBERTa-base's shapes, on both choices of layers."""
     body = []
     for row in rows("siva_training.csv"):
-        if row["model"] == "base":
+        if (row["model"], row["dtype"]) == ("base", "float32"):
             body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
     return table(["layers", "one training step", "ms", "time over SiVA's"], body)
 

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, options
+from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, Option, options
 
 FIELDS = {known.name for known in options()}
 COMPARISON, _HELP = "Comparison", "Help"
@@ -45,6 +45,12 @@ class Command(TyperCommand):
 def flag(name: str) -> str:
     """The option of a field of `TrainConfig`."""
     return f"--{name.replace('_', '-')}"
+
+
+def _names(known: Option) -> str:
+    """What is typed: of true, false and nothing given, the two that can be."""
+    refused = f"/--no-{known.name.replace('_', '-')}" if known.kind is bool and known.default is None else ""
+    return flag(known.name) + refused
 
 
 _TYPED = {*FIELDS, "jobs", "executor", "protocol", "seeds", "memory_budget"}  # what messages name, and is typed
@@ -84,7 +90,7 @@ def run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[...,
         if known.name not in excluded:
             shown = panel_option(
                 None,
-                flag(known.name),
+                _names(known),
                 *([f"-{known.letter}"] if known.letter else []),
                 panel=known.panel,
                 common=known.common,

@@ -95,6 +95,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
             *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
             *memory(metrics).items(),
+            ("computed in", metrics.get("compute_dtype", "-")),  # earlier versions did not say it
             ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
             ("saved in", str(folder)),
         ],
@@ -126,6 +127,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
         ("steps", f"{what.steps:,}"),
         ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
         ("longest text", f"{what.longest_row} tokens"),
+        ("computes in", what.compute_dtype),
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]
     show_table(f"{config.method} on {config.data}: nothing was trained or written", rows)

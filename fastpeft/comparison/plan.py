@@ -286,9 +286,10 @@ class Plan:
         if earlier.cells and "split" not in config.common:  # cells are added to those of before run.json said it
             split = earlier.cells[0].values["split"]
             config = dataclasses.replace(config, common={**config.common, "split": split})
-        by_name = {cell.name: cell for cell in (*earlier.cells, *config.cells())}
+        asked = [_in_one_precision(cell, earlier.cells) for cell in config.cells()]
+        by_name = {cell.name: cell for cell in (*earlier.cells, *asked)}
         unsearched = {cell.name for cell in earlier.cells if not cell.rates and cell.folder.started}
-        cells = [_filled_in(cell, by_name) for cell in config.cells()]
+        cells = [_filled_in(cell, by_name) for cell in asked]
         for cell in cells:
             try:
                 if cell.rates and cell.name in unsearched:
@@ -355,6 +356,27 @@ class Plan:
             for cell in self.cells:
                 if cell.folder.started:
                     cell.folder.note_moved(cell.own_paths(cell.values))
+
+
+def _in_one_precision(cell: Cell, earlier: Sequence[Cell]) -> Cell:
+    """A cell with what it computes in, where nobody said it: as those before it in the folder, or as this machine.
+
+    So cells that other machines run, or that are added there, compute in the same.
+    """
+    if cell.method == ZERO_SHOT or cell.values["bf16"] is not None:
+        return cell
+    bf16 = resolve(cell.config).config.bf16
+    same = [other for other in earlier if other.name == cell.name]
+    alike = [other for other in earlier if other.method in METHODS and _trains_alike(other, cell)]
+    for other in (*same, *alike)[:1]:
+        bf16 = other.values["bf16"]
+    return dataclasses.replace(cell, values={**cell.values, "bf16": bf16})
+
+
+def _trains_alike(cell: Cell, other: Cell) -> bool:
+    """Whether two cells both train by gradients or both without, and neither says itself what it computes in."""
+    zeroth = [METHODS[each.method].optimization.zeroth_order for each in (cell, other)]
+    return zeroth[0] == zeroth[1] and "bf16" not in parse_variant(cell.variant)[1]
 
 
 def _filled_in(cell: Cell, by_name: Mapping[str, Cell]) -> Cell:

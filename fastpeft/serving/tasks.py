@@ -190,7 +190,7 @@ class Tasks:
             pool.add(member, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, predictor, None, str(error).partition(". ")[0])
-        return Task(name, predictor, Shared(pool, run.classifier.tokenizer, run.config.bf16), reason, member)
+        return Task(name, predictor, Shared(pool, run.classifier.tokenizer, bool(run.config.bf16)), reason, member)
 
     def remove(self, name: str) -> None:
         """Forget a run.

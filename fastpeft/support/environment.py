@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastpeft.support.processor import has_bfloat16
 from fastpeft.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -45,7 +46,8 @@ def devices() -> dict[str, str]:
     """Every device that torch can compute on here."""
     cpu = torch.device("cpu")
     threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    found = {"cpu": f"{device_name(cpu)}, {threads}"}
+    bfloat16 = ", bfloat16" if has_bfloat16() else ""
+    found = {"cpu": f"{device_name(cpu)}, {threads}{bfloat16}"}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30

@@ -1,32 +1,35 @@
-"""What the processor computes fast, by its flags: the same at every call on a machine."""
+"""What the processor multiplies fast, by the flags that the system tells.
+
+By flags and never by a timing, so that the answer is the same in every process on it. None where the system tells none.
+"""
 
 from __future__ import annotations
 
-import functools
-import platform
+from functools import cache
 from pathlib import Path
 
-_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is of ARM
-_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8"}
+_INFO = Path("/proc/cpuinfo")
+_LISTS = ("flags", "Features")  # their names on x86 and on ARM
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last on ARM
+_INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
-@functools.cache
+@cache
 def _flags() -> frozenset[str]:
-    """The flags of the first core, as Linux names them; none where there is no such list."""
+    """Those of the first core."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        lines = _INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    name = "flags" if platform.machine() in ("x86_64", "AMD64") else "Features"
-    found = (line.partition(":")[2] for line in text.splitlines() if line.startswith(name))
-    return frozenset(next(found, "").split())
+    listed = (line.partition(":") for line in lines)
+    return frozenset(next((values.split() for name, _, values in listed if name.strip() in _LISTS), []))
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies in bfloat16."""
+    """Whether the processor multiplies in bfloat16: AVX512-BF16, AMX or ARM's BF16."""
     return not _BFLOAT16.isdisjoint(_flags())
 
 
 def has_int8() -> bool:
-    """Whether the CPU multiplies in int8 and adds up in int32, exactly."""
+    """Whether the processor multiplies in int8 and adds up in int32, exactly: VNNI or AMX."""
     return not _INT8.isdisjoint(_flags())

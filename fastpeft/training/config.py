@@ -266,7 +266,11 @@ class TrainConfig:
         unset=FEATURE_DTYPES[0],
         metavar="DTYPE",
     )
-    bf16: bool = option(TRAINING, "Compute in bfloat16 by autocast; weights stay in float32", False)
+    bf16: bool | None = option(
+        TRAINING,
+        "Compute in bfloat16 by autocast; weights stay in float32",
+        unset="on a CPU that has instructions for it, but not by MeZO",
+    )
     optimizer_in_backward: bool = option(
         ADVANCED,
         "Step during backward, and free each gradient after its use; gradients are not clipped by their norm",

@@ -32,7 +32,7 @@ from fastpeft.training.memory import (
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.settings import checkpointing_options
-from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, recipe_used, total_steps
+from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, compute_dtype, recipe_used, total_steps
 from fastpeft.training.trainer import CURVE_ROWS, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class TrainPlan:
         train_rows, dev_rows: rows of data.
         longest_row: tokens of the longest training row.
         recipe: rates, schedule and length, by name.
+        compute_dtype: what a step computes in.
         estimate: what it would take.
     """
 
@@ -96,6 +97,7 @@ class TrainPlan:
     dev_rows: int
     longest_row: int
     recipe: dict[str, Any]
+    compute_dtype: str
     estimate: Estimate
 
     @property
@@ -135,6 +137,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
         recipe=recipe_used(arguments),
+        compute_dtype=compute_dtype(arguments),
         estimate=taken,
     )
 

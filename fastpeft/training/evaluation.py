@@ -353,7 +353,7 @@ def _outputs(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
         chosen = order[start : start + size]
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=run.config.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.config.bf16)):
             logits = model(**batch).logits
         if run.problem.digest is not None:
             logits = run.problem.digest(logits, labels)

@@ -45,7 +45,7 @@ from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
-from fastpeft.training.task import Task, recipe_used
+from fastpeft.training.task import Task, compute_dtype, recipe_used
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,13 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     if resume and not folder.started:
         logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
-    elif resume and config.awaits_prompt:
-        config = dataclasses.replace(config, found_prompt=folder.config().get("found_prompt"))
+    elif resume:
+        missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
+        config = dataclasses.replace(config, **missing)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
+        if config.bf16 is None and task.config.bf16:
+            logger.info("computing in bfloat16, for which this CPU has instructions; bf16=False (--no-bf16) refuses it")
         config = task.config
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
@@ -355,6 +358,7 @@ def _metrics(
         "peak_rss_mb": peak_rss_mb(),
         "feature_cache": None if cache is None else {"hits": cache.hits, "misses": cache.misses},
         "learning_rate": trainer.args.learning_rate,
+        "compute_dtype": compute_dtype(trainer.args),
         "seed": config.seed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),

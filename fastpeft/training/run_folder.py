@@ -41,6 +41,7 @@ TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 _START_KEY = "init_from_weights"
+_FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
 _NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 
@@ -130,6 +131,11 @@ class RunFolder:
         """What `run.json` holds."""
         return read_config(self.config_file)
 
+    def found(self) -> dict[str, Any]:
+        """What the run that was started here found out, as `run.json` holds it."""
+        config = self.config()
+        return {name: config[name] for name in _FOUND if config.get(name) is not None}
+
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds.
 
@@ -191,8 +197,7 @@ class RunFolder:
             self._check_outside(config)
         before = self.config()
         free = {"output", *moved}
-        if config.get("found_prompt") is None:  # it is not searched for again
-            free.add("found_prompt")
+        free |= {name for name in _FOUND if config.get(name) is None}
         changed = [
             name for name in config if resume and name not in free and config[name] != before.get(name, config[name])
         ]

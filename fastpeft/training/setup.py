@@ -15,6 +15,8 @@ from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import get_method
 from fastpeft.prompts.template import Prompt
+from fastpeft.support.environment import best_device
+from fastpeft.support.processor import has_bfloat16
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.prompt_search import check_searchable
 from fastpeft.training.run_folder import RunFolder
@@ -71,7 +73,7 @@ class Setup:
     """What a configuration comes to, as far as that can be told without model and data.
 
     Attributes:
-        config: where it all came from.
+        config: where it all came from, and whether it computes in bfloat16.
         method: what trains.
         preparation: what the method is given, without what the loaded model tells.
         arguments: fields of the Trainer's arguments that the settings name.
@@ -160,9 +162,21 @@ def resolve(config: TrainConfig) -> Setup:
                 f"the method {method.name!r} takes no `{option}`; leave it out. What it takes is "
                 f"{', '.join((*method.options, *method.settings())) or 'nothing of its own'}."
             )
+    if config.bf16 is None:
+        config = dataclasses.replace(config, bf16=_bfloat16(method, arguments))
     setup = _setup(config, method, settings, arguments)
     method.check(setup.preparation)
     return setup
+
+
+def _bfloat16(method: Method, arguments: Mapping[str, Any]) -> bool:
+    """Whether a run that does not say it computes in bfloat16: on a CPU that has the instructions.
+
+    Not by MeZO, whose two losses differ by less than a rounding to bfloat16.
+    """
+    on_cpu = arguments.get("use_cpu") or best_device() == "cpu"
+    chosen = arguments.get("fp16")  # another one
+    return bool(on_cpu and not chosen and not method.optimization.zeroth_order and has_bfloat16())
 
 
 def _setup(config: TrainConfig, method: Method, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Setup:

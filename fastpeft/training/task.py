@@ -313,6 +313,11 @@ def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
     return {**used, **length}
 
 
+def compute_dtype(arguments: TrainingArguments) -> str:
+    """What a step computes in, by autocast where it is not float32, in which weights that train are."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+
+
 def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
     """What a DataLoader takes from the Trainer's arguments."""
     return {

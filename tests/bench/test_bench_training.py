@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
 
-from bench.bench_training import CELLS, LIMIT, Cell, adapters, candidates, training_step
+from bench.bench_training import CELLS, DTYPES, LIMIT, Cell, adapters, candidates, training_step
 
 
 def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,13 +24,34 @@ def test_siva_is_what_other_adapters_are_compared_with(monkeypatch: pytest.Monke
     assert {LIMIT, "lora-compiled", "lora-dora"} < set(names)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["siva", LIMIT, "lora"])
+def test_a_dtype_is_that_of_the_base(dtype: str, name: str) -> None:
+    step = adapters("query, key", torch.device("cpu"), names=[name], dtype=dtype)[name]
+    model = _model(step)
+    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {expected}
+    seen = []
+    model.register_forward_hook(lambda _module, _inputs, output: seen.append(output.logits.dtype))
+    step()
+    assert seen == [torch.float32 if dtype == "float32" else torch.bfloat16]
+    if name != LIMIT:
+        adapted = [p for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n]
+        assert {p.dtype for p in adapted} == {torch.float32}
+
+
+def _model(step: Any) -> torch.nn.Module:
+    cells = (cell.cell_contents for cell in step.__closure__)
+    return next(value for value in cells if isinstance(value, torch.nn.Module))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cell", [*CELLS, Cell(LIMIT, "query, key"), Cell("lora", "all linear", "dora")], ids=lambda cell: cell.name
 )
 def test_a_step_moves_the_trained_parameters(cell: Cell) -> None:
     step = training_step(cell, torch.device("cpu"))
-    model = next(value.cell_contents for value in step.__closure__ if isinstance(value.cell_contents, torch.nn.Module))
+    model = _model(step)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     step()
     for name, parameter in model.named_parameters():

@@ -480,3 +480,33 @@ def test_a_folder_of_an_earlier_version_keeps_its_split(tmp_path: Path) -> None:
     assert [cell.values["split"] for cell in more.cells] == ["shuffled"] * 3
     with pytest.raises(FastpeftError, match="split 'shuffled' -> 'stratified'"):
         Plan.make(config("siva", output=output, common={"split": "stratified"}), "third")
+
+
+def _precisions(plan: Plan) -> dict[str, bool | None]:
+    return {cell.name: cell.values["bf16"] for cell in plan.cells}
+
+
+def _machine(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr("fastpeft.training.setup.has_bfloat16", lambda: has)
+    monkeypatch.setattr("fastpeft.training.setup.best_device", lambda: "cpu")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_cells_compute_in_the_same_whatever_machine_adds_or_runs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    output = str(tmp_path / "out")
+    _machine(monkeypatch, has)
+    made = Plan.make(config("siva", "mezo", "lora:bf16=true", output=output), "first")
+    expected = {"siva-seed0": has, "mezo-seed0": False, "lora-bf16=true-seed0": True}
+    assert _precisions(made) == expected
+    made.save()
+    _machine(monkeypatch, not has)
+    added = Plan.make(config("siva", "head", "mezo", "mezo:rank=2:over=lora", output=output), "second")
+    assert _precisions(added) == expected | {"head-seed0": has, "mezo-rank=2-over=lora-seed0": False}
+
+
+def test_cells_compute_in_what_is_given_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, True)
+    made = Plan.make(config("siva", "mezo", output=str(tmp_path / "out"), common={"bf16": False}), "command")
+    assert _precisions(made) == {"siva-seed0": False, "mezo-seed0": False}

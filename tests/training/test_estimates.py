@@ -111,7 +111,7 @@ def test_settings_that_cannot_be_used_are_the_estimate(config: CompareConfig, se
 @pytest.mark.long(but="None")
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_activations_that_are_computed_again_take_less(config: CompareConfig, use_reentrant: bool | None) -> None:
-    full = replace(config.cells()[0].config, method="full")
+    full = replace(config.cells()[0].config, method="full", bf16=False)  # activations are more of it in float32
     kwargs = {} if use_reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
     again = plan(replace(full, settings={"gradient_checkpointing": True, **kwargs})).peak_memory_mb
     kept = plan(full).peak_memory_mb

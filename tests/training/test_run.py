@@ -22,6 +22,7 @@ from fastpeft.training.evaluation import evaluate, load_run, predict
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run import TrainResult
+from fastpeft.training.setup import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +69,7 @@ def test_a_run_leaves_what_loads_measures_and_repeats_it(config: TrainConfig, me
     names = {path.name for path in result.folder.iterdir()}
     assert {"README.md", "run.json", "curves.png", "tokenizer.json", "tokenizer_config.json"} <= names
     assert ("adapter_config.json" in names) is (get_method(method).library == "peft")
-    assert TrainConfig.from_file(result.folder / "run.json") == config
+    assert TrainConfig.from_file(result.folder / "run.json") == resolve(config).config
     assert evaluate(result.folder)["accuracy"] == metrics["accuracy"]
 
 
@@ -273,12 +274,12 @@ def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: st
 
 
 def test_a_run_that_gets_better_goes_on(config: TrainConfig, tmp_path: Path) -> None:
-    """Measured on the rows that it learns."""
+    """Measured on the rows that it learns, in float32: its last steps are smaller than a rounding of the outputs."""
     (tmp_path / "data").mkdir()
     for part in ("train", "dev"):
         write_csv(tmp_path / "data" / f"{part}.csv", reviews(40))
     config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3)
-    metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1)).metrics
+    metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1, bf16=False)).metrics
     assert metrics["steps"] == metrics["best_step"] == 15
 
 
@@ -488,7 +489,9 @@ def test_accumulated_batches_are_one_of_all_their_rows(tmp_path: Path) -> None:
     for batch_size in (16, 8, 4):
         settings = {"optim": "sgd", "warmup_steps": 0, "gradient_accumulation_steps": 16 // batch_size}
         given = {"output": str(tmp_path / f"{batch_size}"), "model": str(model), "data": str(tmp_path / "data")}
-        config = TrainConfig(**given, max_steps=3, batch_size=batch_size, learning_rate=0.5, settings=settings)
+        config = TrainConfig(
+            **given, max_steps=3, batch_size=batch_size, learning_rate=0.5, bf16=False, settings=settings
+        )
         result = train(config)
         found.append(weights(result.folder))
     for name, tensor in found[0].items():

@@ -251,6 +251,7 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         ("model", [_text(metrics, "model") for metrics in finished]),
         ("data", [_data(metrics) for metrics in finished]),
         ("device", devices),
+        ("computed in", _dtypes(compared)),
         ("versions", [versions(metrics) for metrics in finished]),
     )
     items = [f"{name}: {value}" for name, values in described for value in dict.fromkeys(values) if value]
@@ -283,6 +284,16 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
     if notes:
         yield Items(notes)
+
+
+def _dtypes(compared: Sequence[Variant]) -> list[str]:
+    """What steps of variants computed in; where that differs, which in what."""
+    found: dict[str, list[str]] = {}
+    for variant in compared:
+        for name in dict.fromkeys(_text(metrics, "compute_dtype") for metrics in variant.runs):
+            found.setdefault(name, []).append(variant.name)
+    found.pop("", None)  # zero-shot, and of earlier versions
+    return list(found) if len(found) < 2 else [f"{name} ({', '.join(names)})" for name, names in found.items()]
 
 
 def _text(metrics: Mapping[str, Any], name: str) -> str:
