@@ -15,15 +15,17 @@ from torch import Tensor
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs this weight: it lies on a CPU, has entries, and `dtype` is float32 or bfloat16."""
+    """Whether oneDNN packs this weight: dense, on a CPU, with entries, and `dtype` is float32 or bfloat16."""
     return (
-        weight.device.type == "cpu"
+        type(weight) in (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
+        and weight.device.type == "cpu"
         and dtype in _PACKED_DTYPES
         and weight.numel() > 0
-        and type(weight) in (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
+        and (weight.is_contiguous() or weight.t().is_contiguous())  # so that its samples are a view
         and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
@@ -35,10 +37,24 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def dense(weight: Tensor) -> Tensor:
+    """`weight` itself, or what a pack was made of."""
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for a packed W, all of one dtype, outside of autograd."""
     h: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return h
+
+
+def operand(weight: Tensor, packs: Packs | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """What a product in `dtype` reads: the pack of `weight`, or of its transpose, else the weight itself in `dtype`."""
+    if packs is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        packed = packs.of(weight, dtype, transposed)
+        if packed is not None:
+            return packed
+    return weight if weight.dtype is dtype else weight.to(dtype)
 
 
 class Packs:
@@ -55,27 +71,39 @@ class Packs:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._signature: tuple[Any, ...] = ()
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self.drop()
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
         """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
+        found = self._packed.get((dtype, transposed))
+        current = bool(self._packed) and self._holds(weight)
+        if found is not None and current:
+            return found
         if not self.enabled or not can_pack(weight, dtype):
             return None
-        signature = _signature(weight)
-        if signature != self._signature:
-            self._packed.clear()
-            self._signature = signature
-        found = self._packed.get((dtype, transposed))
-        if found is None:
-            matrix = weight.detach().t() if transposed else weight
-            found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
+        if not current:
+            self.drop()
+            self._signature, self._samples = _signature(weight), _samples(weight)
+            self._sampled = self._samples.clone()
+        matrix = weight.detach().t() if transposed else weight
+        self._packed[dtype, transposed] = found = pack(matrix.to(dtype))
         return found
 
+    def _holds(self, weight: Tensor) -> bool:
+        """Whether the packs are of this weight as it is now. It runs at every call of a layer."""
+        return (
+            type(weight) in (Tensor, torch.nn.Parameter)
+            and _signature(weight) == self._signature
+            and weight.data_ptr() == self._samples.data_ptr()  # before they are read: the place may be freed
+            and torch.equal(self._samples, self._sampled)
+        )
+
     def drop(self) -> None:
-        """Forget all packs."""
-        self._signature = ()
+        """Forget all packs, and the weight."""
         self._packed.clear()
+        self._signature: tuple[Any, ...] = ()
+        self._samples = self._sampled = torch.empty(0)  # entries of the weight where it lies, and what they were
 
     @property
     def nbytes(self) -> int:
@@ -90,9 +118,12 @@ class Packs:
 
 
 def _signature(weight: Tensor) -> tuple[Any, ...]:
-    """What differs, but for a change of a few entries through `.data`, when a weight has changed."""
     version = 0 if weight.is_inference() else weight._version
-    stored = weight.data
-    flat = stored.reshape(-1) if stored.is_contiguous() else stored.t().reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
-    return weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride(), tuple(flat[::step].tolist())
+    return version, weight.dtype, weight.shape, weight.stride()
+
+
+def _samples(weight: Tensor) -> Tensor:
+    """Some entries of the weight, beginning with the first, as integers: a view of it."""
+    stored = weight.detach()
+    flat = (stored if stored.is_contiguous() else stored.t()).view(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].view(_BITS[flat.element_size()])

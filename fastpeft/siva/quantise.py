@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight, check_library, dequantise
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
 
@@ -74,7 +75,7 @@ def quantised_siva_linear(
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. The weight is dequantised for a
         product, in forward and again in backward, so a training step holds one layer's at a time.
     """
-    u, s, v = (factor.to(dtype) for factor in (u, s, v))
+    u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
     h: Tensor = _SivaLinear.apply(x.to(dtype), rest.codes, rest.scales, u, s, v, bias, rest.kind, rest.shape)
     return h
