@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import backends  # noqa: F401  (declares ops, registers their implementations)
-from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.int8_linear import multiply
 from fastpeft.ops.noise import NOISE
+from fastpeft.ops.packing import Packs, operand
+from fastpeft.ops.siva_linear import SivaLinear
 from fastpeft.ops.siva_linear_group import SivaLinearGroup
 from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
 
 
-def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def siva_linear(
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    packs: Packs | None = None,
+) -> Tensor:
     r"""Linear layer whose weight is a frozen part and a trained product of rank r.
 
     `h = x W^T + ((x V^T) * s) U^T + b`
@@ -29,8 +40,11 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
         s: `(r,)`, frozen.
         v: `(r, in_features)`, trained.
         bias: `(out_features,)` or None.
+        packs: the weight's packs, from which the products on a CPU are computed. None packs nothing.
 
-    All operands are brought to the dtype of `weight`, under autocast to autocast's dtype.
+    All operands are brought to the dtype of `weight`, under autocast to autocast's dtype. But on a CPU the factors u, s
+    and v of a computation in bfloat16 are brought to float32, and a weight that is packed is cast once, not at each
+    call.
 
     Returns:
         `(*, out_features)` in that dtype.
@@ -51,9 +65,17 @@ def siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias
     """
     _check_siva_linear(x, weight, u, s, v, bias)
     dtype = compute_dtype(x, weight)
-    h, _ = torch.ops.fastpeft.siva_linear(
-        x.to(dtype), weight.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype), None if bias is None else bias.to(dtype)
-    )
+    of_factors = factors_dtype(dtype, x.device)
+    if x.dtype is not dtype:
+        x = x.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    if not (u.dtype is s.dtype is v.dtype is of_factors):
+        u, s, v = _cast(of_factors, u, s, v)
+    if torch.is_grad_enabled():
+        h: Tensor = SivaLinear.apply(x, weight, u, s, v, bias, packs)
+    else:
+        h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, dtype), u, s, v, bias)
     return h
 
 
@@ -64,6 +86,7 @@ def siva_linear_group(
     ss: Sequence[Tensor],
     vs: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    packs: Sequence[Packs | None] | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Several `siva_linear` that read the same x, such as the query, key and value of an attention.
 
@@ -71,8 +94,8 @@ def siva_linear_group(
 
     Args:
         x: `(*, in_features)`.
-        weights, us, ss, vs, biases: one of each per layer, as `siva_linear` takes them; ranks and out_features may
-            differ, the weights' dtype not.
+        weights, us, ss, vs, biases, packs: one of each per layer, as `siva_linear` takes them; ranks and out_features
+            may differ, the weights' dtype not.
 
     Returns:
         One `(*, out_features)` per layer, in the order given.
@@ -92,18 +115,24 @@ def siva_linear_group(
         >>> key.shape
         torch.Size([3, 5])
     """
+    packs = [None] * len(weights) if packs is None else packs
     operands = weights, us, ss, vs, biases
-    if not weights or len({len(each) for each in operands}) > 1 or len({weight.dtype for weight in weights}) > 1:
+    if (
+        not weights
+        or len({len(each) for each in (*operands, packs)}) > 1
+        or len({weight.dtype for weight in weights}) > 1
+    ):
         raise FastpeftError(
             "siva_linear_group takes one weight, u, s, v and bias (or None) for each layer, at least one, with weights "
             f"of one dtype; got {', '.join(str(len(each)) for each in operands)} of them and weights of "
             f"{', '.join(sorted({str(weight.dtype) for weight in weights})) or 'no dtype'}."
         )
-    for layer in zip(*operands, strict=True):
-        _check_siva_linear(x, *layer)
+    for weight, u, s, v, bias in zip(weights, us, ss, vs, biases, strict=True):
+        _check_siva_linear(x, weight, u, s, v, bias)
     dtype = compute_dtype(x, weights[0])
-    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for each in operands for t in each]
-    hs: tuple[Tensor, ...] = SivaLinearGroup.apply(len(weights), x.to(dtype), *cast)
+    x, *biases = _cast(dtype, x, *biases)
+    factors = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)
+    hs: tuple[Tensor, ...] = SivaLinearGroup.apply(packs, x, *weights, *factors, *biases)
     return hs
 
 
@@ -116,6 +145,7 @@ def siva_linear_mixed(
     sizes: Sequence[int],
     order: Tensor | None = None,
     bias: Tensor | None = None,
+    packs: Packs | None = None,
 ) -> Tensor:
     r"""`siva_linear` for a batch whose rows take different factors, as where they belong to different adapters.
 
@@ -123,7 +153,7 @@ def siva_linear_mixed(
 
     Args:
         x: `(B, *, in_features)`.
-        weight, bias: as `siva_linear` takes them.
+        weight, bias, packs: as `siva_linear` takes them.
         us, ss, vs: one of each per adapter, as `siva_linear` takes them; ranks may differ, and be 0.
         sizes: how many rows take the factors of each adapter, B together.
         order: int64 `(B,)`, the permutation that brings the rows into the order of the adapters:
@@ -159,12 +189,18 @@ def siva_linear_mixed(
     for u, s, v in zip(*factors, strict=True):
         _check_siva_linear(x, weight, u, s, v, bias)
     dtype = compute_dtype(x, weight)
-    cast = [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, weight, bias, *us, *ss, *vs)]
-    h: Tensor = SivaLinearMixed.apply(list(sizes), order, *cast)
+    x, bias = _cast(dtype, x, bias)
+    cast = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)
+    h: Tensor = SivaLinearMixed.apply(packs, list(sizes), order, x, weight, bias, *cast)
     return h
 
 
+def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
+
+
 def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """It runs at every call of a layer, so it names what is wrong only once something is."""
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     r = s.shape[0] if s.dim() == 1 else -1
     fits = x.dim() > 0 and x.shape[-1] == k and u.shape == (n, r) and v.shape == (r, k)
@@ -174,7 +210,7 @@ def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tenso
             f"{tuple(x.shape)}, weight {tuple(weight.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, v "
             f"{tuple(v.shape)}, bias {None if bias is None else tuple(bias.shape)}."
         )
-    _check_kinds("siva_linear", x.device, x=x, weight=weight, u=u, s=s, v=v, bias=bias)
+    _check_kinds("siva_linear", x.device, "x weight u s v bias", x, weight, u, s, v, bias)
     if weight.requires_grad or s.requires_grad:
         raise FastpeftError(
             "siva_linear: weight and s are frozen by definition but "
@@ -233,13 +269,13 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _check_kinds(op: str, device: torch.device, **operands: Tensor | None) -> None:
+def _check_kinds(op: str, device: torch.device, names: str, *operands: Tensor | None) -> None:
     """Refuse what a cast would cut to whole or real numbers in silence, and tensors that no kernel reads together."""
-    for name, tensor in operands.items():
+    for i, tensor in enumerate(operands):
         if tensor is not None and (tensor.dtype not in _FLOATS or tensor.device != device):
             raise FastpeftError(
-                f"{op}: {name} is {tensor.dtype} on {tensor.device}; allowed are float16, bfloat16, float32 and "
-                f"float64, all on one device, here {device}. Cast it, dequantise it or move it."
+                f"{op}: {names.split()[i]} is {tensor.dtype} on {tensor.device}; allowed are float16, bfloat16, "
+                f"float32 and float64, all on one device, here {device}. Cast it, dequantise it or move it."
             )
 
 
@@ -317,7 +353,7 @@ def window_attention(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "
             "0 <= seed < 2^63 and 0 <= block < 2^28."
         )
-    _check_kinds("window_attention", q.device, q=q, c=c, p=p)
+    _check_kinds("window_attention", q.device, "q c p", q, c, p)
     if mask is not None and mask.device != q.device:
         raise FastpeftError(f"window_attention: mask is on {mask.device} and q on {q.device}; put them on one device.")
     dtype = compute_dtype(q, q)

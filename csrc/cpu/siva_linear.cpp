@@ -4,9 +4,10 @@
 //     dx = dp V + dh W                dp = (dh U) * s    x (M, K)   W (N, K)   U (N, R)   V (R, K)   p, dp (M, R)
 //     dU = (dh^T p) * s               dV = dp^T x
 //
-// The products with W are BLAS's. Everything else is one pass over rows before them: it writes what they are added to,
-// in the place of the copy of the bias that they would need anyway. Forward it reads x and writes h, backward it reads
-// dh and x and writes dx, each once, a tile of rows that stays in cache at a time. One layer is a group of one.
+// x, W, h and their gradients are float32 or bfloat16, the factors, p and the factors' gradients float32. The products
+// with W and the bias come first: by oneDNN where W is packed, else by ATen. Everything else is one pass over rows that
+// adds to what they wrote. Forward it reads x and changes h, backward it reads dh and x and changes dx, each once, a
+// tile of rows that stays in cache at a time. One layer is a group of one.
 //
 // dU and dV are sums over rows: those of a chunk of rows are added up tile after tile, then the chunks' sums one after
 // the other. Chunks depend on the number of rows alone, so the threads that run them do not change a bit.
@@ -25,6 +26,19 @@
 #include <vector>
 
 #include "choose.h"
+
+// of torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which a module on the stable ABI cannot include; weak, because a
+// torch that is built without oneDNN lacks them, and makes no packs
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle weight,
+                                                                      AtenTensorHandle* bias, const char* attr,
+                                                                      const double** scalars, int64_t scalars_len_,
+                                                                      const char** algorithm, AtenTensorHandle* ret0);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x, AtenTensorHandle other,
+                                                                             AtenTensorHandle weight,
+                                                                             AtenTensorHandle* bias, const char* attr,
+                                                                             AtenTensorHandle* ret0);
+}
 
 namespace fastpeft {
 namespace {
@@ -66,58 +80,119 @@ Tensors by_aten(const char* op, const Arguments&... arguments) {
 }
 
 bool is_for_here(const Tensor& x, const Tensors& ss) {
-    return x.scalar_type() == ScalarType::Float &&
-           std::all_of(ss.begin(), ss.end(), [](const Tensor& s) { return s.numel() <= kMaxRank; });
+    const ScalarType kind = x.scalar_type();
+    return (kind == ScalarType::Float || kind == ScalarType::BFloat16) &&
+           std::all_of(ss.begin(), ss.end(),
+                       [](const Tensor& s) { return s.scalar_type() == ScalarType::Float && s.numel() <= kMaxRank; });
 }
 
 // -- operands -----------------------------------------------------------------------------------------------------
 
-void check(bool fits) { STD_TORCH_CHECK(fits, "siva_linear takes float32 tensors whose shapes fit together"); }
-
-bool is_matrix(const Tensor& t, int64_t rows, int64_t columns) {
-    return t.scalar_type() == ScalarType::Float && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+void check(bool fits) {
+    STD_TORCH_CHECK(fits,
+                    "siva_linear takes x, weight and bias in float32 or bfloat16, all alike, and factors in float32, "
+                    "whose shapes fit together");
 }
 
-bool is_vector(const Tensor& t, int64_t size) {
-    return t.scalar_type() == ScalarType::Float && t.dim() == 1 && t.size(0) == size;
+bool is_matrix(const Tensor& t, int64_t rows, int64_t columns, ScalarType kind = ScalarType::Float) {
+    return t.scalar_type() == kind && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+}
+
+bool is_vector(const Tensor& t, int64_t size, ScalarType kind = ScalarType::Float) {
+    return t.scalar_type() == kind && t.dim() == 1 && t.size(0) == size;
 }
 
 // (*, columns) as (M, columns), each row without gaps.
 class Matrix {
   public:
     explicit Matrix(const Tensor& t) : tensor_(t) {
-        check(t.scalar_type() == ScalarType::Float && t.dim() > 0);
-        const int64_t columns = t.size(t.dim() - 1);
-        int64_t rows = 1;
-        for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-        if (t.dim() != 2) tensor_ = torch::stable::reshape(t, {rows, columns});
-        if (tensor_.stride(1) != 1 || tensor_.stride(0) < columns) tensor_ = torch::stable::contiguous(tensor_);
+        check(t.dim() > 0);
+        columns_ = stride_ = t.size(t.dim() - 1);
+        for (int64_t d = 0; d + 1 < t.dim(); ++d) rows_ *= t.size(d);
+        if (t.is_contiguous()) return;
+        if (t.dim() != 2) tensor_ = torch::stable::reshape(t, {rows_, columns_});
+        if (tensor_.stride(1) != 1 || tensor_.stride(0) < columns_) tensor_ = torch::stable::contiguous(tensor_);
+        stride_ = tensor_.stride(0);
     }
 
-    const Tensor& tensor() const { return tensor_; }
-    int64_t rows() const { return tensor_.size(0); }
-    int64_t columns() const { return tensor_.size(1); }
-    Rows part(int64_t first, int64_t count) const {
-        float* data = static_cast<float*>(tensor_.mutable_data_ptr());
-        return {data + first * tensor_.stride(0), count, tensor_.stride(0)};
+    Tensor tensor() const { return tensor_.dim() == 2 ? tensor_ : torch::stable::view(tensor_, {rows_, columns_}); }
+    int64_t rows() const { return rows_; }
+    int64_t columns() const { return columns_; }
+    ScalarType kind() const { return tensor_.scalar_type(); }
+    template <typename T>
+    RowsOf<T> part(int64_t first, int64_t count) const {
+        return {static_cast<T*>(tensor_.mutable_data_ptr()) + first * stride_, count, stride_};
     }
 
   private:
     Tensor tensor_;
+    int64_t rows_ = 1, columns_ = 0, stride_ = 0;
 };
 
 // The shape of x or dh but for its last dimension.
-Tensor new_rows(const Tensor& like, int64_t columns) {
+Tensor new_rows(const Tensor& like, int64_t columns, std::optional<ScalarType> kind = std::nullopt) {
     std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
     sizes.back() = columns;
-    return torch::stable::new_empty(like, sizes);
+    return torch::stable::new_empty(like, sizes, kind);
 }
 
-// out += a b, by BLAS
-void add_product(const Matrix& out, const Matrix& a, const Tensor& b) {
-    AtenTensorHandle target = out.tensor().get();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target, target, a.tensor().get(), b.get(), 1.0, 1.0));
+// -- products with the weight -------------------------------------------------------------------------------------
+
+bool is_packed(const Tensor& weight) {
+    int32_t layout;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(weight.get(), &layout));
+    return layout == aoti_torch_layout__mkldnn();
 }
+
+// x W^T + b for a packed W, plus `more` in the place of b
+Tensor packed_product(const Tensor& x, const Tensor& packed, const Tensor* bias, const Tensor* more) {
+    AtenTensorHandle found, of_bias = bias == nullptr ? nullptr : bias->get();
+    AtenTensorHandle* const optional_bias = bias == nullptr ? nullptr : &of_bias;
+    if (more == nullptr) {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), packed.get(), optional_bias, "none",
+                                                                       nullptr, 0, nullptr, &found));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu__linear_pointwise_binary(x.get(), more->get(), packed.get(), optional_bias, "add", &found));
+    }
+    return Tensor(found);
+}
+
+// x W^T + b (*, N)
+Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
+    std::optional<Tensor> dense = bias;
+    if (bias.has_value() && !bias->is_contiguous()) dense = torch::stable::contiguous(*bias);
+    if (is_packed(weight)) return packed_product(x, weight, dense.has_value() ? &*dense : nullptr, nullptr);
+    Tensor h = new_rows(x, weight.size(0));
+    const Tensor target = Matrix(h).tensor(), factor = torch::stable::transpose(weight, 0, 1);
+    if (dense.has_value()) {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu_addmm_out(target.get(), dense->get(), rows.tensor().get(), factor.get(), 1.0, 1.0));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), rows.tensor().get(), factor.get()));
+    }
+    return h;
+}
+
+// The sum of all dh W (*, K); what is packed is W^T.
+Tensor sum_of_products(const Tensors& dhs, const std::vector<Matrix>& rows, const Tensors& weights, int64_t k) {
+    std::optional<Tensor> sum;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        if (is_packed(weights[i])) {
+            sum = packed_product(dhs[i], weights[i], nullptr, sum.has_value() ? &*sum : nullptr);
+            continue;
+        }
+        const bool first = !sum.has_value();
+        if (first) sum = new_rows(dhs[0], k);
+        const Tensor target = Matrix(*sum).tensor(), dh = rows[i].tensor();
+        AtenTensorHandle to = target.get();
+        STABLE_TORCH_ERROR_CODE_CHECK(first ? aoti_torch_cpu_mm_out(to, dh.get(), weights[i].get())
+                                            : aoti_torch_cpu_addmm_out(to, to, dh.get(), weights[i].get(), 1.0, 1.0));
+    }
+    return *sum;
+}
+
+// -- factors ------------------------------------------------------------------------------------------------------
 
 using Buffer = std::unique_ptr<float[]>;
 Buffer new_buffer(int64_t size) { return Buffer(new float[size]); }
@@ -166,14 +241,12 @@ void pack(View from, const Tensor* s, int64_t ranks, int64_t columns, float* to)
 // Of a group of layers: all V below each other (sum of R, K), and each diag(s) U^T (R, N).
 class Packed {
   public:
-    Packed(const Tensors& weights, const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k)
-        : ranks(ss), k_(k) {
-        check(us.size() == weights.size() && ss.size() == weights.size() && vs.size() == weights.size());
+    Packed(const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k) : ranks(ss), k_(k) {
+        check(!us.empty() && ss.size() == us.size() && vs.size() == us.size());
         v_ = new_buffer(ranks.total * k);
-        for (size_t i = 0; i < weights.size(); ++i) {
+        for (size_t i = 0; i < us.size(); ++i) {
             const int64_t n = us[i].size(0), r = ranks.count[i];
-            check(is_matrix(weights[i], n, k) && is_matrix(us[i], n, r) && is_matrix(vs[i], r, k) &&
-                  is_vector(ss[i], r));
+            check(is_matrix(us[i], n, r) && is_matrix(vs[i], r, k) && is_vector(ss[i], r));
             pack(by_rows(vs[i]), nullptr, r, k, v_.get() + ranks.start[i] * k);
             scaled_u_.push_back(new_buffer(padded(r) * n));
             pack(by_columns(us[i]), &ss[i], r, n, scaled_u_.back().get());
@@ -217,32 +290,28 @@ void parallel_chunks(int64_t chunks, int64_t multiply_adds, const Run& run) {
 
 // -- forward ------------------------------------------------------------------------------------------------------
 
-// The outputs; p goes to where `p` says, without padding.
-Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, const Tensors& ss, const Tensors& vs,
-                const Biases& biases, float* p, int64_t p_row, int64_t p_rank) {
-    const Matrix rows(x);
-    const Packed packed(weights, us, ss, vs, rows.columns());
+template <typename T>
+const LowRankOf<T>& low_rank();
+template <>
+const LowRankOf<float>& low_rank() {
+    return choose_variant().low_rank.of_float;
+}
+template <>
+const LowRankOf<Bfloat>& low_rank() {
+    return choose_variant().low_rank.of_bfloat;
+}
+
+// The low-rank part is added to each of `targets`; p goes to where `p` says, without padding.
+template <typename T>
+void add_low_rank(const Matrix& rows, const Packed& packed, const std::vector<Matrix>& targets, float* p, int64_t p_row,
+                  int64_t p_rank) {
     const Ranks& ranks = packed.ranks;
-    const LowRank& run = choose_variant().low_rank;
-    check(biases.size() == weights.size());
-    Tensors outputs;
-    std::vector<Matrix> targets;
-    std::vector<Tensor> starts;  // contiguous biases
-    std::vector<const float*> start(weights.size(), nullptr);
-    for (size_t i = 0; i < weights.size(); ++i) {
-        outputs.push_back(new_rows(x, weights[i].size(0)));
-        targets.emplace_back(outputs.back());
-        if (biases[i].has_value()) {
-            check(is_vector(*biases[i], weights[i].size(0)));
-            starts.push_back(torch::stable::contiguous(*biases[i]));
-            start[i] = data_of(starts.back());
-        }
-    }
+    const LowRankOf<T>& run = low_rank<T>();
     const auto tile = [&](int64_t first, int64_t count, Rows projected) {
-        run.project(rows.part(first, count), packed.v(), projected);
-        for (size_t i = 0; i < weights.size(); ++i) {
+        run.project(rows.part<T>(first, count), packed.v(), projected);
+        for (size_t i = 0; i < targets.size(); ++i) {
             const Rows own = of_layer(projected, ranks, i);
-            run.expand(own, packed.scaled_u(i), start[i], targets[i].part(first, count));
+            run.expand(own, packed.scaled_u(i), targets[i].part<T>(first, count));
             for (int64_t m = 0; m < count; ++m) {
                 for (int64_t r = 0; r < ranks.count[i]; ++r) {
                     p[(first + m) * p_row + (ranks.first[i] + r) * p_rank] = own.data[m * own.stride + r];
@@ -255,9 +324,25 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, cons
         each_tile(begin * kTile, std::min(end * kTile, rows.rows()),
                   [&](int64_t first, int64_t count) { tile(first, count, {projected.get(), count, ranks.total}); });
     });
+}
+
+// The outputs; p as above.
+Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, const Tensors& ss, const Tensors& vs,
+                const Biases& biases, float* p, int64_t p_row, int64_t p_rank) {
+    const Matrix rows(x);
+    const Packed packed(us, ss, vs, rows.columns());
+    check(weights.size() == us.size() && biases.size() == us.size());
+    Tensors outputs;
+    std::vector<Matrix> targets;
     for (size_t i = 0; i < weights.size(); ++i) {
-        add_product(targets[i], rows, torch::stable::transpose(weights[i], 0, 1));
+        const int64_t n = us[i].size(0);
+        check(is_matrix(weights[i], n, rows.columns(), rows.kind()) &&
+              (!biases[i].has_value() || is_vector(*biases[i], n, rows.kind())));
+        outputs.push_back(product(x, rows, weights[i], biases[i]));
+        targets.emplace_back(outputs.back());
     }
+    const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<Bfloat>;
+    add(rows, packed, targets, p, p_row, p_rank);
     return outputs;
 }
 
@@ -268,7 +353,7 @@ std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor
         return {found[0], found[1]};
     }
     check(x.dim() > 0);
-    Tensor p = new_rows(x, s.numel());
+    Tensor p = new_rows(x, s.numel(), ScalarType::Float);
     float* data = static_cast<float*>(p.mutable_data_ptr());
     Tensors h = forward(x, {weight}, {u}, {s}, {v}, {bias}, data, s.numel(), 1);
     return {h[0], p};
@@ -282,7 +367,7 @@ std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors
     }
     check(x.dim() > 0);
     const int64_t sum = Ranks(ss).sum, m = Matrix(x).rows();
-    Tensor p = torch::stable::new_empty(x, {sum, m});
+    Tensor p = torch::stable::new_empty(x, {sum, m}, ScalarType::Float);
     float* data = static_cast<float*>(p.mutable_data_ptr());
     return {forward(x, weights, us, ss, vs, biases, data, 1, m), p};
 }
@@ -337,33 +422,41 @@ class Partial {
 };
 
 // p is read where `p` says: of row m and rank r of all layers, at p.data[m * p.other_stride + r * p.rank_stride].
+template <typename T>
 Gradients backward(const Tensors& dhs, const Tensor& x, const Tensors& weights, const Tensors& us, const Tensors& ss,
                    const Tensors& vs, View p, const Needs& needs) {
-    check(!dhs.empty() && dhs.size() == weights.size() && needs.du.size() == weights.size() &&
-          needs.dbias.size() == weights.size());
+    check(dhs.size() == us.size() && weights.size() == us.size() && needs.du.size() == us.size() &&
+          needs.dbias.size() == us.size());
     std::vector<Matrix> dh(dhs.begin(), dhs.end());
-    const int64_t m = dh[0].rows(), k = weights[0].size(1);
-    const Packed packed(weights, us, ss, vs, k);
+    const ScalarType kind = dh[0].kind();
+    const int64_t m = dh[0].rows(), k = vs[0].dim() == 2 ? vs[0].size(1) : -1;
+    const Packed packed(us, ss, vs, k);
     const Ranks& ranks = packed.ranks;
-    const LowRank& run = choose_variant().low_rank;
+    const LowRankOf<T>& run = low_rank<T>();
     const int64_t chunk_rows = kTile * std::max<int64_t>(1, ceil_div(m, kTile * kMaxChunks));
     const int64_t chunks = ceil_div(m, chunk_rows);
+    for (size_t i = 0; i < dh.size(); ++i) {
+        const int64_t n = us[i].size(0);
+        check(dh[i].kind() == kind && dh[i].rows() == m && dh[i].columns() == n);
+        check(!needs.dx ||
+              (is_packed(weights[i]) ? is_matrix(weights[i], k, n, kind) : is_matrix(weights[i], n, k, kind)));
+    }
 
-    const auto nothing = [&] { return torch::stable::new_empty(dhs[0], {0}); };
-    Gradients out{needs.dx ? new_rows(dhs[0], k) : nothing(), {}, nothing(), {}};
-    if (needs.dv) out.dv = torch::stable::new_empty(dhs[0], {ranks.sum, k});
+    const auto nothing = [&](ScalarType of) { return torch::stable::new_empty(dhs[0], {0}, of); };
+    Gradients out{needs.dx ? sum_of_products(dhs, dh, weights, k) : nothing(kind), {}, nothing(ScalarType::Float), {}};
+    if (needs.dv) out.dv = torch::stable::new_empty(dhs[0], {ranks.sum, k}, ScalarType::Float);
     std::optional<Matrix> rows, dx;
     if (needs.dv) rows.emplace(x);
     if (needs.dx) dx.emplace(out.dx);
-    check(!needs.dv || (rows->rows() == m && rows->columns() == k));
+    check(!needs.dv || (rows->kind() == kind && rows->rows() == m && rows->columns() == k));
 
     const Partial of_v(needs.dv, chunks, ranks.total, k);
     std::vector<Partial> of_u;
     for (size_t i = 0; i < dh.size(); ++i) {
-        check(dh[i].rows() == m && dh[i].columns() == weights[i].size(0));
         of_u.emplace_back(needs.du[i], chunks, ranks.padded_count(i), dh[i].columns());
-        out.du.push_back(needs.du[i] ? torch::stable::new_empty(us[i], us[i].sizes()) : nothing());
-        out.dbias.push_back(needs.dbias[i] ? torch::stable::sum(dh[i].tensor(), std::vector<int64_t>{0}) : nothing());
+        out.du.push_back(needs.du[i] ? torch::stable::new_empty(us[i], us[i].sizes()) : nothing(ScalarType::Float));
+        out.dbias.push_back(needs.dbias[i] ? torch::stable::sum(dh[i].tensor(), std::vector<int64_t>{0})
+                                           : nothing(kind));
     }
 
     const auto chunk = [&](int64_t c, float* buffer) {
@@ -381,14 +474,14 @@ Gradients backward(const Tensors& dhs, const Tensor& x, const Tensors& weights, 
                     for (int64_t r = 0; r < ranks.count[i]; ++r) to[r] = from[r * p.rank_stride];
                     std::fill(to + ranks.count[i], to + ranks.padded_count(i), 0.0f);
                 }
-                run.reduce(own, dh[i].part(first, count), ranks.padded_count(i), dh[i].columns(), sums_u[i]);
+                run.reduce(own, dh[i].part<T>(first, count), ranks.padded_count(i), dh[i].columns(), sums_u[i]);
             }
             if (!needs.dx && !needs.dv) return;
             for (size_t i = 0; i < dh.size(); ++i) {  // dp, in the place of p
-                run.project(dh[i].part(first, count), packed.scaled_u(i), of_layer(coefficients, ranks, i));
+                run.project(dh[i].part<T>(first, count), packed.scaled_u(i), of_layer(coefficients, ranks, i));
             }
-            if (needs.dx) run.expand(coefficients, packed.v(), nullptr, dx->part(first, count));
-            if (needs.dv) run.reduce(coefficients, rows->part(first, count), ranks.total, k, sums_v);
+            if (needs.dx) run.expand(coefficients, packed.v(), dx->part<T>(first, count));
+            if (needs.dv) run.reduce(coefficients, rows->part<T>(first, count), ranks.total, k, sums_v);
         });
     };
     parallel_chunks(chunks, chunk_rows * packed.multiply_adds(), [&](int64_t begin, int64_t end) {
@@ -407,7 +500,6 @@ Gradients backward(const Tensors& dhs, const Tensor& x, const Tensors& weights, 
                 of_u[i].total(r, data_of(ss[i])[r * ss[i].stride(0)], to, ranks.count[i]);
             }
         }
-        if (needs.dx) add_product(*dx, dh[i], weights[i]);
     }
     return out;
 }
@@ -423,8 +515,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siva_linear_backward(Tensor dh, Tenso
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
     check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), s.numel()));
-    Gradients found = backward({dh}, x, {weight}, {u}, {s}, {v}, need_du ? by_columns(projected->tensor()) : View{},
-                               {need_dx, {need_du}, need_dv, {need_dbias}});
+    const auto run = dh.scalar_type() == ScalarType::Float ? backward<float> : backward<Bfloat>;
+    Gradients found = run({dh}, x, {weight}, {u}, {s}, {v}, need_du ? by_columns(projected->tensor()) : View{},
+                          {need_dx, {need_du}, need_dv, {need_dbias}});
     return {found.dx, found.du[0], found.dv, found.dbias[0]};
 }
 
@@ -441,19 +534,24 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
     }
     const bool any_du = std::find(need_du.begin(), need_du.end(), true) != need_du.end();
     check(!any_du || is_matrix(p, Ranks(ss).sum, Matrix(dhs[0]).rows()));
+    const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward<float> : backward<Bfloat>;
     Gradients found =
-        backward(dhs, x, weights, us, ss, vs, any_du ? by_rows(p) : View{}, {need_dx, need_du, need_dv, need_dbias});
+        run(dhs, x, weights, us, ss, vs, any_du ? by_rows(p) : View{}, {need_dx, need_du, need_dv, need_dbias});
     return {found.dx, found.du, found.dv, found.dbias};
 }
 
 }  // namespace
 
-// implementations only: the schemas are declared once, in fastpeft/_ops.py
-STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
-    m.impl("siva_linear", TORCH_BOX(&siva_linear));
-    m.impl("siva_linear_backward", TORCH_BOX(&siva_linear_backward));
-    m.impl("siva_linear_group", TORCH_BOX(&siva_linear_group));
-    m.impl("siva_linear_group_backward", TORCH_BOX(&siva_linear_group_backward));
-}
+// implementations only: the schemas are declared once, in fastpeft/ops; a call with a pack has a key of its own
+#define FASTPEFT_IMPLEMENTATIONS(key)                                                 \
+    STABLE_TORCH_LIBRARY_IMPL(fastpeft, key, m) {                                     \
+        m.impl("siva_linear", TORCH_BOX(&siva_linear));                               \
+        m.impl("siva_linear_backward", TORCH_BOX(&siva_linear_backward));             \
+        m.impl("siva_linear_group", TORCH_BOX(&siva_linear_group));                   \
+        m.impl("siva_linear_group_backward", TORCH_BOX(&siva_linear_group_backward)); \
+    }
+
+FASTPEFT_IMPLEMENTATIONS(CPU)
+FASTPEFT_IMPLEMENTATIONS(MkldnnCPU)
 
 }  // namespace fastpeft

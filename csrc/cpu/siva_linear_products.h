@@ -1,5 +1,5 @@
 // The three products of a SiVA layer that have the rank as one side, for some rows of a batch, and the instruction sets
-// they are compiled for. All numbers are float32, sums start from zero and are taken in one order.
+// they are compiled for. Rows of the batch are float32 or bfloat16, all else is float32. Sums are taken in one order.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,18 @@ namespace fastpeft {
 
 constexpr int64_t kRankBlock = 4;  // ranks whose sums share the registers: every number of ranks is a multiple of it
 
+struct Bfloat {
+    uint16_t bits;  // the upper half of a float32
+};
+
 // Some consecutive rows of a matrix; columns stand side by side.
-struct Rows {
-    float* data;
+template <typename T>
+struct RowsOf {
+    T* data;
     int64_t count;
     int64_t stride;  // elements from a row to the next
 };
+using Rows = RowsOf<float>;
 
 // As many rows of length `columns`, without gaps, as there are ranks.
 struct Factors {
@@ -22,19 +28,20 @@ struct Factors {
     int64_t columns;
 };
 
-// coefficients (rows, ranks) = x factors^T, for x (rows, columns)
-using Project = void(Rows x, Factors factors, Rows coefficients);
-
-// out (rows, columns) = start + coefficients factors; start is (columns,), none is zero
-using Expand = void(Rows coefficients, Factors factors, const float* start, Rows out);
-
-// sums (ranks, columns) += coefficients^T x; sums has no gaps
-using Reduce = void(Rows coefficients, Rows x, int64_t ranks, int64_t columns, float* sums);
+// For rows of T.
+template <typename T>
+struct LowRankOf {
+    // coefficients (rows, ranks) = x factors^T, for x (rows, columns)
+    void (*project)(RowsOf<T> x, Factors factors, Rows coefficients);
+    // out (rows, columns) += coefficients factors, rounded once
+    void (*expand)(Rows coefficients, Factors factors, RowsOf<T> out);
+    // sums (ranks, columns) += coefficients^T x; sums has no gaps
+    void (*reduce)(Rows coefficients, RowsOf<T> x, int64_t ranks, int64_t columns, float* sums);
+};
 
 struct LowRank {
-    Project* project;
-    Expand* expand;
-    Reduce* reduce;
+    LowRankOf<float> of_float;
+    LowRankOf<Bfloat> of_bfloat;
 };
 
 namespace baseline {

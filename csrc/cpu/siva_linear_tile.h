@@ -21,6 +21,8 @@ namespace FASTPEFT_ISA {
 namespace {
 
 typedef float Float __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+typedef uint32_t Word __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
+typedef uint16_t Half __attribute__((vector_size(FASTPEFT_VECTOR_BYTES / 2)));
 
 constexpr int kLanes = FASTPEFT_VECTOR_BYTES / sizeof(float);
 // AVX-512 has 32 registers, the others 16 (NEON's 32 are half as wide as AVX2's): blocks are as large as they allow
@@ -60,6 +62,28 @@ FASTPEFT_TARGET inline void store(Float x, float* to, int count = kLanes) {
     }
 }
 
+FASTPEFT_TARGET inline Float load(const Bfloat* from, int count = kLanes) {
+    Half x = {};
+    if (count == kLanes) {
+        std::memcpy(&x, from, sizeof x);
+    } else {
+        std::memcpy(&x, from, count * sizeof(Bfloat));
+    }
+    return (Float)(__builtin_convertvector(x, Word) << 16);
+}
+
+// to the nearest, of two to the even one; NaN, which the sum could carry over to infinity, becomes the quiet one
+FASTPEFT_TARGET inline void store(Float x, Bfloat* to, int count = kLanes) {
+    const Word bits = (Word)x, is_nan = (Word)(x != x);
+    const Word rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Half half = __builtin_convertvector(((rounded & ~is_nan) | (0x7fc00000 & is_nan)) >> 16, Half);
+    if (count == kLanes) {
+        std::memcpy(to, &half, sizeof half);
+    } else {
+        std::memcpy(to, &half, count * sizeof(Bfloat));
+    }
+}
+
 FASTPEFT_TARGET inline float sum_of_lanes(Float x) {
     float lane[kLanes];
     std::memcpy(lane, &x, sizeof lane);
@@ -70,8 +94,8 @@ FASTPEFT_TARGET inline float sum_of_lanes(Float x) {
 }
 
 // Adds the products of `count` columns of kRankBlock ranks with those of the rows.
-template <int kCount>
-FASTPEFT_TARGET inline void project_columns(const float* x, int64_t stride, const float* factors, int64_t columns,
+template <int kCount, typename T>
+FASTPEFT_TARGET inline void project_columns(const T* x, int64_t stride, const float* factors, int64_t columns,
                                             int count, Float (&sums)[kCount][kRankBlock]) {
     Float factor[kRankBlock];
     for (int r = 0; r < kRankBlock; ++r) factor[r] = load(factors + r * columns, count);
@@ -81,9 +105,8 @@ FASTPEFT_TARGET inline void project_columns(const float* x, int64_t stride, cons
     }
 }
 
-template <int kCount>
-FASTPEFT_TARGET inline void project_rows(const float* x, int64_t stride, Factors factors, float* out,
-                                         int64_t out_stride) {
+template <int kCount, typename T>
+FASTPEFT_TARGET inline void project_rows(const T* x, int64_t stride, Factors factors, float* out, int64_t out_stride) {
     for (int64_t r = 0; r < factors.ranks; r += kRankBlock) {
         const float* block = factors.data + r * factors.columns;
         Float sums[kCount][kRankBlock] = {};
@@ -100,7 +123,8 @@ FASTPEFT_TARGET inline void project_rows(const float* x, int64_t stride, Factors
     }
 }
 
-FASTPEFT_TARGET void project(Rows x, Factors factors, Rows coefficients) {
+template <typename T>
+FASTPEFT_TARGET void project(RowsOf<T> x, Factors factors, Rows coefficients) {
     int64_t m = 0;
     for (; m + kRows <= x.count; m += kRows) {
         project_rows<kRows>(x.data + m * x.stride, x.stride, factors, coefficients.data + m * coefficients.stride,
@@ -113,16 +137,10 @@ FASTPEFT_TARGET void project(Rows x, Factors factors, Rows coefficients) {
 }
 
 // kWidth registers side by side of each row, the last of them `count` lanes
-template <int kCount, int kWidth>
+template <int kCount, int kWidth, typename T>
 FASTPEFT_TARGET inline void expand_columns(const float* coefficients, int64_t stride, const float* factors,
-                                           Factors shape, const float* start, int count, float* out,
-                                           int64_t out_stride) {
+                                           Factors shape, int count, T* out, int64_t out_stride) {
     Float sums[kCount][kWidth] = {};
-    if (start != nullptr) {
-        for (int m = 0; m < kCount; ++m) {
-            for (int i = 0; i < kWidth; ++i) sums[m][i] = load(start + i * kLanes, count);
-        }
-    }
     for (int64_t r = 0; r < shape.ranks; ++r) {
         Float factor[kWidth];
         for (int i = 0; i < kWidth; ++i) factor[i] = load(factors + r * shape.columns + i * kLanes, count);
@@ -132,41 +150,43 @@ FASTPEFT_TARGET inline void expand_columns(const float* coefficients, int64_t st
         }
     }
     for (int m = 0; m < kCount; ++m) {
-        for (int i = 0; i < kWidth; ++i) store(sums[m][i], out + m * out_stride + i * kLanes, count);
+        for (int i = 0; i < kWidth; ++i) {
+            T* to = out + m * out_stride + i * kLanes;
+            store(load(to, count) + sums[m][i], to, count);
+        }
     }
 }
 
-template <int kCount>
-FASTPEFT_TARGET inline void expand_rows(const float* coefficients, int64_t stride, Factors factors, const float* start,
-                                        float* out, int64_t out_stride) {
+template <int kCount, typename T>
+FASTPEFT_TARGET inline void expand_rows(const float* coefficients, int64_t stride, Factors factors, T* out,
+                                        int64_t out_stride) {
     int64_t n = 0;
     for (; n + kVectors * kLanes <= factors.columns; n += kVectors * kLanes) {
-        expand_columns<kCount, kVectors>(coefficients, stride, factors.data + n, factors,
-                                         start == nullptr ? nullptr : start + n, kLanes, out + n, out_stride);
+        expand_columns<kCount, kVectors>(coefficients, stride, factors.data + n, factors, kLanes, out + n, out_stride);
     }
     while (n < factors.columns) {
         const int count = factors.columns - n < kLanes ? factors.columns - n : kLanes;
-        expand_columns<kCount, 1>(coefficients, stride, factors.data + n, factors,
-                                  start == nullptr ? nullptr : start + n, count, out + n, out_stride);
+        expand_columns<kCount, 1>(coefficients, stride, factors.data + n, factors, count, out + n, out_stride);
         n += count;
     }
 }
 
-FASTPEFT_TARGET void expand(Rows coefficients, Factors factors, const float* start, Rows out) {
+template <typename T>
+FASTPEFT_TARGET void expand(Rows coefficients, Factors factors, RowsOf<T> out) {
     int64_t m = 0;
     for (; m + kRows <= out.count; m += kRows) {
-        expand_rows<kRows>(coefficients.data + m * coefficients.stride, coefficients.stride, factors, start,
+        expand_rows<kRows>(coefficients.data + m * coefficients.stride, coefficients.stride, factors,
                            out.data + m * out.stride, out.stride);
     }
     for (; m < out.count; ++m) {
-        expand_rows<1>(coefficients.data + m * coefficients.stride, coefficients.stride, factors, start,
+        expand_rows<1>(coefficients.data + m * coefficients.stride, coefficients.stride, factors,
                        out.data + m * out.stride, out.stride);
     }
 }
 
 // The sums of kWidth registers side by side, the last of them `count` lanes, for kRankBlock ranks
-template <int kWidth>
-FASTPEFT_TARGET inline void reduce_columns(Rows coefficients, Rows x, int64_t columns, int count, float* out) {
+template <int kWidth, typename T>
+FASTPEFT_TARGET inline void reduce_columns(Rows coefficients, RowsOf<T> x, int64_t columns, int count, float* out) {
     Float sums[kRankBlock][kWidth] = {};
     for (int64_t m = 0; m < x.count; ++m) {
         Float value[kWidth];
@@ -184,12 +204,13 @@ FASTPEFT_TARGET inline void reduce_columns(Rows coefficients, Rows x, int64_t co
     }
 }
 
-FASTPEFT_TARGET void reduce(Rows coefficients, Rows x, int64_t ranks, int64_t columns, float* sums) {
+template <typename T>
+FASTPEFT_TARGET void reduce(Rows coefficients, RowsOf<T> x, int64_t ranks, int64_t columns, float* sums) {
     int64_t k = 0;
     while (k < columns) {
         const bool wide = k + kVectors * kLanes <= columns;
         const int count = columns - k < kLanes ? columns - k : kLanes;
-        const Rows part = {x.data + k, x.count, x.stride};
+        const RowsOf<T> part = {x.data + k, x.count, x.stride};
         for (int64_t r = 0; r < ranks; r += kRankBlock) {
             const Rows block = {coefficients.data + r, coefficients.count, coefficients.stride};
             float* out = sums + r * columns + k;
@@ -205,7 +226,7 @@ FASTPEFT_TARGET void reduce(Rows coefficients, Rows x, int64_t ranks, int64_t co
 
 }  // namespace
 
-const LowRank low_rank = {project, expand, reduce};
+const LowRank low_rank = {{project, expand, reduce}, {project, expand, reduce}};
 
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

@@ -158,14 +158,22 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
         library.impl(choice.op, getattr(module, function), choice.device.upper())
     elif choice.backend == "aten":
-        library.impl(choice.op, op.aten, choice.device.upper())
+        for key in _keys(choice.device):
+            library.impl(choice.op, op.aten, key)
     elif choice.backend == "cpp" and op.aten is not None:
         # what the compiled module calls for the dtypes and ranks that it leaves to ATen
         library.define(f"{choice.op}_aten{op.schema.partition('->')[0]}-> Tensor[]")
-        library.impl(f"{choice.op}_aten", _flat(op.aten), choice.device.upper())
+        for key in _keys(choice.device):
+            library.impl(f"{choice.op}_aten", _flat(op.aten), key)
     elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
         # a compiled module may have been loaded for another op; put the reference back over this one
-        library.impl(choice.op, op.reference, choice.device.upper())
+        for key in _keys(choice.device):
+            library.impl(choice.op, op.reference, key)
+
+
+def _keys(device: str) -> tuple[str, ...]:
+    """The dispatcher's names for a device: on a CPU, a call with a packed weight has one of its own."""
+    return ("CPU", "MkldnnCPU") if device == "cpu" else (device.upper(),)
 
 
 def _flat(implementation: Callable[..., tuple[Any, ...]]) -> Callable[..., list[Tensor]]:

@@ -15,6 +15,11 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def factors_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the factors of an op that computes in `dtype`: on a CPU, bfloat16 takes them in float32."""
+    return torch.float32 if dtype is torch.bfloat16 and device.type == "cpu" else dtype
+
+
 def keeping_dtypes(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn`, as `nn.Module._apply` gets it, by which the tensors `kept` move with the module but are not cast."""
     identities = {id(tensor) for tensor in kept}

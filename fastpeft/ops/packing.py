@@ -17,15 +17,18 @@ from torch.nn import functional as F
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs this weight: it lies on a CPU, has entries, and `dtype` is float32 or bfloat16."""
+    """Whether oneDNN packs this weight: dense, on a CPU, with entries, and `dtype` is float32 or bfloat16."""
     return (
-        weight.device.type == "cpu"
+        (type(weight) in _PLAIN or isinstance(weight, FakeTensor))  # not what shards or counts
+        and weight.device.type == "cpu"
         and dtype in _PACKED_DTYPES
         and weight.numel() > 0
-        and (type(weight) in (Tensor, torch.nn.Parameter) or isinstance(weight, FakeTensor))  # not what is sharded
+        and (weight.is_contiguous() or weight.t().is_contiguous())  # so that its samples are a view
         and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
@@ -40,6 +43,11 @@ def pack(weight: Tensor) -> Tensor:
         return weight.detach().clone(memory_format=torch.contiguous_format)
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return packed
+
+
+def dense(weight: Tensor) -> Tensor:
+    """`weight` itself, or what a pack was made of."""
+    return weight.to_dense() if weight.is_mkldnn else weight
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,6 +69,15 @@ def quantise_rows(matrix: Tensor) -> Codes:
     return codes, scales, codes.sum(1, dtype=torch.int32)
 
 
+def operand(weight: Tensor, packs: Packs | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """What a product in `dtype` reads: the pack of `weight`, or of its transpose, else the weight itself in `dtype`."""
+    if packs is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        packed = packs.of(weight, dtype, transposed)
+        if packed is not None:
+            return packed
+    return weight if weight.dtype is dtype else weight.to(dtype)
+
+
 class Packs:
     """The packs of one frozen weight: of W for the product, of W^T for the gradient of its input, one a dtype.
 
@@ -75,40 +92,54 @@ class Packs:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._signature: tuple[Any, ...] = ()
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
-        self._codes: Codes | None = None
+        self.drop()
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
         """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
+        found = self._packed.get((dtype, transposed))
+        current = self._holds(weight)
+        if found is not None and current:
+            return found
         if not self.enabled or not can_pack(weight, dtype):
             return None
-        self._check(weight)
-        found = self._packed.get((dtype, transposed))
-        if found is None:
-            matrix = weight.detach().t() if transposed else weight
-            found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
+        if not current:
+            self._begin(weight)
+        matrix = weight.detach().t() if transposed else weight
+        self._packed[dtype, transposed] = found = pack(matrix.to(dtype))
         return found
 
     def codes(self, weight: Tensor) -> Codes:
         """`weight` `(N, K)` in int8, as `fastpeft::int8_linear` takes it."""
-        self._check(weight)
-        if self._codes is None:
+        if self._codes is None or not self._holds(weight):
+            self._begin(weight)
             self._codes = quantise_rows(weight.detach().float())
         return self._codes
 
-    def _check(self, weight: Tensor) -> None:
+    def _begin(self, weight: Tensor) -> None:
         """Drop what was packed of other values."""
-        signature = _signature(weight)
-        if signature != self._signature:
-            self.drop()
-            self._signature = signature
+        self.drop()
+        self._signature = _signature(weight)
+        if not isinstance(weight, FakeTensor):
+            self._samples = _samples(weight)
+            self._sampled = self._samples.clone()
+
+    def _holds(self, weight: Tensor) -> bool:
+        """Whether what is kept is of this weight as it is now. It runs at every call of a layer."""
+        if type(weight) not in _PLAIN:
+            return _signature(weight) == self._signature
+        return (
+            _signature(weight) == self._signature
+            and weight.data_ptr() == self._samples.data_ptr()  # before they are read: the place may be freed
+            and torch.equal(self._samples, self._sampled)
+        )
 
     def drop(self) -> None:
-        """Forget all packs."""
-        self._signature = ()
+        """Forget all packs, and the weight."""
         self._packed.clear()
-        self._codes = None
+        self._codes: Codes | None = None
+        self._signature: tuple[Any, ...] = ()
+        self._samples = self._sampled = torch.empty(0)  # entries of the weight where it lies, and what they were
 
     @property
     def nbytes(self) -> int:
@@ -124,11 +155,14 @@ class Packs:
 
 
 def _signature(weight: Tensor) -> tuple[Any, ...]:
-    """What differs, but for a change of a few entries through `.data`, when a weight has changed."""
     if isinstance(weight, FakeTensor):
         return (id(weight),)
     version = 0 if weight.is_inference() else weight._version
-    stored = weight.data
-    flat = stored.reshape(-1) if stored.is_contiguous() else stored.t().reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
-    return weight.data_ptr(), version, weight.dtype, weight.shape, weight.stride(), tuple(flat[::step].tolist())
+    return version, weight.dtype, weight.shape, weight.stride()
+
+
+def _samples(weight: Tensor) -> Tensor:
+    """Some entries of the weight, beginning with the first, as integers: a view of it."""
+    stored = weight.detach()
+    flat = (stored if stored.is_contiguous() else stored.t()).view(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].view(_BITS[flat.element_size()])

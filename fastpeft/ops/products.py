@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.ops.packing import packed_linear
+
 
 def as_matrix(x: Tensor) -> Tensor:
     """`(*, K)` as `(M, K)`; a -1 in its place could not be told where K is 0."""
@@ -23,6 +25,8 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`; no view of another tensor, for autograd allows no change in place of an output that is one."""
+    if weight.is_mkldnn:
+        return packed_linear(x, weight, bias)
     h = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, target = as_matrix(x), as_matrix(h)
     if bias is None:
@@ -37,6 +41,22 @@ def output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Ten
     h = product(x, weight, bias)
     as_matrix(h).addmm_(p, scaled(u, s))
     return h
+
+
+def times(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows W`; what is packed is W^T."""
+    return packed_linear(rows, weight, None) if weight.is_mkldnn else rows @ weight
+
+
+def lowered(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Factors in the dtype of the rows; those that may differ are float32, any other is left for a product to refuse."""
+    return [factor.to(dtype) if factor.dtype is torch.float32 else factor for factor in factors]
+
+
+def raised(rows: Tensor, factor: Tensor) -> Tensor:
+    """Rows in half precision in the dtype of a factor that is in float32."""
+    halves = torch.float16, torch.bfloat16
+    return rows.float() if factor.dtype is torch.float32 and rows.dtype in halves else rows
 
 
 def stacked(vs: list[Tensor]) -> Tensor:

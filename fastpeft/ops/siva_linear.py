@@ -1,6 +1,10 @@
 """`fastpeft::siva_linear`: a linear layer whose weight is a frozen part and a trained product of rank R.
 
 Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+
+x, weight, h and bias have one dtype, and their gradients have it. The factors u, s and v have that dtype or, on a CPU,
+float32; p and the factors' gradients have theirs. On a CPU the weight may be a pack of it (`fastpeft.ops.packing`), in
+backward one of its transpose.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ops.define import NAMESPACE, define
-from fastpeft.ops.products import as_matrix, output
+from fastpeft.ops.define import define
+from fastpeft.ops.packing import Packs, dense, operand
+from fastpeft.ops.products import as_matrix, lowered, output, raised
 from fastpeft.ops.siva_linear_group import siva_linear_group_backward_aten
 
 
@@ -20,9 +25,9 @@ def siva_linear_reference(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`h = x W^T + ((x V^T) * s) U^T + b`, and `p = x V^T`."""
-    p = F.linear(x, v)
-    h = F.linear(x, weight, bias) + F.linear(p * s, u)
-    return h, p
+    p = F.linear(raised(x, v), v)
+    h = F.linear(x, dense(weight), bias) + F.linear(p * s, u)
+    return h.to(x.dtype), p
 
 
 def siva_linear_backward_reference(
@@ -42,16 +47,18 @@ def siva_linear_backward_reference(
 
     `dx = dh W + dp V`, `dU = dh^T (p * s)`, `dV = dp^T x`, `db = sum of dh over rows`.
     """
-    dx, du, dv, dbias = (dh.new_empty(0) for _ in range(4))
+    dx, du, dv, dbias = (like.new_empty(0) for like in (dh, u, v, dh))
     rows = as_matrix(dh)  # (M, N)
+    wide = raised(rows, u)
     if need_dx or need_dv:
-        dp = (rows @ u) * s  # (M, R)
+        dp = (wide @ u) * s  # (M, R)
     if need_dx:
-        dx = (rows @ weight + dp @ v).view(*dh.shape[:-1], weight.shape[1])
+        product = rows @ (dense(weight).t() if weight.is_mkldnn else weight)
+        dx = (product + dp @ v).to(dh.dtype).view(*dh.shape[:-1], v.shape[1])
     if need_du:
-        du = rows.t() @ (as_matrix(p) * s)
+        du = wide.t() @ (as_matrix(p) * s)
     if need_dv:
-        dv = dp.t() @ as_matrix(x)
+        dv = dp.t() @ raised(as_matrix(x), v)
     if need_dbias:
         dbias = rows.sum(0)
     return dx, du, dv, dbias
@@ -61,8 +68,10 @@ def siva_linear_aten(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`h = x W^T + b`, then `h += p (U diag(s))^T` in place, with `p = x V^T`."""
+    dtype = v.dtype
+    u, s, v = lowered((u, s, v), x.dtype)
     p = F.linear(as_matrix(x), v)  # (M, R)
-    return output(x, weight, u, s, p, bias), p.view(*x.shape[:-1], v.shape[0])
+    return output(x, weight, u, s, p, bias), p.to(dtype).view(*x.shape[:-1], v.shape[0])
 
 
 def siva_linear_backward_aten(
@@ -89,7 +98,7 @@ def siva_linear_backward_aten(
 def _siva_linear_shapes(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], v.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), v.new_empty((*x.shape[:-1], v.shape[0]))
 
 
 def _siva_linear_backward_shapes(
@@ -106,10 +115,10 @@ def _siva_linear_backward_shapes(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(u.shape if need_du else (0,)),
-        x.new_empty(v.shape if need_dv else (0,)),
-        x.new_empty((weight.shape[0],) if need_dbias else (0,)),
+        dh.new_empty((*dh.shape[:-1], v.shape[1]) if need_dx else (0,)),
+        u.new_empty(u.shape if need_du else (0,)),
+        v.new_empty(v.shape if need_dv else (0,)),
+        dh.new_empty((u.shape[0],) if need_dbias else (0,)),
     )
 
 
@@ -134,49 +143,62 @@ define(
 )
 
 
-def _siva_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, u, s, v, _ = inputs
-    p = output[1]
-    ctx.mark_non_differentiable(p)
-    ctx.set_materialize_grads(False)
-    # torch appends one input of its own
-    _, ctx.need_dweight, need_du, ctx.need_ds, need_dv, _ = ctx.needs_input_grad[: len(inputs)]
-    # x is needed for dV and p for dU alone; what no gradient needs is not kept
-    ctx.save_for_backward(x if need_dv else None, weight, u, s, v, p if need_du else None)
+class SivaLinear(torch.autograd.Function):
+    """The autograd formula of `fastpeft::siva_linear`: `apply(x, weight, u, s, v, bias, packs)`.
 
+    Not one of `register_autograd`, which takes twice as long. The weight has any dtype and gets no gradient, and s gets
+    none; `functional.siva_linear` refuses those that require one.
+    """
 
-def _siva_linear_gradients(ctx: Any, dh: Tensor | None, _dp: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ctx.need_dweight or ctx.need_ds:
-        # functional.siva_linear refuses this with the reason; a silent None would be a wrong gradient
-        raise RuntimeError("fastpeft::siva_linear has no gradient for weight and s: both are frozen by definition")
-    if dh is None:
-        return None, None, None, None, None, None
-    x, weight, u, s, v, p = ctx.saved_tensors
-    need_dx, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad[:6]
-    empty = dh.new_empty(0)
-    dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
-        dh,
-        x if x is not None else empty,
-        weight,
-        u,
-        s,
-        v,
-        p if p is not None else empty,
-        need_dx,
-        need_du,
-        need_dv,
-        need_dbias,
-    )
-    return (
-        dx if need_dx else None,
-        None,
-        du if need_du else None,
-        None,
-        dv if need_dv else None,
-        dbias if need_dbias else None,
-    )
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        packs: Packs | None,
+    ) -> Tensor:
+        factor = operand(weight, packs, x.dtype)
+        h, p = torch.ops.fastpeft.siva_linear(x, factor, u, s, v, bias)
+        _, _, need_du, _, need_dv, _, _ = ctx.needs_input_grad
+        ctx.packs = packs
+        ctx.set_materialize_grads(False)
+        # x is needed for dV and p for dU alone; what no gradient needs is not kept
+        kept = weight if factor.is_mkldnn else factor
+        ctx.save_for_backward(x if need_dv else None, kept, u, s, v, p if need_du else None)
+        return h
 
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::siva_linear", _siva_linear_gradients, setup_context=_siva_linear_setup_context
-)
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dh is None:
+            return (None,) * 7
+        x, weight, u, s, v, p = ctx.saved_tensors
+        need_dx, _, need_du, _, need_dv, need_dbias, _ = ctx.needs_input_grad
+        if need_dx:
+            weight = operand(weight, ctx.packs, dh.dtype, transposed=True)
+        empty = dh.new_empty(0)
+        dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
+            dh,
+            empty if x is None else x,
+            weight,
+            u,
+            s,
+            v,
+            empty if p is None else p,
+            need_dx,
+            need_du,
+            need_dv,
+            need_dbias,
+        )
+        return (
+            dx if need_dx else None,
+            None,
+            du if need_du else None,
+            None,
+            dv if need_dv else None,
+            dbias if need_dbias else None,
+            None,
+        )

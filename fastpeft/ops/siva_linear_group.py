@@ -1,6 +1,7 @@
 """`fastpeft::siva_linear_group`: layers of SiVA that read the same x, in one call.
 
-Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank. Dtypes and
+packs are as in `siva_linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.define import define
-from fastpeft.ops.products import as_matrix, output, scaled, split, stacked
+from fastpeft.ops.packing import Packs, operand
+from fastpeft.ops.products import as_matrix, lowered, output, scaled, split, stacked, times
 
 
 def siva_linear_group_reference(
@@ -71,13 +73,15 @@ def siva_linear_group_aten(
     Each layer has its product with W: one with all W below each other is no faster, and they would have to share a
     storage for it.
     """
+    dtype = vs[0].dtype
+    us, ss, vs = (lowered(each, x.dtype) for each in (us, ss, vs))
     p = stacked(vs) @ as_matrix(x).t()  # (sum of R, M)
     ps = p.split([s.shape[0] for s in ss])
     hs = [
         output(x, weight, u, s, part.t(), bias)
         for weight, u, s, part, bias in zip(weights, us, ss, ps, biases, strict=True)
     ]
-    return hs, p
+    return hs, p.to(dtype)
 
 
 def siva_linear_group_backward_aten(
@@ -96,21 +100,25 @@ def siva_linear_group_backward_aten(
     """As the reference, with `dp^T = diag(s) U^T dh^T`, one sum `dx` of all `dh W` and of `dp V`, and one `dV`."""
     ranks = [s.shape[0] for s in ss]
     rows = [as_matrix(dh) for dh in dhs]  # (M, N)
-    dx, dv = (rows[0].new_empty(0) for _ in range(2))
+    dtype, of_factors = rows[0].dtype, vs[0].dtype
+    us, ss, vs, (p,) = (lowered(each, dtype) for each in (us, ss, vs, [p]))
+    dx, dv = rows[0].new_empty(0), rows[0].new_empty(0, dtype=of_factors)
     if need_dx or need_dv:
         dp = rows[0].new_empty(sum(ranks), rows[0].shape[0])  # (sum of R, M), as p
         for dh, u, s, part in zip(rows, us, ss, dp.split(ranks), strict=True):
             torch.mm(scaled(u, s), dh.t(), out=part)
     if need_dx:
-        dx = rows[0] @ weights[0]
+        dx = times(rows[0], weights[0])
         for dh, weight in zip(rows[1:], weights[1:], strict=True):
-            dx.addmm_(dh, weight)
+            dx = dx.add_(times(dh, weight)) if weight.is_mkldnn else dx.addmm_(dh, weight)
         dx = dx.addmm_(dp.t(), stacked(vs)).view(*dhs[0].shape[:-1], dx.shape[1])
     if need_dv:
-        dv = dp @ as_matrix(x)
+        dv = (dp @ as_matrix(x)).to(of_factors)
     ps = p.split(ranks) if any(need_du) else [p] * len(ss)
     dus = [
-        torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape)) if needed else dh.new_empty(0)
+        torch.mul((part @ dh).t(), s, out=u.new_empty(u.shape if needed else (0,), dtype=of_factors))
+        if needed
+        else dh.new_empty(0, dtype=of_factors)
         for dh, u, s, part, needed in zip(rows, us, ss, ps, need_du, strict=True)
     ]
     dbiases = [dh.sum(0) if needed else dh.new_empty(0) for dh, needed in zip(rows, need_dbias, strict=True)]
@@ -126,7 +134,7 @@ def _siva_linear_group_shapes(
     biases: list[Tensor | None],
 ) -> tuple[list[Tensor], Tensor]:
     hs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    return hs, x.new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
+    return hs, vs[0].new_empty((sum(v.shape[0] for v in vs), math.prod(x.shape[:-1])))
 
 
 def _siva_linear_group_backward_shapes(
@@ -142,12 +150,12 @@ def _siva_linear_group_backward_shapes(
     need_dv: bool,
     need_dbias: list[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    k = weights[0].shape[1]
+    k = vs[0].shape[1]
     return (
-        x.new_empty((*dhs[0].shape[:-1], k) if need_dx else (0,)),
-        [x.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
-        x.new_empty((sum(v.shape[0] for v in vs), k) if need_dv else (0,)),
-        [x.new_empty((len(w),) if needed else (0,)) for w, needed in zip(weights, need_dbias, strict=True)],
+        dhs[0].new_empty((*dhs[0].shape[:-1], k) if need_dx else (0,)),
+        [u.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
+        vs[0].new_empty((sum(v.shape[0] for v in vs), k) if need_dv else (0,)),
+        [dh.new_empty((len(u),) if needed else (0,)) for dh, u, needed in zip(dhs, us, need_dbias, strict=True)],
     )
 
 
@@ -173,21 +181,24 @@ define(
 
 
 class SivaLinearGroup(torch.autograd.Function):
-    """The autograd formula of `fastpeft::siva_linear_group`: `apply(layers, x, *weights, *us, *ss, *vs, *biases)`.
+    """The autograd formula of `fastpeft::siva_linear_group`: `apply(packs, x, *weights, *us, *ss, *vs, *biases)`.
 
-    Not one of `register_autograd`, which for lists of tensors takes three times as long as the call itself is worth.
-    Weights and s get no gradient; `functional.siva_linear_group` refuses those that require one.
+    `packs` has one for each layer, or None. A function for the reason of `SivaLinear`; weights and s get no gradient
+    here either.
     """
 
     @staticmethod
-    def forward(ctx: Any, layers: int, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, packs: Sequence[Packs | None], x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        layers = len(packs)
         weights, us, ss, vs, biases = split(operands, layers)
-        hs, p = torch.ops.fastpeft.siva_linear_group(x, weights, us, ss, vs, biases)
+        factors = [operand(weight, each, x.dtype) for weight, each in zip(weights, packs, strict=True)]
+        hs, p = torch.ops.fastpeft.siva_linear_group(x, factors, us, ss, vs, biases)
         _, _, *needs = ctx.needs_input_grad
         _, need_du, _, need_dv, _ = split(needs, layers)
         # x is needed for dV and p for dU alone; what no gradient needs is not kept
         kept = x if any(need_dv) else None, p if any(need_du) else None
-        ctx.layers = layers
+        weights = [weight if each.is_mkldnn else each for weight, each in zip(weights, factors, strict=True)]
+        ctx.packs = packs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*kept, *weights, *us, *ss, *vs)
         return tuple(hs)
@@ -201,15 +212,20 @@ class SivaLinearGroup(torch.autograd.Function):
         def of_used(values: Sequence[Any]) -> list[Any]:
             return [values[i] for i in used]
 
+        layers = len(ctx.packs)
         x, p, *operands = ctx.saved_tensors
-        weights, us, ss, vs = map(of_used, split(operands, ctx.layers))
+        weights, us, ss, vs = map(of_used, split(operands, layers))
         _, need_dx, *needs = ctx.needs_input_grad
-        _, need_du, _, need_dv, need_dbias = map(of_used, split(needs, ctx.layers))
-        if p is not None and len(used) < ctx.layers:
-            p = torch.cat(of_used(p.split([s.shape[0] for s in split(operands, ctx.layers)[2]])))
-        empty = weights[0].new_empty(0)
+        _, need_du, _, need_dv, need_dbias = map(of_used, split(needs, layers))
+        if p is not None and len(used) < layers:
+            p = torch.cat(of_used(p.split([s.shape[0] for s in split(operands, layers)[2]])))
+        dhs = tuple(of_used(dhs))
+        if need_dx:
+            pairs = zip(weights, of_used(ctx.packs), strict=True)
+            weights = [operand(weight, packs, dhs[0].dtype, transposed=True) for weight, packs in pairs]
+        empty = dhs[0].new_empty(0)
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_group_backward(
-            of_used(dhs),
+            dhs,
             x if x is not None else empty,
             weights,
             us,
@@ -222,7 +238,7 @@ class SivaLinearGroup(torch.autograd.Function):
             need_dbias,
         )
         dvs = dv.split([v.shape[0] for v in vs]) if any(need_dv) else [empty] * len(used)
-        gradients: list[list[Tensor | None]] = [[None] * ctx.layers for _ in range(5)]  # weights, us, ss, vs, biases
+        gradients: list[list[Tensor | None]] = [[None] * layers for _ in range(5)]  # weights, us, ss, vs, biases
         for place, values, needed in ((1, dus, need_du), (3, dvs, need_dv), (4, dbiases, need_dbias)):
             for i, value, need in zip(used, values, needed, strict=True):
                 gradients[place][i] = value if need else None

@@ -1,6 +1,7 @@
 """`fastpeft::siva_linear_mixed`: one layer of SiVA whose rows take the factors of different adapters.
 
-Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
+Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank. Dtypes and
+packs are as in `siva_linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import define
-from fastpeft.ops.products import as_matrix, product, scaled, split
+from fastpeft.ops.packing import Packs, dense, operand
+from fastpeft.ops.products import as_matrix, lowered, product, raised, scaled, split, times
 
 
 def siva_linear_mixed_reference(
@@ -28,9 +30,9 @@ def siva_linear_mixed_reference(
     bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b` for the rows b of each i, and each `p_i^T = V_i x[b]^T`."""
-    h, ps = F.linear(x, weight, bias), []
+    h, ps = F.linear(x, dense(weight), bias), []
     for rows, u, s, v in zip(_rows(x, sizes, order), us, ss, vs, strict=True):
-        p = F.linear(x[rows], v)
+        p = F.linear(raised(x[rows], v), v)
         h[rows] += F.linear(p * s, u)
         ps.append(as_matrix(p).t())
     return h, ps
@@ -52,17 +54,17 @@ def siva_linear_mixed_backward_reference(
     need_dbias: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """For each i the gradients of `siva_linear` over its rows alone; dx of all."""
-    dx = dh @ weight if need_dx else dh.new_empty(0)
+    dx = dh @ (dense(weight).t() if weight.is_mkldnn else weight) if need_dx else dh.new_empty(0)
     dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
     for i, (rows, u, s, v) in enumerate(zip(_rows(dh, sizes, order), us, ss, vs, strict=True)):
-        own = as_matrix(dh[rows])  # (M, N)
+        own = raised(as_matrix(dh[rows]), u)  # (M, N)
         dp = (own @ u) * s  # (M, R)
         if need_dx:
             dx[rows] += (dp @ v).view(dx[rows].shape)
         if need_du[i]:
             dus[i] = own.t() @ (ps[i].t() * s)
         if need_dv[i]:
-            dvs[i] = dp.t() @ as_matrix(x[rows])
+            dvs[i] = dp.t() @ raised(as_matrix(x[rows]), v)
     return dx, dus, dvs, as_matrix(dh).sum(0) if need_dbias else dh.new_empty(0)
 
 
@@ -91,11 +93,13 @@ def siva_linear_mixed_aten(
             f"0 to {len(x) - 1} once. Give the permutation that sorts the rows by adapter."
         )
     x = _sorted(x, order)
+    dtypes = [v.dtype for v in vs]
+    us, ss, vs = (lowered(each, x.dtype) for each in (us, ss, vs))
     h, ps = product(x, weight, bias), []
     for part, target, u, s, v in zip(x.split(sizes), h.split(sizes), us, ss, vs, strict=True):
         ps.append(v @ as_matrix(part).t())  # (R, M)
         as_matrix(target).addmm_(ps[-1].t(), scaled(u, s))
-    return _unsorted(h, order), ps
+    return _unsorted(h, order), [p.to(dtype) for p, dtype in zip(ps, dtypes, strict=True)]
 
 
 def siva_linear_mixed_backward_aten(
@@ -117,8 +121,10 @@ def siva_linear_mixed_backward_aten(
     dh = _sorted(dh, order)
     x = _sorted(x, order) if any(need_dv) else dh  # of which no row is read then
     rows = as_matrix(dh)  # (M, N)
-    dx = (rows @ weight).view(*dh.shape[:-1], weight.shape[1]) if need_dx else dh
-    dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
+    dtypes = [v.dtype for v in vs]
+    us, ss, vs, ps = (lowered(each, dh.dtype) for each in (us, ss, vs, ps))
+    dx = times(rows, weight).view(*dh.shape[:-1], vs[0].shape[1]) if need_dx else dh
+    dus, dvs = ([t.new_empty(0, dtype=of) for t, of in zip(each, dtypes, strict=True)] for each in (us, vs))
     parts = zip(dh.split(sizes), x.split(sizes), dx.split(sizes), us, ss, vs, ps, strict=True)
     for i, (of_h, of_x, target, u, s, v, p) in enumerate(parts):
         own = as_matrix(of_h)
@@ -127,9 +133,9 @@ def siva_linear_mixed_backward_aten(
         if need_dx:
             as_matrix(target).addmm_(dp.t(), v)
         if need_du[i]:
-            dus[i] = torch.mul((p @ own).t(), s, out=u.new_empty(u.shape))
+            dus[i] = torch.mul((p @ own).t(), s, out=u.new_empty(u.shape, dtype=dtypes[i]))
         if need_dv[i]:
-            dvs[i] = dp @ as_matrix(of_x)
+            dvs[i] = (dp @ as_matrix(of_x)).to(dtypes[i])
     dbias = rows.sum(0) if need_dbias else dh.new_empty(0)
     return _unsorted(dx, order) if need_dx else dh.new_empty(0), dus, dvs, dbias
 
@@ -153,7 +159,7 @@ def _siva_linear_mixed_shapes(
     bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     tokens = math.prod(x.shape[1:-1])
-    ps = [x.new_empty((v.shape[0], size * tokens)) for v, size in zip(vs, sizes, strict=True)]
+    ps = [v.new_empty((v.shape[0], size * tokens)) for v, size in zip(vs, sizes, strict=True)]
     return x.new_empty((*x.shape[:-1], weight.shape[0])), ps
 
 
@@ -173,10 +179,10 @@ def _siva_linear_mixed_backward_shapes(
     need_dbias: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     return (
-        dh.new_empty((*dh.shape[:-1], weight.shape[1]) if need_dx else (0,)),
+        dh.new_empty((*dh.shape[:-1], vs[0].shape[1]) if need_dx else (0,)),
         [u.new_empty(u.shape if needed else (0,)) for u, needed in zip(us, need_du, strict=True)],
         [v.new_empty(v.shape if needed else (0,)) for v, needed in zip(vs, need_dv, strict=True)],
-        dh.new_empty((weight.shape[0],) if need_dbias else (0,)),
+        dh.new_empty((dh.shape[-1],) if need_dbias else (0,)),
     )
 
 
@@ -204,21 +210,30 @@ define(
 
 
 class SivaLinearMixed(torch.autograd.Function):
-    """The autograd formula of `fastpeft::siva_linear_mixed`: `apply(sizes, order, x, weight, bias, *us, *ss, *vs)`.
+    """The formula of `fastpeft::siva_linear_mixed`: `apply(packs, sizes, order, x, weight, bias, *us, *ss, *vs)`.
 
-    A function for the reason of `SivaLinearGroup`; s and the weight get no gradient here either.
+    A function for the reason of `SivaLinear`; s and the weight get no gradient here either.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, sizes: list[int], order: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Any
+        ctx: Any,
+        packs: Packs | None,
+        sizes: list[int],
+        order: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *factors: Any,
     ) -> Tensor:
         us, ss, vs = split(factors, len(sizes))
-        h, ps = torch.ops.fastpeft.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
-        need_du, _, need_dv = split(ctx.needs_input_grad[5:], len(sizes))
+        factor = operand(weight, packs, x.dtype)
+        h, ps = torch.ops.fastpeft.siva_linear_mixed(x, factor, us, ss, vs, sizes, order, bias)
+        need_du, _, need_dv = split(ctx.needs_input_grad[6:], len(sizes))
         # x is needed for dV and a p for its dU alone; what no gradient needs is not kept
         kept = [p if needed else None for p, needed in zip(ps, need_du, strict=True)]
-        ctx.sizes = sizes
+        ctx.sizes, ctx.packs = sizes, packs
+        weight = weight if factor.is_mkldnn else factor
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if any(need_dv) else None, order, weight, *factors, *kept)
         return h
@@ -229,7 +244,9 @@ class SivaLinearMixed(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, order, weight, *rest = ctx.saved_tensors
         us, ss, vs, ps = split(rest, len(ctx.sizes))
-        _, _, need_dx, _, need_dbias, *needs = ctx.needs_input_grad
+        _, _, _, need_dx, _, need_dbias, *needs = ctx.needs_input_grad
+        if need_dx:
+            weight = operand(weight, ctx.packs, dh.dtype, transposed=True)
         need_du, need_ds, need_dv = split(needs, len(ctx.sizes))
         empty = dh.new_empty(0)
         dx, dus, dvs, dbias = torch.ops.fastpeft.siva_linear_mixed_backward(
@@ -248,7 +265,7 @@ class SivaLinearMixed(torch.autograd.Function):
             need_dbias,
         )
         return (
-            *(None, None, dx if need_dx else None, None, dbias if need_dbias else None),
+            *(None, None, None, dx if need_dx else None, None, dbias if need_dbias else None),
             *(du if needed else None for du, needed in zip(dus, need_du, strict=True)),
             *(None for _ in need_ds),
             *(dv if needed else None for dv, needed in zip(dvs, need_dv, strict=True)),

@@ -39,8 +39,8 @@ class AdaptedLinear(FrozenLinear):
         "step",
     )
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
-        super().__init__(base_layer, name)
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
+        super().__init__(base_layer, name, pack_weights)
         self.siva_du, self.siva_dv = nn.ModuleDict(), nn.ModuleDict()
         self.siva_s, self.siva_u0, self.siva_v0 = (BufferDict(persistent=True) for _ in range(3))
         self.siva_residual = BufferDict(persistent=True)  # W_r where the file must hold it: d below the full rank
@@ -160,8 +160,11 @@ class AdaptedLinear(FrozenLinear):
         return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
 
     def _trained(self, adapter: str) -> Factors:
-        u0, s, v0 = self._initial(adapter)
-        return Factors(self.siva_du[adapter](u0), s, self.siva_dv[adapter](v0))
+        # `self.siva_du[adapter]` and the like, which by nn.Module's __getattr__ take longer than a small layer's products
+        parts: Any = self._modules
+        u0, v0 = parts["siva_u0"]._buffers[adapter], parts["siva_v0"]._buffers[adapter]
+        du, dv = parts["siva_du"]._modules[adapter], parts["siva_dv"]._modules[adapter]
+        return Factors(du(u0), parts["siva_s"]._buffers[adapter], dv(v0))
 
     def _changes(self, adapter: str) -> tuple[Change, Change]:
         return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
@@ -169,6 +172,8 @@ class AdaptedLinear(FrozenLinear):
     @property
     def _frozen(self) -> bool:
         """Whether the stored weight is W_r."""
+        if not self._waiting:
+            return "frozen" in self.residual.values()
         return any(residual == "frozen" and name not in self._waiting for name, residual in self.residual.items())
 
     @property
@@ -197,7 +202,10 @@ class AdaptedLinear(FrozenLinear):
         `U0 s V0` for none; with an implicit one `sum_i (U_i s_i V_i - U0_i s_i V0_i)`.
         """
         terms = [self._trained(name) for name in active]
-        if self._frozen:
+        frozen = self._frozen
+        if frozen and len(terms) == 1:
+            return terms[0]
+        if frozen:
             count = 1 - len(active)
             shared = next(name for name in self.siva_s if name not in self._waiting)
             initial = [self._initial(shared)] if count else []
@@ -219,6 +227,7 @@ class AdaptedLinear(FrozenLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         initial = [each for tensors in (self.siva_s, self.siva_u0, self.siva_v0) for each in tensors.values()]
+        self.packs.drop()
         super()._apply(keeping_dtypes(fn, initial), recurse)  # W_r was made with every bit of them
         self._share_residual()  # a move to another device or dtype would part them
         return self

@@ -46,7 +46,8 @@ class Change(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, initial: Tensor) -> Tensor:
-        return initial + self.weight if self.scale is None else torch.addcmul(initial, self.weight, self.scale)
+        weight, scale = self.weight, self.scale
+        return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
 
     def is_empty(self) -> bool:
         """Whether no file has filled it yet."""

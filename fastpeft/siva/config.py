@@ -80,6 +80,10 @@ class SivaConfig(PeftConfig):
             dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
         quant_iterations: With `residual_dtype`, how often the factors are fitted again to what quantising lost.
             0 takes the weight's own triplets, as QPiSSA does.
+        pack_weights: Whether a layer on a CPU keeps its frozen weight a second time, in the layout that its product
+            reads fastest, and a third time, transposed, once a gradient flows through it. Under autocast the copies are
+            in autocast's dtype, and nothing is cast at each call. They are made at first use, made again when the
+            weight changes, and never saved. False saves their memory. The adapter that a layer is made for decides.
         scaling: How far an optimizer's step moves a triplet. `"spectral"`: equally far for every triplet of every
             layer, and less far the more layers there are, so that a learning rate found for one model serves another.
             `"plain"`: in proportion to the triplet's singular value, as if U and V themselves trained.
@@ -116,6 +120,7 @@ class SivaConfig(PeftConfig):
     residual: Residual = "frozen"
     residual_dtype: Format | None = None
     quant_iterations: int = ITERATIONS
+    pack_weights: bool = True
     scaling: Scaling = "spectral"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -236,6 +241,8 @@ class SivaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()
+        if self.pack_weights:
+            del values["pack_weights"]  # an adapter's file says nothing about where it runs, unless it must
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.packing import Packs
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
 from fastpeft.support.fingerprints import fingerprint
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # weight, u, s, v and bias, as `siva_linear` takes them
+# weight, u, s, v, bias and packs, as `siva_linear` takes them
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Packs | None]
 
 
 class FrozenLinear(nn.Module, BaseTunerLayer):
@@ -22,8 +24,10 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`.
         name: What error messages call the layer.
+        pack_weights: As in `SivaConfig`.
 
     Attributes:
+        packs: The stored weight as a product on a CPU reads it fastest.
         quantised: W_r in few bits; the stored weight is then empty, unless adapters are merged into it.
         fan_in_fan_out: Whether the base layer stores its weight as `(in_features, out_features)`.
         base_fingerprint: Of the pretrained weight; None until an adapter is added, and on the meta device.
@@ -32,13 +36,14 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         FastpeftError: The layer is of another kind.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
         super().__init__()
         check_kind(base_layer, name)
         self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types
         self.quantised: QuantisedWeight | None
         self.register_module("quantised", None)
         self.name = name
+        self.packs = Packs(pack_weights)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = self._weight.shape
         self.base_fingerprint: str | None = None
@@ -55,7 +60,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     @property
     def stored(self) -> Tensor:
         """The stored weight `(out_features, in_features)`; empty where `quantised` takes its place."""
-        weight: Tensor = self.base_layer.weight
+        weight: Tensor = self._modules["base_layer"].weight  # type: ignore[union-attr, assignment]
         if weight.requires_grad and not weight.is_leaf:  # FSDP1: a view of a flat parameter of which other parts train
             weight = weight.detach()
         return weight.t() if self.fan_in_fan_out else weight
@@ -69,10 +74,12 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
 
     @_weight.setter
     def _weight(self, value: Tensor) -> None:
+        self.packs.drop()  # it would notice, but hold the old weight until the next call
         self.base_layer.weight.data = value.t().contiguous() if self.fan_in_fan_out else value
 
     def _hold(self, rest: QuantisedWeight) -> None:
         """Let a quantised W_r serve in the place of the stored weight, which keeps dtype and device."""
+        self.packs.drop()
         self.quantised = rest
         self.base_layer.weight.data = self.base_layer.weight.data.new_empty(0)
 

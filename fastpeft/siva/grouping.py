@@ -156,8 +156,7 @@ class _Group:
             members = {member: found for member, found in members.items() if _alike(found[0], weight)}
         if layer not in members or len(members) == 1:
             return
-        weights, us, ss, vs, biases = zip(*members.values(), strict=True)
-        outputs = siva_linear_group(x, weights, us, ss, vs, biases)
+        outputs = siva_linear_group(x, *zip(*members.values(), strict=True))
         self._outputs = dict(zip(members, outputs, strict=True))
         self._x, self._state, self._computed = x, _state(x), True
 

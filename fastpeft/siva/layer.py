@@ -37,7 +37,7 @@ class SivaLinear(LoadableLinear):
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`. It is taken over: its weight changes in place.
         adapter_name: Name of the first adapter.
-        r, d, residual, residual_dtype, quant_iterations: As in `SivaConfig`.
+        r, d, residual, residual_dtype, quant_iterations, pack_weights: As in `SivaConfig`.
         step: How far each triplet's part of the weight moves, in the spectral norm and as a share of the weight's, when
             an optimizer moves every trained entry by 1, see `fastpeft.siva.change.scales`. None: in proportion to the
             triplet's singular value.
@@ -71,8 +71,9 @@ class SivaLinear(LoadableLinear):
         residual_dtype: Format | None = None,
         quant_iterations: int = ITERATIONS,
         step: float | None = None,
+        pack_weights: bool = True,
     ) -> None:
-        super().__init__(base_layer, name)
+        super().__init__(base_layer, name, pack_weights)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, d, residual, init_weights, residual_dtype, quant_iterations, step)
 
@@ -84,19 +85,20 @@ class SivaLinear(LoadableLinear):
         return cls(linear, r=r, d=d, residual=residual, **arguments)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.rows is not None and not self.disable_adapters:
+        if self.rows is not None and not self._disable_adapters:
             return self._mixed(x, self.rows.of(x, self.name))
         taken = grouping.take(self, x)
         if taken is not None:
             return taken
         factors = self._acting()  # first: an adapter taken in only now may bring a quantised residual
+        parts: Any = self._modules  # as in `_trained`
+        base = parts["base_layer"]
         if factors is None:
-            return self.base_layer(x, *args, **kwargs)
-        bias = self.base_layer.bias
-        if self.quantised is not None:
-            dtype = compute_dtype(x, self.base_layer.weight)
-            return quantised_siva_linear(x, self.quantised, *factors, bias=bias, dtype=dtype)
-        return siva_linear(x, self.stored, *factors, bias)
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if parts["quantised"] is not None:
+            dtype = compute_dtype(x, base.weight)
+            return quantised_siva_linear(x, parts["quantised"], *factors, bias=base.bias, dtype=dtype)
+        return siva_linear(x, self.stored, *factors, base.bias, self.packs)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
@@ -110,13 +112,14 @@ class SivaLinear(LoadableLinear):
             return rows.each(x, [partial(quantised_siva_linear, **shared, **each._asdict()) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
         order = None if rows.order is None else rows.order.to(x.device)
-        return siva_linear_mixed(x, self.stored, us, ss, vs, list(rows.sizes.values()), order, self.base_layer.bias)
+        bias, sizes = self.base_layer.bias, list(rows.sizes.values())
+        return siva_linear_mixed(x, self.stored, us, ss, vs, sizes, order, bias, self.packs)
 
     def operands(self) -> Operands | None:
         factors = self._acting()
         if factors is None or self.quantised is not None:
             return None
-        return (self.stored, *factors, self.base_layer.bias)
+        return (self.stored, *factors, self.base_layer.bias, self.packs)
 
     @property
     def weight(self) -> Tensor:
@@ -148,10 +151,11 @@ class SivaLinear(LoadableLinear):
 
     def _acting(self) -> Factors | None:
         """What must be added to the stored weight now; None if nothing."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._low_rank([])
-        if self.merged:
+        if self.merged_adapters:
             return None
-        return self._low_rank([name for name in self.active_adapters if name in self.siva_du])  # type: ignore[union-attr]
+        active, known = self._active_adapter, self._modules["siva_du"]._modules  # type: ignore[union-attr]
+        return self._low_rank([name for name in ([active] if isinstance(active, str) else active) if name in known])

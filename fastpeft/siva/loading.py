@@ -24,17 +24,18 @@ class LoadableLinear(AdaptedLinear):
     whole model holds the stored weight too.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
-        super().__init__(base_layer, name)
+    def __init__(self, base_layer: nn.Module, name: str, pack_weights: bool = True) -> None:
+        super().__init__(base_layer, name, pack_weights)
         self._arriving: set[str] = set()  # adapters in the state dict that is being loaded
         self._whole: str | None = None  # the adapter whose W_r must be made of a pretrained weight that is being loaded
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
 
     def _low_rank(self, active: list[str]) -> Factors | None:
-        for name in active:
-            if name in self._waiting:
-                self._take_in(name)
+        if self._waiting:
+            for name in active:
+                if name in self._waiting:
+                    self._take_in(name)
         return super()._low_rank(active)
 
     def load_factors(self, adapter_name: str, trained: Factors, initial: Factors) -> None:

@@ -143,7 +143,13 @@ class SivaModel(BaseTuner):
             layer = target
             layer.update_layer(adapter_name, **arguments)  # type: ignore[arg-type]
         else:
-            layer = SivaLinear(target, adapter_name, name=current_key, **arguments)  # type: ignore[arg-type]
+            layer = SivaLinear(
+                target,
+                adapter_name,
+                name=current_key,
+                pack_weights=peft_config.pack_weights,
+                **arguments,  # type: ignore[arg-type]
+            )
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight, check_library, dequantise
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
 
@@ -76,9 +77,10 @@ def quantised_siva_linear(
         product, in forward and again in backward, so a training step holds one layer's at a time. Without gradients
         int8 codes are multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
     """
-    u, s, v = (factor.to(dtype) for factor in (u, s, v))
     if not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
+        u, s, v = (factor.to(dtype) for factor in (u, s, v))
         return rest.multiply(x, bias).add_(F.linear(F.linear(x, v) * s, u))
+    u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
     h: Tensor = _SivaLinear.apply(x.to(dtype), rest.codes, rest.scales, u, s, v, bias, rest.kind, rest.shape)
     return h

@@ -1,7 +1,9 @@
 // The products of csrc/cpu/siva_linear_products.h by every instruction set against plain sums in double, on buffers
 // that end where the numbers do: a read or write past an end is the sanitizer's to find.
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -29,32 +31,100 @@ double error(const std::vector<float>& found, int64_t rows, int64_t columns, con
     return largest;
 }
 
-double error_of(const LowRank& run, int64_t rows, int64_t ranks, int64_t columns) {
-    std::vector<float> x = numbers(rows * columns, 1), c = numbers(rows * ranks, 2), start = numbers(columns, 3);
-    std::vector<float> factors = numbers(ranks * columns, 4), projected(rows * ranks), out(rows * columns);
+template <typename T>
+T narrowed(float x);
+template <>
+float narrowed<float>(float x) {
+    return x;
+}
+template <>
+Bfloat narrowed<Bfloat>(float x) {  // cut off, which is a bfloat16 too
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return {static_cast<uint16_t>(bits >> 16)};
+}
+
+float widened(float x) { return x; }
+float widened(Bfloat x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+template <typename T>
+std::vector<T> narrow(const std::vector<float>& from) {
+    std::vector<T> out;
+    for (float x : from) out.push_back(narrowed<T>(x));
+    return out;
+}
+
+template <typename T>
+std::vector<float> widen(const std::vector<T>& from) {
+    std::vector<float> out;
+    for (T x : from) out.push_back(widened(x));
+    return out;
+}
+
+// `rounding`: of what is stored as T, as a share of it
+template <typename T>
+double error_of(const LowRankOf<T>& run, double rounding, int64_t rows, int64_t ranks, int64_t columns) {
+    std::vector<T> x = narrow<T>(numbers(rows * columns, 1)), out = narrow<T>(numbers(rows * columns, 3));
+    std::vector<float> c = numbers(rows * ranks, 2), factors = numbers(ranks * columns, 4), projected(rows * ranks);
     std::vector<float> sums = numbers(ranks * columns, 5);
-    const std::vector<float> before = sums;
-    const Rows of_x = {x.data(), rows, columns}, of_c = {c.data(), rows, ranks};
+    const std::vector<float> before = sums, start = widen(out), wide = widen(x);
+    const RowsOf<T> of_x = {x.data(), rows, columns};
+    const Rows of_c = {c.data(), rows, ranks};
     const Factors shape = {factors.data(), ranks, columns};
     run.project(of_x, shape, {projected.data(), rows, ranks});
-    run.expand(of_c, shape, start.data(), {out.data(), rows, columns});
+    run.expand(of_c, shape, {out.data(), rows, columns});
     run.reduce(of_c, of_x, ranks, columns, sums.data());
     const double project = error(projected, rows, ranks, [&](int64_t m, int64_t r) {
         double sum = 0.0;
-        for (int64_t k = 0; k < columns; ++k) sum += double{x[m * columns + k]} * factors[r * columns + k];
+        for (int64_t k = 0; k < columns; ++k) sum += double{wide[m * columns + k]} * factors[r * columns + k];
         return sum;
     });
-    const double expand = error(out, rows, columns, [&](int64_t m, int64_t n) {
-        double sum = start[n];
+    double largest = 0.0;
+    const double expand = error(widen(out), rows, columns, [&](int64_t m, int64_t n) {
+        double sum = start[m * columns + n];
         for (int64_t r = 0; r < ranks; ++r) sum += double{c[m * ranks + r]} * factors[r * columns + n];
+        largest = std::fmax(largest, std::fabs(sum));
         return sum;
     });
     const double reduce = error(sums, ranks, columns, [&](int64_t r, int64_t k) {
         double sum = before[r * columns + k];
-        for (int64_t m = 0; m < rows; ++m) sum += double{c[m * ranks + r]} * x[m * columns + k];
+        for (int64_t m = 0; m < rows; ++m) sum += double{c[m * ranks + r]} * wide[m * columns + k];
         return sum;
     });
-    return std::fmax(project, std::fmax(expand, reduce));
+    return std::fmax(project, std::fmax(expand - rounding * largest, reduce));
+}
+
+// How many bfloat16 of all are not what adding 0 to them should leave: themselves, and NaN of NaN.
+int changed_bits(const LowRankOf<Bfloat>& run) {
+    std::vector<Bfloat> all;
+    for (uint32_t bits = 0; bits < 1 << 16; ++bits) all.push_back({static_cast<uint16_t>(bits)});
+    const int64_t size = static_cast<int64_t>(all.size());
+    std::vector<float> nothing(4, 0.0f), factors(4 * all.size(), 1.0f);
+    run.expand({nothing.data(), 1, 4}, {factors.data(), 4, size}, {all.data(), 1, size});
+    int wrong = 0;
+    for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
+        const float expected = widened(Bfloat{static_cast<uint16_t>(bits)}), found = widened(all[bits]);
+        wrong += std::isnan(expected) ? !std::isnan(found) : !(found == expected);  // -0 + 0 is 0
+    }
+    return wrong;
+}
+
+// 1 + 1 / 256 lies between two bfloat16 and must become the even one, a little more the upper.
+bool rounds_to_even(const LowRankOf<Bfloat>& run) {
+    const std::vector<float> added = {1 / 256.0f, 3 / 256.0f, 1.001f / 256, 0.999f / 256};
+    const std::vector<uint16_t> expected = {0x3f80, 0x3f82, 0x3f81, 0x3f80};
+    for (size_t i = 0; i < added.size(); ++i) {
+        std::vector<float> coefficients = {added[i], 0, 0, 0}, factors(4, 1.0f);
+        Bfloat one = {0x3f80};
+        run.expand({coefficients.data(), 1, 4}, {factors.data(), 4, 1}, {&one, 1, 1});
+        if (one.bits != expected[i]) return false;
+    }
+    return true;
 }
 
 }  // namespace
@@ -63,10 +133,16 @@ int low_rank_failures() {
     int failures = 0;
     for (const Variant& variant : variants()) {
         if (!variant.supported) continue;
+        if (changed_bits(variant.low_rank.of_bfloat) != 0 || !rounds_to_even(variant.low_rank.of_bfloat)) {
+            ++failures;
+            std::fprintf(stderr, "failed: %s: bfloat16 is rounded wrongly\n", std::string(variant.name).c_str());
+        }
         for (int64_t rows : {0, 1, 3, 5, 64}) {
             for (int64_t ranks : {0, 4, 8, 64}) {
                 for (int64_t columns : {0, 1, 15, 17, 63, 65, 130}) {
-                    const double found = error_of(variant.low_rank, rows, ranks, columns);
+                    const double found =
+                        std::fmax(error_of(variant.low_rank.of_float, 0.0, rows, ranks, columns),
+                                  error_of(variant.low_rank.of_bfloat, 1.0 / 256, rows, ranks, columns));
                     if (found < 1e-4) continue;
                     ++failures;
                     std::fprintf(stderr, "failed: %s: %d rows, %d ranks, %d columns: off by %g\n",

@@ -110,9 +110,9 @@ bool perturbs_far_rows(const Variant& variant, float* room) {
 }
 
 // The products with a rank: of x and out with rows far apart.
-bool multiplies_far_rows(const LowRank& run, float* room) {
+bool multiplies_far_rows(const LowRankOf<float>& run, float* room) {
     const int64_t ranks = 4;
-    std::vector<float> x = numbers(kRows * kColumns), factors = numbers(ranks * kColumns), start = numbers(kColumns);
+    std::vector<float> x = numbers(kRows * kColumns), factors = numbers(ranks * kColumns);
     const Factors shape = {factors.data(), ranks, kColumns};
     std::vector<float> near(kRows * ranks), far(near), near_sums(ranks * kColumns), far_sums(near_sums);
     spread(x, kColumns, room);
@@ -120,8 +120,8 @@ bool multiplies_far_rows(const LowRank& run, float* room) {
     run.project({room, kRows, kFar}, shape, {far.data(), kRows, ranks});
     run.reduce({near.data(), kRows, ranks}, {x.data(), kRows, kColumns}, ranks, kColumns, near_sums.data());
     run.reduce({near.data(), kRows, ranks}, {room, kRows, kFar}, ranks, kColumns, far_sums.data());
-    run.expand({near.data(), kRows, ranks}, shape, start.data(), {x.data(), kRows, kColumns});
-    run.expand({near.data(), kRows, ranks}, shape, start.data(), {room, kRows, kFar});
+    run.expand({near.data(), kRows, ranks}, shape, {x.data(), kRows, kColumns});
+    run.expand({near.data(), kRows, ranks}, shape, {room, kRows, kFar});
     return near == far && near_sums == far_sums && same(x, kColumns, room);
 }
 
@@ -143,7 +143,7 @@ int vast_failures() {
         }
         check(perturbs_far_elements(variant, room.data()), variant, "elements beyond 2^32");
         check(perturbs_far_rows(variant, room.data()), variant, "rows further apart than 2^31 elements");
-        check(multiplies_far_rows(variant.low_rank, room.data()), variant, "products of rows so far apart");
+        check(multiplies_far_rows(variant.low_rank.of_float, room.data()), variant, "products of rows so far apart");
     }
     return failures;
 }
