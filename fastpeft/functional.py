@@ -257,7 +257,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
             f"{tuple(scales.shape)}, {sums.dtype} sums {tuple(sums.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)}."
         )
-    _check_kinds("int8_linear", x.device, x=x, scales=scales, bias=bias)
+    _check_kinds("int8_linear", x.device, "x scales bias", x, scales, bias)
     if codes.device != x.device or sums.device != x.device:
         raise FastpeftError(
             f"int8_linear: x is on the device {x.device}, codes on {codes.device} and sums on {sums.device}; put all "

@@ -93,6 +93,8 @@ class Packs:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self._codes: Codes | None
+        self._signature: tuple[Any, ...]
         self.drop()
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
@@ -137,8 +139,8 @@ class Packs:
     def drop(self) -> None:
         """Forget all packs, and the weight."""
         self._packed.clear()
-        self._codes: Codes | None = None
-        self._signature: tuple[Any, ...] = ()
+        self._codes = None
+        self._signature = ()
         self._samples = self._sampled = torch.empty(0)  # entries of the weight where it lies, and what they were
 
     @property
