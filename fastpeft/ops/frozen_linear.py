@@ -213,6 +213,21 @@ def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_w
     return True
 
 
+def pack_frozen(model: nn.Module, enabled: bool = True) -> int:
+    """Pack all frozen linear layers of a model, or none; those that pack by themselves, as SiVA's, follow.
+
+    Returns:
+        The number of layers whose class changed.
+    """
+    if not enabled:
+        unfreeze(model)
+    changed = sum(pack_layer(module) for module in model.modules()) if enabled else 0
+    for module in model.modules():
+        if isinstance(packs := getattr(module, "packs", None), Packs):
+            packs.enabled = enabled
+    return changed
+
+
 def freeze(model: Model, computation: Computation | None = None) -> Model:
     """Let the frozen linear layers of a model compute with a weight that is packed once.
 

@@ -271,6 +271,11 @@ class TrainConfig:
         "Compute in bfloat16 by autocast; weights stay in float32",
         unset="on a CPU that has instructions for it, but not by MeZO",
     )
+    pack_weights: bool = option(
+        TRAINING,
+        "Keep packed copies of frozen weights on a CPU: faster, for as many bytes again, or twice with gradients",
+        True,
+    )
     optimizer_in_backward: bool = option(
         ADVANCED,
         "Step during backward, and free each gradient after its use; gradients are not clipped by their norm",

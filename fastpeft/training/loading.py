@@ -13,6 +13,7 @@ from fastpeft.data.models import Classifier, load_classifier, load_for_masked_wo
 from fastpeft.data.problems import MASKED_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
+from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
@@ -70,6 +71,8 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     report("loading the model")
     run = assemble(RunFolder(folder))
     run.classifier.model.to(device or best_device())
+    if (device or best_device()) == "cpu":
+        pack_frozen(run.classifier.model, run.config.pack_weights)
     return run
 
 

@@ -24,9 +24,11 @@ from fastpeft.data.models import Classifier
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
+from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
+from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.loading import continue_earlier, load_start
@@ -99,6 +101,8 @@ class Task:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
         model = prepare(classifier, setup)
+        if best_device() == "cpu":
+            pack_frozen(model, config.pack_weights)
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)
 
     @property
