@@ -146,7 +146,7 @@ def demo_runs(folder: Path) -> dict[str, str]:
     runs = {}
     for method in ("k-lst", "lst", "siva"):
         runs[method] = str(folder / method)
-        train(TrainConfig(output=runs[method], method=method, max_steps=20))
+        train(TrainConfig(output=runs[method], method=method, max_steps=20, bf16=False))
     return runs
 
 

@@ -84,7 +84,7 @@ class Task:
         data = data_for(config)
         setup = plan.for_data(data)  # refuses before a prompt is searched for, which takes its time
         if config.awaits_prompt:
-            found = search_prompt(config, data, config.max_length or DEFAULT_MAX_LENGTH)
+            found = search_prompt(plan.config, data, config.max_length or DEFAULT_MAX_LENGTH)
             setup = dataclasses.replace(plan, config=found).for_data(data)
         prompt = setup.prompt
         report("loading the model")

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = [(row["text"], *(int(label in row["labels"]) for label in LABELS)) for row in ROWS]
     write_csv(folder / "flags.csv", flags, ("text", *LABELS))
     given: dict[str, Any] = {"model": str(folder / "model"), "data": str(folder / "list.jsonl"), "batch_size": 8}
-    train(TrainConfig(output=str(folder / "run"), method="full", epochs=20, learning_rate=3e-3, **given))
+    train(TrainConfig(output=str(folder / "run"), method="full", epochs=20, learning_rate=3e-3, bf16=False, **given))
     return folder
 
 

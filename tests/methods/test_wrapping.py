@@ -207,7 +207,7 @@ def test_gradients_pass_through_the_base_after_an_evaluation(classifier: Classif
 
 def test_a_run_in_4_bits(config: TrainConfig) -> None:
     pytest.importorskip("bitsandbytes")
-    config = replace(config, method="qlora", save_steps=2)
+    config = replace(config, method="qlora", save_steps=2, bf16=False)  # casts are more than a tiny model
     result = train(config)
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
     lora = plan(replace(config, method="lora", targets="all-linear"))

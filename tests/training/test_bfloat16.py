@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
+from fastpeft.prompts.template import Prompt
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, load_run
-from fastpeft.training.setup import resolve
+from fastpeft.training.setup import RunSetup, resolve
+from fastpeft.training.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,3 +122,24 @@ def test_the_command_line(
     assert json.loads((Path(config.output) / "metrics.json").read_text())["compute_dtype"] == expected
     assert "computed in" in shown.stdout
     assert expected in shown.stdout
+
+
+def test_a_run_that_finds_its_prompt_keeps_it_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine(monkeypatch, True)
+    monkeypatch.setattr(
+        "fastpeft.training.task.search_prompt",
+        lambda given, *_: replace(given, found_prompt=Prompt("{text} So <mask>", ["dull", "lovely"]).values()),
+    )
+    prompted = replace(config, prompt="auto")
+
+    def load(setup: RunSetup) -> None:
+        raise _LoadedError(setup)
+
+    monkeypatch.setattr("fastpeft.training.task.load_start", load)
+    with pytest.raises(_LoadedError) as loaded:
+        Task.load(prompted)
+    assert loaded.value.args[0].config.bf16 is True
+
+
+class _LoadedError(Exception):
+    """Ends a task where its model would be loaded."""
