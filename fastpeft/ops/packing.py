@@ -15,13 +15,14 @@ from torch import Tensor
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
+_KINDS = (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether oneDNN packs this weight: dense, on a CPU, with entries, and `dtype` is float32 or bfloat16."""
     return (
-        type(weight) in (Tensor, torch.nn.Parameter)  # not what shards, counts or pretends to be a weight
+        type(weight) in _KINDS
         and weight.device.type == "cpu"
         and dtype in _PACKED_DTYPES
         and weight.numel() > 0
@@ -48,13 +49,19 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return h
 
 
-def operand(weight: Tensor, packs: Packs | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """What a product in `dtype` reads: the pack of `weight`, or of its transpose, else the weight itself in `dtype`."""
-    if packs is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        packed = packs.of(weight, dtype, transposed)
-        if packed is not None:
-            return packed
-    return weight if weight.dtype is dtype else weight.to(dtype)
+def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = False) -> Tensor:
+    """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype.
+
+    One row in float32 reads the whole weight once for little work: it is as fast without a pack, whose product takes
+    longer to begin.
+    """
+    alike = weight.dtype is x.dtype
+    if packs is not None and not (alike and x.dtype is torch.float32 and x.numel() <= x.shape[-1]):
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            packed = packs.of(weight, x.dtype, transposed)
+            if packed is not None:
+                return packed
+    return weight if alike else weight.to(x.dtype)
 
 
 class Packs:
@@ -72,14 +79,19 @@ class Packs:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self._signature: tuple[Any, ...]
         self.drop()
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
         """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
-        found = self._packed.get((dtype, transposed))
-        current = bool(self._packed) and self._holds(weight)
-        if found is not None and current:
-            return found
+        current = (
+            type(weight) in _KINDS
+            and self._signature == _signature(weight)
+            and self._samples.data_ptr() == weight.data_ptr()  # before they are read: the place may be freed
+            and torch.equal(self._samples, self._sampled)
+        )
+        if current and (dtype, transposed) in self._packed:
+            return self._packed[dtype, transposed]
         if not self.enabled or not can_pack(weight, dtype):
             return None
         if not current:
@@ -87,22 +99,13 @@ class Packs:
             self._signature, self._samples = _signature(weight), _samples(weight)
             self._sampled = self._samples.clone()
         matrix = weight.detach().t() if transposed else weight
-        self._packed[dtype, transposed] = found = pack(matrix.to(dtype))
+        found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
         return found
-
-    def _holds(self, weight: Tensor) -> bool:
-        """Whether the packs are of this weight as it is now. It runs at every call of a layer."""
-        return (
-            type(weight) in (Tensor, torch.nn.Parameter)
-            and _signature(weight) == self._signature
-            and weight.data_ptr() == self._samples.data_ptr()  # before they are read: the place may be freed
-            and torch.equal(self._samples, self._sampled)
-        )
 
     def drop(self) -> None:
         """Forget all packs, and the weight."""
         self._packed.clear()
-        self._signature: tuple[Any, ...] = ()
+        self._signature = ()
         self._samples = self._sampled = torch.empty(0)  # entries of the weight where it lies, and what they were
 
     @property
