@@ -75,7 +75,7 @@ def siva_linear(
     if torch.is_grad_enabled():
         h: Tensor = SivaLinear.apply(x, weight, u, s, v, bias, packs)
     else:
-        h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, dtype), u, s, v, bias)
+        h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, x), u, s, v, bias)
     return h
 
 
@@ -200,7 +200,6 @@ def _cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
 
 
 def _check_siva_linear(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    """It runs at every call of a layer, so it names what is wrong only once something is."""
     n, k = weight.shape if weight.dim() == 2 else (-1, -1)
     r = s.shape[0] if s.dim() == 1 else -1
     fits = x.dim() > 0 and x.shape[-1] == k and u.shape == (n, r) and v.shape == (r, k)

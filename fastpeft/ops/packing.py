@@ -69,13 +69,19 @@ def quantise_rows(matrix: Tensor) -> Codes:
     return codes, scales, codes.sum(1, dtype=torch.int32)
 
 
-def operand(weight: Tensor, packs: Packs | None, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """What a product in `dtype` reads: the pack of `weight`, or of its transpose, else the weight itself in `dtype`."""
-    if packs is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        packed = packs.of(weight, dtype, transposed)
-        if packed is not None:
-            return packed
-    return weight if weight.dtype is dtype else weight.to(dtype)
+def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = False) -> Tensor:
+    """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype.
+
+    One row in float32 reads the whole weight once for little work: it is as fast without a pack, whose product takes
+    longer to begin.
+    """
+    alike = weight.dtype is x.dtype
+    if packs is not None and not (alike and x.dtype is torch.float32 and x.numel() <= x.shape[-1]):
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            packed = packs.of(weight, x.dtype, transposed)
+            if packed is not None:
+                return packed
+    return weight if alike else weight.to(x.dtype)
 
 
 class Packs:
@@ -108,7 +114,7 @@ class Packs:
         if not current:
             self._begin(weight)
         matrix = weight.detach().t() if transposed else weight
-        self._packed[dtype, transposed] = found = pack(matrix.to(dtype))
+        found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
         return found
 
     def codes(self, weight: Tensor) -> Codes:

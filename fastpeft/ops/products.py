@@ -49,7 +49,7 @@ def times(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def lowered(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Factors in the dtype of the rows; those that may differ are float32, any other is left for a product to refuse."""
+    """Factors in the dtype of the rows; what may differ is float32, any other is left for a product to refuse."""
     return [factor.to(dtype) if factor.dtype is torch.float32 else factor for factor in factors]
 
 

@@ -161,7 +161,7 @@ class SivaLinear(torch.autograd.Function):
         bias: Tensor | None,
         packs: Packs | None,
     ) -> Tensor:
-        factor = operand(weight, packs, x.dtype)
+        factor = operand(weight, packs, x)
         h, p = torch.ops.fastpeft.siva_linear(x, factor, u, s, v, bias)
         _, _, need_du, _, need_dv, _, _ = ctx.needs_input_grad
         ctx.packs = packs
@@ -178,7 +178,7 @@ class SivaLinear(torch.autograd.Function):
         x, weight, u, s, v, p = ctx.saved_tensors
         need_dx, _, need_du, _, need_dv, need_dbias, _ = ctx.needs_input_grad
         if need_dx:
-            weight = operand(weight, ctx.packs, dh.dtype, transposed=True)
+            weight = operand(weight, ctx.packs, dh, transposed=True)
         empty = dh.new_empty(0)
         dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
             dh,

@@ -191,7 +191,7 @@ class SivaLinearGroup(torch.autograd.Function):
     def forward(ctx: Any, packs: Sequence[Packs | None], x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
         layers = len(packs)
         weights, us, ss, vs, biases = split(operands, layers)
-        factors = [operand(weight, each, x.dtype) for weight, each in zip(weights, packs, strict=True)]
+        factors = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
         hs, p = torch.ops.fastpeft.siva_linear_group(x, factors, us, ss, vs, biases)
         _, _, *needs = ctx.needs_input_grad
         _, need_du, _, need_dv, _ = split(needs, layers)
@@ -206,6 +206,7 @@ class SivaLinearGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         used = [i for i, dh in enumerate(dhs) if dh is not None]
+        given = [dh for dh in dhs if dh is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
 
@@ -219,13 +220,12 @@ class SivaLinearGroup(torch.autograd.Function):
         _, need_du, _, need_dv, need_dbias = map(of_used, split(needs, layers))
         if p is not None and len(used) < layers:
             p = torch.cat(of_used(p.split([s.shape[0] for s in split(operands, layers)[2]])))
-        dhs = tuple(of_used(dhs))
         if need_dx:
             pairs = zip(weights, of_used(ctx.packs), strict=True)
-            weights = [operand(weight, packs, dhs[0].dtype, transposed=True) for weight, packs in pairs]
-        empty = dhs[0].new_empty(0)
+            weights = [operand(weight, packs, given[0], transposed=True) for weight, packs in pairs]
+        empty = given[0].new_empty(0)
         dx, dus, dv, dbiases = torch.ops.fastpeft.siva_linear_group_backward(
-            dhs,
+            given,
             x if x is not None else empty,
             weights,
             us,

@@ -227,7 +227,7 @@ class SivaLinearMixed(torch.autograd.Function):
         *factors: Any,
     ) -> Tensor:
         us, ss, vs = split(factors, len(sizes))
-        factor = operand(weight, packs, x.dtype)
+        factor = operand(weight, packs, x)
         h, ps = torch.ops.fastpeft.siva_linear_mixed(x, factor, us, ss, vs, sizes, order, bias)
         need_du, _, need_dv = split(ctx.needs_input_grad[6:], len(sizes))
         # x is needed for dV and a p for its dU alone; what no gradient needs is not kept
@@ -246,7 +246,7 @@ class SivaLinearMixed(torch.autograd.Function):
         us, ss, vs, ps = split(rest, len(ctx.sizes))
         _, _, _, need_dx, _, need_dbias, *needs = ctx.needs_input_grad
         if need_dx:
-            weight = operand(weight, ctx.packs, dh.dtype, transposed=True)
+            weight = operand(weight, ctx.packs, dh, transposed=True)
         need_du, need_ds, need_dv = split(needs, len(ctx.sizes))
         empty = dh.new_empty(0)
         dx, dus, dvs, dbias = torch.ops.fastpeft.siva_linear_mixed_backward(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.ops.quantise import Format
-from fastpeft.siva.change import Change, Start, scales
+from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
@@ -160,11 +160,11 @@ class AdaptedLinear(FrozenLinear):
         return Factors(self.siva_u0[adapter], self.siva_s[adapter], self.siva_v0[adapter])
 
     def _trained(self, adapter: str) -> Factors:
-        # `self.siva_du[adapter]` and the like, which by nn.Module's __getattr__ take longer than a small layer's products
+        # `self.siva_du[adapter]` and the like: nn.Module's __getattr__ would take longer than a small layer's products
         parts: Any = self._modules
         u0, v0 = parts["siva_u0"]._buffers[adapter], parts["siva_v0"]._buffers[adapter]
         du, dv = parts["siva_du"]._modules[adapter], parts["siva_dv"]._modules[adapter]
-        return Factors(du(u0), parts["siva_s"]._buffers[adapter], dv(v0))
+        return Factors(changed(u0, du), parts["siva_s"]._buffers[adapter], changed(v0, dv))
 
     def _changes(self, adapter: str) -> tuple[Change, Change]:
         return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
@@ -172,8 +172,6 @@ class AdaptedLinear(FrozenLinear):
     @property
     def _frozen(self) -> bool:
         """Whether the stored weight is W_r."""
-        if not self._waiting:
-            return "frozen" in self.residual.values()
         return any(residual == "frozen" and name not in self._waiting for name, residual in self.residual.items())
 
     @property
@@ -202,10 +200,7 @@ class AdaptedLinear(FrozenLinear):
         `U0 s V0` for none; with an implicit one `sum_i (U_i s_i V_i - U0_i s_i V0_i)`.
         """
         terms = [self._trained(name) for name in active]
-        frozen = self._frozen
-        if frozen and len(terms) == 1:
-            return terms[0]
-        if frozen:
+        if self._frozen:
             count = 1 - len(active)
             shared = next(name for name in self.siva_s if name not in self._waiting)
             initial = [self._initial(shared)] if count else []

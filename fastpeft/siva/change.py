@@ -61,6 +61,22 @@ class Change(nn.Module):
         return " x ".join(map(str, self.weight.shape))
 
 
+def changed(initial: Tensor, change: Change) -> Tensor:
+    """`change(initial)`. Where nothing hooks into that call it is left out: it takes longer than what it calls."""
+    state = change.__dict__
+    if (
+        type(change) is Change
+        and not torch.compiler.is_compiling()
+        and not (state["_forward_pre_hooks"] or state["_forward_hooks"] or state["_backward_hooks"])
+        and "forward" not in state
+    ):
+        weight, scale = state["_parameters"].get("weight"), state["_buffers"]["scale"]
+        if weight is not None:
+            return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
+    factor: Tensor = change(initial)
+    return factor
+
+
 def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """The scales of dU and dV with which an optimizer's step moves every triplet of a weight equally far.
 

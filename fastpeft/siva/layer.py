@@ -94,7 +94,7 @@ class SivaLinear(LoadableLinear):
         parts: Any = self._modules  # as in `_trained`
         base = parts["base_layer"]
         if factors is None:
-            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return base(x, *args, **kwargs)
         if parts["quantised"] is not None:
             dtype = compute_dtype(x, base.weight)
             return quantised_siva_linear(x, parts["quantised"], *factors, bias=base.bias, dtype=dtype)
@@ -157,5 +157,8 @@ class SivaLinear(LoadableLinear):
             return self._low_rank([])
         if self.merged_adapters:
             return None
-        active, known = self._active_adapter, self._modules["siva_du"]._modules  # type: ignore[union-attr]
-        return self._low_rank([name for name in ([active] if isinstance(active, str) else active) if name in known])
+        active = self._active_adapter
+        names = [active] if isinstance(active, str) else active
+        if len(names) == 1 and self.residual.get(names[0]) == "frozen" and not self._waiting:
+            return self._trained(names[0])  # as `_low_rank` would, of which it is the most common case
+        return self._low_rank([name for name in names if name in self.siva_du])

@@ -32,10 +32,9 @@ class LoadableLinear(AdaptedLinear):
         self.register_load_state_dict_post_hook(_take_in_loaded)
 
     def _low_rank(self, active: list[str]) -> Factors | None:
-        if self._waiting:
-            for name in active:
-                if name in self._waiting:
-                    self._take_in(name)
+        for name in active:
+            if name in self._waiting:
+                self._take_in(name)
         return super()._low_rank(active)
 
     def load_factors(self, adapter_name: str, trained: Factors, initial: Factors) -> None:

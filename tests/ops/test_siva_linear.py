@@ -15,6 +15,7 @@ from torch import Tensor
 import fastpeft
 from fastpeft.functional import siva_linear, siva_linear_group
 from fastpeft.ops import aten, backends, reference
+from fastpeft.ops.packing import Packs, can_pack
 
 
 def operands(
@@ -171,6 +172,32 @@ def test_autocast_computes_in_half_precision_and_returns_float32_gradients() -> 
     assert h.dtype == torch.bfloat16
     h.sum().backward()
     assert u.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_with_packs_casts_a_weight_once_and_keeps_no_copy_for_backward(training: bool) -> None:
+    x, weight, u, s, v, b = operands((4,), 8, 6, 2, torch.float32)
+    x.requires_grad_(training)
+    u.requires_grad_(training)
+    packs = Packs()
+    kept: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        h = siva_linear(x, weight, u, s, v, b, packs)
+        plain = siva_linear(x.detach(), weight, u.detach(), s, v, b)
+    assert h.dtype is torch.bfloat16
+    torch.testing.assert_close(h, plain, rtol=2e-2, atol=2e-2)
+    if packs.of(weight, torch.bfloat16) is None:
+        pytest.skip("no oneDNN")
+    assert packs.nbytes == 2 * weight.numel()
+    if training:
+        assert not [t for t in kept if t.shape == weight.shape and t.data_ptr() != weight.data_ptr()]
+        h.sum().backward()
+        assert x.grad.dtype is torch.float32
+        assert u.grad.dtype is torch.float32
+        assert packs.nbytes == 4 * weight.numel()  # of W^T too, for the gradient of x
 
 
 def test_half_precision_weight_with_float32_factors() -> None:
@@ -343,9 +370,20 @@ EMPTY = [(0, 7, 5), (5, 0, 7), (5, 7, 0)]
 ALL = (True, True, True, True)
 
 
-def single_and_gradients(implementation: Any, tensors: list[Tensor | None], dh: Tensor) -> list[Tensor]:
-    h, p = implementation.siva_linear(*tensors)
-    return [h, p, *implementation.siva_linear_backward(dh, *tensors[:5], p, *ALL)]
+def single_and_gradients(
+    implementation: Any, tensors: list[Tensor | None], dh: Tensor, packed: bool = False
+) -> list[Tensor]:
+    x, weight, *factors, bias = tensors
+    weights = [weight, weight]
+    if packed and can_pack(weight, x.dtype):
+        weights = [Packs().of(weight, x.dtype, transposed) for transposed in (False, True)]
+    h, p = implementation.siva_linear(x, weights[0], *factors, bias)
+    return [h, p, *implementation.siva_linear_backward(dh, x, weights[1], *factors, p, *ALL)]
+
+
+def lowered(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """x, weight and bias in `dtype`, the factors in float32."""
+    return [t if t is None or i in (2, 3, 4) else t.to(dtype) for i, t in enumerate(tensors)]
 
 
 @pytest.fixture
@@ -358,25 +396,26 @@ def poisoned() -> Iterator[None]:
 
 @compiled
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("simd", ["", "avx2", "baseline"])
 @pytest.mark.parametrize("rank", [0, 1, 3, 4, 5, 16, 33, 64])
 def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
-    monkeypatch: pytest.MonkeyPatch, simd: str, rank: int
+    monkeypatch: pytest.MonkeyPatch, simd: str, rank: int, dtype: torch.dtype
 ) -> None:
     if simd:
         monkeypatch.setenv("FASTPEFT_SIMD", simd)
-    for (rows, k, n), bias in itertools.product(RAGGED + EMPTY, (True, False)):
-        tensors = operands((rows,), k, n, rank, torch.float32, bias)
-        dh = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows))
-        found = single_and_gradients(torch.ops.fastpeft, tensors, dh)
+    for (rows, k, n), bias, packed in itertools.product(RAGGED + EMPTY, (True, False), (True, False)):
+        tensors = lowered(operands((rows,), k, n, rank, torch.float32, bias), dtype)
+        dh = torch.randn(rows, n, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        found = single_and_gradients(torch.ops.fastpeft, tensors, dh, packed)
         plain = single_and_gradients(reference, tensors, dh)
         doubles = [None if t is None else t.double() for t in tensors]
         exact = single_and_gradients(reference, doubles, dh.double())
         for factor, ours, theirs, true in zip((2, 2, 3, 3, 3, 3), found, plain, exact):
             assert ours.shape == true.shape
-            assert ours.dtype is torch.float32
+            assert ours.dtype is theirs.dtype
             if true.numel():
-                rounding = torch.finfo(torch.float32).eps * true.abs().max()
+                rounding = torch.finfo(ours.dtype).eps * true.abs().max()
                 assert (ours - true).abs().max() <= factor * (theirs - true).abs().max() + rounding
 
 
@@ -412,20 +451,47 @@ def test_the_compiled_module_takes_any_strides() -> None:
 
 
 @compiled
-def test_repeats_and_threads_of_the_compiled_module_are_bit_equal() -> None:
-    tensors = operands((4200,), 65, 33, 5, torch.float32)  # more than one tile of rows in a chunk
-    dh = torch.randn(4200, 33)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_and_threads_of_the_compiled_module_are_bit_equal(dtype: torch.dtype, packed: bool) -> None:
+    tensors = lowered(operands((4200,), 65, 33, 5, torch.float32), dtype)  # more than one tile of rows in a chunk
+    dh = torch.randn(4200, 33).to(dtype)
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            runs.append(single_and_gradients(torch.ops.fastpeft, tensors, dh))
+            runs.append(single_and_gradients(torch.ops.fastpeft, tensors, dh, packed))
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(run[i], runs[0][i]) for i in (1, 3, 4))  # p, dU, dV; h and dx hold a product by BLAS
     assert all(map(torch.equal, runs[1], runs[3]))
+
+
+@compiled
+@pytest.mark.parametrize("implementation", [torch.ops.fastpeft, aten, reference], ids=["compiled", "aten", "reference"])
+def test_a_packed_group_gives_what_a_plain_one_gives(implementation: Any) -> None:
+    x, layers = group_operands((3, 30), 37, dtype=torch.float32)
+    dhs = [torch.randn(3, 30, n) for n, *_ in LAYERS]
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        weights, us, ss, vs, biases = (list(each) for each in zip(*layers))
+        weights, biases, rows = ([t if t is None else t.to(dtype) for t in each] for each in (weights, biases, dhs))
+        packs = [Packs() for _ in layers]
+        results = []
+        for packed in (False, True):
+            forward, backward = (
+                [each.of(w, dtype, turned) if packed else w for each, w in zip(packs, weights)]
+                for turned in (False, True)
+            )
+            hs, p = implementation.siva_linear_group(x.to(dtype), forward, us, ss, vs, biases)
+            found = implementation.siva_linear_group_backward(
+                rows, x.to(dtype), backward, us, ss, vs, p, True, [True] * 3, True, [True] * 3
+            )
+            results.append([*hs, p, found[0], *found[1], found[2], *found[3]])
+        for plain, ours in zip(*results):
+            assert plain.dtype is ours.dtype
+            torch.testing.assert_close(ours, plain, rtol=close, atol=close * plain.abs().max().item())
 
 
 @compiled
