@@ -19,6 +19,8 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.passes import autocast_of
+from fastpeft.support.processor import has_bfloat16
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
@@ -298,7 +300,9 @@ class SideRun:
     def _read(self, layer: int, feature: Tensor) -> None:
         """Project a feature, and run the blocks whose windows it completes."""
         side = self.side
-        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
+        with autocast_of(feature):
+            projected = side.project(layer, feature)
+        for (block, _), part in zip(side.readers.get(layer, []), projected):
             self._windows.setdefault(block, []).append(part)
         reach = side.config.window_size // 2
         last = layer - reach if layer < side.num_layers else side.num_layers
@@ -307,7 +311,7 @@ class SideRun:
             if block in self._dropped:
                 self._advance(self._theta)
             else:
-                window = torch.stack(parts, dim=-3)
+                window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
                 self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _accept(self, layer: int, feature: Tensor) -> Tensor:
@@ -319,11 +323,13 @@ class SideRun:
             )
         side = self.side
         self._next += 1
-        if not torch.is_autocast_enabled(feature.device.type):
+        if not (torch.is_autocast_enabled(feature.device.type) or _is_read_as_it_is(feature, side.down.weight)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
             self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
-            self._advance(side.down(feature))
+            with autocast_of(feature):
+                theta = side.down(feature)
+            self._advance(theta.to(side.down.weight.dtype))
         if layer == side.num_layers and side.side_share is not None:
             self._last_feature = feature
         return feature
@@ -346,6 +352,12 @@ class SideRun:
                 f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
                 "layers in feature_modules."
             )
+
+
+def _is_read_as_it_is(feature: Tensor, weight: Tensor) -> bool:
+    """Whether products with a feature are computed in its bfloat16, on a processor that is fast at them."""
+    kinds = feature.device.type, feature.dtype, weight.dtype
+    return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 
 
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
