@@ -274,15 +274,7 @@ def window_attention(
     dtype = compute_dtype(q, q)
     with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
         out, _ = torch.ops.fastpeft.window_attention(
-            q.to(dtype),
-            c if q.is_cpu and dtype == torch.float32 else c.to(dtype),  # there each element is cast where it is read
-            p.to(dtype),
-            mask,
-            list(slots),
-            causal,
-            dropout,
-            seed,
-            block,
+            q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block
         )
     return out
 

@@ -1,5 +1,5 @@
-// fastpeft::window_attention and its backward on CPU tensors: q in float32 and c in bfloat16, on a processor that
-// multiplies bfloat16 (AVX512-BF16). Everything else is ATen's calls, in the operation's own file.
+// fastpeft::window_attention and its backward on CPU tensors in bfloat16, on a processor that multiplies it
+// (AVX512-BF16). Everything else is ATen's calls, in the operation's own file.
 //
 // A sentence is one thread's: it makes its keys, of 4 bytes an element, and reads them from cache; neither they nor the
 // scores are ever in a tensor. A sentence's sums do not depend on the threads, and those of p are added up in the order
@@ -56,21 +56,17 @@ bool has_bfloat16() {
 #endif
 }
 
-bool are_rows(const Tensor& x, ScalarType type) {
-    return x.scalar_type() == type && x.dim() == 4 && x.numel() > 0 && (x.size(3) == 1 || x.stride(3) == 1);
+bool are_rows(const Tensor& x) {
+    return x.scalar_type() == ScalarType::BFloat16 && x.dim() == 4 && x.numel() > 0 && (x.size(3) == 1 || x.stride(3) == 1);
 }
 
 bool is_for_here(const Tensor& q, const Tensor& c, const Tensor& p, const std::optional<Tensor>& mask) {
-    return has_bfloat16() && are_rows(q, ScalarType::Float) && are_rows(c, ScalarType::BFloat16) &&
-           p.scalar_type() == ScalarType::Float && p.is_contiguous() && (!mask || mask->is_contiguous());
+    return has_bfloat16() && are_rows(q) && are_rows(c) && p.scalar_type() == ScalarType::BFloat16 &&
+           p.is_contiguous() && (!mask || mask->is_contiguous());
 }
 
-Matrix32 rows_of(const Tensor& x, int64_t sentence) {
-    return {static_cast<float*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
-}
-
-Matrix16 slots_of(const Tensor& x, int64_t sentence) {
-    return {static_cast<uint16_t*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
+Matrix rows_of(const Tensor& x, int64_t sentence) {
+    return {static_cast<BFloat16*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // The operands that all sentences share.
@@ -93,7 +89,9 @@ class Shared {
         window.slots = slots_.data();
         window.real = slots_.size();
         window.absent = absent_.data();
-        window.p = static_cast<const float*>(p.const_data_ptr());
+        const BFloat16* const halves = static_cast<const BFloat16*>(p.const_data_ptr());
+        for (int64_t i = 0; i < p.numel(); ++i) p_.push_back(load(halves[i]));
+        window.p = p_.data();
         window.causal = causal;
         window.drop = dropout > 0 ? choose_variant().drop : nullptr;
         window.seed = seed;
@@ -106,7 +104,7 @@ class Shared {
 
     Sentence sentence(int64_t index) const {
         const bool* mask = mask_ ? static_cast<const bool*>(mask_->const_data_ptr()) + index * window.tokens : nullptr;
-        return {index, mask, slots_of(c_, index)};
+        return {index, mask, rows_of(c_, index)};
     }
 
     Window window;
@@ -115,6 +113,7 @@ class Shared {
     Tensor c_;
     std::optional<Tensor> mask_;
     std::vector<int64_t> slots_, absent_;
+    std::vector<float> p_;
 };
 
 // A pass over all sentences; a thread keeps its scratch for the next.
@@ -139,7 +138,7 @@ std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor c, Tensor p, std::o
     }
     const Shared shared(q, c, p, mask, slots, causal, dropout, seed, block);
     const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
-    const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+    const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
 #if defined(__x86_64__)
     const int64_t rows = q.size(1) * q.size(2);
     float* const of_lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -155,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
                                                              std::vector<int64_t> slots, bool causal, double dropout,
                                                              int64_t seed, int64_t block, bool need_dq, bool need_dc,
                                                              bool need_dp) {
-    if (!is_for_here(q, c, p, mask) || !are_rows(dout, ScalarType::Float) || !are_rows(out, ScalarType::Float) ||
+    if (!is_for_here(q, c, p, mask) || !are_rows(dout) || !are_rows(out) ||
         !lse.is_contiguous()) {
         const Tensors found = by_aten("fastpeft::window_attention_backward_aten", dout, q, c, p, mask, out, lse, slots,
                                       causal, dropout, seed, block, need_dq, need_dc, need_dp);
@@ -175,16 +174,16 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
     const float* const of_lse = static_cast<const float*>(lse.const_data_ptr());
     each_sentence(batch, backward_scratch(shared.window), [&](int64_t b, char* scratch) {
         avx512bf16::attend_backward(shared.window, shared.sentence(b), rows_of(dout, b), rows_of(q, b), rows_of(out, b),
-                                    of_lse + b * rows, need_dq ? rows_of(dq, b) : Matrix32{},
-                                    need_dc ? slots_of(dc, b) : Matrix16{}, parts.data() + b * numbers, scratch);
+                                    of_lse + b * rows, need_dq ? rows_of(dq, b) : Matrix{},
+                                    need_dc ? rows_of(dc, b) : Matrix{}, parts.data() + b * numbers, scratch);
     });
 #endif
     if (need_dp) {
-        float* const sums = static_cast<float*>(dp.mutable_data_ptr());
-        std::fill(sums, sums + numbers, 0.0f);
-        for (int64_t b = 0; b < batch; ++b) {
-            for (int64_t i = 0; i < numbers; ++i) sums[i] += parts[b * numbers + i];
+        for (int64_t b = 1; b < batch; ++b) {
+            for (int64_t i = 0; i < numbers; ++i) parts[i] += parts[b * numbers + i];
         }
+        BFloat16* const sums = static_cast<BFloat16*>(dp.mutable_data_ptr());
+        for (int64_t i = 0; i < numbers; ++i) sums[i] = store<BFloat16>(parts[i]);
     }
     return {dq, dc, dp};
 }

@@ -8,18 +8,11 @@
 
 namespace fastpeft {
 
-struct Matrix32 {  // rows (head, token) of a sentence
-    float* data;
-    int64_t head, token;  // strides; elements of a row lie beside each other
+struct Matrix {  // rows (head or slot, token) of a sentence in bfloat16; elements of a row lie beside each other
+    BFloat16* data;
+    int64_t outer, token;  // strides
 
-    float* row(int64_t h, int64_t t) const { return data + h * head + t * token; }
-};
-
-struct Matrix16 {  // rows (slot, token) of a sentence, in bfloat16
-    uint16_t* data;
-    int64_t slot, token;
-
-    uint16_t* row(int64_t s, int64_t t) const { return data + s * slot + t * token; }
+    BFloat16* row(int64_t o, int64_t t) const { return data + o * outer + t * token; }
 };
 
 // What all sentences share, and where a sentence stands.
@@ -28,7 +21,7 @@ struct Window {
     const int64_t* slots;                  // S real ones
     int64_t real;
     const int64_t* absent;  // k - S others
-    const float* p;         // (k, D)
+    const float* p;         // (k, D), widened
     bool causal;
     Drop* drop;  // of feature dropout; null where there is none
     uint64_t seed;
@@ -42,7 +35,7 @@ struct Window {
 struct Sentence {
     int64_t index;
     const bool* mask;  // of the tokens; null is all true
-    Matrix16 c;
+    Matrix c;
 };
 
 constexpr int64_t kRowTile = 64;   // queries whose scores exist at one time
@@ -55,11 +48,11 @@ size_t forward_scratch(const Window& window);
 size_t backward_scratch(const Window& window);
 
 namespace avx512bf16 {
-void attend(const Window& window, const Sentence& sentence, Matrix32 q, Matrix32 out, float* lse, char* scratch);
+void attend(const Window& window, const Sentence& sentence, Matrix q, Matrix out, float* lse, char* scratch);
 
 // dq, dc and dp (k, D), of this sentence alone
-void attend_backward(const Window& window, const Sentence& sentence, Matrix32 dout, Matrix32 q, Matrix32 out,
-                     const float* lse, Matrix32 dq, Matrix16 dc, float* dp, char* scratch);
+void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q, Matrix out,
+                     const float* lse, Matrix dq, Matrix dc, float* dp, char* scratch);
 }  // namespace avx512bf16
 
 }  // namespace fastpeft

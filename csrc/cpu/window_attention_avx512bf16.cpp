@@ -41,6 +41,16 @@ FASTPEFT_TARGET inline void store_half(__m512 x, void* to) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
+FASTPEFT_TARGET inline __m512 widened(const BFloat16* from, __mmask16 there) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16));
+}
+
+FASTPEFT_TARGET inline void store_row(const float* from, int64_t count, BFloat16* to) {
+    int64_t d = 0;
+    for (; d + kLanes <= count; d += kLanes) store_half(_mm512_loadu_ps(from + d), to + d);
+    for (; d < count; ++d) to[d] = store<BFloat16>(from[d]);
+}
+
 FASTPEFT_TARGET inline __m512 exponential(__m512 x) {  // 0 from 2^-149 down, -infinity included
     x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0x08);
@@ -166,9 +176,8 @@ FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, S
     };
     for (int64_t s = 0; s < window.real; ++s) {
         for (int64_t t = 0; t < tokens; ++t) {
-            const uint16_t* from = sentence.c.row(s, t);
-            uint32_t* to = reinterpret_cast<uint32_t*>(features + t * width);
-            for (int64_t d = 0; d < width; ++d) to[d] = static_cast<uint32_t>(from[d]) << 16;
+            const BFloat16* __restrict from = sentence.c.row(s, t);
+            for (int64_t d = 0; d < width; ++d) features[t * width + d] = load(from[d]);
         }
         if (window.drop != nullptr) {
             const uint32_t ordinal = window.ordinal + static_cast<uint32_t>(window.slots[s]);
@@ -195,25 +204,24 @@ FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, S
 }
 
 // Rows of queries, and of what has their shape, in both layouts; those beyond the last query are zeros.
-FASTPEFT_TARGET void pack_rows(const Window& window, Matrix32 x, int64_t first, int64_t rows, int64_t width,
+FASTPEFT_TARGET void pack_rows(const Window& window, Matrix x, int64_t first, int64_t rows, int64_t width,
                                uint32_t* transposed, uint32_t* pairs) {
-    float both[2][kLanes];
-    uint32_t half[kLanes / 2];
     for (int64_t r = 0; r < rows; r += 2) {
         for (int64_t d = 0; d < width; d += kLanes) {
+            __m256i both[2];
             for (int i = 0; i < 2; ++i) {
                 const int64_t row = first + r + i, left = window.width - d;
-                const int count = row >= window.heads * window.tokens ? 0 : left < kLanes ? left : kLanes;
-                std::memset(both[i], 0, sizeof both[i]);
-                if (count > 0) {
-                    const float* from = x.row(row / window.tokens, row % window.tokens) + d;
-                    for (int e = 0; e < count; ++e) both[i][e] = from[e];
-                }
-                store_half(_mm512_loadu_ps(both[i]), half);
+                const bool there = row < window.heads * window.tokens;
+                const __mmask16 kept = !there ? 0 : left < kLanes ? (1u << left) - 1 : 0xFFFFu;
+                const BFloat16* from = there ? x.row(row / window.tokens, row % window.tokens) + d : nullptr;
+                both[i] = _mm256_maskz_loadu_epi16(kept, from);
+                uint32_t half[kLanes / 2];
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(half), both[i]);
                 for (int e = 0; e < kLanes / 2; ++e) transposed[(d / 2 + e) * rows + r + i] = half[e];
             }
             if (pairs != nullptr) {
-                _mm512_storeu_si512(pairs + r / 2 * width + d, words(_mm512_loadu_ps(both[0]), _mm512_loadu_ps(both[1])));
+                const __m512i low = _mm512_cvtepu16_epi32(both[0]), high = _mm512_cvtepu16_epi32(both[1]);
+                _mm512_storeu_si512(pairs + r / 2 * width + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
         }
     }
@@ -258,7 +266,7 @@ int64_t tile_of(const Window& window) {
 
 }  // namespace
 
-FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matrix32 q, Matrix32 out, float* lse,
+FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matrix q, Matrix out, float* lse,
                             char* memory) {
     Scratch scratch(memory);
     const Keys keys = make_keys(window, sentence, scratch);
@@ -295,16 +303,16 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matr
         product({weights, 1, tile}, keys.right(0), tile, width, keys.count / 2, false, result);
         for (int64_t r = 0; r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            float* to = out.row(row / window.tokens, row % window.tokens);
             const float share = sum[r] > 0 ? 1.0f / sum[r] : 0.0f;
-            for (int64_t d = 0; d < window.width; ++d) to[d] = result[r * width + d] * share;
+            for (int64_t d = 0; d < window.width; ++d) result[r * width + d] *= share;
+            store_row(result + r * width, window.width, out.row(row / window.tokens, row % window.tokens));
             lse[row] = largest[r] + __builtin_logf(sum[r]);
         }
     }
 }
 
-FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sentence, Matrix32 dout, Matrix32 q,
-                                     Matrix32 out, const float* lse, Matrix32 dq, Matrix16 dc, float* dp,
+FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q,
+                                     Matrix out, const float* lse, Matrix dq, Matrix dc, float* dp,
                                      char* memory) {
     Scratch scratch(memory);
     const Keys keys = make_keys(window, sentence, scratch);
@@ -331,13 +339,13 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
             delta[r] = 0;
             shift[r] = __builtin_inff();  // all its weights are 0
             if (row >= rows) continue;
-            const float* a = dout.row(row / window.tokens, row % window.tokens);
-            const float* b = out.row(row / window.tokens, row % window.tokens);
+            const BFloat16* a = dout.row(row / window.tokens, row % window.tokens);
+            const BFloat16* b = out.row(row / window.tokens, row % window.tokens);
             __m512 sums = _mm512_setzero_ps();
             for (int64_t d = 0; d < window.width; d += kLanes) {
                 const int64_t left = window.width - d;
                 const __mmask16 there = left < kLanes ? (1u << left) - 1 : 0xFFFFu;
-                sums = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, a + d), _mm512_maskz_loadu_ps(there, b + d), sums);
+                sums = _mm512_fmadd_ps(widened(a + d, there), widened(b + d, there), sums);
             }
             delta[r] = _mm512_reduce_add_ps(sums);
             if (lse[row] > -__builtin_inff()) shift[r] = lse[row];
@@ -369,8 +377,7 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
         }
         for (int64_t r = 0; dq.data != nullptr && r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            std::memcpy(dq.row(row / window.tokens, row % window.tokens), dqueries + r * width,
-                        window.width * sizeof(float));
+            store_row(dqueries + r * width, window.width, dq.row(row / window.tokens, row % window.tokens));
         }
     }
     const float* from = dkeys;
@@ -389,8 +396,7 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
                         {window.seed, ordinal, window.threshold, window.scale});
         }
         for (int64_t t = 0; t < window.tokens; ++t) {
-            BFloat16* to = reinterpret_cast<BFloat16*>(dc.row(s, t));
-            for (int64_t d = 0; d < window.width; ++d) to[d] = store<BFloat16>(features[t * window.width + d]);
+            store_row(features + t * window.width, window.width, dc.row(s, t));
         }
     }
     for (int64_t a = 0; a < window.number - window.real; ++a, from += width) {

@@ -6,6 +6,7 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.passes import autocast_of
 from fastpeft.support.processor import has_bfloat16
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
@@ -123,7 +123,10 @@ class SideBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        with torch.autocast("cpu", enabled=False):  # there PyTorch's attention is twice as fast in float32
+            if x.is_cpu:
+                q, k, v = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (q, k, v))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
         return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
 
@@ -283,6 +286,7 @@ class SideRun:
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
+        self._in_bfloat16 = False
         blocks_seed = seed if blocks_seed is None else blocks_seed
         self._dropped: set[int] = set()
         if side.config.layer_drop and side.training and blocks_seed:
@@ -293,16 +297,15 @@ class SideRun:
         """Read `B_layer`, `(B, T, d)`; features come in order, from 0 to L."""
         self._waiting.append((layer, self._accept(layer, feature)))
         if layer == self.side.num_layers or not torch.is_grad_enabled():
-            for waiting in self._waiting:
-                self._read(*waiting)
+            with self._products():
+                for waiting in self._waiting:
+                    self._read(*waiting)
             self._waiting.clear()
 
     def _read(self, layer: int, feature: Tensor) -> None:
         """Project a feature, and run the blocks whose windows it completes."""
         side = self.side
-        with autocast_of(feature):
-            projected = side.project(layer, feature)
-        for (block, _), part in zip(side.readers.get(layer, []), projected):
+        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
             self._windows.setdefault(block, []).append(part)
         reach = side.config.window_size // 2
         last = layer - reach if layer < side.num_layers else side.num_layers
@@ -323,16 +326,21 @@ class SideRun:
             )
         side = self.side
         self._next += 1
-        if not (torch.is_autocast_enabled(feature.device.type) or _is_read_as_it_is(feature, side.down.weight)):
+        if layer == 0:
+            self._in_bfloat16 = _computes_in_bfloat16(feature, side.down.weight)
+        if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
             self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
-            with autocast_of(feature):
-                theta = side.down(feature)
-            self._advance(theta.to(side.down.weight.dtype))
+            with self._products():
+                self._advance(side.down(feature))
         if layer == side.num_layers and side.side_share is not None:
             self._last_feature = feature
         return feature
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """What the side network runs under: autocast to bfloat16 beside a backbone that computes in it."""
+        return torch.autocast("cpu", torch.bfloat16) if self._in_bfloat16 else contextlib.nullcontext()
 
     def _advance(self, theta: Tensor) -> None:
         self._theta = theta
@@ -342,7 +350,8 @@ class SideRun:
     def output(self) -> Tensor:
         """The up-projection of the last state, `(B, T, d)`, with `output_mix` mixed with `B_L`."""
         self._check_complete()
-        output: Tensor = self.side.up(self._theta)
+        with self._products():
+            output: Tensor = self.side.up(self._theta)
         last, share = self._last_feature, self.side.side_share
         return output if last is None or share is None else last + share * (output - last)
 
@@ -354,8 +363,8 @@ class SideRun:
             )
 
 
-def _is_read_as_it_is(feature: Tensor, weight: Tensor) -> bool:
-    """Whether products with a feature are computed in its bfloat16, on a processor that is fast at them."""
+def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
+    """Whether products are computed in a feature's bfloat16: on a processor that is fast at them."""
     kinds = feature.device.type, feature.dtype, weight.dtype
     return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 

@@ -1,20 +1,35 @@
-"""What the processor computes fast."""
+"""What the processor multiplies fast, by the flags that the system tells.
+
+By flags and never by a timing, so that the answer is the same in every process on it. None where the system tells none.
+"""
 
 from __future__ import annotations
 
-import functools
+from functools import cache
 from pathlib import Path
 
-_CPU_INFO = Path("/proc/cpuinfo")  # of Linux
-_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}  # x86 (Intel, AMD), and ARM
+_INFO = Path("/proc/cpuinfo")
+_LISTS = ("flags", "Features")  # their names on x86 and on ARM
+_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last on ARM
+_INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
-@functools.cache
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by instructions of its own, as far as the system tells its flags."""
+@cache
+def _flags() -> frozenset[str]:
+    """Those of the first core."""
     try:
-        lines = _CPU_INFO.read_text().splitlines()
+        lines = _INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
-    flags = next((line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), [])
-    return not _FLAGS.isdisjoint(flags)
+        return frozenset()
+    listed = (line.partition(":") for line in lines)
+    return frozenset(next((values.split() for name, _, values in listed if name.strip() in _LISTS), []))
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16: AVX512-BF16, AMX or ARM's BF16."""
+    return not _BFLOAT16.isdisjoint(_flags())
+
+
+def has_int8() -> bool:
+    """Whether the processor multiplies in int8 and adds up in int32, exactly: VNNI or AMX."""
+    return not _INT8.isdisjoint(_flags())
