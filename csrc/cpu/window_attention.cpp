@@ -154,8 +154,9 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
                                                              std::vector<int64_t> slots, bool causal, double dropout,
                                                              int64_t seed, int64_t block, bool need_dq, bool need_dc,
                                                              bool need_dp) {
-    if (!is_for_here(q, c, p, mask) || !are_rows(dout) || !are_rows(out) ||
-        !lse.is_contiguous()) {
+    // that of a sum is one number in every place
+    if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
+    if (!is_for_here(q, c, p, mask) || !are_rows(dout) || !are_rows(out) || !lse.is_contiguous()) {
         const Tensors found = by_aten("fastpeft::window_attention_backward_aten", dout, q, c, p, mask, out, lse, slots,
                                       causal, dropout, seed, block, need_dq, need_dc, need_dp);
         return {found[0], found[1], found[2]};
