@@ -7,6 +7,9 @@ The forward pass of the backbone alone, without gradients, is the bound: no side
 direct formulation is there with the backbone in evaluation mode, as the library keeps it, and with all of the model in
 training mode, as `transformers.Trainer` puts it.
 
+`--dtype bfloat16` brings the base to bfloat16: for a side network by `backbone_dtype`, for LoRA all of it, as a
+base that was loaded so: PEFT's factors are float32. With `--dtype int8` the backbones of side networks are int8, and LoRA's base bfloat16.
+
 Predicted for the bundled model before measuring: 54 ms for the backbone's forward and 23 for LST's side network, which
 were known, 6 for the projections of 38 features (0.7 billion multiply-adds, forward and for their weights) and 8 for
 window attention, together 91 ms, 1.75 times LoRA's speed. Most of a direct formulation's time is the backbone's too, so
@@ -31,6 +34,7 @@ from fastpeft.methods.registry import get_method
 
 FILE = DATA / "ladder.csv"
 RANK = 4
+DTYPES = ("float32", "bfloat16", "int8")
 FORWARD = "backbone forward"
 DIRECT_AS_TRAINED = "9-lst direct with backbone dropout"
 ENTRIES = {  # of the registry, where a name here is none
@@ -41,26 +45,33 @@ ENTRIES = {  # of the registry, where a name here is none
 }
 
 
-def prepared(model: str, method: str) -> nn.Module:
-    """`model` with what `method` trains, in training mode."""
+def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
+    """`model` in `dtype` with what `method` trains, in training mode."""
     torch.manual_seed(0)
-    targets = ["query", "key"] if method == "lora" else None
-    preparation = Preparation(["classifier"], RANK, targets)
-    ready = get_method(ENTRIES.get(method, method)).prepare(MODELS[model](), preparation).train()
+    base, is_lora = MODELS[model](), method == "lora"
+    if is_lora and dtype != "float32":
+        base = base.bfloat16()
+    settings = {} if is_lora or dtype == "float32" else {"backbone_dtype": dtype}
+    preparation = Preparation(["classifier"], RANK, ["query", "key"] if is_lora else None, settings)
+    ready = get_method(ENTRIES.get(method, method)).prepare(base, preparation).train()
     if method == DIRECT_AS_TRAINED:
         nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode
     return ready
 
 
-def training_step(model: str, method: str, device: torch.device) -> Callable[[], object]:
+def training_step(
+    model: str, method: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS
+) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run."""
-    return step_of(prepared(model, method).to(device), weight_decay=0.0, device=device)
+    return step_of(prepared(model, method, dtype).to(device), weight_decay=0.0, device=device, tokens=tokens)
 
 
-def backbone_forward(model: str, device: torch.device) -> Callable[[], object]:
-    """The model's forward pass as in inference."""
-    base = MODELS[model]().to(device).eval()
-    ids = torch.randint(5, 8_000, (BATCH_SIZE, TOKENS), device=device)
+def backbone_forward(
+    model: str, device: torch.device, dtype: str = "float32", tokens: int = TOKENS
+) -> Callable[[], object]:
+    """The backbone's pass beside a side network, without gradients."""
+    base = prepared(model, "lst", dtype).to(device).eval().backbone.body
+    ids = torch.randint(5, 8_000, (BATCH_SIZE, tokens), device=device)
 
     @torch.no_grad()
     def run() -> None:
@@ -72,10 +83,16 @@ def backbone_forward(model: str, device: torch.device) -> Callable[[], object]:
 METHODS = ("9-lst", "lora", "lst", "lst direct", "9-lst direct", DIRECT_AS_TRAINED)
 
 
-def candidates(model: str, device: torch.device, methods: tuple[str, ...] = METHODS) -> Candidates:
+def candidates(
+    model: str,
+    device: torch.device,
+    methods: tuple[str, ...] = METHODS,
+    dtype: str = "float32",
+    tokens: int = TOKENS,
+) -> Candidates:
     """The steps of all methods, k-LST first, and the bound."""
-    steps = {method: training_step(model, method, device) for method in methods}
-    return {**steps, FORWARD: backbone_forward(model, device)}
+    steps = {method: training_step(model, method, device, dtype, tokens) for method in methods}
+    return {**steps, FORWARD: backbone_forward(model, device, dtype, tokens)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -87,6 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what the frozen weights are brought to")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of a text; default {TOKENS}")
     parser.add_argument("--methods", default=",".join(METHODS), help="the first is what ratios are taken to")
     parser.add_argument(
         "--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}; the large model takes seconds each"
@@ -95,8 +114,8 @@ def main() -> None:
     device = torch.device(given.device)
     measure(
         FILE,
-        {**CASE, "model": given.model},
-        candidates(given.model, device, tuple(given.methods.split(","))),
+        {**CASE, "model": given.model, "tokens": str(given.tokens), "dtype": given.dtype},
+        candidates(given.model, device, tuple(given.methods.split(",")), given.dtype, given.tokens),
         device,
         given.rounds,
     )

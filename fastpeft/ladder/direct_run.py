@@ -51,8 +51,9 @@ class DirectRun(SideRun):
 
     def output(self) -> Tensor:
         self._check_complete()
-        for number, block in enumerate(self.side.blocks, 1):
-            self._advance(self._theta if number in self._dropped else self._block(number, block))
+        with self._products():
+            for number, block in enumerate(self.side.blocks, 1):
+                self._advance(self._theta if number in self._dropped else self._block(number, block))
         return super().output()
 
     def _block(self, number: int, block: Any) -> Tensor:

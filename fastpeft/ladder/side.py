@@ -6,6 +6,7 @@ blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.support.processor import has_bfloat16
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
@@ -119,9 +121,14 @@ class SideBlock(nn.Module):
     def encode(self, x: Tensor, visible: Tensor | None) -> Tensor:
         """The encoder block, after the fusion: `(B, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D / H)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        qkv = self.qkv(x)
+        dtype = qkv.dtype
+        # on a CPU PyTorch's attention is twice as fast in float32 as in bfloat16
+        widened = qkv.is_cpu and dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
+            qkv = qkv.float() if widened else qkv
+            q, k, v = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(dtype)  # (B, H, T, D / H)
         x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
         return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
 
@@ -281,6 +288,7 @@ class SideRun:
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
+        self._in_bfloat16 = False
         blocks_seed = seed if blocks_seed is None else blocks_seed
         self._dropped: set[int] = set()
         if side.config.layer_drop and side.training and blocks_seed:
@@ -291,8 +299,9 @@ class SideRun:
         """Read `B_layer`, `(B, T, d)`; features come in order, from 0 to L."""
         self._waiting.append((layer, self._accept(layer, feature)))
         if layer == self.side.num_layers or not torch.is_grad_enabled():
-            for waiting in self._waiting:
-                self._read(*waiting)
+            with self._products():
+                for waiting in self._waiting:
+                    self._read(*waiting)
             self._waiting.clear()
 
     def _read(self, layer: int, feature: Tensor) -> None:
@@ -307,7 +316,7 @@ class SideRun:
             if block in self._dropped:
                 self._advance(self._theta)
             else:
-                window = torch.stack(parts, dim=-3)
+                window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
                 self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
 
     def _accept(self, layer: int, feature: Tensor) -> Tensor:
@@ -319,14 +328,21 @@ class SideRun:
             )
         side = self.side
         self._next += 1
-        if not torch.is_autocast_enabled(feature.device.type):
+        if layer == 0:
+            self._in_bfloat16 = _computes_in_bfloat16(feature, side.down.weight)
+        if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
             self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
-            self._advance(side.down(feature))
+            with self._products():
+                self._advance(side.down(feature))
         if layer == side.num_layers and side.side_share is not None:
             self._last_feature = feature
         return feature
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """What the side network runs under: autocast to bfloat16 beside a backbone that computes in it."""
+        return torch.autocast("cpu", torch.bfloat16) if self._in_bfloat16 else contextlib.nullcontext()
 
     def _advance(self, theta: Tensor) -> None:
         self._theta = theta
@@ -336,7 +352,8 @@ class SideRun:
     def output(self) -> Tensor:
         """The up-projection of the last state, `(B, T, d)`, with `output_mix` mixed with `B_L`."""
         self._check_complete()
-        output: Tensor = self.side.up(self._theta)
+        with self._products():
+            output: Tensor = self.side.up(self._theta)
         last, share = self._last_feature, self.side.side_share
         return output if last is None or share is None else last + share * (output - last)
 
@@ -346,6 +363,12 @@ class SideRun:
                 f"the side network read {self._next} features of {self.side.num_layers + 1}. Name the backbone's "
                 "layers in feature_modules."
             )
+
+
+def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
+    """Whether products are computed in a feature's bfloat16: on a processor that is fast at them."""
+    kinds = feature.device.type, feature.dtype, weight.dtype
+    return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 
 
 def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:

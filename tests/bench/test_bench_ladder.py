@@ -41,3 +41,16 @@ def test_every_candidate_is_recorded(tmp_path, monkeypatch: pytest.MonkeyPatch) 
     harness.measure(file, bench.CASE, bench.candidates("demo", CPU), CPU, rounds=2)
     assert [row["candidate"] for row in harness.read_rows(file)] == [*bench.METHODS, bench.FORWARD]
     assert next(row["ratio_p50"] for row in harness.read_rows(file)) == "1"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_base_is_in_the_dtype_and_what_trains_is_not(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.MODELS, "demo", tiny)
+    side = bench.prepared("demo", "9-lst", dtype)
+    assert side.config.backbone_dtype == dtype
+    assert {p.dtype for p in side.parameters() if p.requires_grad} == {torch.float32}
+    lora = bench.prepared("demo", "lora", dtype)
+    dtypes = {name.partition("lora_")[1]: p.dtype for name, p in lora.named_parameters()}
+    assert dtypes == {"lora_": torch.float32, "": torch.bfloat16}
+    for run in bench.candidates("demo", CPU, ("9-lst", "lora"), dtype, tokens=8).values():
+        run()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft import FastpeftError, LadderConfig
+from fastpeft.ladder import side as side_module
 from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
 from fastpeft.methods.registry import get_method
@@ -346,3 +347,67 @@ def test_compiled_it_is_the_same(options: dict[str, object]) -> None:
     assert len(found["compiled"]) == len(found["plain"]) > 5
     for one, other in zip(found["compiled"], found["plain"]):
         torch.testing.assert_close(one, other, **EXACT)
+
+
+HALVES = [
+    {"window_size": 1, "fusion": "gated"},
+    {"window_size": 3},
+    {"window_size": 9},
+    {"window_size": 3, "num_heads": 2, "residual": True},
+    {"window_size": 5, "share_projections": True},
+    {"window_size": 3, "output_mix": True},
+]
+
+
+def loss_and_gradients(side: SideNetwork, layers: list[Tensor], run: type[SideRun] = SideRun) -> tuple[Tensor, Tensor]:
+    """Of the real tokens' squared output; all gradients in one vector."""
+    passed = run(side, MASK, seed=5)
+    for layer, feature in enumerate(layers):
+        passed.feed(layer, feature)
+    loss = passed.output()[MASK].float().square().mean()
+    found = torch.autograd.grad(loss, list(side.parameters()), allow_unused=True, materialize_grads=True)
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    return loss, torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("config", HALVES, ids=str)
+def test_beside_a_bfloat16_backbone_is_float32_to_rounding(
+    config: dict, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses differ by up to 0.6 % and gradients by up to 6.4 %, as 8 numbers a token and random norms let them, and
+    both repeat to the bit. Features are rounded already."""
+    side = network(causal=causal, feature_dropout=0.0, **config).float().train()
+    halves = [feature.bfloat16() for feature in features()]
+    monkeypatch.setattr(side_module, "has_bfloat16", lambda: False)
+    exact, gradients = loss_and_gradients(side, halves)
+    assert exact.equal(loss_and_gradients(side, [half.float() for half in halves])[0])
+    monkeypatch.setattr(side_module, "has_bfloat16", lambda: True)
+    found, of_found = loss_and_gradients(side, halves)
+    assert not found.equal(exact)
+    assert (found - exact).abs() < 0.02 * exact
+    assert (of_found - gradients).norm() < 0.13 * gradients.norm()
+    again, of_again = loss_and_gradients(side, halves)
+    assert found.equal(again) and of_found.equal(of_again)
+    direct, _ = loss_and_gradients(side, halves, DirectRun)
+    assert (direct - exact).abs() < 0.02 * exact
+
+
+def test_bfloat16_drops_the_same_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = network(window_size=9, feature_dropout=0.4).float().train()
+    halves = [feature.bfloat16() for feature in features()]
+    found = {}
+    for fast in (False, True):
+        monkeypatch.setattr(side_module, "has_bfloat16", lambda fast=fast: fast)
+        found[fast] = side(halves, MASK, seed=7)[MASK].float()
+    assert (found[True] - found[False]).norm() < 0.05 * found[False].norm()
+    assert (side(halves, MASK, seed=8)[MASK].float() - found[False]).norm() > 0.1 * found[False].norm()
+
+
+def test_the_processor_decides_for_float32_networks_beside_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_module, "has_bfloat16", lambda: True)
+    side = network(window_size=3)
+    assert side(features()).dtype == torch.float64
+    assert side([feature.bfloat16() for feature in features()]).dtype == torch.float64
+    assert side.float()([feature.float() for feature in features()]).dtype == torch.float32
+    assert side([feature.bfloat16() for feature in features()]).dtype == torch.bfloat16
