@@ -156,7 +156,7 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         module_name, function = _TRITON_LAUNCHERS[choice.op]
         module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
         library.impl(choice.op, getattr(module, function), choice.device.upper())
-    elif choice.backend == "aten":
+    elif choice.backend == "aten" and op.aten is not None:
         for key in _keys(choice.device):
             library.impl(choice.op, torch.no_grad()(op.aten), key)  # it writes in place; a formula differentiates it
     elif choice.backend == "cpp" and op.aten is not None:
