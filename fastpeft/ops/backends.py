@@ -157,14 +157,14 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         module_name, function = _TRITON_LAUNCHERS[choice.op]
         module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
         library.impl(choice.op, getattr(module, function), choice.device.upper())
-    elif choice.backend == "aten":
+    elif choice.backend == "aten" and op.aten is not None:
         for key in _keys(choice.device):
-            library.impl(choice.op, op.aten, key)
+            library.impl(choice.op, torch.no_grad()(op.aten), key)  # it writes in place; a formula differentiates it
     elif choice.backend == "cpp" and op.aten is not None:
         # what the compiled module calls for the dtypes and ranks that it leaves to ATen
         library.define(f"{choice.op}_aten{op.schema.partition('->')[0]}-> Tensor[]")
         for key in _keys(choice.device):
-            library.impl(f"{choice.op}_aten", _flat(op.aten), key)
+            library.impl(f"{choice.op}_aten", torch.no_grad()(_flat(op.aten)), key)
     elif choice.backend == "reference" and _COMPILED.keys() & IMPLEMENTED.get((choice.op, choice.device), ()):
         # a compiled module may have been loaded for another op; put the reference back over this one
         for key in _keys(choice.device):

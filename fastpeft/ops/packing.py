@@ -76,11 +76,11 @@ def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = F
     longer to begin.
     """
     alike = weight.dtype is x.dtype
-    if packs is not None and not (alike and x.dtype is torch.float32 and x.numel() <= x.shape[-1]):
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            packed = packs.of(weight, x.dtype, transposed)
-            if packed is not None:
-                return packed
+    one_row = alike and x.dtype is torch.float32 and x.numel() <= x.shape[-1]
+    if not (packs is None or one_row or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        packed = packs.of(weight, x.dtype, transposed)
+        if packed is not None:
+            return packed
     return weight if alike else weight.to(x.dtype)
 
 
@@ -101,6 +101,8 @@ class Packs:
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
         self._codes: Codes | None
         self._signature: tuple[Any, ...]
+        self._samples: Tensor  # entries of the weight where it lies
+        self._sampled: Tensor  # and what they were
         self.drop()
 
     def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
@@ -147,7 +149,7 @@ class Packs:
         self._packed.clear()
         self._codes = None
         self._signature = ()
-        self._samples = self._sampled = torch.empty(0)  # entries of the weight where it lies, and what they were
+        self._samples = self._sampled = torch.empty(0)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The packs of an adapted layer's frozen weight: that they change no result, follow the weight and are nowhere saved."""
+"""The packs of an adapted layer's frozen weight: they change no result, follow the weight and are nowhere saved."""
 
 from __future__ import annotations
 
