@@ -388,7 +388,8 @@ def test_beside_a_bfloat16_backbone_is_float32_to_rounding(
     assert (found - exact).abs() < 0.02 * exact
     assert (of_found - gradients).norm() < 0.13 * gradients.norm()
     again, of_again = loss_and_gradients(side, halves)
-    assert found.equal(again) and of_found.equal(of_again)
+    assert found.equal(again)
+    assert of_found.equal(of_again)
     direct, _ = loss_and_gradients(side, halves, DirectRun)
     assert (direct - exact).abs() < 0.02 * exact
 
