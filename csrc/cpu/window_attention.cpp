@@ -4,6 +4,8 @@
 // A sentence is one thread's: it makes its keys, of 4 bytes an element, and reads them from cache; neither they nor the
 // scores are ever in a tensor. A sentence's sums do not depend on the threads, and those of p are added up in the order
 // of the sentences.
+#include "window_attention.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,14 +19,13 @@
 
 #include "choose.h"
 #include "mezo_perturb_pass.h"
-#include "window_attention.h"
 
 namespace fastpeft {
 
 size_t forward_scratch(const Window& window) {
     const int64_t keys = round_up(window.keys(), kKeyBlock), width = round_up(window.width, 16);
-    return 4 * (keys * width + keys + window.tokens * window.width + 2 * width + kRowTile * width + 3 * keys * kRowTile / 2 +
-                kRowTile * width / 2) +
+    return 4 * (keys * width + keys + window.tokens * window.width + 2 * width + kRowTile * width +
+                3 * keys * kRowTile / 2 + kRowTile * width / 2) +
            64 * 32;
 }
 
@@ -57,7 +58,8 @@ bool has_bfloat16() {
 }
 
 bool are_rows(const Tensor& x) {
-    return x.scalar_type() == ScalarType::BFloat16 && x.dim() == 4 && x.numel() > 0 && (x.size(3) == 1 || x.stride(3) == 1);
+    return x.scalar_type() == ScalarType::BFloat16 && x.dim() == 4 && x.numel() > 0 &&
+           (x.size(3) == 1 || x.stride(3) == 1);
 }
 
 bool is_for_here(const Tensor& q, const Tensor& c, const Tensor& p, const std::optional<Tensor>& mask) {
@@ -143,7 +145,8 @@ std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor c, Tensor p, std::o
     const int64_t rows = q.size(1) * q.size(2);
     float* const of_lse = static_cast<float*>(lse.mutable_data_ptr());
     each_sentence(q.size(0), forward_scratch(shared.window), [&](int64_t b, char* scratch) {
-        avx512bf16::attend(shared.window, shared.sentence(b), rows_of(q, b), rows_of(out, b), of_lse + b * rows, scratch);
+        avx512bf16::attend(shared.window, shared.sentence(b), rows_of(q, b), rows_of(out, b), of_lse + b * rows,
+                           scratch);
     });
 #endif
     return {out, lse};

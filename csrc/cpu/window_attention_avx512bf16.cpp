@@ -7,10 +7,10 @@
 // Scores stand with a key to a row and a query to a lane, so that maxima and sums over keys need no shuffles. K, Q, dO,
 // P and dS are rounded to bfloat16 for the products; maxima, sums, exponentials and all results are float32.
 //
-// A product reads a pair of neighbours along the summed side as one 32-bit word. "Rows" below are (row, pair) words, and
-// "pairs" are (pair, column) words: word [i][j] holds the elements (2 i, j) and (2 i + 1, j). Nothing of the standard
-// library is called here: a copy of one of its functions, compiled for a newer processor, could end up in the code for
-// all.
+// A product reads a pair of neighbours along the summed side as one 32-bit word. "Rows" below are (row, pair) words,
+// and "pairs" are (pair, column) words: word [i][j] holds the elements (2 i, j) and (2 i + 1, j). Nothing of the
+// standard library is called here: a copy of one of its functions, compiled for a newer processor, could end up in the
+// code for all.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -21,8 +21,7 @@
 #if defined(__clang__)
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
 #else
-#define FASTPEFT_TARGET \
-    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
+#define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
 #endif
 
 namespace fastpeft {
@@ -70,7 +69,8 @@ struct Left {
 };
 
 template <int kVectors>
-FASTPEFT_TARGET inline void product_block(Left a, const uint32_t* b, int64_t columns, int64_t pairs, bool add, float* c) {
+FASTPEFT_TARGET inline void product_block(Left a, const uint32_t* b, int64_t columns, int64_t pairs, bool add,
+                                          float* c) {
     __m512 sums[kRows][kVectors];
     for (int m = 0; m < kRows; ++m) {
         for (int v = 0; v < kVectors; ++v) {
@@ -229,7 +229,7 @@ FASTPEFT_TARGET void pack_rows(const Window& window, Matrix x, int64_t first, in
 
 // What the scores of a tile of queries depend on beside the products.
 struct Visible {
-    int32_t token[kRowTile];     // of the query
+    int32_t token[kRowTile];    // of the query
     float of_absent[kRowTile];  // log of the number of tokens that it sees
 };
 
@@ -311,9 +311,8 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matr
     }
 }
 
-FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q,
-                                     Matrix out, const float* lse, Matrix dq, Matrix dc, float* dp,
-                                     char* memory) {
+FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q, Matrix out,
+                                     const float* lse, Matrix dq, Matrix dc, float* dp, char* memory) {
     Scratch scratch(memory);
     const Keys keys = make_keys(window, sentence, scratch);
     const int64_t rows = window.heads * window.tokens, tile = tile_of(window), width = keys.width;
@@ -360,8 +359,7 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
                     for (int i = 0; i < 2; ++i) {
                         const int64_t at = (n + i) * tile + lane;
                         const int32_t token = keys.tokens[block + n + i];
-                        const __m512 score =
-                            counted(_mm512_loadu_ps(scores + at), token, window.causal, seen, lane);
+                        const __m512 score = counted(_mm512_loadu_ps(scores + at), token, window.causal, seen, lane);
                         const __m512 weight = exponential(_mm512_sub_ps(score, of_query));
                         change[i] = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(dscores + at), mean));
                         store_half(weight, weight_rows + at / 2);
