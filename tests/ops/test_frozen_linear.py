@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
-from fastpeft.ops.frozen_linear import PackedLinear, freeze, pack_layer, unfreeze
+from fastpeft.ops.frozen_linear import PackedLinear, freeze, pack_frozen, pack_layer, unfreeze
 from fastpeft.ops.packing import Packs, can_pack, pack
+from fastpeft.training.memory import MemoryTracker, simulate_training_step
 
 DTYPES = [torch.float32, torch.bfloat16]
 # of a sum of 40 products, which another order of additions changes; measured 2e-7 and 0.003
@@ -265,3 +266,46 @@ def test_a_compiled_model_computes_the_same_in_one_graph() -> None:
     x = torch.randn(6, 40)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_simulated_step_counts_the_packs() -> None:
+    """One of the weight and one of its transpose, where a gradient passes through; one where none does."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(512, 512).requires_grad_(False), nn.Linear(512, 512)
+            self.second.weight.requires_grad_(False)
+            self.first.bias.requires_grad_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)).square().mean()
+
+    model, matrix = Two(), 512 * 512 * 4
+    before = simulate_training_step(model, {"x": torch.zeros(4, 512)}).peak
+    after = simulate_training_step(freeze(model), {"x": torch.zeros(4, 512)}).peak
+    assert 2.9 * matrix < after - before < 3.1 * matrix
+
+
+def test_a_tracker_counts_the_packs() -> None:
+    layer = freeze(nn.Linear(512, 512).requires_grad_(False))
+    with MemoryTracker() as tracker:
+        layer(torch.zeros(4, 512))
+    assert 0 <= tracker.current - 2 * layer.packs.nbytes < 1000  # the weight is known too, from a view of it
+
+
+def test_all_layers_of_a_model_follow_one_switch() -> None:
+    base = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 24))
+    model = get_peft_model(base, fastpeft.SivaConfig(r=2, target_modules=["0"]))
+    assert pack_frozen(model) == 2
+    with torch.no_grad():
+        expected = model(torch.ones(3, 40))
+    layer = model.base_model.model[0]
+    assert layer.packs.nbytes > 0
+    assert pack_frozen(model, False) == 0
+    assert type(model.base_model.model[1]) is nn.Linear
+    assert not layer.packs.enabled
+    layer.packs.drop()
+    with torch.no_grad():
+        assert_close(model(torch.ones(3, 40)), expected)
+    assert layer.packs.nbytes == 0
