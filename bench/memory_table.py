@@ -90,12 +90,13 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
     if case.method in ("k-lst", "lst"):
         shape: dict[str, Any] = {"window_size": 1, "fusion": "gated"} if case.method == "lst" else {}
         backbone_dtype: Any = case.residual_dtype or None
-        return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype))
+        return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype, pack_weights=False))
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
     wrap = partial(get_peft_model, autocast_adapter_dtype=case.adapter_dtype == "float32")
     if case.method == "siva":
         adapted = wrap(
-            model, SivaConfig(**common, init_weights="saved", residual_dtype=case.residual_dtype or None)
+            model,
+            SivaConfig(**common, init_weights="saved", residual_dtype=case.residual_dtype or None, pack_weights=False),
         )  # not decomposed, but filled in:
         blank = {name: torch.zeros_like(tensor) for name, tensor in get_peft_model_state_dict(adapted).items()}
         set_peft_model_state_dict(adapted, blank)

@@ -93,7 +93,9 @@ def test_biases_get_gradients_are_saved_merged_and_exported(
     lora = logits(peft.PeftModel.from_pretrained(encoder(), str(tmp_path / "lora")).eval())
     if "residual_dtype" not in residual:
         torch.testing.assert_close(lora, expected, **CLOSE)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **CLOSE)
+    # with an int8 residual activations may be rounded to 8 bits too, which a merged weight does not ask for
+    close = {"rtol": 0.0, "atol": 0.02} if "residual_dtype" in residual else CLOSE  # measured: 0.005
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, **close)
 
 
 @SAVES_BIASES
