@@ -31,6 +31,7 @@ from bench.backbones import MODELS
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
+from fastpeft.ops.frozen_linear import pack_frozen
 
 FILE = DATA / "training.csv"
 BATCH_SIZE, TOKENS = 16, 32  # what the demo data has on average
@@ -43,7 +44,10 @@ TARGETS = {"query, key": "query,key", "key, value": "key,value", "all linear": "
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: a method, with the layers it adapts; `variant` is DoRA, or its step compiled."""
+    """One row of a table: a method, with the layers it adapts.
+
+    `variant` is DoRA, or its step compiled, or all frozen layers packed.
+    """
 
     method: str
     targets: str = ""
@@ -70,6 +74,8 @@ ADAPTERS = {
         ("siva", ""),
         (LIMIT, ""),
         ("lora", ""),
+        ("siva", "packed"),
+        ("lora", "packed"),
         ("lora", "compiled"),
         ("pissa", ""),
         ("lora", "dora"),
@@ -92,6 +98,8 @@ def training_step(
     model = method.prepare(base, preparation).to(device).train()
     if cell.method == LIMIT:
         pass_gradients(model, targets)
+    if cell.variant == "packed":
+        pack_frozen(model)
     compiled = cell.variant == "compiled"
     ready = torch.compile(model) if compiled else model
     return step_of(ready, method.recipe.weight_decay, device, tokens, autocast=dtype == "autocast")

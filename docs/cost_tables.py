@@ -74,7 +74,7 @@ def siva_speed_base() -> str:
     """RoBERTa-base's shapes, on both choices of layers."""
     body = []
     for row in rows("siva_training.csv"):
-        if (row["model"], row["dtype"]) == ("base", "float32"):
+        if (row["model"], row["dtype"], row["tokens"]) == ("base", "float32", "32"):
             body += [[row["targets"], *cells] for cells in _ratios([row], ADAPTER_STEPS)]
     return table(["layers", "one training step", "ms", "time over SiVA's"], body)
 
@@ -103,12 +103,34 @@ LADDER_STEPS = {
 def ladder_speed() -> str:
     body = []
     for row in rows("ladder.csv"):
-        if row["candidate"] in LADDER_STEPS:
+        if row["candidate"] in LADDER_STEPS and row["dtype"] == "float32":
             body += [[SHAPES[row["model"]], *cells] for cells in _ratios([row], LADDER_STEPS)]
     return table(["model", "one training step", "ms", "time over 9-LST's"], body)
 
 
 SHAPES = {"demo": "bundled model", "base": "RoBERTa-base's shapes", "large": "RoBERTa-large's shapes"}
+
+
+FROZEN_STEPS = {
+    **ADAPTER_STEPS,
+    **LADDER_STEPS,
+    "siva-packed": "**SiVA**, all packed",
+    "lora-packed": "LoRA, all packed",
+}
+
+
+def frozen_steps() -> str:
+    """Steps at RoBERTa-base's shapes, 64 tokens, on frozen weights of fewer bits: how many times faster than LoRA."""
+    found = [("", row) for row in rows("ladder.csv")] + [(row["targets"], row) for row in rows("siva_training.csv")]
+    found = [(targets, row) for targets, row in found if (row["model"], row["tokens"]) == ("base", "64")]
+    lora = {(targets, row["dtype"]): row for targets, row in found if row["candidate"] == "lora"}
+    body = []
+    for targets, row in found:
+        if row["candidate"] in FROZEN_STEPS:
+            speed = float(lora[targets, row["dtype"]]["ratio_p50"]) / float(row["ratio_p50"])
+            name = FROZEN_STEPS[row["candidate"]].removesuffix(", query and key")
+            body.append([targets or "query, key", row["dtype"], name, whole(row["ms_p50"]), f"{speed:.2f}"])
+    return table(["layers of adapters", "frozen weights", "one training step", "ms", "speed over LoRA's"], body)
 
 
 def feature_cache() -> str:

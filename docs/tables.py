@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised": accuracy_tables.quantised,
     "op-window": cost_tables.op_window,
     "op-mixed": cost_tables.op_mixed,
+    "frozen-steps": cost_tables.frozen_steps,
     "frozen-linear": cost_tables.frozen_linear,
     "frozen-encoder": cost_tables.frozen_encoder,
     "mezo-pass": cost_tables.mezo_pass,
