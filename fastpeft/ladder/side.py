@@ -123,8 +123,8 @@ class SideBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         dtype = qkv.dtype
-        # on a CPU PyTorch's attention is twice as fast in float32 as in bfloat16
-        widened = qkv.is_cpu and dtype == torch.bfloat16
+        # on a CPU PyTorch's attention is twice as fast in float32 as in bfloat16; a fake tensor simulates a card
+        widened = qkv.is_cpu and dtype == torch.bfloat16 and type(qkv) is Tensor
         with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
             qkv = qkv.float() if widened else qkv
             q, k, v = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)

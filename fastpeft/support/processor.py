@@ -5,6 +5,7 @@ By flags and never by a timing, so that the answer is the same in every process 
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def _flags() -> frozenset[str]:
 def has_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16: AVX512-BF16, AMX or ARM's BF16."""
     return not _BFLOAT16.isdisjoint(_flags())
+
+
+def prefers_bfloat16() -> bool:
+    """Whether runs that do not say it compute in bfloat16: `has_bfloat16`, unless the variable FASTPEFT_BF16 is 0."""
+    return os.environ.get("FASTPEFT_BF16") != "0" and has_bfloat16()
 
 
 def has_int8() -> bool:

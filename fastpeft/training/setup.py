@@ -16,7 +16,7 @@ from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import get_method
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
-from fastpeft.support.processor import has_bfloat16
+from fastpeft.support.processor import prefers_bfloat16
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.prompt_search import check_searchable
 from fastpeft.training.run_folder import RunFolder
@@ -176,7 +176,7 @@ def _bfloat16(method: Method, arguments: Mapping[str, Any]) -> bool:
     """
     on_cpu = arguments.get("use_cpu") or best_device() == "cpu"
     chosen = arguments.get("fp16")  # another one
-    return bool(on_cpu and not chosen and not method.optimization.zeroth_order and has_bfloat16())
+    return bool(on_cpu and not chosen and not method.optimization.zeroth_order and prefers_bfloat16())
 
 
 def _setup(config: TrainConfig, method: Method, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> Setup:

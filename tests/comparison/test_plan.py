@@ -487,7 +487,7 @@ def _precisions(plan: Plan) -> dict[str, bool | None]:
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr("fastpeft.training.setup.has_bfloat16", lambda: has)
+    monkeypatch.setattr("fastpeft.training.setup.prefers_bfloat16", lambda: has)
     monkeypatch.setattr("fastpeft.training.setup.best_device", lambda: "cpu")
 
 

@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def on_a_machine(monkeypatch: pytest.MonkeyPatch, has: bool, device: Any = "cpu") -> None:
-    monkeypatch.setattr("fastpeft.training.setup.has_bfloat16", lambda: has)
+    monkeypatch.setattr("fastpeft.training.setup.prefers_bfloat16", lambda: has)
     monkeypatch.setattr("fastpeft.training.setup.best_device", lambda: device)
 
 
