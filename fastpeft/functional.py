@@ -72,7 +72,7 @@ def siva_linear(
         bias = bias.to(dtype)
     if not (u.dtype is s.dtype is v.dtype is of_factors):
         u, s, v = _cast(of_factors, u, s, v)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():  # a graph to export has the op
         h: Tensor = SivaLinear.apply(x, weight, u, s, v, bias, packs)
     else:
         h, _ = torch.ops.fastpeft.siva_linear.default(x, operand(weight, packs, x), u, s, v, bias)
