@@ -143,7 +143,7 @@ class Packed:
         return h
 
     def _let_go(self) -> None:
-        """Put the pack in the place of the weight, unless someone holds that, who could write to it."""
+        """Put the pack in the place of the weight. A weight that someone else holds stays: they could write to it."""
         weight = self._parameters["weight"]
         assert weight is not None
         packed = self.packs.of(self._of_matrix(weight), weight.dtype)
