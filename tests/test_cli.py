@@ -33,7 +33,13 @@ from fastpeft.training.config import options
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(fastpeft.__file__).parents[1]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": ""}
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PATH": "",
+    "FASTPEFT_BF16": "0",  # as in this process, whose bits some tests compare
+}
 
 
 @pytest.fixture
