@@ -8,6 +8,7 @@ saved or copied, and dropped when the weight changes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,22 +17,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs this weight: dense, on a CPU, with entries, and `dtype` is float32 or bfloat16."""
+    """Whether oneDNN packs this weight: dense, on a CPU that multiplies in `dtype`, float32 or bfloat16, with entries."""
     return (
         (type(weight) in _PLAIN or isinstance(weight, FakeTensor))  # not what shards or counts
         and weight.device.type == "cpu"
-        and dtype in _PACKED_DTYPES
+        and dtype in _packed_dtypes()
         and weight.numel() > 0
         and (weight.is_contiguous() or weight.t().is_contiguous())  # so that its samples are a view
         and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
+
+
+@cache
+def _packed_dtypes() -> tuple[torch.dtype, ...]:
+    """Those in which oneDNN multiplies on this processor: in bfloat16 from AVX512 on."""
+    wide = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if wide else (torch.float32,)
 
 
 def pack(weight: Tensor) -> Tensor:
