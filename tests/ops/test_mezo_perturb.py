@@ -17,6 +17,7 @@ import torch
 from bits import BITS, DTYPES, assert_same_bits, bits, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instructions import supported
 from torch import Tensor
 
 from fastpeft import FastpeftError, functional
@@ -45,22 +46,7 @@ def _compiled_for(instructions: str) -> Perturb:
     return perturb
 
 
-def _runs(instructions: str) -> bool:
-    try:
-        _compiled_for(instructions)([], [], [], [], 0.0)
-    except RuntimeError:
-        return False
-    return True
-
-
-VARIANTS = [
-    pytest.param(
-        _compiled_for(name),
-        id=name,
-        marks=[needs_cpp, pytest.mark.skipif(not _runs(name), reason=f"this processor has no {name}")],
-    )
-    for name in ("baseline", "avx2", "avx512")
-]
+VARIANTS = [pytest.param(_compiled_for(name), id=name) for name in supported()]
 compiled = pytest.mark.parametrize("perturb", VARIANTS)
 implementations = pytest.mark.parametrize("perturb", [pytest.param(reference.mezo_perturb_, id="reference"), *VARIANTS])
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instructions import supported
 from poison import poisoned_memory
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
 from fastpeft import FastpeftError
 from fastpeft.functional import window_attention
-from fastpeft.ops import aten, backends, noise, reference
+from fastpeft.ops import aten, noise, reference
 from fastpeft.ops import window_attention as op
 from fastpeft.training.memory import MemoryTracker
 
@@ -287,16 +288,7 @@ def test_a_new_seed_does_not_compile_again() -> None:
     assert len(graphs) <= 2  # one that knows its seed, one for all others
 
 
-def supported_instructions() -> list[str]:
-    """What FASTPEFT_SIMD can name here; nothing without the compiled module."""
-    if not any(choice.op == "feature_dropout_" and choice.backend == "cpp" for choice in backends.choices()):
-        return []
-    with mock.patch.dict(os.environ, FASTPEFT_SIMD="none"), pytest.raises(RuntimeError) as refused:
-        torch.ops.fastpeft.feature_dropout_(torch.ones(1, 1, 1, 1), [0], 0.5, 0, 0)
-    return str(refused.value).partition("are ")[2].partition(". Correct")[0].split(", ")
-
-
-@pytest.mark.parametrize("instructions", supported_instructions())
+@pytest.mark.parametrize("instructions", supported())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 7), (33, 16), (3, 700), (1, 256), (0, 8)])
 def test_compiled_dropout_has_the_bits_of_the_reference(
@@ -311,7 +303,7 @@ def test_compiled_dropout_has_the_bits_of_the_reference(
         assert found.equal(expected)
 
 
-@pytest.mark.skipif(not supported_instructions(), reason="needs the compiled module")
+@pytest.mark.skipif(not supported(), reason="needs the compiled module")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -458,7 +450,7 @@ def test_bfloat16_has_the_same_bits_on_any_number_of_threads(threads: int) -> No
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("instructions", [*supported_instructions(), ""])
+@pytest.mark.parametrize("instructions", [*supported(), ""])
 def test_opcheck_in_bfloat16(instructions: str) -> None:
     """By the code for AVX512-BF16 where the processor has it, and by ATen's calls."""
     q, c, p = (x.bfloat16().requires_grad_() for x in operands(3, 2, 4, 6, 5, 3))
