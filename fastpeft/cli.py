@@ -530,7 +530,7 @@ def info() -> None:
 
     with shown(lines=False):
         from fastpeft import console
-        from fastpeft.ops import backends
+        from fastpeft.ops import backends, fastest
         from fastpeft.support import environment
 
     console.show_messages(quiet=False)
@@ -538,6 +538,8 @@ def info() -> None:
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
+    if timed := fastest.choices.times():
+        console.show_table("timed here", [(question, fastest.in_words(times)) for question, times in timed.items()])
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # most tests compare bits or small errors; what a run computes in by default is in training/test_bfloat16.py
 os.environ["FASTPEFT_BF16"] = "0"
+os.environ["FASTPEFT_MEASURE"] = "0"  # what is timed is in ops/test_fastest.py
 
 import torch
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, packed_linear
+from fastpeft.ops.packing import Packs, packed_linear, rows_of
 from fastpeft.ops.products import as_matrix
 
 Computation = Literal["int8"]
@@ -40,7 +40,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     """
     dtype = compute_dtype(x, weight)
     autocast = torch.is_autocast_enabled(x.device.type)
-    packed = packs.of(weight, dtype) if autocast or x.dtype == dtype else None
+    packed = packs.of(weight, dtype, rows=rows_of(x)) if autocast or x.dtype == dtype else None
     if packed is None:
         return F.linear(x, weight, bias)
     if autocast:
@@ -67,7 +67,7 @@ class _FrozenLinear(torch.autograd.Function):
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = dbias = None
         if need_dx:
-            packed = ctx.packs.of(weight, ctx.dtype, transposed=True)
+            packed = ctx.packs.of(weight, ctx.dtype, transposed=True, rows=rows_of(dh))
             dx = dh @ weight.to(ctx.dtype) if packed is None else packed_linear(dh, packed, None)
         if need_dbias:
             dbias = as_matrix(dh).sum(0)
@@ -137,7 +137,7 @@ class Packed:
         if self.computation == "int8" and not needs_dx and can_multiply_int8(x):
             return multiply(x, *self.packs.codes(matrix), self.bias)
         h = frozen_linear(x, matrix, self.bias, self.packs)
-        if not (self.keeps_weight or needs_dx):
+        if not (self.keeps_weight or needs_dx) and self.packs.nbytes:
             del weight, matrix
             self._let_go()
         return h

@@ -8,7 +8,7 @@ saved or copied, and dropped when the weight changes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from fastpeft.ops.fastest import Ways, choices
+
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
 
 
 def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs this weight: dense, on a CPU that multiplies in `dtype`, float32 or bfloat16, with entries."""
+    """Whether oneDNN packs this weight: dense, on a CPU that multiplies in float32 or bfloat16, with entries."""
     return (
         (type(weight) in _PLAIN or isinstance(weight, FakeTensor))  # not what shards or counts
         and weight.device.type == "cpu"
@@ -77,18 +79,39 @@ def quantise_rows(matrix: Tensor) -> Codes:
 
 
 def operand(weight: Tensor, packs: Packs | None, x: Tensor, transposed: bool = False) -> Tensor:
-    """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype.
-
-    One row in float32 reads the whole weight once for little work: it is as fast without a pack, whose product takes
-    longer to begin.
-    """
-    alike = weight.dtype is x.dtype
-    one_row = alike and x.dtype is torch.float32 and x.numel() <= x.shape[-1]
-    if not (packs is None or one_row or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        packed = packs.of(weight, x.dtype, transposed)
+    """What a product of `x` reads: the pack of `weight`, or of its transpose, else the weight itself in x's dtype."""
+    if not (packs is None or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        packed = packs.of(weight, x.dtype, transposed, rows_of(x))
         if packed is not None:
             return packed
-    return weight if alike else weight.to(x.dtype)
+    return weight if weight.dtype is x.dtype else weight.to(x.dtype)
+
+
+def rows_of(x: Tensor) -> int:
+    """M of `(*, K)`."""
+    return x.numel() // max(1, x.shape[-1])
+
+
+def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
+    """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
+
+    Timed for 1, 16 and 128 rows, which stand for less and for more. Unless it is timed, from two rows on: one row in
+    float32 reads the whole weight once for little work, and the product by a pack takes longer to begin.
+    """
+    rows = 1 if rows <= 1 else 16 if rows <= 16 else 128
+    n, k = weight.shape
+    dtype = weight.dtype
+
+    def ways() -> Ways:
+        dense = torch.ones(n, k, dtype=dtype)
+        x = torch.ones(rows, n if transposed else k, dtype=dtype)
+        packed = pack(dense.t() if transposed else dense)
+        plain = partial(torch.mm, x, dense) if transposed else partial(F.linear, x, dense)
+        return {"packed": partial(packed_linear, x, packed, None), "plain": plain}
+
+    fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
+    product = "rows times weight" if transposed else "frozen product"
+    return choices.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways) == "packed"
 
 
 class Packs:
@@ -112,16 +135,25 @@ class Packs:
         self._sampled: Tensor  # and what they were
         self.drop()
 
-    def of(self, weight: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor | None:
-        """The pack of `weight` `(N, K)` in `dtype`, or of its transpose; None where there is none to be had."""
+    def of(
+        self, weight: Tensor, dtype: torch.dtype, transposed: bool = False, rows: int | None = None
+    ) -> Tensor | None:
+        """The pack of `weight` `(N, K)` in `dtype`, or of its transpose.
+
+        None where there is none to be had, and where a product of so many rows is faster without one.
+        """
         found = self._packed.get((dtype, transposed))
-        current = self._holds(weight)
-        if found is not None and current:
-            return found
-        if not self.enabled or not can_pack(weight, dtype):
+        if found is None and not (self.enabled and can_pack(weight, dtype)):
             return None
-        if not current:
+        if rows is not None and weight.dtype is dtype and not _is_faster_packed(weight, transposed, rows):
+            return None
+        if self._holds(weight):
+            if found is not None:
+                return found
+        elif self.enabled and can_pack(weight, dtype):
             self._begin(weight)
+        else:
+            return None
         matrix = weight.detach().t() if transposed else weight
         found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
         return found

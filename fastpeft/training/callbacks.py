@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft.data.problems import LOSS, best_step
+from fastpeft.ops.fastest import choices
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.processes import Ranks
 from fastpeft.support.stages import report
@@ -99,7 +100,7 @@ class WholeCheckpoints(TrainerCallback):
         if self.chosen_by is not None:
             best = best_step(logged(state, f"eval_{self.chosen_by}"), self.chosen_by)
         self.ranks.wait()  # each process writes its random state into it
-        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
+        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best, choices=choices.used()))
 
 
 class Stopping(TrainerCallback):

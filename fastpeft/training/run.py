@@ -31,6 +31,7 @@ from fastpeft.data.problems import (
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
+from fastpeft.ops.fastest import choices
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
 from fastpeft.support.environment import device_name, versions
@@ -44,7 +45,7 @@ from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
-from fastpeft.training.run_folder import CURVES, PREDICTIONS, TRAINED_ON, RunFolder
+from fastpeft.training.run_folder import CHOICES, CURVES, PREDICTIONS, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task, compute_dtype, recipe_used
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -109,6 +110,7 @@ def train(
     elif resume:
         missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
         config = dataclasses.replace(config, **missing)
+        choices.take(folder.choices())
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
         if config.bf16 is None and task.config.bf16:
@@ -247,6 +249,8 @@ def _finish(
             _save(trainer, task, staged)
             files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
             files.write_json(staged / CURVES, curves)
+            if choices.used():
+                files.write_json(staged / CHOICES, choices.used())
             files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
             if data.problem is CLASSIFICATION:
                 predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows, threshold)}

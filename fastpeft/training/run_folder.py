@@ -8,6 +8,7 @@ adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.
 adapter/          a part of the result: the adapter that trained beside a side network
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
+choices.json      which ways of computing were the fastest, timed; one that goes on takes the same
 logs/             what TensorBoard shows, where the run was to report to it
 trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
 metrics.json      what was measured; written last, so it marks a run as finished
@@ -35,6 +36,7 @@ from fastpeft.version import __version__
 
 JOURNAL = "mezo.journal"  # of `fastpeft.mezo.journal`, which imports PyTorch
 CURVES = "curves.json"
+CHOICES = "choices.json"
 PREDICTIONS = "predictions.json"
 LOGS = "logs"
 TRAINED_ON = "trained_on.txt"
@@ -71,6 +73,7 @@ _WRITTEN = (
     "curves.png",
     CURVES,
     PREDICTIONS,
+    CHOICES,
     TRAINED_ON,
     "run.json",
 )
@@ -135,6 +138,11 @@ class RunFolder:
         """What the run that was started here found out, as `run.json` holds it."""
         config = self.config()
         return {name: config[name] for name in _FOUND if config.get(name) is not None}
+
+    def choices(self) -> dict[str, Any]:
+        """What `choices.json` holds: of `fastpeft.ops.fastest`, nothing where nothing was timed."""
+        file = self.path / CHOICES
+        return files.read_json(file) if file.is_file() else {}
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds.
@@ -331,9 +339,13 @@ class RunFolder:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"checkpoint-{step}"
 
-    def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
-        """Give a finished checkpoint its final name, and let the oldest go but for the best."""
+    def keep_checkpoint(
+        self, staged: Path, *, best_step: int | None = None, choices: Mapping[str, Any] | None = None
+    ) -> None:
+        """Give a finished checkpoint its final name, keep the choices, and let the oldest go but for the best."""
         with self.saving("a checkpoint"):
+            if choices:
+                files.write_json(self.path / CHOICES, dict(choices))
             self.checkpoints.mkdir(exist_ok=True)
             target = self.checkpoints / staged.name
             files.discard(target, self.staging)

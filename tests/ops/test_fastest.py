@@ -1,0 +1,118 @@
+"""The choice by measurement: timed once, kept on disk, fixed where bits matter most."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastpeft.ops import packing
+from fastpeft.ops.fastest import Choices, Ways, in_words
+
+QUESTION = ("a product", torch.float32, 8, "x", 9)
+
+
+def ways(made: list[str], slow: str) -> Callable[[], Ways]:
+    """Two ways, of which one sleeps; notes that they were asked for."""
+
+    def make() -> Ways:
+        made.append(slow)
+        return {way: partial(time.sleep, 0.004 if way == slow else 0) for way in ("packed", "plain")}
+
+    return make
+
+
+def test_the_fastest_is_taken_and_timed_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    choices = Choices(tmp_path / "folder" / "times.json")
+    for _ in range(2):
+        assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    assert choices.answer((*QUESTION, "of another class"), "packed", ways(made, "plain")) == "packed"
+    assert made == ["packed", "plain"]
+    assert list(choices.used()) == list(choices.times())
+
+
+def test_processes_share_what_was_timed_first(tmp_path: Path) -> None:
+    made: list[str] = []
+    file = tmp_path / "times.json"
+    first, second = Choices(file), Choices(file)
+    assert second.times() == {}  # read before the first has timed anything
+    assert first.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    assert second.answer(QUESTION, "packed", ways(made, "plain")) == "plain"
+    assert Choices(file).answer(QUESTION, "packed", ways(made, "plain")) == "plain"
+    assert made == ["packed", "plain"]  # the third read it
+
+
+def test_a_run_that_goes_on_takes_its_own(tmp_path: Path) -> None:
+    made: list[str] = []
+    choices = Choices(tmp_path / "times.json")
+    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    (question,) = choices.used()
+    choices.take({question: {"packed": 1.0, "plain": 2.0}, "damaged": "by hand", "empty": {}})
+    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    assert list(choices.times()) == [question]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a product": 3}'])
+def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "times.json"
+    file.write_text(content)
+    assert Choices(file).answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert len(json.loads(file.read_text())) == 1
+
+
+def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    choices = Choices(tmp_path / "taken" / "times.json")
+    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+
+
+def test_a_small_difference_changes_nothing(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "times.json")
+    choices.take({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
+    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "packed"
+
+
+def test_answers_are_fixed_where_bits_matter(tmp_path: Path) -> None:
+    made: list[str] = []
+    assert Choices(tmp_path / "times.json", enabled=False).answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Choices(tmp_path / "times.json").answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert made == []
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("fastest", ["packed", "plain"])
+def test_a_weight_is_packed_where_that_is_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fastest: str, transposed: bool
+) -> None:
+    choices = Choices(tmp_path / "times.json")
+    monkeypatch.setattr(packing, "choices", choices)
+    weight, x = torch.randn(40, 24), torch.randn(3, 50, 40 if transposed else 24)
+    packs = packing.Packs()
+    packing.operand(weight, packs, x, transposed)
+    (question,) = choices.times()
+    assert set(choices.times()[question]) == {"packed", "plain"}  # both were timed
+    choices.take({question: {way: 1.0 if way == fastest else 2.0 for way in ("packed", "plain")}})
+    operand = packing.operand(weight, packs, x, transposed)
+    assert operand.is_mkldnn == (fastest == "packed")
+    found = (
+        packing.packed_linear(x, operand, None)
+        if operand.is_mkldnn
+        else F.linear(x, weight.t() if transposed else weight)
+    )
+    torch.testing.assert_close(found, x @ (weight if transposed else weight.t()))
+
+
+def test_times_are_told_fastest_first() -> None:
+    assert in_words({"packed": 2.04, "plain": 1.0}) == "plain 1 ms, packed 2.04 ms"
