@@ -142,7 +142,7 @@ def _with(variant: str, run: Callable[[], None]) -> Callable[[], None]:
 
 def _is_supported(variant: str) -> bool:
     try:
-        _with(variant, lambda: torch.ops.fastpeft.mezo_perturb_([], [], [], [], 0.0))()
+        _with(variant, lambda: torch.ops.fastpeft.mezo_perturb_([torch.ones(1)], [0], [], [], 0.0))()
     except RuntimeError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""The instruction sets that tests can choose on this processor."""
+"""What this processor has for tests to choose from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from fastpeft.ops import backends
+from fastpeft.ops.packing import can_pack
+
+PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.ones(1, 1), dtype)]
 
 
 def supported() -> list[str]:

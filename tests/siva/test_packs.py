@@ -9,6 +9,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+from instructions import PACKED_DTYPES
 from siva_adapters import CLOSE, RESIDUALS, move, tiny, token_ids
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -155,7 +156,7 @@ def test_autocast_packs_in_its_dtype() -> None:
         h = layer(x)
         expected = without_packs(layer, x)
     assert h.dtype is torch.bfloat16
-    assert layer.packs.nbytes == 2 * 12 * 20
+    assert layer.packs.nbytes == (2 * 12 * 20 if torch.bfloat16 in PACKED_DTYPES else 0)
     torch.testing.assert_close(h, expected, rtol=2e-2, atol=2e-2)
 
 
