@@ -34,11 +34,12 @@ from fastpeft.ladder.cache import DTYPES
 from fastpeft.ops.fastest import choices
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support import files
-from fastpeft.support.environment import device_name, versions
+from fastpeft.support.environment import best_device, device_name, versions
 from fastpeft.support.interrupts import noting_stops
 from fastpeft.support.launcher import is_first, jobs
 from fastpeft.support.model_card import model_card
 from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.support.processor import has_bfloat16
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
@@ -116,6 +117,9 @@ def train(
         if config.bf16 is None and task.config.bf16:
             logger.info("computing in bfloat16, for which this CPU has instructions; bf16=False (--no-bf16) refuses it")
         config = task.config
+        in_bfloat16 = config.bf16 or config.settings.get("backbone_dtype") == "bfloat16"
+        if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
+            logger.warning("this CPU has no instructions for bfloat16: steps take several times as long as in float32")
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)

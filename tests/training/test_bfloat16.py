@@ -84,6 +84,25 @@ def test_a_run_keeps_and_tells_what_it_computes_in(
     assert evaluate(result.folder)["accuracy"] == result.metrics["accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "slow"),
+    [({"bf16": True}, True), ({"method": "lst", "settings": {"backbone_dtype": "bfloat16"}}, True), ({}, False)],
+)
+@pytest.mark.parametrize("has", [True, False])
+def test_that_it_is_slow_is_said(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    has: bool,
+    changes: dict[str, Any],
+    slow: bool,
+) -> None:
+    on_a_machine(monkeypatch, has)
+    monkeypatch.setattr("fastpeft.training.run.has_bfloat16", lambda: has)
+    train(replace(config, max_steps=1, **changes))
+    assert ("no instructions for bfloat16" in caplog.text) is (slow and not has)
+
+
 @pytest.mark.parametrize("has", [True, False])
 def test_a_run_goes_on_with_what_it_began_with(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: bool
