@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, packed_linear, rows_of
-from fastpeft.ops.products import as_matrix
+from fastpeft.ops.packing import Packs, operand, packed_linear, rows_of
+from fastpeft.ops.products import as_matrix, times
 
 Computation = Literal["int8"]
 Stamp = tuple[int, int, int]
@@ -56,7 +56,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, packed: Tensor) -> Tensor:
-        ctx.packs, ctx.dtype = packs, x.dtype
+        ctx.packs = packs
         ctx.save_for_backward(weight)  # so that a change before backward is an error, as it is for F.linear
         return packed_linear(x, packed, bias)
 
@@ -67,8 +67,7 @@ class _FrozenLinear(torch.autograd.Function):
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = dbias = None
         if need_dx:
-            packed = ctx.packs.of(weight, ctx.dtype, transposed=True, rows=rows_of(dh))
-            dx = dh @ weight.to(ctx.dtype) if packed is None else packed_linear(dh, packed, None)
+            dx = times(dh, operand(weight, ctx.packs, dh, transposed=True))
         if need_dbias:
             dbias = as_matrix(dh).sum(0)
         return dx, None, dbias, None, None

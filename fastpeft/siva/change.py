@@ -46,8 +46,7 @@ class Change(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, initial: Tensor) -> Tensor:
-        weight, scale = self.weight, self.scale
-        return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
+        return _plus(initial, self.weight, self.scale)
 
     def is_empty(self) -> bool:
         """Whether no file has filled it yet."""
@@ -70,11 +69,15 @@ def changed(initial: Tensor, change: Change) -> Tensor:
         and not (state["_forward_pre_hooks"] or state["_forward_hooks"] or state["_backward_hooks"])
         and "forward" not in state
     ):
-        weight, scale = state["_parameters"].get("weight"), state["_buffers"]["scale"]
+        weight = state["_parameters"].get("weight")
         if weight is not None:
-            return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
+            return _plus(initial, weight, state["_buffers"]["scale"])
     factor: Tensor = change(initial)
     return factor
+
+
+def _plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
 
 
 def scales(s: Tensor, weight: Tensor, step: float) -> tuple[Tensor, Tensor]:
