@@ -32,10 +32,7 @@ from bench.harness import DATA, read_rows, write_rows
 from fastpeft.kernels import mezo_perturb as mezo
 from fastpeft.kernels import (
     siva_linear,
-    siva_linear_factors,
-    siva_linear_group,
     siva_linear_mixed,
-    siva_linear_tile,
     tiles,
     window_attention,
     window_attention_backward,
@@ -48,16 +45,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {
-    "siva_linear_fwd": siva_linear._siva_linear_kernel,
-    "siva_linear_bwd_dx": siva_linear._siva_linear_kernel,
+    "siva_linear_fwd": siva_linear._siva_linear_fwd_kernel,
+    "siva_linear_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
     "siva_linear_bwd_partials": siva_linear._siva_linear_bwd_partials_kernel,
     "siva_linear_bwd_sum": siva_linear._siva_linear_bwd_sum_kernel,
-    "siva_linear_group_fwd": siva_linear_group._siva_linear_group_fwd_kernel,
-    "siva_linear_group_bwd_dx": siva_linear_group._siva_linear_group_bwd_dx_kernel,
+    "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel,
+    "siva_linear_group_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
     "siva_linear_mixed_fwd": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_dx": siva_linear_mixed._siva_linear_mixed_kernel,
-    "siva_linear_terms_partials": siva_linear_factors._siva_linear_terms_partials_kernel,
-    "siva_linear_terms_sum": siva_linear_factors._siva_linear_terms_sum_kernel,
     "siva_linear_mixed_bwd_partials": siva_linear_mixed._siva_linear_mixed_bwd_partials_kernel,
     "mezo_perturb": mezo._mezo_perturb_kernel,
     "window_attention_fwd": window_attention._window_attention_fwd_kernel,
@@ -72,8 +67,6 @@ ROW_TYPES = {"order_ptr": "*i64", "table_ptr": "*i64"}
 ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
     "siva_linear_bwd_partials": {"partial_ptr": "*fp32"},
     "siva_linear_bwd_sum": {"partial_ptr": "*fp32"},
-    "siva_linear_terms_partials": {"partial_ptr": "*fp32"},
-    "siva_linear_terms_sum": {"partial_ptr": "*fp32"},
     "siva_linear_mixed_fwd": ROW_TYPES,
     "siva_linear_mixed_bwd_dx": ROW_TYPES,
     "siva_linear_mixed_bwd_partials": {**ROW_TYPES, "partial_ptr": "*fp32"},
@@ -86,7 +79,7 @@ KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 ANY = (  # but not counts, rows of R and what does not specialise
-    *("M", "R", "splits", "stride_pm", "stride_qm", "stride_un", "stride_vk", "num_terms", "size", "size_u"),
+    *("M", "R", "splits", "stride_pm", "stride_pr", "stride_un", "stride_vk", "num_terms", "size", "size_u"),
     *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
     *("H", "T", "S", "parts", "slots", "absent", "seed", "ordinal", "last_dropped", "scale"),
 )
@@ -113,26 +106,27 @@ class Variant:
 
 
 RANK_BLOCKS = (16, tiles.MAX_RANK)  # the smallest and the largest
-# strides of 1 where rows of activations and of parameters are contiguous; for dx the parameters are transposed
-SIVA_LINEAR_CONTIGUOUS = {
-    "siva_linear_fwd": ("stride_xk", "stride_wk", "stride_ur", "stride_s", "stride_vk", "stride_bias"),
-    "siva_linear_bwd_dx": ("stride_xk", "stride_wn", "stride_un", "stride_s", "stride_vr"),
-}
-SIVA_LINEAR_KINDS = (("bf16", "half"), ("fp16", "half"), ("fp32", "tf32"), ("fp32", "ieee"))
-_MANY, _ONES = (None,) * 3, (1,) * 3  # layers of a group: query, key and value
-SIVA_LINEAR_GROUP = {
-    "siva_linear_group_fwd": {
-        **dict.fromkeys(("w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs", "bias_ptrs", "h_ptrs"), _MANY),
-        **dict.fromkeys(("columns", "ranks", "biases", "strides_wn"), _MANY),
-        "strides_wk": _ONES,
-        "stride_xk": 1,
-    },
-    "siva_linear_group_bwd_dx": {
-        **dict.fromkeys(("dh_ptrs", "w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs"), _MANY),
-        **dict.fromkeys(("columns", "ranks", "strides_dhm", "strides_wn"), _MANY),
-        **dict.fromkeys(("strides_dhn", "strides_wk"), _ONES),
-    },
-}
+SHARED_ARCHS = tuple(arch for arch in TARGETS if arch not in ("sm_86", "sm_120"))  # which run what sm_80 runs
+SIVA_LINEAR_KINDS = (("bf16", "half"), ("fp32", "tf32"), ("fp32", "ieee"))  # of 16 bits bfloat16 stands for both
+
+
+def siva_linear_constants(layers: int) -> dict[str, dict[str, Any]]:
+    """The products of so many layers, whose operands are contiguous: strides of 1."""
+    many, ones = (None,) * layers, (1,) * layers
+    fwd = {
+        **dict.fromkeys(("w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs", "bias_ptrs", "h_ptrs"), many),
+        **dict.fromkeys(("columns", "ranks", "biases", "strides_wn"), many),
+        **{"strides_wk": ones, "stride_xk": 1, "stride_pr" if layers == 1 else "stride_pm": 1},
+    }
+    dx = {
+        **dict.fromkeys(("dh_ptrs", "w_ptrs", "u_ptrs", "s_ptrs", "v_ptrs"), many),
+        **dict.fromkeys(("columns", "ranks", "strides_dhm", "strides_wn"), many),
+        **dict.fromkeys(("strides_dhn", "strides_wk"), ones),
+    }
+    name = "siva_linear" if layers == 1 else "siva_linear_group"
+    return {f"{name}_fwd": fwd, f"{name}_bwd_dx": dx}
+
+
 SIVA_LINEAR_MIXED = {
     "siva_linear_mixed_fwd": {
         **dict.fromkeys(("stride_xk", "stride_wk", "stride_ur", "stride_vk"), 1),
@@ -144,7 +138,7 @@ SIVA_LINEAR_MIXED = {
     },
 }
 SIVA_LINEAR_SUMS = {
-    "siva_linear_terms_partials": {  # of one dU and of dV
+    "siva_linear_bwd_partials": {  # of one dU and of dV
         **dict.fromkeys(("wide_ptrs", "narrow_ptrs", "s_ptrs", "columns", "ranks", "strides_wm"), (None, None)),
         **dict.fromkeys(("strides_wc", "strides_nm", "strides_s"), (1, 1)),
         **{"strides_nr": (None, None), "strides_pc": (None, 1), "strides_pr": (1, None)},
@@ -154,68 +148,31 @@ SIVA_LINEAR_SUMS = {
 
 
 def siva_linear_variants(arch: str) -> Iterator[Variant]:
-    """SiVA's kernels: the product in both directions, p inside or before it, and the sums that make dU and dV."""
+    """SiVA's kernels: the products of one layer, of three, and of mixed rows, and the sums that make dU and dV."""
     for dtype, kind in SIVA_LINEAR_KINDS:
         if arch == "sm_75" and kind != "ieee":
             continue  # the launcher leaves these to PyTorch there
-        precision = "tf32" if kind == "tf32" else "ieee"
-        ways = [(tile, False, tiles.RANK_STEP) for tile in tiles.siva_linear_tiles(arch, kind)]
-        ways += [(tile, True, r) for tile, _, _ in ways for r in RANK_BLOCKS if r <= tile.max_rank]
-        for (kernel, strides), (tile, project, block_r) in itertools.product(SIVA_LINEAR_CONTIGUOUS.items(), ways):
-            constants = {
-                "HAS_BIAS": kernel == "siva_linear_fwd",
-                "PROJECT": project,
-                "PRECISION": precision,
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_K": tile.block_k,
-                "BLOCK_R": block_r,
-                "GROUP_M": siva_linear_tile.GROUP_M,
-                **dict.fromkeys(strides, 1),
-            }
-            yield Variant(kernel, arch, dtype, constants, tile.num_warps, tile.num_stages)
-        tile = tiles.SIVA_LINEAR_BWD[kind]
-        for block_r in RANK_BLOCKS:
-            constants = {"BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_R": block_r, "PRECISION": precision}
-            constants |= {"stride_dhn": 1, "stride_xk": 1}
-            yield Variant("siva_linear_bwd_partials", arch, dtype, constants, tile.num_warps, tile.num_stages)
-            if kind != "tf32":  # which multiplies otherwise, but adds alike
-                constants = {"BLOCK_C": tiles.SUM_COLUMNS, "BLOCK_R": block_r, "stride_s": 1}
-                yield Variant("siva_linear_bwd_sum", arch, dtype, constants, tiles.SUM_WARPS, num_stages=1)
-
-
-SHARED_ARCHS = tuple(arch for arch in TARGETS if arch not in ("sm_86", "sm_120"))  # which run what sm_80 runs
-
-
-def siva_linear_shared_variants(arch: str) -> Iterator[Variant]:
-    """SiVA's kernels of layers with one input, and of rows with different factors; of 16 bits in bfloat16 alone."""
-    for dtype, kind in SIVA_LINEAR_KINDS:
-        if dtype == "fp16" or (arch == "sm_75" and kind != "ieee"):
-            continue
         precision = {"PRECISION": "tf32" if kind == "tf32" else "ieee"}
-        found = tiles.siva_linear_tiles(arch, kind)
-        ways = [(tile, False, tiles.RANK_STEP) for tile in found]
-        ways += [(tile, True, r) for tile in found for r in RANK_BLOCKS if r <= tile.shared_rank]
-        for tile, project, block_r in ways:
-            shape = {
-                "PROJECT": project,
-                **precision,
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_K": tile.block_k,
-                "BLOCK_R": block_r,
-                "GROUP_M": siva_linear_tile.GROUP_M,
-            }
-            operands = SIVA_LINEAR_GROUP | (SIVA_LINEAR_MIXED if project else {})
-            for kernel, constants in operands.items():
-                yield Variant(kernel, arch, dtype, {**shape, **constants}, tile.num_warps, tile.num_stages)
+        for tile in tiles.siva_linear_tiles(arch, kind):
+            shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+            for project, block_r in ((False, tiles.RANK_STEP), *((True, r) for r in RANK_BLOCKS)):
+                way = {"PROJECT": project, **precision, **shape, "BLOCK_R": block_r, "GROUP_M": siva_linear.GROUP_M}
+                kernels: dict[str, Any] = {}
+                if not project or block_r <= tile.max_rank:
+                    kernels |= siva_linear_constants(1)
+                if arch in SHARED_ARCHS and (not project or block_r <= tile.shared_rank):
+                    kernels |= siva_linear_constants(3) | (SIVA_LINEAR_MIXED if project else {})
+                for kernel, constants in kernels.items():
+                    yield Variant(kernel, arch, dtype, {**way, **constants}, tile.num_warps, tile.num_stages)
+        if arch not in SHARED_ARCHS:
+            continue
         sums = tiles.SIVA_LINEAR_SUMS[kind]
         for (kernel, constants), block_r in itertools.product(SIVA_LINEAR_SUMS.items(), RANK_BLOCKS):
             shape = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_R": block_r, **precision, **constants}
             yield Variant(kernel, arch, dtype, shape, sums.num_warps, sums.num_stages)
-        if kind != "tf32":
+        if kind != "tf32":  # which multiplies otherwise, but adds alike
             shape = {"BLOCK_E": tiles.SUM_BLOCK}
-            yield Variant("siva_linear_terms_sum", arch, dtype, shape, tiles.SUM_WARPS, num_stages=1)
+            yield Variant("siva_linear_bwd_sum", arch, dtype, shape, tiles.SUM_WARPS, num_stages=1)
 
 
 def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
@@ -264,8 +221,6 @@ def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
     for arch in TARGETS:
         yield from siva_linear_variants(arch)
-    for arch in SHARED_ARCHS:
-        yield from siva_linear_shared_variants(arch)
     for arch in TARGETS:
         yield from mezo_perturb_variants(arch)
     for arch in TARGETS:

@@ -36,8 +36,16 @@ from torch import Tensor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, precision, products_of
-from fastpeft.kernels.siva_linear_factors import add_up, rows_of, sum_over_rows
-from fastpeft.kernels.siva_linear_tile import GROUP_M, accumulate, add_low_rank, pick, tile_of
+from fastpeft.kernels.siva_linear import (
+    GROUP_M,
+    accumulate,
+    add_low_rank,
+    add_up,
+    pick,
+    rows_of,
+    sum_over_rows,
+    tile_of,
+)
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
 

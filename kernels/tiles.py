@@ -72,18 +72,12 @@ SIVA_LINEAR = {  # (architecture, products) -> tiles of the forward and of dx; A
 RANK_STEP = 16  # columns of p a step where it is not computed inside; the least that a matrix instruction takes
 COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), "ieee": Costs(8, 25, 500_000)}
 
-SIVA_LINEAR_BWD = {  # products -> tile of the partial sums of dU and dV
-    "half": SumTile(32, 64, 4, 3),
-    "tf32": SumTile(32, 32, 4, 3),
-    "ieee": SumTile(16, 32, 4, 2),
-}
-SIVA_LINEAR_SUMS = {  # the same for several layers or adapters
+SIVA_LINEAR_SUMS = {  # products -> tile of the partial sums of dU and dV
     "half": SumTile(32, 64, 4, 3),
     "tf32": SumTile(32, 32, 4, 2),
     "ieee": SumTile(16, 32, 8, 2),
 }
-SUM_COLUMNS, SUM_WARPS = 32, 4  # of a program that adds partial sums
-SUM_BLOCK = 256  # elements of one that adds those of several layers or adapters
+SUM_BLOCK, SUM_WARPS = 256, 4  # elements of a program that adds partial sums
 _MOST_SPLITS = 32
 
 

@@ -54,8 +54,8 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
 _TRITON_LAUNCHERS = {
     "siva_linear": ("siva_linear", "siva_linear_fwd"),
     "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
-    "siva_linear_group": ("siva_linear_group", "siva_linear_group"),
-    "siva_linear_group_backward": ("siva_linear_group", "siva_linear_group_backward"),
+    "siva_linear_group": ("siva_linear", "siva_linear_group"),
+    "siva_linear_group_backward": ("siva_linear", "siva_linear_group_backward"),
     "siva_linear_mixed": ("siva_linear_mixed", "siva_linear_mixed"),
     "siva_linear_mixed_backward": ("siva_linear_mixed", "siva_linear_mixed_backward"),
     "window_attention": ("window_attention", "window_attention"),

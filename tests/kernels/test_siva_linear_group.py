@@ -16,10 +16,10 @@ from torch import Tensor
 from fastpeft.ops import aten, reference
 
 pytest.importorskip("triton")
-from fastpeft.kernels import siva_linear_group as kernel
+from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import products
-from fastpeft.kernels.siva_linear_tile import GROUP_M
+from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

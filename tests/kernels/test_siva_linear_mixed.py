@@ -17,7 +17,7 @@ from fastpeft.ops import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear_mixed as kernel
 from fastpeft.kernels import tiles
-from fastpeft.kernels.siva_linear_tile import GROUP_M
+from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
