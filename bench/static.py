@@ -64,12 +64,16 @@ WINDOW_ATTENTION_TYPES = {
     **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
 }
 ROW_TYPES = {"order_ptr": "*i64", "table_ptr": "*i64"}
-ARGUMENT_TYPES = {  # of what is neither a pointer to operands nor a 32-bit integer
-    "siva_linear_bwd_partials": {"partial_ptr": "*fp32"},
-    "siva_linear_bwd_sum": {"partial_ptr": "*fp32"},
-    "siva_linear_mixed_fwd": ROW_TYPES,
-    "siva_linear_mixed_bwd_dx": ROW_TYPES,
-    "siva_linear_mixed_bwd_partials": {**ROW_TYPES, "partial_ptr": "*fp32"},
+# what stands beside operands in half precision: factors but for the one of the inner loop, p, q, and gradients
+_FWD, _DX = (dict.fromkeys((factor, "s_ptrs"), "*fp32") for factor in ("u_ptrs", "v_ptrs"))
+_SUMS = dict.fromkeys(("narrow_ptrs", "s_ptrs", "s_ptr", "p_ptr", "q_ptr", "partial_ptr", "du_ptr", "dv_ptr"), "*fp32")
+_MIXED = {**ROW_TYPES, **dict.fromkeys(("u_ptr", "s_ptr", "p_ptr"), "*fp32")}
+ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtype nor a 32-bit integer
+    **{key: {**_FWD, "p_ptr": "*fp32"} for key in ("siva_linear_fwd", "siva_linear_group_fwd")},
+    **{key: {**_DX, "q_ptr": "*fp32"} for key in ("siva_linear_bwd_dx", "siva_linear_group_bwd_dx")},
+    **dict.fromkeys(("siva_linear_bwd_partials", "siva_linear_bwd_sum"), _SUMS),
+    **dict.fromkeys(("siva_linear_mixed_fwd", "siva_linear_mixed_bwd_dx"), _MIXED),
+    "siva_linear_mixed_bwd_partials": {**ROW_TYPES, **_SUMS},
     "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"},
     "window_attention_fwd": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
@@ -245,7 +249,8 @@ def compile_row(variant: Variant) -> dict[str, str]:
     for position, name in enumerate(inspect.signature(kernel.fn).parameters):
         constant = variant.constants.get(name)
         if isinstance(constant, tuple):
-            entry = f"*{variant.dtype}" if name.endswith("_ptrs") else "i32"
+            default = f"*{variant.dtype}" if name.endswith("_ptrs") else "i32"
+            entry = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
             signature[name] = tuple(entry if item is None else "constexpr" for item in constant)
             places = {(position, place): item for place, item in enumerate(constant)}
             constants |= {place: item for place, item in places.items() if item is not None}

@@ -42,9 +42,9 @@ def siva_linear(
         bias: `(out_features,)` or None.
         packs: the weight's packs, from which the products on a CPU are computed. None packs nothing.
 
-    All operands are brought to the dtype of `weight`, under autocast to autocast's dtype. But on a CPU the factors u, s
-    and v of a computation in bfloat16 are brought to float32, and a weight that is packed is cast once, not at each
-    call.
+    All operands are brought to the dtype of `weight`, under autocast to autocast's dtype. But the factors u, s and v of
+    a computation in half precision (on a CPU, in bfloat16) are brought to float32, and a weight that is packed is cast
+    once, not at each call.
 
     Returns:
         `(*, out_features)` in that dtype.

@@ -138,11 +138,12 @@ def add_low_rank(
     stride_s,
     stride_ur,
     is_first,
+    DTYPE: tl.constexpr,
     PROJECT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`acc_h + (p * s) U^T`.
+    """`acc_h + (p * s) U^T`, multiplied in DTYPE.
 
     With all of p at once where it was computed inside, which the programs of the first column block store; else in
     steps of BLOCK_R columns of the p that a product before this kernel stored. The pointers are to the first tiles
@@ -154,16 +155,16 @@ def add_low_rank(
         if is_first:
             tl.store(p_ptrs, acc_p.to(p_ptrs.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
         s = tl.load(s_ptrs, mask=mask_r, other=0.0).to(tl.float32)
-        u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc_h = tl.dot((acc_p * s[None, :]).to(u.dtype), u, acc_h, input_precision=PRECISION)
+        u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
+        acc_h = tl.dot((acc_p * s[None, :]).to(DTYPE), u, acc_h, input_precision=PRECISION)
     else:
         step = tl.full((), BLOCK_R, tl.int64)
         for r in tl.range(0, R, BLOCK_R, num_stages=1):  # few steps, which pipelining would only make spill
             mask_r = offs_r < R - r
             p = tl.load(p_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
             s = tl.load(s_ptrs, mask=mask_r, other=0.0).to(tl.float32)
-            u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-            acc_h = tl.dot((p * s[None, :]).to(u.dtype), u, acc_h, input_precision=PRECISION)
+            u = tl.load(u_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0).to(DTYPE)
+            acc_h = tl.dot((p * s[None, :]).to(DTYPE), u, acc_h, input_precision=PRECISION)
             p_ptrs += step * stride_pr
             s_ptrs += step * stride_s
             u_ptrs += step * stride_ur
@@ -209,7 +210,7 @@ def sum_over_rows(
         wide_ptrs = wide_ptr + offs_c[:, None] * stride_wc + rows[None, :] * stride_wm  # (BLOCK_C, BLOCK_M)
         narrow_ptrs = narrow_ptr + offs_m[:, None] * stride_nm + offs_r[None, :] * stride_nr  # (BLOCK_M, BLOCK_R)
         wide = tl.load(wide_ptrs, mask=mask_c[:, None] & mask_m[None, :], other=0.0)
-        narrow = tl.load(narrow_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        narrow = tl.load(narrow_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(wide.dtype)
         acc = tl.dot(wide, narrow, acc, input_precision=PRECISION)
     return acc
 
@@ -304,6 +305,7 @@ def _siva_linear_fwd_kernel(
         1,
         1,
         block_n == 0,
+        x_ptr.dtype.element_ty,
         PROJECT,
         PRECISION,
         BLOCK_R,
@@ -392,6 +394,7 @@ def _siva_linear_bwd_dx_kernel(
             1,
             K,
             block_k == 0,
+            dx_ptr.dtype.element_ty,
             PROJECT,
             PRECISION,
             BLOCK_R,
@@ -501,9 +504,10 @@ def siva_linear_fwd(
     """`h = x W^T + ((x V^T) * s) U^T + b` and `p = x V^T`.
 
     Args:
-        x: `(*, K)`; all operands share its dtype and device. Any strides, here and below.
-        weight: `(N, K)`.
-        u: `(N, R)`; factors and biases that are not contiguous are copied.
+        x: `(*, K)`, on the device of all operands. Any strides, here and below.
+        weight: `(N, K)`, in the dtype of x, as the bias.
+        u: `(N, R)`; factors have the dtype of x or float32, as p and their gradients then. What of them and of biases
+            is not contiguous is copied.
         s: `(R,)`.
         v: `(R, K)`.
         bias: `(N,)` or None.
@@ -521,7 +525,7 @@ def siva_linear_fwd(
         return aten.siva_linear(x, weight, u, s, v, bias)
     rows = as_matrix(x)
     plan = _plan(len(rows), weight.shape[1], (len(weight),), (len(s),), kind, x.device)
-    p = x.new_empty(*x.shape[:-1], len(s)) if plan.project else F.linear(x, v)
+    p = v.new_empty(*x.shape[:-1], len(s)) if plan.project else F.linear(x, v.to(x.dtype)).to(v.dtype)
     (h,) = _outputs(rows, [weight], [u], [s], [v], [bias], as_matrix(p), plan)
     return h.view(*x.shape[:-1], len(weight)), p
 
@@ -571,7 +575,7 @@ def siva_linear_group(
     """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers.
 
     Args:
-        x: `(*, K)`; all operands share its dtype and device. Any strides, here and below.
+        x: `(*, K)`, on the device of all operands; dtypes are as in `siva_linear_fwd`. Any strides, here and below.
         weights: `(N_i, K)` each.
         us: `(N_i, R_i)` each.
         ss: `(R_i,)` each.
@@ -590,7 +594,8 @@ def siva_linear_group(
         return aten.siva_linear_group(x, weights, us, ss, vs, biases)
     rows = as_matrix(x)
     plan = _plan(len(rows), weights[0].shape[1], columns, ranks, kind, x.device)
-    p = x.new_empty(sum(ranks), len(rows)) if plan.project else torch.cat(vs) @ rows.t()
+    of_all = torch.cat(vs)
+    p = of_all.new_empty(sum(ranks), len(rows)) if plan.project else (of_all.to(x.dtype) @ rows.t()).to(of_all.dtype)
     hs = _outputs(rows, weights, us, ss, vs, biases, p.t(), plan)
     return [h.view(*x.shape[:-1], n) for h, n in zip(hs, columns, strict=True)], p
 
@@ -631,13 +636,14 @@ def siva_linear_group_backward(
         return aten.siva_linear_group_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
     rows = [as_matrix(dh) for dh in dhs]
     m, k = len(rows[0]), weights[0].shape[1]
-    dx, dv = (rows[0].new_empty(0) for _ in range(2))
+    dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)
     plan = _plan(m, sum(columns), (k,), ranks, kind, dx.device)
     if need_dx or need_dv:
-        q = dx.new_empty(sum(ranks), m)  # transposed, as p
+        us_here = [u.to(dx.dtype) for u in us]  # read anew at each step along N
+        q = dv.new_empty(sum(ranks), m)  # transposed, as p
         if not (plan.project and need_dx):
-            for dh, u, part in zip(rows, us, q.split(ranks), strict=True):
-                torch.mm(u.t(), dh.t(), out=part)
+            for dh, u, part in zip(rows, us_here, q.split(ranks), strict=True):
+                part.copy_(u.t() @ dh.t())
     if need_dx:
         dx = dx.new_empty(*dhs[0].shape[:-1], k)
         if dx.numel() > 0:
@@ -645,7 +651,7 @@ def siva_linear_group_backward(
                 _siva_linear_bwd_dx_kernel[(triton.cdiv(m, plan.block_m) * triton.cdiv(k, plan.block_n),)](
                     tuple(rows),
                     tuple(weights),
-                    *_dense(us, ss, vs),
+                    *_dense(us_here, ss, vs),
                     dx,
                     q,
                     m,
@@ -656,7 +662,7 @@ def siva_linear_group_backward(
                     *_strides(weights),
                     **plan.constants,
                 )
-    dus = [dx.new_empty(0) for _ in us]
+    dus = [u.new_empty(0) for u in us]
     needed = [i for i, need in enumerate(need_du) if need]
     if needed or need_dv:
         parts = p.split(ranks) if needed else ()
@@ -716,7 +722,7 @@ def _outputs(
             _siva_linear_fwd_kernel[(programs,)](
                 rows,
                 tuple(weights),
-                *_dense(us, ss, vs),
+                *_dense(us, ss, [v.to(rows.dtype) for v in vs]),  # V is read anew at each step along K
                 tuple(rows if bias is None else bias.contiguous() for bias in biases),  # in its place, never read
                 tuple(hs),
                 p,

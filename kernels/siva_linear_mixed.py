@@ -140,6 +140,7 @@ def _siva_linear_mixed_kernel(
         1,
         stride_ur,
         block_n == 0,
+        x_ptr.dtype.element_ty,
         PROJECT,
         PRECISION,
         BLOCK_R,
@@ -243,7 +244,7 @@ def siva_linear_mixed(
     """`h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b` for the rows b of each adapter, and its p^T.
 
     Args:
-        x: `(B, *, K)`; all operands share its dtype and device. Any strides, here and below.
+        x: `(B, *, K)`, on the device of all operands; dtypes are as in `siva_linear_fwd`. Any strides, here and below.
         weight: `(N, K)`.
         us, ss, vs: `(N, R_i)`, `(R_i,)` and `(R_i, K)` of each adapter.
         sizes: how many of the B rows take the factors of each.
@@ -302,9 +303,10 @@ def siva_linear_mixed_backward(
         return aten.siva_linear_mixed_backward(
             dh, x, weight, us, ss, vs, ps, sizes, order, need_dx, need_du, need_dv, need_dbias
         )
-    dx, q, dbias = (dh.new_empty(0) for _ in range(3))
+    dx, dbias = dh.new_empty(0), dh.new_empty(0)
     dus, dvs = ([t.new_empty(0) for t in each] for each in (us, vs))
     s, rows, ranks = torch.cat(ss), _rows(dh, sizes), _ranks(ss)
+    q = s.new_empty(0)
     if need_dx or any(need_dv):
         u, v = torch.cat(us, 1), torch.cat(vs)
         columns = weight.shape[1] if need_dx else 0  # of dx; none leave q
@@ -363,7 +365,8 @@ def _linear(
     matrix = as_matrix(x)
     n, k = weight.shape
     h = x.new_empty(*x.shape[:-1], n)
-    p = x.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
+    p = v.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
+    v = v.to(x.dtype)  # which is read anew at each step along K
     tile, project = tiles.siva_linear(rows, k, (n,), max(ranks), kind, tiles.card(x.device), shared=True, before=False)
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:

@@ -16,8 +16,9 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def factors_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the factors of an op that computes in `dtype`: on a CPU, bfloat16 takes them in float32."""
-    return torch.float32 if dtype is torch.bfloat16 and device.type == "cpu" else dtype
+    """The dtype of the factors of an op that computes in `dtype`: float32 for half precision, on a CPU for bfloat16."""
+    halves = (torch.bfloat16,) if device.type == "cpu" else (torch.bfloat16, torch.float16)
+    return torch.float32 if dtype in halves else dtype
 
 
 def keeping_dtypes(fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:

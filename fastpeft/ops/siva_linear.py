@@ -2,7 +2,7 @@
 
 Dimension letters: M rows of x (all leading dimensions together), K in_features, N out_features, R rank.
 
-x, weight, h and bias have one dtype, and their gradients have it. The factors u, s and v have that dtype or, on a CPU,
+x, weight, h and bias have one dtype, and their gradients have it. The factors u, s and v have that dtype or
 float32; p and the factors' gradients have theirs. On a CPU the weight may be a pack of it (`fastpeft.ops.packing`), in
 backward one of its transpose.
 """

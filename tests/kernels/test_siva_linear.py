@@ -180,6 +180,27 @@ def test_empty_sizes(m, k, n, r, device):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
+def test_factors_in_float32_are_read_as_they_are(project, device, launched):
+    """The same bits as with factors in float16, but for what is then not rounded to it.
+
+    Not in bfloat16, to which Triton's interpreter truncates.
+    """
+    dtype = torch.float16
+    launched(tiles.SIVA_LINEAR[tiles.ANY, "half"][1], project)
+    halves = operands(70, 35, 66, 5, dtype, device)
+    wide = [a.float() if i in (2, 3, 4) else a for i, a in enumerate(halves)]
+    dh = torch.randn(70, 66).to(halves[0])
+    found = []
+    for x, weight, u, s, v, bias in (halves, wide):
+        with poisoned_memory():
+            h, p = kernel.siva_linear_fwd(x, weight, u, s, v, bias)
+            found.append([h, p, *kernel.siva_linear_bwd(dh, x, weight, u, s, v, p, True, True, True, True)])
+    for i, (plain, ours) in enumerate(zip(*found, strict=True)):
+        assert ours.dtype is (torch.float32 if i in (1, 3, 4) else dtype)
+        assert torch.equal(ours.to(dtype), plain)
+
+
 def test_no_bias(device):
     check(*operands(21, 34, 55, 8, torch.bfloat16, device, bias=False))
 

@@ -204,6 +204,22 @@ def test_what_the_kernels_leave_to_aten(device):
             assert torch.equal(ours, theirs)
 
 
+def test_factors_in_float32_are_read_as_they_are(device):
+    """The same bits as with factors in float16, but for what is then not rounded to it."""
+    x, weights, us, ss, vs, biases = layers(70, 35, (66, 17), (5, 3), torch.float16, device)
+    dhs = [torch.randn(70, n).to(x) for n in (66, 17)]
+    found = []
+    for factors in ((us, ss, vs), each(Tensor.float, (us, ss, vs))):
+        with poisoned_memory():
+            hs, p = kernel.siva_linear_group(x, weights, *factors, biases)
+            needs = True, [True, True], True, [True, True]
+            gradients = kernel.siva_linear_group_backward(dhs, x, weights, *factors, p, *needs)
+            found.append(flat([hs, p, *gradients]))
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(ours.half(), plain)
+    assert [t.dtype for t in found[1]].count(torch.float32) == 4  # p, two dU and dV
+
+
 @pytest.mark.parametrize("name", ["siva_linear_group", "siva_linear_group_backward"])
 def test_launchers_take_what_the_op_passes(name):
     assert inspect.signature(getattr(kernel, name)) == inspect.signature(getattr(reference, name))
