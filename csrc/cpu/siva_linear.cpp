@@ -18,10 +18,13 @@ struct Alone {
     Alone(const Tensor& of_rows, const Tensors& us, const Tensors& ss, const Tensors& vs) {
         check(!vs.empty() && vs[0].dim() == 2);
         adapters.emplace_back(us, ss, vs, vs[0].size(1));
-        add_tiles(0, 0, Matrix(of_rows).rows(), 0, tiles);
+        rows.resize(Matrix(of_rows).rows());
+        std::iota(rows.begin(), rows.end(), 0);
+        tiles = tiles_of(rows, {static_cast<int64_t>(rows.size())});
     }
 
     std::vector<Packed> adapters;
+    std::vector<int64_t> rows;
     std::vector<Tile> tiles;
 };
 

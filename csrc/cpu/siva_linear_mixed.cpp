@@ -1,10 +1,8 @@
 // fastpeft::siva_linear_mixed and its backward on CPU tensors: siva_linear_passes.h with the factors of several
 // adapters.
 //
-// `order` only says which sentences, rows b of x with all their tokens, are whose: nothing is sorted, each tile is read
-// and changed where it lies. It has rows of one sentence, or of several of one adapter that lie beside each other.
-// Single rows that lie apart are not gathered: a tile of one row costs about twice as much a row as one of 64, and
-// even there the products with W are a hundred times as much.
+// `order` only says which sentences, rows b of x with all their tokens, are whose: x and h are not sorted, the rows of
+// a tile are read and changed where they lie.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -53,29 +51,32 @@ std::vector<int64_t> sentences(const Order& order, int64_t number) {
     return found;
 }
 
-// The rows of x or dh as tiles of its adapters.
-std::vector<Tile> tiles_of(const Tensor& of_rows, const std::vector<int64_t>& sizes, const Order& order) {
-    const int64_t tokens = tokens_of(of_rows), number = of_rows.size(0);
-    check(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }) &&
-          std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == number);
-    const std::vector<int64_t> places = sentences(order, number);
-    std::vector<Tile> tiles;
-    int64_t begin = 0;  // of the adapter's places
-    for (size_t adapter = 0; adapter < sizes.size(); begin += sizes[adapter++]) {
-        const int64_t end = begin + sizes[adapter];
-        for (int64_t from = begin, to; from < end; from = to) {
-            for (to = from + 1; to < end && places[to] == places[to - 1] + 1;) ++to;
-            add_tiles(adapter, places[from] * tokens, (to - from) * tokens, (from - begin) * tokens, tiles);
-        }
+// The numbers of all rows of x or dh, in the order of the adapters.
+std::vector<int64_t> rows_of(const Tensor& x, const Order& order) {
+    const int64_t tokens = tokens_of(x);
+    std::vector<int64_t> rows;
+    rows.reserve(x.size(0) * tokens);
+    for (const int64_t sentence : sentences(order, x.size(0))) {
+        for (int64_t t = 0; t < tokens; ++t) rows.push_back(sentence * tokens + t);
     }
-    return tiles;
+    return rows;
+}
+
+// How many rows of x or dh each adapter has.
+std::vector<int64_t> counts_of(const Tensor& x, std::vector<int64_t> sizes) {
+    const int64_t tokens = tokens_of(x);
+    check(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 0; }) &&
+          std::accumulate(sizes.begin(), sizes.end(), int64_t{0}) == x.size(0));
+    for (int64_t& size : sizes) size *= tokens;
+    return sizes;
 }
 
 std::vector<Packed> adapters_of(const Tensors& us, const Tensors& ss, const Tensors& vs, size_t number) {
     check(number > 0 && us.size() == number && ss.size() == number && vs.size() == number && vs[0].dim() == 2);
     std::vector<Packed> found;
-    for (size_t a = 0; a < number; ++a)
+    for (size_t a = 0; a < number; ++a) {
         found.emplace_back(Tensors{us[a]}, Tensors{ss[a]}, Tensors{vs[a]}, vs[0].size(1));
+    }
     return found;
 }
 
@@ -86,15 +87,14 @@ std::tuple<Tensor, Tensors> siva_linear_mixed(Tensor x, Tensor weight, Tensors u
         return {found[0], Tensors(found.begin() + 1, found.end())};
     }
     const std::vector<Packed> adapters = adapters_of(us, ss, vs, sizes.size());
-    const std::vector<Tile> tiles = tiles_of(x, sizes, order);
+    const std::vector<int64_t> counts = counts_of(x, sizes), rows = rows_of(x, order);
     Tensors ps;
     std::vector<ViewOf<float>> to;
     for (size_t a = 0; a < sizes.size(); ++a) {
-        const int64_t rows = sizes[a] * tokens_of(x);
-        ps.push_back(torch::stable::new_empty(x, {ss[a].numel(), rows}, ScalarType::Float));
-        to.push_back({writable(ps[a]), rows, 1});
+        ps.push_back(torch::stable::new_empty(x, {ss[a].numel(), counts[a]}, ScalarType::Float));
+        to.push_back({writable(ps[a]), counts[a], 1});
     }
-    return {forward(x, {weight}, adapters, tiles, {bias}, to)[0], ps};
+    return {forward(x, {weight}, adapters, tiles_of(rows, counts), {bias}, to)[0], ps};
 }
 
 std::tuple<Tensor, Tensors, Tensors, Tensor> siva_linear_mixed_backward(Tensor dh, Tensor x, Tensor weight, Tensors us,
@@ -110,16 +110,16 @@ std::tuple<Tensor, Tensors, Tensors, Tensor> siva_linear_mixed_backward(Tensor d
         return {found[0], Tensors(dus, dvs), Tensors(dvs, dvs + number), found.back()};
     }
     const std::vector<Packed> adapters = adapters_of(us, ss, vs, number);
-    const std::vector<Tile> tiles = tiles_of(dh, sizes, order);
+    const std::vector<int64_t> counts = counts_of(dh, sizes), rows = rows_of(dh, order);
     check(ps.size() == number && need_du.size() == number && need_dv.size() == number);
     Needs needs{need_dx, {}, need_dv, {need_dbias}};
     std::vector<View> from;
     for (size_t a = 0; a < number; ++a) {
-        check(!need_du[a] || is_matrix(ps[a], ss[a].numel(), sizes[a] * tokens_of(dh)));
+        check(!need_du[a] || is_matrix(ps[a], ss[a].numel(), counts[a]));
         from.push_back(need_du[a] ? by_rows(ps[a]) : View{});
         needs.du.push_back({need_du[a]});
     }
-    const Gradients found = backward({dh}, x, {weight}, adapters, tiles, from, needs);
+    const Gradients found = backward({dh}, x, {weight}, adapters, tiles_of(rows, counts), from, needs);
     Tensors dus;
     for (const Tensors& du : found.du) dus.push_back(du[0]);
     return {found.dx, dus, found.dv, found.dbias[0]};

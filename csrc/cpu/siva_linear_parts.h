@@ -83,8 +83,8 @@ class Matrix {
     int64_t columns() const { return columns_; }
     ScalarType kind() const { return tensor_.scalar_type(); }
     template <typename T>
-    RowsOf<T> part(int64_t first, int64_t count) const {
-        return {static_cast<T*>(tensor_.mutable_data_ptr()) + first * stride_, count, stride_};
+    RowsOf<T> some(const int64_t* numbers, int64_t count) const {
+        return {static_cast<T*>(tensor_.mutable_data_ptr()), stride_, numbers, count};
     }
 
   private:

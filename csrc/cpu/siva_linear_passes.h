@@ -31,18 +31,24 @@ constexpr int64_t kTile = 64;       // rows that are worked on at one time
 constexpr int64_t kMaxChunks = 64;  // of rows with sums of their own, but for the last one of each adapter
 constexpr int64_t kWork = 1 << 17;  // multiply-adds below which another thread costs more than it saves
 
-// Rows of x one after the other that take the factors of one adapter.
+// Rows of x that take the factors of one adapter, wherever they are.
 struct Tile {
     size_t adapter;
-    int64_t first, count;
+    const int64_t* rows;  // their numbers
+    int64_t count;
     int64_t place;  // of the first among the adapter's rows, as p has them
 };
 
-// `count` rows as tiles
-inline void add_tiles(size_t adapter, int64_t first, int64_t count, int64_t place, std::vector<Tile>& tiles) {
-    for (int64_t done = 0; done < count; done += kTile) {
-        tiles.push_back({adapter, first + done, std::min(kTile, count - done), place + done});
+// The first sizes[0] of `rows` take the factors of the first adapter, and so on.
+inline std::vector<Tile> tiles_of(const std::vector<int64_t>& rows, const std::vector<int64_t>& sizes) {
+    std::vector<Tile> tiles;
+    const int64_t* next = rows.data();
+    for (size_t adapter = 0; adapter < sizes.size(); next += sizes[adapter++]) {
+        for (int64_t place = 0; place < sizes[adapter]; place += kTile) {
+            tiles.push_back({adapter, next + place, std::min(kTile, sizes[adapter] - place), place});
+        }
     }
+    return tiles;
 }
 
 // Coefficients of some rows: those of one layer begin at its first rank.
@@ -83,14 +89,14 @@ void add_low_rank(const Matrix& rows, const std::vector<Packed>& adapters, const
     const LowRankOf<T>& run = low_rank<T>();
     parallel(tiles.size(), tiles, adapters, [&](int64_t begin, int64_t end, float* buffer) {
         for (int64_t t = begin; t < end; ++t) {
-            const auto [adapter, first, count, place] = tiles[t];
+            const auto [adapter, numbers, count, place] = tiles[t];
             const Packed& packed = adapters[adapter];
             const Ranks& ranks = packed.ranks;
             const Rows projected = {buffer, count, ranks.total};
-            run.project(rows.part<T>(first, count), packed.v(), projected);
+            run.project(rows.some<T>(numbers, count), packed.v(), projected);
             for (size_t i = 0; i < targets.size(); ++i) {
                 const Rows own = of_layer(projected, ranks, i);
-                run.expand(own, packed.scaled_u(i), targets[i].part<T>(first, count));
+                run.expand(own, packed.scaled_u(i), targets[i].some<T>(numbers, count));
                 for (int64_t m = 0; m < count; ++m) {
                     for (int64_t r = 0; r < ranks.count[i]; ++r) {
                         *ps[adapter].at(ranks.first[i] + r, place + m) = own.data[m * own.stride + r];
@@ -246,7 +252,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weight
         for (const Partial& partial : of_u) partial.clear(chunk.number);
         of_v.clear(chunk.number);
         for (size_t t = chunk.begin; t < chunk.end; ++t) {
-            const auto [adapter, first, count, place] = tiles[t];
+            const auto [adapter, numbers, count, place] = tiles[t];
             const Rows coefficients = {buffer, count, ranks.total};
             for (size_t i = 0; i < dh.size(); ++i) {
                 if (!of_u[i].needed()) continue;
@@ -258,16 +264,16 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weight
                     }
                     std::fill(to + ranks.count[i], to + ranks.padded_count(i), 0.0f);
                 }
-                run.reduce(own, dh[i].part<T>(first, count), ranks.padded_count(i), dh[i].columns(),
+                run.reduce(own, dh[i].some<T>(numbers, count), ranks.padded_count(i), dh[i].columns(),
                            of_u[i].at(chunk.number));
             }
             if (!needs.dx && !of_v.needed()) continue;
             for (size_t i = 0; i < dh.size(); ++i) {  // dp, in the place of p
-                run.project(dh[i].part<T>(first, count), packed.scaled_u(i), of_layer(coefficients, ranks, i));
+                run.project(dh[i].some<T>(numbers, count), packed.scaled_u(i), of_layer(coefficients, ranks, i));
             }
-            if (needs.dx) run.expand(coefficients, packed.v(), dx->part<T>(first, count));
+            if (needs.dx) run.expand(coefficients, packed.v(), dx->some<T>(numbers, count));
             if (of_v.needed()) {
-                run.reduce(coefficients, rows->part<T>(first, count), ranks.total, k, of_v.at(chunk.number));
+                run.reduce(coefficients, rows->some<T>(numbers, count), ranks.total, k, of_v.at(chunk.number));
             }
         }
     };
