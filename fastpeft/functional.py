@@ -167,9 +167,10 @@ def siva_linear_mixed(
         FastpeftError: the numbers of operands or of rows do not fit, or as `siva_linear` does.
 
     Notes:
-        The product with the weight runs once over all rows, those of rank r over the rows of one adapter after the
-        other, by Triton all in one kernel. Without it, rows in another order than the adapters' cost a copy of x and
-        one of h. Saved for backward: x, and p of each adapter that trains. Gradients are deterministic.
+        The product with the weight runs once over all rows. Those of rank r are added where the rows lie, in C++ by
+        one pass, in Triton by the same kernel. Without either they run over the rows of one adapter after the other,
+        and rows in another order than the adapters' cost a copy of x and one of h. Saved for
+        backward: x, and p of each adapter that trains. Gradients are deterministic.
 
     Example:
         >>> x, w = torch.randn(3, 8), torch.randn(5, 8)

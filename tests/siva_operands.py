@@ -27,6 +27,28 @@ def operands(m: int, k: int, n: int, r: int, dtype: torch.dtype, device: str, bi
     ]
 
 
+def batch(
+    shape: tuple[int, ...],
+    n: int,
+    ranks: tuple[int, ...],
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    sort: bool = True,
+) -> list[Any]:
+    """As `operands`, of `siva_linear_mixed`: x of this shape, weight, us, ss, vs, sizes, order, bias.
+
+    Without `sort` the rows stand in order.
+    """
+    *leading, k = shape
+    found = [operands(0, k, n, r, dtype, device) for r in ranks]
+    _, weight, *_, bias = found[0]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*leading, k, generator=generator).to(weight)
+    order = torch.randperm(len(x), generator=generator).to(device) if sort else None
+    return [x, weight, *map(list, zip(*(one[2:5] for one in found))), list(sizes), order, bias]
+
+
 def each(function: Callable[[Tensor], Tensor], args: Sequence[Any]) -> list[Any]:
     """The floating tensors among `args`, and in lists among them, by `function`; the rest as it is."""
     return [

@@ -12,14 +12,23 @@ struct Bfloat {
     uint16_t bits;  // the upper half of a float32
 };
 
-// Some consecutive rows of a matrix; columns stand side by side.
+// Some rows of a matrix, wherever they are in it; columns stand side by side.
 template <typename T>
 struct RowsOf {
     T* data;
-    int64_t count;
     int64_t stride;  // elements from a row to the next
+    const int64_t* numbers;
+    int64_t count;
+
+    T* row(int64_t m) const { return data + numbers[m] * stride; }
 };
-using Rows = RowsOf<float>;
+
+// Numbers of some rows that make up a matrix of their own.
+struct Rows {
+    float* data;
+    int64_t count;
+    int64_t stride;
+};
 
 // As many rows of length `columns`, without gaps, as there are ranks.
 struct Factors {

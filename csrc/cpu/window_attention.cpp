@@ -11,12 +11,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "by_aten.h"
 #include "choose.h"
 #include "mezo_perturb_pass.h"
 
@@ -41,13 +41,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-template <typename... Arguments>
-Tensors by_aten(const char* op, const Arguments&... arguments) {
-    std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensors>(stack[0]);
-}
 
 bool has_bfloat16() {
 #if defined(__x86_64__)

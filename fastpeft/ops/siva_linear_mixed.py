@@ -87,11 +87,7 @@ def siva_linear_mixed_aten(
 
     Rows in another order are brought into it before, and h back after: two copies, and none where they stand in it.
     """
-    if order is not None and order.is_cpu and sorted(order.tolist()) != list(range(len(x))):
-        raise FastpeftError(
-            f"siva_linear_mixed: order is {order.tolist()}, so some rows of h would stay unwritten; allowed is each of "
-            f"0 to {len(x) - 1} once. Give the permutation that sorts the rows by adapter."
-        )
+    _check_order(x, order)
     x = _sorted(x, order)
     dtypes = [v.dtype for v in vs]
     us, ss, vs = (lowered(each, x.dtype) for each in (us, ss, vs))
@@ -138,6 +134,14 @@ def siva_linear_mixed_backward_aten(
             dvs[i] = (dp @ as_matrix(of_x)).to(dtypes[i])
     dbias = rows.sum(0) if need_dbias else dh.new_empty(0)
     return _unsorted(dx, order) if need_dx else dh.new_empty(0), dus, dvs, dbias
+
+
+def _check_order(x: Tensor, order: Tensor | None) -> None:
+    if order is not None and order.is_cpu and sorted(order.tolist()) != list(range(len(x))):
+        raise FastpeftError(
+            f"siva_linear_mixed: order is {order.tolist()}, so some rows of h would stay unwritten; allowed is each of "
+            f"0 to {len(x) - 1} once. Give the permutation that sorts the rows by adapter."
+        )
 
 
 def _sorted(x: Tensor, order: Tensor | None) -> Tensor:
@@ -228,7 +232,11 @@ class SivaLinearMixed(torch.autograd.Function):
     ) -> Tensor:
         us, ss, vs = split(factors, len(sizes))
         factor = operand(weight, packs, x)
-        h, ps = torch.ops.fastpeft.siva_linear_mixed(x, factor, us, ss, vs, sizes, order, bias)
+        try:
+            h, ps = torch.ops.fastpeft.siva_linear_mixed(x, factor, us, ss, vs, sizes, order, bias)
+        except RuntimeError:
+            _check_order(x, order)  # what the compiled module raises is no FastpeftError
+            raise
         need_du, _, need_dv = split(ctx.needs_input_grad[6:], len(sizes))
         # x is needed for dV and a p for its dU alone; what no gradient needs is not kept
         kept = [p if needed else None for p, needed in zip(ps, need_du, strict=True)]

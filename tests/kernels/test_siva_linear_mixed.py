@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from poison import in_nan, poisoned_memory
-from siva_operands import absolute, each, flat, in_double, in_order, operands
+from siva_operands import absolute, batch, each, flat, in_double, in_order
 from tolerances import GRADIENT, assert_as_accurate
 from torch import Tensor
 
@@ -20,25 +20,6 @@ from fastpeft.kernels import tiles
 from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def batch(
-    shape: tuple[int, ...],
-    n: int,
-    ranks: tuple[int, ...],
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    device: str,
-    sort: bool = True,
-) -> list[Any]:
-    """x of this shape, weight, us, ss, vs, sizes, order, bias; without `sort` the rows stand in order."""
-    *leading, k = shape
-    found = [operands(0, k, n, r, dtype, device) for r in ranks]
-    _, weight, *_, bias = found[0]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(*leading, k, generator=generator).to(weight)
-    order = torch.randperm(len(x), generator=generator).to(device) if sort else None
-    return [x, weight, *map(list, zip(*(one[2:5] for one in found))), list(sizes), order, bias]
 
 
 def check(*args: Any, needs: list[Any] | None = None) -> None:

@@ -66,6 +66,15 @@ std::vector<float> widen(const std::vector<T>& from) {
     return out;
 }
 
+// The rows of a matrix in an order of their own: every other one from the last on, then those between.
+std::vector<int64_t> in_disorder(int64_t rows) {
+    std::vector<int64_t> order;
+    for (int64_t last : {rows - 1, rows - 2}) {
+        for (int64_t m = last; m >= 0; m -= 2) order.push_back(m);
+    }
+    return order;
+}
+
 // `rounding`: of what is stored as T, as a share of it
 template <typename T>
 double error_of(const LowRankOf<T>& run, double rounding, int64_t rows, int64_t ranks, int64_t columns) {
@@ -73,27 +82,33 @@ double error_of(const LowRankOf<T>& run, double rounding, int64_t rows, int64_t 
     std::vector<float> c = numbers(rows * ranks, 2), factors = numbers(ranks * columns, 4), projected(rows * ranks);
     std::vector<float> sums = numbers(ranks * columns, 5);
     const std::vector<float> before = sums, start = widen(out), wide = widen(x);
-    const RowsOf<T> of_x = {x.data(), rows, columns};
+    const std::vector<int64_t> order = in_disorder(rows);
+    const RowsOf<T> of_x = {x.data(), columns, order.data(), rows};
     const Rows of_c = {c.data(), rows, ranks};
     const Factors shape = {factors.data(), ranks, columns};
     run.project(of_x, shape, {projected.data(), rows, ranks});
-    run.expand(of_c, shape, {out.data(), rows, columns});
+    run.expand(of_c, shape, {out.data(), columns, order.data(), rows});
     run.reduce(of_c, of_x, ranks, columns, sums.data());
     const double project = error(projected, rows, ranks, [&](int64_t m, int64_t r) {
         double sum = 0.0;
-        for (int64_t k = 0; k < columns; ++k) sum += double{wide[m * columns + k]} * factors[r * columns + k];
+        for (int64_t k = 0; k < columns; ++k) sum += double{wide[order[m] * columns + k]} * factors[r * columns + k];
         return sum;
     });
     double largest = 0.0;
-    const double expand = error(widen(out), rows, columns, [&](int64_t m, int64_t n) {
-        double sum = start[m * columns + n];
+    const std::vector<float> wide_out = widen(out);
+    std::vector<float> expanded;
+    for (int64_t m : order) {
+        expanded.insert(expanded.end(), wide_out.begin() + m * columns, wide_out.begin() + (m + 1) * columns);
+    }
+    const double expand = error(expanded, rows, columns, [&](int64_t m, int64_t n) {
+        double sum = start[order[m] * columns + n];
         for (int64_t r = 0; r < ranks; ++r) sum += double{c[m * ranks + r]} * factors[r * columns + n];
         largest = std::fmax(largest, std::fabs(sum));
         return sum;
     });
     const double reduce = error(sums, ranks, columns, [&](int64_t r, int64_t k) {
         double sum = before[r * columns + k];
-        for (int64_t m = 0; m < rows; ++m) sum += double{c[m * ranks + r]} * wide[m * columns + k];
+        for (int64_t m = 0; m < rows; ++m) sum += double{c[m * ranks + r]} * wide[order[m] * columns + k];
         return sum;
     });
     return std::fmax(project, std::fmax(expand - rounding * largest, reduce));
@@ -105,7 +120,8 @@ int changed_bits(const LowRankOf<Bfloat>& run) {
     for (uint32_t bits = 0; bits < 1 << 16; ++bits) all.push_back({static_cast<uint16_t>(bits)});
     const int64_t size = static_cast<int64_t>(all.size());
     std::vector<float> nothing(4, 0.0f), factors(4 * all.size(), 1.0f);
-    run.expand({nothing.data(), 1, 4}, {factors.data(), 4, size}, {all.data(), 1, size});
+    const int64_t first = 0;
+    run.expand({nothing.data(), 1, 4}, {factors.data(), 4, size}, {all.data(), size, &first, 1});
     int wrong = 0;
     for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
         const float expected = widened(Bfloat{static_cast<uint16_t>(bits)}), found = widened(all[bits]);
@@ -121,7 +137,8 @@ bool rounds_to_even(const LowRankOf<Bfloat>& run) {
     for (size_t i = 0; i < added.size(); ++i) {
         std::vector<float> coefficients = {added[i], 0, 0, 0}, factors(4, 1.0f);
         Bfloat one = {0x3f80};
-        run.expand({coefficients.data(), 1, 4}, {factors.data(), 4, 1}, {&one, 1, 1});
+        const int64_t first = 0;
+        run.expand({coefficients.data(), 1, 4}, {factors.data(), 4, 1}, {&one, 1, &first, 1});
         if (one.bits != expected[i]) return false;
     }
     return true;

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -116,12 +117,16 @@ bool multiplies_far_rows(const LowRankOf<float>& run, float* room) {
     const Factors shape = {factors.data(), ranks, kColumns};
     std::vector<float> near(kRows * ranks), far(near), near_sums(ranks * kColumns), far_sums(near_sums);
     spread(x, kColumns, room);
-    run.project({x.data(), kRows, kColumns}, shape, {near.data(), kRows, ranks});
-    run.project({room, kRows, kFar}, shape, {far.data(), kRows, ranks});
-    run.reduce({near.data(), kRows, ranks}, {x.data(), kRows, kColumns}, ranks, kColumns, near_sums.data());
-    run.reduce({near.data(), kRows, ranks}, {room, kRows, kFar}, ranks, kColumns, far_sums.data());
-    run.expand({near.data(), kRows, ranks}, shape, {x.data(), kRows, kColumns});
-    run.expand({near.data(), kRows, ranks}, shape, {room, kRows, kFar});
+    std::vector<int64_t> order(kRows);
+    std::iota(order.begin(), order.end(), 0);
+    const RowsOf<float> near_rows = {x.data(), kColumns, order.data(), kRows},
+                        far_rows = {room, kFar, order.data(), kRows};
+    run.project(near_rows, shape, {near.data(), kRows, ranks});
+    run.project(far_rows, shape, {far.data(), kRows, ranks});
+    run.reduce({near.data(), kRows, ranks}, near_rows, ranks, kColumns, near_sums.data());
+    run.reduce({near.data(), kRows, ranks}, far_rows, ranks, kColumns, far_sums.data());
+    run.expand({near.data(), kRows, ranks}, shape, near_rows);
+    run.expand({near.data(), kRows, ranks}, shape, far_rows);
     return near == far && near_sums == far_sums && same(x, kColumns, room);
 }
 

@@ -1,0 +1,255 @@
+// What siva_linear.cpp and siva_linear_mixed.cpp share but for their passes: operands, the products with a weight, and
+// factors as the passes read them.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "siva_linear_products.h"
+
+// of torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which a module on the stable ABI cannot include; weak, because a
+// torch that is built without oneDNN lacks them, and makes no packs
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle x, AtenTensorHandle weight,
+                                                                      AtenTensorHandle* bias, const char* attr,
+                                                                      const double** scalars, int64_t scalars_len_,
+                                                                      const char** algorithm, AtenTensorHandle* ret0);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(AtenTensorHandle x, AtenTensorHandle other,
+                                                                             AtenTensorHandle weight,
+                                                                             AtenTensorHandle* bias, const char* attr,
+                                                                             AtenTensorHandle* ret0);
+}
+
+namespace fastpeft {
+namespace siva {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Biases = std::vector<std::optional<Tensor>>;
+using Flags = std::vector<bool>;
+
+constexpr int64_t kMaxRank = 64;  // of one layer; for more of them BLAS is as good
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankBlock) * kRankBlock; }
+
+// What an operation does not leave to ATen.
+inline bool is_for_here(const Tensor& x, const Tensors& ss) {
+    const ScalarType kind = x.scalar_type();
+    return (kind == ScalarType::Float || kind == ScalarType::BFloat16) &&
+           std::all_of(ss.begin(), ss.end(),
+                       [](const Tensor& s) { return s.scalar_type() == ScalarType::Float && s.numel() <= kMaxRank; });
+}
+
+// -- operands -----------------------------------------------------------------------------------------------------
+
+inline void check(bool fits) {
+    STD_TORCH_CHECK(fits,
+                    "siva_linear takes x, weight and bias in float32 or bfloat16, all alike, and factors in float32, "
+                    "whose shapes fit together");
+}
+
+inline bool is_matrix(const Tensor& t, int64_t rows, int64_t columns, ScalarType kind = ScalarType::Float) {
+    return t.scalar_type() == kind && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+}
+
+inline bool is_vector(const Tensor& t, int64_t size, ScalarType kind = ScalarType::Float) {
+    return t.scalar_type() == kind && t.dim() == 1 && t.size(0) == size;
+}
+
+// (*, columns) as (M, columns), each row without gaps.
+class Matrix {
+  public:
+    explicit Matrix(const Tensor& t) : tensor_(t) {
+        check(t.dim() > 0);
+        columns_ = stride_ = t.size(t.dim() - 1);
+        for (int64_t d = 0; d + 1 < t.dim(); ++d) rows_ *= t.size(d);
+        if (t.is_contiguous()) return;
+        if (t.dim() != 2) tensor_ = torch::stable::reshape(t, {rows_, columns_});
+        if (tensor_.stride(1) != 1 || tensor_.stride(0) < columns_) tensor_ = torch::stable::contiguous(tensor_);
+        stride_ = tensor_.stride(0);
+    }
+
+    Tensor tensor() const { return tensor_.dim() == 2 ? tensor_ : torch::stable::view(tensor_, {rows_, columns_}); }
+    int64_t rows() const { return rows_; }
+    int64_t columns() const { return columns_; }
+    ScalarType kind() const { return tensor_.scalar_type(); }
+    template <typename T>
+    RowsOf<T> some(const int64_t* numbers, int64_t count) const {
+        return {static_cast<T*>(tensor_.mutable_data_ptr()), stride_, numbers, count};
+    }
+
+  private:
+    Tensor tensor_;
+    int64_t rows_ = 1, columns_ = 0, stride_ = 0;
+};
+
+// The shape of x or dh but for its last dimension.
+inline Tensor new_rows(const Tensor& like, int64_t columns, std::optional<ScalarType> kind = std::nullopt) {
+    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    sizes.back() = columns;
+    return torch::stable::new_empty(like, sizes, kind);
+}
+
+// -- products with the weight -------------------------------------------------------------------------------------
+
+inline bool is_packed(const Tensor& weight) {
+    int32_t layout;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(weight.get(), &layout));
+    return layout == aoti_torch_layout__mkldnn();
+}
+
+// x W^T + b for a packed W, plus `more` in the place of b
+inline Tensor packed_product(const Tensor& x, const Tensor& packed, const Tensor* bias, const Tensor* more) {
+    AtenTensorHandle found, of_bias = bias == nullptr ? nullptr : bias->get();
+    AtenTensorHandle* const optional_bias = bias == nullptr ? nullptr : &of_bias;
+    if (more == nullptr) {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), packed.get(), optional_bias, "none",
+                                                                       nullptr, 0, nullptr, &found));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu__linear_pointwise_binary(x.get(), more->get(), packed.get(), optional_bias, "add", &found));
+    }
+    return Tensor(found);
+}
+
+// x W^T + b (*, N)
+inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
+    std::optional<Tensor> dense = bias;
+    if (bias.has_value() && !bias->is_contiguous()) dense = torch::stable::contiguous(*bias);
+    if (is_packed(weight)) return packed_product(x, weight, dense.has_value() ? &*dense : nullptr, nullptr);
+    Tensor h = new_rows(x, weight.size(0));
+    const Tensor target = Matrix(h).tensor(), factor = torch::stable::transpose(weight, 0, 1);
+    if (dense.has_value()) {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cpu_addmm_out(target.get(), dense->get(), rows.tensor().get(), factor.get(), 1.0, 1.0));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), rows.tensor().get(), factor.get()));
+    }
+    return h;
+}
+
+// The sum of all dh W (*, K); what is packed is W^T.
+inline Tensor sum_of_products(const Tensors& dhs, const std::vector<Matrix>& rows, const Tensors& weights, int64_t k) {
+    std::optional<Tensor> sum;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        if (is_packed(weights[i])) {
+            sum = packed_product(dhs[i], weights[i], nullptr, sum.has_value() ? &*sum : nullptr);
+            continue;
+        }
+        const bool first = !sum.has_value();
+        if (first) sum = new_rows(dhs[0], k);
+        const Tensor target = Matrix(*sum).tensor(), dh = rows[i].tensor();
+        AtenTensorHandle to = target.get();
+        STABLE_TORCH_ERROR_CODE_CHECK(first ? aoti_torch_cpu_mm_out(to, dh.get(), weights[i].get())
+                                            : aoti_torch_cpu_addmm_out(to, to, dh.get(), weights[i].get(), 1.0, 1.0));
+    }
+    return *sum;
+}
+
+// -- factors ------------------------------------------------------------------------------------------------------
+
+using Buffer = std::unique_ptr<float[]>;
+inline Buffer new_buffer(int64_t size) { return Buffer(new float[size]); }
+
+// A strided matrix of the caller, one of its dimensions being ranks.
+template <typename T>
+struct ViewOf {
+    T* data;
+    int64_t rank_stride, other_stride;
+
+    T* at(int64_t rank, int64_t other) const { return data + rank * rank_stride + other * other_stride; }
+};
+using View = ViewOf<const float>;
+
+inline const float* data_of(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+inline float* writable(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+inline View by_rows(const Tensor& t) { return {data_of(t), t.stride(0), t.stride(1)}; }
+inline View by_columns(const Tensor& t) { return {data_of(t), t.stride(1), t.stride(0)}; }
+
+// The ranks of all layers of a group, one after the other; each layer's are padded to blocks.
+struct Ranks {
+    explicit Ranks(const Tensors& ss) {
+        for (const Tensor& s : ss) {
+            start.push_back(total);
+            first.push_back(sum);
+            count.push_back(s.numel());
+            total += padded(s.numel());
+            sum += s.numel();
+        }
+    }
+
+    int64_t padded_count(size_t layer) const { return padded(count[layer]); }
+
+    std::vector<int64_t> start, first, count;  // of each layer: its place with padding and without, its ranks
+    int64_t total = 0, sum = 0;                // with padding and without
+};
+
+// U (N, R) as diag(s) U^T (R, N), or V (R, K) as it is: without gaps, with zeros for the ranks of the padding.
+inline void pack(View from, const Tensor* s, int64_t ranks, int64_t columns, float* to) {
+    for (int64_t r = 0; r < padded(ranks); ++r, to += columns) {
+        if (r >= ranks) {
+            std::fill(to, to + columns, 0.0f);
+            continue;
+        }
+        const float scale = s == nullptr ? 1.0f : data_of(*s)[r * s->stride(0)];
+        for (int64_t i = 0; i < columns; ++i) to[i] = *from.at(r, i) * scale;
+    }
+}
+
+// The factors of a group of layers: all V below each other (sum of R, K), and each diag(s) U^T (R, N).
+class Packed {
+  public:
+    Packed(const Tensors& us, const Tensors& ss, const Tensors& vs, int64_t k) : ranks(ss), ss_(ss), k_(k) {
+        check(!us.empty() && ss.size() == us.size() && vs.size() == us.size());
+        v_ = new_buffer(ranks.total * k);
+        for (size_t i = 0; i < us.size(); ++i) {
+            const int64_t n = us[i].size(0), r = ranks.count[i];
+            check(is_matrix(us[i], n, r) && is_matrix(vs[i], r, k) && is_vector(ss[i], r));
+            pack(by_rows(vs[i]), nullptr, r, k, v_.get() + ranks.start[i] * k);
+            scaled_u_.push_back(new_buffer(padded(r) * n));
+            pack(by_columns(us[i]), &ss[i], r, n, scaled_u_.back().get());
+            columns_.push_back(n);
+        }
+    }
+
+    Factors v() const { return {v_.get(), ranks.total, k_}; }
+    Factors scaled_u(size_t layer) const {
+        return {scaled_u_[layer].get(), ranks.padded_count(layer), columns_[layer]};
+    }
+    float scale(size_t layer, int64_t rank) const { return data_of(ss_[layer])[rank * ss_[layer].stride(0)]; }
+    // do the layers have these weights, (N, K), or where they are packed for backward (K, N)?
+    bool fit(const Tensors& weights, ScalarType kind, bool for_backward = false) const {
+        bool fits = weights.size() == columns_.size();
+        for (size_t i = 0; fits && i < weights.size(); ++i) {
+            fits = for_backward && is_packed(weights[i]) ? is_matrix(weights[i], k_, columns_[i], kind)
+                                                         : is_matrix(weights[i], columns_[i], k_, kind);
+        }
+        return fits;
+    }
+    size_t layers() const { return columns_.size(); }
+    int64_t columns(size_t layer) const { return columns_[layer]; }
+    int64_t multiply_adds() const {  // for one row
+        return ranks.total * (k_ + std::accumulate(columns_.begin(), columns_.end(), int64_t{0}));
+    }
+
+    const Ranks ranks;
+
+  private:
+    Tensors ss_;
+    int64_t k_;
+    Buffer v_;
+    std::vector<Buffer> scaled_u_;
+    std::vector<int64_t> columns_;
+};
+
+}  // namespace siva
+}  // namespace fastpeft
