@@ -297,7 +297,7 @@ const LowRankOf<float>& low_rank() {
     return choose_variant().low_rank.of_float;
 }
 template <>
-const LowRankOf<Bfloat>& low_rank() {
+const LowRankOf<BFloat16>& low_rank() {
     return choose_variant().low_rank.of_bfloat;
 }
 
@@ -341,7 +341,7 @@ Tensors forward(const Tensor& x, const Tensors& weights, const Tensors& us, cons
         outputs.push_back(product(x, rows, weights[i], biases[i]));
         targets.emplace_back(outputs.back());
     }
-    const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<Bfloat>;
+    const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<BFloat16>;
     add(rows, packed, targets, p, p_row, p_rank);
     return outputs;
 }
@@ -515,7 +515,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siva_linear_backward(Tensor dh, Tenso
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
     check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), s.numel()));
-    const auto run = dh.scalar_type() == ScalarType::Float ? backward<float> : backward<Bfloat>;
+    const auto run = dh.scalar_type() == ScalarType::Float ? backward<float> : backward<BFloat16>;
     Gradients found = run({dh}, x, {weight}, {u}, {s}, {v}, need_du ? by_columns(projected->tensor()) : View{},
                           {need_dx, {need_du}, need_dv, {need_dbias}});
     return {found.dx, found.du[0], found.dv, found.dbias[0]};
@@ -534,7 +534,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
     }
     const bool any_du = std::find(need_du.begin(), need_du.end(), true) != need_du.end();
     check(!any_du || is_matrix(p, Ranks(ss).sum, Matrix(dhs[0]).rows()));
-    const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward<float> : backward<Bfloat>;
+    const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward<float> : backward<BFloat16>;
     Gradients found =
         run(dhs, x, weights, us, ss, vs, any_du ? by_rows(p) : View{}, {need_dx, need_du, need_dv, need_dbias});
     return {found.dx, found.du, found.dv, found.dbias};
