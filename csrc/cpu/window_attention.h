@@ -40,8 +40,7 @@ struct Sentence {
     Matrix<T> c;
 };
 
-constexpr int64_t kRowTile = 64;   // queries whose scores exist at one time
-constexpr int64_t kKeyBlock = 48;  // keys that bfloat16 products work on at one time
+constexpr int64_t kRowTile = 64;  // queries whose scores exist at one time
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

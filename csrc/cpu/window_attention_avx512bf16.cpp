@@ -26,6 +26,7 @@ namespace avx512bf16 {
 namespace {
 
 constexpr int kRows = 4, kMostVectors = 6;  // 24 sums, 6 columns and an element: 31 of 32 registers
+constexpr int64_t kKeyBlock = 48;  // keys that backward works on at one time; numbers of keys are rounded up to these
 
 FASTPEFT_TARGET inline __m512i words(__m512 low, __m512 high) {  // bfloat16 (low, high) in each 32-bit lane
     const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
@@ -97,8 +98,8 @@ FASTPEFT_TARGET void product(Left a, const uint32_t* b, int64_t rows, int64_t co
     }
 }
 
-// The keys of a sentence, padded with zeros to `count` rows and `width` columns: those of the real slots, slot after
-// slot, then one for each absent slot.
+// The keys of a sentence that are not hidden from all, padded with zeros to `count` rows and `width` columns: those of
+// the real slots, slot after slot, then one for each absent slot.
 struct Keys {
     int64_t count, width;
     uint32_t *rows, *pairs;

@@ -14,21 +14,19 @@ constexpr int32_t kHidden = -1, kAbsent = -2;
 
 class Scratch {
   public:
-    explicit Scratch(char* at) : at_(at) {}
+    explicit Scratch(char* at) : at_(reinterpret_cast<uintptr_t>(at)) {}
 
     template <typename T>
     T* take(int64_t count) {
         T* found = reinterpret_cast<T*>(at_);
         at_ += round_up(count * sizeof(T), 64);
-        bytes_ += round_up(count * sizeof(T), 64);
         return found;
     }
 
-    size_t bytes() const { return bytes_; }
+    uintptr_t end() const { return at_; }
 
   private:
-    char* at_;
-    size_t bytes_ = 0;
+    uintptr_t at_;
 };
 
 FASTPEFT_TARGET inline Float larger(Float a, Float b) { return a > b ? a : b; }

@@ -169,70 +169,56 @@ int64_t tile_at(const Window& window, int64_t first) {
     return rows < kRowTile ? rows : kRowTile;
 }
 
-struct Memory {  // of forward
-    Memory(const Window& window, Scratch& scratch) {
-        const int64_t most = round_up(window.keys(), kRows);
+struct Memory {
+    Memory(const Window& window, bool backward, Scratch& scratch) {
+        const int64_t most = round_up(window.keys(), kRows), sides = backward ? 2 : 1;
         keys = {scratch.take<float>(most * stride_of(window)), scratch.take<int32_t>(most), 0, stride_of(window)};
-        features = scratch.take<float>(window.drop != nullptr ? window.tokens * window.width : 0);
-        queries = scratch.take<float>(window.width * kRowTile);
-        scores = scratch.take<float>(kBlock * kRowTile);
-        result = scratch.take<float>(kRowTile * keys.stride);
-    }
-
-    Keys keys;
-    float *features, *queries, *scores, *result;
-};
-
-struct BackwardMemory {
-    BackwardMemory(const Window& window, Scratch& scratch) {
-        const int64_t most = round_up(window.keys(), kRows);
-        keys = {scratch.take<float>(most * stride_of(window)), scratch.take<int32_t>(most), 0, stride_of(window)};
-        dkeys = scratch.take<float>(most * keys.stride);
+        dkeys = scratch.take<float>(backward ? most * keys.stride : 0);
         features = scratch.take<float>(window.tokens * window.width);
-        rows = scratch.take<float>(2 * kRowTile * keys.stride);
-        columns = scratch.take<float>(window.width * 2 * kRowTile);
-        scores = scratch.take<float>(kBlock * 2 * kRowTile);
-        dqueries = scratch.take<float>(kRowTile * keys.stride);
+        rows = scratch.take<float>(sides * kRowTile * keys.stride);
+        columns = scratch.take<float>(window.width * sides * kRowTile);
+        scores = scratch.take<float>(kBlock * sides * kRowTile);
+        sums = scratch.take<float>(kRowTile * keys.stride);
     }
 
     Keys keys;
     float *dkeys, *features;
-    float* rows;     // dO, and Q below it
+    float* rows;     // Q; backward dO, and Q below it
     float* columns;  // Q^T, and dO^T beside it
     float* scores;   // P^T, and dS^T beside it
-    float* dqueries;
+    float* sums;     // of O or dQ
 };
 
-template <typename Layout>
+template <bool backward>
 size_t bytes_of(const Window& window) {
-    Scratch scratch(nullptr);
-    Layout(window, scratch);
-    return scratch.bytes();
+    Scratch nowhere(nullptr);
+    const Memory memory(window, backward, nowhere);
+    return nowhere.end();
 }
 
 template <typename T>
 FASTPEFT_TARGET void attend(const Window& window, const Sentence<T>& sentence, Matrix<T> q, Matrix<T> out, float* lse,
                             char* at) {
     Scratch scratch(at);
-    Memory memory(window, scratch);
+    Memory memory(window, false, scratch);
     Keys& keys = memory.keys;
     make_keys(window, sentence, memory.features, keys);
     const int64_t rows = window.heads * window.tokens, stride = keys.stride, width = round_up(window.width, kLanes);
     float largest[kRowTile], sum[kRowTile], factor[kRowTile];
     for (int64_t first = 0; first < rows; first += kRowTile) {
         const int64_t tile = tile_at(window, first);
-        read_tile(window, q, first, tile, memory.result, stride, memory.queries, tile);
+        read_tile(window, q, first, tile, memory.rows, stride, memory.columns, tile);
         const Visible seen = visible(window, sentence.mask, first);
         for (int64_t r = 0; r < tile; ++r) {
             largest[r] = -kInfinite;
             sum[r] = 0;
-            std::memset(memory.result + r * stride, 0, width * sizeof(float));
+            std::memset(memory.sums + r * stride, 0, width * sizeof(float));
         }
         for (int64_t block = 0; block < keys.count; block += kBlock) {
             const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
             const float* of_block = keys.rows + block * stride;
             float* scores = memory.scores;
-            product({of_block, stride, 1}, {memory.queries, tile}, count, tile, window.width, false, scores, tile);
+            product({of_block, stride, 1}, {memory.columns, tile}, count, tile, window.width, false, scores, tile);
             count_scores(keys.tokens + block, count, window.causal, seen, tile, scores, tile);
             for (int64_t lane = 0; lane < tile; lane += kLanes) {
                 const Float before = load(largest + lane);
@@ -261,14 +247,14 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence<T>& sentence, M
             }
             for (int64_t r = 0; r < tile && block > 0; ++r) {
                 if (factor[r] == 1) continue;
-                float* __restrict to = memory.result + r * stride;
+                float* __restrict to = memory.sums + r * stride;
                 for (int64_t d = 0; d < width; ++d) to[d] *= factor[r];
             }
-            product({scores, 1, tile}, {of_block, stride}, tile, width, count, true, memory.result, stride);
+            product({scores, 1, tile}, {of_block, stride}, tile, width, count, true, memory.sums, stride);
         }
         for (int64_t r = 0; r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            float* __restrict of_row = memory.result + r * stride;
+            float* __restrict of_row = memory.sums + r * stride;
             const float share = sum[r] == 0 ? 0 : 1 / sum[r];
             for (int64_t d = 0; d < width; ++d) of_row[d] *= share;
             write_row(of_row, window.width, out.row(row / window.tokens, row % window.tokens));
@@ -281,7 +267,7 @@ template <typename T>
 FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence<T>& sentence, Matrix<T> dout, Matrix<T> q,
                                      Matrix<T> out, const float* lse, Matrix<T> dq, Matrix<T> dc, float* dp, char* at) {
     Scratch scratch(at);
-    BackwardMemory memory(window, scratch);
+    Memory memory(window, true, scratch);
     Keys& keys = memory.keys;
     make_keys(window, sentence, memory.features, keys);
     const int64_t rows = window.heads * window.tokens, stride = keys.stride, width = round_up(window.width, kLanes);
@@ -317,19 +303,18 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence<T>& se
             product({scores, both, 1}, {memory.rows, stride}, count, width, both, first > 0,
                     memory.dkeys + block * stride, stride);
             if (dq.data == nullptr) continue;
-            product({scores + tile, 1, both}, {of_block, stride}, tile, width, count, block > 0, memory.dqueries,
-                    stride);
+            product({scores + tile, 1, both}, {of_block, stride}, tile, width, count, block > 0, memory.sums, stride);
         }
         for (int64_t r = 0; dq.data != nullptr && r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            write_row(memory.dqueries + r * stride, window.width, dq.row(row / window.tokens, row % window.tokens));
+            write_row(memory.sums + r * stride, window.width, dq.row(row / window.tokens, row % window.tokens));
         }
     }
     give(window, sentence, memory.dkeys, stride, memory.features, dc, dp);
 }
 
 template <typename T>
-constexpr PassesOf<T> passes_of = {bytes_of<Memory>, bytes_of<BackwardMemory>, attend<T>, attend_backward<T>};
+constexpr PassesOf<T> passes_of = {bytes_of<false>, bytes_of<true>, attend<T>, attend_backward<T>};
 
 }  // namespace
 
