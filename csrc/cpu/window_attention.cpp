@@ -52,10 +52,28 @@ bool are_rows(const Tensor& x) {
     return x.scalar_type() == type && x.dim() == 4 && x.numel() > 0 && (x.size(3) == 1 || x.stride(3) == 1);
 }
 
+// Dense, of a type, with a number for each of q's rows, or for each of a head's
+bool are_numbers(const Tensor& x, ScalarType type, int64_t count) {
+    return x.scalar_type() == type && x.is_contiguous() && x.numel() == count;
+}
+
 template <typename T>
 bool is_for(const Tensor& q, const Tensor& c, const Tensor& p, const std::optional<Tensor>& mask) {
     return are_rows<T>(q) && are_rows<T>(c) && p.scalar_type() == q.scalar_type() && p.is_contiguous() &&
-           (!mask || mask->is_contiguous());
+           (!mask || are_numbers(*mask, ScalarType::Bool, q.size(0) * q.size(2)));
+}
+
+template <typename T>
+bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const Tensor& p,
+                     const std::optional<Tensor>& mask, const Tensor& out, const Tensor& lse) {
+    if (!is_for<T>(q, c, p, mask)) return false;
+    for (const Tensor& x : {dout, out}) {
+        if (!are_rows<T>(x)) return false;
+        for (int64_t i = 0; i < 4; ++i) {
+            if (x.size(i) != q.size(i)) return false;
+        }
+    }
+    return are_numbers(lse, ScalarType::Float, q.size(0) * q.size(1) * q.size(2));
 }
 
 template <typename T>
@@ -192,9 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
                                                              bool need_dp) {
     // that of a sum is one number in every place
     if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
-    const bool is_float = is_for<float>(q, c, p, mask) && are_rows<float>(dout) && are_rows<float>(out);
-    const bool is_bfloat = is_for<BFloat16>(q, c, p, mask) && are_rows<BFloat16>(dout) && are_rows<BFloat16>(out);
-    if (!(is_float || is_bfloat) || !lse.is_contiguous()) {
+    const bool is_float = is_for_backward<float>(dout, q, c, p, mask, out, lse);
+    if (!is_float && !is_for_backward<BFloat16>(dout, q, c, p, mask, out, lse)) {
         const Tensors found = by_aten("fastpeft::window_attention_backward_aten", dout, q, c, p, mask, out, lse, slots,
                                       causal, dropout, seed, block, need_dq, need_dc, need_dp);
         return {found[0], found[1], found[2]};

@@ -427,8 +427,8 @@ COMPILED = [*supported(), ""]  # the last is the processor's own, which may have
 def test_compiled_is_as_accurate_as_its_products_in_any_size(
     sizes: tuple[int, int, int, int, int, int], masked: bool, causal: bool, dtype: torch.dtype, instructions: str
 ) -> None:
-    """Against the reference in float64: relative errors of up to 5e-7 forward in float32 and 6e-7 of the gradients, where
-    the reference's own are 3e-7 and 5e-7; in bfloat16 0.4 % and 0.6 %."""
+    """Against the reference in float64: relative errors of up to 5e-7 forward in float32 and 6e-7 of the gradients, as
+    the reference's own of 3e-7 and 5e-7; in bfloat16 0.4 % and 0.6 %."""
     batch, _heads, tokens, width, window, real = sizes
     exact = operands(*sizes)
     exact = [x.to(dtype).double() for x in (exact[0] * width**-0.5, exact[1], exact[2])]
