@@ -76,7 +76,7 @@ inline const LowRankOf<float>& low_rank() {
     return choose_variant().low_rank.of_float;
 }
 template <>
-inline const LowRankOf<Bfloat>& low_rank() {
+inline const LowRankOf<BFloat16>& low_rank() {
     return choose_variant().low_rank.of_bfloat;
 }
 
@@ -122,7 +122,7 @@ inline Tensors forward(const Tensor& x, const Tensors& weights, const std::vecto
         outputs.push_back(product(x, rows, weights[i], biases[i]));
         targets.emplace_back(outputs.back());
     }
-    const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<Bfloat>;
+    const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<BFloat16>;
     add(rows, adapters, tiles, targets, ps);
     return outputs;
 }
@@ -308,7 +308,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weight
 inline Gradients backward(const Tensors& dhs, const Tensor& x, const Tensors& weights,
                           const std::vector<Packed>& adapters, const std::vector<Tile>& tiles,
                           const std::vector<View>& ps, const Needs& needs) {
-    const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward_of<float> : backward_of<Bfloat>;
+    const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward_of<float> : backward_of<BFloat16>;
     return run(dhs, x, weights, adapters, tiles, ps, needs);
 }
 

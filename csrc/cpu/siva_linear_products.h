@@ -4,13 +4,11 @@
 
 #include <cstdint>
 
+#include "storage.h"
+
 namespace fastpeft {
 
 constexpr int64_t kRankBlock = 4;  // ranks whose sums share the registers: every number of ranks is a multiple of it
-
-struct Bfloat {
-    uint16_t bits;  // the upper half of a float32
-};
 
 // Some rows of a matrix, wherever they are in it; columns stand side by side.
 template <typename T>
@@ -50,7 +48,7 @@ struct LowRankOf {
 
 struct LowRank {
     LowRankOf<float> of_float;
-    LowRankOf<Bfloat> of_bfloat;
+    LowRankOf<BFloat16> of_bfloat;
 };
 
 namespace baseline {

@@ -7,14 +7,8 @@
 // Each product keeps a block of sums in registers while it runs along the long side once: x and out are read or written
 // once for all ranks of a block. Nothing of the standard library is called here: a copy of one of its functions,
 // compiled for a newer processor, could end up in the code for all.
-#include <cstring>
-
 #include "siva_linear_products.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "vectors.h"
 
 // sums and addresses of rows stay in registers only where the loop that has them is not a call
 #define FASTPEFT_INLINED __attribute__((always_inline)) FASTPEFT_TARGET inline
@@ -23,78 +17,9 @@ namespace fastpeft {
 namespace FASTPEFT_ISA {
 namespace {
 
-typedef float Float __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
-typedef uint32_t Word __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
-typedef uint16_t Half __attribute__((vector_size(FASTPEFT_VECTOR_BYTES / 2)));
-
-constexpr int kLanes = FASTPEFT_VECTOR_BYTES / sizeof(float);
 // AVX-512 has 32 registers, the others 16 (NEON's 32 are half as wide as AVX2's): blocks are as large as they allow
 constexpr int kRows = FASTPEFT_VECTOR_BYTES == 64 ? 4 : 2;     // rows that share what is loaded of factors
 constexpr int kVectors = FASTPEFT_VECTOR_BYTES == 64 ? 4 : 2;  // registers side by side along the columns
-
-FASTPEFT_TARGET inline Float multiply_add(Float a, Float b, Float c) {
-#if FASTPEFT_VECTOR_BYTES == 64
-    return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif FASTPEFT_VECTOR_BYTES == 32
-    return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#elif defined(__aarch64__)
-    return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-#else
-    return a * b + c;
-#endif
-}
-
-FASTPEFT_TARGET inline Float broadcast(float x) { return x - Float{}; }  // not +, which would make 0 of -0
-
-// A register, or its first `count` lanes with zeros after them
-FASTPEFT_TARGET inline Float load(const float* from, int count = kLanes) {
-    Float x = {};
-    if (count == kLanes) {
-        std::memcpy(&x, from, sizeof x);
-    } else {
-        std::memcpy(&x, from, count * sizeof(float));
-    }
-    return x;
-}
-
-FASTPEFT_TARGET inline void store(Float x, float* to, int count = kLanes) {
-    if (count == kLanes) {
-        std::memcpy(to, &x, sizeof x);
-    } else {
-        std::memcpy(to, &x, count * sizeof(float));
-    }
-}
-
-FASTPEFT_TARGET inline Float load(const Bfloat* from, int count = kLanes) {
-    Half x = {};
-    if (count == kLanes) {
-        std::memcpy(&x, from, sizeof x);
-    } else {
-        std::memcpy(&x, from, count * sizeof(Bfloat));
-    }
-    return (Float)(__builtin_convertvector(x, Word) << 16);
-}
-
-// to the nearest, of two to the even one; NaN, which the sum could carry over to infinity, becomes the quiet one
-FASTPEFT_TARGET inline void store(Float x, Bfloat* to, int count = kLanes) {
-    const Word bits = (Word)x, is_nan = (Word)(x != x);
-    const Word rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Half half = __builtin_convertvector(((rounded & ~is_nan) | (0x7fc00000 & is_nan)) >> 16, Half);
-    if (count == kLanes) {
-        std::memcpy(to, &half, sizeof half);
-    } else {
-        std::memcpy(to, &half, count * sizeof(Bfloat));
-    }
-}
-
-FASTPEFT_TARGET inline float sum_of_lanes(Float x) {
-    float lane[kLanes];
-    std::memcpy(lane, &x, sizeof lane);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    }
-    return lane[0];
-}
 
 // Adds the products of `count` columns from k on of kRankBlock ranks with those of the rows.
 template <int kCount, typename T>

@@ -1,7 +1,8 @@
-// fastpeft::window_attention and its backward on CPU tensors in bfloat16, on a processor that multiplies it
-// (AVX512-BF16). Everything else is ATen's calls, in the operation's own file.
+// fastpeft::window_attention and its backward on CPU tensors in float32 and bfloat16, which is multiplied as it is
+// where the processor can (AVX512-BF16), else widened. Other dtypes and layouts are ATen's calls, in the operation's
+// own file.
 //
-// A sentence is one thread's: it makes its keys, of 4 bytes an element, and reads them from cache; neither they nor the
+// A sentence is one thread's: it makes its keys and reads them from cache; neither they nor the
 // scores are ever in a tensor. A sentence's sums do not depend on the threads, and those of p are added up in the order
 // of the sentences.
 #include "window_attention.h"
@@ -14,6 +15,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "by_aten.h"
@@ -21,20 +23,6 @@
 #include "mezo_perturb_pass.h"
 
 namespace fastpeft {
-
-size_t forward_scratch(const Window& window) {
-    const int64_t keys = round_up(window.keys(), kKeyBlock), width = round_up(window.width, 16);
-    return 4 * (keys * width + keys + window.tokens * window.width + 2 * width + kRowTile * width +
-                3 * keys * kRowTile / 2 + kRowTile * width / 2) +
-           64 * 32;
-}
-
-size_t backward_scratch(const Window& window) {
-    const int64_t keys = round_up(window.keys(), kKeyBlock), width = round_up(window.width, 16);
-    return 4 * (2 * keys * width + keys + 2 * window.tokens * window.width + 2 * width + 3 * kRowTile * width +
-                4 * kKeyBlock * kRowTile) +
-           64 * 32;
-}
 
 namespace {
 
@@ -50,21 +38,56 @@ bool has_bfloat16() {
 #endif
 }
 
+// Of T, with no gaps in the last dimension
+template <typename T>
 bool are_rows(const Tensor& x) {
-    return x.scalar_type() == ScalarType::BFloat16 && x.dim() == 4 && x.numel() > 0 &&
-           (x.size(3) == 1 || x.stride(3) == 1);
+    constexpr ScalarType type = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
+    return x.scalar_type() == type && x.dim() == 4 && x.numel() > 0 && (x.size(3) == 1 || x.stride(3) == 1);
 }
 
-bool is_for_here(const Tensor& q, const Tensor& c, const Tensor& p, const std::optional<Tensor>& mask) {
-    return has_bfloat16() && are_rows(q) && are_rows(c) && p.scalar_type() == ScalarType::BFloat16 &&
-           p.is_contiguous() && (!mask || mask->is_contiguous());
+// Dense, of a type, with a number for each of q's rows, or for each of a head's
+bool are_numbers(const Tensor& x, ScalarType type, int64_t count) {
+    return x.scalar_type() == type && x.is_contiguous() && x.numel() == count;
 }
 
-Matrix rows_of(const Tensor& x, int64_t sentence) {
-    return {static_cast<BFloat16*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
+template <typename T>
+bool is_for(const Tensor& q, const Tensor& c, const Tensor& p, const std::optional<Tensor>& mask) {
+    return are_rows<T>(q) && are_rows<T>(c) && p.scalar_type() == q.scalar_type() && p.is_contiguous() &&
+           (!mask || are_numbers(*mask, ScalarType::Bool, q.size(0) * q.size(2)));
+}
+
+template <typename T>
+bool is_for_backward(const Tensor& dout, const Tensor& q, const Tensor& c, const Tensor& p,
+                     const std::optional<Tensor>& mask, const Tensor& out, const Tensor& lse) {
+    if (!is_for<T>(q, c, p, mask)) return false;
+    for (const Tensor& x : {dout, out}) {
+        if (!are_rows<T>(x)) return false;
+        for (int64_t i = 0; i < 4; ++i) {
+            if (x.size(i) != q.size(i)) return false;
+        }
+    }
+    return are_numbers(lse, ScalarType::Float, q.size(0) * q.size(1) * q.size(2));
+}
+
+template <typename T>
+TokenRows<T> rows_of(const Tensor& x, int64_t sentence) {
+    return {static_cast<T*>(x.mutable_data_ptr()) + sentence * x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <typename T>
+const PassesOf<T>& passes() {
+    if constexpr (std::is_same_v<T, float>) {
+        return choose_variant().passes.of_float;
+    } else {
+#if defined(__x86_64__)
+        if (has_bfloat16()) return avx512bf16::passes;
+#endif
+        return choose_variant().passes.of_bfloat;
+    }
 }
 
 // The operands that all sentences share.
+template <typename T>
 class Shared {
   public:
     Shared(const Tensor& q, const Tensor& c, const Tensor& p, std::optional<Tensor> mask, std::vector<int64_t> slots,
@@ -84,8 +107,8 @@ class Shared {
         window.slots = slots_.data();
         window.real = slots_.size();
         window.absent = absent_.data();
-        const BFloat16* const halves = static_cast<const BFloat16*>(p.const_data_ptr());
-        for (int64_t i = 0; i < p.numel(); ++i) p_.push_back(load(halves[i]));
+        const T* const numbers = static_cast<const T*>(p.const_data_ptr());
+        for (int64_t i = 0; i < p.numel(); ++i) p_.push_back(load(numbers[i]));
         window.p = p_.data();
         window.causal = causal;
         window.drop = dropout > 0 ? choose_variant().drop : nullptr;
@@ -97,9 +120,9 @@ class Shared {
         window.scale = nothing ? 0.0 : 1.0 / (1.0 - dropout);
     }
 
-    Sentence sentence(int64_t index) const {
+    Sentence<T> sentence(int64_t index) const {
         const bool* mask = mask_ ? static_cast<const bool*>(mask_->const_data_ptr()) + index * window.tokens : nullptr;
-        return {index, mask, rows_of(c_, index)};
+        return {index, mask, rows_of<T>(c_, index)};
     }
 
     Window window;
@@ -123,26 +146,54 @@ void each_sentence(int64_t batch, size_t bytes, Pass pass) {
     });
 }
 
+template <typename T>
+void attend(const Shared<T>& shared, const Tensor& q, const Tensor& out, const Tensor& lse) {
+    const PassesOf<T>& run = passes<T>();
+    const int64_t rows = q.size(1) * q.size(2);
+    float* const of_lse = static_cast<float*>(lse.mutable_data_ptr());
+    each_sentence(q.size(0), run.forward_scratch(shared.window), [&](int64_t b, char* scratch) {
+        run.attend(shared.window, shared.sentence(b), rows_of<T>(q, b), rows_of<T>(out, b), of_lse + b * rows, scratch);
+    });
+}
+
 std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor c, Tensor p, std::optional<Tensor> mask,
                                             std::vector<int64_t> slots, bool causal, double dropout, int64_t seed,
                                             int64_t block) {
-    if (!is_for_here(q, c, p, mask)) {
+    const bool is_float = is_for<float>(q, c, p, mask);
+    if (!is_float && !is_for<BFloat16>(q, c, p, mask)) {
         const Tensors found =
             by_aten("fastpeft::window_attention_aten", q, c, p, mask, slots, causal, dropout, seed, block);
         return {found[0], found[1]};
     }
-    const Shared shared(q, c, p, mask, slots, causal, dropout, seed, block);
     const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
     const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-#if defined(__x86_64__)
-    const int64_t rows = q.size(1) * q.size(2);
-    float* const of_lse = static_cast<float*>(lse.mutable_data_ptr());
-    each_sentence(q.size(0), forward_scratch(shared.window), [&](int64_t b, char* scratch) {
-        avx512bf16::attend(shared.window, shared.sentence(b), rows_of(q, b), rows_of(out, b), of_lse + b * rows,
-                           scratch);
-    });
-#endif
+    if (is_float) {
+        attend<float>({q, c, p, mask, slots, causal, dropout, seed, block}, q, out, lse);
+    } else {
+        attend<BFloat16>({q, c, p, mask, slots, causal, dropout, seed, block}, q, out, lse);
+    }
     return {out, lse};
+}
+
+template <typename T>
+void attend_backward(const Shared<T>& shared, const Tensor& dout, const Tensor& q, const Tensor& out, const Tensor& lse,
+                     const Tensor& dq, const Tensor& dc, const Tensor& dp) {
+    const PassesOf<T>& run = passes<T>();
+    const int64_t batch = q.size(0), rows = q.size(1) * q.size(2), numbers = shared.window.number * q.size(3);
+    std::vector<float> parts(batch * numbers);  // of dp, a sentence's after another's
+    const float* const of_lse = static_cast<const float*>(lse.const_data_ptr());
+    const auto given = [](const Tensor& x, int64_t b) { return x.numel() > 0 ? rows_of<T>(x, b) : TokenRows<T>{}; };
+    each_sentence(batch, run.backward_scratch(shared.window), [&](int64_t b, char* scratch) {
+        run.attend_backward(shared.window, shared.sentence(b), rows_of<T>(dout, b), rows_of<T>(q, b),
+                            rows_of<T>(out, b), of_lse + b * rows, given(dq, b), given(dc, b),
+                            parts.data() + b * numbers, scratch);
+    });
+    if (dp.numel() == 0) return;
+    for (int64_t b = 1; b < batch; ++b) {
+        for (int64_t i = 0; i < numbers; ++i) parts[i] += parts[b * numbers + i];
+    }
+    T* const sums = static_cast<T*>(dp.mutable_data_ptr());
+    for (int64_t i = 0; i < numbers; ++i) sums[i] = store<T>(parts[i]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor q, Tensor c, Tensor p,
@@ -152,13 +203,12 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
                                                              bool need_dp) {
     // that of a sum is one number in every place
     if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
-    if (!is_for_here(q, c, p, mask) || !are_rows(dout) || !are_rows(out) || !lse.is_contiguous()) {
+    const bool is_float = is_for_backward<float>(dout, q, c, p, mask, out, lse);
+    if (!is_float && !is_for_backward<BFloat16>(dout, q, c, p, mask, out, lse)) {
         const Tensors found = by_aten("fastpeft::window_attention_backward_aten", dout, q, c, p, mask, out, lse, slots,
                                       causal, dropout, seed, block, need_dq, need_dc, need_dp);
         return {found[0], found[1], found[2]};
     }
-    const Shared shared(q, c, p, mask, slots, causal, dropout, seed, block);
-    const int64_t batch = q.size(0), rows = q.size(1) * q.size(2), numbers = p.numel();
     const auto made = [](const Tensor& like, bool needed) {
         if (!needed) return torch::stable::new_empty(like, {0});
         std::vector<int64_t> sizes;
@@ -166,21 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor
         return torch::stable::new_empty(like, sizes);
     };
     const Tensor dq = made(q, need_dq), dc = made(c, need_dc), dp = made(p, need_dp);
-    std::vector<float> parts(batch * numbers);  // of dp, a sentence's after another's
-#if defined(__x86_64__)
-    const float* const of_lse = static_cast<const float*>(lse.const_data_ptr());
-    each_sentence(batch, backward_scratch(shared.window), [&](int64_t b, char* scratch) {
-        avx512bf16::attend_backward(shared.window, shared.sentence(b), rows_of(dout, b), rows_of(q, b), rows_of(out, b),
-                                    of_lse + b * rows, need_dq ? rows_of(dq, b) : Matrix{},
-                                    need_dc ? rows_of(dc, b) : Matrix{}, parts.data() + b * numbers, scratch);
-    });
-#endif
-    if (need_dp) {
-        for (int64_t b = 1; b < batch; ++b) {
-            for (int64_t i = 0; i < numbers; ++i) parts[i] += parts[b * numbers + i];
-        }
-        BFloat16* const sums = static_cast<BFloat16*>(dp.mutable_data_ptr());
-        for (int64_t i = 0; i < numbers; ++i) sums[i] = store<BFloat16>(parts[i]);
+    if (is_float) {
+        attend_backward<float>({q, c, p, mask, slots, causal, dropout, seed, block}, dout, q, out, lse, dq, dc, dp);
+    } else {
+        attend_backward<BFloat16>({q, c, p, mask, slots, causal, dropout, seed, block}, dout, q, out, lse, dq, dc, dp);
     }
     return {dq, dc, dp};
 }

@@ -1,4 +1,4 @@
-// One sentence's window attention in bfloat16 products: what the operation hands to the code for AVX512-BF16.
+// One sentence's window attention: what the operation hands to the code for an instruction set.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,12 @@
 
 namespace fastpeft {
 
-struct Matrix {  // rows (head or slot, token) of a sentence in bfloat16; elements of a row lie beside each other
-    BFloat16* data;
+template <typename T>
+struct TokenRows {  // rows (head or slot, token) of a sentence; elements of a row lie beside each other
+    T* data;
     int64_t outer, token;  // strides
 
-    BFloat16* row(int64_t o, int64_t t) const { return data + o * outer + t * token; }
+    T* row(int64_t o, int64_t t) const { return data + o * outer + t * token; }
 };
 
 // What all sentences share, and where a sentence stands.
@@ -32,27 +33,48 @@ struct Window {
     int64_t keys() const { return real * tokens + number - real; }
 };
 
+template <typename T>
 struct Sentence {
     int64_t index;
     const bool* mask;  // of the tokens; null is all true
-    Matrix c;
+    TokenRows<T> c;
 };
 
-constexpr int64_t kRowTile = 64;   // queries whose scores exist at one time
-constexpr int64_t kKeyBlock = 48;  // keys that backward works on at one time; numbers of keys are rounded up to these
+constexpr int64_t kRowTile = 64;  // queries whose scores exist at one time
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Bytes that a sentence's pass needs beside its operands.
-size_t forward_scratch(const Window& window);
-size_t backward_scratch(const Window& window);
+// The passes over a sentence whose tensors hold T, and the bytes that they need beside these.
+template <typename T>
+struct PassesOf {
+    size_t (*forward_scratch)(const Window& window);
+    size_t (*backward_scratch)(const Window& window);
+    void (*attend)(const Window& window, const Sentence<T>& sentence, TokenRows<T> q, TokenRows<T> out, float* lse,
+                   char* scratch);
+    // dq and dc, where they are not null, and dp (k, D), of this sentence alone
+    void (*attend_backward)(const Window& window, const Sentence<T>& sentence, TokenRows<T> dout, TokenRows<T> q,
+                            TokenRows<T> out, const float* lse, TokenRows<T> dq, TokenRows<T> dc, float* dp,
+                            char* scratch);
+};
 
+struct Passes {  // that multiply in float32
+    PassesOf<float> of_float;
+    PassesOf<BFloat16> of_bfloat;
+};
+
+namespace baseline {
+extern const Passes passes;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Passes passes;
+}
+namespace avx512 {
+extern const Passes passes;
+}
 namespace avx512bf16 {
-void attend(const Window& window, const Sentence& sentence, Matrix q, Matrix out, float* lse, char* scratch);
-
-// dq, dc and dp (k, D), of this sentence alone
-void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q, Matrix out,
-                     const float* lse, Matrix dq, Matrix dc, float* dp, char* scratch);
-}  // namespace avx512bf16
+extern const PassesOf<BFloat16> passes;
+}
+#endif
 
 }  // namespace fastpeft

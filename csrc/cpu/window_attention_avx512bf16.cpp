@@ -12,23 +12,21 @@
 // standard library is called here: a copy of one of its functions, compiled for a newer processor, could end up in the
 // code for all.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <cstring>
-
-#include "window_attention.h"
-
 #if defined(__clang__)
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
 #else
 #define FASTPEFT_TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")))
 #endif
+#define FASTPEFT_ISA avx512bf16
+#define FASTPEFT_VECTOR_BYTES 64
+#include "window_attention_parts.h"
 
 namespace fastpeft {
 namespace avx512bf16 {
 namespace {
 
-constexpr int kLanes = 16, kRows = 4, kMostVectors = 6;  // 24 sums, 6 columns and an element: 31 of 32 registers
+constexpr int kRows = 4, kMostVectors = 6;  // 24 sums, 6 columns and an element: 31 of 32 registers
+constexpr int64_t kKeyBlock = 48;  // keys that backward works on at one time; numbers of keys are rounded up to these
 
 FASTPEFT_TARGET inline __m512i words(__m512 low, __m512 high) {  // bfloat16 (low, high) in each 32-bit lane
     const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
@@ -38,28 +36,6 @@ FASTPEFT_TARGET inline __m512i words(__m512 low, __m512 high) {  // bfloat16 (lo
 
 FASTPEFT_TARGET inline void store_half(__m512 x, void* to) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-FASTPEFT_TARGET inline __m512 widened(const BFloat16* from, __mmask16 there) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16));
-}
-
-FASTPEFT_TARGET inline void store_row(const float* from, int64_t count, BFloat16* to) {
-    int64_t d = 0;
-    for (; d + kLanes <= count; d += kLanes) store_half(_mm512_loadu_ps(from + d), to + d);
-    for (; d < count; ++d) to[d] = store<BFloat16>(from[d]);
-}
-
-FASTPEFT_TARGET inline __m512 exponential(__m512 x) {  // 0 from 2^-149 down, -infinity included
-    x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0x08);
-    __m512 t = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    t = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), t);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    const float terms[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    for (const float term : terms) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(term));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(t, t), _mm512_add_ps(t, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(y, n);
 }
 
 // What a product reads: word (row, pair) at data[row * row_stride + pair * pair_stride]
@@ -122,25 +98,8 @@ FASTPEFT_TARGET void product(Left a, const uint32_t* b, int64_t rows, int64_t co
     }
 }
 
-constexpr int32_t kHidden = -1, kAbsent = -2;
-
-class Scratch {
-  public:
-    explicit Scratch(char* at) : at_(at) {}
-
-    template <typename T>
-    T* take(int64_t count) {
-        T* found = reinterpret_cast<T*>(at_);
-        at_ += round_up(count * sizeof(T), 64);
-        return found;
-    }
-
-  private:
-    char* at_;
-};
-
-// The keys of a sentence, padded with zeros to `count` rows and `width` columns: those of the real slots, slot after
-// slot, then one for each absent slot.
+// The keys of a sentence that are not hidden from all, padded with zeros to `count` rows and `width` columns: those of
+// the real slots, slot after slot, then one for each absent slot.
 struct Keys {
     int64_t count, width;
     uint32_t *rows, *pairs;
@@ -150,7 +109,7 @@ struct Keys {
     const uint32_t* right(int64_t first) const { return pairs + first / 2 * width; }
 };
 
-FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, Scratch& scratch) {
+FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence<BFloat16>& sentence, Scratch& scratch) {
     const int64_t tokens = window.tokens, width = window.width;
     Keys keys = {round_up(window.keys(), kKeyBlock), round_up(width, kLanes), nullptr, nullptr, nullptr};
     keys.rows = scratch.take<uint32_t>(keys.count * keys.width / 2);
@@ -175,18 +134,11 @@ FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, S
         ++row;
     };
     for (int64_t s = 0; s < window.real; ++s) {
-        for (int64_t t = 0; t < tokens; ++t) {
-            const BFloat16* __restrict from = sentence.c.row(s, t);
-            for (int64_t d = 0; d < width; ++d) features[t * width + d] = load(from[d]);
-        }
-        if (window.drop != nullptr) {
-            const uint32_t ordinal = window.ordinal + static_cast<uint32_t>(window.slots[s]);
-            window.drop(features, Format::kFloat32, sentence.index * tokens * width, tokens * width,
-                        {window.seed, ordinal, window.threshold, window.scale});
-        }
+        read_features(window, sentence, s, features);
         const float* p = window.p + window.slots[s] * width;
         for (int64_t t = 0; t < tokens; ++t) {
-            float* __restrict to = next(sentence.mask == nullptr || sentence.mask[t] ? t : kHidden);
+            if (sentence.mask != nullptr && !sentence.mask[t]) continue;
+            float* __restrict to = next(t);
             const float* __restrict feature = features + t * width;
             for (int64_t d = 0; d < width; ++d) to[d] = feature[d] + p[d];
             put();
@@ -196,7 +148,7 @@ FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, S
         std::memcpy(next(kAbsent), window.p + window.absent[a] * width, width * sizeof(float));
         put();
     }
-    while (row < keys.count) {
+    for (keys.count = round_up(row > 0 ? row : 1, kKeyBlock); row < keys.count;) {
         std::memset(next(kHidden), 0, width * sizeof(float));
         put();
     }
@@ -204,7 +156,7 @@ FASTPEFT_TARGET Keys make_keys(const Window& window, const Sentence& sentence, S
 }
 
 // Rows of queries, and of what has their shape, in both layouts; those beyond the last query are zeros.
-FASTPEFT_TARGET void pack_rows(const Window& window, Matrix x, int64_t first, int64_t rows, int64_t width,
+FASTPEFT_TARGET void pack_rows(const Window& window, TokenRows<BFloat16> x, int64_t first, int64_t rows, int64_t width,
                                uint32_t* transposed, uint32_t* pairs) {
     for (int64_t r = 0; r < rows; r += 2) {
         for (int64_t d = 0; d < width; d += kLanes) {
@@ -227,47 +179,27 @@ FASTPEFT_TARGET void pack_rows(const Window& window, Matrix x, int64_t first, in
     }
 }
 
-// What the scores of a tile of queries depend on beside the products.
-struct Visible {
-    int32_t token[kRowTile];    // of the query
-    float of_absent[kRowTile];  // log of the number of tokens that it sees
-};
-
-FASTPEFT_TARGET Visible visible(const Window& window, const Sentence& sentence, int64_t first) {
-    Visible found;
-    for (int64_t r = 0; r < kRowTile; ++r) {
-        const int64_t token = (first + r) % window.tokens;
-        found.token[r] = token;
-        int64_t number = window.causal ? token + 1 : window.tokens;
-        if (sentence.mask != nullptr) {
-            const int64_t last = number;
-            number = 0;
-            for (int64_t t = 0; t < last; ++t) number += sentence.mask[t];
-        }
-        found.of_absent[r] = number > 0 ? __builtin_logf(static_cast<float>(number)) : -__builtin_inff();
-    }
-    return found;
-}
-
-// The score of a key of `token` as it counts: -infinity where it is hidden
-FASTPEFT_TARGET inline __m512 counted(__m512 score, int32_t token, bool causal, const Visible& seen, int64_t lane) {
-    const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
-    if (token == kHidden) return nothing;
-    if (token == kAbsent) return _mm512_add_ps(score, _mm512_loadu_ps(seen.of_absent + lane));
-    if (!causal) return score;
-    const __mmask16 before = _mm512_cmplt_epi32_mask(_mm512_loadu_si512(seen.token + lane), _mm512_set1_epi32(token));
-    return _mm512_mask_mov_ps(score, before, nothing);
-}
-
 int64_t tile_of(const Window& window) {
     const int64_t rows = round_up(window.heads * window.tokens, kLanes);
     return rows < kRowTile ? rows : kRowTile;
 }
 
-}  // namespace
+size_t forward_scratch(const Window& window) {
+    const int64_t keys = round_up(window.keys(), kKeyBlock), width = round_up(window.width, 16);
+    return 4 * (keys * width + keys + window.tokens * window.width + 2 * width + kRowTile * width +
+                3 * keys * kRowTile / 2 + kRowTile * width / 2) +
+           64 * 32;
+}
 
-FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matrix q, Matrix out, float* lse,
-                            char* memory) {
+size_t backward_scratch(const Window& window) {
+    const int64_t keys = round_up(window.keys(), kKeyBlock), width = round_up(window.width, 16);
+    return 4 * (2 * keys * width + keys + 2 * window.tokens * window.width + 2 * width + 3 * kRowTile * width +
+                4 * kKeyBlock * kRowTile) +
+           64 * 32;
+}
+
+FASTPEFT_TARGET void attend(const Window& window, const Sentence<BFloat16>& sentence, TokenRows<BFloat16> q,
+                            TokenRows<BFloat16> out, float* lse, char* memory) {
     Scratch scratch(memory);
     const Keys keys = make_keys(window, sentence, scratch);
     const int64_t rows = window.heads * window.tokens, tile = tile_of(window), width = keys.width;
@@ -279,12 +211,12 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matr
     for (int64_t first = 0; first < rows; first += tile) {
         pack_rows(window, q, first, tile, width, queries, nullptr);
         product(keys.left(0), queries, keys.count, tile, width / 2, false, scores);
-        const Visible seen = visible(window, sentence, first);
+        const Visible seen = visible(window, sentence.mask, first);
         for (int64_t lane = 0; lane < tile; lane += kLanes) {
             __m512 most = _mm512_set1_ps(-__builtin_inff()), total = _mm512_setzero_ps();
             for (int64_t n = 0; n < keys.count; ++n) {
                 float* at = scores + n * tile + lane;
-                const __m512 score = counted(_mm512_loadu_ps(at), keys.tokens[n], window.causal, seen, lane);
+                const __m512 score = (__m512)counted(load(at), keys.tokens[n], window.causal, seen, lane);
                 _mm512_storeu_ps(at, score);
                 most = _mm512_max_ps(most, score);
             }
@@ -293,8 +225,8 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matr
             most = _mm512_mask_mov_ps(most, none, _mm512_setzero_ps());
             for (int64_t n = 0; n < keys.count; n += 2) {
                 const float* at = scores + n * tile + lane;
-                const __m512 low = exponential(_mm512_sub_ps(_mm512_loadu_ps(at), most));
-                const __m512 high = exponential(_mm512_sub_ps(_mm512_loadu_ps(at + tile), most));
+                const __m512 low = (__m512)exponential(load(at) - (Float)most);
+                const __m512 high = (__m512)exponential(load(at + tile) - (Float)most);
                 total = _mm512_add_ps(total, _mm512_add_ps(low, high));
                 _mm512_storeu_si512(weights + n / 2 * tile + lane, words(low, high));
             }
@@ -303,16 +235,17 @@ FASTPEFT_TARGET void attend(const Window& window, const Sentence& sentence, Matr
         product({weights, 1, tile}, keys.right(0), tile, width, keys.count / 2, false, result);
         for (int64_t r = 0; r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            const float share = sum[r] > 0 ? 1.0f / sum[r] : 0.0f;
+            const float share = sum[r] == 0 ? 0 : 1 / sum[r];  // NaN stays
             for (int64_t d = 0; d < window.width; ++d) result[r * width + d] *= share;
-            store_row(result + r * width, window.width, out.row(row / window.tokens, row % window.tokens));
+            write_row(result + r * width, window.width, out.row(row / window.tokens, row % window.tokens));
             lse[row] = largest[r] + __builtin_logf(sum[r]);
         }
     }
 }
 
-FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sentence, Matrix dout, Matrix q, Matrix out,
-                                     const float* lse, Matrix dq, Matrix dc, float* dp, char* memory) {
+FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence<BFloat16>& sentence, TokenRows<BFloat16> dout,
+                                     TokenRows<BFloat16> q, TokenRows<BFloat16> out, const float* lse,
+                                     TokenRows<BFloat16> dq, TokenRows<BFloat16> dc, float* dp, char* memory) {
     Scratch scratch(memory);
     const Keys keys = make_keys(window, sentence, scratch);
     const int64_t rows = window.heads * window.tokens, tile = tile_of(window), width = keys.width;
@@ -332,22 +265,15 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
     for (int64_t first = 0; first < rows; first += tile) {
         pack_rows(window, q, first, tile, width, queries, query_pairs);
         pack_rows(window, dout, first, tile, width, douts, dout_pairs);
-        const Visible seen = visible(window, sentence, first);
+        const Visible seen = visible(window, sentence.mask, first);
         for (int64_t r = 0; r < tile; ++r) {
             const int64_t row = first + r;
             delta[r] = 0;
             shift[r] = __builtin_inff();  // all its weights are 0
             if (row >= rows) continue;
-            const BFloat16* a = dout.row(row / window.tokens, row % window.tokens);
-            const BFloat16* b = out.row(row / window.tokens, row % window.tokens);
-            __m512 sums = _mm512_setzero_ps();
-            for (int64_t d = 0; d < window.width; d += kLanes) {
-                const int64_t left = window.width - d;
-                const __mmask16 there = left < kLanes ? (1u << left) - 1 : 0xFFFFu;
-                sums = _mm512_fmadd_ps(widened(a + d, there), widened(b + d, there), sums);
-            }
-            delta[r] = _mm512_reduce_add_ps(sums);
-            if (lse[row] > -__builtin_inff()) shift[r] = lse[row];
+            const int64_t head = row / window.tokens, token = row % window.tokens;
+            delta[r] = dot(dout.row(head, token), out.row(head, token), window.width);
+            if (lse[row] != -__builtin_inff()) shift[r] = lse[row];
         }
         for (int64_t block = 0; block < keys.count; block += kKeyBlock) {
             product(keys.left(block), queries, kKeyBlock, tile, width / 2, false, scores);
@@ -359,8 +285,8 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
                     for (int i = 0; i < 2; ++i) {
                         const int64_t at = (n + i) * tile + lane;
                         const int32_t token = keys.tokens[block + n + i];
-                        const __m512 score = counted(_mm512_loadu_ps(scores + at), token, window.causal, seen, lane);
-                        const __m512 weight = exponential(_mm512_sub_ps(score, of_query));
+                        const Float score = counted(load(scores + at), token, window.causal, seen, lane);
+                        const __m512 weight = (__m512)exponential(score - (Float)of_query);
                         change[i] = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(dscores + at), mean));
                         store_half(weight, weight_rows + at / 2);
                         store_half(change[i], dscore_rows + at / 2);
@@ -375,32 +301,15 @@ FASTPEFT_TARGET void attend_backward(const Window& window, const Sentence& sente
         }
         for (int64_t r = 0; dq.data != nullptr && r < tile && first + r < rows; ++r) {
             const int64_t row = first + r;
-            store_row(dqueries + r * width, window.width, dq.row(row / window.tokens, row % window.tokens));
+            write_row(dqueries + r * width, window.width, dq.row(row / window.tokens, row % window.tokens));
         }
     }
-    const float* from = dkeys;
-    for (int64_t s = 0; s < window.real; ++s) {
-        float* sums = dp + window.slots[s] * window.width;
-        for (int64_t d = 0; d < window.width; ++d) sums[d] = 0;
-        for (int64_t t = 0; t < window.tokens; ++t, from += width) {
-            float* to = features + t * window.width;
-            for (int64_t d = 0; d < window.width; ++d) sums[d] += to[d] = from[d];
-        }
-        if (dc.data == nullptr) continue;
-        if (window.drop != nullptr) {
-            const uint32_t ordinal = window.ordinal + static_cast<uint32_t>(window.slots[s]);
-            const int64_t count = window.tokens * window.width;
-            window.drop(features, Format::kFloat32, sentence.index * count, count,
-                        {window.seed, ordinal, window.threshold, window.scale});
-        }
-        for (int64_t t = 0; t < window.tokens; ++t) {
-            store_row(features + t * window.width, window.width, dc.row(s, t));
-        }
-    }
-    for (int64_t a = 0; a < window.number - window.real; ++a, from += width) {
-        std::memcpy(dp + window.absent[a] * window.width, from, window.width * sizeof(float));
-    }
+    give(window, sentence, dkeys, width, features, dc, dp);
 }
+
+}  // namespace
+
+const PassesOf<BFloat16> passes = {forward_scratch, backward_scratch, attend, attend_backward};
 
 }  // namespace avx512bf16
 }  // namespace fastpeft

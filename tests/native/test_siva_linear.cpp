@@ -38,14 +38,14 @@ float narrowed<float>(float x) {
     return x;
 }
 template <>
-Bfloat narrowed<Bfloat>(float x) {  // cut off, which is a bfloat16 too
+BFloat16 narrowed<BFloat16>(float x) {  // cut off, which is a bfloat16 too
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return {static_cast<uint16_t>(bits >> 16)};
 }
 
 float widened(float x) { return x; }
-float widened(Bfloat x) {
+float widened(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
     float wide;
     std::memcpy(&wide, &bits, sizeof wide);
@@ -115,8 +115,8 @@ double error_of(const LowRankOf<T>& run, double rounding, int64_t rows, int64_t 
 }
 
 // How many bfloat16 of all are not what adding 0 to them should leave: themselves, and NaN of NaN.
-int changed_bits(const LowRankOf<Bfloat>& run) {
-    std::vector<Bfloat> all;
+int changed_bits(const LowRankOf<BFloat16>& run) {
+    std::vector<BFloat16> all;
     for (uint32_t bits = 0; bits < 1 << 16; ++bits) all.push_back({static_cast<uint16_t>(bits)});
     const int64_t size = static_cast<int64_t>(all.size());
     std::vector<float> nothing(4, 0.0f), factors(4 * all.size(), 1.0f);
@@ -124,19 +124,19 @@ int changed_bits(const LowRankOf<Bfloat>& run) {
     run.expand({nothing.data(), 1, 4}, {factors.data(), 4, size}, {all.data(), size, &first, 1});
     int wrong = 0;
     for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
-        const float expected = widened(Bfloat{static_cast<uint16_t>(bits)}), found = widened(all[bits]);
+        const float expected = widened(BFloat16{static_cast<uint16_t>(bits)}), found = widened(all[bits]);
         wrong += std::isnan(expected) ? !std::isnan(found) : !(found == expected);  // -0 + 0 is 0
     }
     return wrong;
 }
 
 // 1 + 1 / 256 lies between two bfloat16 and must become the even one, a little more the upper.
-bool rounds_to_even(const LowRankOf<Bfloat>& run) {
+bool rounds_to_even(const LowRankOf<BFloat16>& run) {
     const std::vector<float> added = {1 / 256.0f, 3 / 256.0f, 1.001f / 256, 0.999f / 256};
     const std::vector<uint16_t> expected = {0x3f80, 0x3f82, 0x3f81, 0x3f80};
     for (size_t i = 0; i < added.size(); ++i) {
         std::vector<float> coefficients = {added[i], 0, 0, 0}, factors(4, 1.0f);
-        Bfloat one = {0x3f80};
+        BFloat16 one = {0x3f80};
         const int64_t first = 0;
         run.expand({coefficients.data(), 1, 4}, {factors.data(), 4, 1}, {&one, 1, &first, 1});
         if (one.bits != expected[i]) return false;
