@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, operand, packed_linear, rows_of
-from fastpeft.ops.products import as_matrix, times
+from fastpeft.ops.packing import Packs, packed_linear, rows_of
+from fastpeft.ops.products import as_matrix
 
 Computation = Literal["int8"]
 Stamp = tuple[int, int, int]
@@ -67,7 +67,8 @@ class _FrozenLinear(torch.autograd.Function):
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = dbias = None
         if need_dx:
-            dx = times(dh, operand(weight, ctx.packs, dh, transposed=True))
+            packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=rows_of(dh))
+            dx = dh @ weight.to(dh.dtype) if packed is None else packed_linear(dh, packed, None)
         if need_dbias:
             dbias = as_matrix(dh).sum(0)
         return dx, None, dbias, None, None
