@@ -80,11 +80,16 @@ def machine(device: torch.device) -> Row:
     """Where a measurement was made, and with which versions."""
     return {
         "device": device.type,
-        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **{package: _version(package) for package in VERSIONS},
     }
+
+
+def _processor() -> str:
+    """With its instruction set: processors of one name have several."""
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str:
