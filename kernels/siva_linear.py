@@ -517,8 +517,8 @@ def siva_linear_fwd(
 
     Notes:
         Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
-        and 16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch
-        does.
+        16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
+        and what `fastpeft.kernels.launch.for_blas` names.
     """
     kind = products_within(x, len(s))
     if kind is None:

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, precision, products_of
+from fastpeft.kernels.launch import device_of, precision, products_within
 from fastpeft.kernels.siva_linear import (
     GROUP_M,
     accumulate,
@@ -326,8 +326,8 @@ def siva_linear_mixed_backward(
 
 
 def _products(x: Tensor, ss: list[Tensor]) -> str | None:
-    """`products_of` x; None for what is left to ATen."""
-    kind = products_of(x)
+    """`products_within` x; None for what is left to ATen."""
+    kind = products_within(x, max(_ranks(ss)))
     if kind is None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     return kind if max(_ranks(ss)) <= tiles.siva_linear_shared_rank(kind, tiles.card(x.device)) else None
