@@ -14,10 +14,10 @@ makes four words.
 
 A and B are chosen for the moments of x: its cumulants of odd order are exactly 0, and those of even order give z a
 variance of 1 to 1e-8, a fourth cumulant of 0 to 1e-7, a sixth of 0.00013 and an eighth of -0.021, where the normal
-distribution has 0. No joint cumulant of the eight lanes is larger, so up to order 5 they are those of independent normal
-numbers. The distribution function of z is within 1.1e-5 of the normal one. |z| is at most 8.33; beyond 4, 5 and 6 lie
-0.3, 5 and 26 % less than there should. Along eight directions, the rows of the matrix, an octet is not normal: there it
-is sqrt(8) x, of size 2.95 at most. `tests/ops/test_noise.py` computes all of this from the 2^16 values of x.
+distribution has 0. No joint cumulant of the eight lanes is larger, so up to order 5 they are those of independent
+normal numbers. The distribution function of z is within 1.1e-5 of the normal one. |z| is at most 8.33; beyond 4, 5 and
+6 lie 0.3, 5 and 26 % less than there should. Along eight directions, the rows of the matrix, an octet is not normal:
+there it is sqrt(8) x, of size 2.95 at most. `tests/ops/test_noise.py` computes all of this from the 2^16 values of x.
 
 Every addition and multiplication below is one float32 operation, rounded by itself, in the order written here and in
 `csrc/normal.h`. Never fuse two of them (`addcmul`, `add(alpha=...)`, fused multiply-add): that changes bits, and
