@@ -29,7 +29,8 @@ LARGEST_SCORE = 5.0  # one of 1.7 million normal scores is larger in size
 LARGEST_DISTANCE = 2.22  # one of 10,000 is larger
 LAGS = (1, 2, 3, 4, 5, 8, 16, 32, 64, 128, 1024)
 TAILS = (1, 2, 3, 4, 5)
-RANGE, BINS_PER_UNIT = 8, 2**14  # no z is larger in size than 5.8: 24 bits make a radius
+RANGE, BINS_PER_UNIT = 9, 2**14  # no z is larger in size than 8.33
+LANES = 8  # of a counter
 MOMENTS = {"gaussian": {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}, "rademacher": {1: (0, 1)}}  # mean, variance
 
 
@@ -68,12 +69,12 @@ def chunks(noise: str, seed: int, length: int) -> Iterator[Tensor]:
 
 
 def statistics(noise: str, seed: int, length: int) -> list[Statistic]:
-    """All statistics of `SEEDS * length` samples; `length` is a multiple of 4, at least 128."""
+    """All statistics of `SEEDS * length` samples; `length` is a multiple of 8, at least 128."""
     n = SEEDS * length
     of = noise, seed
     sums = torch.zeros(len(MOMENTS[noise]), dtype=torch.float64)
     lagged, pairs = torch.zeros(len(LAGS), dtype=torch.float64), torch.zeros(len(LAGS))
-    lanes = torch.zeros(8, 8, dtype=torch.float64)
+    lanes = torch.zeros(2 * LANES, 2 * LANES, dtype=torch.float64)
     seeds = torch.zeros(SEEDS, SEEDS, dtype=torch.float64)
     counts = torch.zeros(2 * RANGE * BINS_PER_UNIT, dtype=torch.int64)
     for single in chunks(noise, seed, length):
@@ -87,8 +88,8 @@ def statistics(noise: str, seed: int, length: int) -> list[Statistic]:
         pairs += torch.tensor([flat.numel() - lag for lag in LAGS])
         seeds += z @ z.T
         if noise == "gaussian":
-            quads = z.view(-1, 4)
-            features = torch.cat((quads, (quads * quads - 1) / math.sqrt(2)), dim=1)
+            octets = z.view(-1, LANES)
+            features = torch.cat((octets, (octets * octets - 1) / math.sqrt(2)), dim=1)
             lanes += features.T @ features
             counts += torch.bincount(((flat + RANGE) * BINS_PER_UNIT).long(), minlength=counts.numel())
 
@@ -101,9 +102,9 @@ def statistics(noise: str, seed: int, length: int) -> list[Statistic]:
     found.append(_worst(of, "consecutive seeds", length, (seeds[upper] / math.sqrt(length)).tolist()))
     if noise == "gaussian":
         # a lane and its own square do not correlate, but are not independent, so their product has another variance
-        different = [(i, j) for i in range(8) for j in range(i) if i % 4 != j % 4]
-        scores = [lanes[i, j].item() / math.sqrt(n / 4) for i, j in different]
-        found += [_worst(of, "lanes and their squares", n // 4, scores), *_distribution(of, n, counts)]
+        different = [(i, j) for i in range(2 * LANES) for j in range(i) if (i - j) % LANES]
+        scores = [lanes[i, j].item() / math.sqrt(n / LANES) for i, j in different]
+        found += [_worst(of, "lanes and their squares", n // LANES, scores), *_distribution(of, n, counts)]
     return found
 
 
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10**9, help="of each noise from each first seed")
     parser.add_argument("--seed", nargs="+", type=int, default=FIRST_SEEDS, help="first seeds")
     arguments = parser.parse_args()
-    length = -(-arguments.samples // (SEEDS * 4)) * 4
+    length = -(-arguments.samples // (SEEDS * LANES)) * LANES
     rows = []
     for each in (each for noise in MOMENTS for seed in arguments.seed for each in statistics(noise, seed, length)):
         figures = {name: str(value) for name, value in asdict(each).items()} | {"score": f"{each.score:.3f}"}

@@ -6,7 +6,9 @@ of matrix instructions. On NVIDIA they come from the `cuobjdump` and `nvdisasm` 
 assembly. `source` is a hash of the kernel's text, by which a test tells whether the file is current.
 
 Where `fastpeft._C_cuda` was built, `bench/data/static_cuda.csv` gets the same of its kernels, with counts of
-instructions: all, loads and stores of 16 bytes a thread, and fused multiply-adds, which only the square root may have.
+instructions: all, loads and stores of 16 bytes a thread, and fused multiply-adds, of which there should be none. For
+the Gaussian pass `per_element` is what a thread executes for an element: the fewest instructions from one load of whole
+and aligned elements, by the noise of one term, rounding to nearest and the store, to the next load.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,8 +244,8 @@ def source_hash(kernel: str) -> str:
     return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:12]
 
 
-def compile_row(variant: Variant) -> dict[str, str]:
-    """Compile `variant` and return its row."""
+def compile_variant(variant: Variant) -> Any:
+    """What Triton makes of it."""
     kernel = KERNELS[variant.kernel]
     signature, attributes, constants = {}, {}, {}
     for position, name in enumerate(inspect.signature(kernel.fn).parameters):
@@ -265,7 +267,7 @@ def compile_row(variant: Variant) -> dict[str, str]:
         signature[name] = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
         if name not in ANY:
             attributes[(position,)] = [["tt.divisibility", SPECIALISED]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[variant.arch],
         options={
@@ -274,6 +276,11 @@ def compile_row(variant: Variant) -> dict[str, str]:
             "enable_fp_fusion": variant.kernel != "mezo_perturb",  # every operation of the noise is rounded
         },
     )
+
+
+def compile_row(variant: Variant) -> dict[str, str]:
+    """Compile `variant` and return its row."""
+    compiled = compile_variant(variant)
     read = _read_amdgcn if variant.arch.startswith("gfx") else _read_cubin
     registers, stack, code = read(compiled.asm)
     return {
@@ -295,6 +302,21 @@ def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
         code = _run("nvdisasm", "--print-code", cubin)
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1]), code
+
+
+def gaussian_per_element(arch: str, dtype: str) -> float:
+    """Instructions that a thread of the Triton pass executes for an element: of one term, rounded to nearest."""
+    constants = {"IS_BF16": dtype == "i16", "IS_RADEMACHER": False, "IS_STOCHASTIC": False}
+    tile = tiles.MEZO_PERTURB
+    constants |= {"BLOCK_Q": tile.block_q}
+    compiled = compile_variant(Variant("mezo_perturb", arch, dtype, constants, tile.num_warps, num_stages=3))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        code = _run("cuobjdump", "--dump-sass", cubin)
+    return executed(code, [("", 0), (_BEND, 0), (_BEND, -1), ("^EXIT", -1)]) / (
+        8 * tile.block_q / (32 * tile.num_warps)
+    )
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:
@@ -320,8 +342,8 @@ _CUDA_COUNTS = {  # pattern of an instruction's name
     "wide_loads": r"LDG\.E\S*\.128",
     "wide_stores": r"STG\.E\S*\.128",
     "fused": r"[FD]FMA",
-    "square_roots": r"MUFU\.RSQ",
 }
+_LOAD, _STORE, _BEND = r"LDG\.E\S*\.128", r"STG\.E\S*\.128", r"F(MUL|ADD) .*\|"  # |g| is in the noise alone
 
 
 def cuda_rows(module: Path) -> list[dict[str, str]]:
@@ -336,6 +358,8 @@ def cuda_rows(module: Path) -> list[dict[str, str]]:
         for kernel, code in re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", part, re.DOTALL):
             dtype, is_rademacher = re.search(r"perturbI(f|d|NS_\w+?E)Lb([01])E", kernel).groups()
             names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", code)
+            once_round = [(_LOAD, 0), (_BEND, 0), (_BEND, -1), (_STORE, -1), (_LOAD, 0)]
+            per_octet = executed(code, once_round) if is_rademacher == "0" else None
             registers, stack = usage[arch, kernel]
             rows.append(
                 {
@@ -349,10 +373,46 @@ def cuda_rows(module: Path) -> list[dict[str, str]]:
                         column: str(sum(bool(re.match(pattern, name)) for name in names))
                         for column, pattern in _CUDA_COUNTS.items()
                     },
+                    "per_element": "" if per_octet is None else f"{per_octet / 8:.1f}",
                     "source": cuda_source_hash(),
                 }
             )
     return sorted(rows, key=lambda row: (int(row["arch"].removeprefix("sm_")), row["dtype"], row["tile"]))
+
+
+def executed(code: str, stops: Sequence[tuple[str, int]]) -> int:
+    """The fewest instructions that a thread executes on its way along some instructions.
+
+    Args:
+        code: of one kernel, as `cuobjdump --dump-sass` prints it.
+        stops: of each a pattern, and which of the instructions that it is found in: 0 is the first, -1 the last. The
+            last stop is not counted.
+    """
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    place = {at: number for number, (at, _) in enumerate(lines)}
+
+    def followers(number: int) -> list[int]:
+        text = lines[number][1]
+        name = text.split()[1 if text.startswith("@") else 0]
+        after = [number + 1] if number + 1 < len(lines) else []
+        if name.startswith(("BRA", "CALL")):  # a call that does not return is a jump
+            to = place[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)]
+            return [to, *after] if re.search(r"\bU?P\d", text) else [to]
+        return [] if text.startswith("EXIT") else after
+
+    def steps(start: int, end: int) -> int:
+        seen, front, count = {start}, [start], 0
+        while front:
+            count += 1
+            front = [after for number in front for after in followers(number)]
+            if end in front:
+                return count
+            front = [number for number in dict.fromkeys(front) if number not in seen]
+            seen.update(front)
+        raise ValueError(f"no way leads from {lines[start]} to {lines[end]}")
+
+    numbers = [[n for n, (_, text) in enumerate(lines) if re.search(stop, text)][which] for stop, which in stops]
+    return sum(steps(start, end) for start, end in itertools.pairwise(numbers) if start != end)
 
 
 def _by_arch(dump: str) -> list[tuple[str, str]]:

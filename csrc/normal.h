@@ -1,13 +1,11 @@
-// Random words to noise, the same bits as fastpeft/noise.py, which states the contract.
+// Random words to noise, the same bits as fastpeft/ops/noise.py, which states the contract.
 //
-// Every addition, multiplication and square root is one float32 operation rounded by itself, in the order written:
-// compile with -ffp-contract=off (nvcc: --fmad=false). The coefficients are those of fastpeft/noise.py, some times a
-// power of two, which rounds nothing.
-//
-// A Word is a uint32_t, or a type of many that has its operators and the functions up to `select`.
+// Every addition and multiplication is one float32 operation rounded by itself, in the order written: compile with
+// -ffp-contract=off (nvcc: --fmad=false). What takes a Float takes a float, or a vector of many.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
 #include <cstdint>
 
 #include "bits.h"
@@ -15,75 +13,51 @@
 
 namespace fastpeft {
 
-FASTPEFT_HD float square_root(float x) {
-#if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
-#else
-    return std::sqrt(x);
-#endif
-}
+constexpr int kGaussians = 8;  // of one counter
 
-// of the word as a signed number
-FASTPEFT_HD float to_float(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word)); }
+// The halves of a word, each in the upper 16 bits of a signed number, with its middle below: never 0, and -h is as
+// likely as h.
+constexpr uint32_t kMiddle = 0x8000u, kUpperHalf = 0xFFFF0000u;
 
-// one or the other number, by the upper bit of the word
-FASTPEFT_HD float select(uint32_t word, float set, float clear) { return word >> 31 ? set : clear; }
-
-// sqrt(-2 ln u) with u = ((w >> 8) + 1) 2^-24. u = (1 + t) 2^exponent with 1 + t in [sqrt(1/2), sqrt(2));
-// ln(1 + t) = t + t^2 P(t).
-template <typename Word>
-FASTPEFT_HD auto radius(const Word& word) {
-    constexpr uint32_t kRootOfHalf = 0x3F3504F3u, kFraction = 0x7FFFFFu;
-    const auto above = to_bits(to_float((word >> 8) + 1u)) - (kRootOfHalf + (24u << 23));  // of 2^24 u
-    const auto exponent = to_float(above & ~kFraction);                                    // 2^23 times it
-    const auto t = from_bits((above & kFraction) + kRootOfHalf) - 1.0f;
-    auto p = t * 0x1.645e52p-4f + -0x1.242fd0p-3f;
-    p = p * t + 0x1.3172fap-3f;
-    p = p * t + -0x1.5382a4p-3f;
-    p = p * t + 0x1.98d824p-3f;
-    p = p * t + -0x1.000380p-2f;
-    p = p * t + 0x1.5556d8p-2f;
-    p = p * t + -0.5f;
-    auto logarithm = t + (t * t) * p;
-    logarithm = logarithm + exponent * 0x1.62e430p-24f;
-    return square_root(logarithm * -2.0f);
-}
-
+// x = g (|g| A + B)^2 of g, a uniform number in (-2^31, 2^31): the moments of x are those that give z its own
 template <typename Float>
-struct CosSin {
-    Float cos, sin;
-};
+FASTPEFT_HD Float bent(Float g, Float magnitude) {
+    Float s = magnitude * 0x1.1e301cp-45f + -0x1.83b82ep-15f;
+    s = s * s;
+    return s * g;
+}
 
-// cos(2 pi v) and sin(2 pi v) with v = (w >> 8) 2^-24: the nearest quadrant, and t in [-1, 1) eighths of a turn from
-// its middle; sin(pi/4 t) = t P(t^2), cos(pi/4 t) = P(t^2).
-template <typename Word>
-FASTPEFT_HD auto cos_sin(const Word& word) {
-    const auto turned = word + (1u << 29);                                           // the upper two bits: quadrant
-    const auto t = from_bits(((turned & 0x3FFFFF00u) >> 7) | to_bits(2.0f)) - 3.0f;  // from a number in [2, 4)
-    const auto square = t * t;
-    auto sin = square * -0x1.33198ep-15f + 0x1.4680a4p-9f;
-    sin = sin * square + -0x1.4abc24p-4f;
-    sin = sin * square + 0x1.921fb6p-1f;
-    sin = t * sin;
-    auto cos = square * -0x1.4eb112p-12f + 0x1.03b18ep-6f;
-    cos = cos * square + -0x1.3bd3a2p-2f;
-    cos = cos * square + 1.0f;
-    constexpr uint32_t kUpper = 1u << 31;
-    const auto odd = turned << 1;
-    const auto cos_bits = to_bits(select(odd, sin, cos)) ^ ((turned + (1u << 30)) & kUpper);
-    const auto sin_bits = to_bits(select(odd, cos, sin)) ^ (turned & kUpper);
-    return CosSin<decltype(from_bits(word))>{from_bits(cos_bits), from_bits(sin_bits)};
+// Lane l becomes the sum of (-1)^popcount(j & l) x_j.
+template <typename Float>
+FASTPEFT_HD void hadamard(Float (&x)[kGaussians]) {
+    for (int apart = 1; apart < kGaussians; apart *= 2) {
+        for (int i = 0; i < kGaussians; ++i) {
+            if (i & apart) continue;
+            const Float a = x[i], b = x[i + apart];
+            x[i] = a + b;
+            x[i + apart] = a - b;
+        }
+    }
 }
 
 struct Lanes {
-    float z[4];
+    float z[kGaussians];
 };
 
-// z of the flat indices 4q .. 4q + 3 from the words of counter q
-FASTPEFT_HD Lanes box_muller(Words words) {
-    const float r0 = radius(words.w[0]), r2 = radius(words.w[2]);
-    const CosSin<float> a1 = cos_sin(words.w[1]), a3 = cos_sin(words.w[3]);
-    return {{r0 * a1.cos, r0 * a1.sin, r2 * a3.cos, r2 * a3.sin}};
+FASTPEFT_HD float bent_half(uint32_t half) {
+    const float g = static_cast<float>(static_cast<int32_t>(half | kMiddle));  // exact
+    return bent(g, fabsf(g));
+}
+
+// z of the flat indices 8q .. 8q + 7 from the words of counter q
+FASTPEFT_HD Lanes gaussian(Words words) {
+    Lanes lanes;
+    for (int k = 0; k < 4; ++k) {
+        lanes.z[2 * k] = bent_half(words.w[k] << 16);
+        lanes.z[2 * k + 1] = bent_half(words.w[k] & kUpperHalf);
+    }
+    hadamard(lanes.z);
+    return lanes;
 }
 
 // +1 or -1 for an even or odd word

@@ -1,11 +1,13 @@
 """MeZO's perturbation, `p <- round(fl(fl(a p) + fl(scale z)))`: z is drawn where it is added and never stored.
 
-    Q  counters of the noise in a program, of four elements each        E = 4 Q elements, in C order
+    Q  counters of the noise in a program, of eight elements each        E = 8 Q elements, in C order
 
 The bits are those of `fastpeft.ops.noise`, which states the contract; the lines follow `csrc/normal.h` and
-`csrc/storage.h` in the same order. Every float32 operation is rounded by itself: the compiler's contraction is off and
-the square root is the rounded one. bfloat16 goes as its bits, since casts in Triton's interpreter truncate and lose
-subnormals. One launch for each tensor; the compiled module `fastpeft._C_cuda`, where it was built, takes one for all.
+`csrc/storage.h` in the same order. Every float32 operation is rounded by itself: the compiler's contraction is off.
+bfloat16 goes as its bits, since casts in Triton's interpreter truncate and lose subnormals. One launch for each tensor;
+the compiled module `fastpeft._C_cuda`, where it was built, takes one for all.
+
+For sm_90 the Gaussian pass is compiled to 25 (float16), 27 (float32) and 32 instructions (bfloat16) an element.
 
 Source: MeZO (Malladi et al., 2023, arXiv 2305.17333); Philox (Salmon et al., 2011).
 """
@@ -18,76 +20,53 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels.launch import device_of
-from fastpeft.kernels.philox import in_order, random_words
+from fastpeft.kernels.philox import eight_in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 from fastpeft.ops import noise as contract
 
 # a kernel reads numbers of its module only in this form
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(number) for number in contract.LOG)
-_S0, _S1, _S2, _S3 = (tl.constexpr(number) for number in contract.SIN)
-_C0, _C1, _C2, _C3 = (tl.constexpr(number) for number in contract.COS)
-_LN2 = tl.constexpr(contract.LN2)
-_SQRT_HALF_BITS = tl.constexpr(contract.SQRT_HALF_BITS)
+_A, _B = tl.constexpr(contract.BEND_A), tl.constexpr(contract.BEND_B)
 _NOISE, _ROUNDING = tl.constexpr(contract.STREAM_NOISE), tl.constexpr(contract.STREAM_ROUNDING)
 
 
 @triton.jit
-def _radius(word):
-    """`sqrt(-2 ln u)`, float32, with `u = ((w >> 8) + 1) 2^-24`."""
-    u = ((word >> 8) + 1).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
-    t = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = t * _L7 + _L6
-    p = p * t + _L5
-    p = p * t + _L4
-    p = p * t + _L3
-    p = p * t + _L2
-    p = p * t + _L1
-    p = p * t + _L0
-    logarithm = t + (t * t) * p
-    logarithm = logarithm + exponent.to(tl.float32) * _LN2
-    return tl.sqrt_rn(logarithm * -2.0)
-
-
-@triton.jit
-def _cos_sin(word):
-    """`cos(2 pi v)` and `sin(2 pi v)`, float32, with `v = (w >> 8) 2^-24`."""
-    turned = ((word >> 8) + (1 << 21)).to(tl.int32)
-    quadrant = (turned >> 22) & 3
-    t = ((turned & 0x3FFFFF) - (1 << 21)).to(tl.float32) * (1.0 / (1 << 21))
-    square = t * t
-    sin = square * _S3 + _S2
-    sin = sin * square + _S1
-    sin = sin * square + _S0
-    sin = t * sin
-    cos = square * _C3 + _C2
-    cos = cos * square + _C1
-    cos = cos * square + _C0
-    swap = (quadrant & 1) == 1
-    cos, sin = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
-    return tl.where(((quadrant + 1) & 2) == 2, -cos, cos), tl.where((quadrant & 2) == 2, -sin, sin)
+def _bent(half):
+    """x, float32, of the halves (Q,) in the upper 16 bits of words."""
+    g = (half | 0x8000).to(tl.int32, bitcast=True).to(tl.float32)
+    s = tl.abs(g) * _A + _B
+    s = s * s
+    return s * g
 
 
 @triton.jit
 def _gaussian(q, seed):
-    """z (E,) of the counters q (Q,)."""
+    """z (E,) of the counters q (Q,): x of each half of the words, mixed by a Hadamard matrix."""
     w0, w1, w2, w3 = random_words(q, seed, 0, _NOISE)
-    r0, r2 = _radius(w0), _radius(w2)
-    cos1, sin1 = _cos_sin(w1)
-    cos3, sin3 = _cos_sin(w3)
-    return in_order(r0 * cos1, r0 * sin1, r2 * cos3, r2 * sin3)
+    a, b = _bent(w0 << 16), _bent(w0 & 0xFFFF0000)
+    c, d = _bent(w1 << 16), _bent(w1 & 0xFFFF0000)
+    e, f = _bent(w2 << 16), _bent(w2 & 0xFFFF0000)
+    g, h = _bent(w3 << 16), _bent(w3 & 0xFFFF0000)
+    a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
+    a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
+    return eight_in_order(a + e, b + f, c + g, d + h, a - e, b - f, c - g, d - h)
 
 
 @triton.jit
 def _rademacher(q, seed):
-    """z (E,) of the quads q (Q,): four of the 128 bits of counter q // 32."""
-    w0, w1, w2, w3 = random_words(q >> 5, seed, 0, _NOISE)
-    place = (q & 31).to(tl.int32)
-    word = tl.where(place < 16, tl.where(place < 8, w0, w1), tl.where(place < 24, w2, w3))
-    bits = (word >> ((place & 7) * 4).to(tl.uint32)).to(tl.int32)
-    odd = in_order(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1)
-    return tl.where(odd == 1, -1.0, 1.0)
+    """z (E,) of the octets q (Q,): eight of the 128 bits of counter q // 16."""
+    w0, w1, w2, w3 = random_words(q >> 4, seed, 0, _NOISE)
+    place = (q & 15).to(tl.int32)
+    word = tl.where(place < 8, tl.where(place < 4, w0, w1), tl.where(place < 12, w2, w3))
+    bits = (word >> ((place & 3) * 8).to(tl.uint32)).to(tl.int32)
+    lower = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
+    upper = (bits >> 4) & 1, (bits >> 5) & 1, (bits >> 6) & 1, (bits >> 7) & 1
+    return tl.where(eight_in_order(*lower, *upper) == 1, -1.0, 1.0)
+
+
+@triton.jit
+def _rounding_words(q, seed):
+    """The words (E,) by which the elements of the octets q (Q,) are rounded: of the counters 2 q and 2 q + 1."""
+    return eight_in_order(*random_words(2 * q, seed, 0, _ROUNDING), *random_words(2 * q + 1, seed, 0, _ROUNDING))
 
 
 @triton.jit
@@ -148,9 +127,9 @@ def _mezo_perturb_kernel(
     # 1. This program's counters, and where their elements lie in the tensor: the first may begin before it.
     element_type: tl.constexpr = p_ptr.dtype.element_ty
     compute: tl.constexpr = tl.float64 if element_type == tl.float64 else tl.float32
-    first_q = offset // 4 + tl.program_id(0).to(tl.int64) * BLOCK_Q
+    first_q = offset // 8 + tl.program_id(0).to(tl.int64) * BLOCK_Q
     q = first_q + tl.arange(0, BLOCK_Q)
-    offs_e = first_q * 4 - offset + tl.arange(0, 4 * BLOCK_Q)
+    offs_e = first_q * 8 - offset + tl.arange(0, 8 * BLOCK_Q)
     mask_e = (offs_e >= 0) & (offs_e < numel)
 
     # 2. Term after term, each rounded to storage; what a decay leaves goes with the first.
@@ -163,8 +142,7 @@ def _mezo_perturb_kernel(
         kept = _widen(p, IS_BF16) * keep
         value = kept + z.to(compute) * scale
         if IS_STOCHASTIC:
-            w0, w1, w2, w3 = random_words(q, seed, 0, _ROUNDING)
-            value = _round_stochastic(value, in_order(w0, w1, w2, w3), IS_BF16)
+            value = _round_stochastic(value, _rounding_words(q, seed), IS_BF16)
         p = _narrow(value, element_type, IS_BF16)
         keep = tl.full((), 1.0, compute)
     tl.store(p_ptr + offs_e, p, mask=mask_e)
@@ -196,9 +174,9 @@ def mezo_perturb_replay_(
             continue
         # C order of the logical tensor: a view, or a copy that is written back; a reshape may be a view with gaps
         flat = param.contiguous().view(-1)
-        quads = (offset + flat.numel() + 3) // 4 - offset // 4
+        octets = (offset + flat.numel() + 7) // 8 - offset // 8
         with device_of(param):
-            _mezo_perturb_kernel[(triton.cdiv(quads, MEZO_PERTURB.block_q),)](
+            _mezo_perturb_kernel[(triton.cdiv(octets, MEZO_PERTURB.block_q),)](
                 flat.view(torch.int16) if param.dtype == torch.bfloat16 else flat,
                 seeds,
                 scales,

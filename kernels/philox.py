@@ -10,11 +10,14 @@ from fastpeft.ops import noise as contract
 # a kernel reads numbers of its module only in this form
 _M0, _M1 = (tl.constexpr(number) for number in contract.MULTIPLIERS)
 _K0, _K1 = (tl.constexpr(number) for number in contract.WEYL)
+_NOISE = tl.constexpr(contract.STREAM_NOISE)
+_NOISE_ROUNDS = tl.constexpr(contract.ROUNDS[contract.STREAM_NOISE])
+_ROUNDS = tl.constexpr(contract.ROUNDS[contract.STREAM_ROUNDING])  # of dropout too
 
 
 @triton.jit
 def random_words(q, seed, ordinal, STREAM: tl.constexpr):
-    """Philox4x32-10 of the counters q int64, of any shape: four tensors of that shape of uint32."""
+    """Philox4x32 of the counters q int64, of any shape: four tensors of that shape of uint32."""
     c0 = (q & 0xFFFFFFFF).to(tl.uint32)
     c1 = (q >> 32).to(tl.uint32)
     c2 = tl.full(q.shape, STREAM, tl.uint32)
@@ -25,7 +28,8 @@ def random_words(q, seed, ordinal, STREAM: tl.constexpr):
     m1 = tl.full(q.shape, _M1, tl.uint32)
     w0 = tl.full(q.shape, _K0, tl.uint32)
     w1 = tl.full(q.shape, _K1, tl.uint32)
-    for _ in tl.static_range(10):
+    ROUNDS: tl.constexpr = _NOISE_ROUNDS if STREAM == _NOISE else _ROUNDS
+    for _ in tl.static_range(ROUNDS):
         high0, low0 = tl.umulhi(m0, c0), tl.mul(m0, c0, sanitize_overflow=False)
         high1, low1 = tl.umulhi(m1, c2), tl.mul(m1, c2, sanitize_overflow=False)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -38,3 +42,9 @@ def random_words(q, seed, ordinal, STREAM: tl.constexpr):
 def in_order(a, b, c, d):
     """Four lanes (*, Q) of each counter to the elements (*, 4 Q) they belong to."""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def eight_in_order(a, b, c, d, e, f, g, h):
+    """Eight lanes (Q,) of each counter to the elements (8 Q,) they belong to."""
+    return tl.interleave(in_order(a, c, e, g), in_order(b, d, f, h))

@@ -23,7 +23,7 @@ namespace FASTPEFT_ISA {
 namespace {
 
 constexpr int kBlock = 256;                 // elements whose noise exists at one time
-constexpr int kCounters = kBlock / 4;       // Gaussian: a counter is four elements
+constexpr int kCounters = kBlock / 4;       // of words: a counter is four elements
 constexpr int kSignCounters = kTile / 128;  // Rademacher: a counter is 128 elements
 
 typedef uint64_t Wide __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
@@ -82,22 +82,23 @@ FASTPEFT_TARGET inline Word lower(Wide a, Wide b) {
 }
 
 // Where among the 32-bit lanes of its register the counter is that comes `index`-th: the four lanes of a 128-bit group
-// are as many counters apart as the register has groups. Unpacking, which stays within groups, then brings a counter's
-// four words together and the counters into order (`in_order`). With one group this is the natural order.
+// are as many counters apart as the register has groups. Transposing, which stays within groups, then brings a
+// counter's words together and the counters into order. With one group this is the natural order.
 constexpr int kLanes = FASTPEFT_VECTOR_BYTES / 4, kGroups = kLanes / 4;
 constexpr int place(int index) {
     const int within = index % kLanes;
     return index - within + within % kGroups * 4 + within / kGroups;
 }
 
-// Philox's words for one seed, stream and ordinal, and for counters whose upper half is that of `q`.
+// Philox's words for one seed and ordinal, and for counters whose upper half is that of `q`.
 //
 // A 64-bit lane holds a counter's word in its lower half, and above it what an operation left there and the next one
 // ignores; so a register's worth of counters is two chains. What the first rounds compute from numbers that all
 // counters share is computed once.
+template <Stream stream>
 class Generator {
   public:
-    FASTPEFT_TARGET Generator(uint64_t q, uint64_t seed, Stream stream, uint32_t ordinal = 0) {
+    FASTPEFT_TARGET Generator(uint64_t q, uint64_t seed, uint32_t ordinal = 0) {
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < kRounds; ++round) {
             key0_[round] = Wide{} + k0;
@@ -118,16 +119,14 @@ class Generator {
     // Word k of counter q + i to words[k][place(i)]; q is a multiple of count.
     template <int count>
     FASTPEFT_TARGET inline void draw(uint64_t q, uint32_t (&words)[4][count]) const {
-        constexpr int kAtOnce = 2, kChains = 2 * kAtOnce, kStep = kAtOnce * kLanes;  // registers
-        static_assert(count % kStep == 0, "whole registers");
+        static_assert(count % kLanes == 0, "whole registers");
         Wide offset[2] = {};
         for (int i = 0; i < kLanes; ++i) offset[place(i) % 4 / 2][place(i) / 4 * 2 + place(i) % 2] = i;
         const Wide multiplier0 = Wide{} + kMultiplier0, multiplier1 = Wide{} + kMultiplier1;
-        for (int i = 0; i < count; i += kStep) {
-            Wide c[kChains][4];
-            for (int chain = 0; chain < kChains; ++chain) {
-                const Wide counter = offset[chain % 2] + (static_cast<uint32_t>(q) + (i + chain / 2 * kLanes));
-                const Wide product0 = multiply(counter, multiplier0);
+        for (int i = 0; i < count; i += kLanes) {
+            Wide c[2][4];  // more than two chains do not fit into 16 registers: the processor joins iterations itself
+            for (int chain = 0; chain < 2; ++chain) {
+                const Wide product0 = multiply(offset[chain] + (static_cast<uint32_t>(q) + i), multiplier0);
                 const Wide product1 = multiply(upper(product0) ^ key1_[0], multiplier1);
                 c[chain][0] = upper(product1) ^ key0_[1];
                 c[chain][1] = product1;
@@ -143,145 +142,87 @@ class Generator {
                     word[3] = product0;
                 }
             }
-            for (int chain = 0; chain < kChains; chain += 2) {
-                for (int k = 0; k < 4; ++k) {
-                    const Word word = lower(c[chain][k], c[chain + 1][k]);
-                    std::memcpy(&words[k][i + chain / 2 * kLanes], &word, sizeof word);
-                }
+            for (int k = 0; k < 4; ++k) {
+                const Word word = lower(c[0][k], c[1][k]);
+                std::memcpy(&words[k][i], &word, sizeof word);
             }
         }
     }
 
   private:
+    static constexpr int kRounds = rounds_of(stream);
+
     Wide key0_[kRounds], key1_[kRounds];
     Wide word2_, word3_;  // after round 1, the first without the counter's part
 };
 
-// What belongs to word k of counter i, for all i and k, from [k][place(i)] to [4 i + k].
-template <typename Value>
-FASTPEFT_TARGET inline void in_order(const Value (&by_word)[4][kCounters], Value (&ordered)[kBlock]) {
-#if FASTPEFT_VECTOR_BYTES == 16
-    for (int i = 0; i < kCounters; ++i) {
-        for (int k = 0; k < 4; ++k) ordered[4 * i + k] = by_word[k][i];
-    }
-#else
+// Of each 128-bit group the four lanes of four registers, transposed.
+FASTPEFT_TARGET inline void transpose(Word (&rows)[4]) {
+#if defined(__x86_64__)
 #if FASTPEFT_VECTOR_BYTES == 64
-#define FASTPEFT_SIMD(name) _mm512_##name
-    using Register = __m512i;
-#else
-#define FASTPEFT_SIMD(name) _mm256_##name
-    using Register = __m256i;
-#endif
-    for (int i = 0; i < kCounters; i += kLanes) {
-        Register word[4], pairs[4];
-        for (int k = 0; k < 4; ++k) std::memcpy(&word[k], &by_word[k][i], sizeof word[k]);
-        for (int k = 0; k < 4; k += 2) {
-            pairs[k] = FASTPEFT_SIMD(unpacklo_epi32)(word[k], word[k + 1]);
-            pairs[k + 1] = FASTPEFT_SIMD(unpackhi_epi32)(word[k], word[k + 1]);
-        }
-        const Register out[] = {
-            FASTPEFT_SIMD(unpacklo_epi64)(pairs[0], pairs[2]), FASTPEFT_SIMD(unpackhi_epi64)(pairs[0], pairs[2]),
-            FASTPEFT_SIMD(unpacklo_epi64)(pairs[1], pairs[3]), FASTPEFT_SIMD(unpackhi_epi64)(pairs[1], pairs[3])};
-        std::memcpy(&ordered[4 * i], out, sizeof out);
-    }
-#undef FASTPEFT_SIMD
-#endif
-}
-
-// Some registers that go through normal.h together.
-template <typename Vector>
-struct Several {
-    static constexpr int kCount = 4;
-    Vector part[kCount];
-};
-
-template <typename Vector>
-FASTPEFT_HD const Vector& part_of(const Several<Vector>& several, int i) {
-    return several.part[i];
-}
-
-template <typename Scalar>
-FASTPEFT_HD Scalar part_of(Scalar same, int) {
-    return same;
-}
-
-#define FASTPEFT_OPERATOR(op)                                                                       \
-    template <typename Vector, typename Other>                                                      \
-    FASTPEFT_HD Several<Vector> operator op(const Several<Vector>& a, const Other& b) {             \
-        Several<Vector> out;                                                                        \
-        for (int i = 0; i < Several<Vector>::kCount; ++i) out.part[i] = a.part[i] op part_of(b, i); \
-        return out;                                                                                 \
-    }
-FASTPEFT_OPERATOR(+)
-FASTPEFT_OPERATOR(-)
-FASTPEFT_OPERATOR(*)
-FASTPEFT_OPERATOR(&)
-FASTPEFT_OPERATOR(|)
-FASTPEFT_OPERATOR(^)
-FASTPEFT_OPERATOR(<<)
-FASTPEFT_OPERATOR(>>)
-#undef FASTPEFT_OPERATOR
-
-FASTPEFT_HD Several<Word> to_bits(const Several<Float>& x) {
-    Several<Word> out;
-    for (int i = 0; i < x.kCount; ++i) out.part[i] = (Word)x.part[i];
-    return out;
-}
-
-FASTPEFT_HD Several<Float> from_bits(const Several<Word>& word) {
-    Several<Float> out;
-    for (int i = 0; i < word.kCount; ++i) out.part[i] = (Float)word.part[i];
-    return out;
-}
-
-FASTPEFT_HD Several<Float> to_float(const Several<Word>& word) {
-    Several<Float> out;
-    for (int i = 0; i < word.kCount; ++i) out.part[i] = __builtin_convertvector((Signed)word.part[i], Float);
-    return out;
-}
-
-FASTPEFT_HD Several<Float> select(const Several<Word>& word, const Several<Float>& set, const Several<Float>& clear) {
-    Several<Float> out;
-    for (int i = 0; i < word.kCount; ++i) out.part[i] = (Signed)word.part[i] < 0 ? set.part[i] : clear.part[i];
-    return out;
-}
-
-FASTPEFT_HD Several<Float> square_root(const Several<Float>& x) {
-    Several<Float> out;
-    for (int i = 0; i < x.kCount; ++i) {
-#if FASTPEFT_VECTOR_BYTES == 64
-        out.part[i] = (Float)_mm512_sqrt_ps((__m512)x.part[i]);
+#define FASTPEFT_UNPACK(half, bits, a, b) (Word) _mm512_unpack##half##_epi##bits((__m512i)(a), (__m512i)(b))
 #elif FASTPEFT_VECTOR_BYTES == 32
-        out.part[i] = (Float)_mm256_sqrt_ps((__m256)x.part[i]);
-#elif defined(__x86_64__)
-        out.part[i] = (Float)_mm_sqrt_ps((__m128)x.part[i]);
-#elif defined(__aarch64__)
-        out.part[i] = (Float)vsqrtq_f32((float32x4_t)x.part[i]);
+#define FASTPEFT_UNPACK(half, bits, a, b) (Word) _mm256_unpack##half##_epi##bits((__m256i)(a), (__m256i)(b))
 #else
-        for (int lane = 0; lane < kLanes; ++lane) out.part[i][lane] = __builtin_sqrtf(x.part[i][lane]);
+#define FASTPEFT_UNPACK(half, bits, a, b) (Word) _mm_unpack##half##_epi##bits((__m128i)(a), (__m128i)(b))
 #endif
+    const Word low[] = {FASTPEFT_UNPACK(lo, 32, rows[0], rows[1]), FASTPEFT_UNPACK(lo, 32, rows[2], rows[3])};
+    const Word high[] = {FASTPEFT_UNPACK(hi, 32, rows[0], rows[1]), FASTPEFT_UNPACK(hi, 32, rows[2], rows[3])};
+    rows[0] = FASTPEFT_UNPACK(lo, 64, low[0], low[1]);
+    rows[1] = FASTPEFT_UNPACK(hi, 64, low[0], low[1]);
+    rows[2] = FASTPEFT_UNPACK(lo, 64, high[0], high[1]);
+    rows[3] = FASTPEFT_UNPACK(hi, 64, high[0], high[1]);
+#undef FASTPEFT_UNPACK
+#else
+    const Word before[] = {rows[0], rows[1], rows[2], rows[3]};
+    for (int i = 0; i < kLanes; ++i) {
+        for (int k = 0; k < 4; ++k) rows[i % 4][i / 4 * 4 + k] = before[k][i];
     }
-    return out;
+#endif
+}
+
+// Of each 128-bit group the one of `a`, then the one of `b`, in two registers.
+FASTPEFT_TARGET inline void join(Word a, Word b, float* out) {
+#if FASTPEFT_VECTOR_BYTES == 64
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const Word joined[] = {(Word)_mm512_permutex2var_epi64((__m512i)a, first, (__m512i)b),
+                           (Word)_mm512_permutex2var_epi64((__m512i)a, second, (__m512i)b)};
+#elif FASTPEFT_VECTOR_BYTES == 32
+    const Word joined[] = {(Word)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20),
+                           (Word)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31)};
+#else
+    const Word joined[] = {a, b};
+#endif
+    std::memcpy(out, joined, sizeof joined);
+}
+
+// x of the halves in the upper 16 bits of words
+FASTPEFT_TARGET inline Float bent_halves(Word halves) {
+    const Float g = __builtin_convertvector((Signed)(halves | kMiddle), Float);
+    return bent(g, (Float)((Word)g & kMagnitude));
 }
 
 // z of a block; q is its first counter
-FASTPEFT_TARGET inline void gaussian(const Generator& generator, uint64_t q, float (&z)[kBlock]) {
-    alignas(64) uint32_t words[4][kCounters];
-    alignas(64) float by_word[4][kCounters];
+FASTPEFT_TARGET inline void gaussian(const Generator<kNoise>& generator, uint64_t q, float (&z)[kBlock]) {
+    constexpr int kOfBlock = kBlock / kGaussians;
+    alignas(64) uint32_t words[4][kOfBlock];
     generator.draw(q, words);
-    for (int k = 0; k < 4; k += 2) {
-        for (int i = 0; i < kCounters; i += Several<Word>::kCount * kLanes) {
-            Several<Word> of_radius, of_angle;
-            std::memcpy(&of_radius, &words[k][i], sizeof of_radius);
-            std::memcpy(&of_angle, &words[k + 1][i], sizeof of_angle);
-            const Several<Float> r = radius(of_radius);
-            const CosSin<Several<Float>> angle = cos_sin(of_angle);
-            const Several<Float> along = r * angle.cos, across = r * angle.sin;
-            std::memcpy(&by_word[k][i], &along, sizeof along);
-            std::memcpy(&by_word[k + 1][i], &across, sizeof across);
+    for (int i = 0; i < kOfBlock; i += kLanes) {
+        Float x[kGaussians];
+        for (int k = 0; k < 4; ++k) {
+            Word word;
+            std::memcpy(&word, &words[k][i], sizeof word);
+            x[2 * k] = bent_halves(word << 16);
+            x[2 * k + 1] = bent_halves(word & kUpperHalf);
         }
+        hadamard(x);
+        Word first[] = {(Word)x[0], (Word)x[1], (Word)x[2], (Word)x[3]};
+        Word last[] = {(Word)x[4], (Word)x[5], (Word)x[6], (Word)x[7]};
+        transpose(first);
+        transpose(last);
+        for (int k = 0; k < 4; ++k) join(first[k], last[k], &z[kGaussians * i + 2 * kLanes * k]);
     }
-    in_order(by_word, z);
 }
 
 // z of block number `block` of a tile, from the tile's counters
@@ -293,10 +234,17 @@ FASTPEFT_TARGET inline void rademacher(const uint32_t (&words)[4][kSignCounters]
 }
 
 // The words of a block's elements, in their order; q is its first counter
-FASTPEFT_TARGET inline void words_in_order(const Generator& generator, uint64_t q, uint32_t (&ordered)[kBlock]) {
+template <Stream stream>
+FASTPEFT_TARGET inline void words_in_order(const Generator<stream>& generator, uint64_t q,
+                                           uint32_t (&ordered)[kBlock]) {
     alignas(64) uint32_t words[4][kCounters];
     generator.draw(q, words);
-    in_order(words, ordered);
+    for (int i = 0; i < kCounters; i += kLanes) {
+        Word rows[4];
+        for (int k = 0; k < 4; ++k) std::memcpy(&rows[k], &words[k][i], sizeof rows[k]);
+        transpose(rows);
+        std::memcpy(&ordered[4 * i], rows, sizeof rows);
+    }
 }
 
 // count half-precision elements to and from float32
@@ -374,15 +322,16 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
     for (size_t i = 0; i < change.num_terms; ++i) {
         const Term term = change.terms[i];
         const compute_t<T> scale = static_cast<compute_t<T>>(term.scale), keep = static_cast<compute_t<T>>(term.keep);
-        const uint64_t counter = tile / (is_rademacher ? 128 : 4);
-        const Generator noise(counter, term.seed, kNoise), of_rounding(tile / 4, term.seed, kRounding);
+        const uint64_t counter = tile / (is_rademacher ? 128 : kGaussians);
+        const Generator<kNoise> noise(counter, term.seed);
+        const Generator<kRounding> of_rounding(tile / 4, term.seed);
         if constexpr (is_rademacher) noise.draw(counter, signs);
         for (int block = first_block; block <= last_block; ++block) {
             const uint64_t start = tile + kBlock * block;
             if constexpr (is_rademacher) {
                 rademacher(signs, block, z);
             } else {
-                gaussian(noise, start / 4, z);
+                gaussian(noise, start / kGaussians, z);
             }
             if constexpr (is_stochastic) words_in_order(of_rounding, start / 4, rounding);
             const int skipped = start < first ? first - start : 0;
@@ -434,7 +383,7 @@ FASTPEFT_TARGET void drop_as(void* x, uint64_t first, uint64_t count, const Drop
     alignas(64) uint32_t words[kBlock];
     for (const uint64_t end = first + count; first < end;) {
         const uint64_t start = first / kBlock * kBlock, stop = start + kBlock < end ? start + kBlock : end;
-        words_in_order(Generator(start / 4, dropout.seed, kDropout, dropout.ordinal), start / 4, words);
+        words_in_order(Generator<kDropout>(start / 4, dropout.seed, dropout.ordinal), start / 4, words);
         const uint32_t* __restrict word = words + (first - start);
         const int length = stop - first;
         for (int e = 0; e < length; ++e) elements[e] *= word[e] >= dropout.threshold ? scale : T{0};

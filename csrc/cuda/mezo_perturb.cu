@@ -107,12 +107,12 @@ void run_all(const std::vector<Task>& tasks, const Request& request) {
             for (launch.num_parts = 0; i < group.size() && launch.num_parts < kMaxParts; ++i, ++launch.num_parts) {
                 const Task& task = *group[i];
                 const uint64_t offset = task.offset, numel = task.target.numel();
-                const uint64_t quads = (offset + numel + 3) / 4 - offset / 4;
+                const uint64_t octets = (offset + numel + kGaussians - 1) / kGaussians - offset / kGaussians;
                 launch.source[launch.num_parts] = task.source.const_data_ptr();
                 launch.target[launch.num_parts] = task.target.mutable_data_ptr();
                 launch.offset[launch.num_parts] = offset;
                 launch.numel[launch.num_parts] = numel;
-                launch.end_tile[launch.num_parts] = tiles += (quads + kTileQuads - 1) / kTileQuads;
+                launch.end_tile[launch.num_parts] = tiles += (octets + kTileOctets - 1) / kTileOctets;
             }
             launch_terms(launch, format, request, device);
         }

@@ -30,9 +30,10 @@ class Journal:
     """The file of one run: `create` begins it, `open` reads it, `replay` makes the run's weights again.
 
     Attributes:
-        header: `seed`, `noise`, `estimator`, `num_estimates`, `restore` and `rounding` as for `MeZO`; `groups`, each
-            with `eps`, `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step` and
-            `dropped`, the position at which the journal began; `weights`, a digest of the weights at that time.
+        header: `seed`, `noise`, `estimator`, `num_estimates`, `restore` and `rounding` as for `MeZO`; `drawn_by`, the
+            name of the way in which that noise is made (`fastpeft.ops.noise.NAMES`); `groups`, each with `eps`,
+            `weight_decay` and `parameters` (name, shape, dtype and offset in the noise); `first_step` and `dropped`,
+            the position at which the journal began; `weights`, a digest of the weights at that time.
         begins_at: that position.
         steps: steps made up to the last record, those before the journal included.
         dropped: estimates that were dropped after the last of these.
@@ -74,7 +75,8 @@ class Journal:
         """Read a journal. Bytes at its end that are no whole record are left out, with a warning.
 
         Raises:
-            FastpeftError: there is no journal, or a damaged record is followed by a whole one.
+            FastpeftError: there is no journal, or its noise was drawn otherwise than by this version, or a damaged
+                record is followed by a whole one.
         """
         try:
             content = path.read_bytes()

@@ -23,8 +23,10 @@ from typing import Any
 
 from fastpeft.errors import FastpeftError
 from fastpeft.mezo.estimator import CHOICES, Estimator
+from fastpeft.ops.noise import NAMES
 from fastpeft.support import files
 
+FORMER_NAMES = {"gaussian": "philox10-box-muller", "rademacher": "philox10-bits"}  # in headers that tell none
 MAGIC = b"MeZOjrn\x01"
 Position = tuple[int, int]  # in a run: steps made, and estimates dropped since the last of them
 
@@ -73,7 +75,7 @@ def unpack_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
     """The header of a journal, and the number of bytes before its first record.
 
     Raises:
-        FastpeftError: `content` does not begin with a header that a run writes.
+        FastpeftError: `content` does not begin with a header that a run writes, or the run's noise was drawn otherwise.
     """
     fixed = len(MAGIC) + 4
     length = struct.unpack_from("<I", content, len(MAGIC))[0] if len(content) >= fixed else 0
@@ -84,6 +86,13 @@ def unpack_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
         raise FastpeftError(
             f"{path} is not a journal of this version of MeZO, or its header is damaged. Restore the file, or move "
             "it away and resume from a checkpoint with weights."
+        )
+    kind = header["noise"]
+    if (drawn_by := header.get("drawn_by", FORMER_NAMES[kind])) != NAMES[kind]:
+        raise FastpeftError(
+            f"the journal {path} is of a run whose {kind} noise was drawn by {drawn_by!r}; this version draws it by "
+            f"{NAMES[kind]!r}, so it cannot repeat those steps. Use the version of fastpeft that wrote the journal, or "
+            "move it away and resume from a checkpoint with weights, where another one then begins."
         )
     return header, fixed + length + 4
 

@@ -23,6 +23,7 @@ from fastpeft.mezo.perturbed_weights import PerturbedWeights, check_group
 from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
 from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
+from fastpeft.ops.noise import NAMES
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 
@@ -419,8 +420,8 @@ class MeZO(torch.optim.Optimizer):
 
     def _described(self) -> dict[str, Any]:
         """What the header of a journal says of the run, but for its beginning."""
-        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self._weights.groups())}
-        return {**self._saved_state().settings, **own}
+        own = {"drawn_by": NAMES[self.noise], "restore": self.restore, "rounding": self.rounding}
+        return {**self._saved_state().settings, **own, "groups": describe_groups(self._weights.groups())}
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""

@@ -9,10 +9,12 @@ from typing import Any
 
 from fastpeft.mezo.estimator import Estimator
 from fastpeft.mezo.journal_format import MAGIC
+from fastpeft.ops.noise import NAMES
 
 HEADER: dict[str, Any] = {
     "seed": 7,
     "noise": "gaussian",
+    "drawn_by": NAMES["gaussian"],
     "estimator": "spsa",
     "num_estimates": 1,
     "restore": "in_place",

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from fastpeft.kernels import mezo_perturb as kernel
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
-FIRST, N = 4 * kernel.MEZO_PERTURB.block_q - 5, 4 * kernel.MEZO_PERTURB.block_q + 9  # three programs, ragged ends
+FIRST, N = 8 * kernel.MEZO_PERTURB.block_q - 5, 8 * kernel.MEZO_PERTURB.block_q + 9  # three programs, ragged ends
 
 
 def _values(n: int, dtype: torch.dtype, device: str) -> Tensor:

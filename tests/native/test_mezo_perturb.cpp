@@ -56,7 +56,7 @@ void expect_as(char* p, uint64_t flat_index, const Change& change) {
         if (change.rademacher) {
             z = sign(random_words(flat_index / 128, term.seed, kNoise).w[flat_index % 128 / 32] >> flat_index % 32);
         } else {
-            z = box_muller(random_words(flat_index / 4, term.seed, kNoise)).z[flat_index % 4];
+            z = gaussian(random_words(flat_index / 8, term.seed, kNoise)).z[flat_index % 8];
         }
         compute_t<T> value = load(element) * keep + static_cast<compute_t<T>>(z) * scale;
         if (change.stochastic) {
@@ -133,41 +133,46 @@ void test_philox_known_answers() {
         Words counter;
         uint32_t key[2];
         Words expected;
+        int rounds;
     } answers[] = {
-        {{{0, 0, 0, 0}}, {0, 0}, {{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}}},
-        {{{kOnes, kOnes, kOnes, kOnes}}, {kOnes, kOnes}, {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}}},
+        {{{0, 0, 0, 0}}, {0, 0}, {{0x5f6fb709u, 0x0d893f64u, 0x4f121f81u, 0x4f730a48u}}, 7},
+        {{{0, 0, 0, 0}}, {0, 0}, {{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u}}, 10},
+        {{{kOnes, kOnes, kOnes, kOnes}}, {kOnes, kOnes}, {{0x5207ddc2u, 0x45165e59u, 0x4d8ee751u, 0x8c52f662u}}, 7},
+        {{{kOnes, kOnes, kOnes, kOnes}}, {kOnes, kOnes}, {{0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu}}, 10},
         {{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
          {0xa4093822u, 0x299f31d0u},
-         {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}}},
+         {{0x4dfccabau, 0x190a87f0u, 0xc47362bau, 0xb6b5242au}},
+         7},
+        {{{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}},
+         {0xa4093822u, 0x299f31d0u},
+         {{0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u}},
+         10},
     };
     for (const auto& answer : answers) {
-        const Words words = philox4x32(answer.counter, answer.key[0], answer.key[1]);
+        const Words words = philox4x32(answer.counter, answer.key[0], answer.key[1], answer.rounds);
         check(std::memcmp(&words, &answer.expected, sizeof words) == 0, "a known answer of Philox");
     }
-    const Words words = random_words((uint64_t{3} << 32) | 2, (uint64_t{5} << 32) | 4, kRounding);
-    const Words same = philox4x32({{2, 3, kRounding, 0}}, 4, 5);
-    check(std::memcmp(&words, &same, sizeof words) == 0, "counter and key are split into low and high words");
+    for (Stream stream : {kNoise, kRounding, kDropout}) {
+        const Words words = random_words((uint64_t{3} << 32) | 2, (uint64_t{5} << 32) | 4, stream);
+        const Words same = philox4x32({{2, 3, stream, 0}}, 4, 5, stream == kNoise ? 7 : 10);
+        check(std::memcmp(&words, &same, sizeof words) == 0, "counter and key are split into low and high words");
+    }
 }
 
-// Against double precision; every 24-bit input has its frozen bits in tests/test_noise.py.
+// Against double precision; every half has its frozen bits in tests/ops/test_noise.py.
 void test_normal() {
-    const double turn = 2 * std::acos(-1.0);
     double worst = 0;
-    auto compare = [&](uint32_t radius_word, uint32_t angle_word) {
-        const double u = ((radius_word >> 8) + 1) * 0x1p-24, v = (angle_word >> 8) * 0x1p-24;
-        const double r = std::sqrt(-2 * std::log(u));
-        const Lanes lanes = box_muller({{radius_word, angle_word, radius_word, angle_word}});
-        worst = std::fmax(worst, std::fabs(lanes.z[0] - r * std::cos(turn * v)));
-        worst = std::fmax(worst, std::fabs(lanes.z[3] - r * std::sin(turn * v)));
-    };
     for (uint64_t q = 0; q < 10'000; ++q) {
         const Words words = random_words(q, 1, kNoise);
-        compare(words.w[0], words.w[1]);
-    }
-    // the ends of the radius, and the eighths of a turn where quadrants meet
-    for (uint32_t radius_word : {0u, 0xFFu, 0x100u, 0xB504F300u, 0xFFFFFF00u, 0xFFFFFFFFu}) {
-        for (uint32_t eighth = 0; eighth < 8; ++eighth) {
-            for (uint32_t beside : {0u, 0x100u, 0xFFFFFF00u}) compare(radius_word, (eighth << 29) + beside);
+        const Lanes lanes = gaussian(words);
+        for (uint32_t lane = 0; lane < 8; ++lane) {
+            double z = 0;
+            for (uint32_t j = 0; j < 8; ++j) {
+                const double g = (2.0 * static_cast<int16_t>(words.w[j / 2] >> 16 * (j % 2)) + 1) * 0x1p15;
+                const double bend = std::fabs(g) * 0x1.1e301cp-45 - 0x1.83b82ep-15;
+                z += g * bend * bend * (__builtin_popcount(j & lane) % 2 ? -1 : 1);
+            }
+            worst = std::fmax(worst, std::fabs(lanes.z[lane] - z));
         }
     }
     check(worst <= 2e-6, "z is within 2e-6 of double precision, not " + std::to_string(worst));

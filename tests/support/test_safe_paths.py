@@ -21,6 +21,7 @@ from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.mezo import Journal
+from fastpeft.ops.noise import NAMES
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.safe_paths import check_named_files
 
@@ -208,6 +209,7 @@ def test_a_journal_names_parameters_and_no_files(tmp_path: Path) -> None:
     described = {"name": "../weights", "shape": [2], "dtype": "torch.float32", "offset": 0}
     groups = [{"eps": 1e-3, "weight_decay": 0.0, "parameters": [described]}]
     header |= {"rounding": "nearest", "groups": groups, "first_step": 0, "weights": "0" * 16}
+    header |= {"drawn_by": NAMES["gaussian"]}
     (tmp_path / "run").mkdir()
     Journal.create(tmp_path / "run" / "mezo.journal", header)
     with pytest.raises(FastpeftError, match=r"the model has no parameter '\.\./weights'"):
