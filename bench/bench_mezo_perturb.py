@@ -12,7 +12,7 @@ Memory traffic is 8 bytes an element in float32, which a core moves at 6 G eleme
 32nd of the words and no functions, is bound by memory; Gaussian noise by arithmetic, in half precision too, where
 conversions come on top.
 
-That was Box-Muller from ten rounds of Philox until version 0.1: counted 548 instructions with AVX2 for 64 elements of
+Before, that was Box-Muller from ten rounds of Philox: counted 548 instructions with AVX2 for 64 elements of
 float32, with AVX-512 300, and on a card 72 to 89 an element (of the path that `bench.static` counts). Predicted of bent
 halves, mixed eight at a time, from seven rounds: with AVX2 90 for Philox, 28 for halves and their numbers, 40 for x, 24
 to mix, 24 to put in order and 40 for the pass, 246 instructions and 2.2 times the speed; on a card 25 an element.
