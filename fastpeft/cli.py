@@ -538,8 +538,9 @@ def info() -> None:
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
-    if timed := fastest.choices.times():
-        console.show_table("timed here", [(question, fastest.in_words(times)) for question, times in timed.items()])
+    if timed := fastest.choices.known():
+        rows = [(question, fastest.in_words(times)) for question, times in timed.items()]
+        console.show_table(f"timed here; delete {fastest.choices.file} to have it timed again", rows)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Which of several ways to a result is the fastest here: timed at first use, in milliseconds, then kept.
 
-The times are on disk by processor and versions, so that all processes take the same way, and so does a run that goes
-on: ways differ in the last bits. Where only deterministic algorithms are allowed, or the variable FASTPEFT_MEASURE is
-0, nothing is timed and every question has its fixed answer.
+The times are on disk by processor and versions, so that all processes take the same way, and a run that goes on takes
+its own: ways differ in the last bits. Where only deterministic algorithms are allowed, or the variable FASTPEFT_MEASURE
+is 0, nothing is timed and every question has its fixed answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.support.environment import cpu_name
+from fastpeft.support.processor import has_bfloat16
 from fastpeft.version import __version__
 
 VARIABLE = "FASTPEFT_MEASURE"
@@ -41,69 +43,89 @@ class Choices:
 
     def __init__(self, file: Path | None = None, enabled: bool = True) -> None:
         self._file = file
-        self._enabled = enabled
-        self._keeps = True
-        self._times: dict[str, Times] | None = None
+        self._enabled = self._default = enabled
+        self._known: dict[str, Times] | None = None
+        self._used: dict[str, Times] = {}
         self._answers: dict[tuple[Hashable, ...], str] = {}
 
-    def answer(self, question: tuple[Hashable, ...], fixed: str, ways: Callable[[], Ways]) -> str:
+    def answer(self, question: tuple[Hashable, ...], fixed: str, ways: Callable[[], Ways] | None) -> str:
         """The name of the fastest way.
 
         Args:
             question: what is to be done, in which dtype, for which class of shapes.
             fixed: the way to take unless another is clearly faster.
-            ways: makes what is called to time each way, on operands of its own.
+            ways: makes what is called to time each way; None where nothing can be timed.
         """
-        if not self._enabled or torch.are_deterministic_algorithms_enabled():
+        if torch.are_deterministic_algorithms_enabled():
             return fixed
         key = (*question, torch.get_num_threads())
         found = self._answers.get(key)
         if found is None:
-            times = self._times_of(_question(key), ways)
+            times = self._times(_in_words(key), ways)
+            if times is None:
+                return fixed
             best = min(times, key=lambda way: times[way])
             found = self._answers[key] = best if times[best] < _CLEARLY * times.get(fixed, float("inf")) else fixed
         return found
 
-    def times(self) -> dict[str, Times]:
-        """All that is known, by question."""
-        if self._times is None:
-            self._times = self._read()
-        return self._times
+    @property
+    def file(self) -> Path:
+        """Where the times are kept. To have all timed again, delete it."""
+        self._file = self._file or _file()
+        return self._file
 
+    def known(self) -> dict[str, Times]:
+        """All that was ever timed here, by question."""
+        if self._known is None:
+            self._known = self._read()
+        return self._known
+
+    @property
     def used(self) -> dict[str, Times]:
-        """Those of the questions that this process has asked."""
-        asked = map(_question, self._answers)
-        return {question: self.times()[question] for question in asked}
+        """Those that this process has answered by, or was to."""
+        return dict(self._used)
 
-    def take(self, times: Mapping[str, Any]) -> None:
-        """Answer by these from now on, as the run did that they were kept by."""
-        self.times().update(_readable(times))
+    def begin(self, times: Mapping[str, Any] | None = None) -> None:
+        """Begin a run, or go on with one that kept these times; it timed nothing if there are none."""
+        self._used = _readable(times or {})
+        self._enabled = self._default if times is None else bool(self._used)
         self._answers.clear()
 
-    def _times_of(self, question: str, ways: Callable[[], Ways]) -> Times:
-        if question not in self.times():
-            found = _time(ways)
-            kept = self._read()  # where another process may have answered meanwhile: the first answer stays
-            self.times()[question] = kept.setdefault(question, found)
-            self._write(kept)
-        return self.times()[question]
+    def _times(self, question: str, ways: Callable[[], Ways] | None) -> Times | None:
+        if question not in self._used and self._enabled:
+            times = self.known().get(question) or (None if ways is None else self._measure(question, ways))
+            if times is not None:
+                self._used[question] = times
+        return self._used.get(question)
+
+    def _measure(self, question: str, ways: Callable[[], Ways]) -> Times:
+        """Time the ways, unless another process has."""
+        with self._held() as keeps:
+            kept = self._read()
+            if question not in kept:
+                kept[question] = _time(ways)
+                if keeps:
+                    files.write_json(self.file, kept)
+        self._known = kept if keeps else {**self.known(), question: kept[question]}
+        return kept[question]
+
+    @contextmanager
+    def _held(self) -> Iterator[bool]:
+        """One process times at a time; False where the disk cannot be written, and each keeps its answers to itself."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            held = files.lock(self.file.with_suffix(".lock"))
+        except OSError:
+            yield False
+            return
+        with held:
+            yield True
 
     def _read(self) -> dict[str, Times]:
-        self._file = self._file or _file()
         try:
-            return _readable(files.read_json(self._file))
+            return _readable(files.read_json(self.file))
         except FastpeftError:  # none, or one that was damaged
             return {}
-
-    def _write(self, times: dict[str, Times]) -> None:
-        assert self._file is not None
-        if not self._keeps:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(self._file, times)
-        except OSError:
-            self._keeps = False  # on a disk that cannot be written this process keeps its answers to itself
 
 
 def in_words(times: Times) -> str:
@@ -120,7 +142,7 @@ def _readable(times: Mapping[str, Any]) -> dict[str, Times]:
     }
 
 
-def _question(key: tuple[Hashable, ...]) -> str:
+def _in_words(key: tuple[Hashable, ...]) -> str:
     *question, threads = key
     return " ".join(str(part).removeprefix("torch.") for part in question) + f", threads {threads}"
 
@@ -144,9 +166,10 @@ def _time(ways: Callable[[], Ways]) -> Times:
 
 
 def _file() -> Path:
-    machine = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} fastpeft {__version__}"
+    processor = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}{' bfloat16' if has_bfloat16() else ''}"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{processor} torch {torch.__version__} fastpeft {__version__}")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "fastpeft" / "fastest" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
+    return Path(cache) / "fastpeft" / "fastest" / f"{name}.json"
 
 
 choices = Choices(enabled=os.environ.get(VARIABLE) != "0")

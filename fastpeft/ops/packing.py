@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fastpeft.ops.fastest import Ways, choices
 
+_MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself as an integer
@@ -95,15 +96,17 @@ def rows_of(x: Tensor) -> int:
 def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
 
-    Timed for 1, 16 and 128 rows, which stand for less and for more. Unless it is timed, from two rows on: one row in
-    float32 reads the whole weight once for little work, and the product by a pack takes longer to begin.
+    Timed for 1, 16 and 128 rows, which stand for less and for more. Where it is not timed, as for a weight that is fake
+    or takes seconds, from two rows on: one row in float32 reads the whole weight once for little work, and the product
+    by a pack takes longer to begin.
     """
     rows = 1 if rows <= 1 else 16 if rows <= 16 else 128
     n, k = weight.shape
     dtype = weight.dtype
+    is_timed = weight.numel() <= _MOST_TIMED and not isinstance(weight, FakeTensor)
 
     def ways() -> Ways:
-        dense = torch.ones(n, k, dtype=dtype)
+        dense = weight.detach()
         x = torch.ones(rows, n if transposed else k, dtype=dtype)
         packed = pack(dense.t() if transposed else dense)
         plain = partial(torch.mm, x, dense) if transposed else partial(F.linear, x, dense)
@@ -111,7 +114,7 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
 
     fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
     product = "rows times weight" if transposed else "frozen product"
-    return choices.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways) == "packed"
+    return choices.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways if is_timed else None) == "packed"
 
 
 class Packs:

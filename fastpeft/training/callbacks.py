@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from fastpeft.data.problems import LOSS, best_step
 from fastpeft.ops.fastest import choices
 from fastpeft.support.interrupts import StopRequest
+from fastpeft.support.launcher import is_first
 from fastpeft.support.processes import Ranks
 from fastpeft.support.stages import report
 from fastpeft.training.row_order import LengthGroupedOrder
@@ -100,7 +101,23 @@ class WholeCheckpoints(TrainerCallback):
         if self.chosen_by is not None:
             best = best_step(logged(state, f"eval_{self.chosen_by}"), self.chosen_by)
         self.ranks.wait()  # each process writes its random state into it
-        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best, choices=choices.used()))
+        self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
+
+
+class KeptChoices(TrainerCallback):
+    """Writes which ways of computing were timed, as soon as a step has asked for one: a run that goes on takes them."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.kept: dict[str, Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_step_end(args, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_first() and choices.used != self.kept:
+            self.kept = choices.used
+            self.folder.keep_choices(self.kept)
 
 
 class Stopping(TrainerCallback):

@@ -111,7 +111,7 @@ def train(
     elif resume:
         missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
         config = dataclasses.replace(config, **missing)
-        choices.take(folder.choices())
+    choices.begin(folder.choices() if resume and (folder.path / CHOICES).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
         if config.bf16 is None and task.config.bf16:
@@ -253,8 +253,6 @@ def _finish(
             _save(trainer, task, staged)
             files.write_text(staged / "README.md", _card(task, metrics, folder, recipe_used(trainer.args)))
             files.write_json(staged / CURVES, curves)
-            if choices.used():
-                files.write_json(staged / CHOICES, choices.used())
             files.write_text(staged / TRAINED_ON, "".join(f"{text}\n" for text in sorted(trained_on)))
             if data.problem is CLASSIFICATION:
                 predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows, threshold)}

@@ -140,9 +140,22 @@ class RunFolder:
         return {name: config[name] for name in _FOUND if config.get(name) is not None}
 
     def choices(self) -> dict[str, Any]:
-        """What `choices.json` holds: of `fastpeft.ops.fastest`, nothing where nothing was timed."""
-        file = self.path / CHOICES
-        return files.read_json(file) if file.is_file() else {}
+        """What `choices.json` holds, of `fastpeft.ops.fastest`.
+
+        Raises:
+            FastpeftError: it is damaged.
+        """
+        try:
+            return files.read_json(self.path / CHOICES)
+        except FastpeftError as error:
+            raise FastpeftError(
+                f"{error} Or delete it and have its ways timed again, after which the last bits may be others."
+            ) from None
+
+    def keep_choices(self, choices: Mapping[str, Any]) -> None:
+        """Write `choices.json`."""
+        with self.saving("which ways of computing are the fastest"):
+            files.write_json(self.path / CHOICES, dict(choices))
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds.
@@ -339,13 +352,9 @@ class RunFolder:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"checkpoint-{step}"
 
-    def keep_checkpoint(
-        self, staged: Path, *, best_step: int | None = None, choices: Mapping[str, Any] | None = None
-    ) -> None:
-        """Give a finished checkpoint its final name, keep the choices, and let the oldest go but for the best."""
+    def keep_checkpoint(self, staged: Path, *, best_step: int | None = None) -> None:
+        """Give a finished checkpoint its final name, and let the oldest go but for the best."""
         with self.saving("a checkpoint"):
-            if choices:
-                files.write_json(self.path / CHOICES, dict(choices))
             self.checkpoints.mkdir(exist_ok=True)
             target = self.checkpoints / staged.name
             files.discard(target, self.staging)

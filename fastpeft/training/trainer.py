@@ -36,6 +36,7 @@ from fastpeft.training.callbacks import (
     CudaPeak,
     CurvePoints,
     EpochOfOrder,
+    KeptChoices,
     MeasuredCheckpoints,
     Patience,
     Reports,
@@ -109,6 +110,7 @@ class RunTrainer(Trainer):
             callbacks=[
                 EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
+                KeptChoices(folder),
                 WholeCheckpoints(folder, self.chosen_by, self.ranks),
                 self.stopping,
                 self.clock,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import Interrupt, reviews, save_tiny_model, write_csv
 from torch.nn import functional as F
 
+from fastpeft import TrainConfig, train
 from fastpeft.ops import packing
 from fastpeft.ops.fastest import Choices, Ways, in_words
 
@@ -35,28 +39,53 @@ def test_the_fastest_is_taken_and_timed_once(tmp_path: Path) -> None:
         assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
     assert choices.answer((*QUESTION, "of another class"), "packed", ways(made, "plain")) == "packed"
     assert made == ["packed", "plain"]
-    assert list(choices.used()) == list(choices.times())
+    assert list(choices.used) == list(choices.known())
 
 
 def test_processes_share_what_was_timed_first(tmp_path: Path) -> None:
     made: list[str] = []
     file = tmp_path / "times.json"
     first, second = Choices(file), Choices(file)
-    assert second.times() == {}  # read before the first has timed anything
+    assert second.known() == {}  # read before the first has timed anything
     assert first.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
     assert second.answer(QUESTION, "packed", ways(made, "plain")) == "plain"
     assert Choices(file).answer(QUESTION, "packed", ways(made, "plain")) == "plain"
-    assert made == ["packed", "plain"]  # the third read it
+    assert made == ["packed"]  # the others read it
+
+
+def test_of_processes_that_begin_together_one_times(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, pathlib, functools; from fastpeft.ops.fastest import Choices\n"
+        "ways = lambda: {w: functools.partial(time.sleep, 0.01 if w == sys.argv[2] else 0) for w in ('a', 'b')}\n"
+        "print(Choices(pathlib.Path(sys.argv[1])).answer(('q',), 'a', ways))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "times.json")]
+    processes = [subprocess.Popen([*command, slow], stdout=subprocess.PIPE, text=True) for slow in ("a", "b")]
+    answers = {process.communicate()[0] for process in processes}
+    assert len(answers) == 1
+    assert answers < {"a\n", "b\n"}
 
 
 def test_a_run_that_goes_on_takes_its_own(tmp_path: Path) -> None:
     made: list[str] = []
     choices = Choices(tmp_path / "times.json")
     assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
-    (question,) = choices.used()
-    choices.take({question: {"packed": 1.0, "plain": 2.0}, "damaged": "by hand", "empty": {}})
+    (question,) = choices.used
+    kept = {question: {"packed": 1.0, "plain": 2.0}, "another": {"a": 1.0}}
+    choices.begin({**kept, "damaged": "by hand", "empty": {}})
     assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
-    assert list(choices.times()) == [question]
+    assert choices.used == kept  # and loses none
+    choices.begin({})
+    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"  # fixed, for it timed nothing
+    choices.begin()
+    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+
+
+def test_what_cannot_be_timed_is_fixed_unless_it_is_known(tmp_path: Path) -> None:
+    choices = Choices(tmp_path / "times.json")
+    assert choices.answer(QUESTION, "packed", None) == "packed"
+    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert choices.answer(QUESTION, "packed", None) == "plain"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a product": 3}'])
@@ -75,7 +104,7 @@ def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
 
 def test_a_small_difference_changes_nothing(tmp_path: Path) -> None:
     choices = Choices(tmp_path / "times.json")
-    choices.take({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
+    choices.begin({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
     assert choices.answer(QUESTION, "packed", ways([], "packed")) == "packed"
 
 
@@ -101,9 +130,9 @@ def test_a_weight_is_packed_where_that_is_fastest(
     weight, x = torch.randn(40, 24), torch.randn(3, 50, 40 if transposed else 24)
     packs = packing.Packs()
     packing.operand(weight, packs, x, transposed)
-    (question,) = choices.times()
-    assert set(choices.times()[question]) == {"packed", "plain"}  # both were timed
-    choices.take({question: {way: 1.0 if way == fastest else 2.0 for way in ("packed", "plain")}})
+    (question,) = choices.used
+    assert set(choices.used[question]) == {"packed", "plain"}  # both were timed
+    choices.begin({question: {way: 1.0 if way == fastest else 2.0 for way in ("packed", "plain")}})
     operand = packing.operand(weight, packs, x, transposed)
     assert operand.is_mkldnn == (fastest == "packed")
     found = (
@@ -116,3 +145,30 @@ def test_a_weight_is_packed_where_that_is_fastest(
 
 def test_times_are_told_fastest_first() -> None:
     assert in_words({"packed": 2.04, "plain": 1.0}) == "plain 1 ms, packed 2.04 ms"
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", ["siva", "mezo"])
+def test_a_run_keeps_its_choices_for_the_one_that_resumes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    for name, value in (("_default", True), ("_file", tmp_path / "times.json"), ("_known", None)):
+        monkeypatch.setattr(packing.choices, name, value)
+    model = save_tiny_model(tmp_path / "model")
+    data = write_csv(tmp_path / "reviews.csv", reviews(40))
+    given = {"output": tmp_path / "run", "model": model, "data": data}
+    paths = {name: str(path) for name, path in given.items()}
+    config = TrainConfig(
+        **paths, method=method, batch_size=8, max_steps=4, settings={"over": "siva"} if method == "mezo" else {}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(2)])
+    kept = json.loads((tmp_path / "run" / "choices.json").read_text())
+    assert kept
+    assert kept == packing.choices.used
+    told = {question: dict.fromkeys(times, 1.0) for question, times in kept.items()}  # nothing is clearly faster
+    (tmp_path / "run" / "choices.json").write_text(json.dumps(told))
+    train(config, resume=True)
+    assert packing.choices.used.items() >= told.items()
+    assert json.loads((tmp_path / "run" / "choices.json").read_text()) == packing.choices.used
+    packing.choices.begin()
