@@ -38,9 +38,9 @@ Elements moved through memory, beside the weights and what has R columns, where 
     launches     1, then 4                    n, then 4 n - 1
 
 A p that a product before the kernel makes costs one more M K in the forward of a group, n of them layer by layer. All
-of it is counted, not measured. Accumulation is in float32 everywhere. Products of float32 operands follow
-`torch.backends.cuda.matmul.fp32_precision`, as PyTorch's own do: TF32 where it says "tf32" and the card has it, else
-exact (`ieee`, PyTorch's default).
+of it is counted, not measured. Accumulation is in float32 everywhere. On a card products of float32 operands go to
+cuBLAS (`fastpeft.kernels.launch.for_blas`); the kernels multiply them as
+`torch.backends.cuda.matmul.fp32_precision` says: in TF32, or exactly (`ieee`, PyTorch's default).
 
 Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 """

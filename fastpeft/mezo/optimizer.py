@@ -415,13 +415,19 @@ class MeZO(torch.optim.Optimizer):
     def _saved_state(self) -> SavedState:
         estimator = self.estimator
         return SavedState(
-            self.seed, self.steps_done, self.noise, estimator.kind, estimator.num_estimates, self._dropped
+            self.seed,
+            self.steps_done,
+            self.noise,
+            estimator.kind,
+            estimator.num_estimates,
+            NAMES[self.noise],
+            self._dropped,
         )
 
     def _described(self) -> dict[str, Any]:
         """What the header of a journal says of the run, but for its beginning."""
-        own = {"drawn_by": NAMES[self.noise], "restore": self.restore, "rounding": self.rounding}
-        return {**self._saved_state().settings, **own, "groups": describe_groups(self._weights.groups())}
+        own = {"restore": self.restore, "rounding": self.rounding, "groups": describe_groups(self._weights.groups())}
+        return {**self._saved_state().settings, **own}
 
     def _write(self, kind: Kind, points: int) -> None:
         """Record what became of the present estimate, if there is a journal."""

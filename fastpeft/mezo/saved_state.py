@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.journal_format import Position
+from fastpeft.mezo.journal_format import FORMER_NAMES, Position
+from fastpeft.ops.noise import NAMES
 
 _REQUIRED = {"seed", "steps_done", "noise", "estimator", "num_estimates"}
 
@@ -21,6 +22,7 @@ class SavedState:
     noise: str
     estimator: str
     num_estimates: int
+    drawn_by: str
     dropped: int = 0  # estimates since the last step; early versions did not count them
 
     @classmethod
@@ -28,14 +30,23 @@ class SavedState:
         """Read a state dict.
 
         Raises:
-            FastpeftError: another optimizer wrote it.
+            FastpeftError: another optimizer wrote it, or its noise was drawn otherwise than now.
         """
         if not state_dict.keys() >= _REQUIRED:
             raise FastpeftError(
                 f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(_REQUIRED))}, so "
                 "another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
-        return cls(**{name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict})
+        noise = state_dict["noise"]
+        drawn_by = state_dict.get("drawn_by", FORMER_NAMES.get(noise))
+        if drawn_by != NAMES.get(noise):
+            raise FastpeftError(
+                f"MeZO: the state is of a run whose {noise} noise was drawn by {drawn_by!r}; this version draws it by "
+                f"{NAMES.get(noise)!r}, so it would go on as another run. Use the version of fastpeft that wrote it, "
+                "or load the weights alone and begin anew."
+            )
+        kept = {name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict}
+        return cls(**kept, drawn_by=drawn_by)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -312,8 +312,8 @@ void test_drop(const Variant& variant, Format format) {
 
 int low_rank_failures();  // test_siva_linear.cpp
 int vast_failures();      // test_vast.cpp
-int int8_failures();
-int window_failures();  // test_int8_linear.cpp
+int int8_failures();      // test_int8_linear.cpp
+int window_failures();    // test_window_attention.cpp
 
 int main() {
     failures += low_rank_failures() + vast_failures() + int8_failures() + window_failures();
