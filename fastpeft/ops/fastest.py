@@ -43,7 +43,7 @@ class Choices:
 
     def __init__(self, file: Path | None = None, enabled: bool = True) -> None:
         self._file = file
-        self._enabled = self._default = enabled
+        self._enabled = enabled
         self._known: dict[str, Times] | None = None
         self._used: dict[str, Times] = {}
         self._answers: dict[tuple[Hashable, ...], str] = {}
@@ -86,9 +86,8 @@ class Choices:
         return dict(self._used)
 
     def begin(self, times: Mapping[str, Any] | None = None) -> None:
-        """Begin a run, or go on with one that kept these times; it timed nothing if there are none."""
+        """Begin a run, or go on with one that kept these times."""
         self._used = _readable(times or {})
-        self._enabled = self._default if times is None else bool(self._used)
         self._answers.clear()
 
     def _times(self, question: str, ways: Callable[[], Ways] | None) -> Times | None:

@@ -109,7 +109,7 @@ class KeptChoices(TrainerCallback):
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.kept: dict[str, Any] | None = None
+        self.kept: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_step_end(args, state, control)

@@ -206,7 +206,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 def test_the_state_of_other_noise_is_refused() -> None:
     state = MeZO(network(), lr=0.1).state_dict()
     state["drawn_by"] = "philox10-box-muller"
-    with pytest.raises(FastpeftError, match="drawn by 'philox10-box-muller'.*begin anew"):
+    with pytest.raises(FastpeftError, match=r"drawn by 'philox10-box-muller'.*begin anew"):
         MeZO(network(), lr=0.1).load_state_dict(state)
     del state["drawn_by"]  # as before there was a second way
     with pytest.raises(FastpeftError, match="drawn by 'philox10-box-muller'"):

@@ -75,8 +75,6 @@ def test_a_run_that_goes_on_takes_its_own(tmp_path: Path) -> None:
     choices.begin({**kept, "damaged": "by hand", "empty": {}})
     assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
     assert choices.used == kept  # and loses none
-    choices.begin({})
-    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"  # fixed, for it timed nothing
     choices.begin()
     assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
 
@@ -152,7 +150,7 @@ def test_times_are_told_fastest_first() -> None:
 def test_a_run_keeps_its_choices_for_the_one_that_resumes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
-    for name, value in (("_default", True), ("_file", tmp_path / "times.json"), ("_known", None)):
+    for name, value in (("_enabled", True), ("_file", tmp_path / "times.json"), ("_known", None)):
         monkeypatch.setattr(packing.choices, name, value)
     model = save_tiny_model(tmp_path / "model")
     data = write_csv(tmp_path / "reviews.csv", reviews(40))
