@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
-from fastpeft.kernels import launch
-
 
 @pytest.fixture(autouse=True)
 def nothing_for_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card too the kernels run what the launchers would leave to cuBLAS."""
-    monkeypatch.setattr(launch, "for_blas", lambda *_: False)
+    monkeypatch.setattr("fastpeft.kernels.launch.for_blas", lambda *_: False)
 
 
 @pytest.fixture(scope="session", autouse=True)
