@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "choose.h"
 #include "siva_linear_products.h"
 
 // of torch/csrc/inductor/aoti_torch/c/shim_cpu.h, which a module on the stable ABI cannot include; weak, because a
@@ -121,12 +122,30 @@ inline Tensor packed_product(const Tensor& x, const Tensor& packed, const Tensor
     return Tensor(found);
 }
 
+// Is a bfloat16 product by ATen slower than one of float32 copies? Without AVX-512, where oneDNN does not serve it, it
+// takes 7 times as long forward and up to 75 times backward, but for one or two rows.
+inline bool is_widened(const Matrix& rows) {
+#if defined(__x86_64__)
+    return rows.kind() == ScalarType::BFloat16 && rows.rows() > 2 && choose_variant().name != "avx512";
+#else
+    return false;
+#endif
+}
+
+inline Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
+
 // x W^T + b (*, N)
 inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::optional<Tensor> dense = bias;
     if (bias.has_value() && !bias->is_contiguous()) dense = torch::stable::contiguous(*bias);
     if (is_packed(weight)) return packed_product(x, weight, dense.has_value() ? &*dense : nullptr, nullptr);
     Tensor h = new_rows(x, weight.size(0));
+    if (is_widened(rows)) {
+        if (dense.has_value()) dense = widened(*dense);
+        const Tensor wide = widened(x);
+        torch::stable::copy_(h, product(wide, Matrix(wide), widened(weight), dense));
+        return h;
+    }
     const Tensor target = Matrix(h).tensor(), factor = torch::stable::transpose(weight, 0, 1);
     if (dense.has_value()) {
         STABLE_TORCH_ERROR_CODE_CHECK(
@@ -139,6 +158,18 @@ inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight,
 
 // The sum of all dh W (*, K); what is packed is W^T.
 inline Tensor sum_of_products(const Tensors& dhs, const std::vector<Matrix>& rows, const Tensors& weights, int64_t k) {
+    if (is_widened(rows[0]) && !is_packed(weights[0])) {
+        Tensors wide_dhs, wide_weights;
+        std::vector<Matrix> wide_rows;
+        for (size_t i = 0; i < weights.size(); ++i) {
+            wide_dhs.push_back(widened(dhs[i]));
+            wide_rows.emplace_back(wide_dhs[i]);
+            wide_weights.push_back(widened(weights[i]));
+        }
+        Tensor dx = new_rows(dhs[0], k);
+        torch::stable::copy_(dx, sum_of_products(wide_dhs, wide_rows, wide_weights, k));
+        return dx;
+    }
     std::optional<Tensor> sum;
     for (size_t i = 0; i < weights.size(); ++i) {
         if (is_packed(weights[i])) {

@@ -1,7 +1,8 @@
 """Linear layers that know that they never train: their weight is packed once, and `freeze` tells them.
 
 `h = x W^T + b` and `dx = dh W`, each by the pack of W or of its transpose that `fastpeft.ops.packing` keeps; W has no
-gradient. Where no pack is to be had (another device or dtype, under `torch.compile`) it is the plain product.
+gradient. Where no pack is to be had (another device or dtype, under `torch.compile`) it is the plain product, or that
+of float32 copies where the processor is slow at half precision.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, packed_linear, rows_of
-from fastpeft.ops.products import as_matrix
+from fastpeft.ops.products import as_matrix, is_widened, product, times
 
 Computation = Literal["int8"]
 Stamp = tuple[int, int, int]
@@ -40,25 +41,26 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     """
     dtype = compute_dtype(x, weight)
     autocast = torch.is_autocast_enabled(x.device.type)
-    packed = packs.of(weight, dtype, rows=rows_of(x)) if autocast or x.dtype == dtype else None
-    if packed is None:
-        return F.linear(x, weight, bias)
     if autocast:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    packed = packs.of(weight, dtype, rows=rows_of(x)) if x.dtype == dtype else None
+    if packed is None and not is_widened(x):
+        return F.linear(x, weight, bias)
+    factor = weight.to(dtype) if packed is None else packed
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)
+        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, factor)
         return h
-    return packed_linear(x, packed, bias)
+    return product(x, factor, bias)
 
 
 class _FrozenLinear(torch.autograd.Function):
     """The gradients of `frozen_linear`, of x and of the bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, packed: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, factor: Tensor) -> Tensor:
         ctx.packs = packs
         ctx.save_for_backward(weight)  # so that a change before backward is an error, as it is for F.linear
-        return packed_linear(x, packed, bias)
+        return product(x, factor, bias)
 
     @staticmethod
     @once_differentiable
@@ -68,7 +70,7 @@ class _FrozenLinear(torch.autograd.Function):
         dx = dbias = None
         if need_dx:
             packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=rows_of(dh))
-            dx = dh @ weight.to(dh.dtype) if packed is None else packed_linear(dh, packed, None)
+            dx = times(dh, weight.to(dh.dtype) if packed is None else packed)
         if need_dbias:
             dbias = as_matrix(dh).sum(0)
         return dx, None, dbias, None, None

@@ -29,19 +29,22 @@ def can_pack(weight: Tensor, dtype: torch.dtype) -> bool:
     return (
         (type(weight) in _PLAIN or isinstance(weight, FakeTensor))  # not what shards or counts
         and weight.device.type == "cpu"
-        and dtype in _packed_dtypes()
+        and dtype in (torch.float32, torch.bfloat16)
+        and multiplies_in(dtype)
         and weight.numel() > 0
         and (weight.is_contiguous() or weight.t().is_contiguous())  # so that its samples are a view
-        and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()  # the compiler has a choice of its own
     )
 
 
 @cache
-def _packed_dtypes() -> tuple[torch.dtype, ...]:
-    """Those in which oneDNN multiplies on this processor: in bfloat16 from AVX512 on."""
-    wide = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if wide else (torch.float32,)
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this processor: in bfloat16 from AVX-512 on."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32 or (dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()))
 
 
 def pack(weight: Tensor) -> Tensor:

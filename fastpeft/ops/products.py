@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastpeft.ops.packing import packed_linear
+from fastpeft.ops.packing import multiplies_in, packed_linear, rows_of
 
 
 def as_matrix(x: Tensor) -> Tensor:
@@ -27,6 +28,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`; no view of another tensor, for autograd allows no change in place of an output that is one."""
     if weight.is_mkldnn:
         return packed_linear(x, weight, bias)
+    if is_widened(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     h = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, target = as_matrix(x), as_matrix(h)
     if bias is None:
@@ -45,7 +48,19 @@ def output(x: Tensor, weight: Tensor, u: Tensor, s: Tensor, p: Tensor, bias: Ten
 
 def times(rows: Tensor, weight: Tensor) -> Tensor:
     """`rows W`; what is packed is W^T."""
-    return packed_linear(rows, weight, None) if weight.is_mkldnn else rows @ weight
+    if weight.is_mkldnn:
+        return packed_linear(rows, weight, None)
+    return (rows.float() @ weight.float()).to(rows.dtype) if is_widened(rows, most=0) else rows @ weight
+
+
+def is_widened(x: Tensor, most: int = 2) -> bool:
+    """Whether a product of more than `most` rows in half precision is slower than one of float32 copies.
+
+    So it is on a CPU that oneDNN does not multiply on in this dtype, as in bfloat16 without AVX-512: by AVX2 it takes 7
+    times as long forward and up to 75 times backward.
+    """
+    is_half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    return is_half and not multiplies_in(x.dtype) and rows_of(x) > most and not torch.compiler.is_compiling()
 
 
 def lowered(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

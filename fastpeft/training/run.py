@@ -119,7 +119,10 @@ def train(
         config = task.config
         in_bfloat16 = config.bf16 or config.settings.get("backbone_dtype") == "bfloat16"
         if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
-            logger.warning("this CPU has no instructions for bfloat16: steps take several times as long as in float32")
+            logger.warning(
+                "this CPU has no instructions for bfloat16: frozen layers multiply in float32, and what trains takes "
+                "several times as long as in float32"
+            )
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
+from fastpeft.ops import packing, products
 from fastpeft.ops.frozen_linear import PackedLinear, freeze, pack_frozen, pack_layer, unfreeze
 from fastpeft.ops.packing import Packs, can_pack, pack
 from fastpeft.training.memory import MemoryTracker, simulate_training_step
@@ -65,6 +66,21 @@ def test_a_pack_holds_the_bits_of_the_weight() -> None:
         assert torch.equal(pack(weight).to_dense(), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_half_precision_is_slow_float32_copies_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(products, "multiplies_in", lambda asked: asked is torch.float32)
+    monkeypatch.setattr(packing, "multiplies_in", lambda asked: asked is torch.float32)
+    layer = freeze(frozen()).to(dtype)
+    x = torch.randn(5, 40, dtype=dtype, requires_grad=True)
+    h = layer(x)
+    h.backward(torch.ones_like(h))
+    with torch.no_grad():
+        assert torch.equal(h, F.linear(x.float(), layer.weight.float(), layer.bias.float()).to(dtype))
+        assert torch.equal(x.grad, (torch.ones_like(h).float() @ layer.weight.float()).to(dtype))
+
+
 def test_repeats_are_bit_equal() -> None:
     layer, x = freeze(frozen()), torch.randn(9, 40)
     assert all(torch.equal(layer(x), layer(x)) for _ in range(3))
@@ -80,9 +96,7 @@ def test_under_autocast_the_pack_is_the_one_cast_copy() -> None:
     ):
         h = layer(x)
     assert h.dtype == torch.bfloat16
-    assert kept == [
-        torch.float32 if torch.bfloat16 in PACKED_DTYPES else torch.bfloat16
-    ]  # the weight itself, and no copy
+    assert kept == [torch.float32]  # the weight itself, and no copy
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(h, F.linear(x, layer.weight, layer.bias))
 
