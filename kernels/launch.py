@@ -25,19 +25,8 @@ def products_of(x: Tensor) -> str | None:
 
 
 def products_within(x: Tensor, rank: int) -> str | None:
-    """`products_of` x; None for a rank that SiVA's kernels do not hold, and for what cuBLAS multiplies faster."""
-    kind = products_of(x)
-    is_left = rank > tiles.MAX_RANK or (x.is_cuda and for_blas(kind, x.numel() // max(1, x.shape[-1])))
-    return None if is_left else kind
-
-
-def for_blas(kind: str | None, rows: int) -> bool:
-    """Whether cuBLAS is to be expected faster than a kernel that fuses a product of so many rows.
-
-    In float32 its tiles are larger than those that Triton compiles without spilling, and of fewer than 16 rows a tile
-    is mostly padding. A prediction, not a measurement.
-    """
-    return kind != "half" or rows < 16
+    """`products_of` x; None for a rank that SiVA's kernels do not hold."""
+    return products_of(x) if rank <= tiles.MAX_RANK else None
 
 
 def precision(kind: str) -> str:

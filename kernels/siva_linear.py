@@ -38,9 +38,9 @@ Elements moved through memory, beside the weights and what has R columns, where 
     launches     1, then 4                    n, then 4 n - 1
 
 A p that a product before the kernel makes costs one more M K in the forward of a group, n of them layer by layer. All
-of it is counted, not measured. Accumulation is in float32 everywhere. On a card products of float32 operands go to
-cuBLAS (`fastpeft.kernels.launch.for_blas`); the kernels multiply them as
-`torch.backends.cuda.matmul.fp32_precision` says: in TF32, or exactly (`ieee`, PyTorch's default).
+of it is counted, not measured. Accumulation is in float32 everywhere. Operands in float32, which
+`fastpeft.ops.candidates` leaves to cuBLAS, are multiplied as `torch.backends.cuda.matmul.fp32_precision` says: in TF32,
+or exactly (`ieee`, PyTorch's default).
 
 Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 """
@@ -517,8 +517,8 @@ def siva_linear_fwd(
 
     Notes:
         Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
-        16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
-        and what `fastpeft.kernels.launch.for_blas` names.
+        and 16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch
+        does.
     """
     kind = products_within(x, len(s))
     if kind is None:

@@ -1,9 +1,12 @@
 """What each op runs on, and why: the only file that imports kernels and compiled modules.
 
 At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
-Triton, fused ATen calls, reference; it stays for the life of the process. `FASTPEFT_BACKEND="op=name,op=name"`
-overrides the order (names: `cpp`, `cuda`, `triton`, `aten`, `reference`). Where it asks for what is not available, the
-package still imports, so that the command line can say so, but every op raises the `FastpeftError`.
+Triton, fused ATen calls, reference; it stays for the life of the process. Where it is Triton and the op has an ATen
+form on the device, each call takes the faster of both (`fastpeft.ops.candidates`).
+
+`FASTPEFT_BACKEND="op=name,op=name"` overrides the order (names: `cpp`, `cuda`, `triton`, `aten`, `reference`). Where it
+asks for what is not available, the package still imports, so that the command line can say so, but every op raises the
+`FastpeftError`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.candidates import choosing
 from fastpeft.ops.define import NAMESPACE, OPS
 
 VARIABLE = "FASTPEFT_BACKEND"
@@ -150,13 +154,13 @@ def _choose(op: str, device: str, wanted: str | None, why_not: Callable[[str], s
     return Choice(op, device, "reference", "; ".join(missing) or "the only implementation")
 
 
-def _register(library: torch.library.Library, choice: Choice) -> None:
+def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool) -> None:
     """Register `choice` on the dispatcher, over the reference that every device starts with."""
     op = OPS[choice.op]
     if choice.backend == "triton":
-        module_name, function = _TRITON_LAUNCHERS[choice.op]
-        module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
-        library.impl(choice.op, getattr(module, function), choice.device.upper())
+        forms = card_forms(choice.op)
+        is_chosen = len(forms) > 1 and not is_asked_for
+        library.impl(choice.op, choosing(op, forms) if is_chosen else forms["triton"], choice.device.upper())
     elif choice.backend == "aten" and op.aten is not None:
         for key in _keys(choice.device):
             library.impl(choice.op, torch.no_grad()(op.aten), key)  # it writes in place; a formula differentiates it
@@ -169,6 +173,17 @@ def _register(library: torch.library.Library, choice: Choice) -> None:
         # a compiled module may have been loaded for another op; put the reference back over this one
         for key in _keys(choice.device):
             library.impl(choice.op, op.reference, key)
+
+
+def card_forms(op: str) -> dict[str, Callable[..., Any]]:
+    """What computes an op on a card: "triton", its launcher, and "aten" where there is that form for cards."""
+    module_name, function = _TRITON_LAUNCHERS[op]
+    module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
+    forms = {"triton": getattr(module, function)}
+    aten = OPS[op].aten
+    if aten is not None and "aten" in IMPLEMENTED[op, "cuda"]:
+        forms["aten"] = torch.no_grad()(aten)  # it writes in place; a formula differentiates it
+    return forms
 
 
 def _keys(device: str) -> tuple[str, ...]:
@@ -205,7 +220,7 @@ def _activate() -> tuple[torch.library.Library, list[Choice], FastpeftError | No
     for op in OPS.values():
         library.impl(op.name, op.reference, "CompositeExplicitAutograd")
     for choice in found:
-        _register(library, choice)
+        _register(library, choice, choice.op in wanted)
     return library, found, None
 
 

@@ -1,8 +1,8 @@
 """Which of several ways to a result is the fastest here: timed at first use, in milliseconds, then kept.
 
 The times are on disk by processor and versions, so that all processes take the same way, and a run that goes on takes
-its own: ways differ in the last bits. Where only deterministic algorithms are allowed, or the variable FASTPEFT_MEASURE
-is 0, nothing is timed and every question has its fixed answer.
+its own: ways differ in the last bits. For cards the package brings some in `tuned/`. Where only deterministic
+algorithms are allowed every question has its fixed answer; where the variable FASTPEFT_MEASURE is 0 nothing is timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from fastpeft.support.processor import has_bfloat16
 from fastpeft.version import __version__
 
 VARIABLE = "FASTPEFT_MEASURE"
-_ROUNDS = 5
-_ENOUGH = 0.05  # seconds of one question, after which no further round begins
+TUNED = Path(__file__).parent / "tuned"  # a file for each architecture of cards
+_WAIT = 1_000_000  # of a card's cycles, about half a millisecond
+_CPU = torch.device("cpu")
 _CLEARLY = 0.97  # of the fixed way's time: what takes more does not replace it
 
 Times = dict[str, float]  # milliseconds by way
@@ -38,30 +40,36 @@ class Choices:
 
     Args:
         file: where they are kept; the default is in the user's cache, by processor and versions.
-        enabled: False gives each question its fixed answer.
+        enabled: False times nothing, so that a question has its fixed answer unless the package brings times.
+        rounds, enough: the most calls of each way, and the seconds after which no further round begins.
     """
 
-    def __init__(self, file: Path | None = None, enabled: bool = True) -> None:
+    def __init__(self, file: Path | None = None, enabled: bool = True, rounds: int = 5, enough: float = 0.05) -> None:
+        self._rounds = rounds
+        self._enough = enough
         self._file = file
         self._enabled = enabled
         self._known: dict[str, Times] | None = None
         self._used: dict[str, Times] = {}
         self._answers: dict[tuple[Hashable, ...], str] = {}
 
-    def answer(self, question: tuple[Hashable, ...], fixed: str, ways: Callable[[], Ways] | None) -> str:
+    def answer(
+        self, question: tuple[Hashable, ...], fixed: str, ways: Callable[[], Ways] | None, device: torch.device = _CPU
+    ) -> str:
         """The name of the fastest way.
 
         Args:
-            question: what is to be done, in which dtype, for which class of shapes.
+            question: what is to be done, in which dtype, for which class of shapes, and on a card on which.
             fixed: the way to take unless another is clearly faster.
             ways: makes what is called to time each way; None where nothing can be timed.
+            device: where they run. On a card the time is its own, without the launch.
         """
         if torch.are_deterministic_algorithms_enabled():
             return fixed
-        key = (*question, torch.get_num_threads())
+        key = (*question, torch.get_num_threads()) if device.type == "cpu" else question
         found = self._answers.get(key)
         if found is None:
-            times = self._times(_in_words(key), ways)
+            times = self._times(_in_words(question, device), ways, device)
             if times is None:
                 return fixed
             best = min(times, key=lambda way: times[way])
@@ -90,19 +98,21 @@ class Choices:
         self._used = _readable(times or {})
         self._answers.clear()
 
-    def _times(self, question: str, ways: Callable[[], Ways] | None) -> Times | None:
-        if question not in self._used and self._enabled:
-            times = self.known().get(question) or (None if ways is None else self._measure(question, ways))
-            if times is not None:
+    def _times(self, question: str, ways: Callable[[], Ways] | None, device: torch.device) -> Times | None:
+        if question not in self._used:
+            times = _tuned().get(question)
+            if times is None and self._enabled:
+                times = self.known().get(question) or (ways and self._measure(question, ways, device))
+            if times:
                 self._used[question] = times
         return self._used.get(question)
 
-    def _measure(self, question: str, ways: Callable[[], Ways]) -> Times:
+    def _measure(self, question: str, ways: Callable[[], Ways], device: torch.device) -> Times:
         """Time the ways, unless another process has."""
         with self._held() as keeps:
             kept = self._read()
             if question not in kept:
-                kept[question] = _time(ways)
+                kept[question] = _time(ways, device, self._rounds, self._enough)
                 if keeps:
                     files.write_json(self.file, kept)
         self._known = kept if keeps else {**self.known(), question: kept[question]}
@@ -141,27 +151,51 @@ def _readable(times: Mapping[str, Any]) -> dict[str, Times]:
     }
 
 
-def _in_words(key: tuple[Hashable, ...]) -> str:
-    *question, threads = key
-    return " ".join(str(part).removeprefix("torch.") for part in question) + f", threads {threads}"
+def _in_words(question: tuple[Hashable, ...], device: torch.device) -> str:
+    words = " ".join(str(part).removeprefix("torch.") for part in question)
+    return f"{words}, threads {torch.get_num_threads()}" if device.type == "cpu" else words
 
 
-def _time(ways: Callable[[], Ways]) -> Times:
+def _time(ways: Callable[[], Ways], device: torch.device, rounds: int, enough: float) -> Times:
     """The least time of some calls of each way, taking turns after one that warms up."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+    seconds = _seconds if device.type == "cpu" else _seconds_of_card
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes():
         calls = ways()
         for call in calls.values():
             call()
         least = dict.fromkeys(calls, float("inf"))
-        end = time.perf_counter() + _ENOUGH
-        for _ in range(_ROUNDS):
+        end = time.perf_counter() + enough
+        for _ in range(rounds):
             for way, call in calls.items():
-                start = time.perf_counter()
-                call()
-                least[way] = min(least[way], time.perf_counter() - start)
+                least[way] = min(least[way], seconds(call))
             if time.perf_counter() > end:
                 break
-    return {way: round(1e3 * seconds, 4) for way, seconds in least.items()}
+    return {way: round(1e3 * best, 4) for way, best in least.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _seconds_of_card(call: Callable[[], object]) -> float:
+    """Those that the card works. It first waits, so that launches, which can take longer, are all made by then."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_WAIT)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _tuned() -> dict[str, Times]:
+    """The times that the package brings, of the cards that somebody had."""
+    return {
+        question: times for file in TUNED.glob("*.json") for question, times in _readable(files.read_json(file)).items()
+    }
 
 
 def _file() -> Path:

@@ -18,7 +18,7 @@ from fastpeft.ops import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import for_blas, products
+from fastpeft.kernels.launch import products
 from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -278,13 +278,6 @@ def test_products_follow_pytorch_and_the_card():
         assert products(dtype, matrix_units=True) == "half"
         assert products(dtype, matrix_units=False) is None
     assert products(torch.float64, matrix_units=True) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "rows", "expected"), [("half", 16, False), ("half", 15, True), ("tf32", 4096, True), ("ieee", 4096, True)]
-)
-def test_float32_and_few_rows_are_for_blas(kind, rows, expected):
-    assert for_blas(kind, rows) is expected
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])

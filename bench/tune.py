@@ -1,0 +1,98 @@
+"""The times by which a card chooses between Triton's kernels and ATen's calls, for the package to bring.
+
+`python -m bench.tune` on a machine with a card times each form of each op at the shapes below, in turns, and writes
+`fastpeft/ops/tuned/ARCHITECTURE.json` as it goes: cut off, it goes on where it was. Delete the file to time all anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops import backends
+from fastpeft.ops.candidates import architecture, choosing
+from fastpeft.ops.define import OPS
+from fastpeft.ops.fastest import TUNED, Choices
+
+DTYPES = (torch.bfloat16, torch.float16)
+LAYERS = [  # in_features, and out_features of the layers that share the input
+    *[(768, (768,)), (768, (768, 768)), (768, (3072,)), (3072, (768,))],  # RoBERTa-base
+    *[(1024, (1024,)), (1024, (1024, 1024)), (1024, (4096,)), (4096, (1024,))],  # RoBERTa-large
+    *[(2048, (2048,)), (2048, (2048, 512, 512)), (2048, (8192, 8192)), (8192, (2048,))],  # Llama-3.2-1B
+    *[(4096, (4096,)), (4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,))],  # Llama-3.1-8B
+]
+ROWS, RANKS = (64, 512, 2048, 8192), (16, 64)
+WIDTHS, SLOTS, TOKENS, DROPOUTS = (96, 128, 256), (1, 3, 9), (64, 128, 512), (0.0, 0.2)
+BATCH = 16
+Call = tuple[str, tuple[Any, ...]]  # an op and its arguments
+
+
+def siva_calls(k: int, columns: Sequence[int], rows: int, rank: int, dtype: torch.dtype, device: str) -> Iterator[Call]:
+    """Layers of SiVA that share an input, forward and backward, as in training."""
+
+    def ones(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.ones(shape, dtype=of, device=device)
+
+    n = len(columns)
+    x, weights, dhs = (
+        ones(rows, k, of=dtype),
+        [ones(c, k, of=dtype) for c in columns],
+        [ones(rows, c, of=dtype) for c in columns],
+    )
+    us, ss, vs = [ones(c, rank) for c in columns], [ones(rank) for _ in columns], [ones(rank, k) for _ in columns]
+    if n == 1:
+        factors = us[0], ss[0], vs[0]
+        yield "siva_linear", (x, weights[0], *factors, None)
+        yield "siva_linear_backward", (dhs[0], x, weights[0], *factors, ones(rows, rank), True, True, True, False)
+    else:
+        yield "siva_linear_group", (x, weights, us, ss, vs, [None] * n)
+        needs = True, [True] * n, True, [False] * n
+        yield "siva_linear_group_backward", (dhs, x, weights, us, ss, vs, ones(n * rank, rows), *needs)
+
+
+def window_calls(
+    batch: int, tokens: int, width: int, slots: int, dropout: float, dtype: torch.dtype, device: str
+) -> Iterator[Call]:
+    """Window attention of one head, forward and backward."""
+    q = torch.ones(batch, 1, tokens, width, dtype=dtype, device=device)
+    c = torch.ones(batch, slots, tokens, width, dtype=dtype, device=device)
+    p = torch.ones(slots, width, dtype=dtype, device=device)
+    rest = list(range(slots)), False, dropout, 0, 0
+    yield "window_attention", (q, c, p, None, *rest)
+    lse = torch.zeros(batch, 1, tokens, device=device)
+    yield "window_attention_backward", (q, q, c, p, None, q, lse, *rest, True, True, True)
+
+
+def calls(device: str) -> Iterator[Call]:
+    """Of all shapes."""
+    for dtype in DTYPES:
+        for (k, columns), rows, rank in itertools.product(LAYERS, ROWS, RANKS):
+            yield from siva_calls(k, columns, rows, rank, dtype, device)
+        for width, slots, tokens, dropout in itertools.product(WIDTHS, SLOTS, TOKENS, DROPOUTS):
+            yield from window_calls(BATCH, tokens, width, slots, dropout, dtype, device)
+
+
+def tune(file: Path, timed: Iterator[Call]) -> int:
+    """Time the forms of these calls into the file, but for those that it has; how many there are."""
+    choices = Choices(file, rounds=50, enough=0.3)
+    for op, arguments in timed:
+        choosing(OPS[op], backends.card_forms(op), choices, times_all=True)(*arguments)
+    file.with_suffix(".lock").unlink(missing_ok=True)
+    return len(choices.used)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("There is no GPU here, so there is nothing to time. On a machine with one, run this again.")
+        return
+    file = TUNED / f"{architecture(torch.device('cuda', 0))}.json"
+    print(f"{tune(file, calls('cuda'))} questions are answered in {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Which form of an op runs on a card: its Triton kernel, or the fewest calls of ATen.
+
+A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. It is answered by
+what a run has kept; else by the times of this card that the package brings (`fastpeft/ops/tuned`, made by
+`python -m bench.tune`) or that were taken here before; else by timing both at the first call. Nothing is timed while a
+CUDA graph is captured: warm up with the shapes that it will have.
+
+Two answers are predictions that only times in a file change: SiVA's products in float32 go to ATen, because cuBLAS's
+tiles are larger than those that Triton compiles without spilling, and those of fewer than 16 rows, of which a tile is
+mostly padding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpeft.ops.define import Op
+from fastpeft.ops.fastest import Choices, Ways, choices
+from fastpeft.ops.packing import rows_of
+
+_HALVES = torch.bfloat16, torch.float16
+_FEWEST_ROWS = 16  # that fill a tile
+
+
+def choosing(
+    op: Op, forms: Mapping[str, Callable[..., Any]], choices: Choices = choices, times_all: bool = False
+) -> Callable[..., Any]:
+    """What to register for `op` on a card: at each call the fastest of its `forms`, "triton" and "aten".
+
+    `choices` keeps the times; `times_all` also takes those whose answer is predicted.
+    """
+    names = _names(op)
+
+    def call(*arguments: Any) -> Any:
+        named = dict(zip(names, arguments, strict=True))
+        of = _of_window(named) if "q" in named else _of_siva(named)
+
+        def ways() -> Ways:
+            return {form: partial(run, *arguments) for form, run in forms.items()}
+
+        is_captured = of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        is_timed = not is_captured and (times_all or not of.left_to_aten)
+        way = choices.answer(
+            (op.name, *of.question, "on", architecture(of.device)),
+            "aten" if of.left_to_aten else "triton",
+            ways if is_timed else None,
+            of.device,
+        )
+        return forms[way](*arguments)
+
+    return call
+
+
+def _names(op: Op) -> list[str]:
+    """Those of its arguments."""
+    return re.findall(r"(\w+)[,)]", op.schema.partition("->")[0])
+
+
+class _Call(NamedTuple):
+    """What the choice depends on: a class of shapes, in words, whether it is predicted, and where it runs."""
+
+    question: tuple[Hashable, ...]
+    left_to_aten: bool
+    device: torch.device
+
+
+def _of_siva(named: Mapping[str, Any]) -> _Call:
+    x = named["dhs"][0] if "dhs" in named else named["dh"] if "dh" in named else named["x"]
+    weights = named.get("weights") or [named["weight"]]
+    ss = named.get("ss") or [named["s"]]
+    rows = rows_of(x)
+    sizes = (f"{n}x{k}" for n, k in (weight.shape for weight in weights))
+    adapters = ("adapters", len(ss)) if "sizes" in named else ()
+    none = False, [False] * len(ss)
+    needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
+    rank = _class(max(map(len, ss)), 16)
+    question = x.dtype, *sizes, "rank", rank, "rows", _class(rows, _FEWEST_ROWS), *adapters, *needs
+    return _Call(question, x.dtype not in _HALVES or rows < _FEWEST_ROWS, x.device)
+
+
+def _of_window(named: Mapping[str, Any]) -> _Call:
+    q, slots = named["q"], named["c"].shape[1]
+    batch, heads, tokens, width = q.shape
+    flags = {"mask": named["mask"] is not None, "causal": named["causal"], "dropout": named["dropout"] > 0}
+    words = (word for word, is_set in flags.items() if is_set)
+    sizes = "batch", _class(batch), "heads", heads, "slots", slots, "tokens", _class(tokens), "width", width
+    question = q.dtype, *sizes, *words
+    return _Call(question, left_to_aten=q.numel() == 0, device=q.device)
+
+
+def _class(size: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Of a card, as "sm_90" or "gfx942"; of anything else its type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
