@@ -27,8 +27,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.backbones import MODELS
-from bench.bench_training import BATCH_SIZE, CASE, TOKENS, step_of
+from bench.backbones import HEADS, MODELS
+from bench.bench_training import BATCH_SIZE, CASE, TOKENS, names_in, step_of
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
@@ -53,7 +53,9 @@ def prepared(model: str, method: str, dtype: str = "float32") -> nn.Module:
     if dtype == "int8" or (is_lora and dtype != "float32"):
         base = base.bfloat16()
     settings = {} if is_lora or dtype == "float32" else {"backbone_dtype": dtype}
-    preparation = Preparation(["classifier"], RANK, ["query", "key"] if is_lora else None, settings)
+    preparation = Preparation(
+        [HEADS.get(model, "classifier")], RANK, names_in("query,key", model).split(",") if is_lora else None, settings
+    )
     ready = get_method(ENTRIES.get(method, method)).prepare(base, preparation).train()
     if method == DIRECT_AS_TRAINED:
         nn.Module.train(ready)  # the backbone too, which a LadderModel keeps in evaluation mode

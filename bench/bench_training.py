@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.backbones import MODELS
+from bench.backbones import HEADS, MODELS
 from bench.harness import DATA, ROUNDS, Candidates, measure
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.registry import get_method
@@ -39,7 +39,7 @@ CASE = {"model": "demo", "work": "training step", "batch": str(BATCH_SIZE), "tok
 RANK = 4
 ADAPTERS_FILE = DATA / "siva_training.csv"
 DTYPES = ("float32", "bfloat16", "autocast")
-TARGETS = {"query, key": "query,key", "key, value": "key,value", "all linear": "all-linear"}
+TARGETS = {"query, key": "query,key", "key, value": "key,value", "all linear": "all-linear"}  # RoBERTa's names
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def training_step(
 ) -> Callable[[], object]:
     """Forward, backward and AdamW of one batch, ready to run; `dtype` is one of `DTYPES`."""
     torch.manual_seed(0)
-    targets = parse_targets(TARGETS[cell.targets]) if cell.targets else None
+    targets = parse_targets(names_in(TARGETS[cell.targets], model_name)) if cell.targets else None
     settings = {"use_dora": True} if cell.variant == "dora" else {}
-    preparation = Preparation(["classifier"], RANK if cell.targets else None, targets, settings)
+    preparation = Preparation([HEADS.get(model_name, "classifier")], RANK if cell.targets else None, targets, settings)
     method = get_method("head" if cell.method == LIMIT else cell.method)
     base = MODELS[model_name]()
     if dtype == "bfloat16":
@@ -105,12 +105,21 @@ def training_step(
     return step_of(ready, method.recipe.weight_decay, device, tokens, autocast=dtype == "autocast")
 
 
+def names_in(targets: str, model_name: str) -> str:
+    """The layers that a model of another family has in the place of RoBERTa's."""
+    if model_name not in HEADS or targets == "all-linear":
+        return targets
+    return ",".join({"query": "q_proj", "key": "k_proj", "value": "v_proj"}[name] for name in targets.split(","))
+
+
 def step_of(
     model: nn.Module, weight_decay: float, device: torch.device, tokens: int = TOKENS, autocast: bool = False
 ) -> Callable[[], object]:
     """A step of `model`, whose output has a loss, on random text, if need be in bfloat16 by autocast."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-5, weight_decay=weight_decay, fused=True, capturable=device.type == "cuda"
+    )
     ids = torch.randint(5, 8_000, (BATCH_SIZE, tokens), device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
@@ -131,8 +140,7 @@ def pass_gradients(model: nn.Module, targets: Any) -> None:
         if not output.requires_grad:
             output.requires_grad_()
 
-    encoder = model.base_model.encoder
-    for name, module in encoder.named_modules():
+    for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Linear) and (targets == "all-linear" or name.rpartition(".")[2] in targets):
             module.register_forward_hook(require)
 

@@ -1,7 +1,8 @@
-"""`python -m bench.gpu`: on a machine with a GPU, its tests and then every bench, in one call of under nine minutes.
+"""`python -m bench.gpu`: on a machine with a GPU, its tests and then every bench, in calls of under nine minutes.
 
-Tests come first: nothing is timed unless they pass. Every row is written as it is measured, so a run that is cut off
-keeps what it has.
+The tests of an operation come first, in parallel, and gate its own benches alone. Then whole steps, and the times by
+which calls choose among forms (`bench.tune`). Every row is written as it is measured, to `bench/data/gpu`. What is done
+for these sources is kept in `done.json` there: a call goes on where the last one was cut off, and `--anew` begins anew.
 """
 
 from __future__ import annotations
@@ -10,33 +11,59 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from bench.harness import CARDS, source
+from fastpeft.support.files import read_json, write_json
+
 ROOT = Path(__file__).parent.parent
+DONE = CARDS / "done.json"
 LIMIT_S = 8.5 * 60
-TESTS_SHARE = 0.5  # of the limit, at most
+PROCESSES = min(16, os.cpu_count() or 1)  # of the tests, which wait for compilers more than for the card
+STEPS = "--rounds 7 --device cuda --dtype bfloat16"
 
 
-def tests() -> list[list[str]]:
-    """The kernels' tests, and in other files the tests that need a GPU."""
-    marked = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py") if _needs_gpu(file))
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    commands = [[*pytest, "tests/kernels"]]
-    if marked:
-        commands.append([*pytest, "-m", "gpu", *marked])
-    return commands
+@dataclass(frozen=True)
+class Stage:
+    """Tests, as arguments of pytest, and the modules of `bench` that run if they pass, with their arguments."""
+
+    name: str
+    tests: str
+    benches: list[str] = field(default_factory=list)
 
 
-def _needs_gpu(file: Path) -> bool:
-    return file.parent.name != "kernels" and "mark.gpu" in file.read_text(encoding="utf-8")
+STAGES = [
+    Stage("siva_linear", "tests/kernels -k siva_linear", ["bench_siva_linear", "bench_siva_linear_mixed"]),
+    Stage("window_attention", "tests/kernels -k window_attention", ["bench_window_attention"]),
+    Stage("mezo_perturb", "tests/kernels -k mezo_perturb", ["bench_mezo_perturb --model large", "bench_mezo"]),
+    Stage(
+        "steps",
+        "tests -m gpu",
+        [
+            f"bench_training --adapters --model large --tokens 128 {STEPS} --candidates siva,limit,lora",
+            f"bench_ladder --model large --tokens 128 {STEPS} --methods 9-lst,lora,lst",
+            f"bench_training --adapters --model 1b --tokens 128 {STEPS} --candidates siva,limit,lora",
+            f"bench_ladder --model 1b --tokens 128 {STEPS} --methods 9-lst,lora,lst",
+            "bench_pool",
+            "bench_feature_cache",
+        ],
+    ),
+    Stage("choices", "tests/ops/test_candidates.py", ["tune"]),
+]
 
 
-def benches() -> list[list[str]]:
-    """Every bench of this folder, on the GPU."""
-    names = sorted(file.stem for file in Path(__file__).parent.glob("bench_*.py"))
-    return [[sys.executable, "-m", f"bench.{name}", "--device", "cuda"] for name in names]
+def commands(stage: Stage) -> list[list[str]]:
+    """The tests first."""
+    pytest = [sys.executable, "-m", "pytest", "-q", f"--numprocesses={PROCESSES}", "--dist=worksteal"]
+    return [[*pytest, *stage.tests.split()], *(_bench(*bench.split()) for bench in stage.benches)]
+
+
+def _bench(module: str, *arguments: str) -> list[str]:
+    device = [] if "--device" in arguments or module == "tune" else ["--device", "cuda"]
+    return [sys.executable, "-m", f"bench.{module}", *arguments, *device]
 
 
 def run(command: list[str], timeout_s: float) -> bool:
@@ -50,20 +77,34 @@ def run(command: list[str], timeout_s: float) -> bool:
         return False
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here, so there is nothing to test or measure. On a machine with one, run this again.")
         return 0
     end = time.monotonic() + LIMIT_S
-    tests_end = time.monotonic() + TESTS_SHARE * LIMIT_S
-    for command in tests():
-        if not run(command, tests_end - time.monotonic()):
-            print("The tests did not pass, so nothing was timed.")
-            return 1
-    commands = benches()
-    ended_well = [run(command, (end - time.monotonic()) / (len(commands) - i)) for i, command in enumerate(commands)]
-    return 0 if all(ended_well) else 1
+    kept = read_json(DONE) if DONE.exists() and "--anew" not in arguments else {}
+    done = kept if kept.get("source") == source() else {"source": source(), "commands": []}
+    failed: list[str] = []
+    for stage in STAGES:
+        for command in commands(stage):
+            words = " ".join(command[1:])
+            if words in done["commands"]:
+                continue
+            left = end - time.monotonic()
+            if left < 1:
+                print("The time is up. Run this again for the rest.")
+                return 1
+            if run(command, left):
+                done["commands"].append(words)
+                DONE.parent.mkdir(parents=True, exist_ok=True)
+                write_json(DONE, done)
+            else:
+                failed.append(words)
+                if "pytest" in words:
+                    print(f"The tests of {stage.name} did not pass, so nothing of it was timed.")
+                    break
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -2,51 +2,42 @@
 
 Candidates run interleaved in one process, each once per round in a rotating order, so that a machine that slows down
 slows all of them; a ratio is taken within each round and its median reported.
+
+On a card the rows lie in `bench/data/gpu`, three for each candidate. "eager" has the launches in it, as whoever calls
+PyTorch gets them; "graph" is the replay of a CUDA graph, which has none; "cold" is eager after the second-level cache
+was overwritten. Rows of the same sources are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib.metadata
 import io
 import math
 import platform
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
 
+from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, peak_mb
 from fastpeft.support.environment import cpu_name
 from fastpeft.support.files import write_text
 
 DATA = Path(__file__).parent / "data"
-WARM_UP, ROUNDS = 3, 21
+CARDS = DATA / "gpu"
+ROUNDS = 21
 SHORTEST_SAMPLE_S = 1e-3  # a candidate faster than this is repeated within a sample: clocks are coarse
 VERSIONS = ("fastpeft", "torch", "triton", "peft")
 
 Row = dict[str, str]
 Candidates = Mapping[str, Callable[[], object]]
-
-
-def elapsed(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds that one `run` takes, averaged over `repeats`."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - begin) / repeats
 
 
 def interleave(
@@ -100,22 +91,56 @@ def _version(package: str) -> str:
 
 
 def measure(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int = ROUNDS) -> None:
-    """Time `candidates` on `case` and put one row for each into `file`.
+    """Time `candidates` on `case` and put one row for each into `file`, on a card into the one of that name for cards.
 
     `ratio_*` is a candidate's time over the first candidate's in the same round: above 1, the first is faster.
     """
-    seconds = interleave(candidates, device, rounds)
+    if device.type == "cuda":
+        _measure_on_card(CARDS / file.name, case, candidates, device, rounds)
+        return
+    for name, figures in _figures(interleave(candidates, device, rounds)).items():
+        put_row(file, {**case, "candidate": name, **machine(device), **figures}, (*case, "candidate", "device", "card"))
+
+
+def _figures(seconds: Mapping[str, list[float]]) -> dict[str, Row]:
+    """Percentiles of each candidate's milliseconds, and of its ratios to the first."""
     first = next(iter(seconds.values()))
+    found: dict[str, Row] = {}
     for name, times in seconds.items():
-        key = {**case, "candidate": name, **machine(device)}
-        figures = {}
-        for prefix, values in (
-            ("ms", [1e3 * t for t in times]),
-            ("ratio", [t / base for t, base in zip(times, first)]),
-        ):
-            for percentile, value in zip((20, 50, 80), spread(values)):
-                figures[f"{prefix}_p{percentile}"] = f"{value:.4g}"
-        put_row(file, {**key, **figures}, key=(*case, "candidate", "device", "card"))
+        values = {"ms": [1e3 * t for t in times], "ratio": [t / base for t, base in zip(times, first)]}
+        found[name] = {
+            f"{prefix}_p{percentile}": f"{value:.4g}"
+            for prefix, each in values.items()
+            for percentile, value in zip((20, 50, 80), spread(each))
+        }
+    return found
+
+
+def _measure_on_card(file: Path, case: Row, candidates: Candidates, device: torch.device, rounds: int) -> None:
+    where = {**machine(device), "source": source()}
+    key = (*case, "candidate", "how", "card", "source")
+    for how in ("eager", "graph", "cold"):
+        wanted = {**case, "how": how, "card": where["card"], "source": where["source"]}
+        if any(wanted.items() <= row.items() for row in read_rows(file)):
+            continue
+        runs, timer = candidates, elapsed
+        if how == "graph":
+            runs = captured(candidates)
+            runs = runs if next(iter(candidates)) in runs else {}  # nothing to take ratios to
+        elif how == "cold":
+            timer = elapsed_cold
+        for name, figures in _figures(interleave(runs, device, rounds, timer)).items() if runs else ():
+            figures["peak_mb"] = f"{peak_mb(candidates[name]):.1f}"
+            put_row(file, {**case, "candidate": name, "how": how, **where, **figures}, key)
+
+
+@cache
+def source() -> str:
+    """A hash of what is measured: the package's and the kernels' files."""
+    root = Path(__file__).parent.parent
+    files = (path for folder in ("fastpeft", "kernels", "csrc") for path in sorted((root / folder).rglob("*")))
+    texts = (path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
 
 
 def time_operation(

@@ -1,6 +1,9 @@
-"""`python -m bench.gpu`: polite without a GPU, tests before timings, within its limit."""
+"""`python -m bench.gpu`: polite without a GPU, an op's tests before its timings, within its limit, and it goes on."""
 
 from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -8,43 +11,70 @@ from bench import gpu
 
 
 @pytest.fixture
-def ran(monkeypatch) -> list[tuple[list[str], float]]:
+def ran(monkeypatch, tmp_path) -> list[tuple[str, float]]:
     """Commands and time limits, instead of running them, as on a machine with a GPU."""
-    ran: list[tuple[list[str], float]] = []
+    ran: list[tuple[str, float]] = []
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "run", lambda command, timeout_s: ran.append((command, timeout_s)) or True)
+    monkeypatch.setattr(gpu, "DONE", tmp_path / "gpu" / "done.json")
+    monkeypatch.setattr(gpu, "run", lambda command, timeout_s: ran.append((" ".join(command), timeout_s)) or True)
     return ran
 
 
 def test_without_a_gpu_it_says_so_and_succeeds(monkeypatch, capsys):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 0
+    assert gpu.main([]) == 0
     assert "no GPU" in capsys.readouterr().out
 
 
-def test_kernels_then_marked_tests_then_benches(ran):
-    assert gpu.main() == 0
-    words = [" ".join(command) for command, _ in ran]
-    assert words[0].endswith("tests/kernels")
-    assert "-m gpu" in words[1]
-    assert "tests/training/test_memory.py" in words[1]
-    for bench in ("siva_linear", "siva_linear_mixed", "window_attention", "mezo_perturb"):  # of each op
-        assert any(line.endswith(f"bench.bench_{bench} --device cuda") for line in words[2:])
+def test_the_tests_of_an_op_come_before_its_benches(ran):
+    assert gpu.main([]) == 0
+    words = [line for line, _ in ran]
+    for stage in gpu.STAGES:
+        (tests,) = [i for i, line in enumerate(words) if line.endswith(stage.tests)]
+        assert [line.split("bench.")[1] for line in words[tests + 1 : tests + 1 + len(stage.benches)]] == [
+            bench if "--device" in bench or bench == "tune" else f"{bench} --device cuda" for bench in stage.benches
+        ]
 
 
-def test_limits_add_up_to_less_than_nine_minutes(ran):
-    gpu.main()
-    limits = [timeout_s for _, timeout_s in ran]
-    assert all(limit <= gpu.LIMIT_S for limit in limits)
-    assert gpu.LIMIT_S < 9 * 60
-    assert limits[0] <= gpu.TESTS_SHARE * gpu.LIMIT_S
+def test_every_bench_is_in_a_stage():
+    named = {bench.split()[0] for stage in gpu.STAGES for bench in stage.benches}
+    benches = {file.stem for file in Path(gpu.__file__).parent.glob("bench_*.py")}
+    assert benches - named == {"bench_frozen_linear"}  # packs, which a card has none of
+    for name in named:
+        assert importlib.util.find_spec(f"bench.{name}")
 
 
-def test_nothing_is_timed_when_tests_fail(ran, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "run", lambda command, _: ran.append((command, 0)))
-    assert gpu.main() == 1
-    assert len(ran) == 1
-    assert "nothing was timed" in capsys.readouterr().out
+def test_a_call_takes_less_than_nine_minutes(ran):
+    gpu.main([])
+    assert all(limit <= gpu.LIMIT_S < 9 * 60 for _, limit in ran)
+
+
+def test_what_fails_its_tests_is_not_timed_and_the_next_op_is(ran, monkeypatch, capsys):
+    def run(command, timeout_s):
+        ran.append((" ".join(command), timeout_s))
+        return "-k siva_linear" not in ran[-1][0]
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.main([]) == 1
+    words = [line for line, _ in ran]
+    assert not any("bench_siva_linear" in line for line in words)
+    assert any("bench_window_attention" in line for line in words)
+    assert "nothing of it was timed" in capsys.readouterr().out
+
+
+def test_a_call_goes_on_where_the_last_was_cut_off_until_sources_change(ran, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT_S", 0.5)
+    assert gpu.main([]) == 1
+    assert not ran
+    monkeypatch.setattr(gpu, "LIMIT_S", 500)
+    assert gpu.main([]) == 0
+    every = len(ran)
+    assert gpu.main([]) == 0
+    assert len(ran) == every
+    assert gpu.main(["--anew"]) == 0
+    monkeypatch.setattr(gpu, "source", lambda: "of other kernels")
+    assert gpu.main([]) == 0
+    assert len(ran) == 3 * every
 
 
 def test_a_command_that_takes_too_long_is_stopped(capfd):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import harness
 from bench.harness import elapsed, interleave, machine, measure, put_row, read_rows, spread, write_rows
 
 CPU = torch.device("cpu")
@@ -82,3 +83,23 @@ def test_machine_names_the_processor():
     row = machine(CPU)
     assert row["device"] == "cpu"
     assert row["card"]
+
+
+def test_on_a_card_every_way_has_its_rows_and_is_measured_once(monkeypatch, tmp_path):
+    """With a CPU in the card's place, and a replay that is the call itself."""
+    made = []
+    monkeypatch.setattr(harness, "captured", lambda runs: made.append("graph") or dict(runs))
+    monkeypatch.setattr(harness, "elapsed_cold", elapsed)
+    monkeypatch.setattr(harness, "peak_mb", lambda run: 1.5)
+    file = tmp_path / "op.csv"
+    for _ in range(2):
+        harness._measure_on_card(file, {"op": "nothing"}, {"ours": lambda: None, "theirs": lambda: None}, CPU, 3)
+    rows = read_rows(file)
+    assert [(row["how"], row["candidate"]) for row in rows] == [
+        (how, name) for how in ("eager", "graph", "cold") for name in ("ours", "theirs")
+    ]
+    assert made == ["graph"]
+    assert all(row["source"] == harness.source() and row["peak_mb"] == "1.5" for row in rows)
+    monkeypatch.setattr(harness, "source", lambda: "of other kernels")
+    harness._measure_on_card(file, {"op": "nothing"}, {"ours": lambda: None}, CPU, 3)
+    assert len(read_rows(file)) == len(rows) + 3
