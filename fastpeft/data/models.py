@@ -139,6 +139,22 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
     """
+    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    if head_is_new:
+        raise FastpeftError(
+            f"the model {model!r} has no masked-word head, which label words need. Train one on texts (fastpeft train "
+            "--objective mlm --method head), or give a model that predicts masked words; to train by labels, a prompt "
+            "can have a classification head instead (fastpeft train --prompt-head classifier)."
+        )
+    return loaded, tokenizer
+
+
+def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
+    """`load_masked_lm`, and whether the head, or a part of it, was drawn at random.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
+    """
     from transformers import AutoConfig, AutoModelForMaskedLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -148,23 +164,30 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
         kind = AutoConfig.from_pretrained(source, **source_options(source)).model_type
     if kind is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
-        if all(key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]):
-            return loaded, tokenizer
+        return (
+            loaded,
+            tokenizer,
+            any(not key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]),
+        )
     raise FastpeftError(
-        f"the model {model!r} has no masked-word head, which label words and the objective mlm need. Give a model that "
-        "predicts masked words; to train by labels, a prompt can have a classification head instead (fastpeft train "
-        "--prompt-head classifier)."
+        f"the model {model!r} has no masked-word head, which label words and the objective mlm need, and its kind has "
+        "none. Give a model that predicts masked words; to train by labels, a prompt can have a classification head "
+        "instead (fastpeft train --prompt-head classifier)."
     )
 
 
 def load_for_masked_words(model: str) -> Classifier:
-    """Load `model` to predict masked words with the head that it has.
+    """Load `model` to predict masked words, with the head that it has or else a new one.
+
+    The layer of the vocabulary is never new: it is the embeddings.
 
     Raises:
-        FastpeftError: as `load_masked_lm`.
+        FastpeftError: the model is missing, broken or incomplete, or is of a kind that predicts no masked words.
     """
-    loaded, tokenizer = load_masked_lm(model)
-    return Classifier(loaded, tokenizer, masked_word_layers(loaded, loaded), head_is_new=False)
+    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    if head_is_new:
+        logger.info("the model %r has no masked-word head; a new one is trained", model)
+    return Classifier(loaded, tokenizer, masked_word_layers(loaded, loaded), head_is_new)
 
 
 def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import WORDS, Interrupt, pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import PROMPT, WORDS, Interrupt, pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -298,10 +298,28 @@ def test_what_does_not_fit_is_refused(config: TrainConfig, changes: dict[str, An
         Task.load(replace(config, **changes))
 
 
-def test_a_model_without_a_head_or_a_mask_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    classifier = save_tiny_model(tmp_path / "classifier", head="ForSequenceClassification")
+@pytest.mark.parametrize("kind", ["MPNet", "Bert"])
+def test_a_model_without_a_head_gets_one_that_label_words_take(
+    config: TrainConfig, place: Path, tmp_path: Path, kind: str
+) -> None:
+    bare = save_tiny_model(tmp_path / "bare", kind, head="Model")
+    by_words = replace(config, output=str(tmp_path / "labels"), objective=None, data=str(place / "reviews.csv"))
+    by_words = replace(by_words, method="head", window=None, **PROMPT)
+    with pytest.raises(FastpeftError, match=r"Train one on texts \(fastpeft train --objective mlm --method head\)"):
+        train(replace(by_words, model=str(bare)))
+    result = train(replace(config, model=str(bare), method="head", window=None))
+    before = AutoModelForMaskedLM.from_pretrained(bare).state_dict()
+    after = AutoModelForMaskedLM.from_pretrained(result.folder).state_dict()
+    changed = {name.rpartition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 2  # the dense layer and the norm; the vocabulary's layer is the embeddings
+    assert not any(name.startswith(("mpnet.", "bert.")) for name in changed)
+    assert train(replace(by_words, model=str(result.folder))).metrics["accuracy"] >= 0
+
+
+def test_a_model_of_a_kind_without_a_head_or_without_a_mask_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    causal = save_tiny_model(tmp_path / "causal", "GPT2", head="LMHeadModel")
     with pytest.raises(FastpeftError, match="has no masked-word head, which label words and the objective mlm need"):
-        Task.load(replace(config, model=str(classifier)))
+        Task.load(replace(config, model=str(causal)))
     maskless = save_tiny_model(tmp_path / "maskless")
     tokenizer = AutoTokenizer.from_pretrained(maskless)
     tokenizer.mask_token = None
