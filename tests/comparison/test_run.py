@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -291,6 +292,19 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     assert (trained["steps"], asked["steps"]) == ("2", "")
     assert (trained["threads"], asked["threads"]) == ("1", "")
     assert asked["trainable_parameters"] == "0"
+    (other,) = (place / "out" / "method_comparison").iterdir()  # zero-shot is no run
+    found = json.loads(other.read_text())
+    assert set(found) == {"run_info", "train_info", "meta_info"}  # of PEFT's suite
+    assert found["run_info"]["experiment_name"] == "head/head-seed0"
+    assert found["run_info"]["train_config"]["optimizer_kwargs"] == {
+        "lr": float(trained["learning_rate"]),
+        "weight_decay": 0.01,
+    }
+    assert found["train_info"]["num_trainable_params"] == int(trained["trainable_parameters"])
+    assert found["train_info"]["file_size"] > 0
+    last = found["train_info"]["metrics"][-1]
+    assert (last["step"], last["valid accuracy"]) == (2, float(trained["accuracy"]))
+    assert last["train loss"] > 0
     files = {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")}
     again = CliRunner().invoke(app, command[3:])
     assert again.exit_code == 0, again.output

@@ -1,4 +1,4 @@
-"""The files that a comparison writes: `results.csv`, with a line a cell, and the report, with a row a variant."""
+"""The files that a comparison writes: `results.csv` and a JSON by cell, and the report, with a row a variant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import document, paired_tests, results, sections
+from fastpeft.comparison.report import document, method_comparison, paired_tests, results, sections
+from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import TITLES, in_order
 from fastpeft.support import files
 
@@ -28,7 +29,7 @@ def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:
 
 
 def write(plan: Plan, *, whole: bool) -> None:
-    """Write `results.csv` and `report.md`, and if `whole` the pictures and `report.html`; each file atomically."""
+    """Write `results.csv` and `report.md`, and if `whole` the rest; each file atomically."""
     files.write_text(plan.folder / "results.csv", _results(plan.cells))
     parts = sections.report(plan, pictures=whole)
     title = sections.title(plan)
@@ -39,6 +40,11 @@ def write(plan: Plan, *, whole: bool) -> None:
             if isinstance(part, document.Figure):
                 files.write_text(pictures / part.file, part.chart.svg(part.alt, file=True))
         files.write_text(plan.folder / "report.html", document.page(title, parts))
+        others = plan.folder / method_comparison.FOLDER
+        others.mkdir(exist_ok=True)
+        for cell in plan.cells:
+            if cell.method != ZERO_SHOT and (metrics := cell.metrics()):
+                files.write_json(others / f"{cell.name}.json", method_comparison.result(cell, metrics))
     files.write_text(plan.folder / "report.md", document.markdown(title, parts))
 
 

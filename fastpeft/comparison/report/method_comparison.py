@@ -1,0 +1,95 @@
+"""A finished cell in the schema of PEFT's `method_comparison`, so that its tools and readers take it.
+
+What a run here does not know is null: it keeps the peak of memory, not its course. All that is measured is called
+valid, because it is measured on the dev part; the suite's own runs have a test part besides.
+
+Source: the results and the README of github.com/huggingface/peft/tree/main/method_comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastpeft.comparison.cells import Cell
+from fastpeft.data.problems import TITLES, in_order
+from fastpeft.support import files
+
+FOLDER = "method_comparison"
+
+
+def result(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run_info`, `train_info` and `meta_info` say of a cell that has these metrics."""
+    folder = cell.folder.path
+    adapter = folder / "adapter_config.json"
+    ended = datetime.fromtimestamp((folder / "metrics.json").stat().st_mtime, UTC)
+    peak = metrics.get("peak_memory_mb")
+    return {
+        "run_info": {
+            "created_at": ended.isoformat(timespec="seconds"),
+            "total_time": cell.seconds(),
+            "experiment_name": f"{cell.method}/{cell.name}",
+            "peft_branch": None,
+            "train_config": _train_config(cell, metrics),
+            "peft_config": files.read_json(adapter) if adapter.is_file() else None,
+            "error_msg": "",
+        },
+        "train_info": {
+            "accelerator_memory_reserved_avg": None,
+            "accelerator_memory_max": None if peak is None else round(peak * 2**20),
+            "accelerator_memory_reserved_99th": None,
+            "train_time": metrics.get("train_seconds"),
+            "file_size": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "num_trainable_params": metrics.get("trainable_parameters"),
+            "num_total_params": metrics.get("parameters"),
+            "status": "success",
+            "metrics": _course(cell, metrics),
+        },
+        "meta_info": {
+            "model_info": {"sha": None, "created_at": None},
+            "dataset_info": {Path(str(metrics.get("data", ""))).name: {"sha": None, "created_at": None}},
+            "package_info": {f"{name}-version": version for name, version in metrics.get("versions", {}).items()},
+            "system_info": {"accelerator": metrics.get("device"), "memory": metrics.get("peak_memory_source")},
+            "pytorch_info": None,
+        },
+    }
+
+
+def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    file = cell.folder.path / "run.json"
+    run = files.read_json(file) if file.is_file() else {}
+    recipe = run.get("recipe", {})
+    return {
+        "model_id": run.get("model"),
+        "dtype": "float32",
+        "max_seq_length": metrics.get("max_length"),
+        "batch_size": run.get("batch_size"),
+        "max_steps": metrics.get("steps"),
+        "eval_steps": run.get("save_steps"),
+        "seed": cell.seed,
+        "optimizer_kwargs": {"lr": metrics.get("learning_rate"), "weight_decay": recipe.get("weight_decay")},
+        "lr_scheduler": recipe.get("schedule"),
+        "use_amp": metrics.get("compute_dtype") == "bfloat16",
+    }
+
+
+def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was measured on the way, each with the last training loss before it; last what the final weights reach."""
+    curves = cell.curves() or {}
+    points: dict[int, dict[str, Any]] = {}
+    for name, values in curves.items():
+        if name.startswith("dev "):
+            for step, value in values:
+                points.setdefault(step, {"step": step})[f"valid {_title(name.removeprefix('dev '))}"] = value
+    last = {f"valid {_title(name)}": metrics[name] for name in in_order(metrics)}
+    course = [*(points[step] for step in sorted(points)), {"step": metrics.get("steps"), **last}]
+    for point in course:
+        before = [loss for step, loss in curves.get("training loss", []) if step <= point["step"]]
+        point["train loss"] = before[-1] if before else None
+    return course
+
+
+def _title(metric: str) -> str:
+    return TITLES.get(metric, metric)
