@@ -46,6 +46,7 @@ COLUMNS = (
     Column("subset_accuracy", "subset accuracy", ".3f", "the share of rows with all labels right"),
     Column("ranking_precision", "ranking precision", ".3f", "the label ranking average precision"),
     Column("word_f1", "F1 of words", ".3f", "the mean over tags but for O"),
+    Column("entity_f1", "F1 of entities", ".3f", "over whole entities of all kinds"),
     Column("matthews", "Matthews", ".3f"),
     Column("pearson", "Pearson", ".3f"),
     Column("spearman", "Spearman", ".3f"),
