@@ -64,7 +64,7 @@ KERNELS = {
 }
 WINDOW_ATTENTION_TYPES = {
     **{"mask_ptr": "*i1", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dp_ptr": "*fp32", "scale": "fp32"},
-    **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
+    **{"seed_ptr": "*i64", **dict.fromkeys(("slots", "ordinal", "last_dropped"), "i64")},
 }
 ROW_TYPES = {"order_ptr": "*i64", "table_ptr": "*i64"}
 # what stands beside operands in half precision: factors but for the one of the inner loop, p, q, and gradients
@@ -102,7 +102,7 @@ ANY = (  # but not counts, rows of R and what does not specialise
         "size_u",
     ),
     *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
-    *("H", "T", "S", "parts", "slots", "absent", "seed", "ordinal", "last_dropped", "scale"),
+    *("H", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

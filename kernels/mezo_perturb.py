@@ -153,12 +153,11 @@ def _mezo_perturb_kernel(
         seed = tl.load(seeds_ptr + term)
         scale = tl.load(scales_ptr + term).to(compute)
         z = _rademacher(q, seed) if IS_RADEMACHER else _gaussian(q, seed)
-        kept = _widen(p, IS_BF16) * keep
+        kept = _widen(p, IS_BF16) * tl.where(term == 0, keep, 1.0)
         value = kept + z.to(compute) * scale
         if IS_STOCHASTIC:
             value = _round_stochastic(value, _rounding_words(q, seed), IS_BF16)
         p = _narrow(value, dtype, IS_BF16)
-        keep = tl.full((), 1.0, compute)
     if is_wide:
         tl.store(tl.multiple_of(p_ptr, 16) + tl.arange(0, 8 * BLOCK_Q), p)
     else:
