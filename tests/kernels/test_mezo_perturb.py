@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpeft.ops import noise, reference
 
 pytest.importorskip("triton")
-from launches import launches
+from launches import Recording
 
 from fastpeft.kernels import mezo_perturb as kernel
 
@@ -102,10 +102,10 @@ def test_all_tensors_of_a_dtype_take_one_launch(device: str) -> None:
     around, theirs = [storage.clone() for storage in room], [param.clone() for param in ours]
     args = ([offset for *_, offset in places], [7, 2**62 + 1], [1e-3, -2e-5], 0.3, "gaussian", "stochastic")
     kernel.mezo_perturb_(ours, *args)
-    with launches() as counted:
+    with Recording() as recorded:
         kernel.mezo_perturb_(ours, *args)
-    assert counted.pop("_to_copy", 0) <= 1, "the terms of all launches go to the card together"
-    assert counted == {"_mezo_perturb_kernel": len(DTYPES)}
+    assert recorded.counted.pop("_to_copy", 0) <= 1, "the terms of all launches go to the card together"
+    assert recorded.counted == {"_mezo_perturb_kernel": len(DTYPES)}
     for _ in range(2):
         reference.mezo_perturb_(theirs, *args)
     for storage, before, (start, n, _), param, expected in zip(room, around, places, ours, theirs):

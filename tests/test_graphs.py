@@ -1,0 +1,112 @@
+"""Whole training steps as CUDA graphs: recorded once on a CPU, a replay is a step with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+from backbones import IDS, MASK, ladder, tiny
+from launches import Recording
+from peft import get_peft_model
+
+from fastpeft import MeZO, SivaConfig
+from fastpeft.mezo import CapturedStep
+from fastpeft.ops.frozen_linear import unfreeze
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LABELS = torch.tensor([0, 2, 1])
+
+
+@pytest.fixture(autouse=True)
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers leaves out what would wait for the device when it sees that a graph is captured."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+
+
+def within(recording: Recording, call: Callable[[], Any]) -> Any:
+    with recording:
+        return call()
+
+
+def siva() -> nn.Module:
+    base = tiny(num_hidden_layers=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0)
+    return get_peft_model(base, SivaConfig(r=2, pack_weights=False, task_type="SEQ_CLS")).train()
+
+
+def side_network() -> nn.Module:
+    return unfreeze(ladder(tiny(num_hidden_layers=2), window_size=9)).train()  # packs are for a CPU
+
+
+def by_gradients(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """A step of SGD with momentum, whose loss stays on the device."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, foreach=False)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, attention_mask=MASK, labels=LABELS).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+@pytest.mark.parametrize("make", [siva, side_network])
+def test_a_replay_of_a_step_by_gradients_is_the_next_step(make: Callable[[], nn.Module]) -> None:
+    captured, eager = make(), make()
+    ids, others = IDS.clone(), IDS.clone()
+    step, expected_step = by_gradients(captured, ids), by_gradients(eager, others)
+    random = [torch.random.get_rng_state()] * 2  # of each, as they take turns
+
+    def next_of(which: int, make_step: Callable[[], Any]) -> Any:
+        torch.random.set_rng_state(random[which])
+        found = make_step()
+        random[which] = torch.random.get_rng_state()
+        return found
+
+    recorded = Recording()
+    losses = []
+    for number in range(3):
+        for some in (ids, others):
+            some.copy_(IDS.roll(number, 0) * MASK)
+        expected = next_of(1, partial(within, Recording(), expected_step))
+        if number < 2:  # one to warm up, one to record
+            loss = next_of(0, partial(within, recorded if number else Recording(), step))
+        else:
+            next_of(0, recorded.replay)
+        assert torch.equal(loss, expected)
+        losses.append(loss.item())
+    assert len(set(losses)) == 3
+    for one, other in zip(captured.parameters(), eager.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("estimates", [1, 2])
+def test_a_replay_of_a_mezo_step_is_the_next_step(estimates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [tiny().requires_grad_() for _ in range(2)]
+    one, other = (
+        MeZO(model, lr=1e-3, weight_decay=0.1, seed=3, num_estimates=estimates, on_nonfinite="skip") for model in models
+    )
+    ids = IDS.clone()
+    step = CapturedStep(one, lambda: models[0](input_ids=ids, attention_mask=MASK, labels=LABELS).loss)
+    recorded, run = Recording(), step.run
+    for number in range(4):
+        ids.copy_(IDS.roll(number, 0) * MASK)
+        monkeypatch.setattr(
+            step, "run", (run, partial(within, recorded, run), recorded.replay, recorded.replay)[number]
+        )
+        loss = step()
+        expected = other.step(lambda: models[1](input_ids=ids, attention_mask=MASK, labels=LABELS).loss)
+        assert loss.item() == expected
+        assert step.projected_grad.item() == other.projected_grad
+    for param, expected_param in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(param, expected_param)
+    passes = 3 if estimates == 1 else 5
+    assert recorded.counted["_mezo_perturb_kernel"] == passes, "one launch for each pass: all weights have one dtype"
