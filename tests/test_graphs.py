@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 from backbones import IDS, MASK, ladder, tiny
 from launches import Recording
+from networks import network
 from peft import get_peft_model
 
 from fastpeft import MeZO, SivaConfig
@@ -90,23 +94,70 @@ def test_a_replay_of_a_step_by_gradients_is_the_next_step(make: Callable[[], nn.
 
 @pytest.mark.parametrize("estimates", [1, 2])
 def test_a_replay_of_a_mezo_step_is_the_next_step(estimates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [tiny().requires_grad_() for _ in range(2)]
+    models = [network() for _ in range(2)]
     one, other = (
         MeZO(model, lr=1e-3, weight_decay=0.1, seed=3, num_estimates=estimates, on_nonfinite="skip") for model in models
     )
-    ids = IDS.clone()
-    step = CapturedStep(one, lambda: models[0](input_ids=ids, attention_mask=MASK, labels=LABELS).loss)
+    x = torch.empty(6, 5)
+    step = CapturedStep(one, lambda: models[0](x).square().mean())
     recorded, run = Recording(), step.run
     for number in range(4):
-        ids.copy_(IDS.roll(number, 0) * MASK)
+        x.normal_()
         monkeypatch.setattr(
             step, "run", (run, partial(within, recorded, run), recorded.replay, recorded.replay)[number]
         )
         loss = step()
-        expected = other.step(lambda: models[1](input_ids=ids, attention_mask=MASK, labels=LABELS).loss)
+        expected = other.step(lambda: models[1](x).square().mean())
         assert loss.item() == expected
         assert step.projected_grad.item() == other.projected_grad
     for param, expected_param in zip(models[0].parameters(), models[1].parameters()):
         assert torch.equal(param, expected_param)
     passes = 3 if estimates == 1 else 5
     assert recorded.counted["_mezo_perturb_kernel"] == passes, "one launch for each pass: all weights have one dtype"
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what a card waits for: numbers read from it, and copies between it and the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)]
+        assert len({x.device.type for x in tensors if x.dim() > 0}) <= 1, f"{func.name()} copies"
+        return found
+
+
+def on_card(model: nn.Module) -> nn.Module:
+    """The model with fake weights on a card."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param not in made:
+                made[param] = nn.Parameter(torch.empty(param.shape, device="cuda"), param.requires_grad)
+            module._parameters[name] = None if param is None else made[param]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = (
+                None if buffer is None else torch.empty(buffer.shape, device="cuda").to(buffer.dtype)
+            )
+    return model
+
+
+@pytest.mark.parametrize("make", [siva, side_network, lambda: tiny().requires_grad_()], ids=["siva", "k-lst", "mezo"])
+def test_nothing_waits_for_a_card(
+    make: Callable[[], nn.Module], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward on fake tensors, on which reading a number raises, and the whole step of MeZO."""
+    monkeypatch.setattr("fastpeft.functional._check_no_overlap", lambda *_: None)  # all addresses are 0
+    model = make()
+    with FakeTensorMode():
+        model = on_card(model)
+        ids, mask, labels = (torch.empty(x.shape, dtype=torch.long, device="cuda") for x in (IDS, MASK, LABELS))
+
+        def step() -> Tensor:
+            return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+        call: Any = step
+        if "mezo" in request.node.name:
+            call = CapturedStep(MeZO(model, lr=1e-3, on_nonfinite="skip"), step).run
+        call()  # makes what is made once
+        with NoWait():
+            call()

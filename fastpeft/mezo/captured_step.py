@@ -70,7 +70,7 @@ class CapturedStep:
         self._rates = self._constants([0.0] * len(weights.epses()))
         self._scales: dict[tuple[float, ...], Tensor] = {}  # those that are the same in each step
         self._span = self._constants([2 * weights.epses()[0]])[0]
-        self._decays: list[float] = []
+        self._decays = [0.0] * len(weights.epses())
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self.loss, self.projected_grad = self._constants([torch.nan])[0], self._constants([torch.nan])[0]

@@ -95,7 +95,13 @@ class Packed:
 
     @property
     def weight(self) -> Any:
-        """The parameter, with its values."""
+        """The parameter, with its values. Who reads it may change them by `weight.data`, which a card does not show."""
+        weight = self._own_weight()
+        if weight.is_cuda:
+            self.packs.drop()
+        return weight
+
+    def _own_weight(self) -> Any:
         weight = self._parameters.get("weight")
         if weight is None:  # FSDP1 takes the parameter away and sets a view of its own
             return self.__dict__["weight"]
@@ -128,7 +134,7 @@ class Packed:
         if stored is not None and stored.is_mkldnn and not needs_dx and x.dtype == compute_dtype(x, x) == stored.dtype:
             return packed_linear(x, stored.data, self.bias)
         del stored
-        weight = self.weight
+        weight = self._own_weight()
         # a fake weight that a pack would replace stands for as many bytes by itself
         replaced = isinstance(weight, FakeTensor) and not self.keeps_weight
         if weight.requires_grad or replaced or torch.compiler.is_compiling() or torch.jit.is_tracing():
