@@ -101,6 +101,14 @@ class Packed:
             self.packs.drop()
         return weight
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
     def _own_weight(self) -> Any:
         weight = self._parameters.get("weight")
         if weight is None:  # FSDP1 takes the parameter away and sets a view of its own
@@ -112,14 +120,6 @@ class Packed:
             self._parameters["weight"] = weight
             self._values = _stamp(weight), self._values[1]
         return weight
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.__dict__["weight"] = value
-
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["weight"]
 
     def stamp(self) -> Stamp:
         """A cheap value that changes with the weight's values, but not when the pack takes their place."""
