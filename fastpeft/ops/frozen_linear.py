@@ -253,7 +253,8 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
     Notes:
         Packs are made at first use and take as many bytes as the weight, twice that where gradients pass through. They
         are not saved, copied or moved. A weight that changes is packed again; a change of a few entries through
-        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a CPU alone; elsewhere nothing changes.
+        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a card the only pack is the copy that
+        autocast would make at each call.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
