@@ -39,8 +39,8 @@ class CapturedStep:
     Notes:
         Weights and `projected_grad` have the bits that `optimizer.step` gives them. The seeds of the noise and the
         learning rates are read from the device, so both change from step to step; the product of learning rate and
-        weight decay may not. A step whose losses or update are not finite adds nothing and is not told of: look at
-        `projected_grad`. Weight decay acts on it.
+        weight decay may not, and other settings are those of the capture. A step whose losses or update are not finite
+        adds nothing and is not told of: look at `projected_grad`. Weight decay acts on it.
 
     Example:
         >>> model, x = torch.nn.Linear(4, 1), torch.ones(2, 4)
@@ -96,37 +96,48 @@ class CapturedStep:
             )
         self._decays = decays
         if self._graph is None and self._calls > 0 and self._device.type == "cuda":
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self.run()
-        if self._graph is None:
-            self.run()
-        else:
+            self._graph = self._captured()
+        if self._graph is not None:
             self._graph.replay()
+        else:
+            try:
+                self.run()
+            except BaseException:
+                optimizer.settle()
+                raise
         self._calls += 1
         optimizer.steps_done += 1
         return self.loss
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.run()
+        finally:
+            self._weights.point = HOME  # where an exception ended it, no weight was moved
+        return graph
 
     @torch.no_grad()
     def run(self) -> None:
         """What the graph holds: a step with the seeds and rates that are on the device."""
         weights, estimator = self._weights, self._optimizer.estimator
-        epses, at, n = weights.epses(), HOME, estimator.num_estimates
+        epses = weights.epses()
         losses: list[Tensor] = []
         with dropout_off(weights.model):
             for point in estimator.points:
-                terms = moves(at, point)
+                terms = moves(weights.point, point)
                 each = [[(draw, scale * eps) for draw, scale in terms] for eps in epses]
                 self._add(each, [self._fixed(group) for group in each])
+                weights.point = point
                 losses.append(self._closure().detach().reshape(()).to(torch.float64))
-                at = point
+        at = weights.point
         slopes = (torch.stack(losses[::2]) - torch.stack(losses[1::2])) / self._span
         if self._optimizer.max_projected_grad is not None:
             limit = self._optimizer.max_projected_grad * (min(epses) / epses[0])
             slopes = slopes.clamp(-limit, limit)
-        slopes = slopes / torch.full_like(
-            slopes, n
-        )  # on a card the quotient by a number is a product, and rounds twice
+        # by a tensor: a card multiplies by the reciprocal of a number, which rounds twice
+        slopes = slopes / torch.full_like(slopes, estimator.num_estimates)
         made = [
             update(at, slopes.unbind(), epses[0], rate, eps, decay)
             for rate, eps, decay in zip(self._rates.unbind(), epses, self._decays)
@@ -141,6 +152,7 @@ class CapturedStep:
             [torch.where(are_finite, scale, self._fixed(terms)) for scale, terms in zip(scales, back)],
             self._decays,
         )
+        weights.point = HOME
         self.loss.copy_(torch.stack(losses).mean())
         self.projected_grad.copy_(torch.where(are_finite, slopes.sum(), torch.nan))
 
