@@ -19,7 +19,7 @@ to mix, 24 to put in order and 40 for the pass, 246 instructions and 2.2 times t
 Measured on a processor with AVX2 alone, both compiled in one process, 2^16 elements in cache, one thread, the ratio of
 the fastest of 61 turns: float32 2.58, bfloat16 2.30, float16 2.29, with stochastic rounding 1.75 and 1.47, without
 instructions beyond SSE2 2.81, 2.15 and 1.62; Rademacher 1.10 and less. From memory float32 2.4, bfloat16 2.0. On a card
-25 to 32 instructions. Philox took two registers of counters at a time, which spilled once its seven rounds were
+26 to 34 instructions. Philox took two registers of counters at a time, which spilled once its seven rounds were
 unrolled: one at a time gained a sixth.
 """
 

@@ -122,7 +122,8 @@ def candidates(case: Case, device: torch.device) -> Candidates:
         mask = torch.ones(case.batch, case.tokens, dtype=torch.bool, device=device)
         mask[1::2, -(case.tokens // 4) :] = False
     dout = torch.randn(q.shape, device=device).to(dtype)
-    fixed = (list(range(case.window)), False, case.dropout, SEED, BLOCK)  # slots, causal, dropout, seed, block
+    seed = torch.tensor(SEED, device=q.device)
+    fixed = (list(range(case.window)), False, case.dropout, seed, BLOCK)  # slots, causal, dropout, seed, block
 
     @torch.no_grad()
     def plain() -> Any:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -63,7 +64,7 @@ KERNELS = {
 }
 WINDOW_ATTENTION_TYPES = {
     **{"mask_ptr": "*i1", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dp_ptr": "*fp32", "scale": "fp32"},
-    **dict.fromkeys(("slots", "seed", "ordinal", "last_dropped"), "i64"),
+    **{"seed_ptr": "*i64", **dict.fromkeys(("slots", "ordinal", "last_dropped"), "i64")},
 }
 ROW_TYPES = {"order_ptr": "*i64", "table_ptr": "*i64"}
 # what stands beside operands in half precision: factors but for the one of the inner loop, p, q, and gradients
@@ -76,7 +77,9 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     **dict.fromkeys(("siva_linear_bwd_partials", "siva_linear_bwd_sum"), _SUMS),
     **dict.fromkeys(("siva_linear_mixed_fwd", "siva_linear_mixed_bwd_dx"), _MIXED),
     "siva_linear_mixed_bwd_partials": {**ROW_TYPES, **_SUMS},
-    "mezo_perturb": {"seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_ptr": "*fp64", "offset": "i64", "numel": "i64"},
+    "mezo_perturb": {
+        **{"table_ptr": "*i64", "tensor_ptr": "*i32", "seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_bits": "i64"}
+    },
     "window_attention_fwd": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
@@ -85,9 +88,21 @@ KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
 ANY = (  # but not counts, rows of R and what does not specialise
-    *("M", "R", "splits", "stride_pm", "stride_pr", "stride_un", "stride_vk", "num_terms", "size", "size_u"),
+    *(
+        "M",
+        "R",
+        "splits",
+        "stride_pm",
+        "stride_pr",
+        "stride_un",
+        "stride_vk",
+        "num_terms",
+        "keep_bits",
+        "size",
+        "size_u",
+    ),
     *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
-    *("H", "T", "S", "parts", "slots", "absent", "seed", "ordinal", "last_dropped", "scale"),
+    *("H", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -181,12 +196,15 @@ def siva_linear_variants(arch: str) -> Iterator[Variant]:
             yield Variant("siva_linear_bwd_sum", arch, dtype, shape, tiles.SUM_WARPS, num_stages=1)
 
 
+MEZO_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "i16": tl.int16, "fp16": tl.float16}  # bfloat16 goes as its bits
+
+
 def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
     """Both kinds of noise in every dtype; half precision rounds stochastically, which takes the most registers."""
-    for dtype in ("fp32", "fp64", "i16", "fp16"):
+    for dtype in MEZO_DTYPES:
         for is_rademacher in (False, True):
             constants = {
-                "IS_BF16": dtype == "i16",  # bfloat16 goes as its bits
+                "dtype": MEZO_DTYPES[dtype],
                 "IS_RADEMACHER": is_rademacher,
                 "IS_STOCHASTIC": dtype in ("i16", "fp16"),
                 "BLOCK_Q": tiles.MEZO_PERTURB.block_q,
@@ -306,7 +324,7 @@ def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, str]:
 
 def gaussian_per_element(arch: str, dtype: str) -> float:
     """Instructions that a thread of the Triton pass executes for an element: of one term, rounded to nearest."""
-    constants = {"IS_BF16": dtype == "i16", "IS_RADEMACHER": False, "IS_STOCHASTIC": False}
+    constants = {"dtype": MEZO_DTYPES[dtype], "IS_RADEMACHER": False, "IS_STOCHASTIC": False}
     tile = tiles.MEZO_PERTURB
     constants |= {"BLOCK_Q": tile.block_q}
     compiled = compile_variant(Variant("mezo_perturb", arch, dtype, constants, tile.num_warps, num_stages=3))
@@ -314,9 +332,7 @@ def gaussian_per_element(arch: str, dtype: str) -> float:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         code = _run("cuobjdump", "--dump-sass", cubin)
-    return executed(code, [("", 0), (_BEND, 0), (_BEND, -1), ("^EXIT", -1)]) / (
-        8 * tile.block_q / (32 * tile.num_warps)
-    )
+    return executed(code, [("", 0), (_BEND, 0), (_BEND, -1), ("EXIT", 0)]) / (8 * tile.block_q / (32 * tile.num_warps))
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:

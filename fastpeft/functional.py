@@ -291,7 +291,7 @@ def window_attention(
     slots: Sequence[int] | None = None,
     causal: bool = False,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     block: int = 0,
 ) -> Tensor:
     r"""Attention of T queries over the k * T keys of a window of features, without that window in memory.
@@ -308,7 +308,8 @@ def window_attention(
         slots: which of the k slots the rows of c are, ascending. None where all are real (S = k).
         causal: whether a query sees, in every slot, only the tokens up to its own.
         dropout: probability in [0, 1) with which an element of c is dropped; what is kept is scaled by `1/(1 - p)`.
-        seed: 0 to 2^63 - 1, of the dropout's noise.
+        seed: 0 to 2^63 - 1, of the dropout's noise. It may be an int64 tensor of one element on the device of q, read
+            when the kernels run, unchecked: replaying a CUDA graph that captured them takes the value it holds by then.
         block: number of the side block, from 0, which with the slot selects the noise.
 
     All operands are brought to the dtype of q, under autocast to autocast's dtype.
@@ -348,20 +349,28 @@ def window_attention(
             f"window_attention: slots {list(slots)} of {p.shape[0]}; allowed are different slots of at most "
             f"{MAX_WINDOW}, from 0 and in ascending order."
         )
-    if not 0 <= dropout < 1 or not 0 <= seed < 2**63 or not 0 <= block < 2**28:
+    is_seed = _is_seed_on(seed, q.device) if isinstance(seed, Tensor) else 0 <= seed < 2**63
+    if not 0 <= dropout < 1 or not is_seed or not 0 <= block < 2**28:
         raise FastpeftError(
             f"window_attention: dropout is {dropout}, seed {seed} and block {block}; allowed are 0 <= dropout < 1, "
-            "0 <= seed < 2^63 and 0 <= block < 2^28."
+            "0 <= seed < 2^63 or an int64 tensor of one element on the device of q, and 0 <= block < 2^28."
         )
     _check_kinds("window_attention", q.device, "q c p", q, c, p)
     if mask is not None and mask.device != q.device:
         raise FastpeftError(f"window_attention: mask is on {mask.device} and q on {q.device}; put them on one device.")
     dtype = compute_dtype(q, q)
+    noise = None
+    if dropout > 0:
+        noise = seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):  # which would undo the accumulation in float32
         out, _ = torch.ops.fastpeft.window_attention(
-            q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, seed, block
+            q.to(dtype), c.to(dtype), p.to(dtype), mask, list(slots), causal, dropout, noise, block
         )
     return out
+
+
+def _is_seed_on(seed: Tensor, device: torch.device) -> bool:
+    return seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
 
 
 def mezo_perturb_(

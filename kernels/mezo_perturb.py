@@ -4,15 +4,23 @@
 
 The bits are those of `fastpeft.ops.noise`, which states the contract; the lines follow `csrc/normal.h` and
 `csrc/storage.h` in the same order. Every float32 operation is rounded by itself: the compiler's contraction is off.
-bfloat16 goes as its bits, since casts in Triton's interpreter truncate and lose subnormals. One launch for each tensor;
-the compiled module `fastpeft._C_cuda`, where it was built, takes one for all.
+bfloat16 goes as its bits, since casts in Triton's interpreter truncate and lose subnormals.
 
-For sm_90 the Gaussian pass is compiled to 25 (float16), 27 (float32) and 32 instructions (bfloat16) an element.
+All tensors of a dtype take one launch: a table in the card's memory has their addresses and places in the noise, and
+another the tensor of each program. Both are made once for a list of tensors, and kept as long as these lie where they
+lay. A thread moves 16 bytes at once where all that its program moves lies inside the tensor and on 16 bytes.
+
+For sm_90 the Gaussian pass is compiled to 26 (float16), 28 (float32) and 34 instructions (bfloat16) an element.
 
 Source: MeZO (Malladi et al., 2023, arXiv 2305.17333); Philox (Salmon et al., 2011).
 """
 
 from __future__ import annotations
+
+import itertools
+import struct
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -110,42 +118,84 @@ def _narrow(x, dtype: tl.constexpr, IS_BF16: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep_bits"])
 def _mezo_perturb_kernel(
-    p_ptr,
+    table_ptr,
+    tensor_ptr,
     seeds_ptr,
     scales_ptr,
-    keep_ptr,
-    offset,
-    numel,
+    keep_bits,
     num_terms,
-    IS_BF16: tl.constexpr,
+    dtype: tl.constexpr,
     IS_RADEMACHER: tl.constexpr,
     IS_STOCHASTIC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    # 1. This program's counters, and where their elements lie in the tensor: the first may begin before it.
-    element_type: tl.constexpr = p_ptr.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if element_type == tl.float64 else tl.float32
-    first_q = offset // 8 + tl.program_id(0).to(tl.int64) * BLOCK_Q
+    # 1. This program's tensor, its counters, and where their elements lie: the first may begin before the tensor.
+    IS_BF16: tl.constexpr = dtype == tl.int16
+    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    row = table_ptr + 4 * tl.load(tensor_ptr + tl.program_id(0)).to(tl.int64)
+    address, offset, numel, first_program = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    first_q = offset // 8 + (tl.program_id(0) - first_program) * BLOCK_Q
+    first_e = first_q * 8 - offset
     q = first_q + tl.arange(0, BLOCK_Q)
-    offs_e = first_q * 8 - offset + tl.arange(0, 8 * BLOCK_Q)
-    mask_e = (offs_e >= 0) & (offs_e < numel)
+    p_ptr = address.to(tl.pointer_type(dtype), bitcast=True) + first_e
+    is_wide = (first_e >= 0) & (first_e + 8 * BLOCK_Q <= numel) & (p_ptr.to(tl.int64, bitcast=True) % 16 == 0)
+    if is_wide:
+        p = tl.load(tl.multiple_of(p_ptr, 16) + tl.arange(0, 8 * BLOCK_Q))
+    else:
+        offs_e = first_e + tl.arange(0, 8 * BLOCK_Q)
+        p = tl.load(p_ptr + tl.arange(0, 8 * BLOCK_Q), mask=(offs_e >= 0) & (offs_e < numel), other=0)
 
     # 2. Term after term, each rounded to storage; what a decay leaves goes with the first.
-    p = tl.load(p_ptr + offs_e, mask=mask_e, other=0)
-    keep = tl.load(keep_ptr).to(compute)
+    keep = keep_bits.to(tl.int64).to(tl.float64, bitcast=True).to(compute)
     for term in range(num_terms):
         seed = tl.load(seeds_ptr + term)
         scale = tl.load(scales_ptr + term).to(compute)
         z = _rademacher(q, seed) if IS_RADEMACHER else _gaussian(q, seed)
-        kept = _widen(p, IS_BF16) * keep
+        kept = _widen(p, IS_BF16) * tl.where(term == 0, keep, 1.0)
         value = kept + z.to(compute) * scale
         if IS_STOCHASTIC:
             value = _round_stochastic(value, _rounding_words(q, seed), IS_BF16)
-        p = _narrow(value, element_type, IS_BF16)
-        keep = tl.full((), 1.0, compute)
-    tl.store(p_ptr + offs_e, p, mask=mask_e)
+        p = _narrow(value, dtype, IS_BF16)
+    if is_wide:
+        tl.store(tl.multiple_of(p_ptr, 16) + tl.arange(0, 8 * BLOCK_Q), p)
+    else:
+        offs_e = first_e + tl.arange(0, 8 * BLOCK_Q)
+        tl.store(p_ptr + tl.arange(0, 8 * BLOCK_Q), p, mask=(offs_e >= 0) & (offs_e < numel))
+
+
+_ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.int16, torch.float32: tl.float32, torch.float64: tl.float64}
+_MOST_TABLES = 512  # of lists of tensors; with `restore="exact"` MeZO has one for each module
+_captured: dict[int, _Table] = {}  # those that CUDA graphs read at each replay, which may be any time later
+
+
+class _Table(NamedTuple):
+    """Where the tensors of a launch lie.
+
+    Attributes:
+        tensors: `(n, 4)` int64: of each its address, its offset in the noise, its elements and its first program.
+        of_program: `(programs,)` int32: the tensor of each program.
+    """
+
+    tensors: Tensor
+    of_program: Tensor
+
+
+@lru_cache(maxsize=_MOST_TABLES)
+def _table(places: tuple[tuple[int, int, int], ...], device: torch.device) -> _Table:
+    """The table of tensors that lie at `places`: address, offset and elements of each."""
+    octets = [(offset + numel + 7) // 8 - offset // 8 for _, offset, numel in places]
+    programs = [triton.cdiv(count, MEZO_PERTURB.block_q) for count in octets]
+    firsts = itertools.accumulate(programs[:-1], initial=0)
+    of_program = torch.arange(len(places), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+    tensors = torch.tensor([(*place, first) for place, first in zip(places, firsts)], dtype=torch.int64)
+    return _Table(tensors.to(device), of_program.to(device))
+
+
+def _bits(*numbers: float) -> tuple[int, ...]:
+    """Doubles as integers of the same bits: a launcher of Triton rounds a number to float32."""
+    return struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
 
 
 def mezo_perturb_replay_(
@@ -167,32 +217,40 @@ def mezo_perturb_replay_(
         decay: a = 1 - decay for the first term, 1 for the others.
         noise: "gaussian" or "rademacher".
         rounding: "nearest" or "stochastic"; float32 and float64 are stored as computed.
+
+    Notes:
+        One launch for each dtype, and a copy to and from for each tensor that is not contiguous. A CUDA graph captures
+        it once it has run on these tensors, if all are contiguous: a table is not made while a graph is captured.
     """
-    keep = torch.full((), 1.0 - decay, dtype=torch.float64, device=seeds.device)
-    for param, offset in zip(params, offsets):
-        if param.numel() == 0:
-            continue
-        # C order of the logical tensor: a view, or a copy that is written back; a reshape may be a view with gaps
-        flat = param.contiguous().view(-1)
-        octets = (offset + flat.numel() + 7) // 8 - offset // 8
-        with device_of(param):
-            _mezo_perturb_kernel[(triton.cdiv(octets, MEZO_PERTURB.block_q),)](
-                flat.view(torch.int16) if param.dtype == torch.bfloat16 else flat,
+    # C order of the logical tensor: itself, or a copy that is written back
+    dense = [param.contiguous() for param in params]
+    for dtype in dict.fromkeys(flat.dtype for flat in dense if flat.numel()):
+        places = tuple(
+            (flat.data_ptr(), offset, flat.numel())
+            for flat, offset in zip(dense, offsets)
+            if flat.dtype == dtype and flat.numel()
+        )
+        table = _table(places, seeds.device)
+        if seeds.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured[id(table)] = table
+        with device_of(seeds):
+            _mezo_perturb_kernel[(table.of_program.numel(),)](
+                table.tensors,
+                table.of_program,
                 seeds,
                 scales,
-                keep,
-                offset,
-                flat.numel(),
+                *_bits(1.0 - decay),
                 seeds.numel(),
-                IS_BF16=param.dtype == torch.bfloat16,
+                dtype=_ELEMENTS[dtype],
                 IS_RADEMACHER=noise == "rademacher",
-                IS_STOCHASTIC=rounding == "stochastic" and param.element_size() == 2,
+                IS_STOCHASTIC=rounding == "stochastic" and dtype.itemsize == 2,
                 BLOCK_Q=MEZO_PERTURB.block_q,
                 num_warps=MEZO_PERTURB.num_warps,
                 enable_fp_fusion=False,
             )
-        if not param.is_contiguous():
-            param.copy_(flat.view(param.shape))
+    for param, flat in zip(params, dense):
+        if flat is not param and not param.is_contiguous():
+            param.copy_(flat)
 
 
 def mezo_perturb_(
@@ -204,14 +262,16 @@ def mezo_perturb_(
     noise: str = "gaussian",
     rounding: str = "nearest",
 ) -> None:
-    """`mezo_perturb_replay_` with the terms as numbers, which are copied to the device."""
+    """`mezo_perturb_replay_` with the terms as numbers, which go to the device in one copy."""
+    terms = torch.tensor([seeds, _bits(*scales)], dtype=torch.int64)
     for device in dict.fromkeys(param.device for param in params):
         here = [(param, offset) for param, offset in zip(params, offsets) if param.device == device]
-        terms = (torch.tensor(seeds, dtype=torch.int64), torch.tensor(scales, dtype=torch.float64))
+        on_device = terms.to(device, non_blocking=True)
         mezo_perturb_replay_(
             [param for param, _ in here],
             [offset for _, offset in here],
-            *(term.to(device) for term in terms),
+            on_device[0],
+            on_device[1].view(torch.float64),
             decay,
             noise,
             rounding,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +19,13 @@ from fastpeft.kernels.philox import in_order, random_words
 from fastpeft.ops import noise as contract
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-UNSPECIALISED = ["slots", "absent", "seed", "ordinal", "last_dropped"]  # differ from block to block and step to step
+UNSPECIALISED = [
+    "slots",
+    "absent",
+    "seed_ptr",
+    "ordinal",
+    "last_dropped",
+]  # differ from block to block and step to step
 _SLOT_BITS = tl.constexpr(4)  # of a slot's number, where a list of slots is one integer
 BLOCK_SLOTS = tl.constexpr(16)  # keys of the tile of absent slots, more than a window has
 _DROPOUT = tl.constexpr(contract.STREAM_DROPOUT)
@@ -154,7 +161,7 @@ def operands(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> dict[str, Any]:
     """The arguments that all kernels take, by name."""
@@ -176,7 +183,7 @@ def operands(
         "D": width,
         "S": len(slots),
         "slots": sum(slot << (row * _SLOT_BITS.value) for row, slot in enumerate(slots)),
-        "seed": seed,
+        "seed_ptr": q.new_empty(1, dtype=torch.int64) if seed is None else seed,  # read where there is dropout
         "ordinal": 16 * block,
         "last_dropped": max(dropped - 1, 0),
         "scale": 1 / (1 - dropout),

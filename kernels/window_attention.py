@@ -103,7 +103,7 @@ def _window_attention_fwd_kernel(
     S,
     slots,
     absent,
-    seed,
+    seed_ptr,
     ordinal,
     last_dropped,
     scale,
@@ -118,7 +118,7 @@ def _window_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # 1. This program's queries: BLOCK_M rows of one sentence. What addresses are made of has 64 bits.
-    noise = (seed.to(tl.int64), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
+    noise = (tl.load(seed_ptr), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
     blocks_m = tl.cdiv(H * T, BLOCK_M)
     b = (tl.program_id(0) // blocks_m).to(tl.int64)
     first_m = tl.program_id(0) % blocks_m * BLOCK_M
@@ -172,7 +172,7 @@ def window_attention(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q C~^T) C~` over the k T keys of a window, and its log-sum-exp; `C~_i = dropout(C_i) + p_i`.

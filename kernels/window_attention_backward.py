@@ -59,7 +59,7 @@ def _window_attention_bwd_queries_kernel(
     parts,
     slots,
     absent,
-    seed,
+    seed_ptr,
     ordinal,
     last_dropped,
     scale,
@@ -76,7 +76,7 @@ def _window_attention_bwd_queries_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # 1. This program's queries, as in the forward.
-    noise = (seed.to(tl.int64), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
+    noise = (tl.load(seed_ptr), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
     blocks_m = tl.cdiv(H * T, BLOCK_M)
     b = (tl.program_id(0) // blocks_m).to(tl.int64)
     first_m = tl.program_id(0) % blocks_m * BLOCK_M
@@ -171,7 +171,7 @@ def _window_attention_bwd_keys_kernel(
     S,
     parts,
     slots,
-    seed,
+    seed_ptr,
     ordinal,
     last_dropped,
     scale,
@@ -187,7 +187,7 @@ def _window_attention_bwd_keys_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # 1. This program's keys: BLOCK_N tokens of one slot of one sentence. Sentences vary slowest, then slots.
-    noise = (seed.to(tl.int64), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
+    noise = (tl.load(seed_ptr), ordinal.to(tl.uint32), last_dropped.to(tl.uint32), scale)
     blocks_n = tl.cdiv(T, BLOCK_N)
     b = (tl.program_id(0) // (S * blocks_n)).to(tl.int64)
     row = tl.program_id(0) // blocks_n % S
@@ -241,7 +241,7 @@ def window_attention_backward(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
     need_dq: bool,
     need_dc: bool,

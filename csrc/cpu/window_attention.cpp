@@ -91,7 +91,7 @@ template <typename T>
 class Shared {
   public:
     Shared(const Tensor& q, const Tensor& c, const Tensor& p, std::optional<Tensor> mask, std::vector<int64_t> slots,
-           bool causal, double dropout, int64_t seed, int64_t block)
+           bool causal, double dropout, const std::optional<Tensor>& seed, int64_t block)
         : c_(c), mask_(std::move(mask)), slots_(std::move(slots)) {
         for (int64_t slot = 0; slot < p.size(0); ++slot) {
             if (std::find(slots_.begin(), slots_.end(), slot) == slots_.end()) absent_.push_back(slot);
@@ -112,7 +112,9 @@ class Shared {
         window.p = p_.data();
         window.causal = causal;
         window.drop = dropout > 0 ? choose_variant().drop : nullptr;
-        window.seed = seed;
+        STD_TORCH_CHECK(dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
+                        "window_attention takes a seed, one int64, where it drops elements");
+        window.seed = seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
         window.ordinal = 16 * block;
         const double threshold = std::nearbyint(dropout * 4294967296.0);
         const bool nothing = threshold > 4294967295.0;  // is kept
@@ -157,8 +159,8 @@ void attend(const Shared<T>& shared, const Tensor& q, const Tensor& out, const T
 }
 
 std::tuple<Tensor, Tensor> window_attention(Tensor q, Tensor c, Tensor p, std::optional<Tensor> mask,
-                                            std::vector<int64_t> slots, bool causal, double dropout, int64_t seed,
-                                            int64_t block) {
+                                            std::vector<int64_t> slots, bool causal, double dropout,
+                                            std::optional<Tensor> seed, int64_t block) {
     const bool is_float = is_for<float>(q, c, p, mask);
     if (!is_float && !is_for<BFloat16>(q, c, p, mask)) {
         const Tensors found =
@@ -199,8 +201,8 @@ void attend_backward(const Shared<T>& shared, const Tensor& dout, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor dout, Tensor q, Tensor c, Tensor p,
                                                              std::optional<Tensor> mask, Tensor out, Tensor lse,
                                                              std::vector<int64_t> slots, bool causal, double dropout,
-                                                             int64_t seed, int64_t block, bool need_dq, bool need_dc,
-                                                             bool need_dp) {
+                                                             std::optional<Tensor> seed, int64_t block, bool need_dq,
+                                                             bool need_dc, bool need_dp) {
     // that of a sum is one number in every place
     if (dout.dim() == 4 && dout.stride(3) != 1) dout = torch::stable::contiguous(dout);
     const bool is_float = is_for_backward<float>(dout, q, c, p, mask, out, lse);

@@ -228,11 +228,14 @@ class LadderModel(PreTrainedModel):
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
-        seed = blocks_seed = 0
+        seed: int | Tensor = 0
+        blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
-            seed = blocks_seed = int(torch.randint(2**63 - 1, (), device="cpu").item())
-        if seed and self.config.layer_drop and torch.is_grad_enabled():
-            blocks_seed = agreed(seed, device)  # or each process would wait for gradients that others do not have
+            seed = torch.randint(2**63 - 1, (), device=device)  # on it, so that a CUDA graph draws anew at each replay
+        if isinstance(seed, Tensor) and self.config.layer_drop:
+            blocks_seed = int(seed)
+            if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
+                blocks_seed = agreed(blocks_seed, device)
         return self.side_run(self.side, mask, seed, keep_states, blocks_seed)
 
     @contextlib.contextmanager

@@ -56,7 +56,7 @@ class WindowFusion(nn.Module):
         self.output = nn.Linear(width, width) if config.num_heads > 1 else None
         self.norm = nn.LayerNorm(width) if config.residual else None
 
-    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int | Tensor) -> Tensor:
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
         heads, head_dim = self.num_heads, width // self.num_heads
@@ -93,7 +93,7 @@ class GatedFusion(nn.Module):
         self.dropout = config.dropout
         self.alpha = nn.Parameter(torch.zeros(1))
 
-    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int | Tensor) -> Tensor:
         """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; mask and seed are those of a `WindowFusion`."""
         gate = torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
         return gate * theta + (1 - gate) * F.dropout(window[:, 0], self.dropout, self.training)
@@ -114,7 +114,9 @@ class SideBlock(nn.Module):
         self.feed_forward_out = nn.Linear(4 * width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
 
-    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int) -> Tensor:
+    def forward(
+        self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int | Tensor
+    ) -> Tensor:
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`."""
         return self.encode(self.fusion(theta, window, mask, seed), visible)
 
@@ -242,13 +244,14 @@ class SideNetwork(nn.Module):
             projected = self.projections[str(layer)](feature)
         return projected.chunk(len(readers), dim=-1)
 
-    def forward(self, features: Sequence[Tensor], mask: Tensor | None = None, seed: int = 0) -> Tensor:
+    def forward(self, features: Sequence[Tensor], mask: Tensor | None = None, seed: int | Tensor = 0) -> Tensor:
         """The output `(B, T, d)` for features that are all there.
 
         Args:
             features: `B_0 .. B_L`, each `(B, T, d)`.
             mask: bool `(B, T)`, True for tokens and False for padding; None is all True.
-            seed: decides, in training, which features and blocks are dropped; 0 drops no block.
+            seed: decides, in training, which features and blocks are dropped; 0 drops no block. A number, or an int64
+                tensor of one element on the device of the features.
         """
         run = SideRun(self, mask, seed)
         for layer, feature in enumerate(features):
@@ -266,7 +269,7 @@ class SideRun:
     Args:
         side: the side network; that of a `SideStack` has one more dimension in front of every tensor.
         mask: bool `(B, T)`, or None.
-        seed: decides, in training, which features and blocks are dropped; 0 drops no block.
+        seed: decides, in training, which features and blocks are dropped, as of `SideNetwork.forward`.
         keep_states: whether to keep every side state in `states`.
         blocks_seed: decides which blocks are dropped, instead of `seed`.
     """
@@ -275,7 +278,7 @@ class SideRun:
         self,
         side: SideNetwork,
         mask: Tensor | None,
-        seed: int,
+        seed: int | Tensor,
         keep_states: bool = False,
         blocks_seed: int | None = None,
     ) -> None:
@@ -289,10 +292,9 @@ class SideRun:
         self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
         self._next = 0
         self._in_bfloat16 = False
-        blocks_seed = seed if blocks_seed is None else blocks_seed
         self._dropped: set[int] = set()
-        if side.config.layer_drop and side.training and blocks_seed:
-            draw = random.Random(blocks_seed)
+        if side.config.layer_drop and side.training and (number := int(seed if blocks_seed is None else blocks_seed)):
+            draw = random.Random(number)
             self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < side.config.layer_drop}
 
     def feed(self, layer: int, feature: Tensor) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.noise import NOISE
 
+Number = Any  # a float, or a tensor that has one
 Point = tuple[int, int]
 Term = tuple[int, float]
 
@@ -122,20 +123,17 @@ def moves(start: Point, end: Point) -> list[Term]:
 
 
 def update(
-    point: Point, slopes: Sequence[float], first_eps: float, lr: float, eps: float, weight_decay: float
-) -> tuple[list[Term], float]:
+    point: Point, slopes: Sequence[Number], first_eps: float, lr: Number, eps: float, decay: float
+) -> list[tuple[int, Number]]:
     """The terms of one pass that restores and updates: from `point` to `(1 - decay) theta - lr sum slope_i z_i`.
 
     Args:
         point: where the weights are.
         slopes: those of the first group that has parameters, in which the losses were taken over `first_eps`.
-        first_eps, lr, eps, weight_decay: of that group and of this one.
-
-    Returns:
-        The terms, and `decay = lr * weight_decay`, which goes with the first of them.
+        first_eps, lr, eps: of that group and of this one.
+        decay: learning rate times weight decay of this group; it goes with the first term.
     """
     draw, position = point
-    decay = lr * weight_decay
     own = [slope * (first_eps / eps) for slope in slopes]
     first = (draw, -position * (1 - decay) * eps - lr * own[draw])
-    return [first, *((other, -lr * slope) for other, slope in enumerate(own) if other != draw)], decay
+    return [first, *((other, -lr * slope) for other, slope in enumerate(own) if other != draw)]

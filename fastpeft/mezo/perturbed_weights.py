@@ -133,7 +133,8 @@ class PerturbedWeights:
         passes = []
         for group, _ in self.groups():
             lr = float(group["lr"])
-            terms, decay = update(stored, slopes, first_eps, lr, group["eps"], group["weight_decay"])
+            decay = lr * group["weight_decay"]
+            terms = update(stored, slopes, first_eps, lr, group["eps"], decay)
             passes.append(Pass([drawn[draw] for draw, _ in terms], [scale for _, scale in terms], decay))
         return passes
 

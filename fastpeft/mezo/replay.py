@@ -96,7 +96,8 @@ def _passes(
                 scales.append(scale * eps)
             at = point
         if record.kind == Kind.MADE:
-            terms, decays = update(at, record.slopes, first_eps, record.rates[index], eps, group["weight_decay"])
+            decays = record.rates[index] * group["weight_decay"]
+            terms = update(at, record.slopes, first_eps, record.rates[index], eps, decays)
             if decays:
                 yield seeds, scales, decay
                 seeds, scales, decay = [], [], decays

@@ -12,9 +12,15 @@ from fastpeft.ops.define import define
 
 
 @torch.no_grad()
-def feature_dropout_reference(c: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> None:
-    """Set dropped elements of c `(B, S, T, D)` to 0 and multiply the others by `1 / (1 - dropout)`, in place."""
+def feature_dropout_reference(
+    c: Tensor, slots: Sequence[int], dropout: float, seed: int | Tensor | None, block: int
+) -> None:
+    """Set dropped elements of c `(B, S, T, D)` to 0 and multiply the others by `1 / (1 - dropout)`, in place.
+
+    The seed is a number or a tensor that has one, None where nothing is dropped.
+    """
     if dropout > 0:
+        assert seed is not None
         batch, real, tokens, width = c.shape
         ordinals = [16 * block + slot for slot in slots]
         kept = noise_contract.kept(batch * tokens * width, dropout, seed, ordinals, c.device)

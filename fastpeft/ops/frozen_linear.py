@@ -46,21 +46,22 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     packed = packs.of(weight, dtype, rows=rows_of(x)) if x.dtype == dtype else None
     if packed is None and not is_widened(x):
         return F.linear(x, weight, bias)
-    factor = weight.to(dtype) if packed is None else packed
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, factor)
+        h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)
         return h
-    return product(x, factor, bias)
+    return _product(x, weight, bias, packed)
 
 
 class _FrozenLinear(torch.autograd.Function):
     """The gradients of `frozen_linear`, of x and of the bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, factor: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs, packed: Tensor | None
+    ) -> Tensor:
         ctx.packs = packs
         ctx.save_for_backward(weight)  # so that a change before backward is an error, as it is for F.linear
-        return product(x, factor, bias)
+        return _product(x, weight, bias, packed)
 
     @staticmethod
     @once_differentiable
@@ -70,10 +71,14 @@ class _FrozenLinear(torch.autograd.Function):
         dx = dbias = None
         if need_dx:
             packed = ctx.packs.of(weight, dh.dtype, transposed=True, rows=rows_of(dh))
-            dx = times(dh, weight.to(dh.dtype) if packed is None else packed)
+            dx = times(dh, weight.to(dh.dtype)) if packed is None else packed_linear(dh, packed, None)
         if need_dbias:
             dbias = as_matrix(dh).sum(0)
         return dx, None, dbias, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
+    return product(x, weight.to(x.dtype), bias) if packed is None else packed_linear(x, packed, bias)
 
 
 class Packed:
@@ -97,7 +102,21 @@ class Packed:
 
     @property
     def weight(self) -> Any:
-        """The parameter, with its values."""
+        """The parameter, with its values. Who reads it may change them by `weight.data`, which a card does not show."""
+        weight = self._own_weight()
+        if weight.is_cuda:
+            self.packs.drop()
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    def _own_weight(self) -> Any:
         weight = self._parameters.get("weight")
         if weight is None:  # FSDP1 takes the parameter away and sets a view of its own
             return self.__dict__["weight"]
@@ -108,14 +127,6 @@ class Packed:
             self._parameters["weight"] = weight
             self._values = _stamp(weight), self._values[1]
         return weight
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.__dict__["weight"] = value
-
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["weight"]
 
     def stamp(self) -> Stamp:
         """A cheap value that changes with the weight's values, but not when the pack takes their place."""
@@ -130,7 +141,7 @@ class Packed:
         if stored is not None and stored.is_mkldnn and not needs_dx and x.dtype == compute_dtype(x, x) == stored.dtype:
             return packed_linear(x, stored.data, self.bias)
         del stored
-        weight = self.weight
+        weight = self._own_weight()
         # a fake weight that a pack would replace stands for as many bytes by itself
         replaced = isinstance(weight, FakeTensor) and not self.keeps_weight
         if weight.requires_grad or replaced or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -249,7 +260,8 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
     Notes:
         Packs are made at first use and take as many bytes as the weight, twice that where gradients pass through. They
         are not saved, copied or moved. A weight that changes is packed again; a change of a few entries through
-        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a CPU alone; elsewhere nothing changes.
+        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a card the only pack is the copy that
+        autocast would make at each call.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)

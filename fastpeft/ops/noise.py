@@ -53,7 +53,9 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int) -> Tensor:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor], rounds: int
+) -> Tensor:
     """Philox4x32: four int64 tensors `(n,)` of 32-bit words to `(n, 4)` random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -111,8 +113,13 @@ def rademacher(first: int, count: int, seed: int, device: torch.device | str = "
 NOISE = {"gaussian": gaussian, "rademacher": rademacher}
 
 
-def kept(count: int, p: float, seed: int, ordinals: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Which of `count` elements dropout with probability p keeps, for each ordinal: bool `(len(ordinals), count)`."""
+def kept(
+    count: int, p: float, seed: int | Tensor, ordinals: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Which of `count` elements dropout with probability p keeps, for each ordinal: bool `(len(ordinals), count)`.
+
+    The seed may be an int64 tensor of one element.
+    """
     q = torch.arange((count + 3) // 4, device=device).repeat(len(ordinals))
     ordinal = torch.tensor(ordinals, dtype=torch.long, device=device).repeat_interleave((count + 3) // 4)
     counter = (q & _MASK, q >> 32, torch.full_like(q, STREAM_DROPOUT), ordinal)

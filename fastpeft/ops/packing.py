@@ -3,6 +3,8 @@
 A product on a CPU reorders its weight at every call, because the weight may have changed. One that is frozen has not:
 oneDNN packs it once. A pack is a copy in another layout and perhaps another dtype. It is made at first use, never
 saved or copied, and dropped when the weight changes.
+
+On a card a product reads a weight as it lies. Autocast would cast it at every call; there the pack is the cast copy.
 """
 
 from __future__ import annotations
@@ -45,6 +47,16 @@ def multiplies_in(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32 or (dtype is torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()))
+
+
+def can_lower(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a copy of this weight in `dtype` is kept: on a card, where that is another than its own."""
+    return (
+        (type(weight) in _PLAIN or isinstance(weight, FakeTensor))
+        and weight.device.type == "cuda"
+        and weight.dtype is not dtype
+        and not torch.compiler.is_compiling()
+    )
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -128,8 +140,9 @@ class Packs:
 
     Notes:
         A change of the weight is noticed by its place, version, dtype and some sampled entries: the last see what
-        writes `weight.data += delta`, as PEFT's merge does, which leaves place and version alone. Copies and pickles
-        of packs are empty.
+        writes `weight.data += delta`, as PEFT's merge does, which leaves place and version alone. On a card no entry
+        is looked at, since that would wait for it: before such a write call `drop`. Copies and pickles of packs are
+        empty.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -148,6 +161,9 @@ class Packs:
 
         None where there is none to be had, and where a product of so many rows is faster without one.
         """
+        if self.enabled and can_lower(weight, dtype):
+            lowered = self._lowered(weight, dtype)
+            return lowered.t() if transposed else lowered
         found = self._packed.get((dtype, transposed))
         if found is None and not (self.enabled and can_pack(weight, dtype)):
             return None
@@ -163,6 +179,16 @@ class Packs:
         matrix = weight.detach().t() if transposed else weight
         found = self._packed[dtype, transposed] = pack(matrix.to(dtype))
         return found
+
+    def _lowered(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy in another dtype, noticing a change without waiting for the device."""
+        place = None if isinstance(weight, FakeTensor) else weight.data_ptr()
+        if (place, *_signature(weight)) != self._signature:
+            self.drop()
+            self._signature = (place, *_signature(weight))
+        if (dtype, False) not in self._packed:
+            self._packed[dtype, False] = weight.detach().to(dtype)
+        return self._packed[dtype, False]
 
     def codes(self, weight: Tensor) -> Codes:
         """`weight` `(N, K)` in int8, as `fastpeft::int8_linear` takes it."""

@@ -24,7 +24,7 @@ def window_attention_reference(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
@@ -50,7 +50,7 @@ def window_attention_backward_reference(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
     need_dq: bool,
     need_dc: bool,
@@ -104,7 +104,7 @@ def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, devic
 
 
 def _window_keys(
-    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
 ) -> Tensor:
     """The keys of all heads, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -135,7 +135,7 @@ def window_attention_aten(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, by PyTorch's fused attention, which holds one tile of the scores at a time."""
@@ -162,7 +162,7 @@ def window_attention_backward_aten(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
     need_dq: bool,
     need_dc: bool,
@@ -206,9 +206,13 @@ def window_attention_backward_aten(
         dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
     if need_dc:
         if dropout > 0:
-            torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, seed, block)
+            torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, _number(seed), block)
         dc = dreal.to(c.dtype)
     return dq, dc, dp
+
+
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,7 +224,9 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(batch, 1, heads * tokens, width).contiguous()
 
 
-def _fused_keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> Tensor:
+def _fused_keys(
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
+) -> Tensor:
     """The keys, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last, without a copy."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, real, tokens, width = c.shape
@@ -229,7 +235,7 @@ def _fused_keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: 
     window = keys[:, 0, : real * tokens].unflatten(1, (real, tokens))
     if dropout > 0:
         c = window.copy_(c)
-        torch.ops.fastpeft.feature_dropout_(c, slots, dropout, seed, block)
+        torch.ops.fastpeft.feature_dropout_(c, slots, dropout, _number(seed), block)
     torch.add(c, p[list(slots), None], out=window)
     keys[:, 0, real * tokens :] = p[absent]
     return keys
@@ -268,7 +274,7 @@ def _window_attention_shapes(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -285,7 +291,7 @@ def _window_attention_backward_shapes(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
     need_dq: bool,
     need_dc: bool,
@@ -298,11 +304,11 @@ def _window_attention_backward_shapes(
     )
 
 
-# out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is a SymInt,
-# so that a compiled model does not compile again for each step's seed
+# out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is one int64
+# on the device of q, which a replayed CUDA graph reads anew, None where nothing is dropped
 define(
     "window_attention",
-    "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, SymInt seed, int block) "
+    "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, Tensor? seed, int block) "
     "-> (Tensor, Tensor)",
     shapes=_window_attention_shapes,
     reference=window_attention_reference,
@@ -314,7 +320,7 @@ define(
 define(
     "window_attention_backward",
     "(Tensor dout, Tensor q, Tensor c, Tensor p, Tensor? mask, Tensor out, Tensor lse, int[] slots, bool causal, "
-    "float dropout, SymInt seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)",
+    "float dropout, Tensor? seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)",
     shapes=_window_attention_backward_shapes,
     reference=window_attention_backward_reference,
     aten=window_attention_backward_aten,
@@ -322,19 +328,20 @@ define(
 
 
 def _window_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, c, p, mask, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block = inputs
+    q, c, p, mask, ctx.slots, ctx.causal, ctx.dropout, seed, ctx.block = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, c, p, mask, out, lse)
+    ctx.save_for_backward(q, c, p, mask, out, lse, seed)
 
 
 def _window_attention_gradients(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
     needs = ctx.needs_input_grad[:3]
+    *saved, seed = ctx.saved_tensors
     gradients = torch.ops.fastpeft.window_attention_backward(
-        dout, *ctx.saved_tensors, ctx.slots, ctx.causal, ctx.dropout, ctx.seed, ctx.block, *needs
+        dout, *saved, ctx.slots, ctx.causal, ctx.dropout, seed, ctx.block, *needs
     )
     return (*(gradient if need else None for gradient, need in zip(gradients, needs)), *(None,) * 6)
 
@@ -355,7 +362,7 @@ def _window_attention_vmap(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """G attentions as one over G B rows, in which every slot is real and holds its own p.
@@ -381,7 +388,7 @@ def _window_attention_vmap(
         list(range(number)),
         causal,
         0.0,
-        seed,
+        None,
         block,
     )
     return (out.unflatten(0, (groups, batch)), lse.unflatten(0, (groups, batch))), (0, 0)

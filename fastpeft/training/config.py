@@ -273,7 +273,7 @@ class TrainConfig:
     )
     pack_weights: bool = option(
         TRAINING,
-        "Keep packed copies of frozen weights on a CPU: faster, for as many bytes again, or twice with gradients",
+        "Keep copies of frozen weights: on a CPU packed, twice with gradients, on a GPU under autocast cast",
         True,
     )
     optimizer_in_backward: bool = option(

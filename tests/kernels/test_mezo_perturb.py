@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bits import BITS, DTYPES, assert_same_bits
+from bits import BITS, DTYPES, assert_same_bits, bits, values
 from torch import Tensor
 
 from fastpeft.ops import noise, reference
 
 pytest.importorskip("triton")
+from launches import Recording
+
 from fastpeft.kernels import mezo_perturb as kernel
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
@@ -89,6 +91,40 @@ def test_strides_several_tensors_and_none(device: str) -> None:
     for one, other in zip(ours, theirs):
         assert torch.equal(one, other)
     assert ours[0].stride() == (1, 10)
+
+
+def test_all_tensors_of_a_dtype_take_one_launch(device: str) -> None:
+    """Less and more than a program's elements, on 16 bytes and off, whole programs among ragged ones."""
+    sizes, starts, offsets = (1, 5, 5000, 0, 4100, 2060, 64), (0, 3, 0, 1, 8, 2, 1), (0, 1, 6, 6, 2**40, 4_105, 7)
+    room = [values(n + 9, dtype, seed=n).to(device) for n in sizes for dtype in DTYPES]
+    places = [(start, n, offset) for start, n, offset in zip(starts, sizes, offsets) for _ in DTYPES]
+    ours = [storage[start : start + n] for storage, (start, n, _) in zip(room, places)]
+    around, theirs = [storage.clone() for storage in room], [param.clone() for param in ours]
+    args = ([offset for *_, offset in places], [7, 2**62 + 1], [1e-3, -2e-5], 0.3, "gaussian", "stochastic")
+    kernel.mezo_perturb_(ours, *args)
+    with Recording() as recorded:
+        kernel.mezo_perturb_(ours, *args)
+    assert recorded.counted.pop("_to_copy", 0) <= 1, "the terms of all launches go to the card together"
+    assert recorded.counted == {"_mezo_perturb_kernel": len(DTYPES)}
+    for _ in range(2):
+        reference.mezo_perturb_(theirs, *args)
+    for storage, before, (start, n, _), param, expected in zip(room, around, places, ours, theirs):
+        assert_same_bits(param, expected)
+        assert torch.equal(bits(storage)[:start], bits(before)[:start])
+        assert torch.equal(bits(storage)[start + n :], bits(before)[start + n :])
+
+
+def test_the_table_is_made_once_and_follows_tensors_that_move(device: str) -> None:
+    ours, theirs = [torch.zeros(n, device=device) for n in (9, 40)], [torch.zeros(n, device=device) for n in (9, 40)]
+    kernel._table.cache_clear()
+    for step in range(4):
+        if step == 2:
+            ours[0].data = ours[0].clone()
+        for perturb, params in ((kernel.mezo_perturb_, ours), (reference.mezo_perturb_, theirs)):
+            perturb(params, [0, 9], [step], [1.0], 0.0)
+    assert kernel._table.cache_info().misses == 2
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one, other)
 
 
 def test_no_terms_leave_a_tensor_as_it_is(device: str) -> None:

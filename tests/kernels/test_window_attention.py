@@ -37,6 +37,10 @@ def operands(
     return q, normal(batch, real, tokens, width), normal(window, width)
 
 
+def seed_on(q: Tensor) -> Tensor:
+    return torch.tensor(SEED, device=q.device)
+
+
 def attend(
     q: Tensor,
     c: Tensor,
@@ -45,7 +49,7 @@ def attend(
     slots: list[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The keys (B, N, D), the weights (B, H, T, N) and lse, composed of PyTorch's functions in the operands' dtype."""
@@ -104,7 +108,7 @@ def check(
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> None:
     """Launch both directions, twice for the same bits, and compare with float64."""
-    rest = (mask, list(range(p.shape[0])) if slots is None else slots, causal, dropout, SEED, BLOCK)
+    rest = (mask, list(range(p.shape[0])) if slots is None else slots, causal, dropout, seed_on(q), BLOCK)
     dout = in_nan(torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q))
     plain = gradients(composed, dout.clone(), q, c, p, *rest)
     terms = magnitudes(*(x.double() for x in (dout, q, c, p)), *rest)
@@ -191,7 +195,7 @@ def in_nan_mask(mask: Tensor) -> Tensor:
 def test_padding_is_not_read(dtype, device):
     q, c, p = operands(5, 1, 20, 16, 3, 2, dtype, device)
     mask = masks(5, 20, device)
-    rest = (mask, [0, 2], False, 0.0, SEED, BLOCK)
+    rest = (mask, [0, 2], False, 0.0, None, BLOCK)
     hidden = ~mask[:, None, :, None]
     results = []
     for poisoned in (c.masked_fill(hidden, 0), c.masked_fill(hidden, torch.nan)):
@@ -241,6 +245,7 @@ def test_the_dropout_of_the_reference(width, seed, block, device):
     q, c, p = operands(batch, 1, tokens, width, 3, 2, torch.float32, device)
     kept = noise.kept(batch * tokens * width, dropout, seed, [16 * block + slot for slot in slots], c.device)
     kept = kept.view(2, batch, tokens, width).transpose(0, 1)
+    seed = torch.tensor(seed, device=device)
     out, lse = window_attention(q, c, p, None, slots, False, dropout, seed, block)
     dout = torch.ones_like(q)
     _, dc, _ = window_attention_backward(
@@ -258,7 +263,7 @@ def test_the_dropout_of_the_reference(width, seed, block, device):
 @pytest.mark.parametrize("dropout", [1e-12, 1 - 1e-6])
 def test_dropout_of_almost_nothing_and_almost_all(dropout, device):
     q, c, p = operands(1, 1, 16, 16, 1, 1, torch.float32, device)
-    rest = (None, [0], False, dropout, SEED, BLOCK)
+    rest = (None, [0], False, dropout, seed_on(q), BLOCK)
     ours, theirs = window_attention(q, c, p, *rest)[0], reference.window_attention(q, c, p, *rest)[0]
     torch.testing.assert_close(ours, theirs)
 
@@ -285,7 +290,7 @@ def test_offsets_pass_32_bits(device):
     q, c, p = operands(1, 1, 5, 16, 1, 1, torch.float16, device)
     room = torch.empty(2**31 + 16, dtype=c.dtype, device=device)
     far = room.as_strided(c.shape, (0, 0, 2**29, 1)).copy_(c)
-    rest = (None, [0], False, 0.0, 0, 0)
+    rest = (None, [0], False, 0.0, None, 0)
     out, lse = window_attention(q, far, p, *rest)
     assert torch.equal(out, window_attention(q, c, p, *rest)[0])
     near, apart = (
@@ -298,11 +303,11 @@ def test_offsets_pass_32_bits(device):
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(0, 1, 3), (2, 0, 3), (2, 1, 0)])
 def test_empty_sizes(batch, heads, tokens, device):
     q, c, p = operands(batch, heads, tokens, 16, 3, 2, torch.float32, device)
-    out, lse = window_attention(q, c, p, None, [0, 1], False, 0.0, 0, 0)
+    out, lse = window_attention(q, c, p, None, [0, 1], False, 0.0, None, 0)
     assert out.shape == q.shape
     assert lse.shape == q.shape[:3]
     needs = (True, True, True)
-    found = window_attention_backward(out, q, c, p, None, out, lse, [0, 1], False, 0.0, 0, 0, *needs)
+    found = window_attention_backward(out, q, c, p, None, out, lse, [0, 1], False, 0.0, None, 0, *needs)
     for gradient, operand in zip(found, (q, c, p)):
         assert torch.equal(gradient, torch.zeros_like(operand))
 
@@ -314,7 +319,7 @@ def test_empty_sizes(batch, heads, tokens, device):
 )
 def test_what_the_kernels_leave_to_the_reference(width, dtype, device, monkeypatch):
     q, c, p = operands(1, 1, 3, width, 3, 3, dtype, device)
-    rest = (None, [0, 1, 2], False, 0.2, SEED, BLOCK)
+    rest = (None, [0, 1, 2], False, 0.2, seed_on(q), BLOCK)
     found, expected = window_attention(q, c, p, *rest), reference.window_attention(q, c, p, *rest)
     for ours, theirs in zip(found, expected):
         assert torch.equal(ours, theirs)

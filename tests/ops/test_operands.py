@@ -83,7 +83,7 @@ def window_attention(z: Sizes) -> list[Any]:
     real, window = z["slots"], z["slots"] + z["absent"]
     q, c = draw(z["b"], z["h"], z["t"], z["d"]), draw(z["b"], real, z["t"], z["d"])
     mask = torch.arange(z["b"] * z["t"]).view(z["b"], z["t"]) % 3 > 0
-    return [q, c, draw(window, z["d"]), mask, list(range(window - real, window)), True, 0.3, 5, 2]
+    return [q, c, draw(window, z["d"]), mask, list(range(window - real, window)), True, 0.3, torch.tensor(5), 2]
 
 
 def window_attention_backward(z: Sizes) -> list[Any]:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from instructions import PACKED_DTYPES
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastpeft.ops import packing as packing_module
+from fastpeft.ops.frozen_linear import frozen_linear, pack_layer
 from fastpeft.ops.packing import Packs, can_pack, dense, operand, packed_linear
 
 packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -118,3 +121,62 @@ def test_copies_and_pickles_of_packs_are_empty() -> None:
         assert other.enabled
     packs.drop()
     assert packs.nbytes == 0
+
+
+# -- on a card ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight on the CPU is treated as one on a card."""
+    monkeypatch.setattr(packing_module, "can_lower", lambda weight, dtype: weight.dtype is not dtype)
+
+
+def test_a_card_keeps_one_copy_of_a_weight_for_autocast() -> None:
+    with FakeTensorMode():
+        weight, packs = nn.Parameter(torch.empty(9, 8, device="cuda"), requires_grad=False), Packs()
+        for dtype in (torch.bfloat16, torch.float16):
+            copy_of = packs.of(weight, dtype)
+            assert copy_of is not None
+            assert (copy_of.dtype, copy_of.shape) == (dtype, (9, 8))
+            assert packs.of(weight, dtype) is copy_of
+        assert packs.of(weight, torch.float32) is None  # a product reads it as it lies
+        assert Packs(enabled=False).of(weight, torch.bfloat16) is None
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+@pytest.mark.parametrize("change", [add_in_place, replace_data, transpose_data])
+def test_a_change_of_a_weight_on_a_card_is_noticed(change: Callable[[Tensor], None]) -> None:
+    """But for what writes through `weight.data` alone, which only a look at the entries shows."""
+    weight, packs = weight_of(9, 9), Packs()
+    before = packs.of(weight, torch.bfloat16)
+    change(weight)
+    after = packs.of(weight, torch.bfloat16)
+    assert after is not None
+    assert after is not before
+    assert torch.equal(after, weight.bfloat16())
+    add_to_data(weight)
+    packs.drop()
+    assert torch.equal(operand(weight, packs, torch.ones(2, 9).bfloat16()), weight.bfloat16())
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+def test_a_frozen_layer_on_a_card_computes_by_its_copy() -> None:
+    weight, x = weight_of(6, 5), torch.randn(3, 5, requires_grad=True)
+    packs, bias = Packs(), torch.randn(6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = frozen_linear(x, weight, bias, packs), nn.functional.linear(x, weight, bias)
+    assert torch.equal(found, expected)
+    for one, other in zip(*(torch.autograd.grad(h.sum(), (x, bias)) for h in (found, expected))):
+        torch.testing.assert_close(one, other)
+    assert packs.nbytes == 2 * 6 * 5
+
+
+def test_who_reads_the_weight_of_a_layer_on_a_card_may_change_it() -> None:
+    """As PEFT's merge does, by `layer.weight.data += delta`."""
+    with FakeTensorMode():
+        layer = nn.Linear(8, 9, device="cuda").requires_grad_(False)
+        assert pack_layer(layer)
+        assert layer.packs.of(layer._parameters["weight"], torch.bfloat16) is not None
+        layer.weight.data += 1
+        assert layer.packs.nbytes == 0

@@ -71,7 +71,7 @@ def test_equals_loops_over_every_key(data: st.DataObject, window: int, heads: in
     bits = data.draw(st.lists(st.booleans(), min_size=2 * tokens, max_size=2 * tokens))
     mask = torch.tensor(bits).view(2, tokens)
     q, c, p = operands(2, heads, tokens, 3, window, len(slots))
-    out, lse = reference.window_attention(q, c, p, mask, slots, causal, 0.0, 0, 0)
+    out, lse = reference.window_attention(q, c, p, mask, slots, causal, 0.0, None, 0)
     expected, expected_lse = long_form(q, c, p, mask, slots, causal)
     torch.testing.assert_close(out, expected, **EXACT)
     torch.testing.assert_close(lse, expected_lse.float())
@@ -146,7 +146,7 @@ MASKS = {
 def test_fused_calls_equal_the_reference(mask: str, causal: bool, slots: list[int], dropout: float) -> None:
     q, c, p = operands(3, 2, 4, 6, 5, len(slots))
     c = c.transpose(0, 1).contiguous().transpose(0, 1)  # as slots that are stacked come
-    fixed = (MASKS[mask], slots, causal, dropout, 7, 2)
+    fixed = (MASKS[mask], slots, causal, dropout, torch.tensor(7), 2)
     found, expected = (module.window_attention(q, c, p, *fixed) for module in (aten, reference))
     torch.testing.assert_close(found, expected, **EXACT)
     dout = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
@@ -174,7 +174,7 @@ def test_fused_calls_equal_the_reference_beyond_a_tile(tokens: int, slots: list[
     """PyTorch's are of up to 512 keys, all of which padding may hide."""
     operators = operands(2, 2, tokens, 4, 7, len(slots))
     mask = torch.arange(tokens) >= torch.tensor([[tokens - 7], [0]])
-    fixed = mask, slots, causal, 0.2, 7, 2
+    fixed = mask, slots, causal, 0.2, torch.tensor(7), 2
     found, expected = (forward_and_backward(module, *operators, *fixed) for module in (aten, reference))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # backward reads an lse in float32
 
@@ -194,7 +194,7 @@ def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
             torch.set_num_threads(threads)
             monkeypatch.setattr(op, "_AT_ONCE", at_once)
             with poisoned_memory():
-                found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, 7, 2))
+                found.append(forward_and_backward(aten, *operators, mask, slots, True, dropout, torch.tensor(7), 2))
     finally:
         torch.set_num_threads(before)
     assert found[0][2].isfinite().all()
@@ -208,7 +208,7 @@ def test_fused_calls_have_no_scores_in_memory(masked: bool, monkeypatch: pytest.
     batch, heads, tokens, width, window = 8, 4, 32, 8, 9
     q, c, p = (t.float() for t in operands(batch, heads, tokens, width, window, window))
     mask = torch.arange(tokens) < torch.tensor([[tokens - 2]] * batch) if masked else None
-    fixed = mask, list(range(window)), False, 0.2, 7, 2
+    fixed = mask, list(range(window)), False, 0.2, torch.tensor(7), 2
     rows, keys = 4 * batch * heads * tokens, 4 * batch * window * tokens * width  # bytes of a number each, of all keys
     at_once = min(torch.get_num_threads(), batch) * 2 * keys // batch  # gradients as keys and as values
     few = keys // batch
@@ -234,25 +234,25 @@ def test_only_requested_gradients_are_made(trained: tuple[int, ...]) -> None:
     assert [i for i, t in enumerate(tensors) if t.grad is not None] == list(trained)
 
 
-def test_saves_operands_output_and_one_number_for_each_query() -> None:
+def test_saves_operands_seed_output_and_one_number_for_each_query() -> None:
     q, c, p = (t.requires_grad_() for t in operands(2, 2, 16, 8, 9, 7))
     shapes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         window_attention(q, c, p, torch.ones(2, 16).bool(), slots=range(2, 9), dropout=0.2)
-    assert sorted(shapes) == sorted([(2, 2, 16, 8), (2, 7, 16, 8), (9, 8), (2, 16), (2, 2, 16, 8), (2, 2, 16)])
+    assert sorted(shapes) == sorted([(2, 2, 16, 8), (2, 7, 16, 8), (9, 8), (2, 16), (2, 2, 16, 8), (2, 2, 16), ()])
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
     q, c, p = (t.float().requires_grad_(requires_grad) for t in operands(3, 2, 4, 6, 5, 3))
     for mask, causal, dropout in ((None, False, 0.0), (MASKS["padding"], True, 0.3)):
-        arguments = (q, c, p, mask, [1, 2, 4], causal, dropout, 7, 2)
+        arguments = (q, c, p, mask, [1, 2, 4], causal, dropout, torch.tensor(7), 2)
         torch.library.opcheck(torch.ops.fastpeft.window_attention.default, arguments)
 
 
 def test_opcheck_backward_and_dropout() -> None:
     q, c, p = (t.float() for t in operands(3, 2, 4, 6, 5, 3))
-    fixed = ([1, 2, 4], False, 0.3, 7, 2)
+    fixed = ([1, 2, 4], False, 0.3, torch.tensor(7), 2)
     out, lse = reference.window_attention(q, c, p, MASKS["padding"], *fixed)
     for needs in [(True, True, True), (False, True, False), (True, False, True)]:
         arguments = (torch.ones_like(q), q, c, p, MASKS["padding"], out, lse, *fixed, *needs)
@@ -433,7 +433,7 @@ def test_compiled_is_as_accurate_as_its_products_in_any_size(
     exact = operands(*sizes)
     exact = [x.to(dtype).double() for x in (exact[0] * width**-0.5, exact[1], exact[2])]
     mask = torch.arange(tokens) < torch.tensor([tokens, (tokens + 1) // 2, 0])[:batch, None] if masked else None
-    fixed = mask, list(range(window - real, window)), causal, 0.3, 7, 2
+    fixed = mask, list(range(window - real, window)), causal, 0.3, torch.tensor(7), 2
     q, c, p = (x.to(dtype) for x in exact)
     q = in_nan(q.transpose(1, 2)).transpose(1, 2)  # heads beside each other, as a side block gives them
     with mock.patch.dict(os.environ, {"FASTPEFT_SIMD": instructions} if instructions else {}), poisoned_memory():
@@ -457,7 +457,7 @@ def test_compiled_lets_no_nan_vanish(dtype: torch.dtype, instructions: str) -> N
     q, c, p = (x.to(dtype) for x in operands(1, 1, 20, 6, 3, 3))
     q[0, 0, 7] = torch.nan
     with mock.patch.dict(os.environ, {"FASTPEFT_SIMD": instructions} if instructions else {}):
-        out, lse, dq, dc, dp = forward_and_backward(torch.ops.fastpeft, q, c, p, None, [0, 1, 2], False, 0.0, 7, 2)
+        out, lse, dq, dc, dp = forward_and_backward(torch.ops.fastpeft, q, c, p, None, [0, 1, 2], False, 0.0, None, 2)
     assert out.isnan().all(-1).equal(lse.isnan())
     assert lse.isnan().sum() == lse[0, 0, 7].isnan().sum() == 1
     assert dq[0, 0, 7].isnan().all()
@@ -475,7 +475,11 @@ def test_compiled_has_the_same_bits_on_any_number_of_threads(threads: int, dtype
     try:
         for number in (1, threads):
             torch.set_num_threads(number)
-            found.append(forward_and_backward(torch.ops.fastpeft, *operators, mask, list(range(5)), False, 0.3, 7, 2))
+            found.append(
+                forward_and_backward(
+                    torch.ops.fastpeft, *operators, mask, list(range(5)), False, 0.3, torch.tensor(7), 2
+                )
+            )
     finally:
         torch.set_num_threads(before)
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
@@ -486,7 +490,7 @@ def test_compiled_has_the_same_bits_on_any_number_of_threads(threads: int, dtype
 def test_compiled_makes_no_tensor_but_its_results(dtype: torch.dtype) -> None:
     """Neither keys nor scores, so that they are known to run in the compiled pass."""
     q, c, p = (x.to(dtype) for x in operands(2, 1, 20, 8, 3, 3))
-    fixed = None, [0, 1, 2], False, 0.3, 7, 2
+    fixed = None, [0, 1, 2], False, 0.3, torch.tensor(7), 2
     with MemoryTracker() as tracker:
         tracker.add((q, c, p))
         before = tracker.current
@@ -506,5 +510,5 @@ def test_opcheck_compiled(dtype: torch.dtype, instructions: str) -> None:
     q, c, p = (x.to(dtype).requires_grad_() for x in operands(3, 2, 4, 6, 5, 3))
     environment = {"FASTPEFT_SIMD": instructions} if instructions else {}
     with mock.patch.dict(os.environ, environment):
-        arguments = (q, c, p, MASKS["padding"], [1, 2, 4], True, 0.3, 7, 2)
+        arguments = (q, c, p, MASKS["padding"], [1, 2, 4], True, 0.3, torch.tensor(7), 2)
         torch.library.opcheck(torch.ops.fastpeft.window_attention.default, arguments)

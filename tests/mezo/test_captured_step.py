@@ -1,0 +1,87 @@
+"""The step of MeZO for CUDA graphs, as it runs without one; what a replay does is in test_graphs.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from networks import close, equal, network, weights
+from torch import nn
+
+from fastpeft import FastpeftError, MeZO
+from fastpeft.mezo import CapturedStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+X = torch.linspace(-1, 1, 30).view(6, 5)
+
+
+def optimizer_of(model: nn.Module, **settings: Any) -> MeZO:
+    first, *others = model.parameters()
+    groups = [{"params": [first], "eps": 1e-2}, {"params": others, "lr": 3e-2}]
+    return MeZO(groups, lr=1e-2, eps=1e-3, model=model, on_nonfinite="skip", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_decay": 0.1}, {"num_estimates": 3, "max_projected_grad": 0.05}, {"noise": "rademacher", "seed": 7}],
+    ids=str,
+)
+def test_it_makes_the_steps_of_the_optimizer(settings: dict[str, Any]) -> None:
+    """Of several groups, with learning rates that change."""
+    ours, theirs = network(), network()
+    one, other = optimizer_of(ours, **settings), optimizer_of(theirs, **settings)
+    step = CapturedStep(one, lambda: ours(X).square().mean())
+    for number in range(4):
+        for optimizer in (one, other):
+            optimizer.param_groups[1]["lr"] = 1e-2 / (1 + number)
+        loss, expected = step(), other.step(lambda: theirs(X).square().mean())
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert step.projected_grad.item() == other.projected_grad
+        assert equal(weights(ours), weights(theirs))
+    assert one.steps_done == other.steps_done == 4
+    assert one.step(lambda: ours(X).square().mean()) == other.step(lambda: theirs(X).square().mean())
+
+
+def test_what_is_not_finite_adds_nothing() -> None:
+    model = network()
+    before = weights(model)
+    step = CapturedStep(optimizer_of(model), lambda: model(X).sum() * torch.inf)
+    step()
+    assert step.projected_grad.isnan()
+    assert close(weights(model), before)
+
+
+def test_after_an_exception_the_weights_are_those_before() -> None:
+    model = network()
+    before = weights(model)
+
+    def fails() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    step = CapturedStep(optimizer_of(model), fails)
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert close(weights(model), before)
+
+
+def test_a_captured_weight_decay_cannot_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = optimizer_of(model, weight_decay=0.1)
+    step = CapturedStep(optimizer, lambda: model(X).square().mean())
+    step()
+    monkeypatch.setattr(step, "_graph", object())
+    optimizer.param_groups[0]["lr"] = 1.0
+    with pytest.raises(FastpeftError, match="learning rate times weight decay is"):
+        step()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"on_nonfinite": "stop"}, {"estimator": "fzoo", "num_estimates": 2}, {"restore": "exact"}],
+    ids=str,
+)
+def test_what_asks_for_numbers_is_refused(settings: dict[str, Any]) -> None:
+    optimizer = MeZO(network(), lr=1e-2, **{"on_nonfinite": "skip", **settings})
+    with pytest.raises(FastpeftError, match="CapturedStep takes a MeZO with"):
+        CapturedStep(optimizer, lambda: torch.zeros(()))
