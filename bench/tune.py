@@ -62,7 +62,8 @@ def window_calls(
     q = torch.ones(batch, 1, tokens, width, dtype=dtype, device=device)
     c = torch.ones(batch, slots, tokens, width, dtype=dtype, device=device)
     p = torch.ones(slots, width, dtype=dtype, device=device)
-    rest = list(range(slots)), False, dropout, 0, 0
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    rest = list(range(slots)), False, dropout, seed, 0
     yield "window_attention", (q, c, p, None, *rest)
     lse = torch.zeros(batch, 1, tokens, device=device)
     yield "window_attention_backward", (q, q, c, p, None, q, lse, *rest, True, True, True)

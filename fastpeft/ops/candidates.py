@@ -5,9 +5,9 @@ what a run has kept; else by the times of this card that the package brings (`fa
 `python -m bench.tune`) or that were taken here before; else by timing both at the first call. Nothing is timed while a
 CUDA graph is captured: warm up with the shapes that it will have.
 
-Two answers are predictions that only times in a file change: SiVA's products in float32 go to ATen, because cuBLAS's
+Some answers are predictions that only times in a file change: SiVA's products in float32 go to ATen, because cuBLAS's
 tiles are larger than those that Triton compiles without spilling, and those of fewer than 16 rows, of which a tile is
-mostly padding.
+mostly padding; window attention with dropout goes to Triton, for elsewhere the host draws it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,9 @@ def choosing(
             return {form: partial(run, *arguments) for form, run in forms.items()}
 
         is_captured = of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        is_timed = not is_captured and (times_all or not of.left_to_aten)
-        way = choices.answer(
-            (op.name, *of.question, "on", architecture(of.device)),
-            "aten" if of.left_to_aten else "triton",
-            ways if is_timed else None,
-            of.device,
-        )
+        is_timed = not is_captured and (times_all or of.is_open)
+        question = op.name, *of.question, "on", architecture(of.device)
+        way = choices.answer(question, of.predicted, ways if is_timed else None, of.device)
         return forms[way](*arguments)
 
     return call
@@ -62,10 +58,11 @@ def _names(op: Op) -> list[str]:
 
 
 class _Call(NamedTuple):
-    """What the choice depends on: a class of shapes, in words, whether it is predicted, and where it runs."""
+    """Of a call: the class of its shapes, in words, the predicted form, and whether the other may be faster."""
 
     question: tuple[Hashable, ...]
-    left_to_aten: bool
+    predicted: str
+    is_open: bool
     device: torch.device
 
 
@@ -80,7 +77,8 @@ def _of_siva(named: Mapping[str, Any]) -> _Call:
     needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
     rank = _class(max(map(len, ss)), 16)
     question = x.dtype, *sizes, "rank", rank, "rows", _class(rows, _FEWEST_ROWS), *adapters, *needs
-    return _Call(question, x.dtype not in _HALVES or rows < _FEWEST_ROWS, x.device)
+    is_open = x.dtype in _HALVES and rows >= _FEWEST_ROWS
+    return _Call(question, "triton" if is_open else "aten", is_open, x.device)
 
 
 def _of_window(named: Mapping[str, Any]) -> _Call:
@@ -90,7 +88,7 @@ def _of_window(named: Mapping[str, Any]) -> _Call:
     words = (word for word, is_set in flags.items() if is_set)
     sizes = "batch", _class(batch), "heads", heads, "slots", slots, "tokens", _class(tokens), "width", width
     question = q.dtype, *sizes, *words
-    return _Call(question, left_to_aten=q.numel() == 0, device=q.device)
+    return _Call(question, "triton", q.numel() > 0 and not flags["dropout"], q.device)
 
 
 def _class(size: int, least: int = 1) -> int:

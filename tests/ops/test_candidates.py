@@ -43,7 +43,7 @@ def siva(rows: int = 64, dtype: torch.dtype = torch.bfloat16, rank: int = 4) -> 
 
 def window(tokens: int = 9, **changes: Any) -> tuple[Any, ...]:
     q, c, p = torch.ones(2, 1, tokens, 8), torch.ones(2, 3, tokens, 8), torch.ones(3, 8)
-    named = {"mask": None, "slots": [0, 1, 2], "causal": False, "dropout": 0.0, "seed": 5, "block": 1, **changes}
+    named = {"mask": None, "slots": [0, 1, 2], "causal": False, "dropout": 0.0, "seed": None, "block": 1, **changes}
     return q, c, p, *named.values()
 
 
@@ -92,14 +92,15 @@ def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
 
 def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) -> None:
     choices = Choices(tmp_path / "times.json")
-    call = choosing(OPS["window_attention"], Forms("aten"), choices)
+    call = choosing(OPS["window_attention"], Forms("triton"), choices)
     call(*window())
-    call(*window(seed=6, block=2))
+    call(*window(block=2))
     call(*window(16))
-    call(*window(mask=torch.ones(2, 9, dtype=torch.bool), causal=True, dropout=0.1))
+    call(*window(mask=torch.ones(2, 9, dtype=torch.bool), causal=True))
+    assert call(*window(dropout=0.1)) == "triton"  # for elsewhere the host draws it
     of_all = "window_attention float32 batch 2 heads 1 slots 3 tokens 16 width 8"
     asked = [question.partition(" on ")[0] for question in choices.used]
-    assert asked == [of_all, f"{of_all} mask causal dropout"]
+    assert asked == [of_all, f"{of_all} mask causal"]
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
