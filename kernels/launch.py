@@ -24,20 +24,13 @@ def products_of(x: Tensor) -> str | None:
     return products(x.dtype, matrix_units=not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
-def products_within(x: Tensor, rank: int) -> str | None:
-    """`products_of` x; None for a rank that SiVA's kernels do not hold, and for what cuBLAS multiplies faster."""
-    kind = products_of(x)
-    is_left = rank > tiles.MAX_RANK or (x.is_cuda and for_blas(kind, x.numel() // max(1, x.shape[-1])))
-    return None if is_left else kind
+def is_for_kernels(x: Tensor, rank: int) -> bool:
+    """Whether SiVA's kernels take x and factors of this rank.
 
-
-def for_blas(kind: str | None, rows: int) -> bool:
-    """Whether cuBLAS is to be expected faster than a kernel that fuses a product of so many rows.
-
-    In float32 its tiles are larger than those that Triton compiles without spilling, and of fewer than 16 rows a tile
-    is mostly padding. A prediction, not a measurement.
+    Not float32 on a card: in it cuBLAS's tiles are larger than those that Triton compiles without spilling.
     """
-    return kind != "half" or rows < 16
+    kind = products_of(x)
+    return rank <= tiles.MAX_RANK and kind is not None and (kind == "half" or not x.is_cuda)
 
 
 def precision(kind: str) -> str:

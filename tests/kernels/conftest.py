@@ -8,12 +8,6 @@ from typing import Any
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def nothing_for_blas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a card too the kernels run what the launchers would leave to cuBLAS."""
-    monkeypatch.setattr("fastpeft.kernels.launch.for_blas", lambda *_: False)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16_products(device: str) -> Iterator[None]:
     """The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those; widen them for `tl.dot`."""
