@@ -36,6 +36,7 @@ from fastpeft.kernels import mezo_perturb as mezo
 from fastpeft.kernels import (
     siva_linear,
     siva_linear_mixed,
+    siva_linear_sums,
     tiles,
     window_attention,
     window_attention_backward,
@@ -44,14 +45,14 @@ from fastpeft.kernels import (
 ROOT = Path(__file__).parent.parent
 FILE, CUDA_FILE = DATA / "static.csv", DATA / "static_cuda.csv"
 TARGETS = {
-    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 90, 100, 120)},
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {
     "siva_linear_fwd": siva_linear._siva_linear_fwd_kernel,
     "siva_linear_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
-    "siva_linear_bwd_partials": siva_linear._siva_linear_bwd_partials_kernel,
-    "siva_linear_bwd_sum": siva_linear._siva_linear_bwd_sum_kernel,
+    "siva_linear_bwd_partials": siva_linear_sums._siva_linear_bwd_partials_kernel,
+    "siva_linear_bwd_sum": siva_linear_sums._siva_linear_bwd_sum_kernel,
     "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel,
     "siva_linear_group_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
     "siva_linear_mixed_fwd": siva_linear_mixed._siva_linear_mixed_kernel,
@@ -84,6 +85,7 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
 }
+_SHOWN = ("BLOCK_", "P", "IS_", "TMA")  # constants of a tile begin with one of these
 KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
@@ -120,18 +122,19 @@ class Variant:
 
     def key(self) -> dict[str, str]:
         """The columns that name it."""
-        shown = {name: value for name, value in self.constants.items() if name.startswith(("BLOCK_", "P", "IS_"))}
+        shown = {name: value for name, value in self.constants.items() if name.startswith(_SHOWN)}
         shown |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
         tile = " ".join(f"{name}={value}" for name, value in shown.items())
         return {"kernel": self.kernel, "arch": self.arch, "dtype": self.dtype, "tile": tile}
 
 
 RANK_BLOCKS = (16, tiles.MAX_RANK)  # the smallest and the largest
-SHARED_ARCHS = tuple(arch for arch in TARGETS if arch not in ("sm_86", "sm_120"))  # which run what sm_80 runs
-SIVA_LINEAR_KINDS = (("bf16", "half"), ("fp32", "tf32"), ("fp32", "ieee"))  # of 16 bits bfloat16 stands for both
+SHARED_ARCHS = tuple(arch for arch in TARGETS if arch not in ("sm_86", "sm_89", "sm_120"))  # which run what sm_80 runs
+SIVA_LINEAR_ARCHS = tuple(arch for arch in TARGETS if arch != "sm_75")  # where the launcher leaves all to PyTorch
+MULTIPROCESSORS = 304  # of an MI300X; on other cards nothing that is compiled depends on it
 
 
-def siva_linear_constants(layers: int) -> dict[str, dict[str, Any]]:
+def siva_linear_constants(layers: int, tma: bool = False) -> dict[str, dict[str, Any]]:
     """The products of so many layers, whose operands are contiguous: strides of 1."""
     many, ones = (None,) * layers, (1,) * layers
     fwd = {
@@ -144,10 +147,17 @@ def siva_linear_constants(layers: int) -> dict[str, dict[str, Any]]:
         **dict.fromkeys(("columns", "ranks", "strides_dhm", "strides_wn"), many),
         **dict.fromkeys(("strides_dhn", "strides_wk"), ones),
     }
+    if not tma:
+        fwd, dx = ({**each, **dict.fromkeys(DESCRIPTORS)} for each in (fwd, dx))
     name = "siva_linear" if layers == 1 else "siva_linear_group"
     return {f"{name}_fwd": fwd, f"{name}_bwd_dx": dx}
 
 
+DESCRIPTORS = {  # what the blocks of each are
+    **dict.fromkeys(("x_desc", "dh_desc"), ("BLOCK_M", "BLOCK_K")),
+    **dict.fromkeys(("v_desc", "u_desc"), ("BLOCK_R", "BLOCK_K")),
+    "w_desc": ("BLOCK_N", "BLOCK_K"),  # the other way around beside dh
+}
 SIVA_LINEAR_MIXED = {
     "siva_linear_mixed_fwd": {
         **dict.fromkeys(("stride_xk", "stride_wk", "stride_ur", "stride_vk"), 1),
@@ -169,31 +179,38 @@ SIVA_LINEAR_SUMS = {
 
 
 def siva_linear_variants(arch: str) -> Iterator[Variant]:
-    """SiVA's kernels: the products of one layer, of three, and of mixed rows, and the sums that make dU and dV."""
-    for dtype, kind in SIVA_LINEAR_KINDS:
-        if arch == "sm_75" and kind != "ieee":
-            continue  # the launcher leaves these to PyTorch there
-        precision = {"PRECISION": "tf32" if kind == "tf32" else "ieee"}
-        for tile in tiles.siva_linear_tiles(arch, kind):
-            shape = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-            for project, block_r in ((False, tiles.RANK_STEP), *((True, r) for r in RANK_BLOCKS)):
-                way = {"PROJECT": project, **precision, **shape, "BLOCK_R": block_r, "GROUP_M": siva_linear.GROUP_M}
-                kernels: dict[str, Any] = {}
-                if not project or block_r <= tile.max_rank:
-                    kernels |= siva_linear_constants(1)
-                if arch in SHARED_ARCHS and (not project or block_r <= tile.shared_rank):
-                    kernels |= siva_linear_constants(3) | (SIVA_LINEAR_MIXED if project else {})
-                for kernel, constants in kernels.items():
-                    yield Variant(kernel, arch, dtype, {**way, **constants}, tile.num_warps, tile.num_stages)
-        if arch not in SHARED_ARCHS:
-            continue
-        sums = tiles.SIVA_LINEAR_SUMS[kind]
-        for (kernel, constants), block_r in itertools.product(SIVA_LINEAR_SUMS.items(), RANK_BLOCKS):
-            shape = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_R": block_r, **precision, **constants}
-            yield Variant(kernel, arch, dtype, shape, sums.num_warps, sums.num_stages)
-        if kind != "tf32":  # which multiplies otherwise, but adds alike
-            shape = {"BLOCK_E": tiles.SUM_BLOCK}
-            yield Variant("siva_linear_bwd_sum", arch, dtype, shape, tiles.SUM_WARPS, num_stages=1)
+    """SiVA's kernels: the products of one layer, of three, and of mixed rows, and the sums that make dU and dV.
+
+    Of operands of 16 bits bfloat16 stands for both.
+    """
+    if arch not in SIVA_LINEAR_ARCHS:
+        return
+    card = tiles.Card(arch, MULTIPROCESSORS)
+    for tile in tiles.siva_linear_tiles(arch):
+        for project, rank in ((False, 1), *((True, r) for r in RANK_BLOCKS)):
+            way = tiles.siva_linear_constants(tile, project, rank, card)
+            for option in ("num_warps", "num_stages", "enable_fp_fusion"):
+                way.pop(option)
+            kernels: dict[str, Any] = {}
+            if not project or rank <= tile.max_rank:
+                kernels |= siva_linear_constants(1, tile.tma)
+            if arch in SHARED_ARCHS and not tile.tma and (not project or rank <= tile.shared_rank):
+                kernels |= siva_linear_constants(3) | (SIVA_LINEAR_MIXED if project else {})
+            for kernel, constants in kernels.items():
+                if kernel not in SIVA_LINEAR_MIXED:
+                    constants = {**constants, "PROJECT": project, "TMA": tile.tma}
+                if tile.tma and not project:
+                    constants = {**constants, **dict.fromkeys(("v_desc", "u_desc"))}
+                taken = inspect.signature(KERNELS[kernel].fn).parameters
+                constants = {name: value for name, value in {**way, **constants}.items() if name in taken}
+                yield Variant(kernel, arch, "bf16", constants, tile.num_warps, tile.num_stages)
+    if arch not in SHARED_ARCHS:
+        return
+    sums = tiles.SIVA_LINEAR_SUMS
+    for (kernel, constants), block_r in itertools.product(SIVA_LINEAR_SUMS.items(), RANK_BLOCKS):
+        shape = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_R": block_r, **constants}
+        yield Variant(kernel, arch, "bf16", shape, sums.num_warps, sums.num_stages)
+    yield Variant("siva_linear_bwd_sum", arch, "bf16", {"BLOCK_E": tiles.SUM_BLOCK}, tiles.SUM_WARPS, num_stages=1)
 
 
 MEZO_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "i16": tl.int16, "fp16": tl.float16}  # bfloat16 goes as its bits
@@ -263,28 +280,39 @@ def source_hash(kernel: str) -> str:
 
 
 def compile_variant(variant: Variant) -> Any:
-    """What Triton makes of it."""
+    """What Triton makes of it, specialised as its launchers do: on AMD by tensors of less than 2 GB too."""
     kernel = KERNELS[variant.kernel]
+    types = ARGUMENT_TYPES.get(variant.kernel, {})
     signature, attributes, constants = {}, {}, {}
+
+    def argument(name: str, default: str, place: tuple[int, ...]) -> str:
+        kind = types.get(name, default)
+        found = [] if name in ANY else [["tt.divisibility", SPECIALISED]]
+        if kind.startswith("*") and variant.arch.startswith("gfx"):
+            found.append(["tt.pointer_range", 32])
+        if found:
+            attributes[place] = found
+        return kind
+
     for position, name in enumerate(inspect.signature(kernel.fn).parameters):
         constant = variant.constants.get(name)
         if isinstance(constant, tuple):
             default = f"*{variant.dtype}" if name.endswith("_ptrs") else "i32"
-            entry = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
-            signature[name] = tuple(entry if item is None else "constexpr" for item in constant)
             places = {(position, place): item for place, item in enumerate(constant)}
             constants |= {place: item for place, item in places.items() if item is not None}
-            if name not in ANY:
-                attributes |= {place: [["tt.divisibility", SPECIALISED]] for place in places.keys() - constants.keys()}
-            continue
-        if name in variant.constants:
+            signature[name] = tuple(
+                argument(name, default, place) if item is None else "constexpr" for place, item in places.items()
+            )
+        elif name in variant.constants:
             signature[name] = "constexpr"
             constants[(position,)] = constant
-            continue
-        default = f"*{variant.dtype}" if name.endswith("_ptr") else "i32"
-        signature[name] = ARGUMENT_TYPES.get(variant.kernel, {}).get(name, default)
-        if name not in ANY:
-            attributes[(position,)] = [["tt.divisibility", SPECIALISED]]
+        elif name in DESCRIPTORS:
+            block = [variant.constants[side] for side in DESCRIPTORS[name]]
+            if name == "w_desc" and "dh_desc" in signature:
+                block.reverse()
+            signature[name] = f"tensordesc<{variant.dtype}{block}>".replace(" ", "")
+        else:
+            signature[name] = argument(name, f"*{variant.dtype}" if name.endswith("_ptr") else "i32", (position,))
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=TARGETS[variant.arch],

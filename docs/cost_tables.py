@@ -343,7 +343,7 @@ def growth() -> str:
 def compiled() -> str:
     """What compiling the Triton kernels offline gave: the most registers a thread has, by kernel and architecture."""
     found = rows("static.csv")
-    architectures = list(dict.fromkeys(row["arch"] for row in found))
+    architectures = sorted({row["arch"] for row in found}, key=lambda arch: (arch.startswith("gfx"), len(arch), arch))
     body = []
     for kernel in dict.fromkeys(row["kernel"] for row in found):
         own = [row for row in found if row["kernel"] == kernel]

@@ -24,9 +24,13 @@ def products_of(x: Tensor) -> str | None:
     return products(x.dtype, matrix_units=not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
-def products_within(x: Tensor, rank: int) -> str | None:
-    """`products_of` x; None for a rank that SiVA's kernels do not hold."""
-    return products_of(x) if rank <= tiles.MAX_RANK else None
+def is_for_kernels(x: Tensor, rank: int) -> bool:
+    """Whether SiVA's kernels take x and factors of this rank.
+
+    Not float32 on a card: in it cuBLAS's tiles are larger than those that Triton compiles without spilling.
+    """
+    kind = products_of(x)
+    return rank <= tiles.MAX_RANK and kind is not None and (kind == "half" or not x.is_cuda)
 
 
 def precision(kind: str) -> str:

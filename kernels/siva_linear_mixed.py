@@ -35,17 +35,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import device_of, precision, products_within
-from fastpeft.kernels.siva_linear import (
-    GROUP_M,
-    accumulate,
-    add_low_rank,
-    add_up,
-    pick,
-    rows_of,
-    sum_over_rows,
-    tile_of,
-)
+from fastpeft.kernels.launch import device_of, is_for_kernels
+from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
+from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
 
@@ -79,17 +71,18 @@ def _siva_linear_mixed_kernel(
     stride_vk,
     HAS_BIAS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
-    PROJECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    XCDS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # 1. This program's tile, and what the table says of its rows: the first, the end of its adapter's, the adapter's
     #    first column of all factors and rank, and where p^T has the element of row 0 and how far its rows are apart.
-    block_m, block_n = tile_of(tl.program_id(0), blocks_m, tl.maximum(tl.cdiv(N, BLOCK_N), 1), GROUP_M)
+    block_m, block_n = tile_of(tl.program_id(0), blocks_m, tl.maximum(tl.cdiv(N, BLOCK_N), 1), GROUP_M, XCDS)
     table_ptr += block_m * _BLOCK_FIELDS
     first_row = tl.load(table_ptr)
     last_row = tl.load(table_ptr + 1)
@@ -109,13 +102,16 @@ def _siva_linear_mixed_kernel(
 
     # 3. Both products from one read of x; then the low-rank product on the accumulator.
     acc_h = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc_p = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     acc_h, acc_p = accumulate(
         acc_h,
-        acc_p,
         x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk,
         w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None] * stride_wk,
         v_ptr + (first_r + offs_r)[None, :] * stride_vr + offs_k[:, None] * stride_vk,
+        None,
+        None,
+        None,
+        0,
+        0,
         mask_m,
         mask_n,
         offs_r < R,
@@ -123,9 +119,14 @@ def _siva_linear_mixed_kernel(
         stride_xk,
         stride_wk,
         stride_vk,
-        PROJECT,
-        PRECISION,
+        True,
+        True,
+        APART,
+        False,
+        BLOCK_M,
         BLOCK_K,
+        BLOCK_R,
+        STAGES,
     )
     acc_h = add_low_rank(
         acc_h,
@@ -141,8 +142,7 @@ def _siva_linear_mixed_kernel(
         stride_ur,
         block_n == 0,
         x_ptr.dtype.element_ty,
-        PROJECT,
-        PRECISION,
+        True,
         BLOCK_R,
     )
 
@@ -173,7 +173,6 @@ def _siva_linear_mixed_bwd_partials_kernel(
     stride_xm,
     stride_xk,
     HAS_ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -221,7 +220,6 @@ def _siva_linear_mixed_bwd_partials_kernel(
             1,
             stride_r,
             HAS_ORDER,
-            PRECISION,
             BLOCK_M,
             BLOCK_C,
             BLOCK_R,
@@ -255,14 +253,13 @@ def siva_linear_mixed(
         h `(B, *, N)` in the order of x, and of each adapter p^T `(R_i, rows of it)`, sorted. They share a storage.
 
     Notes:
-        Fused ATen calls serve what they serve in `siva_linear_fwd`, ranks whose p no tile computes inside (above 16 in
-        exact float32), and CUDA graphs being captured, since a replay would read the table from the host again.
+        Fused ATen calls serve what they serve in `siva_linear_fwd`, and CUDA graphs being captured, since a replay
+        would read the table from the host again.
     """
-    kind = _products(x, ss)
-    if kind is None:
+    if not _is_for_kernels(x, ss):
         return aten.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
     rows, ranks = _rows(x, sizes), _ranks(ss)
-    h, p = _linear(x, weight, torch.cat(us, 1), torch.cat(ss), torch.cat(vs), bias, order, rows, ranks, kind)
+    h, p = _linear(x, weight, torch.cat(us, 1), torch.cat(ss), torch.cat(vs), bias, order, rows, ranks)
     parts = p.split([m * rank for m, rank in zip(rows, ranks, strict=True)])
     return h, [part.view(rank, m) for part, m, rank in zip(parts, rows, ranks, strict=True)]
 
@@ -298,8 +295,7 @@ def siva_linear_mixed_backward(
     Notes:
         No atomics: repeats are bit-equal. ATen serves what it serves in the forward, and db.
     """
-    kind = _products(dh, ss)
-    if kind is None:
+    if not _is_for_kernels(dh, ss):
         return aten.siva_linear_mixed_backward(
             dh, x, weight, us, ss, vs, ps, sizes, order, need_dx, need_du, need_dv, need_dbias
         )
@@ -310,14 +306,14 @@ def siva_linear_mixed_backward(
     if need_dx or any(need_dv):
         u, v = torch.cat(us, 1), torch.cat(vs)
         columns = weight.shape[1] if need_dx else 0  # of dx; none leave q
-        found, q = _linear(dh, weight.t()[:columns], v.t()[:columns], s, u.t(), None, order, rows, ranks, kind)
+        found, q = _linear(dh, weight.t()[:columns], v.t()[:columns], s, u.t(), None, order, rows, ranks)
         dx = found if need_dx else dx
     if any(need_du) or any(need_dv):
         n, k = weight.shape[0] if any(need_du) else 0, weight.shape[1] if any(need_dv) else 0
         p = torch.cat([p.reshape(-1) for p, needed in zip(ps, need_du, strict=True) if needed] or [q])
         adapters = _Adapters(rows, ranks, tuple(need_du), tuple(need_dv), n, k)
         wide = as_matrix(dh), as_matrix(x) if k > 0 else as_matrix(dh)[:, :0]
-        du, dv = _factors(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters, kind)
+        du, dv = _factors(*wide, p, q, s, order, math.prod(dh.shape[1:-1]), adapters)
         _share(dus, du, need_du, us)
         _share(dvs, dv, need_dv, vs)
     if need_dbias:
@@ -325,12 +321,10 @@ def siva_linear_mixed_backward(
     return dx, dus, dvs, dbias
 
 
-def _products(x: Tensor, ss: list[Tensor]) -> str | None:
-    """`products_within` x; None for what is left to ATen."""
-    kind = products_within(x, max(_ranks(ss)))
-    if kind is None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    return kind if max(_ranks(ss)) <= tiles.siva_linear_shared_rank(kind, tiles.card(x.device)) else None
+def _is_for_kernels(x: Tensor, ss: list[Tensor]) -> bool:
+    """`is_for_kernels`, outside graphs that are being captured."""
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_for_kernels(x, max(_ranks(ss))) and not is_captured
 
 
 def _rows(x: Tensor, sizes: list[int]) -> tuple[int, ...]:
@@ -359,7 +353,6 @@ def _linear(
     order: Tensor | None,
     rows: tuple[int, ...],
     ranks: tuple[int, ...],
-    kind: str,
 ) -> tuple[Tensor, Tensor]:
     """h `(B, *, N)` and all p^T, one after the other, with the factors of all adapters in u, s and v."""
     matrix = as_matrix(x)
@@ -367,7 +360,8 @@ def _linear(
     h = x.new_empty(*x.shape[:-1], n)
     p = v.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
     v = v.to(x.dtype)  # which is read anew at each step along K
-    tile, project = tiles.siva_linear(rows, k, (n,), max(ranks), kind, tiles.card(x.device), shared=True, before=False)
+    card = tiles.card(x.device)
+    tile, _ = tiles.siva_linear(rows, k, (n,), max(ranks), card, ("fused",), shared=True)
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:
         return h, p
@@ -393,16 +387,7 @@ def _linear(
             *v.stride(),
             HAS_BIAS=bias is not None,
             HAS_ORDER=order is not None,
-            PROJECT=project,
-            PRECISION=precision(kind),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=tiles.rank_block(max(ranks)),
-            GROUP_M=GROUP_M,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
+            **tiles.siva_linear_constants(tile, True, max(ranks), card),
         )
     return h, p
 
@@ -427,10 +412,9 @@ def _factors(
     order: Tensor | None,
     tokens: int,
     adapters: _Adapters,
-    kind: str,
 ) -> tuple[Tensor, Tensor]:
     """All dU that are needed, one after the other, and all dV."""
-    tile, block_r = tiles.SIVA_LINEAR_SUMS[kind], tiles.rank_block(max(adapters.ranks))
+    tile, block_r = tiles.SIVA_LINEAR_SUMS, tiles.rank_block(max(adapters.ranks))
     rows = tiles.siva_linear_bwd_rows(max(adapters.rows), block_r)
     splits = max(triton.cdiv(max(adapters.rows), rows), 1)
     table, size_u, size = _adapter_table(adapters, s.is_cuda)
@@ -455,7 +439,6 @@ def _factors(
                 *dh.stride(),
                 *x.stride(),
                 HAS_ORDER=order is not None,
-                PRECISION=precision(kind),
                 BLOCK_M=tile.block_m,
                 BLOCK_C=tile.block_c,
                 BLOCK_R=block_r,

@@ -4,12 +4,13 @@ Every tile compiles for the architectures of `bench/static.py` that it is shippe
 shared memory and matrix instructions of each, and the Triton that made them, are in `bench/data/static.csv`.
 
 The kinds of products: "half" is 16-bit operands and "tf32" float32 rounded to TF32, both on matrix units; "ieee" is
-float32 outside them.
+float32 outside them. SiVA's tiles are for the first; Triton's interpreter runs float32 by them too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Tile(NamedTuple):
     num_stages: int
     max_rank: int = 64  # up to which p fits beside h, for one layer
     shared_rank: int = 64  # the same in the kernels of several layers or adapters, which hold more beside
+    tma: bool = False  # whether x, W and V come by the tensor memory accelerator, for one layer at a time
 
 
 class SumTile(NamedTuple):
@@ -47,43 +49,85 @@ class Card(NamedTuple):
     multiprocessors: int
 
 
-class Costs(NamedTuple):
-    """Prices in multiply-adds of one multiprocessor, between those of an A100 and an H100 by their data sheets."""
+class Sheet(NamedTuple):
+    """One card by its public data sheet."""
 
-    cached: int  # loading an element through the second-level cache
-    memory: int  # loading an element from memory, while all multiprocessors do
-    launch: int  # starting one more kernel, some microseconds
+    multiprocessors: int
+    megahertz: int  # at which it has these teraflops
+    teraflops: float  # of 16-bit operands, dense, added up in float32
+    memory: int  # gigabytes a second
+    cached: int  # bytes a clock that all multiprocessors load through the second-level cache
+    shared: int = 128  # bytes a clock that one reads from its shared memory: CUDA's programming guide, CDNA 3's paper
 
+
+# NVIDIA has published the second-level cache's rate for the A100 alone; it stands for the later cards too. No sheet has
+# the number of a B200's multiprocessors, which CUDA reports, nor its clock, which follows from the rate of each.
+SHEETS = {
+    "sm_80": Sheet(108, 1410, 312, 2039, 5120),  # A100 80 GB SXM: its data sheet and white paper
+    "sm_89": Sheet(128, 2520, 165.2, 1008, 5120),  # RTX 4090: white paper of the Ada architecture
+    "sm_90": Sheet(132, 1830, 989.4, 3350, 5120),  # H100 SXM: its data sheet and white paper
+    "sm_100": Sheet(148, 1856, 2250, 8000, 5120),  # B200: data sheets of the DGX and HGX B200, an eighth
+    "gfx942": Sheet(304, 2100, 1307.4, 5300, 8 * 2048),  # MI300X: its data sheet and the CDNA 3 white paper
+}
+_LIKE = {"sm_86": "sm_89", "sm_120": "sm_89"}  # others are taken for an A100
+LAUNCH = 4e-6  # seconds that one more kernel takes: an estimate, which no sheet has
+# rows of an instruction that reads its operands from shared memory; others read them from a warp's registers
+_ROWS_AT_ONCE = {"sm_90": 64, "sm_100": 128}
+_MULTIPROCESSORS_A_DIE = {"gfx942": 38}  # MI300X has 8 dies of these, MI300A 6
 
 MAX_RANK = 64  # of SiVA's kernels; a wider tile of p spills beside the tile of h
+WAYS = ("fused", "split", "fused tma", "split tma")  # p inside, or by a product before; then how x and W are loaded
 
 _SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16, shared_rank=16)
-_LARGE = Tile(128, 128, 64, 8, 3, shared_rank=16), Tile(128, 256, 64, 8, 3, max_rank=16, shared_rank=0)
-SIVA_LINEAR = {  # (architecture, products) -> tiles of the forward and of dx; ANY where an architecture has no line
-    (ANY, "half"): (*_SMALL, Tile(128, 128, 32, 8, 3, shared_rank=16)),
-    (ANY, "tf32"): (Tile(32, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, max_rank=16, shared_rank=16)),
-    (ANY, "ieee"): (
-        Tile(32, 64, 32, 4, 2, max_rank=16, shared_rank=16),
-        Tile(64, 64, 16, 8, 2, max_rank=16, shared_rank=16),
+_LARGE = Tile(128, 128, 64, 8, 3, shared_rank=16), Tile(128, 256, 64, 8, 4, max_rank=16, shared_rank=0)
+_TMA = Tile(128, 128, 64, 8, 3, tma=True), Tile(128, 256, 64, 8, 4, max_rank=16, tma=True)
+SIVA_LINEAR = {  # architecture -> tiles of the forward and of dx; ANY where an architecture has no line
+    ANY: (*_SMALL, Tile(128, 128, 32, 8, 3, shared_rank=16)),
+    "sm_90": (*_SMALL, *_TMA, *_LARGE),
+    "gfx942": (  # 64 KiB of shared memory; a stage more than two is kept in registers, which a wave of 64 has
+        Tile(32, 64, 64, 4, 2),
+        Tile(64, 64, 64, 4, 2),
+        Tile(128, 128, 64, 4, 2),
+        Tile(256, 128, 64, 8, 2, max_rank=16, shared_rank=0),
     ),
-    ("sm_90", "half"): (*_SMALL, *_LARGE),
-    ("sm_100", "half"): (_SMALL[0], _SMALL[1]._replace(shared_rank=0), *_LARGE),
+    "sm_100": (_SMALL[0], _SMALL[1]._replace(shared_rank=0), *_TMA, *_LARGE),
 }
 RANK_STEP = 16  # columns of p a step where it is not computed inside; the least that a matrix instruction takes
-COSTS = {"half": Costs(64, 200, 10_000_000), "tf32": Costs(64, 200, 5_000_000), "ieee": Costs(8, 25, 500_000)}
+GROUP_M = 8  # row blocks that share the tiles of W in cache
 
-SIVA_LINEAR_SUMS = {  # products -> tile of the partial sums of dU and dV
-    "half": SumTile(32, 64, 4, 3),
-    "tf32": SumTile(32, 32, 4, 2),
-    "ieee": SumTile(16, 32, 8, 2),
-}
+SIVA_LINEAR_SUMS = SumTile(32, 64, 4, 3)  # of the partial sums of dU and dV
 SUM_BLOCK, SUM_WARPS = 256, 4  # elements of a program that adds partial sums
 _MOST_SPLITS = 32
 
 
-def siva_linear_tiles(architecture: str, products: str) -> tuple[Tile, ...]:
+class Clocks(NamedTuple):
+    """Clocks of a multiprocessor for one element along K: of its multiply-adds and of both memories beside it."""
+
+    multiplying: float
+    shared: float  # reads of shared memory
+    cached: float  # loads through the second-level cache
+
+    @property
+    def together(self) -> float:
+        """The longest, and a quarter of the others, which do not wholly overlap: an estimate."""
+        return max(self) + (sum(self) - max(self)) / 4
+
+
+def siva_linear_tiles(architecture: str) -> tuple[Tile, ...]:
     """The tiles that `siva_linear` picks from."""
-    return SIVA_LINEAR.get((architecture, products)) or SIVA_LINEAR[ANY, products]
+    return SIVA_LINEAR.get(architecture) or SIVA_LINEAR[ANY]
+
+
+def siva_linear_clocks(tile: Tile, block_r: int, architecture: str) -> Clocks:
+    """Of a program that computes block_r columns of p beside its tile of h; of a bare product with 0 columns."""
+    sheet = _sheet(architecture)
+    rate = sheet.teraflops * 1e12 / 2 / sheet.multiprocessors / (sheet.megahertz * 1e6)
+    reads = _reads(tile, tile.block_n, architecture) + (_reads(tile, block_r, architecture) if block_r else 0)
+    return Clocks(
+        multiplying=tile.block_m * (tile.block_n + block_r) / rate,
+        shared=2 * reads / sheet.shared,
+        cached=2 * (tile.block_m + tile.block_n + block_r) / (sheet.cached / sheet.multiprocessors),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -92,43 +136,84 @@ def siva_linear(
     k: int,
     columns: tuple[int, ...],
     rank: int,
-    products: str,
     card: Card,
+    ways: Collection[str] = WAYS,
     shared: bool = False,
-    before: bool = True,
 ) -> tuple[Tile, bool]:
     """The tile for h from x `(M, k)`, and whether its programs also compute p (else a product before them).
 
     Tiles do not reach across `rows`, which M is the sum of, nor across `columns`, which the width of h is the sum of.
-    The time of a program is that of its multiply-adds and its loads; the programs run in waves of one a
-    multiprocessor; p by a product of its own costs one more reading of x and one more launch.
+    The time of a program is that of its `Clocks`; the programs run in waves of one a multiprocessor; p by a product of
+    its own costs one more reading of x from memory and one more launch. By TMA the layers are launched one by one.
 
-    `shared` tells the kernels of several layers or adapters. Those that have no p `before` them take ranks up to
-    `siva_linear_shared_rank`.
+    Args:
+        ways: which of `WAYS` to pick from.
+        shared: in the kernels of several layers or adapters.
     """
-    costs, block_r = COSTS[products], rank_block(rank)
+    sheet = _sheet(card.architecture)
 
     def time(choice: tuple[Tile, bool]) -> float:
         tile, project = choice
-        blocks = sum(math.ceil(m / tile.block_m) for m in rows) * sum(math.ceil(n / tile.block_n) for n in columns)
-        waves = math.ceil(blocks / card.multiprocessors)
-        multiplying = tile.block_m * (tile.block_n + block_r * project)
-        loading = costs.cached * (tile.block_m + tile.block_n + block_r * project)
-        apart = 0 if project else costs.memory * sum(rows) * k / card.multiprocessors + costs.launch
-        return waves * k * (multiplying + loading) + apart
+        blocks_m = sum(math.ceil(m / tile.block_m) for m in rows)
+        blocks_n = [math.ceil(n / tile.block_n) for n in columns]
+        launches = blocks_n if tile.tma else [sum(blocks_n)]
+        waves = sum(math.ceil(blocks_m * n / card.multiprocessors) for n in launches)
+        clocks = siva_linear_clocks(tile, rank_block(rank) if project else 0, card.architecture).together
+        apart = 0 if project else 2 * sum(rows) * k / (sheet.memory * 1e9) + LAUNCH
+        return waves * k * clocks / (sheet.megahertz * 1e6) + apart + (len(launches) - 1) * LAUNCH
 
-    ways = []
-    for tile in siva_linear_tiles(card.architecture, products):
-        if rank <= (tile.shared_rank if shared else tile.max_rank):
-            ways.append((tile, True))
-        if before:
-            ways.append((tile, False))
-    return min(ways, key=time)
+    choices = [
+        (tile, project)
+        for tile in siva_linear_tiles(card.architecture)
+        for project in (True, False)
+        if siva_linear_way(tile, project) in ways
+        and (not project or rank <= (tile.shared_rank if shared and not tile.tma else tile.max_rank))
+    ]
+    return min(choices, key=time)
 
 
-def siva_linear_shared_rank(products: str, card: Card) -> int:
-    """Up to which rank programs for several adapters can compute p beside h."""
-    return max(tile.shared_rank for tile in siva_linear_tiles(card.architecture, products))
+def siva_linear_way(tile: Tile, project: bool) -> str:
+    """Which of `WAYS` a choice of `siva_linear` is."""
+    return ("fused" if project else "split") + (" tma" if tile.tma else "")
+
+
+def siva_linear_constants(tile: Tile, project: bool, rank: int, card: Card) -> dict[str, int]:
+    """What the kernels of h and dx are compiled with, and those of mixed rows."""
+    per_die = _MULTIPROCESSORS_A_DIE.get(card.architecture)
+    return {
+        "APART": project and card.architecture[:3] != "gfx" and not _is_from_shared(tile, card.architecture),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_R": rank_block(rank) if project else RANK_STEP,
+        "GROUP_M": GROUP_M,
+        "XCDS": card.multiprocessors // per_die if per_die else 1,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _sheet(architecture: str) -> Sheet:
+    return SHEETS.get(_LIKE.get(architecture, architecture)) or SHEETS["sm_80"]
+
+
+def _is_from_shared(tile: Tile, architecture: str) -> bool:
+    """Whether its instructions read both operands from shared memory."""
+    return tile.block_m >= 64 and architecture in _ROWS_AT_ONCE
+
+
+def _reads(tile: Tile, columns: int, architecture: str) -> int:
+    """Elements of shared memory that a program reads to multiply block_m rows by so many columns, for one along K.
+
+    An instruction on shared memory reads all columns for its rows. Else a warp reads its rows and its columns, by that
+    arrangement of the warps which reads the least.
+    """
+    m, warps = tile.block_m, tile.num_warps
+    if _is_from_shared(tile, architecture):
+        return m + math.ceil(m / _ROWS_AT_ONCE[architecture]) * columns
+    return min(m * warps // along + columns * along for along in (1, 2, 4, 8) if along <= warps)
 
 
 def siva_linear_bwd_rows(m: int, block_r: int) -> int:

@@ -20,8 +20,14 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def in_nan(values: Tensor) -> Tensor:
-    """A view with the same values inside a larger tensor of NaN: reading past an edge shows."""
-    room = torch.full([size + 19 for size in values.shape], torch.nan, dtype=values.dtype, device=values.device)
-    view = room[tuple(slice(3, 3 + size) for size in values.shape)]
+def in_nan(values: Tensor, step: int = 1) -> Tensor:
+    """A view with the same values inside a larger tensor of NaN: reading past an edge shows.
+
+    Its rows begin at multiples of `step` elements.
+    """
+    sizes = [size + 19 for size in values.shape]
+    sizes[-1:] = [-(-size // step) * step for size in sizes[-1:]]
+    room = torch.full(sizes, torch.nan, dtype=values.dtype, device=values.device)
+    first = -(-3 // step) * step
+    view = room[tuple(slice(first, first + size) for size in values.shape)]
     return view.copy_(values)

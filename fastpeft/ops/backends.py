@@ -12,9 +12,11 @@ asks for what is not available, the package still imports, so that the command l
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -159,7 +161,7 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
     op = OPS[choice.op]
     if choice.backend == "triton":
         forms = card_forms(choice.op)
-        is_chosen = len(forms) > 1 and not is_asked_for
+        is_chosen = "aten" in forms and not is_asked_for
         library.impl(choice.op, choosing(op, forms) if is_chosen else forms["triton"], choice.device.upper())
     elif choice.backend == "aten" and op.aten is not None:
         for key in _keys(choice.device):
@@ -176,13 +178,18 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
 
 
 def card_forms(op: str) -> dict[str, Callable[..., Any]]:
-    """What computes an op on a card: "triton", its launcher, and "aten" where there is that form for cards."""
+    """What computes an op on a card: "triton", its launcher, and "aten" where there is that form for cards.
+
+    A launcher of several ways picks one by a model; each is a form too.
+    """
     module_name, function = _TRITON_LAUNCHERS[op]
     module: ModuleType = importlib.import_module(f"fastpeft.kernels.{module_name}")
-    forms = {"triton": getattr(module, function)}
-    aten = OPS[op].aten
+    launcher, aten = getattr(module, function), OPS[op].aten
+    forms = {"triton": launcher}
     if aten is not None and "aten" in IMPLEMENTED[op, "cuda"]:
         forms["aten"] = torch.no_grad()(aten)  # it writes in place; a formula differentiates it
+    if "ways" in inspect.signature(launcher).parameters:
+        forms |= {way: partial(launcher, ways=(way,)) for way in module.tiles.WAYS}
     return forms
 
 

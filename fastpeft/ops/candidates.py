@@ -1,13 +1,13 @@
-"""Which form of an op runs on a card: its Triton kernel, or the fewest calls of ATen.
+"""Which form of an op runs on a card: its Triton kernel, by the way that a model of costs picks, or ATen's calls.
 
 A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. It is answered by
 what a run has kept; else by the times of this card that the package brings (`fastpeft/ops/tuned`, made by
-`python -m bench.tune`) or that were taken here before; else by timing both at the first call. Nothing is timed while a
-CUDA graph is captured: warm up with the shapes that it will have.
+`python -m bench.tune`) or that were taken here before; else by timing both at the first call. Only the package's times
+have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm up with the shapes that it will have.
 
-Some answers are predictions that only times in a file change: SiVA's products in float32 go to ATen, because cuBLAS's
-tiles are larger than those that Triton compiles without spilling, and those of fewer than 16 rows, of which a tile is
-mostly padding; window attention with dropout goes to Triton, for elsewhere the host draws it.
+Some answers are predictions that only times in a file change: SiVA's products of fewer than 16 rows, of which a tile is
+mostly padding, go to ATen, as those in float32 always do; window attention with dropout goes to Triton, for elsewhere
+the host draws it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,13 @@ _FEWEST_ROWS = 16  # that fill a tile
 def choosing(
     op: Op, forms: Mapping[str, Callable[..., Any]], choices: Choices = choices, times_all: bool = False
 ) -> Callable[..., Any]:
-    """What to register for `op` on a card: at each call the fastest of its `forms`, "triton" and "aten".
+    """What to register for `op` on a card: at each call the fastest of its `forms`.
 
-    `choices` keeps the times; `times_all` also takes those whose answer is predicted.
+    Args:
+        op: of SiVA, or window attention.
+        forms: by name, among them "triton" and "aten".
+        choices: what keeps the times.
+        times_all: time all forms, and those too whose answer is predicted; else these two.
     """
     names = _names(op)
 
@@ -41,13 +45,13 @@ def choosing(
         of = _of_window(named) if "q" in named else _of_siva(named)
 
         def ways() -> Ways:
-            return {form: partial(run, *arguments) for form, run in forms.items()}
+            return {form: partial(forms[form], *arguments) for form in (forms if times_all else ("triton", "aten"))}
 
         is_captured = of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         is_timed = not is_captured and (times_all or of.is_open)
         question = op.name, *of.question, "on", architecture(of.device)
         way = choices.answer(question, of.predicted, ways if is_timed else None, of.device)
-        return forms[way](*arguments)
+        return forms.get(way, forms[of.predicted])(*arguments)
 
     return call
 

@@ -47,7 +47,16 @@ def test_nothing_spills(rows):
 
 def test_shared_memory_fits(rows):
     """What one program can have, in KiB, by the vendors' manuals."""
-    most = {"sm_75": 64, "sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+    most = {
+        "sm_75": 64,
+        "sm_80": 163,
+        "sm_86": 99,
+        "sm_89": 99,
+        "sm_90": 227,
+        "sm_100": 227,
+        "sm_120": 99,
+        "gfx942": 64,
+    }
     assert [row for row in rows if int(row["shared_bytes"]) > 1024 * most[row["arch"]]] == []
     kernels = {row["kernel"] for row in rows} - {row["kernel"] for row in rows if row["arch"] == "sm_86"}
     least = min(most[arch] for arch in static.TARGETS.keys() - set(static.SHARED_ARCHS))
@@ -104,6 +113,25 @@ def test_the_gaussian_pass_of_the_cuda_module_is_short():
 def test_the_gaussian_pass_in_triton_is_short(dtype):
     code = f"from bench import static; print(static.gaussian_per_element('sm_90', {dtype!r}))"
     assert float(run_apart(code)) <= MOST_PER_ELEMENT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "product"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+def test_the_large_tile_of_the_forward_loads_by_tma(arch, product):
+    code = f"""
+from bench import static
+code = next(
+    static._read_cubin(static.compile_variant(variant).asm)[2]
+    for variant in static.variants()
+    if variant.arch == {arch!r} and variant.kernel == "siva_linear_fwd" and variant.constants["TMA"]
+    and variant.constants["BLOCK_N"] == 256 and variant.constants["PROJECT"]
+)
+print(code.count("UTMALDG"), code.count({product!r}), code.count("LDGSTS"))
+"""
+    loads, products, others = map(int, run_apart(code).split())
+    assert loads >= 12  # of x, W and V: three ahead or more, and one in the loop
+    assert products > 0
+    assert others == 0
 
 
 def test_named_kernels_alone_are_compiled_anew(rows, monkeypatch):

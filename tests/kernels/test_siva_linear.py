@@ -18,8 +18,7 @@ from fastpeft.ops import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import products
-from fastpeft.kernels.siva_linear import GROUP_M
+from fastpeft.kernels.launch import is_for_kernels, products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 63, 65, 127]
@@ -56,13 +55,13 @@ def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (
             assert ours.shape == (0,)
 
 
-def check(*args: Tensor | None) -> None:
-    """Both directions, with a gradient of h that lies in NaN."""
+def check(*args: Tensor | None, step: int = 1) -> None:
+    """Both directions, with a gradient of h that lies in NaN, its rows at multiples of `step`."""
     check_forward(*args)
     x, weight, *_ = args
     generator = torch.Generator().manual_seed(0)
     dh = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator).to(x)
-    check_backward(in_nan(dh), *args)
+    check_backward(in_nan(dh, step), *args)
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], No
     """Makes every launch use this tile, and compute p inside or not."""
 
     def launched(tile: tiles.Tile, project: bool) -> None:
-        monkeypatch.setattr(tiles, "siva_linear", lambda *_: (tile, project))
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, project))
 
     return launched
 
@@ -123,31 +122,89 @@ def test_every_rank(r, device):
 
 
 TILES = {
-    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
-    for (_, kind), found in tiles.SIVA_LINEAR.items()
-    for tile in found
+    f"{'x'.join(map(str, tile[:3]))}{'-tma' if tile.tma else ''}": tile
+    for tile in dict.fromkeys(itertools.chain(*tiles.SIVA_LINEAR.values()))
 }
 
 
-@pytest.mark.long(
-    only=("before-half-64x64x64", "before-half-128x128x32", "before-half-128x256x64", "inside-half-128x256x64")
-)
-@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
+@pytest.mark.long(only=("before-64x64x64", "before-128x128x32", "before-128x256x64", "inside-128x256x64"))
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
-def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
-    if device == "cuda" and tile not in tiles.siva_linear_tiles(
-        tiles.card(torch.device(device, 0)).architecture, products(dtype, matrix_units=True)
-    ):
+def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.card(torch.device(device, 0)).architecture):
         pytest.skip("not shipped to this card")
     launched(tile, project)
     rank = min(tile.max_rank, 33) if project else 33
-    check(*map(in_nan, operands(tile.block_m + 1, tile.block_k + 1, tile.block_n + 1, rank, dtype, device)))
+    step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes
+    args = operands(tile.block_m + 1, tile.block_k + step, tile.block_n + step, rank, torch.bfloat16, device)
+    check(*(in_nan(a, step) for a in args), step=step)
+
+
+@pytest.fixture
+def with_tma(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
+    """On a card that has descriptors: of each launch, whether it had any."""
+    card = tiles.card(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    if device == "cuda" and not any(tile.tma for tile in tiles.siva_linear_tiles(card.architecture)):
+        pytest.skip("this card has no descriptors")
+    if device == "cpu":
+        monkeypatch.setattr(tiles, "card", lambda _: H100)
+    found = []
+    plan = kernel._plan
+
+    def planned(*args, **_):
+        found.append(plan(*args, ways=("fused tma", "split tma")))
+        return found[-1]
+
+    monkeypatch.setattr(kernel, "_plan", planned)
+    return found
+
+
+@pytest.mark.long(but="200-136-264-5")
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"), [(200, 136, 264, 5), (1, 8, 8, 1), (129, 64, 8, 16), (33, 72, 136, 17), (40, 80, 24, 64)]
+)
+def test_aligned_operands_have_descriptors(m, k, n, r, device, with_tma):
+    args = operands(m, k, n, r, torch.bfloat16, device, bias=m != 33)
+    check(*(None if a is None else in_nan(a, 8) for a in args), step=8)
+    assert all(plan.tile.tma for plan in with_tma)
+    assert with_tma
+
+
+@pytest.mark.parametrize("what", ["width", "pitch", "beginning", "turned", "repeated"])
+def test_others_take_addresses(what, device, with_tma):
+    x, *rest = operands(20, 9 if what == "width" else 16, 24, 3, torch.bfloat16, device)
+    if what == "pitch":
+        x = in_nan(x)
+    elif what == "beginning":
+        x = x.new_empty(20, 24)[:, 4:20].copy_(x)
+    elif what == "turned":
+        x = x.t().contiguous().t()
+    elif what == "repeated":
+        x = x[:1].expand(20, 16)
+    check_forward(x, *rest)
+    assert [plan.tile.tma for plan in with_tma] == [False]
+
+
+def test_a_card_without_descriptors_takes_addresses(device):
+    x, weight, _, _, v, _ = operands(16, 16, 16, 3, torch.bfloat16, device)
+    plan = kernel._plan(x, [weight], [v], (16,), (3,), ("fused tma",))
+    assert plan.project
+    assert not plan.tile.tma or device == "cuda"
+
+
+@pytest.mark.parametrize("dies", [6, 8])
+def test_programs_are_dealt_to_dies_in_ranges_of_tiles(dies, device, monkeypatch):
+    constants = tiles.siva_linear_constants
+    card = tiles.Card("gfx942", 38 * dies)
+    assert constants(tiles.SIVA_LINEAR["gfx942"][0], True, 3, card)["XCDS"] == dies
+    monkeypatch.setattr(tiles, "siva_linear_constants", lambda *args: {**constants(*args), "XCDS": dies})
+    check(*operands(300, 20, 200, 3, torch.float32, device))
 
 
 def test_more_row_blocks_than_a_group(device, launched):
-    tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
+    tile = tiles.SIVA_LINEAR[tiles.ANY][0]
     launched(tile, True)
-    check(*operands((GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
+    check(*operands((tiles.GROUP_M + 1) * tile.block_m + 1, 8, 2 * tile.block_n + 1, 2, torch.float32, device))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=4)), ids=str)
@@ -187,7 +244,7 @@ def test_factors_in_float32_are_read_as_they_are(project, device, launched):
     Not in bfloat16, to which Triton's interpreter truncates.
     """
     dtype = torch.float16
-    launched(tiles.SIVA_LINEAR[tiles.ANY, "half"][1], project)
+    launched(tiles.SIVA_LINEAR[tiles.ANY][1], project)
     halves = operands(70, 35, 66, 5, dtype, device)
     wide = [a.float() if i in (2, 3, 4) else a for i, a in enumerate(halves)]
     dh = torch.randn(70, 66).to(halves[0])
@@ -280,6 +337,11 @@ def test_products_follow_pytorch_and_the_card():
     assert products(torch.float64, matrix_units=True) is None
 
 
+def test_float32_on_a_card_is_for_aten(device):
+    x = torch.ones(16, 3, device=device)
+    assert is_for_kernels(x, 1) is (device == "cpu")
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)])
 def test_rank_block(rank, expected):
     assert tiles.rank_block(rank) == expected
@@ -290,35 +352,58 @@ A100, H100 = tiles.Card("sm_80", 108), tiles.Card("sm_90", 132)
 
 def test_p_is_computed_inside_until_that_costs_more_than_reading_x_again():
     inside = {
-        (m, n): tiles.siva_linear((m,), 1024, (n,), rank, "half", A100)[1]
-        for m, n, rank in ((512, 1024, 4), (2048, 1024, 4), (16384, 8192, 4))
+        (m, n): tiles.siva_linear((m,), 1024, (n,), 4, A100)[1] for m, n in ((512, 1024), (2048, 1024), (16384, 8192))
     }
     assert inside == {(512, 1024): True, (2048, 1024): True, (16384, 8192): False}
-    assert not tiles.siva_linear((8192,), 4096, (4096,), 64, "half", H100)[1]
+    assert not tiles.siva_linear((8192,), 4096, (4096,), 64, H100)[1]
 
 
-@pytest.mark.parametrize("card", [A100, H100, tiles.card(torch.device("cpu"))], ids=str)
-@pytest.mark.parametrize("kind", tiles.COSTS)
-def test_few_rows_take_small_tiles_and_many_take_large_ones(kind, card):
-    found = tiles.siva_linear_tiles(card.architecture, kind)
-    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, kind, card)[0] for m in (17, 65536))
-    assert few == min(found, key=lambda tile: tile.block_m * tile.block_n)
-    assert many == max(found, key=lambda tile: tile.block_m * tile.block_n)
+@pytest.mark.parametrize("architecture", tiles.SHEETS)
+def test_sheets_agree_with_whole_multiply_adds_a_clock(architecture):
+    sheet = tiles.SHEETS[architecture]
+    rate = sheet.teraflops * 1e6 / sheet.megahertz / sheet.multiprocessors / 2
+    assert round(rate / 256) * 256 == pytest.approx(rate, rel=2e-3)
+
+
+@pytest.mark.parametrize("architecture", [*tiles.SHEETS, "interpreter"])
+def test_few_rows_take_small_tiles_and_many_take_large_ones(architecture):
+    card = tiles.Card(architecture, 128)
+    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, card)[0] for m in (17, 65536))
+    sizes = [tile.block_m * tile.block_n for tile in tiles.siva_linear_tiles(architecture)]
+    assert (few.block_m * few.block_n, many.block_m * many.block_n) == (min(sizes), max(sizes))
+
+
+@pytest.mark.parametrize("ways", [tiles.WAYS, ("fused", "fused tma")], ids=["chosen", "fused"])
+def test_on_an_h100_the_forward_waits_for_memories_hardly_longer_than_a_bare_product(ways):
+    """4096 x 4096 x 4096 at rank 16: reads of shared memory, and loads through the second-level cache."""
+    size, rank, sheet = 4096, 16, tiles.SHEETS["sm_90"]
+    tile, project = tiles.siva_linear((size,), size, (size,), rank, H100, ways)
+    ours, bare = (tiles.siva_linear_clocks(tile, block_r, "sm_90") for block_r in (rank * project, 0))
+    programs = size / tile.block_m * size / tile.block_n / H100.multiprocessors
+    x = 0 if project else 2 * size**2  # bytes that a product for p reads before
+    shared = ours.shared + x / H100.multiprocessors / sheet.shared / programs / size
+    cached = ours.cached + x / sheet.cached / programs / size
+    assert max(shared, cached) <= 1.05 * max(bare.shared, bare.cached)
+    assert cached <= 1.05 * bare.cached
+    if not project:
+        assert shared <= 1.05 * bare.shared
 
 
 def test_an_architecture_without_a_line_takes_the_tiles_of_any():
-    assert tiles.siva_linear_tiles("sm_89", "half") == tiles.SIVA_LINEAR[tiles.ANY, "half"]
+    assert tiles.siva_linear_tiles("sm_89") == tiles.SIVA_LINEAR[tiles.ANY]
 
 
 def test_p_is_computed_inside_only_where_it_fits():
     for rank in range(1, tiles.MAX_RANK + 1):
-        tile, inside = tiles.siva_linear((17,), 64, (64,), rank, "ieee", H100)
-        assert inside == (rank <= tile.max_rank)
+        for way in ("fused", "fused tma"):
+            tile, inside = tiles.siva_linear((17,), 64, (64,), rank, H100, (way,))
+            assert inside
+            assert rank <= tile.max_rank
 
 
 @pytest.mark.parametrize("block_r", [16, 64])
 def test_ranges_of_rows_are_whole_steps_and_not_too_many(block_r):
     for m in (0, 1, 255, 257, 8191, 8193, 10**6, 2**31):
         rows = tiles.siva_linear_bwd_rows(m, block_r)
-        assert all(rows % tile.block_m == 0 for tile in tiles.SIVA_LINEAR_SUMS.values())
+        assert rows % tiles.SIVA_LINEAR_SUMS.block_m == 0
         assert m <= 32 * rows

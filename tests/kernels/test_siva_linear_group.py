@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,6 @@ from fastpeft.ops import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
 from fastpeft.kernels import tiles
-from fastpeft.kernels.launch import products
-from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,7 +32,12 @@ def layers(m: int, k: int, ns: tuple[int, ...], ranks: tuple[int, ...], dtype: t
 
 def check(*args: Any, needs: list[Any] | None = None) -> None:
     """Launch both directions on the forward's `args`, backward twice, and compare with float64."""
-    x, weights, us, ss, vs, biases = args
+    check_forward(*args)
+    check_backward(*args, needs=needs)
+
+
+def check_forward(*args: Any) -> None:
+    """Launch on `args` and compare with float64."""
     with poisoned_memory():
         actual = kernel.siva_linear_group(*args)
     double = in_double(args)
@@ -42,10 +46,15 @@ def check(*args: Any, needs: list[Any] | None = None) -> None:
         assert_as_accurate(ours, *others)
         assert ours.is_contiguous()
 
+
+def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
+    """Launch twice on the forward's `args` and compare with float64."""
+    x, weights, us, ss, vs, biases = args
+    p = aten.siva_linear_group(*in_order(args))[-1]
     generator = torch.Generator().manual_seed(0)
     dhs = [in_nan(torch.randn(*x.shape[:-1], len(w), generator=generator).to(x)) for w in weights]
     needs = needs or [True, [True] * len(us), True, [bias is not None for bias in biases]]
-    args = (dhs, x, weights, us, ss, vs, in_nan(results[0][-1]))
+    args = (dhs, x, weights, us, ss, vs, in_nan(p))
     double = in_double(args)
     results = [
         flat(aten.siva_linear_group_backward(*some, *needs)) for some in (in_order(args), double, absolute(double))
@@ -102,33 +111,34 @@ def test_every_rank(r, device):
 
 
 TILES = {
-    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
-    for (_, kind), found in tiles.SIVA_LINEAR.items()
-    for tile in found
+    f"{'x'.join(map(str, tile[:3]))}{'-tma' if tile.tma else ''}": tile
+    for tile in dict.fromkeys(itertools.chain(*tiles.SIVA_LINEAR.values()))
 }
 
 
 @pytest.mark.interp_full
-@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
-def test_every_tile_with_p_inside_or_before(dtype, tile, project, device, launched):
-    if device == "cuda" and tile not in tiles.siva_linear_tiles(
-        tiles.card(torch.device(device, 0)).architecture, products(dtype, matrix_units=True)
-    ):
+def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.card(torch.device(device, 0)).architecture):
         pytest.skip("not shipped to this card")
     launched(tile, project)
-    rank = min(tile.shared_rank, 33) if project else 33
+    rank = min(tile.max_rank if tile.tma else tile.shared_rank, 33) if project else 33
+    step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes
     ns = tile.block_n + 1, 2 * tile.block_n, 5
-    check(*each(in_nan, layers(tile.block_m + 1, tile.block_k + 1, ns, (rank, 3, rank), dtype, device)))
+    args = layers(tile.block_m + 1, tile.block_k + step, ns, (rank, 3, rank), torch.bfloat16, device)
+    check_forward(*each(lambda t: in_nan(t, step), args))
+    if not tile.tma:  # which is for one layer's dx alone
+        check_backward(*each(in_nan, args))
 
 
 @pytest.mark.long(but="inside")
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_p_inside_or_before_and_more_row_blocks_than_a_group(project, device, launched):
-    tile = tiles.SIVA_LINEAR[tiles.ANY, "ieee"][0]
+    tile = tiles.SIVA_LINEAR[tiles.ANY][0]
     launched(tile, project)
     args = layers(
-        (GROUP_M + 1) * tile.block_m + 1, tile.block_n + 1, (tile.block_n + 1, 3), (2, 5), torch.float32, device
+        (tiles.GROUP_M + 1) * tile.block_m + 1, tile.block_n + 1, (tile.block_n + 1, 3), (2, 5), torch.float32, device
     )
     check(*args)
 
@@ -228,7 +238,7 @@ def test_launchers_take_what_the_op_passes(name):
 def test_layers_side_by_side_take_a_larger_tile_than_one():
     """One narrow layer needs small tiles to occupy all multiprocessors, three together do not."""
     card = tiles.Card("sm_80", 108)
-    together, alone = (tiles.siva_linear((1024,), 1024, (768,) * n, 4, "half", card, shared=True)[0] for n in (3, 1))
+    together, alone = (tiles.siva_linear((1024,), 1024, (768,) * n, 4, card, shared=True)[0] for n in (3, 1))
     assert alone.block_m * alone.block_n < together.block_m * together.block_n
 
 

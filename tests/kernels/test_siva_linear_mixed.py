@@ -17,7 +17,6 @@ from fastpeft.ops import aten, reference
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear_mixed as kernel
 from fastpeft.kernels import tiles
-from fastpeft.kernels.siva_linear import GROUP_M
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -75,8 +74,7 @@ def test_ranks_above_a_step(dtype, device):
 @pytest.mark.parametrize("k", [1, 63, 65])
 @pytest.mark.parametrize("n", [1, 17, 129])
 def test_every_ragged_size(tokens, k, n, dtype, device):
-    most = tiles.siva_linear_shared_rank("half" if dtype.itemsize == 2 else "ieee", tiles.card(torch.device(device)))
-    ranks = tuple((tokens + 3 * k + 7 * n + 5 * i) % (most + 1) for i in range(4))
+    ranks = tuple((tokens + 3 * k + 7 * n + 5 * i) % (tiles.MAX_RANK + 1) for i in range(4))
     check(*each(in_nan, batch((8, tokens, k), n, ranks, (1, 4, 0, 3), dtype, device)))
 
 
@@ -86,25 +84,17 @@ def test_every_rank(r, device):
     check(*batch((6, 3, 35), 37, (r, 65 - r), (4, 2), torch.bfloat16, device))
 
 
-TILES = {
-    f"{kind}-{'x'.join(map(str, tile[:3]))}": (torch.bfloat16 if kind == "half" else torch.float32, tile)
-    for (architecture, kind), found in tiles.SIVA_LINEAR.items()
-    for tile in found
-    if architecture == tiles.ANY
-}
-
-
 @pytest.mark.interp_full
-@pytest.mark.parametrize(("dtype", "tile"), TILES.values(), ids=TILES)
-def test_every_tile(dtype, tile, device, monkeypatch):
+@pytest.mark.parametrize("tile", tiles.SIVA_LINEAR[tiles.ANY], ids=str)
+def test_every_tile(tile, device, monkeypatch):
     monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, True))
     ranks = min(tile.shared_rank, 33), 3
-    args = batch((7, tile.block_m // 2 + 1, tile.block_k + 1), tile.block_n + 1, ranks, (4, 3), dtype, device)
+    args = batch((7, tile.block_m // 2 + 1, tile.block_k + 1), tile.block_n + 1, ranks, (4, 3), torch.bfloat16, device)
     check(*each(in_nan, args))
 
 
 def test_more_row_blocks_than_a_group(device):
-    rows = (GROUP_M + 2) * 32
+    rows = (tiles.GROUP_M + 2) * 32
     check(*batch((rows, 8), 70, (2, 1), (rows - 33, 33), torch.float32, device))
 
 
@@ -153,7 +143,7 @@ def test_strides(device):
 
 
 def test_what_the_kernels_leave_to_aten(device):
-    for rank, dtype in ((2, torch.float64), (17, torch.float32)):
+    for rank, dtype in ((2, torch.float64), (tiles.MAX_RANK + 1, torch.float32)):
         x, weight, us, ss, vs, sizes, order, _ = args = batch((5, 6), 7, (1, rank), (3, 2), dtype, device)
         found, expected = kernel.siva_linear_mixed(*args), aten.siva_linear_mixed(*args)
         args = (x.new_ones(5, 7), x, weight, us, ss, vs, expected[1], sizes, order, True, [True] * 2, [True] * 2, True)
@@ -192,7 +182,6 @@ def test_many_short_adapters_take_small_tiles():
     """Blocks of rows do not reach from one adapter into the next, so a large tile would be mostly empty."""
     card = tiles.Card("sm_80", 108)
     many, one = (
-        tiles.siva_linear(rows, 1024, (1024,), 4, "half", card, shared=True, before=False)[0]
-        for rows in ((16,) * 256, (4096,))
+        tiles.siva_linear(rows, 1024, (1024,), 4, card, ("fused",), shared=True)[0] for rows in ((16,) * 256, (4096,))
     )
     assert many.block_m < one.block_m
