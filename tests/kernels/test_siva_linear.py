@@ -151,8 +151,8 @@ def with_tma(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
     found = []
     plan = kernel._plan
 
-    def planned(*args, **_):
-        found.append(plan(*args, ways=("fused tma", "split tma")))
+    def planned(*args):
+        found.append(plan(*args[:-1], ("fused tma", "split tma")))
         return found[-1]
 
     monkeypatch.setattr(kernel, "_plan", planned)
@@ -168,6 +168,22 @@ def test_aligned_operands_have_descriptors(m, k, n, r, device, with_tma):
     check(*(None if a is None else in_nan(a, 8) for a in args), step=8)
     assert all(plan.tile.tma for plan in with_tma)
     assert with_tma
+
+
+@pytest.mark.parametrize("way", tiles.WAYS)
+def test_a_caller_names_the_way(way, device, monkeypatch):
+    found = []
+    plan = kernel._plan
+    monkeypatch.setattr(kernel, "_plan", lambda *args: found.append(plan(*args)) or found[-1])
+    if device == "cpu":
+        monkeypatch.setattr(tiles, "card", lambda _: H100)
+    x, weight, u, s, v, _ = operands(40, 24, 32, 3, torch.bfloat16, device, bias=False)
+    h, p = kernel.siva_linear_fwd(x, weight, u, s, v, None, ways=(way,))
+    kernel.siva_linear_bwd(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
+    assert [(each.project, each.tile.tma) for each in found] == [("fused" in way, "tma" in way)] * 2
+    torch.testing.assert_close(
+        h.float(), reference.siva_linear(x, weight, u, s, v, None)[0].float(), rtol=0.02, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("what", ["width", "pitch", "beginning", "turned", "repeated"])
