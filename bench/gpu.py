@@ -51,7 +51,7 @@ STAGES = [
             "bench_feature_cache",
         ],
     ),
-    Stage("choices", "tests/ops/test_candidates.py", ["tune"]),
+    Stage("choices", "tests/ops/test_candidates.py", ["tune", "predictions --against"]),
 ]
 
 
@@ -62,7 +62,7 @@ def commands(stage: Stage) -> list[list[str]]:
 
 
 def _bench(module: str, *arguments: str) -> list[str]:
-    device = [] if "--device" in arguments or module == "tune" else ["--device", "cuda"]
+    device = ["--device", "cuda"] if module.startswith("bench_") and "--device" not in arguments else []
     return [sys.executable, "-m", f"bench.{module}", *arguments, *device]
 
 
