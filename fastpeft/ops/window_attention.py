@@ -14,6 +14,11 @@ from torch import Tensor
 
 from fastpeft.ops.define import NAMESPACE, define
 from fastpeft.ops.feature_dropout import feature_dropout_reference
+from fastpeft.ops.window_composed import (
+    composed_holds,
+    window_attention_backward_composed,
+    window_attention_composed,
+)
 
 
 def window_attention_reference(
@@ -139,6 +144,9 @@ def window_attention_aten(
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, by PyTorch's fused attention, which holds one tile of the scores at a time."""
+    if q.is_cuda:
+        form = window_attention_composed if composed_holds(q) else window_attention_reference
+        return form(q, c, p, mask, slots, causal, dropout, seed, block)
     keys = _fused_keys(q, c, p, slots, dropout, seed, block)
     rows = _rows(q, keys.dtype)
     if 0 in (rows.shape[2], keys.shape[2]):  # PyTorch divides by these
@@ -168,11 +176,14 @@ def window_attention_backward_aten(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, for a few sentences at a time, shared among threads.
+    """As the reference, on a CPU for a few sentences at a time, shared among threads.
 
     PyTorch returns the gradients of keys and of values in two tensors. For a few sentences both are small, and their
     sums overwrite keys that are no longer needed: allocating memory costs more time than this computation.
     """
+    if q.is_cuda:
+        form = window_attention_backward_composed if composed_holds(q) else window_attention_backward_reference
+        return form(dout, q, c, p, mask, out, lse, slots, causal, dropout, seed, block, need_dq, need_dc, need_dp)
     keys = _fused_keys(q, c, p, slots, dropout, seed, block)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
     needs = need_dq, need_dc, need_dp
