@@ -60,12 +60,15 @@ KERNELS = {
     "siva_linear_mixed_bwd_partials": siva_linear_mixed._siva_linear_mixed_bwd_partials_kernel,
     "mezo_perturb": mezo._mezo_perturb_kernel,
     "window_attention_fwd": window_attention._window_attention_fwd_kernel,
+    "window_attention_combine": window_attention._window_attention_combine_kernel,
+    "window_attention_bwd_bases": window_attention_backward._window_attention_bwd_bases_kernel,
     "window_attention_bwd_queries": window_attention_backward._window_attention_bwd_queries_kernel,
     "window_attention_bwd_keys": window_attention_backward._window_attention_bwd_keys_kernel,
 }
 WINDOW_ATTENTION_TYPES = {
-    **{"mask_ptr": "*i1", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dp_ptr": "*fp32", "scale": "fp32"},
-    **{"seed_ptr": "*i64", **dict.fromkeys(("slots", "ordinal", "last_dropped"), "i64")},
+    **dict.fromkeys(("lse_ptr", "base_ptr", "delta_ptr", "dp_ptr"), "*fp32"),
+    **{"mask_ptr": "*i32", "seed_ptr": "*i64", "scale": "fp32"},
+    **dict.fromkeys(("slots", "ordinal", "last_dropped"), "i64"),
 }
 ROW_TYPES = {"order_ptr": "*i64", "table_ptr": "*i64"}
 # what stands beside operands in half precision: factors but for the one of the inner loop, p, q, and gradients
@@ -82,10 +85,12 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
         **{"table_ptr": "*i64", "tensor_ptr": "*i32", "seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_bits": "i64"}
     },
     "window_attention_fwd": WINDOW_ATTENTION_TYPES,
+    "window_attention_combine": dict.fromkeys(("parts_ptr", "part_lse_ptr", "lse_ptr"), "*fp32"),
+    "window_attention_bwd_bases": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
 }
-_SHOWN = ("BLOCK_", "P", "IS_", "TMA")  # constants of a tile begin with one of these
+_SHOWN = ("BLOCK_", "P", "IS_", "TMA", "CAUSAL", "DROPOUT")  # constants of a tile begin with one of these
 KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
@@ -104,7 +109,7 @@ ANY = (  # but not counts, rows of R and what does not specialise
         "size_u",
     ),
     *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
-    *("H", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
+    *("rows", "T", "K", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -229,33 +234,48 @@ def mezo_perturb_variants(arch: str) -> Iterator[Variant]:
             yield Variant("mezo_perturb", arch, dtype, constants, tiles.MEZO_PERTURB.num_warps, num_stages=3)
 
 
-WINDOW_ATTENTION_WIDTHS = (16, 32, 64, 128, 256)
-_ROWS, _KEYS = (None, None, None, 1), (None, 1)  # strides of what is contiguous
+WINDOW_ATTENTION_KINDS = (("bf16", "half"), ("fp32", "tf32"), ("fp32", "ieee"))  # of 16 bits bfloat16 stands for both
+WINDOW_ATTENTION_WIDTHS = (16, 64, 128, 256)  # the narrowest, and the widest of each tile
 
 
 def window_attention_variants(arch: str) -> Iterator[Variant]:
-    """Window attention with all that it can do: masked, causal, with dropout and absent slots, and every gradient."""
-    for (kernel, kind), of_width in tiles.WINDOW_ATTENTION.items():
+    """Window attention with all that it can do, with dropout and without, and in half precision with nothing of it."""
+    kernels = ("fwd", "bwd_bases", "bwd_queries", "bwd_keys")
+    for kernel, (dtype, kind) in itertools.product(kernels, WINDOW_ATTENTION_KINDS):
         if arch == "sm_75" and kind != "ieee":
             continue  # the launcher leaves these to PyTorch there
-        dtypes = ("bf16", "fp16") if kind == "half" else ("fp32",)
-        widths = [width for width in WINDOW_ATTENTION_WIDTHS if width <= max(of_width)]
-        for dtype, width in itertools.product(dtypes, widths):
-            tile = tiles.window_attention(kernel, kind, width)
-            name = f"window_attention_{kernel}"
-            constants = {
-                **dict.fromkeys(("dout_strides", "q_strides", "c_strides"), _ROWS),
-                **dict.fromkeys(("p_strides", "mask_strides"), _KEYS),
-                **dict.fromkeys(("NEED_DQ", "NEED_DC", "NEED_DP"), True),
-                **dict.fromkeys(("HAS_MASK", "HAS_ABSENT", "CAUSAL", "DROPOUT", "IS_ALIGNED"), True),
-                "PRECISION": "tf32" if kind == "tf32" else "ieee",
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_D": tiles.width_block(width),
-            }
-            taken = inspect.signature(KERNELS[name].fn).parameters
-            constants = {key: value for key, value in constants.items() if key in taken}
-            yield Variant(name, arch, dtype, constants, tile.num_warps, tile.num_stages)
+        widths = [width for width in WINDOW_ATTENTION_WIDTHS if width <= tiles.window_attention_width(kind)]
+        for width in widths:
+            yield window_attention_variant(kernel, arch, dtype, kind, width)
+            if kernel != "bwd_bases":
+                yield window_attention_variant(kernel, arch, dtype, kind, width, dropout=True)
+                if kind == "half":
+                    yield window_attention_variant(kernel, arch, dtype, kind, width, is_bare=True)
+    for width in WINDOW_ATTENTION_WIDTHS:
+        shape = {"BLOCK_M": tiles.WINDOW_COMBINE_ROWS, "BLOCK_D": tiles.width_block(width)}
+        yield Variant("window_attention_combine", arch, "bf16", shape, num_warps=4, num_stages=3)
+
+
+def window_attention_variant(
+    kernel: str, arch: str, dtype: str, kind: str, width: int, dropout: bool = False, is_bare: bool = False
+) -> Variant:
+    """One of its kernels with the tile that it is launched with: masked, causal and with absent slots, or bare."""
+    tile = tiles.window_attention(kernel, kind, width, dropout, arch)
+    name = f"window_attention_{kernel}"
+    constants = {
+        **{"dout_strides": (None, None, 1), "q_strides": (None, None, 1)},  # of what is contiguous
+        **{"c_strides": (None, None, None, 1), "p_strides": (None, 1)},
+        **dict.fromkeys(("NEED_DC", "NEED_DP", "IS_ALIGNED"), True),
+        **dict.fromkeys(("HAS_MASK", "HAS_ABSENT", "CAUSAL"), not is_bare),
+        "DROPOUT": dropout,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tiles.width_block(width),
+    }
+    taken = inspect.signature(KERNELS[name].fn).parameters
+    constants = {key: value for key, value in constants.items() if key in taken}
+    return Variant(name, arch, dtype, constants, tile.num_warps, tile.num_stages)
 
 
 def variants() -> Iterator[Variant]:
@@ -361,6 +381,20 @@ def gaussian_per_element(arch: str, dtype: str) -> float:
         cubin.write_bytes(compiled.asm["cubin"])
         code = _run("cuobjdump", "--dump-sass", cubin)
     return executed(code, [("", 0), (_BEND, 0), (_BEND, -1), ("EXIT", 0)]) / (8 * tile.block_q / (32 * tile.num_warps))
+
+
+def stores_in_loop(arch: str, width: int) -> int:
+    """Stores to shared memory in the loop of window attention's forward, in half precision without dropout."""
+    compiled = compile_variant(window_attention_variant("fwd", arch, "bf16", "half", width))
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        code = _run("cuobjdump", "--dump-sass", cubin)
+    lines = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)}
+    backwards = {at: int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16) for at, text in lines.items() if "BRA " in text}
+    loops = [[text for at, text in lines.items() if start <= at <= end] for end, start in backwards.items()]
+    (loop,) = (loop for loop in loops if sum("MMA." in text for text in loop) > 1)
+    return sum(re.match(r"(@\S+ )?STSM?\b", text) is not None for text in loop)
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> tuple[int, int, str]:

@@ -249,39 +249,68 @@ class WindowTile(NamedTuple):
     num_stages: int
 
 
-# Outside matrix units a thread holds whole rows of both operands, which spill beyond 128 columns. Multiplied in parts
-# of 64, 256 columns fit the forward and the kernel over keys; the one over queries then takes 69 KiB of shared memory,
-# more than sm_75 has for a program, and spills on sm_120.
-WINDOW_ATTENTION = {  # (kernel, products) -> widest D -> tile
-    ("fwd", "half"): {64: WindowTile(64, 32, 8, 2), 128: WindowTile(64, 32, 8, 2), 256: WindowTile(32, 32, 8, 2)},
-    ("fwd", "tf32"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(32, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
-    ("fwd", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
-    ("bwd_queries", "half"): {
-        64: WindowTile(64, 32, 8, 2),
-        128: WindowTile(64, 32, 8, 2),
-        256: WindowTile(32, 16, 8, 1),
+def _same(*shape: int) -> tuple[WindowTile, WindowTile]:
+    return WindowTile(*shape), WindowTile(*shape)
+
+
+# A warp has 16 rows of a product. On sm_90 four warps multiply together, 64 rows, and a multiprocessor holds two
+# programs of 64 queries; with dropout it holds one of 128, because words are drawn for each program. Elsewhere Triton
+# gives each warp rows of its own only in tiles with no fewer queries than columns, hence 128 queries. The registers of
+# the accumulator bound the rest, and 64 KiB of shared memory on gfx942. Outside matrix units a thread holds whole rows
+# of both operands, which spill beyond 128 columns.
+_WINDOW_SMALL = {64: _same(16, 16, 4, 1), 128: _same(16, 16, 8, 1)}
+WINDOW_ATTENTION = {  # (architecture, kernel, products) -> widest D -> tile without dropout, and with; ANY as above
+    (ANY, "fwd", "half"): {
+        64: (WindowTile(128, 64, 8, 2), WindowTile(128, 32, 8, 2)),
+        128: _same(128, 32, 8, 2),
+        256: (WindowTile(32, 16, 8, 1), WindowTile(32, 32, 8, 2)),
     },
-    ("bwd_queries", "tf32"): {
-        64: WindowTile(32, 32, 4, 2),
-        128: WindowTile(32, 16, 8, 1),
-        256: WindowTile(16, 16, 4, 1),
+    (ANY, "fwd", "tf32"): {64: _same(64, 16, 4, 1), 128: _same(128, 16, 8, 2), 256: _same(16, 16, 8, 1)},
+    (ANY, "fwd", "ieee"): _WINDOW_SMALL,
+    (ANY, "bwd_bases", "half"): {128: _same(64, 64, 4, 1), 256: _same(32, 64, 8, 1)},
+    (ANY, "bwd_bases", "tf32"): {128: _same(32, 64, 4, 1), 256: _same(16, 64, 8, 1)},
+    (ANY, "bwd_bases", "ieee"): {64: _same(16, 16, 8, 1), 128: _same(32, 16, 8, 1)},
+    (ANY, "bwd_queries", "half"): {64: _same(64, 32, 4, 2), 128: _same(128, 32, 8, 2), 256: _same(32, 16, 8, 1)},
+    (ANY, "bwd_queries", "tf32"): {64: _same(32, 32, 4, 2), 128: _same(32, 16, 4, 1), 256: _same(16, 16, 4, 1)},
+    (ANY, "bwd_queries", "ieee"): {64: _same(16, 16, 4, 2), 128: _same(16, 16, 8, 1)},
+    (ANY, "bwd_keys", "half"): {
+        64: (WindowTile(64, 64, 4, 2), WindowTile(64, 64, 4, 1)),
+        128: _same(16, 128, 8, 2),
+        256: _same(16, 32, 8, 1),
     },
-    ("bwd_queries", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
-    ("bwd_keys", "half"): {64: WindowTile(32, 64, 4, 1), 128: WindowTile(64, 32, 8, 1), 256: WindowTile(32, 32, 8, 1)},
-    ("bwd_keys", "tf32"): {64: WindowTile(32, 32, 4, 1), 128: WindowTile(16, 32, 8, 1), 256: WindowTile(16, 16, 8, 1)},
-    ("bwd_keys", "ieee"): {64: WindowTile(16, 16, 4, 1), 128: WindowTile(16, 16, 8, 1)},
+    (ANY, "bwd_keys", "tf32"): {64: _same(32, 64, 4, 1), 128: _same(16, 32, 4, 1), 256: _same(16, 16, 8, 1)},
+    (ANY, "bwd_keys", "ieee"): _WINDOW_SMALL,
+    ("sm_90", "fwd", "half"): {
+        128: (WindowTile(64, 64, 4, 2), WindowTile(128, 64, 8, 2)),
+        256: (WindowTile(64, 16, 4, 2), WindowTile(32, 32, 8, 2)),
+    },
+    ("sm_90", "bwd_queries", "half"): {
+        128: (WindowTile(64, 64, 4, 2), WindowTile(128, 64, 8, 2)),
+        256: _same(32, 16, 8, 1),
+    },
+    ("sm_90", "bwd_keys", "half"): {
+        64: (WindowTile(64, 64, 4, 2), WindowTile(64, 64, 4, 1)),
+        128: (WindowTile(64, 64, 4, 2), WindowTile(32, 128, 8, 2)),
+        256: _same(32, 32, 8, 1),
+    },
+    ("sm_120", "bwd_queries", "half"): {64: _same(64, 32, 4, 2), 128: _same(128, 32, 8, 1), 256: _same(32, 16, 8, 1)},
+    ("gfx942", "fwd", "tf32"): {64: _same(16, 16, 4, 1), 128: _same(32, 32, 8, 1), 256: _same(16, 16, 8, 1)},
+    ("gfx942", "fwd", "half"): {64: _same(64, 64, 4, 2), 128: _same(64, 32, 4, 2), 256: _same(32, 16, 8, 1)},
+    ("gfx942", "bwd_queries", "half"): {128: _same(64, 32, 4, 2), 256: _same(32, 16, 8, 1)},
+    ("gfx942", "bwd_keys", "half"): {64: _same(64, 64, 4, 1), 128: _same(32, 64, 4, 1), 256: _same(16, 32, 8, 1)},
 }
+WINDOW_COMBINE_ROWS = 16  # that a program puts together from their splits
 
 
-def window_attention(kernel: str, products: str, width: int) -> WindowTile:
-    """The tile of one of its kernels, "fwd", "bwd_queries" or "bwd_keys", for operands of this width."""
-    found = WINDOW_ATTENTION[kernel, products]
-    return found[min(limit for limit in found if width <= limit)]
+def window_attention(kernel: str, products: str, width: int, dropout: bool, architecture: str) -> WindowTile:
+    """The tile of "fwd", "bwd_bases", "bwd_queries" or "bwd_keys", for operands of this width."""
+    found = WINDOW_ATTENTION.get((architecture, kernel, products)) or WINDOW_ATTENTION[ANY, kernel, products]
+    return found[min(limit for limit in found if width <= limit)][dropout]
 
 
 def window_attention_width(products: str) -> int:
     """The widest D that has a tile."""
-    return max(WINDOW_ATTENTION["fwd", products])
+    return max(WINDOW_ATTENTION[ANY, "fwd", products])
 
 
 def width_block(width: int) -> int:

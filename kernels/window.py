@@ -32,12 +32,12 @@ _DROPOUT = tl.constexpr(contract.STREAM_DROPOUT)
 
 
 @triton.jit
-def query_tile(ptr, strides, b, offs_m, H, T, D, BLOCK_D: tl.constexpr):
+def query_tile(ptr, strides, b, offs_m, M, D, BLOCK_D: tl.constexpr):
     """Rows offs_m of one sentence of q, or of what is shaped like it: (BLOCK_M, BLOCK_D)."""
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    ptrs = ptr + b * strides[0] + (offs_m // T).to(tl.int64) * strides[1] + (offs_m % T).to(tl.int64) * strides[2]
-    mask = (offs_m < H * T)[:, None] & (offs_d < D)[None, :]
-    return tl.load(ptrs[:, None] + offs_d[None, :] * strides[3], mask=mask, other=0.0)
+    ptrs = ptr + b * strides[0] + offs_m.to(tl.int64) * strides[1]
+    mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+    return tl.load(ptrs[:, None] + offs_d[None, :] * strides[2], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -47,12 +47,11 @@ def slot_of(slots, row):
 
 
 @triton.jit
-def tokens_seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK: tl.constexpr):
+def tokens_seen(mask_ptr, b, offs_n, T, HAS_MASK: tl.constexpr):
     """Which of the keys (BLOCK_N,) are tokens."""
     seen = offs_n < T
     if HAS_MASK:
-        ptrs = mask_ptr + b * mask_strides[0] + offs_n.to(tl.int64) * mask_strides[1]
-        seen = tl.load(ptrs, mask=seen, other=0) != 0
+        seen = tl.load(mask_ptr + b * T + offs_n, mask=seen, other=0) != 0
     return seen
 
 
@@ -63,9 +62,18 @@ def visible_keys(seen, offs_n, offs_t, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What dropout multiplies a tile of C by, float32 (BLOCK_N, BLOCK_D): `1 / (1 - dropout)` or 0."""
-    seed, ordinal, last_dropped, scale = noise
+def feature_tile(c_ptr, c_strides, b, row, offs_n, seen, D, BLOCK_D: tl.constexpr):
+    """C of the keys offs_n of one slot, as it is in memory: (BLOCK_N, BLOCK_D), 0 where it is not seen."""
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    ptrs = c_ptr + b * c_strides[0] + row.to(tl.int64) * c_strides[1]
+    ptrs += offs_n.to(tl.int64)[:, None] * c_strides[2] + offs_d[None, :] * c_strides[3]
+    return tl.load(ptrs, mask=seen[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def kept_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a tile of C dropout keeps: (BLOCK_N, BLOCK_D)."""
+    seed, ordinal, last_dropped = noise
     first = (b * T + offs_n) * D  # index of each row's first element in the slot's (B, T, D), int64
     if IS_ALIGNED:
         counters = (first // 4)[:, None] + tl.arange(0, BLOCK_D // 4)[None, :]
@@ -76,50 +84,38 @@ def _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED: tl.constexpr, BLOCK_
         w0, w1, w2, w3 = random_words(e // 4, seed, ordinal + slot, _DROPOUT)
         lane = e % 4
         words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    return tl.where(words > last_dropped, scale, 0.0)
+    return words > last_dropped
 
 
 @triton.jit
-def key_tile(
-    c_ptr,
-    c_strides,
-    p_ptr,
-    p_strides,
-    noise,
-    b,
-    row,
-    slot,
-    offs_n,
-    seen,
-    T,
-    D,
-    DROPOUT: tl.constexpr,
-    IS_ALIGNED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """C~ of the keys offs_n of one slot, float32 (BLOCK_N, BLOCK_D), and what dropout multiplied C by."""
+def position_tile(p_ptr, p_strides, K, D, BLOCK_D: tl.constexpr):
+    """p of every slot: (BLOCK_SLOTS, BLOCK_D)."""
+    offs_k = tl.arange(0, BLOCK_SLOTS).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < D
-    c_ptrs = c_ptr + b * c_strides[0] + row.to(tl.int64) * c_strides[1]
-    c_ptrs += offs_n.to(tl.int64)[:, None] * c_strides[2] + offs_d[None, :] * c_strides[3]
-    c = tl.load(c_ptrs, mask=seen[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-    p = tl.load(p_ptr + slot * p_strides[0] + offs_d * p_strides[1], mask=mask_d, other=0.0).to(tl.float32)
-    kept = tl.full(c.shape, 1.0, tl.float32)
-    if DROPOUT:
-        kept = _dropout_tile(noise, b, slot, offs_n, T, D, IS_ALIGNED, BLOCK_D)
-    return c * kept + p[None, :], kept
+    ptrs = p_ptr + offs_k[:, None] * p_strides[0] + offs_d[None, :] * p_strides[1]
+    return tl.load(ptrs, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def number_seen(
-    mask_ptr, mask_strides, b, offs_t, T, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def of_slot(by_slot, slot):
+    """The column of one slot: (BLOCK_M,)."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK_SLOTS)[None, :] == slot, by_slot, 0.0), 1)
+
+
+@triton.jit
+def to_slot(values, slot):
+    """The values (BLOCK_M,) in the column of one slot, beside zeros."""
+    return tl.where(tl.arange(0, BLOCK_SLOTS)[None, :] == slot, values[:, None], 0.0)
+
+
+@triton.jit
+def number_seen(mask_ptr, b, offs_t, T, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
     """How many tokens each query sees, int32 (BLOCK_M,)."""
     number = tl.zeros(offs_t.shape, dtype=tl.int32)
     if HAS_MASK:
         for n in range(0, T, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
-            seen = tokens_seen(mask_ptr, mask_strides, b, offs_n, T, HAS_MASK)
+            seen = tokens_seen(mask_ptr, b, offs_n, T, HAS_MASK)
             number += tl.sum(visible_keys(seen, offs_n, offs_t, CAUSAL).to(tl.int32), 1)
     else:
         number += offs_t + 1 if CAUSAL else T
@@ -127,19 +123,27 @@ def number_seen(
 
 
 @triton.jit
-def absent_tile(q, p_ptr, p_strides, absent, number, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The absent slots' keys (BLOCK_SLOTS, BLOCK_D), 0 in rows of other slots, and scores (BLOCK_M, BLOCK_SLOTS).
+def absent_scores(scores, absent, number):
+    """The absent slots' scores (BLOCK_M, BLOCK_SLOTS): a key stands for as many as the query sees tokens.
 
-    A key stands for as many as the query sees tokens.
+    -inf for other slots, and for a query that sees none.
     """
-    offs_k = tl.arange(0, BLOCK_SLOTS)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    is_absent = ((absent >> offs_k) & 1) != 0
-    p_ptrs = p_ptr + offs_k.to(tl.int64)[:, None] * p_strides[0] + offs_d[None, :] * p_strides[1]
-    keys = tl.load(p_ptrs, mask=is_absent[:, None] & (offs_d < D)[None, :], other=0.0).to(q.dtype)
-    scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * LOG2_E
+    is_absent = ((absent >> tl.arange(0, BLOCK_SLOTS)) & 1) != 0
     scores += tl.log2(tl.maximum(number, 1).to(tl.float32))[:, None]
-    return keys, tl.where(is_absent[None, :] & (number > 0)[:, None], scores, -float("inf"))
+    return tl.where(is_absent[None, :] & (number > 0)[:, None], scores, -float("inf"))
+
+
+@triton.jit
+def finite(highest):
+    """What exponents are taken relative to: 0 for a query that has seen nothing."""
+    return tl.where(highest == -float("inf"), 0.0, highest)
+
+
+@triton.jit
+def steps_of_split(steps, split, splits):
+    """The range of the tiles of keys that are one split's."""
+    size = tl.cdiv(steps, splits)
+    return tl.minimum(split * size, steps), tl.minimum((split + 1) * size, steps)
 
 
 def kind_of(q: Tensor) -> str | None:
@@ -164,24 +168,28 @@ def operands(
     seed: Tensor | None,
     block: int,
 ) -> dict[str, Any]:
-    """The arguments that all kernels take, by name."""
+    """The arguments that several kernels take, by name."""
     _, heads, tokens, width = q.shape
+    queries = q.flatten(1, 2)
     p = p.contiguous()  # at most 15 rows; slots times a stride are 32 bits in the kernels
     dropped = round(dropout * 2**32)  # words below it
-    some_mask = q.new_empty(0, 0) if mask is None else mask  # never read: a kernel takes no None here
+    # Triton lays C out for the narrowest of what it is loaded by, and bytes would cost it ldmatrix and cp.async
+    words = q.new_empty(0, dtype=torch.int32) if mask is None else mask.to(torch.int32).contiguous()
     return {
-        "q_ptr": q,
-        "q_strides": q.stride(),
+        "q_ptr": queries,
+        "q_strides": queries.stride(),
         "c_ptr": c,
         "c_strides": c.stride(),
         "p_ptr": p,
         "p_strides": p.stride(),
-        "mask_ptr": some_mask,
-        "mask_strides": some_mask.stride(),
-        "H": heads,
+        "mask_ptr": words,
+        "M": heads * tokens,
         "T": tokens,
         "D": width,
+        "K": p.shape[0],
         "S": len(slots),
+        "absent": absent_slots(slots, p),
+        "HAS_ABSENT": len(slots) < p.shape[0],
         "slots": sum(slot << (row * _SLOT_BITS.value) for row, slot in enumerate(slots)),
         "seed_ptr": q.new_empty(1, dtype=torch.int64) if seed is None else seed,  # read where there is dropout
         "ordinal": 16 * block,
@@ -192,6 +200,19 @@ def operands(
         "DROPOUT": dropped > 0,
         "IS_ALIGNED": width % 4 == 0,
     }
+
+
+def splits_of(programs: int, steps: int, card: tiles.Card) -> int:
+    """In how many splits programs of so many tiles of keys fill the card; no split is empty."""
+    size = max(1, steps * programs // card.multiprocessors)  # tiles of one
+    return max(1, math.ceil(steps / size))
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], shared: dict[str, Any], own: dict[str, Any], how: dict[str, Any]
+) -> None:
+    """Launch a kernel with what it takes of the arguments that several share, its own and its constants."""
+    kernel[grid](**{name: value for name, value in shared.items() if name in kernel.arg_names}, **own, **how)
 
 
 def launch_options(tile: tiles.WindowTile, kind: str, width: int) -> dict[str, Any]:

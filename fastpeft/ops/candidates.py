@@ -7,7 +7,7 @@ have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm
 
 Some answers are predictions that only times in a file change: SiVA's products of fewer than 16 rows, of which a tile is
 mostly padding, go to ATen, as those in float32 always do; window attention with dropout goes to Triton, for elsewhere
-the host draws it.
+many operations of PyTorch draw it.
 """
 
 from __future__ import annotations

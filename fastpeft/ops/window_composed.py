@@ -36,7 +36,7 @@ def window_attention_composed(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
 ) -> tuple[Tensor, Tensor]:
     """As the reference; an absent slot has T equal keys."""
@@ -64,7 +64,7 @@ def window_attention_backward_composed(
     slots: Sequence[int],
     causal: bool,
     dropout: float,
-    seed: int,
+    seed: Tensor | None,
     block: int,
     need_dq: bool,
     need_dc: bool,
@@ -103,7 +103,9 @@ def _rows(x: Tensor) -> Tensor:
     return F.pad(x.reshape(len(x), 1, -1, x.shape[3]), (0, -x.shape[3] % _WIDTHS)).contiguous()
 
 
-def _keys(q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: int, block: int) -> Tensor:
+def _keys(
+    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
+) -> Tensor:
     """The window `(B, 1, k T, W)`, keys and values."""
     batch, _, tokens, width = q.shape
     window = q.new_zeros(batch, len(p), tokens, width + -width % _WIDTHS)

@@ -19,7 +19,7 @@ MULTIPLYING = (
     *("siva_linear_fwd", "siva_linear_group_fwd", "siva_linear_group_bwd_dx"),
     *("siva_linear_mixed_fwd", "siva_linear_mixed_bwd_dx", "siva_linear_mixed_bwd_partials"),
     *("siva_linear_bwd_partials", "window_attention_fwd"),
-    *("window_attention_bwd_queries", "window_attention_bwd_keys"),
+    *("window_attention_bwd_bases", "window_attention_bwd_queries", "window_attention_bwd_keys"),
 )
 REGENERATE = "run `python -m bench.static` and commit bench/data/static.csv"
 
@@ -132,6 +132,14 @@ print(code.count("UTMALDG"), code.count({product!r}), code.count("LDGSTS"))
     assert loads >= 12  # of x, W and V: three ahead or more, and one in the loop
     assert products > 0
     assert others == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_window_attention_multiplies_features_as_they_are_loaded(arch, width):
+    """By asynchronous copies and without dropout; a tile that passes through registers would be stored."""
+    assert int(run_apart(f"from bench import static; print(static.stores_in_loop({arch!r}, {width}))")) == 0
 
 
 def test_named_kernels_alone_are_compiled_anew(rows, monkeypatch):

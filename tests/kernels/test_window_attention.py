@@ -13,9 +13,11 @@ from poison import in_nan, poisoned_memory
 from tolerances import FORWARD, GRADIENT, assert_as_accurate
 from torch import Tensor
 
-from fastpeft.ops import noise, reference
+from fastpeft.ops import aten, noise, reference
 
 pytest.importorskip("triton")
+import triton
+
 from fastpeft.kernels import tiles, window
 from fastpeft.kernels.window_attention import window_attention
 from fastpeft.kernels.window_attention_backward import window_attention_backward
@@ -219,8 +221,9 @@ def test_every_tile(kind, width, device, monkeypatch):
     if kind == "tf32" and device == "cuda":
         pytest.skip("TF32 errs more than float32 products do; the interpreter checks its tiles")
     if width > tiles.window_attention_width(kind):
-        pytest.skip("left to the reference")
-    check(*map(in_nan, args), slots=[0, 1], causal=True, dropout=0.1)
+        pytest.skip("left to the composed form")
+    for dropout in (0.0, 0.1):  # whose tiles differ
+        check(*map(in_nan, args), slots=[0, 1], causal=True, dropout=dropout)
 
 
 @pytest.mark.long(but="2")
@@ -229,6 +232,30 @@ def test_causal_heads(heads, device):
     """Tiles of queries straddle heads, of which the first is passed over in part; the last keys are 3."""
     args = operands(1, heads, 35, 20, 3, 2, torch.float32, device)
     check(*map(in_nan, args), mask=masks(1, 35, device), slots=[0, 2], causal=True)
+
+
+@pytest.mark.long(but="10000-causal-slots2")
+@pytest.mark.parametrize("slots", [[1, 2], [], [0, 1, 2, 3]], ids=["some", "none", "slots2"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("multiprocessors", [1, 20, 10_000])
+def test_splits(multiprocessors, causal, slots, device, monkeypatch):
+    """One, some, and one for each tile of keys; with causal queries the last of these have nothing to do."""
+    monkeypatch.setattr(tiles, "card", lambda _: tiles.Card(tiles.ANY, multiprocessors))
+    args = operands(2, 2, 70, 16, 4, len(slots), torch.float16, device)
+    check(*map(in_nan, args), mask=masks(2, 70, device), slots=slots, causal=causal, dropout=0.1)
+
+
+def test_splits_fill_the_card():
+    card = tiles.Card("sm_90", 132)
+    tile = tiles.window_attention("fwd", "half", 96, False, "sm_90")
+    programs = 16 * triton.cdiv(128, tile.block_m)  # of 16 sentences of 128 tokens and one head
+    assert programs * window.splits_of(programs, 9 * triton.cdiv(128, tile.block_n), card) >= 132
+    assert window.splits_of(132, 18, card) == 1
+    assert window.splits_of(1, 0, card) == 1
+    for programs, steps in itertools.product(range(1, 140, 3), range(1, 40)):
+        splits = window.splits_of(programs, steps, card)
+        assert programs * splits >= min(132, programs * steps)
+        assert (splits - 1) * triton.cdiv(steps, splits) < steps  # none is empty
 
 
 @pytest.mark.long(but="(False, False, False)")
@@ -317,13 +344,13 @@ def test_empty_sizes(batch, heads, tokens, device):
     [(16, torch.float64), (129, torch.float32), (257, torch.bfloat16)],
     ids=["float64", "wide-ieee", "wide-half"],
 )
-def test_what_the_kernels_leave_to_the_reference(width, dtype, device, monkeypatch):
+def test_what_the_kernels_leave_to_the_composed_form(width, dtype, device, monkeypatch):
     q, c, p = operands(1, 1, 3, width, 3, 3, dtype, device)
-    rest = (None, [0, 1, 2], False, 0.2, seed_on(q), BLOCK)
-    found, expected = window_attention(q, c, p, *rest), reference.window_attention(q, c, p, *rest)
+    rest = (None, [0, 1, 2], False, 0.0, None, BLOCK)
+    found, expected = window_attention(q, c, p, *rest), aten.window_attention(q, c, p, *rest)
     for ours, theirs in zip(found, expected):
         assert torch.equal(ours, theirs)
-    monkeypatch.setattr(reference, "window_attention_backward", lambda *args: args, raising=False)
+    monkeypatch.setattr(aten, "window_attention_backward", lambda *args: args, raising=False)
     args = (q, q, c, p, None, *found, *rest[1:], True, False, True)
     assert window_attention_backward(*args) == args
 
@@ -340,7 +367,17 @@ def test_width_block(width, expected):
 
 
 def test_a_width_takes_the_narrowest_tile_that_holds_it():
-    for (name, kind), found in tiles.WINDOW_ATTENTION.items():
+    for (arch, name, kind), found in tiles.WINDOW_ATTENTION.items():
         for width in range(1, tiles.window_attention_width(kind) + 1):
-            tile = tiles.window_attention(name, kind, width)
-            assert tile == next(found[limit] for limit in sorted(found) if width <= limit)
+            pair = next(found[limit] for limit in sorted(found) if width <= limit)
+            assert pair == tuple(tiles.window_attention(name, kind, width, dropout, arch) for dropout in (False, True))
+
+
+def test_a_warp_has_rows_of_its_own():
+    """By which Triton lays out chained products: on sm_90 64 rows of four warps, elsewhere no fewer than columns."""
+    for (arch, name, kind), found in tiles.WINDOW_ATTENTION.items():
+        for width, tile in ((width, tile) for width, pair in found.items() for tile in pair):
+            if kind == "half" and width <= 128 and name != "bwd_bases" and arch != "gfx942":
+                rows = tile.block_n if name == "bwd_keys" else tile.block_m
+                assert rows >= (64 if arch == "sm_90" else width)
+                assert rows == 16 * tile.num_warps or arch != "sm_90"

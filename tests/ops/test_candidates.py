@@ -97,7 +97,7 @@ def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) 
     call(*window(block=2))
     call(*window(16))
     call(*window(mask=torch.ones(2, 9, dtype=torch.bool), causal=True))
-    assert call(*window(dropout=0.1)) == "triton"  # for elsewhere the host draws it
+    assert call(*window(dropout=0.1)) == "triton"  # for elsewhere many operations draw it
     of_all = "window_attention float32 batch 2 heads 1 slots 3 tokens 16 width 8"
     asked = [question.partition(" on ")[0] for question in choices.used]
     assert asked == [of_all, f"{of_all} mask causal"]

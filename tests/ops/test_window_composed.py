@@ -4,6 +4,7 @@ that asks for what they do."""
 from __future__ import annotations
 
 import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def test_equals_the_reference(mask, causal, slots, dropout, heads, width):
 
     q, dout = (draw(3, 5, heads, width).transpose(1, 2) for _ in range(2))
     c, p = draw(len(slots), 3, 5, width).transpose(0, 1), draw(5, width)
-    fixed = (MASKS[mask], slots, causal, dropout, 7, 2)
+    fixed = (MASKS[mask], slots, causal, dropout, torch.tensor(7), 2)
     expected = reference.window_attention(q, c, p, *fixed)
     found = composed.window_attention_composed(q, c, p, *fixed)
     # dropout is in float32 in it, and so are the gradients of the window
@@ -102,7 +103,7 @@ def test_equals_the_reference(mask, causal, slots, dropout, heads, width):
 def test_empty_sizes(shape):
     q = torch.zeros(*shape, 8)
     c, p = torch.zeros(shape[0], 2, shape[2], 8), torch.zeros(3, 8)
-    fixed = (None, [0, 1], False, 0.0, 0, 0)
+    fixed = (None, [0, 1], False, 0.0, None, 0)
     out, lse = composed.window_attention_composed(q, c, p, *fixed)
     assert out.shape == q.shape
     assert lse.shape == shape
@@ -120,7 +121,7 @@ def test_pytorch_takes_what_it_passes(causal, dtype):
         c, p = torch.empty(2, 3, 20, 13, device="cuda", dtype=dtype), torch.empty(5, 13, device="cuda", dtype=dtype)
         mask = torch.ones(2, 20, device="cuda", dtype=torch.bool)
         for some in (mask, None):
-            fixed = (some, [0, 1, 3], causal, 0.0, 7, 2)
+            fixed = (some, [0, 1, 3], causal, 0.0, None, 2)
             out, lse = composed.window_attention_composed(q, c, p, *fixed)
             assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, q.shape[:3], torch.float32)
             arguments = (out, q, c, p, some, out, lse, *fixed[1:])
@@ -134,7 +135,7 @@ def test_pytorch_takes_what_it_passes(causal, dtype):
 def test_without_a_kernel_for_the_dtype_the_reference_serves(monkeypatch):
     monkeypatch.setattr(Tensor, "is_cuda", True)
     q, c, p = torch.randn(2, 1, 3, 8).double(), torch.randn(2, 2, 3, 8).double(), torch.randn(3, 8).double()
-    fixed = (None, [0, 2], True, 0.0, 0, 0)
+    fixed = (None, [0, 2], True, 0.0, None, 0)
     found, expected = (form.window_attention(q, c, p, *fixed) for form in (aten, reference))
     for ours, theirs in zip(found, expected):
         assert ours.equal(theirs)
