@@ -261,24 +261,35 @@ def _same(*shape: int) -> tuple[WindowTile, WindowTile]:
 _WINDOW_SMALL = {64: _same(16, 16, 4, 1), 128: _same(16, 16, 8, 1)}
 WINDOW_ATTENTION = {  # (architecture, kernel, products) -> widest D -> tile without dropout, and with; ANY as above
     (ANY, "fwd", "half"): {
-        64: (WindowTile(128, 64, 8, 2), WindowTile(128, 32, 8, 2)),
+        64: (WindowTile(128, 64, 8, 2), WindowTile(128, 32, 8, 3)),
         128: _same(128, 32, 8, 2),
         256: (WindowTile(32, 16, 8, 1), WindowTile(32, 32, 8, 2)),
     },
-    (ANY, "fwd", "tf32"): {64: _same(64, 16, 4, 1), 128: _same(128, 16, 8, 2), 256: _same(16, 16, 8, 1)},
+    (ANY, "fwd", "tf32"): {64: _same(32, 16, 4, 1), 128: _same(128, 16, 8, 2), 256: _same(16, 16, 8, 1)},
     (ANY, "fwd", "ieee"): _WINDOW_SMALL,
     (ANY, "bwd_bases", "half"): {128: _same(64, 64, 4, 1), 256: _same(32, 64, 8, 1)},
-    (ANY, "bwd_bases", "tf32"): {128: _same(32, 64, 4, 1), 256: _same(16, 64, 8, 1)},
+    (ANY, "bwd_bases", "tf32"): {128: _same(32, 32, 4, 1), 256: _same(16, 64, 8, 1)},
     (ANY, "bwd_bases", "ieee"): {64: _same(16, 16, 8, 1), 128: _same(32, 16, 8, 1)},
-    (ANY, "bwd_queries", "half"): {64: _same(64, 32, 4, 2), 128: _same(128, 32, 8, 2), 256: _same(32, 16, 8, 1)},
+    (ANY, "bwd_queries", "half"): {
+        64: (WindowTile(128, 32, 8, 2), WindowTile(64, 32, 4, 2)),
+        128: _same(128, 32, 8, 2),
+        256: _same(32, 16, 8, 1),
+    },
     (ANY, "bwd_queries", "tf32"): {64: _same(32, 32, 4, 2), 128: _same(32, 16, 4, 1), 256: _same(16, 16, 4, 1)},
-    (ANY, "bwd_queries", "ieee"): {64: _same(16, 16, 4, 2), 128: _same(16, 16, 8, 1)},
+    (ANY, "bwd_queries", "ieee"): {
+        64: (WindowTile(16, 16, 4, 2), WindowTile(16, 16, 4, 1)),
+        128: _same(16, 16, 8, 1),
+    },
     (ANY, "bwd_keys", "half"): {
         64: (WindowTile(64, 64, 4, 2), WindowTile(64, 64, 4, 1)),
         128: _same(16, 128, 8, 2),
-        256: _same(16, 32, 8, 1),
+        256: (WindowTile(32, 32, 8, 2), WindowTile(16, 32, 8, 1)),
     },
-    (ANY, "bwd_keys", "tf32"): {64: _same(32, 64, 4, 1), 128: _same(16, 32, 4, 1), 256: _same(16, 16, 8, 1)},
+    (ANY, "bwd_keys", "tf32"): {
+        64: _same(32, 64, 4, 1),
+        128: _same(16, 32, 4, 1),
+        256: (WindowTile(16, 16, 4, 1), WindowTile(16, 16, 8, 1)),
+    },
     (ANY, "bwd_keys", "ieee"): _WINDOW_SMALL,
     ("sm_90", "fwd", "half"): {
         128: (WindowTile(64, 64, 4, 2), WindowTile(128, 64, 8, 2)),
@@ -293,8 +304,14 @@ WINDOW_ATTENTION = {  # (architecture, kernel, products) -> widest D -> tile wit
         128: (WindowTile(64, 64, 4, 2), WindowTile(32, 128, 8, 2)),
         256: _same(32, 32, 8, 1),
     },
+    ("sm_100", "bwd_queries", "half"): {64: _same(64, 64, 4, 2), 128: _same(128, 64, 8, 2), 256: _same(32, 16, 8, 1)},
+    ("sm_100", "bwd_keys", "half"): {
+        64: _same(64, 64, 4, 2),
+        128: _same(16, 128, 8, 2),
+        256: (WindowTile(32, 32, 8, 2), WindowTile(16, 32, 8, 1)),
+    },
     ("sm_120", "bwd_queries", "half"): {64: _same(64, 32, 4, 2), 128: _same(128, 32, 8, 1), 256: _same(32, 16, 8, 1)},
-    ("gfx942", "fwd", "tf32"): {64: _same(16, 16, 4, 1), 128: _same(32, 32, 8, 1), 256: _same(16, 16, 8, 1)},
+    ("gfx942", "fwd", "tf32"): {64: _same(16, 16, 4, 1), 128: _same(32, 32, 4, 1), 256: _same(16, 16, 8, 1)},
     ("gfx942", "fwd", "half"): {64: _same(64, 64, 4, 2), 128: _same(64, 32, 4, 2), 256: _same(32, 16, 8, 1)},
     ("gfx942", "bwd_queries", "half"): {128: _same(64, 32, 4, 2), 256: _same(32, 16, 8, 1)},
     ("gfx942", "bwd_keys", "half"): {64: _same(64, 64, 4, 1), 128: _same(32, 64, 4, 1), 256: _same(16, 32, 8, 1)},

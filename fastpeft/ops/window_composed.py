@@ -70,7 +70,10 @@ def window_attention_backward_composed(
     need_dc: bool,
     need_dp: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference. PyTorch returns the gradients of keys and of values in two tensors."""
+    """As the reference. PyTorch returns the gradients of keys and of values in two tensors.
+
+    Where few queries meet many keys it adds up dq in no fixed order, unless `torch.use_deterministic_algorithms` is set.
+    """
     needs = need_dq, need_dc, need_dp
     if 0 in q.shape or not any(needs):
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
