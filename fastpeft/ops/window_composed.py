@@ -72,7 +72,7 @@ def window_attention_backward_composed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference. PyTorch returns the gradients of keys and of values in two tensors.
 
-    Where few queries meet many keys it adds up dq in no fixed order, unless `torch.use_deterministic_algorithms` is set.
+    Where few queries meet many keys it adds up dq in no fixed order, unless deterministic algorithms are asked for.
     """
     needs = need_dq, need_dc, need_dp
     if 0 in q.shape or not any(needs):
