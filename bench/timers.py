@@ -32,6 +32,7 @@ def captured(candidates: Mapping[str, Callable[[], object]]) -> dict[str, Callab
     for name, run in candidates.items():
         try:
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     run()

@@ -56,25 +56,26 @@ def siva_calls(k: int, columns: Sequence[int], rows: int, rank: int, dtype: torc
 
 
 def window_calls(
-    batch: int, tokens: int, width: int, slots: int, dropout: float, dtype: torch.dtype, device: str
+    batch: int, tokens: int, width: int, slots: int, dropout: float, dtype: torch.dtype, device: str, padded: bool
 ) -> Iterator[Call]:
     """Window attention of one head, forward and backward."""
+    mask = torch.ones(batch, tokens, dtype=torch.bool, device=device) if padded else None
     q = torch.ones(batch, 1, tokens, width, dtype=dtype, device=device)
     c = torch.ones(batch, slots, tokens, width, dtype=dtype, device=device)
     p = torch.ones(slots, width, dtype=dtype, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     rest = list(range(slots)), False, dropout, seed, 0
-    yield "window_attention", (q, c, p, None, *rest)
+    yield "window_attention", (q, c, p, mask, *rest)
     lse = torch.zeros(batch, 1, tokens, device=device)
-    yield "window_attention_backward", (q, q, c, p, None, q, lse, *rest, True, True, True)
+    yield "window_attention_backward", (q, q, c, p, mask, q, lse, *rest, True, True, True)
 
 
 def calls(device: str) -> Iterator[Call]:
     """Of all shapes."""
     for (k, columns), rows, rank in itertools.product(LAYERS, ROWS, RANKS):
         yield from siva_calls(k, columns, rows, rank, DTYPE, device)
-    for width, slots, tokens, dropout in itertools.product(WIDTHS, SLOTS, TOKENS, DROPOUTS):
-        yield from window_calls(BATCH, tokens, width, slots, dropout, DTYPE, device)
+    for width, slots, tokens, dropout, padded in itertools.product(WIDTHS, SLOTS, TOKENS, DROPOUTS, (False, True)):
+        yield from window_calls(BATCH, tokens, width, slots, dropout, DTYPE, device, padded)
 
 
 def tune(file: Path, timed: Iterator[Call]) -> int:

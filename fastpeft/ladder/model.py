@@ -231,9 +231,10 @@ class LadderModel(PreTrainedModel):
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
-            seed = torch.randint(2**63 - 1, (), device=device)  # on it, so that a CUDA graph draws anew at each replay
+            # on a card it is drawn there, so that a CUDA graph draws anew at each replay
+            seed = torch.randint(2**63 - 1, (), device=device if device.type == "cuda" else "cpu").to(device)
         if isinstance(seed, Tensor) and self.config.layer_drop:
-            blocks_seed = int(seed)
+            blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
         return self.side_run(self.side, mask, seed, keep_states, blocks_seed)

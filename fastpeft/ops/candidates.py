@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpeft.ops.define import Op
-from fastpeft.ops.fastest import Choices, Ways, choices
+from fastpeft.ops.fastest import Choices, Ways, choices, is_captured
 from fastpeft.ops.packing import rows_of
 
 _HALVES = torch.bfloat16, torch.float16
@@ -47,8 +47,7 @@ def choosing(
         def ways() -> Ways:
             return {form: partial(forms[form], *arguments) for form in (forms if times_all else ("triton", "aten"))}
 
-        is_captured = of.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        is_timed = not is_captured and (times_all or of.is_open)
+        is_timed = (times_all or of.is_open) and not is_captured()
         question = op.name, *of.question, "on", architecture(of.device)
         way = choices.answer(question, of.predicted, ways if is_timed else None, of.device)
         return forms.get(way, forms[of.predicted])(*arguments)
@@ -80,8 +79,9 @@ def _of_siva(named: Mapping[str, Any]) -> _Call:
     none = False, [False] * len(ss)
     needs = (name for name, value in named.items() if name.startswith("need_") and value not in none)
     rank = _class(max(map(len, ss)), 16)
-    question = x.dtype, *sizes, "rank", rank, "rows", _class(rows, _FEWEST_ROWS), *adapters, *needs
-    is_open = x.dtype in _HALVES and rows >= _FEWEST_ROWS
+    is_few = rows < _FEWEST_ROWS
+    question = x.dtype, *sizes, "rank", rank, "rows", "few" if is_few else _class(rows), *adapters, *needs
+    is_open = x.dtype in _HALVES and not is_few
     return _Call(question, "triton" if is_open else "aten", is_open, x.device)
 
 

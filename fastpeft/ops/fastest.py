@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,17 @@ class Choices:
         return self._used.get(question)
 
     def _measure(self, question: str, ways: Callable[[], Ways], device: torch.device) -> Times:
-        """Time the ways, unless another process has."""
+        """Time the ways, unless another process has.
+
+        On a card without holding the file: it may first wait for what the other processes of a run have yet to launch.
+        """
+        timed = None
+        if device.type != "cpu" and question not in self._read():
+            timed = _time(ways, device, self._rounds, self._enough)
         with self._held() as keeps:
             kept = self._read()
             if question not in kept:
-                kept[question] = _time(ways, device, self._rounds, self._enough)
+                kept[question] = timed or _time(ways, device, self._rounds, self._enough)
                 if keeps:
                     files.write_json(self.file, kept)
         self._known = kept if keeps else {**self.known(), question: kept[question]}
@@ -137,6 +143,11 @@ class Choices:
             return {}
 
 
+def is_captured() -> bool:
+    """Whether what a card is told now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def in_words(times: Times) -> str:
     """Ways, the fastest first, with their times."""
     return ", ".join(f"{way} {times[way]:.3g} ms" for way in sorted(times, key=lambda way: times[way]))
@@ -157,12 +168,21 @@ def _in_words(question: tuple[Hashable, ...], device: torch.device) -> str:
 
 
 def _time(ways: Callable[[], Ways], device: torch.device, rounds: int, enough: float) -> Times:
-    """The least time of some calls of each way, taking turns after one that warms up."""
+    """The least time of some calls of each way, taking turns after one that warms up.
+
+    A way that fails, as for want of memory, is left out; the error is raised where all do.
+    """
     seconds = _seconds if device.type == "cpu" else _seconds_of_card
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes():
-        calls = ways()
-        for call in calls.values():
-            call()
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes(), here:
+        calls = dict(ways())
+        for way in list(calls):
+            try:
+                calls[way]()
+            except RuntimeError:
+                if len(calls) == 1:
+                    raise
+                del calls[way]
         least = dict.fromkeys(calls, float("inf"))
         end = time.perf_counter() + enough
         for _ in range(rounds):

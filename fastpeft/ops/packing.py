@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastpeft.ops.fastest import Ways, choices
+from fastpeft.ops.fastest import Ways, choices, is_captured
 
 _MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
@@ -50,12 +50,16 @@ def multiplies_in(dtype: torch.dtype) -> bool:
 
 
 def can_lower(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a copy of this weight in `dtype` is kept: on a card, where that is another than its own."""
+    """Whether a copy of this weight in `dtype` is kept: on a card, where that is another than its own.
+
+    Not for a CUDA graph, which would go on reading the copy after the weight has changed.
+    """
     return (
         (type(weight) in _PLAIN or isinstance(weight, FakeTensor))
         and weight.device.type == "cuda"
         and weight.dtype is not dtype
         and not torch.compiler.is_compiling()
+        and not is_captured()
     )
 
 
@@ -148,6 +152,7 @@ class Packs:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self._packed: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self._copies: dict[tuple[torch.dtype, torch.device], tuple[tuple[Any, ...], Tensor]] = {}
         self._codes: Codes | None
         self._signature: tuple[Any, ...]
         self._samples: Tensor  # entries of the weight where it lies
@@ -181,14 +186,18 @@ class Packs:
         return found
 
     def _lowered(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The copy in another dtype, noticing a change without waiting for the device."""
+        """The copy in another dtype, noticing a change without waiting for the device.
+
+        One a device, because `nn.DataParallel` shares a layer's packs among the threads of its replicas.
+        """
         place = None if isinstance(weight, FakeTensor) else weight.data_ptr()
-        if (place, *_signature(weight)) != self._signature:
-            self.drop()
-            self._signature = (place, *_signature(weight))
-        if (dtype, False) not in self._packed:
-            self._packed[dtype, False] = weight.detach().to(dtype)
-        return self._packed[dtype, False]
+        signature = place, *_signature(weight)
+        kept = self._copies.get((dtype, weight.device))
+        if kept is None or kept[0] != signature:
+            with torch.inference_mode(False):  # what is made there cannot be kept for backward
+                kept = signature, weight.detach().to(dtype)
+            self._copies[dtype, weight.device] = kept
+        return kept[1]
 
     def codes(self, weight: Tensor) -> Codes:
         """`weight` `(N, K)` in int8, as `fastpeft::int8_linear` takes it."""
@@ -218,6 +227,7 @@ class Packs:
     def drop(self) -> None:
         """Forget all packs, and the weight."""
         self._packed.clear()
+        self._copies.clear()
         self._codes = None
         self._signature = ()
         self._samples = self._sampled = torch.empty(0)
@@ -225,7 +235,8 @@ class Packs:
     @property
     def nbytes(self) -> int:
         """Bytes that the packs take now."""
-        kept = [*self._packed.values(), *(self._codes or ())]
+        copies = [copy for _, copy in self._copies.values()]
+        kept = [*self._packed.values(), *copies, *(self._codes or ())]
         return sum(each.numel() * each.element_size() for each in kept)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Packs:

@@ -16,7 +16,7 @@ from fastpeft.ops.define import OPS
 SMALL = [
     *tune.siva_calls(24, (16,), 32, 4, torch.bfloat16, "cpu"),
     *tune.siva_calls(24, (16, 8), 32, 4, torch.bfloat16, "cpu"),
-    *tune.window_calls(2, 5, 8, 3, 0.2, torch.bfloat16, "cpu"),
+    *tune.window_calls(2, 5, 8, 3, 0.2, torch.bfloat16, "cpu", True),
 ]
 
 

@@ -79,6 +79,8 @@ def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
     tmp_path: Path, tuned: Path, operands: tuple[Any, ...]
 ) -> None:
     forms, choices = Forms("aten"), Choices(tmp_path / "times.json")
+    choosing(OPS["siva_linear"], forms, choices)(*siva(16))  # whatever a full tile took
+    forms.called.clear()
     assert choosing(OPS["siva_linear"], forms, choices)(*operands) == "aten"
     assert forms.called == ["aten"]  # and not timed
     assert choosing(OPS["siva_linear"], forms, Choices(tmp_path / "all.json"), times_all=True)(*operands) == "triton"
@@ -88,6 +90,18 @@ def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
     assert choosing(OPS["siva_linear"], forms, Choices(tmp_path / "none.json", enabled=False))(*operands) == "triton"
     assert len(forms.called) == called + 1
     assert not (tmp_path / "none.json").exists()
+
+
+def test_a_form_that_fails_is_not_taken(tmp_path: Path) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    forms = Forms("aten")
+    call = choosing(OPS["siva_linear"], {**forms, "triton": out_of_memory}, Choices(tmp_path / "times.json"))
+    assert call(*siva()) == "aten"
+    both = choosing(OPS["siva_linear"], dict.fromkeys(forms, out_of_memory), Choices(tmp_path / "none.json"))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        both(*siva())
 
 
 def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) -> None:
@@ -105,7 +119,7 @@ def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(candidates, "is_captured", lambda: True)
     forms, choices = Forms("triton"), Choices(tmp_path / "times.json")
     with FakeTensorMode():
         on_card = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]

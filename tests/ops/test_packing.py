@@ -132,7 +132,7 @@ def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing_module, "can_lower", lambda weight, dtype: weight.dtype is not dtype)
 
 
-def test_a_card_keeps_one_copy_of_a_weight_for_autocast() -> None:
+def test_a_card_keeps_one_copy_of_a_weight_for_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         weight, packs = nn.Parameter(torch.empty(9, 8, device="cuda"), requires_grad=False), Packs()
         for dtype in (torch.bfloat16, torch.float16):
@@ -141,6 +141,9 @@ def test_a_card_keeps_one_copy_of_a_weight_for_autocast() -> None:
             assert (copy_of.dtype, copy_of.shape) == (dtype, (9, 8))
             assert packs.of(weight, dtype) is copy_of
         assert packs.of(weight, torch.float32) is None  # a product reads it as it lies
+        monkeypatch.setattr(packing_module, "is_captured", lambda: True)
+        assert packs.of(weight, torch.bfloat16) is None  # a graph would read it after the weight has changed
+        monkeypatch.undo()
         assert Packs(enabled=False).of(weight, torch.bfloat16) is None
 
 
@@ -158,6 +161,18 @@ def test_a_change_of_a_weight_on_a_card_is_noticed(change: Callable[[Tensor], No
     add_to_data(weight)
     packs.drop()
     assert torch.equal(operand(weight, packs, torch.ones(2, 9).bfloat16()), weight.bfloat16())
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+def test_a_copy_that_was_made_for_inference_serves_training() -> None:
+    weight, packs = weight_of(6, 5), Packs()
+    with torch.inference_mode():
+        packs.of(weight, torch.bfloat16)
+    x = torch.randn(3, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen_linear(x, weight, None, packs).sum().backward()
+    assert x.grad is not None
+    assert not operand(weight, packs, x.bfloat16()).is_inference()
 
 
 @pytest.mark.usefixtures("as_on_a_card")

@@ -14,7 +14,7 @@ from launches import Recording
 from fastpeft import SivaLinear
 from fastpeft.ops import packing
 
-FORWARD, BACKWARD = 3, 4  # of a SiVA layer; a frozen layer has one each
+FORWARD, BACKWARD = 4, 5  # of a SiVA layer; a frozen layer has one each
 OF_SCALES = 4  # more in backward where dU and dV have scales: of each PyTorch multiplies twice
 
 
@@ -37,9 +37,9 @@ def linear(dtype: torch.dtype) -> nn.Linear:
 
 @pytest.mark.parametrize(("step", "backward"), [(None, BACKWARD), (0.1, BACKWARD + OF_SCALES)])
 def test_launches_of_a_layer_with_a_base_in_bfloat16(step: float | None, backward: int) -> None:
-    """Its factors are float32, and nothing is cast.
+    """Its factors are float32, of which the one is cast that the inner loop reads.
 
-    U0 + dU, V0 + dV and h; in backward dx, the partial sums of dU and dV, and these sums.
+    U0 + dU, V0 + dV, V in bfloat16 and h; in backward U in bfloat16, dx, the partial sums of dU and dV, and these sums.
     """
     assert [found.total() for found in launched(linear(torch.bfloat16), torch.bfloat16)] == [1, 1]
     siva = SivaLinear.from_linear(linear(torch.bfloat16), r=4, step=step, pack_weights=False)

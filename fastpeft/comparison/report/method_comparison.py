@@ -63,7 +63,7 @@ def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
     recipe = run.get("recipe", {})
     return {
         "model_id": run.get("model"),
-        "dtype": "float32",
+        "dtype": run.get("settings", {}).get("backbone_dtype") or "float32",  # of the frozen weights
         "max_seq_length": metrics.get("max_length"),
         "batch_size": run.get("batch_size"),
         "max_steps": metrics.get("steps"),
@@ -85,8 +85,9 @@ def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                 points.setdefault(step, {"step": step})[f"valid {_title(name.removeprefix('dev '))}"] = value
     last = {f"valid {_title(name)}": metrics[name] for name in in_order(metrics)}
     course = [*(points[step] for step in sorted(points)), {"step": metrics.get("steps"), **last}]
+    losses = curves.get("training loss", [])
     for point in course:
-        before = [loss for step, loss in curves.get("training loss", []) if step <= point["step"]]
+        before = [loss for step, loss in losses if point["step"] is None or step <= point["step"]]
         point["train loss"] = before[-1] if before else None
     return course
 
