@@ -31,6 +31,7 @@ from fastpeft.kernels.launch import device_of
 from fastpeft.kernels.philox import eight_in_order, random_words
 from fastpeft.kernels.tiles import MEZO_PERTURB
 from fastpeft.ops import noise as contract
+from fastpeft.ops.fastest import is_captured
 
 # a kernel reads numbers of its module only in this form
 _A, _B = tl.constexpr(contract.BEND_A), tl.constexpr(contract.BEND_B)
@@ -231,7 +232,7 @@ def mezo_perturb_replay_(
             if flat.dtype == dtype and flat.numel()
         )
         table = _table(places, seeds.device)
-        if seeds.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_captured():
             _captured[id(table)] = table
         with device_of(seeds):
             _mezo_perturb_kernel[(table.of_program.numel(),)](

@@ -39,6 +39,7 @@ from fastpeft.kernels.launch import device_of, is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
+from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.products import as_matrix
 
 _BLOCK_FIELDS = tl.constexpr(6)  # of the table of row blocks
@@ -323,8 +324,7 @@ def siva_linear_mixed_backward(
 
 def _is_for_kernels(x: Tensor, ss: list[Tensor]) -> bool:
     """`is_for_kernels`, outside graphs that are being captured."""
-    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return is_for_kernels(x, max(_ranks(ss))) and not is_captured
+    return is_for_kernels(x, max(_ranks(ss))) and not is_captured()
 
 
 def _rows(x: Tensor, sizes: list[int]) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastpeft.ops.candidates import architecture
+
 
 class Tile(NamedTuple):
     """One launch shape: elements a program computes (`block_m` x `block_n`), the step along K, warps and stages."""
@@ -235,9 +237,7 @@ def card(device: torch.device) -> Card:
     """The card behind `device`; for a CPU, whose tensors Triton's interpreter runs on, some card."""
     if device.type != "cuda":
         return Card("interpreter", 108)
-    properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return Card(name, properties.multi_processor_count)
+    return Card(architecture(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class WindowTile(NamedTuple):
