@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from fastpeft.comparison import significance
 from fastpeft.comparison.variants import ZERO_SHOT
 from fastpeft.data.problems import CLASSIFICATION, best_step, get_problem
 from fastpeft.errors import FastpeftError
@@ -29,7 +32,8 @@ class Cell:
         seed: its seed; None for `ZERO_SHOT`.
         values: its configuration, as `run.json` holds it.
         after: names of cells; it starts from the best of their results.
-        rates: names of cells that tried learning rates; it takes the best rate.
+        rates: names of cells that tried learning rates, the recipe's first; it takes the best rate, or the recipe's
+            where a paired test does not tell the two apart.
         search: whether it tries a learning rate, on a slice of the training rows.
         row: key of its row in the paper's tables; None where it is in none.
     """
@@ -137,8 +141,9 @@ class Cell:
             begun |= self.own_paths(begun)
             return self._with({name: begun[name] for name in ("learning_rate", "init_from")})
         found = {}
-        if best := _best([cells[name] for name in self.rates], "whose learning rate it takes"):
-            found["learning_rate"] = best.values["learning_rate"]
+        tried = [cells[name] for name in self.rates]
+        if best := _best(tried, "whose learning rate it takes"):
+            found["learning_rate"] = _unless_chance(best, tried).values["learning_rate"]
         if best := _best([cells[name] for name in self.after], "whose result it starts from"):
             found["init_from"] = best.values["output"]
         return self._with(found)
@@ -169,3 +174,16 @@ def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
         return None
     metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).primary
     return cells[best_step([(index, metrics[metric]) for index, metrics in finished], metric)]
+
+
+def _unless_chance(best: Cell, tried: Sequence[Cell]) -> Cell:
+    """The best of the cells that tried rates if it beats the first, the recipe's, by a paired test, else the first.
+
+    p is corrected for the number of other rates. Where predictions were not kept or the first has failed, the best.
+    """
+    answers = [cell.predictions() for cell in (best, tried[0])]
+    if best is tried[0] or None in answers:
+        return best
+    right = [np.equal(found["labels"], found["predictions"])[None] for found in answers if found]
+    p = significance.compare_pair(*right).p * (len(tried) - 1)
+    return best if p < significance.LEVEL else tried[0]

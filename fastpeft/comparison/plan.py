@@ -54,8 +54,9 @@ class CompareConfig:
         methods: variants, beside those of the suite.
         suite: a name of `fastpeft.comparison.suites`: the rows of a table of the paper.
         protocol: `quick`: one seed, one epoch (MeZO, whose steps are many and small: its recipe's), the recipes' rates.
-            `full`: three seeds, and for every variant without a learning rate the best of three rates on a slice of the
-            training rows. None: one seed, the recipes as they are.
+            `full`: three seeds, and for every variant without a learning rate three rates on a slice of the training
+            rows, of which the best is taken where it beats the recipe's by a paired test. None: one seed, the recipes
+            as they are.
         prompts: prompts that each variant without one, and the variant that it starts from, is combined with: names or
             templates, with fields of their own as `sst2:prompt_head=classifier`; `none` is no prompt. Empty: each
             variant as it is. With a suite at most one, for its prompted rows, which `none` leaves out.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import compared
 import pytest
 
 from fastpeft import CompareConfig, FastpeftError
@@ -362,6 +363,16 @@ def finish(cell: Any, **metrics: Any) -> None:
     cell.folder.path.mkdir(parents=True)
     (cell.folder.path / "run.json").write_text(json.dumps({"fastpeft_version": "0", **cell.values}))
     (cell.folder.path / "metrics.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.parametrize(("more", "rate"), [(4, 1e-3), (20, 3e-3)])
+def test_a_rate_takes_the_place_of_the_recipes_only_by_a_paired_test(tmp_path: Path, more: int, rate: float) -> None:
+    """With predictions at hand: 4 of 200 rows are chance (p 0.125 and twice that for two rates), 20 are not."""
+    plan = Plan.make(config("siva", output=str(tmp_path / "out"), protocol="full", seeds=1), "command")
+    plan.save()
+    for cell, right in zip(plan.searches, (100, 90, 100 + more)):
+        compared.finish(cell, right, memory=1.0, speed=1.0)
+    assert plan.fill_in(plan.results[0]).values["learning_rate"] == rate
 
 
 def test_the_best_rate_is_taken_and_kept(tmp_path: Path) -> None:

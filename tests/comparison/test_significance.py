@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastpeft.comparison.report.significance import (
+from fastpeft.comparison.significance import (
     REVERSED,
     SEEN,
     UNDECIDED,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from fastpeft.comparison.report import significance
+from fastpeft.comparison import significance
 from fastpeft.comparison.report.document import Block, Heading, Table, Text
 from fastpeft.comparison.report.results import Variant, main_metric
 from fastpeft.data.problems import TITLES

@@ -6,8 +6,7 @@ import statistics as plain
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from fastpeft.comparison import suites
-from fastpeft.comparison.report import significance
+from fastpeft.comparison import significance, suites
 from fastpeft.comparison.report.document import Block, Heading, Strong, Table, Text
 from fastpeft.comparison.report.results import Variant
 from fastpeft.data.problems import LOSS

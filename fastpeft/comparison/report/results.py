@@ -10,9 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fastpeft.comparison import suites
+from fastpeft.comparison import significance, suites
 from fastpeft.comparison.cells import Cell
-from fastpeft.comparison.report import significance
 from fastpeft.comparison.report.document import Table
 from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
 

@@ -192,7 +192,9 @@ def _rates(plan: Plan) -> Iterator[Block]:
     if rows:
         yield Heading("Learning rates")
         yield Text(
-            "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part."
+            "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part. "
+            "The best rate is taken where it beats the recipe's, the first, by a paired test (McNemar's, p corrected "
+            "for the number of other rates); else the recipe's."
         )
         if at_the_edge:
             yield Strong(
