@@ -1,0 +1,167 @@
+"""The evidence: every method on a pretrained model of RoBERTa-base's size, on SST-2, TREC and WNUT17, three seeds each.
+
+    python -m bench.pretrained mpnet models/mpnet
+    python -m bench.evidence sst2 models/mpnet path/to/sst2 runs/evidence
+    python -m bench.evidence trec models/mpnet path/to/trec runs/evidence
+    python -m bench.evidence wnut17 models/mpnet path/to/wnut17 runs/evidence
+
+Each is a comparison in `runs/evidence/TASK`, with its report, and runs a whole seed before the next. What has finished
+is kept in `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also
+on another machine. Every cell computes in float32. The rows to measure on are the dev and the test part together
+(SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them. SST-2 trains on 20,000 of its phrases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from bench.harness import DATA
+from fastpeft import CompareConfig, compare
+from fastpeft.comparison.learning_rates import take_slice, write_rows
+from fastpeft.data.examples import load_data
+from fastpeft.support.files import read_json, write_json, write_text
+
+KEPT = DATA / "evidence"
+SEEDS = 3
+ROWS = 20_000  # of SST-2's phrases
+_PARTS = ("run", "curves", "predictions", "metrics")  # files of a cell; the last marks it as finished
+_NO_CURVE = 1_000_000  # steps between two points of the dev curve: it would take as long as the training
+
+
+def sst2(source: Path, folder: Path) -> None:
+    """Some of the phrases to train on; the dev and the test sentences to measure on."""
+    whole = load_data(str(source))
+    write_rows(take_slice(whole, ROWS), folder)
+    rows = [row for part in ("dev", "test") for row in _table(source / f"{part}.tsv")]
+    write_text(folder / "dev.jsonl", _lines({"text": row["sentence"], "label": int(row["label"])} for row in rows))
+
+
+def trec(source: Path, folder: Path) -> None:
+    """All questions; the test part to measure on."""
+    for part, name in (("train", "train"), ("test", "dev")):
+        rows = _table(source / f"{part}.tsv")
+        lines = _lines({"text": row["text"], "label": int(row["label"])} for row in rows)
+        write_text(folder / f"{name}.jsonl", lines)
+
+
+def wnut17(source: Path, folder: Path) -> None:
+    """All sentences with their tags, read from CoNLL's form; the test part to measure on."""
+    for part, name in (("train", "train"), ("test", "dev")):
+        text = (source / f"{part}.conll").read_text(encoding="utf-8")
+        sentences = [[line.split("\t") for line in block.splitlines()] for block in text.split("\n\n") if block.strip()]
+        rows = ({"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences)
+        write_text(folder / f"{name}.jsonl", _lines(rows))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A task: what writes its rows, and what `CompareConfig` is given."""
+
+    rows: Callable[[Path, Path], None]
+    given: dict[str, Any]
+    common: dict[str, Any] = field(default_factory=dict)
+
+
+_METHODS = (
+    "full",
+    "lora:rank=4:targets=query+key",
+    "siva",
+    "pissa:rank=4:targets=query+key",
+    "qlora",
+    "siva:residual_dtype=nf4",
+    "lst",
+    "k-lst:window=5",
+    "k-lst:window=9",
+    "last-n",
+    "bitfit",
+    "head",
+)
+TASKS = {
+    "sst2": Evidence(sst2, {"suite": "table1"}, {"epochs": 1}),
+    "trec": Evidence(trec, {"methods": _METHODS}, {"epochs": 3}),
+    "wnut17": Evidence(wnut17, {"methods": _METHODS}, {"epochs": 3}),
+}
+
+
+def restore(kept: Path, folder: Path, places: dict[str, str]) -> None:
+    """Put finished cells back into the folder of a comparison, where they are not.
+
+    Args:
+        kept: the folder that `keep` wrote.
+        folder: of the comparison.
+        places: what `model` and `data` are here.
+    """
+    for file in sorted(kept.glob("*.json")):
+        cell = folder / "cells" / file.stem
+        if (cell / "metrics.json").is_file():
+            continue
+        shutil.rmtree(cell, ignore_errors=True)  # a part of the same cell, begun here before it was kept elsewhere
+        cell.mkdir(parents=True)
+        parts = read_json(file)
+        parts["run"] |= {**places, "output": str(cell.resolve())}
+        parts["metrics"] |= {**places, "command": f"fastpeft train --config {cell.name}.json"}
+        for part, values in parts.items():
+            write_json(cell / f"{part}.json", values)
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Write a file for each finished cell of a comparison that has none yet, with neither weights nor local paths."""
+    for cell in sorted(folder.glob("cells/*/")):
+        file = kept / f"{cell.name}.json"
+        if file.is_file() or not (cell / "metrics.json").is_file():
+            continue
+        parts = {part: read_json(cell / f"{part}.json") for part in _PARTS if (cell / f"{part}.json").is_file()}
+        for part, name in product(("run", "metrics"), ("model", "data", "output", "command")):
+            parts[part].pop(name, None)
+        lines = (f"{json.dumps(part)}: {json.dumps(values, separators=(',', ':'))}" for part, values in parts.items())
+        kept.mkdir(parents=True, exist_ok=True)
+        write_text(file, "{" + ",\n".join(lines) + "}\n")
+
+
+def gather(task: str, model: str, source: Path, folder: Path, seeds: int, kept: Path = KEPT, **common: Any) -> None:
+    """Run what is not kept yet of a task, seed by seed, and write the report of all."""
+    evidence, folder = TASKS[task], folder / task
+    data = folder / "rows"
+    if not (data / "dev.jsonl").is_file():
+        data.mkdir(parents=True, exist_ok=True)
+        evidence.rows(source, data)
+    places = {"model": str(Path(model).resolve()), "data": str(data.resolve())}
+    restore(kept / task, folder / "comparison", places)
+    fixed = {**places, "bf16": False, "eval_steps": _NO_CURVE, **evidence.common, **common}
+    for count in range(1, seeds + 1):
+        try:
+            compare(CompareConfig(output=str(folder / "comparison"), seeds=count, common=fixed, **evidence.given))
+        finally:
+            keep(folder / "comparison", kept / task)
+
+
+def _table(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("model", help="as for fastpeft train --model")
+    parser.add_argument("source", type=Path, help="folder of the task's files, as they are distributed")
+    parser.add_argument("folder", type=Path, help="of the comparisons")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    given = parser.parse_args()
+    gather(given.task, given.model, given.source, given.folder, given.seeds)
+
+
+if __name__ == "__main__":
+    main()

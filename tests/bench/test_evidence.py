@@ -1,0 +1,55 @@
+"""What is kept of finished cells brings a comparison back, on another machine too."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from samples import reviews, save_tiny_model
+
+from bench import evidence
+from fastpeft.data.examples import load_data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _table(file: Path, column: str, rows: int) -> None:
+    lines = [f"{text}\t{int(label == 'positive')}" for text, label in reviews(rows)]
+    file.write_text("\n".join([f"{column}\tlabel", *lines]) + "\n")
+
+
+def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "trec"
+    source.mkdir()
+    _table(source / "train.tsv", "text", 48)
+    _table(source / "test.tsv", "text", 12)
+    monkeypatch.setitem(evidence.TASKS, "trec", evidence.Evidence(evidence.trec, {"methods": ["head"]}, {"epochs": 1}))
+    model = save_tiny_model(tmp_path / "model")
+
+    def gather(folder: str, seeds: int) -> list[dict[str, str]]:
+        evidence.gather("trec", str(model), source, tmp_path / folder, seeds, tmp_path / "kept")
+        with (tmp_path / folder / "trec" / "comparison" / "results.csv").open(newline="") as file:
+            return [{name: row[name] for name in row.keys() - {"data", "command"}} for row in csv.DictReader(file)]
+
+    first = gather("one", 1)
+    assert [row["seed"] for row in first] == ["0"]
+    text = (tmp_path / "kept" / "trec" / "head-seed0.json").read_text()
+    assert str(tmp_path) not in text, "no local path"
+    monkeypatch.setattr("fastpeft.comparison.run.Comparison._start", None)  # nothing may be run
+    assert gather("another", 1) == first
+    assert (tmp_path / "another" / "trec" / "comparison" / "report.md").is_file()
+
+
+def test_rows_of_each_task(tmp_path: Path) -> None:
+    for part, rows in (("train", 30), ("dev", 4), ("test", 5)):
+        _table(tmp_path / f"{part}.tsv", "sentence", rows)
+        words = "\n\n".join("a\tO\nb c\tB-person" for _ in range(rows))
+        (tmp_path / f"{part}.conll").write_text(f"{words}\n\n")
+    for task, measured in (("sst2", 9), ("wnut17", 5)):
+        folder = tmp_path / task
+        folder.mkdir()
+        evidence.TASKS[task].rows(tmp_path, folder)
+        found = load_data(str(folder))
+        assert (len(found.train), len(found.dev)) == (30, measured)
+    assert found.dev.texts[0] == ["a", "b c"]
