@@ -209,6 +209,11 @@ def evaluate(
     ),
     text_column: str | None = typer.Option(None, help="Column of texts in --data, or two joined by a comma for pairs."),
     label_column: str | None = typer.Option(None, help="Column of classes in --data."),
+    max_new_tokens: int | None = typer.Option(
+        None,
+        help="The most tokens that a run on next words says to a prompt, for BLEU and ROUGE; 0 leaves these out "
+        "(default: 64).",
+    ),
 ) -> None:
     """Measure a finished run, or a prompt with no training, on dev rows."""
     zero_shot = folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))
@@ -231,7 +236,7 @@ def evaluate(
 
         console.show_messages(quiet=False)
         if folder is not None:
-            metrics = evaluation.evaluate(folder, data, **columns)
+            metrics = evaluation.evaluate(folder, data, **columns, max_new_tokens=max_new_tokens)
             title = f"{folder} on {data or 'its own data'}"
         else:
             assert model
@@ -272,11 +277,14 @@ def predict(
         help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file.",
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
+    max_new_tokens: int | None = typer.Option(
+        None, help="The most tokens that a run on next words says to a text (default: 64)."
+    ),
 ) -> None:
     """Classify texts: prints class, probability and text, separated by tabs.
 
     A run on numbers prints the number's name, its value and the text; one on tags prints tag, probability and word, a
-    word a line, and an empty line after each text.
+    word a line, and an empty line after each text. A run on next words prints what it says, and an empty line.
 
     Exit code 1: rows of the file were left out, each named on standard error.
     """
@@ -292,7 +300,9 @@ def predict(
 
         console.show_messages(quiet=False)
         target = None if output is None else prediction.check_output(output, overwrite)
-        found = prediction.Predictions(folder, texts or [], file, kind=kind, text_column=text_column)
+        found = prediction.Predictions(
+            folder, texts or [], file, kind=kind, text_column=text_column, max_new_tokens=max_new_tokens
+        )
     with ExitStack() as held:
         write = None if target is None else held.enter_context(prediction.writing(target, found.columns))
         advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))

@@ -56,7 +56,7 @@ MISTAKES = [
     ("train --cache-dtype fp8 --cache-features kept", "--cache-dtype is 'fp8'"),
     ("train --split stratifed", "Did you mean stratified"),
     ("train --metric acc --save-steps 5", "--metric is 'acc'.* Did you mean accuracy"),
-    ("train --metric bleu --save-steps 5", "--metric is 'bleu'.*accuracy"),
+    ("train --metric meteor --save-steps 5", "--metric is 'meteor'.*accuracy"),
     ("train --problem-type clasification", "--problem-type is 'clasification'"),
     ("train --prompt-head word --prompt sst2", "--prompt-head is 'word'"),
     ("train --prompt sst3", "Did you mean sst5"),

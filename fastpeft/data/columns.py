@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, REGRESSION, TAGGING, Problem
+from fastpeft.data.conversations import is_conversation
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem
 from fastpeft.data.tables import Table
 from fastpeft.data.values import SEPARATOR, as_number
 from fastpeft.errors import FastpeftError
@@ -19,6 +20,14 @@ PAIR_COLUMNS = (
     ("text_a", "text_b"),
     ("text1", "text2"),
     ("#1 string", "#2 string"),  # GLUE's MRPC
+)
+# what a decoder learns to say: conversations, or texts after texts
+CONVERSATION_COLUMNS = ("messages", "conversations")
+COMPLETION_COLUMNS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
 )
 LABEL_COLUMNS = (
     *("label", "labels", "class", "category", "target", "sentiment"),
@@ -62,6 +71,8 @@ def pick_columns(
     """
     columns = table.columns
     texts = _named_columns(text_column, columns)
+    if problem is NEXT_WORDS and not texts:
+        texts = _find_said(table)
     flags = named_labels(label_column, columns) if label_column else ()
     if label_column is None and known and {*known} <= {*columns}:
         flags = tuple(known)
@@ -72,7 +83,7 @@ def pick_columns(
             raise FastpeftError(
                 f"{table.name} has no column {name!r}; its columns are {', '.join(columns)}. Name one of these."
             )
-    texts_alone = problem is MASKED_WORDS
+    texts_alone = problem is not None and problem.of_texts_alone
     if texts_alone and label_column is not None:
         raise FastpeftError(f"`label_column` is {label_column!r}, but no labels are read. Leave it out.")
     tagged = problem is TAGGING or ((problem is None or texts_alone) and _has_words(table, texts))
@@ -154,6 +165,34 @@ def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str
     if name := _first_of(WORD_COLUMNS if tagged else TEXT_COLUMNS, left):
         return (name,)
     return tuple(left.values()) if alone and len(left) == 1 else ()
+
+
+def prompt_columns(table: Table, text_column: str | None) -> tuple[str]:
+    """The column of what a decoder goes on from: the one that a person names, else conversations, prompts or texts.
+
+    Raises:
+        FastpeftError: it cannot be told, or there is none of that name.
+    """
+    left = _left(table.columns, ())
+    said = _find_said(table)
+    found = text_column or (said[0] if said else None) or _first_of([pair[0] for pair in COMPLETION_COLUMNS], left)
+    if found is None:
+        found = pick_columns(table, NEXT_WORDS, None, None).texts[0]
+    if found not in table.columns:
+        raise FastpeftError(
+            f"{table.name} has no column {found!r}; its columns are {', '.join(table.columns)}. Name one of these."
+        )
+    return (found,)
+
+
+def _find_said(table: Table) -> tuple[str, ...]:
+    """The column of conversations, or those of prompts and completions; empty where there are none."""
+    left = _left(table.columns, ())
+    said = _first_of(CONVERSATION_COLUMNS, left)
+    if said and any(is_conversation(row.get(said)) for row in table.rows):
+        return (said,)
+    pair = next((pair for pair in COMPLETION_COLUMNS if all(name in left for name in pair)), ())
+    return tuple(left[name] for name in pair)
 
 
 def _left(columns: Sequence[str], taken: Sequence[str | None]) -> dict[str, str]:

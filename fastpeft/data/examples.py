@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.data.columns import Columns, check_separated, class_names, pick_columns, tell_problem
+from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, REGRESSION, Problem, get_problem
-from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, shuffled, stratified, text_key
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem, get_problem
+from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, prompt_key, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
 from fastpeft.errors import FastpeftError, install
@@ -41,7 +42,8 @@ class Examples:
     """Texts and what is to be said of each.
 
     Attributes:
-        texts: strings; or pairs of strings; or, where every word has a label, lists of words.
+        texts: strings; or pairs of strings; or, where every word has a label, lists of words. Next words are those of
+            strings, of pairs of a prompt and its completion, or of conversations.
         labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags; where
             it may have several labels, of each of `TextData.labels` 1.0 or 0.0; none where the texts alone are learned.
     """
@@ -56,6 +58,10 @@ class Examples:
     def is_pair(self) -> bool:
         """Whether a row has two texts."""
         return bool(self.texts) and isinstance(self.texts[0], tuple)
+
+    @property
+    def are_conversations(self) -> bool:
+        return bool(self.texts) and isinstance(self.texts[0], Conversation)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def load_data(
             `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
         problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, texts with lists, or
             with several label columns, have several labels, numbers that are not all whole are scores, all else is
-            classes. That of `MASKED_WORDS` takes the texts alone, the empty ones left out, also of a txt file with one
+            classes. Those of `OBJECTIVES` take the texts alone, the empty ones left out, also of a txt file with one
             a line.
         text_column: name of the column of texts, or two names joined by a comma; None finds it.
         label_column: name of the column of classes (words or whole numbers), numbers, lists of tags or of labels; None
@@ -139,7 +145,7 @@ def load_data(
         parts = [rest, parts[1], held]
         description += f", {len(held):,} more kept apart to choose a threshold by"
         logger.info("%d training rows are kept apart to choose a threshold by", len(held))
-    if problem is MASKED_WORDS:
+    if problem.of_texts_alone:
         labels: list[str] = []
     elif problem is REGRESSION:
         labels = [chosen[0].label]
@@ -156,7 +162,7 @@ def load_data(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
         )
     train, dev, *kept = [_to_examples(part, labels, problem, data) for part in parts]
-    if train.is_pair != dev.is_pair:
+    if texts_in_words(train) != texts_in_words(dev):
         raise FastpeftError(
             f"{data!r} has {texts_in_words(train)} to train on and {texts_in_words(dev)} to measure on. Name columns "
             "that both have with --text-column."
@@ -205,7 +211,7 @@ def load_rows(
 def count_labels(data: TextData) -> list[tuple[int, int]]:
     """How many training and dev rows each class or label has, or words each tag, in the order of `TextData.labels`.
 
-    Of numbers and masked words, which have no classes, there are none.
+    Of numbers and texts alone, which have no classes, there are none.
     """
     if not data.problem.has_classes:
         return []
@@ -230,12 +236,16 @@ def labels_in_words(data: TextData) -> str:
 
 def texts_in_words(examples: Examples) -> str:
     """What the rows hold, for messages."""
+    if examples.are_conversations:
+        return "conversations"
     return "pairs of texts" if examples.is_pair else "one text a row"
 
 
 def _find_tables(data: str, problem: Problem | None) -> list[Table]:
     """The demo's rows or those that a person names, of text files too where no labels are asked for."""
-    return _load_demo() if data == DEMO else find_tables(data, TEXT_READERS if problem is MASKED_WORDS else READERS)
+    if data == DEMO:
+        return _load_demo()
+    return find_tables(data, TEXT_READERS if problem is not None and problem.of_texts_alone else READERS)
 
 
 def _load_demo() -> list[Table]:
@@ -269,15 +279,16 @@ def _split(part: Labelled, problem: Problem, split: str, seed: int) -> list[Labe
     if split == SHUFFLED:
         rows = shuffled(len(part), dev_rows, seed)
     else:
-        rows = stratified([text_key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
+        key = prompt_key if problem is NEXT_WORDS else text_key
+        rows = stratified([key(text) for text, _ in part], _strata(part, problem, dev_rows), dev_rows, seed)
     return [[part[row] for row in side] for side in rows]
 
 
 def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, ...]]:
-    """Of each row its class, its different tags or labels, "" for no label, or the bin of its number; of masked words
+    """Of each row its class, its different tags or labels, "" for no label, or the bin of its number; of texts alone
     nothing."""
     labels = [label for _, label in part]
-    if problem is MASKED_WORDS:
+    if problem.of_texts_alone:
         return [()] * len(labels)
     if problem is REGRESSION:
         return [(number,) for number in bins(labels, dev_rows)]
@@ -286,8 +297,8 @@ def _strata(part: Labelled, problem: Problem, dev_rows: int) -> list[tuple[Any, 
 
 def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence[str] | None) -> Labelled:
     """The labelled texts of one table; rows that say of themselves that they have no label are left out."""
-    if problem is MASKED_WORDS:
-        return [(text, None) for text in _read_texts(table, columns.texts)]
+    if problem.of_texts_alone:
+        return [(text, None) for text in _read_texts(table, columns.texts, problem)]
     texts_from = " and ".join(map(repr, columns.texts))
     logger.info(
         "%s: %d rows, texts from column %s, %s from %s",
@@ -325,16 +336,28 @@ def _read_part(table: Table, columns: Columns, problem: Problem, names: Sequence
     return part
 
 
-def _read_texts(table: Table, columns: Sequence[str]) -> list[Any]:
-    """The texts of one table by themselves, or pairs of them; lists of words become texts, empty texts are left out."""
+def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[Any]:
+    """The texts of one table by themselves, or pairs of them, or of next words conversations.
+
+    Lists of words become texts, and empty texts are left out; but of a pair of next words both say something.
+    """
     texts: list[Any] = []
+    chats = problem is NEXT_WORDS and any(is_conversation(row.get(columns[0])) for row in table.rows)
     for number, row in enumerate(table.rows, start=1):
+        place = Place(table.name, number)
+        if chats:
+            texts.append(as_conversation(row.get(columns[0]), columns[0], place))
+            continue
         parts = [
-            " ".join(as_words(value, name, Place(table.name, number)))
+            " ".join(as_words(value, name, place))
             if isinstance(value := row.get(name), list)
-            else as_text(value, name, Place(table.name, number))
+            else as_text(value, name, place)
             for name in columns
         ]
+        if problem is NEXT_WORDS and len(parts) == 2:
+            for name, part in zip(columns, parts):
+                if not part.strip():
+                    raise FastpeftError(f"{place} says nothing in column {name!r}. Write it, or remove the row.")
         if any(part.strip() for part in parts):
             texts.append(tuple(parts) if len(parts) == 2 else parts[0])
     if not texts:
@@ -374,7 +397,7 @@ def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
 def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str) -> Examples:
     """Replace each class by its index in `classes`; where those are words, an index may stand for its word."""
     texts = [text for text, _ in part]
-    if problem is MASKED_WORDS:
+    if problem.of_texts_alone:
         return Examples(texts, [])
     if problem is REGRESSION:
         return Examples(texts, [score for _, score in part])

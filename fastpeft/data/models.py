@@ -190,6 +190,44 @@ def load_for_masked_words(model: str) -> Classifier:
     return Classifier(loaded, tokenizer, masked_word_layers(loaded, loaded), head_is_new)
 
 
+def load_for_next_words(model: str) -> Classifier:
+    """Load `model` to say next words, with the head that it has.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or is of a kind that says no next words.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = None
+    with suppress(Exception):  # what cannot be read is told by _load
+        source = resolve_model(model)
+        config = AutoConfig.from_pretrained(source, **source_options(source))
+    if config is not None and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _reads_both_ways(config)):
+        raise FastpeftError(
+            f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
+            "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
+        )
+    loaded, tokenizer, info = _load(AutoModelForCausalLM, model, {})
+    if new := [key for key in info["missing_keys"] if not key.startswith(f"{loaded.base_model_prefix}.")]:
+        raise FastpeftError(
+            f"the model {model!r} has no head for next words: its checkpoint lacks {new[0]}. Give a decoder's "
+            "checkpoint."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return Classifier(loaded, tokenizer, (), head_is_new=False)
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a model of a kind that may be a decoder, as BERT's and RoBERTa's, is an encoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
 def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
 

@@ -38,7 +38,10 @@ TITLES = {
     "spearman": "Spearman correlation",
     "mse": "mean squared error",
     "masked_accuracy": "accuracy of masked words",
+    "next_accuracy": "accuracy of next words",
     "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "rouge_l": "ROUGE-L",
 }
 
 
@@ -82,6 +85,11 @@ class Problem:
     def primary(self) -> str:
         """The metric to look at where a person names none."""
         return self.metrics[0]
+
+    @property
+    def of_texts_alone(self) -> bool:
+        """Whether texts are learned, without labels."""
+        return self in OBJECTIVES.values()
 
     @property
     def has_classes(self) -> bool:
@@ -128,7 +136,7 @@ def get_problem(name: str) -> Problem:
     Raises:
         FastpeftError: there is none.
     """
-    for problem in (MASKED_WORDS, *PROBLEMS.values()):
+    for problem in (*OBJECTIVES.values(), *PROBLEMS.values()):
         if name in (problem.name, problem.short):
             return problem
     raise FastpeftError(f"`problem_type` is {name!r}; it must be one of {', '.join(PROBLEMS)}. Choose one of these.")
@@ -278,6 +286,17 @@ MASKED_WORDS = Problem(
     per_token=True,
     digest=_from_scores("digest_words"),
 )
+NEXT_WORDS = Problem(
+    name="next_words",
+    short="next_words",
+    auto_class="AutoModelForCausalLM",
+    task_type="CAUSAL_LM",
+    labels="next words",
+    metrics=("perplexity", "next_accuracy"),
+    score=_from_scores("score_next_words"),
+    per_token=True,
+    digest=_from_scores("digest_next_words"),
+)
 # what labels may be, by the short names
 PROBLEMS = {problem.short: problem for problem in (CLASSIFICATION, REGRESSION, TAGGING, MULTI_LABEL)}
-OBJECTIVES = {"mlm": MASKED_WORDS}  # what is learned without labels
+OBJECTIVES = {"mlm": MASKED_WORDS, "causal": NEXT_WORDS}  # what is learned without labels

@@ -152,8 +152,27 @@ def digest_words(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=-1)
 
 
+def digest_next_words(logits: Tensor, labels: Tensor) -> Tensor:
+    """`digest_words` of every token by the logits of the one before it; the first token, which has none, gets 0."""
+    from torch.nn.functional import pad
+
+    return pad(digest_words(logits[:, :-1], labels[:, 1:]), (0, 0, 1, 0))
+
+
 def score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Accuracy of hidden words, the mean of their losses, and its exponential."""
-    losses, hits = outputs[labels != UNLABELLED].astype(np.float64).T
-    loss = float(losses.mean())
-    return {"masked_accuracy": float(hits.mean()), "perplexity": float(np.exp(loss)), LOSS: loss}
+    return {"masked_accuracy": _hits(outputs, labels), **_perplexity(outputs, labels)}
+
+
+def score_next_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The mean of the losses of the words to be said, its exponential, and the accuracy of these words."""
+    return {**_perplexity(outputs, labels), "next_accuracy": _hits(outputs, labels)}
+
+
+def _hits(outputs: np.ndarray, labels: np.ndarray) -> float:
+    return float(outputs[labels != UNLABELLED][:, 1].mean(dtype=np.float64))
+
+
+def _perplexity(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    loss = float(outputs[labels != UNLABELLED][:, 0].mean(dtype=np.float64))
+    return {"perplexity": float(np.exp(loss)), LOSS: loss}

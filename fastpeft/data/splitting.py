@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any
 
+from fastpeft.data.conversations import Conversation
 from fastpeft.errors import FastpeftError
 
 STRATIFIED, SHUFFLED = "stratified", "shuffled"
@@ -18,8 +19,17 @@ _BINS = 10  # of numbers, at most
 
 
 def text_key(text: Any) -> Hashable:
-    """What equal texts, pairs of texts, or lists of words have in common."""
+    """What equal texts, pairs of texts, lists of words or conversations have in common."""
+    if isinstance(text, Conversation):
+        return text.turns
     return " ".join(text) if isinstance(text, list) else text
+
+
+def prompt_key(text: Any) -> Hashable:
+    """What texts to be said have in common that answer the same: the prompt of a pair, all turns before the last."""
+    if isinstance(text, Conversation):
+        return text.asked.turns
+    return text[0] if isinstance(text, tuple) else text_key(text)
 
 
 def digest(text: Any) -> str:

@@ -31,6 +31,7 @@ def loading_snippet(
     labels: Sequence[str] = (),
     prompt_head: str | None = None,
     masked_words: bool = False,
+    tokenizer: bool = False,
 ) -> str:
     """Python code that loads what was saved in `folder`.
 
@@ -43,9 +44,10 @@ def loading_snippet(
         ladder: whether the model is a side network beside its base.
         chained: whether what was saved goes onto more than a model as its folder has it, as that of a run that started
             from another; it is then found through its own folder.
-        labels: names of the classes; where they are known the tokenizer was saved too.
+        labels: names of the classes, where there are some.
         prompt_head: head of the prompt that was saved too, None where there was none.
-        masked_words: whether the model predicts masked words; its tokenizer was saved too.
+        masked_words: whether the model predicts masked words.
+        tokenizer: whether the tokenizer was saved too; it was with classes and masked words.
     """
     if chained and (adapter or ladder):
         return _chained_snippet(folder, prompt_head)
@@ -63,7 +65,7 @@ def loading_snippet(
         known = f", id2label={dict(enumerate(labels))!r}" if adapter and labels else ""
         lines += ["import torch", f"from {'peft' if adapter else 'transformers'} import {name}"]
         call = f"{name}.from_pretrained({folder!r}{known}, dtype=torch.float32)"
-    with_tokenizer = labels or masked_words
+    with_tokenizer = labels or masked_words or tokenizer
     if with_tokenizer and lines[-1].startswith("from transformers"):
         lines[-1] += ", AutoTokenizer"
     elif with_tokenizer:

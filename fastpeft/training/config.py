@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from fastpeft.data.names import DEMO, FEATURE_DTYPES
-from fastpeft.data.problems import LOSS, MASKED_WORDS, OBJECTIVES, PROBLEMS, TITLES
+from fastpeft.data.problems import LOSS, OBJECTIVES, PROBLEMS, TITLES
 from fastpeft.data.splitting import SPLITS
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
@@ -158,7 +158,8 @@ class TrainConfig:
     )
     objective: str | None = option(
         DATA,
-        "Learn texts, as of a txt file, by their masked words; another run goes on with the result by `init_from`",
+        "Learn texts, as of a txt file, without labels: mlm by their masked words, causal by their next ones, also "
+        "completions of prompts and the assistant's turns of conversations; another run goes on by `init_from`",
         choices=OBJECTIVES,
         unset="the labels are learned",
         metavar="NAME",
@@ -203,7 +204,7 @@ class TrainConfig:
         DATA,
         "Longest text in tokens; longer ones are cut",
         least=2,
-        unset="128, or the model's limit where that is less",
+        unset="128, of next words 512, or the model's limit where that is less",
         metavar="N",
     )
     seed: int = option(
@@ -319,8 +320,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.problem_type == MASKED_WORDS.name:
-            self._refuse("problem_type", "this has no labels. Give `objective` mlm instead.")
+        for objective, problem in OBJECTIVES.items():
+            if self.problem_type == problem.name:
+                self._refuse("problem_type", f"this has no labels. Give `objective` {objective} instead.")
         for known in options():
             value = getattr(self, known.name)
             if not known.takes(value):
@@ -365,8 +367,8 @@ class TrainConfig:
             )
         if SIVA_LAYERS in self.settings:
             return f"with {SIVA_LAYERS} features of the backbone change at every step. Leave out either."
-        if self.objective is not None:
-            return f"the objective {self.objective!r} hides other words in every epoch. Leave out either."
+        if self.objective == "mlm":
+            return "the objective mlm hides other words in every epoch. Leave out either."
         return ""
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from fastpeft.data.problems import (
     LOSS,
     MASKED_WORDS,
     MULTI_LABEL,
+    NEXT_WORDS,
     REGRESSION,
     UNLABELLED,
     Problem,
@@ -30,7 +31,8 @@ from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt, is_text
 from fastpeft.support.stages import report
-from fastpeft.training.loading import FinishedRun, best_device, load_run
+from fastpeft.training.generation import Writer, measure_said, says_words, write
+from fastpeft.training.loading import FinishedRun, Taken, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import check_texts
@@ -40,17 +42,25 @@ _BATCH_SIZE = 64
 
 
 def evaluate(
-    folder: str | Path, data: str | None = None, *, text_column: str | None = None, label_column: str | None = None
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
-    Beside these it has what `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which
-    are logged too: what makes the figures doubtful, as rows that the run was trained on.
+    Of a run on next words also what `measure_said` gives, where rows have prompts. Beside these it has what
+    `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which are logged too: what
+    makes the figures doubtful, as rows that the run was trained on.
 
     Args:
         folder: folder of the run.
         data: other data: all rows of a file, or the dev part of anything else.
         text_column, label_column: columns of `data`; without it none. None: found by their names.
+        max_new_tokens: the most tokens that a run on next words says to a prompt, see `Writer`; 0 lets it say
+            nothing.
 
     Raises:
         FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
@@ -62,6 +72,10 @@ def evaluate(
             "with --data, or leave --text-column and --label-column out."
         )
     run = load_run(folder)
+    if max_new_tokens is not None and run.problem is not NEXT_WORDS:
+        raise FastpeftError(
+            f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} says no words. Leave it out."
+        )
     trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
@@ -85,9 +99,10 @@ def evaluate(
             )
         dev = own.dev
         frequent = most_frequent(own.train.labels, own.problem)
-    if dev.is_pair != run.is_pair:
+    if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
+        learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
         raise FastpeftError(
-            f"the run in {str(folder)!r} learned from {'pairs of texts' if run.is_pair else 'one text a row'}, but "
+            f"the run in {str(folder)!r} learned from {learned}, but "
             f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
         )
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
@@ -97,6 +112,8 @@ def evaluate(
     join = np.concatenate if run.problem.per_token else np.stack
     outputs, labels = join(_outputs(run, rows)), join([np.array(row["labels"]) for row in rows])
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
+    if run.problem is NEXT_WORDS and max_new_tokens != 0:
+        measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
     pitfalls.tell(measured["warnings"])
     threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
     return {**measured, "dev_rows": len(rows), **(threshold if run.threshold is not None else {})}
@@ -198,13 +215,6 @@ def _measure(
     return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}
 
 
-class Taken(NamedTuple):
-    """One text, or pair, or list of words, as `Examples` holds it, and its tokens."""
-
-    text: Any
-    row: Row
-
-
 class Predictor:
     """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
 
@@ -231,6 +241,11 @@ class Predictor:
                     f"around each text. Give {special + 1} or more."
                 )
             self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
+        if self.run.problem is NEXT_WORDS:
+            raise FastpeftError(
+                f"the run in {str(folder)!r} learned next words and has no classes to tell. It goes on from texts: "
+                f"fastpeft predict {folder}."
+            )
         if self.run.problem is MASKED_WORDS:
             raise FastpeftError(
                 f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
@@ -295,8 +310,9 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     Returns:
         For each text its most likely class and the probability of that; for a run on numbers the name of the number
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
-        a run on several labels a list of those that are answered, which may be empty, each with its probability. Where
-        the run has a threshold, it decides between two classes, and which labels are answered.
+        a run on several labels a list of those that are answered, which may be empty, each with its probability; for a
+        run on next words what it says, see `fastpeft.training.generation.Writer`. Where the run has a threshold, it
+        decides between two classes, and which labels are answered.
 
     Raises:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
@@ -304,6 +320,8 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     """
     if isinstance(texts, str):
         raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+    if says_words(folder):
+        return write(folder, texts)
     predictor = Predictor(folder)
     found = predictor.scores([predictor.take(text) for text in texts])
     if predictor.run.problem.per_token:

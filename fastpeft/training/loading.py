@@ -7,10 +7,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastpeft.data.models import Classifier, load_classifier, load_for_masked_words
-from fastpeft.data.problems import MASKED_WORDS, Problem
+from fastpeft.data.examples import Row
+from fastpeft.data.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
 from fastpeft.ops.frozen_linear import pack_frozen
@@ -35,6 +36,7 @@ class FinishedRun:
         problem: what it learned.
         labels: names of the model's outputs: its classes or tags, or what its number is.
         is_pair: whether it reads two texts a row.
+        chats: whether it learned conversations.
         prompt: what texts are put into; None for the texts alone.
         max_length: where texts are cut, in tokens.
         threshold: the probability above which the second of two classes, or labels, are answered; None: a half.
@@ -45,6 +47,7 @@ class FinishedRun:
     problem: Problem
     labels: list[str]
     is_pair: bool
+    chats: bool
     prompt: Prompt | None
     max_length: int
     threshold: float | None
@@ -53,8 +56,24 @@ class FinishedRun:
     def of(cls, setup: RunSetup, metrics: Mapping[str, Any], classifier: Classifier) -> FinishedRun:
         """The run of a configuration, with what its `metrics.json` says and the model that it left."""
         head = setup.head
-        pairs, max_length, threshold = metrics["pairs"], metrics["max_length"], metrics.get("threshold")
-        return cls(classifier, setup.config, head.problem, head.labels, pairs, head.prompt, max_length, threshold)
+        return cls(
+            classifier,
+            setup.config,
+            head.problem,
+            head.labels,
+            is_pair=metrics["pairs"],
+            chats=metrics.get("conversations", False),
+            prompt=head.prompt,
+            max_length=metrics["max_length"],
+            threshold=metrics.get("threshold"),
+        )
+
+
+class Taken(NamedTuple):
+    """What a finished run is given, and its tokens."""
+
+    text: Any
+    row: Row
 
 
 def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
@@ -146,9 +165,11 @@ def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:
 
 
 def load_model(model: str, head: Head) -> Classifier:
-    """Load `model` with `head`: one of its own, that of masked words, or the label words of its prompt."""
+    """Load `model` with `head`: one of its own, that of masked or next words, or the label words of its prompt."""
     if head.problem is MASKED_WORDS:
         return load_for_masked_words(model)
+    if head.problem is NEXT_WORDS:
+        return load_for_next_words(model)
     if head.prompt is not None and head.by_words:
         return load_prompted(model, head.prompt)
     return load_classifier(model, head.labels, head.problem)

@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.data.columns import named_labels, pick_columns
+from fastpeft.data.columns import named_labels, pick_columns, prompt_columns
+from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
 from fastpeft.errors import FastpeftError
 from fastpeft.support.files import publish, saving
 from fastpeft.support.interrupts import uninterrupted
-from fastpeft.training.evaluation import Predictor, Taken
+from fastpeft.training.evaluation import Predictor
+from fastpeft.training.generation import Writer, says_words
+from fastpeft.training.loading import Taken, load_run
 
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
 _TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
@@ -41,12 +44,12 @@ class Prediction:
         row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
         text: a text, a pair of texts or a list of words.
         scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
-            probabilities of the tags, `(words, tags)`; float32.
+            probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it says.
     """
 
     row: int
     text: Any
-    scores: np.ndarray
+    scores: Any
 
 
 class Predictions:
@@ -59,6 +62,7 @@ class Predictions:
         kind: what the file is, where the end of its name does not tell.
         text_column: name of the column of texts, or two names joined by a comma. None: those that the run was trained
             with, else found by their names. Other columns, as that of labels, are not read.
+        max_new_tokens: the most tokens that a run on next words says to a text. None: as of `Writer`.
 
     Attributes:
         labels: names of the classes or tags, or of the number.
@@ -81,15 +85,26 @@ class Predictions:
         *,
         kind: str | None = None,
         text_column: str | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         if text_column is not None and file is None:
             raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
-        self._predictor = Predictor(folder)
+        self._predictor: Predictor | Writer
+        if says_words(folder):
+            self._predictor = Writer(load_run(folder), max_new_tokens)
+        elif max_new_tokens is not None:
+            raise FastpeftError(
+                f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} tells classes or numbers. Leave "
+                "it out."
+            )
+        else:
+            self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
         self._taken = [(number, self._predictor.take(text)) for number, text in enumerate(texts, start=1)]
         self._name, self._rows = name, rows
-        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair else _TEXT
+        self._says = isinstance(self._predictor, Writer)
+        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
         self._read = self._read_line
         if file is not None and kind != "txt":
             self._names, self._read = self._pick(text_column), self._read_cells
@@ -107,6 +122,8 @@ class Predictions:
             text_column = own if known else None
             own_labels = named_labels(run.config.label_column or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
+        if self._says:
+            return prompt_columns(Table(self._name, [first]), text_column)
         texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
         if (len(texts) == 2) is not run.is_pair:
             kinds = ("pairs of texts", "one text a row")
@@ -119,6 +136,8 @@ class Predictions:
 
     def _read_cells(self, row: Record, place: Place) -> Any:
         values = [(name, row.get(name)) for name in self._names]
+        if self._says and is_conversation(values[0][1]):
+            return as_conversation(values[0][1], self._names[0], place, answered=False)
         if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
             return as_words(values[0][1], values[0][0], place)
         texts = tuple(as_text(value, name, place) for name, value in values)
@@ -141,7 +160,12 @@ class Predictions:
                     taken.append((number, row) if index < before else (before + number, self._take(number, row)))
                 except FastpeftError as error:
                     left_out.append(error)
-            scores = self._predictor.scores([each for _, each in taken])
+            given = [each for _, each in taken]
+            scores: Sequence[Any]
+            if isinstance(self._predictor, Writer):
+                scores = self._predictor.write(given)
+            else:
+                scores = self._predictor.scores(given)
             yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
 
     def _take(self, number: int, row: Record | FastpeftError) -> Taken:
@@ -160,10 +184,14 @@ class Predictions:
         """A prediction as lines of text, tabs between class, probability and text; with `every`, all classes.
 
         Of a run on tags there is a line for every word, and an empty one after each text. Of a run on several labels
-        `|` stands between those that are answered, and between their probabilities.
+        `|` stands between those that are answered, and between their probabilities. Of a run on next words it is what
+        that says, and an empty line.
         """
         problem, text = self._predictor.run.problem, prediction.text
-        if problem.per_token:
+        if self._says:
+            yield from prediction.scores.splitlines() or [""]
+            yield ""
+        elif problem.per_token:
             for word, scores in zip(text, prediction.scores):
                 yield "\t".join([*self._said(scores, every), word])
             yield ""
@@ -183,6 +211,7 @@ class Predictions:
 
     def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
         """The class, or the labels with `|` between them, and the probability of each."""
+        assert isinstance(self._predictor, Predictor)
         answer = self._predictor.answer(scores)
         several = answer if isinstance(answer, list) else [answer]
         return SEPARATOR.join(name for name, _ in several), [p for _, p in several]
@@ -195,6 +224,8 @@ class Predictions:
             FastpeftError: a column of texts has the name of one that is made.
         """
         problem = self._predictor.run.problem
+        if self._says:
+            return {"row": int, "text": str, "said": str}
         if problem.per_token:
             return {"row": int, "word": str, "tag": str, "probability": float}
         made: dict[str, type] = {"row": int}
@@ -213,7 +244,9 @@ class Predictions:
     def records(self, prediction: Prediction) -> list[Row]:
         """A prediction as rows of a table: one, or one a word."""
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
-        if problem.per_token:
+        if self._says:
+            found: list[list[Any]] = [[prediction.row, str(text), scores]]
+        elif isinstance(self._predictor, Predictor) and problem.per_token:
             best = [self._predictor.answer(each) for each in scores]
             found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]
         else:

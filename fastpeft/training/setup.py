@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.data.examples import Examples, TextData, texts_in_words
-from fastpeft.data.problems import CLASSIFICATION, MASKED_WORDS, MULTI_LABEL, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, Problem, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OPTIONS, OVER, Method
 from fastpeft.methods.preparation import Preparation, parse_targets
@@ -39,13 +39,14 @@ class Head:
 
     @property
     def by_words(self) -> bool:
-        """Whether it is the head of a masked language model: its words, or label words among them, are the outputs."""
-        return self.problem is MASKED_WORDS or (self.prompt is not None and self.prompt.head == "label_words")
+        """Whether it is the head of a language model: its words, or label words among them, are the outputs."""
+        return self.problem.of_texts_alone or (self.prompt is not None and self.prompt.head == "label_words")
 
     def can_take_over(self, earlier: Head) -> bool:
         """Whether the weights of an earlier head can stay: one for words whatever the classes, else for the same."""
         if self.by_words or earlier.by_words:
-            return self.by_words and earlier.by_words
+            decoders = [head.problem is NEXT_WORDS for head in (self, earlier)]
+            return self.by_words and earlier.by_words and decoders[0] == decoders[1]
         return self.labels == earlier.labels and self.problem is earlier.problem
 
     @classmethod

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
 
+from fastpeft.data import next_words
 from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
-from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, OBJECTIVES, REGRESSION, UNLABELLED, Problem
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.ops.frozen_linear import pack_frozen
@@ -39,6 +40,7 @@ from fastpeft.training.setup import RunSetup, resolve
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128  # tokens
+_LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
@@ -89,7 +91,8 @@ class Task:
         prompt = setup.prompt
         report("loading the model")
         classifier = draw_start(setup)
-        max_length = _max_length(config, classifier.max_length, setup.method.own_tokens(setup.preparation))
+        usual = _LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
+        max_length = _max_length(config, usual, classifier.max_length, setup.method.own_tokens(setup.preparation))
         report("encoding texts")
         train_rows, dev_rows, apart_rows = (
             [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
@@ -271,13 +274,16 @@ def prepare(start: Classifier, setup: RunSetup) -> Any:
     return model
 
 
-def _max_length(config: TrainConfig, reads: int, own: int) -> int:
-    """Where texts are cut, for a model that reads so many tokens, of which its method takes some for itself."""
+def _max_length(config: TrainConfig, usual: int, reads: int, own: int) -> int:
+    """Where texts are cut, for a model that reads so many tokens, of which its method takes some for itself.
+
+    Where nobody says it, at `usual`.
+    """
     limit = reads - own
     before = f", of which the method takes {own} for itself" if own else ""
     if limit < 2:  # a text has two special tokens
         raise FastpeftError(f"the model {config.model!r} reads {reads} tokens{before}. Let it take fewer.")
-    max_length = config.max_length or min(DEFAULT_MAX_LENGTH, limit)
+    max_length = config.max_length or min(usual, limit)
     if max_length > limit:
         raise FastpeftError(
             f"`max_length` {max_length} is above what the model {config.model!r} reads: {reads} tokens{before}. Choose "
@@ -337,13 +343,16 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
     """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
 
     Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
-    words are learned, rows have no labels yet but `special_tokens_mask`, and rows without a word are left out.
+    words are learned, rows have no labels yet but `special_tokens_mask`, and rows without a word are left out. Next
+    words are encoded by `next_words.encode`.
 
     Raises:
         FastpeftError: no row has a word that could be hidden.
     """
     if prompt is not None:
         return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
+    if problem is NEXT_WORDS:
+        return next_words.encode(tokenizer, examples.texts, max_length)
     texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
     unlabelled = problem is MASKED_WORDS
     encoded = tokenizer(
@@ -371,7 +380,7 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
 
 def warn_of_cut_words(examples: Examples, rows: Sequence[Row], problem: Problem, max_length: int) -> None:
     """Warn of words with tags that `encode` cut off, which are neither learned nor measured."""
-    if not problem.per_token or problem is MASKED_WORDS:
+    if not problem.per_token or problem.of_texts_alone:
         return
     words = sum(map(len, examples.texts))
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])

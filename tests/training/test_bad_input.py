@@ -228,7 +228,7 @@ CASES = [
     (["--patience", "2"], ["--patience is 2", "no metric", "leave --patience out"]),
     (["--metric", "loss", "--save-steps", "2", "--patience", "0"], ["--patience is 0"]),
     (["--metric", "accuracy"], ["--metric is 'accuracy'", "no checkpoints", "--save-steps"]),
-    (["--metric", "bleu", "--save-steps", "1"], ["--metric is 'bleu'", "accuracy, f1"]),
+    (["--metric", "meteor", "--save-steps", "1"], ["--metric is 'meteor'", "accuracy, f1"]),
     (["--metric", "pearson", "--save-steps", "1"], ["'pearson' is not measured", "accuracy, f1, matthews, loss"]),
     (["--metric", "f1", "--save-steps", "1", "--data", "measures.csv"], ["'f1' is not measured in regression"]),
     (["--data", "identities.csv"], ["50 different classes in 50 rows"]),

@@ -1,0 +1,73 @@
+"""Conversations: turns of a system, a user and an assistant, as chat templates of transformers take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastpeft.data.values import Place
+from fastpeft.errors import FastpeftError
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+ROLES = (SYSTEM, USER, ASSISTANT, "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a conversation, each a role and what is said."""
+
+    turns: tuple[tuple[str, str], ...]
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """As `apply_chat_template` takes it."""
+        return [{"role": role, "content": content} for role, content in self.turns]
+
+    @property
+    def asked(self) -> Conversation:
+        """All before the last turn of the assistant, if that is the last turn of all; else the whole."""
+        return Conversation(self.turns[:-1]) if self.turns[-1][0] == ASSISTANT else self
+
+    def __str__(self) -> str:
+        return "\n".join(f"{role}: {content}" for role, content in self.turns)
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value looks like the messages of a conversation."""
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def as_conversation(value: Any, column: str, place: Place, *, answered: bool = True) -> Conversation:
+    """The conversation of a cell: a list of `{"role": ..., "content": ...}`.
+
+    Args:
+        value: of the cell.
+        column, place: where it stands, for messages.
+        answered: whether the assistant must have a turn, as to learn from it.
+
+    Raises:
+        FastpeftError: it is no such list, a role is unknown, a turn says nothing, the system does not come first, or
+            the assistant has no turn.
+    """
+
+    def refuse(what: str, remedy: str) -> FastpeftError:
+        return FastpeftError(f"{place} has {what} in column {column!r}. {remedy}")
+
+    form = 'Write a list of turns, each {"role": "user", "content": "..."}, as jsonl and parquet files can hold.'
+    if not is_conversation(value):
+        raise refuse(repr(value), form)
+    turns: list[tuple[str, str]] = []
+    for number, turn in enumerate(value, start=1):
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES:
+            raise refuse(f"turn {number} with the role {role!r}", f"Roles are {', '.join(ROLES)}.")
+        if not isinstance(content, str):
+            raise refuse(f"turn {number} with the content {content!r}", f"It must be text. {form}")
+        if not content.strip():
+            raise refuse(f"turn {number}, of the {role}, with nothing in it", "Write what is said, or remove the turn.")
+        if role == SYSTEM and number > 1:
+            raise refuse(f"a turn of the system as turn {number}", "It comes first, or not at all.")
+        turns.append((role, content))
+    if answered and ASSISTANT not in (role for role, _ in turns):
+        raise refuse("no turn of the assistant", "Its turns are what is learned: add one, or remove the row.")
+    return Conversation(tuple(turns))

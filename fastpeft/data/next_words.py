@@ -1,0 +1,142 @@
+"""Next words: texts, completions and conversations as tokens, with labels on those that a decoder learns to say.
+
+What is learned is a text as a whole, the completion of a prompt, or every turn of the assistant in a conversation, each
+with the end that the model then says too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastpeft.data.conversations import ASSISTANT, Conversation
+from fastpeft.data.names import UNLABELLED
+from fastpeft.errors import FastpeftError, first_line
+
+logger = logging.getLogger(__name__)
+
+Piece = tuple[list[int], bool]  # tokens, and whether they are learned
+
+
+def encode(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[dict[str, Any]]:
+    """Texts as rows of `input_ids`, `attention_mask` and `labels`, cut at `max_length` tokens and not padded.
+
+    A label is its token's own id where that is learned, else -100: models shift labels themselves. The first token has
+    none, as nothing comes before it.
+
+    Args:
+        tokenizer: of a decoder.
+        texts: strings; pairs of a prompt and its completion, written one after the other as they are; conversations.
+        max_length: in tokens.
+
+    Raises:
+        FastpeftError: the tokenizer has no chat template for conversations, or one that does not fit them; or no row
+            has a token to learn.
+    """
+    rows, cut, lost = [], 0, 0
+    for text in texts:
+        pieces = _pieces(tokenizer, text)
+        tokens = [token for piece, _ in pieces for token in piece]
+        labels = [token if learned else UNLABELLED for piece, learned in pieces for token in piece]
+        labels[:1] = [UNLABELLED] * len(labels[:1])
+        cut += len(tokens) > max_length
+        tokens, labels = tokens[:max_length], labels[:max_length]
+        if all(label == UNLABELLED for label in labels):
+            lost += 1
+            continue
+        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
+    if not rows:
+        raise FastpeftError(
+            f"no row has anything to learn within its first {max_length} tokens. Give a larger `max_length`, or "
+            "shorter prompts."
+        )
+    if cut:
+        logger.warning(
+            "%d of %d rows are longer than the %d tokens that are read, and were cut%s; a larger max_length (of the "
+            "model at most) keeps them",
+            cut,
+            len(texts),
+            max_length,
+            f", {lost} of them left out, as nothing to learn was left" if lost else "",
+        )
+    return rows
+
+
+def prompt_tokens(tokenizer: Any, text: Any) -> list[int]:
+    """The tokens after which the model goes on: of a string all, of a pair its prompt, of a conversation what comes
+    before the assistant's last turn."""
+    if isinstance(text, Conversation):
+        return _tokens(tokenizer, _templated(tokenizer, text.asked, ask=True), special=False)
+    return _begun(tokenizer, text[0] if isinstance(text, tuple) else text)
+
+
+def completion(text: Any) -> str | None:
+    """What is to be said after `prompt_tokens`; None where a row does not tell it."""
+    if isinstance(text, Conversation):
+        role, content = text.turns[-1]
+        return content if role == ASSISTANT else None
+    return text[1] if isinstance(text, tuple) else None
+
+
+def _pieces(tokenizer: Any, text: Any) -> list[Piece]:
+    """A row in parts, in their order."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(text, Conversation):
+        return _turns(tokenizer, text)
+    if isinstance(text, tuple):
+        return [(_begun(tokenizer, text[0]), False), (_tokens(tokenizer, text[1], special=False) + end, True)]
+    return [(_begun(tokenizer, text) + end, True)]
+
+
+def _turns(tokenizer: Any, conversation: Conversation) -> list[Piece]:
+    """The assistant's turns, each after all that its template writes before it.
+
+    Raises:
+        FastpeftError: what the template writes for the first turns is not how it begins for more of them, so it does
+            not tell where a turn begins.
+    """
+    pieces: list[Piece] = []
+    written = ""
+    for number, (role, _) in enumerate(conversation.turns):
+        if role != ASSISTANT:
+            continue
+        before = _templated(tokenizer, Conversation(conversation.turns[:number]), ask=True) if number else ""
+        after = _templated(tokenizer, Conversation(conversation.turns[: number + 1]), ask=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            raise FastpeftError(
+                "the tokenizer's chat template writes earlier turns otherwise once others follow, so where the "
+                "assistant's turns begin cannot be told. Give `prompt` and `completion` columns, or a tokenizer with "
+                "another chat template."
+            )
+        pieces.append((_tokens(tokenizer, before[len(written) :], special=False), False))
+        pieces.append((_tokens(tokenizer, after[len(before) :], special=False), True))
+        written = after
+    return pieces
+
+
+def _templated(tokenizer: Any, conversation: Conversation, *, ask: bool) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise FastpeftError(
+            f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which conversations need. Give a model "
+            "that was trained to chat, or `prompt` and `completion` columns."
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(conversation.messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes
+        raise FastpeftError(
+            f"the chat template refuses a conversation: {first_line(error).rstrip('.')}. Its turns are "
+            f"{', '.join(role for role, _ in conversation.turns)}. Write them as the template wants them."
+        ) from error
+    return text
+
+
+def _begun(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text at the beginning, with the special tokens before it and not those after it."""
+    tokens = _tokens(tokenizer, text, special=True)
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return tokens

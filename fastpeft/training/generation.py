@@ -1,0 +1,149 @@
+"""What a finished run says: a decoder that goes on from prompts, and how near its words are to those of the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
+from fastpeft.data.next_words import completion, prompt_tokens
+from fastpeft.data.problems import NEXT_WORDS
+from fastpeft.data.splitting import prompt_key
+from fastpeft.data.values import Place
+from fastpeft.errors import FastpeftError, install
+from fastpeft.prompts.template import is_text
+from fastpeft.support.stages import report
+from fastpeft.training.loading import FinishedRun, Taken, load_run
+from fastpeft.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_MAX_NEW_TOKENS = 64
+_BATCH_SIZE = 16
+
+
+def says_words(folder: str | Path) -> bool:
+    """Whether the run in a folder learned next words, so that a `Writer` uses it."""
+    return RunFolder(folder).metrics().get("problem_type") == NEXT_WORDS.name
+
+
+class Writer:
+    """A finished run that learned next words, in use: it goes on from texts by its most likely words.
+
+    Args:
+        run: the run, with its model.
+        max_new_tokens: the most tokens that it says to one text. None: 64, or half of what the model reads where that
+            is less.
+
+    Raises:
+        FastpeftError: the model reads no more than `max_new_tokens`.
+    """
+
+    def __init__(self, run: FinishedRun, max_new_tokens: int | None = None) -> None:
+        limit = run.classifier.max_length
+        self.run = run
+        self.max_new_tokens = min(_MAX_NEW_TOKENS, limit // 2) if max_new_tokens is None else max_new_tokens
+        self._reads = limit - self.max_new_tokens
+        if not 0 < self.max_new_tokens < limit:
+            raise FastpeftError(
+                f"`max_new_tokens` is {max_new_tokens}; it must be from 1 to {limit - 1}, as the model reads {limit} "
+                "tokens, those of the prompt among them."
+            )
+
+    def take(self, text: Any) -> Taken:
+        """A text, made ready: a string, or a conversation as a list of turns, of which a string is one of the user.
+
+        Raises:
+            FastpeftError: it is not what the run reads, or longer than the model reads.
+        """
+        given = self._as_prompt(text)
+        tokens = prompt_tokens(self.run.classifier.tokenizer, given)
+        if not tokens:
+            raise FastpeftError(f"{text!r} has no token to go on from. Give a text.")
+        if len(tokens) > self._reads:
+            raise FastpeftError(
+                f"the text that begins with {str(given)[:40]!r} has {len(tokens)} tokens, but {self._reads} are the "
+                f"most that leave room for {self.max_new_tokens} new ones. Give a shorter one, or fewer new tokens."
+            )
+        return Taken(given, {"input_ids": tokens, "attention_mask": [1] * len(tokens)})
+
+    def _as_prompt(self, text: Any) -> Any:
+        if isinstance(text, Conversation) or (isinstance(text, tuple) and len(text) == 2):
+            return text
+        if is_conversation(text):
+            return as_conversation(text, "messages", Place("the given texts", 1), answered=False)
+        if is_text(text) and text.strip():
+            return Conversation(((USER, text),)) if self.run.chats else text
+        raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
+
+    @torch.inference_mode()
+    def write(self, taken: Sequence[Taken]) -> list[str]:
+        """What the run says to each text, greedily."""
+        tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
+        order = sorted(range(len(taken)), key=lambda index: len(taken[index].row["input_ids"]))  # pads little
+        said: dict[int, str] = {}
+        for start in range(0, len(taken), _BATCH_SIZE):
+            report("answering", start, len(taken))
+            chosen = order[start : start + _BATCH_SIZE]
+            batch = tokenizer.pad([taken[index].row for index in chosen], padding_side="left", return_tensors="pt").to(
+                model.device
+            )
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)):
+                tokens = model.generate(
+                    **batch,
+                    max_new_tokens=self.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            new = tokens[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            said |= {index: text.strip() for index, text in zip(chosen, texts)}
+        return [said[index] for index in range(len(taken))]
+
+
+def write(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
+    """What a finished run on next words says to each text; see `Writer`."""
+    writer = Writer(load_run(folder), max_new_tokens)
+    return writer.write([writer.take(text) for text in texts])
+
+
+def measure_said(writer: Writer, texts: Sequence[Any]) -> dict[str, float]:
+    """BLEU and ROUGE-L of what a run says to the prompts of rows, against all completions that the rows have of each.
+
+    BLEU is sacrebleu's, over all prompts, from 0 to 100. ROUGE-L is rouge-score's F1 with stems, from 0 to 1: of each
+    prompt that of the nearest completion, the mean over prompts.
+
+    Returns:
+        `bleu`, `rouge_l` and `prompts`, their number; nothing where rows have no prompts, or a library is missing,
+        which is logged.
+    """
+    references: dict[Any, list[str]] = {}
+    prompts: dict[Any, Any] = {}
+    for text in texts:
+        if (expected := completion(text)) is not None:
+            references.setdefault(prompt_key(text), []).append(expected)
+            prompts.setdefault(prompt_key(text), text)
+    missing = [name for name in ("sacrebleu", "rouge_score") if importlib.util.find_spec(name) is None]
+    if missing and prompts:
+        logger.info("BLEU and ROUGE are left out: they need sacrebleu and rouge-score. Run %s", install("generation"))
+    if missing or not prompts:
+        return {}
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    said = writer.write([writer.take(prompt) for prompt in prompts.values()])
+    expected_of = list(references.values())
+    most = max(map(len, expected_of))
+    streams = [[each[place] if place < len(each) else "" for each in expected_of] for place in range(most)]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    nearest = [scorer.score_multi(each, words)["rougeL"].fmeasure for each, words in zip(expected_of, said)]
+    return {
+        "bleu": sacrebleu.corpus_bleu(said, streams).score,
+        "rouge_l": sum(nearest) / len(nearest),
+        "prompts": len(prompts),
+    }

@@ -1,0 +1,266 @@
+"""Next words as what is learned: of texts, of completions after prompts, and of the assistant's turns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import WORDS, reviews, save_tiny_model, write_csv, write_jsonl
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.data.conversations import Conversation
+from fastpeft.data.examples import load_data
+from fastpeft.data.next_words import completion, encode, prompt_tokens
+from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
+from fastpeft.training.evaluation import Predictor, evaluate, predict
+from fastpeft.training.generation import Writer, write
+from fastpeft.training.loading import load_run
+from fastpeft.training.prediction import Predictions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEMPLATE = (
+    "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+FIRST = {name: words[0] for name, words in WORDS.items()}
+
+
+def completions(rows: int) -> list[dict[str, str]]:
+    """Prompts that say what the completion is."""
+    return [{"prompt": text, "completion": f" {FIRST[label]}"} for text, label in reviews(rows)]
+
+
+def chats(rows: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": FIRST[label]}]}
+        for text, label in reviews(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a decoder, whose tokenizer has a chat template, and rows of each form."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_model(place / "model", "Llama", "ForCausalLM")
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place / "model")
+    write_jsonl(place / "completions.jsonl", completions(90))
+    write_jsonl(place / "chats.jsonl", chats(90))
+    (place / "texts.txt").write_text("".join(f"{text}\n" for text, _ in reviews(90)))
+    return place
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place: Path) -> Any:
+    return AutoTokenizer.from_pretrained(place / "model")
+
+
+@pytest.fixture
+def config(tmp_path: Path, place: Path) -> TrainConfig:
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        method="full",
+        objective="causal",
+        model=str(place / "model"),
+        data=str(place / "completions.jsonl"),
+        batch_size=8,
+        max_steps=4,
+        learning_rate=1e-2,
+    )
+
+
+def learned(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The words with a label, each of which is its own token."""
+    pairs = [(token, label) for token, label in zip(row["input_ids"], row["labels"]) if label != UNLABELLED]
+    assert all(token == label for token, label in pairs)
+    return str(tokenizer.decode([token for token, _ in pairs]))
+
+
+def test_what_is_learned_of_each_form(tokenizer: Any) -> None:
+    good = FIRST["positive"]
+    chat = Conversation((("user", "film"), ("assistant", good), ("user", "plot"), ("assistant", "film")))
+    text, pair, turns = encode(tokenizer, [f"film {good}", ("film plot", good), chat], 38)
+    assert tokenizer.decode(text["input_ids"]) == f"<s> film {good} </s>"
+    assert learned(tokenizer, text) == f"film {good} </s>", "all but the first, which nothing comes before"
+    assert tokenizer.decode(pair["input_ids"]) == f"<s> film plot {good} </s>", "one end, after all"
+    assert learned(tokenizer, pair) == f"{good} </s>"
+    whole = tokenizer.apply_chat_template(chat.messages, tokenize=False)
+    assert turns["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert learned(tokenizer, turns) == f"{good} </s> film </s>", "the assistant's turns and their ends alone"
+    assert completion(chat) == "film"
+    asked = tokenizer.apply_chat_template(chat.messages[:3], tokenize=False, add_generation_prompt=True)
+    assert prompt_tokens(tokenizer, chat) == tokenizer(asked, add_special_tokens=False)["input_ids"]
+
+
+def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = encode(tokenizer, [("film " * 9, "plot"), ("film", "plot " * 9), ("film", "plot")], 6)
+    assert [len(row["input_ids"]) for row in rows] == [6, 4]
+    assert "2 of 3 rows are longer than the 6 tokens that are read, and were cut, 1 of them left out" in caplog.text
+    with pytest.raises(FastpeftError, match="no row has anything to learn within its first 2 tokens"):
+        encode(tokenizer, [("film plot", "plot")], 2)
+
+
+@pytest.mark.parametrize("form", ["texts.txt", "completions.jsonl", "chats.jsonl"])
+def test_a_run_measures_the_mean_loss_of_what_is_said(place: Path, config: TrainConfig, form: str) -> None:
+    """By hand: the loss of each learned token by the logits of the token before it."""
+    metrics = train(replace(config, data=str(place / form))).metrics
+    run = load_run(config.output)
+    rows = encode(run.classifier.tokenizer, load_data(str(place / form), problem_type="next_words").dev.texts, 38)
+    losses = []
+    for row in rows:
+        logits = run.classifier.model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        found = cross_entropy(logits, torch.tensor(row["labels"][1:]), ignore_index=UNLABELLED, reduction="none")
+        losses += [float(loss) for loss, label in zip(found, row["labels"][1:]) if label != UNLABELLED]
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert metrics["perplexity"] < metrics["perplexity_before"]
+    assert evaluate(config.output, max_new_tokens=0)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["completions.jsonl", "chats.jsonl"])
+def test_a_run_says_what_it_has_learned(place: Path, config: TrainConfig, form: str) -> None:
+    train(replace(config, data=str(place / form), max_steps=150))
+    negative, positive = predict(config.output, [f"film {FIRST['negative']} plot", f"film {FIRST['positive']} plot"])
+    assert (negative, positive) == (FIRST["negative"], FIRST["positive"])
+    measured = evaluate(config.output, str(place / form), max_new_tokens=4)
+    assert measured["rouge_l"] > 0.9
+    assert measured["prompts"] <= measured["dev_rows"]
+
+
+def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: TrainConfig) -> None:
+    train(config)
+    file = write_jsonl(tmp_path / "new.jsonl", [{"id": 1, "prompt": "film plot"}, {"id": 2, "prompt": "film"}])
+    found = Predictions(config.output, ["plot"], str(file), max_new_tokens=3)
+    ((some, left_out),) = found
+    assert not left_out
+    assert [found.records(each)[0].keys() for each in some] == [{"row": 0, "text": 0, "said": 0}.keys()] * 3
+    assert [each.scores for each in some] == write(config.output, ["plot", "film plot", "film"], 3)
+    assert list(found.lines(some[0]))[-1] == ""
+    train(replace(config, data=str(place / "chats.jsonl"), output=str(tmp_path / "chat")))
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "film"}]}])
+    (([said], _),) = Predictions(str(tmp_path / "chat"), file=str(asked), max_new_tokens=3)
+    assert [said.scores] == write(tmp_path / "chat", ["film"], 3), "a text is a turn of the user"
+
+
+def test_prompts_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    """Several completions of a prompt, as of E2E: none of a dev prompt is trained on."""
+    rows = [{"prompt": f"film {prompt}", "completion": f"plot {n}"} for prompt in range(20) for n in range(3)]
+    data = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+    trained, measured = ({prompt for prompt, _ in part.texts} for part in (data.train, data.dev))
+    assert measured
+    assert not trained & measured
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("siva", {}),
+        ("lora", {}),
+        ("last-n", {"settings": {"layers": 1}}),
+        ("mezo", {}),
+        ("k-lst", {"window": 3}),
+        ("lst", {}),
+    ],
+)
+def test_methods_learn_next_words(config: TrainConfig, method: str, changes: dict[str, Any]) -> None:
+    rate = 1e-3 if method == "mezo" else 1e-2
+    metrics = train(replace(config, method=method, learning_rate=rate, max_steps=6, **changes)).metrics
+    assert math.isfinite(metrics["loss"])
+    assert evaluate(config.output, max_new_tokens=0)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "user", "content": "film"}], "no turn of the assistant"),
+        ([{"role": "user", "content": " "}], "turn 1, of the user, with nothing in it"),
+        ([{"role": "human", "content": "film"}], "turn 1 with the role 'human'.*Roles are system, user, assistant"),
+        ([{"role": "user", "content": None}], "turn 1 with the content None"),
+        (
+            [{"role": "user", "content": "film"}, {"role": "system", "content": "plot"}],
+            "a turn of the system as turn 2.*It comes first",
+        ),
+        (["film"], r"\['film'\] in column 'messages'"),
+    ],
+)
+def test_conversations_that_cannot_be_learned(tmp_path: Path, turns: Sequence[Any], message: str) -> None:
+    file = write_jsonl(tmp_path / "chats.jsonl", [*chats(4), {"messages": turns}])
+    with pytest.raises(FastpeftError, match=f"row 5 of .*{message}"):
+        load_data(str(file), problem_type="next_words")
+
+
+def test_an_empty_completion_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [*completions(4), {"prompt": "film", "completion": " "}])
+    with pytest.raises(FastpeftError, match=r"row 5 of .* says nothing in column 'completion'"):
+        load_data(str(file), problem_type="next_words")
+
+
+def test_chat_templates_that_cannot_be_used(tokenizer: Any, place: Path) -> None:
+    chat = [Conversation((("user", "film"), ("assistant", "plot"), ("user", "film"), ("assistant", "plot")))]
+    plain = AutoTokenizer.from_pretrained(place / "model")
+    plain.chat_template = None
+    with pytest.raises(FastpeftError, match="has no chat template, which conversations need"):
+        encode(plain, chat, 38)
+    plain.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(FastpeftError, match=r"refuses a conversation: roles must alternate\. Its turns are user\."):
+        encode(plain, chat, 38)
+    plain.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
+    with pytest.raises(FastpeftError, match="writes earlier turns otherwise once others follow"):
+        encode(plain, chat, 38)
+
+
+def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) -> None:
+    train(config)
+    run = load_run(config.output)
+    with pytest.raises(FastpeftError, match="max_new_tokens is 38; it must be from 1 to 37"):
+        Writer(run, 38)
+    with pytest.raises(FastpeftError, match="has 31 tokens, but 30 are the most that leave room for 8 new ones"):
+        Writer(run, 8).take("film " * 30)
+    with pytest.raises(FastpeftError, match=r"got 7\. Give one"):
+        Writer(run).take(7)
+    with pytest.raises(FastpeftError, match="learned next words and has no classes to tell"):
+        Predictor(config.output)
+    with pytest.raises(FastpeftError, match=r"learned from pairs of texts, but .* has conversations"):
+        evaluate(config.output, str(place / "chats.jsonl"))
+
+
+def test_models_that_say_no_next_words_are_refused(tmp_path: Path, config: TrainConfig) -> None:
+    encoder = save_tiny_model(tmp_path / "encoder")
+    with pytest.raises(FastpeftError, match=r"\(roberta\) does not say next words"):
+        train(replace(config, model=str(encoder)))
+    with pytest.raises(FastpeftError, match="objective 'causal' learns from the texts alone"):
+        replace(config, label_column="label")
+    with pytest.raises(FastpeftError, match=r"this has no labels\. Give objective causal instead"):
+        replace(config, objective=None, problem_type=NEXT_WORDS.name)
+
+
+def test_a_run_on_classes_says_no_words(tmp_path: Path, place: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    data = write_csv(tmp_path / "reviews.csv", reviews(24))
+    output = str(tmp_path / "run")
+    train(TrainConfig(output=output, method="head", model=str(model), data=str(data), max_steps=1))
+    with pytest.raises(FastpeftError, match=r"says no words\. Leave it out"):
+        evaluate(output, max_new_tokens=4)
+    with pytest.raises(FastpeftError, match=r"tells classes or numbers\. Leave it out"):
+        Predictions(output, ["film"], max_new_tokens=4)
+
+
+def test_the_card_says_how_to_load(config: TrainConfig) -> None:
+    train(replace(config, method="siva"))
+    card = (Path(config.output) / "README.md").read_text()
+    assert "AutoPeftModelForCausalLM" in card
+    assert "| objective | causal |" in card
+    assert "tokenizer = AutoTokenizer.from_pretrained" in card
+    assert json.loads((Path(config.output) / "metrics.json").read_text())["problem_type"] == "next_words"
