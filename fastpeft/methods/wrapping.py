@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import peft
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, install
 from fastpeft.ladder.backbone import POOLER
-from fastpeft.methods.preparation import Preparation
+from fastpeft.methods.preparation import Preparation, Targets
 from fastpeft.prompts.model import PromptModel
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.model import FUSED, QUERY_AND_KEY
@@ -44,6 +45,7 @@ _OWN_FIELDS = (
     "num_attention_heads",
     "num_layers",
 )
+_ROLES = ("query", "key", "value")
 _BLOCK = 64  # weights in 4 bits that share a scale
 
 # kinds of model for which PEFT knows what its adapters go onto
@@ -78,7 +80,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
         FastpeftError: PEFT cannot, or the rank is above what a layer allows.
     """
     if preparation.targets is not None:
-        values = {**values, "target_modules": preparation.targets}
+        values = {**values, "target_modules": _own_names(model, preparation.targets)}
     named = {"target_modules", "target_parameters"} & {*values, *preparation.settings}
     values = {**({} if named else _usual_layers(model, config)), **values}
     new = list(preparation.head) if preparation.head_is_new else []
@@ -107,6 +109,26 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
     return wrapped
 
 
+def _own_names(model: Any, targets: Targets) -> Targets:
+    """Targets of which `query`, `key` and `value`, where no layer is called so, are what the model calls them."""
+    layers = _layers(model)
+    names = {name.rpartition(".")[2] for name in layers}
+    own = {role: name for role, name in zip(_ROLES, _projections(layers)) if name and role not in names}
+    return list(dict.fromkeys(own.get(name, name) for name in targets)) if isinstance(targets, list) else targets
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _projections(layers: Sequence[str]) -> tuple[str, str, str]:
+    """What the projections of query, key and value are called, or the one that makes them; "" where that is unknown."""
+    names = {name.rpartition(".")[2] for name in layers}
+    triples = [(query, key, _VALUE[key]) for query, key in QUERY_AND_KEY if key in _VALUE]
+    fused = [(name, name, name) for name in FUSED]
+    return next((each for each in triples + fused if names.issuperset(each)), ("", "", ""))
+
+
 def _usual_layers(model: Any, config: str) -> dict[str, Any]:
     """What an adapter goes onto by default where PEFT does not know the kind of model, told by the names of layers.
 
@@ -116,11 +138,8 @@ def _usual_layers(model: Any, config: str) -> dict[str, Any]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _KNOWN.get(config, {kind}):
         return {}
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    names = {name.rpartition(".")[2] for name in layers}
-    triples = [(query, key, _VALUE[key]) for query, key in QUERY_AND_KEY if key in _VALUE]
-    fused = [(name, name, name) for name in FUSED]
-    query, key, value = next((each for each in triples + fused if names.issuperset(each)), ("", "", ""))
+    layers = _layers(model)
+    query, key, value = _projections(layers)
     end = next((end for end in _FEED_FORWARD if any(name.endswith(f".{end}") for name in layers)), "")
     if config == "IA3Config":
         found: dict[str, Any] = {"target_modules": list({key, value, end}), "feedforward_modules": [end]}

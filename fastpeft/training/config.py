@@ -174,7 +174,8 @@ class TrainConfig:
     )
     targets: str | None = option(
         METHOD,
-        "Layers to adapt: names joined by commas, all-linear or a regular expression",
+        "Layers to adapt: names joined by commas, all-linear or a regular expression; query, key and value are found by "
+        "whatever names the model has for them",
         unset="the method's",
         metavar="LAYERS",
     )

@@ -77,6 +77,24 @@ def test_query_and_value_are_found_where_peft_does_not_know_the_model(
     assert told in caplog.messages
 
 
+@pytest.mark.parametrize("name", ["siva", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "named", "expected"),
+    [
+        ("MPNet", ["query", "key"], {"q", "k"}),
+        ("DistilBert", ["key", "value"], {"k_lin", "v_lin"}),
+        ("ModernBert", ["query", "key"], {"Wqkv"}),
+        ("Roberta", ["query", "key", "output.dense"], {"query", "key", "output.dense"}),
+    ],
+)
+def test_query_key_and_value_are_what_the_model_calls_so(
+    name: str, kind: str, named: list[str], expected: set[str]
+) -> None:
+    """As the rows of the paper's tables name them, on every model."""
+    model = get_method(name).prepare(tiny(kind), Preparation(("classifier",), targets=named, rank=2))
+    assert set(model.peft_config["default"].target_modules) == expected
+
+
 def test_what_peft_knows_is_left_to_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="fastpeft"):
         assert adapted("lora", tiny("Roberta")).target_modules == {"query", "value"}
