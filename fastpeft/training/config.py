@@ -174,8 +174,8 @@ class TrainConfig:
     )
     targets: str | None = option(
         METHOD,
-        "Layers to adapt: names joined by commas, all-linear or a regular expression; query, key and value are found by "
-        "whatever names the model has for them",
+        "Layers to adapt: names joined by commas, all-linear or a regular expression; query, key and value mean these "
+        "projections on any model",
         unset="the method's",
         metavar="LAYERS",
     )
