@@ -230,7 +230,8 @@ class Backbone:
 
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
         """Arguments for the model or a part of it: no None, and of the optional ones those that it knows."""
-        accepted = inspect.signature((self.core if part is None else part).forward).parameters
+        kind: Any = type(self.core if part is None else part)
+        accepted = _parameters_of(kind)
         chosen = {
             name: value
             for name, value in given.items()
@@ -241,6 +242,12 @@ class Backbone:
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments to call the body of a text model with: those of `given` that decide the features."""
         return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
+
+
+@functools.cache
+def _parameters_of(kind: Any) -> frozenset[str]:
+    """The names that the forward of a class takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _has_one_stack(core: PreTrainedModel) -> bool:

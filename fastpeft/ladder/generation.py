@@ -43,18 +43,25 @@ class SideLayer(DynamicLayer):
 
     def add_window(self, window: Tensor) -> Tensor:
         """Append the window's keys of new tokens, `(B, N, k D)`, and return those of all, `(B, T, k D)`."""
-        return self._append("values", window)
+        return self.append("values", window[:, None])[:, 0]
 
     def add_states(self, states: Tensor) -> Tensor:
         """Append the keys and values of new tokens, `(B, N, 2 D)`, and return those of all, `(B, T, 2 D)`."""
         self.is_initialized = True
         if getattr(self, "values", None) is None:  # a gate has no window
             self.values = states.new_empty(len(states), 1, 0, 0)
-        return self._append("keys", states)
+        return self.append("keys", states[:, None])[:, 0]
 
-    def _append(self, name: str, new: Tensor) -> Tensor:
-        """Append tokens in place while there is room; a copy with the old ones in it makes more."""
-        new = new[:, None]
+    def append(self, name: str, new: Tensor) -> Tensor:
+        """Append tokens in place while there is room; a copy with the old ones in it makes more.
+
+        Args:
+            name: `"keys"` or `"values"`.
+            new: `(B, 1, N, ...)`, of the attribute of that name.
+
+        Returns:
+            The attribute, `(B, 1, T, ...)`.
+        """
         old: Tensor | None = getattr(self, name)
         if old is None:
             self.dtype, self.device = new.dtype, new.device
@@ -64,19 +71,24 @@ class SideLayer(DynamicLayer):
         else:
             both = self._in_room(name, old, new)
         setattr(self, name, both)
-        return both[:, 0]
+        return both
 
     def _in_room(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        before = old.shape[-2]
-        tokens = before + new.shape[-2]
+        before, added = old.shape[-2], new.shape[-2]
+        tokens = before + added
         room = self._rooms.get(name)
         # a cache that was reordered or repeated holds other tensors by now; one that was cropped starts where it did
-        if room is None or room.data_ptr() != old.data_ptr() or len(room) != len(old) or room.shape[-2] < tokens:
+        if (
+            room is None
+            or room.data_ptr() != old.data_ptr()
+            or room.shape[0] != old.shape[0]
+            or room.shape[-2] < tokens
+        ):
             size = tokens + max(_LEAST_SPARE, tokens // _SPARE)
             room = self._rooms[name] = old.new_empty(*old.shape[:-2], size, old.shape[-1])
-            room[:, :, :before] = old
-        room[:, :, before:tokens] = new
-        return room[:, :, :tokens]
+            room.narrow(-2, 0, before).copy_(old)
+        room.narrow(-2, before, added).copy_(new)
+        return room.narrow(-2, 0, tokens)
 
 
 class LadderCache(DynamicCache):
@@ -102,6 +114,12 @@ class LadderCache(DynamicCache):
         super().__init__(config=core.config)
         self.side = [SideLayer() for _ in backbone.layers]
         self.layers.extend(self.side)
+        # of the side network, for one token: see `fastpeft.ladder.side_step`
+        self.steps: list[Any] = []
+        self.projections: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "steps": []}  # a copy makes its own, which write into its layers
 
 
 def generates(backbone: Backbone) -> bool:

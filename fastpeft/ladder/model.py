@@ -29,6 +29,7 @@ from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
 from fastpeft.support.processes import agreed
 
@@ -221,8 +222,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
             )
         cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
-            past = 0 if cache is None else cache.get_seq_length()
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
         given = {
             "input_ids": input_ids,
@@ -242,7 +243,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         }
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        run = self._new_side_run(attention_mask, bool(output_hidden_states), cache)
+        step = past > 0 and text is not None and text.shape[1] == 1
+        run = self._new_side_run(attention_mask, bool(output_hidden_states), cache, step)
         arguments = {} if plain else self.backbone.arguments(given)
         # features of tokens that follow others are those of no row
         source = self._source or choose_source(self.feature_cache if cache is None else None, arguments)
@@ -278,11 +280,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         return past_key_values
 
     def _new_side_run(
-        self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None
+        self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
     ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
+        if step and cache is not None and self.side_run is SideRun and not torch.is_grad_enabled():
+            return SideStep(self.side, mask, cache, keep_states)
+        if cache is not None:
+            cache.steps.clear()  # weights may have changed
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):

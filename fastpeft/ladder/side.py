@@ -70,9 +70,7 @@ class WindowFusion(nn.Module):
         """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
         heads, head_dim = self.num_heads, width // self.num_heads
-        query, key, value = (part.weight.view(heads, head_dim, width) for part in (self.query, self.key, self.value))
-        folded = (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)  # (H D, D): Wk^T Wq, head after head
-        q = F.linear(theta, folded).view(batch, tokens, heads, width).transpose(1, 2)  # (B, H, T, D)
+        q = F.linear(theta, self.folded()).view(batch, tokens, heads, width).transpose(1, 2)  # (B, H, T, D)
         if kept is not None and kept.get_seq_length() > 0:
             attended = self._attend_to_all(q, kept.add_window(self._keys(window)), visible)
         else:
@@ -91,7 +89,14 @@ class WindowFusion(nn.Module):
             )
         if self.output is None:
             return self.finish(theta, self.value(attended[:, 0]))
+        value = self.value.weight.view(heads, head_dim, width)
         return self.finish(theta, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+
+    def folded(self) -> Tensor:
+        """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled, head after head: `(H D, D)`."""
+        head_dim = self.query.out_features // self.num_heads
+        query, key = (part.weight.unflatten(0, (self.num_heads, head_dim)) for part in (self.query, self.key))
+        return (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)
 
     def _keys(self, window: Tensor) -> Tensor:
         """The keys of all slots, token after token: `(B, S, T, D)` -> `(B, T, k D)`."""
@@ -129,8 +134,12 @@ class GatedFusion(nn.Module):
 
     def forward(self, theta: Tensor, window: Tensor, *_: Any) -> Tensor:
         """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; a token reads no other."""
-        gate = torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
+        gate = self.gate()
         return gate * theta + (1 - gate) * F.dropout(window[:, 0], self.dropout, self.training)
+
+    def gate(self) -> Tensor:
+        """g, of one element."""
+        return torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
 
 
 class SideBlock(nn.Module):

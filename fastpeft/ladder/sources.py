@@ -107,14 +107,20 @@ class LadderPass:
         if layer == 0:
             batch, tokens = feature.shape[:2]
             check_mask(self._run.mask, (batch, self._run.past + tokens))
+        if not self._gradients:
+            self._give(layer, feature)
+            return
         if layer < self._gradients_from:
             feature = feature.detach()
-        with torch.set_grad_enabled(self._gradients):
-            if self.backbone.plain:
-                feature = feature.clone()  # an activation in place may follow
-            self._run.feed(layer, feature.to(self._device))
+        with torch.enable_grad():
+            self._give(layer, feature)
         if layer == self._gradients_from - 1:
             self._end_frozen()
+
+    def _give(self, layer: int, feature: Tensor) -> None:
+        if self.backbone.plain:
+            feature = feature.clone()  # an activation in place may follow
+        self._run.feed(layer, feature.to(self._device))
 
     def output(self, last_feature: Tensor) -> Tensor:
         """The side network's output in place of `B_L`, in its dtype and on its device. From here on the head runs."""

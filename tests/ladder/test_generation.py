@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import LadderCache
 from fastpeft.ladder.direct_run import DirectRun
+from fastpeft.ladder.side_step import BlockStep
 
 LST = {"window_size": 1, "fusion": "gated"}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -217,6 +218,13 @@ def test_padding_on_the_left_changes_nothing() -> None:
     assert written(model)[2:, 4:].equal(alone)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_autocast(network: str) -> None:
+    model = moved(causal_model("llama"), **NETWORKS[network])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert written(model).shape == (3, 18)
+
+
 def test_words_are_streamed_as_they_come() -> None:
     class Streamer(BaseStreamer):
         def __init__(self) -> None:
@@ -234,17 +242,21 @@ def test_words_are_streamed_as_they_come() -> None:
 
 
 @pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
-def test_a_step_computes_one_token(network: dict[str, Any]) -> None:
-    model = moved(causal_model("llama"), **network)
+def test_a_step_computes_one_token(network: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps, call = moved(causal_model("llama"), **network), [], BlockStep.__call__
     seen: dict[str, list[int]] = {}
     for name, module in model.side.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(
-                lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0].shape[1])
+                lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0].shape[:-1].numel())
             )
+    monkeypatch.setattr(
+        BlockStep, "__call__", lambda step, theta, *rest: steps.append(len(theta)) or call(step, theta, *rest)
+    )
     written(model, max_new_tokens=4)
-    assert seen
-    assert all(tokens == [6, 1, 1, 1] for tokens in seen.values())
+    assert {name for name, rows in seen.items() if rows == [18, 3, 3, 3]} == {"down", "up"}
+    assert {tuple(rows) for rows in seen.values()} == {(18,), (18, 3, 3, 3)}
+    assert steps == 3 * len(model.side.blocks) * [3]
 
 
 def test_what_a_token_takes() -> None:
@@ -329,7 +341,9 @@ def test_a_text_continues_from_its_cache() -> None:
     model = moved(causal_model("llama"))
     options = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(WORDS[:, :6], max_new_tokens=4, **options)
+    options["attention_mask"] = torch.ones_like(first.sequences)  # a word that it wrote is that of padding
     both = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, **options)
+    del options["attention_mask"]
     assert both.sequences.equal(model.generate(WORDS[:, :6], max_new_tokens=8, **options).sequences)
 
 
