@@ -47,6 +47,15 @@ def ladder(base: nn.Module | None = None, **config: Any) -> LadderModel:
     return LadderModel(base, LadderConfig(**{"window_size": 3, "reduction_factor": 2, **config}))
 
 
+def moved(base: Any, **config: Any) -> LadderModel:
+    """A ladder whose side network's parameters are all far from their start."""
+    model = ladder(base, **config)
+    with torch.no_grad():
+        for parameter in model.side.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
 def vit(**changes: Any) -> Any:
     """A vision transformer for images `(B, 1, 8, 8)` with three classes."""
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

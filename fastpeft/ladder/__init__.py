@@ -6,11 +6,12 @@ Importing this package makes `LadderModel` known to transformers' Auto classes, 
 import transformers
 
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.generation import LadderCache
 from fastpeft.ladder.model import LadderModel
 from fastpeft.ladder.pool import LadderPool
 from fastpeft.ladder.side import SideNetwork
 
-__all__ = ["LadderConfig", "LadderModel", "LadderPool", "SideNetwork"]
+__all__ = ["LadderCache", "LadderConfig", "LadderModel", "LadderPool", "SideNetwork"]
 
 transformers.AutoConfig.register(LadderConfig.model_type, LadderConfig, exist_ok=True)
 for _auto in (
@@ -18,6 +19,7 @@ for _auto in (
     transformers.AutoModelForSequenceClassification,
     transformers.AutoModelForTokenClassification,
     transformers.AutoModelForMaskedLM,
+    transformers.AutoModelForCausalLM,
     transformers.AutoModelForQuestionAnswering,
     transformers.AutoModelForImageClassification,
 ):

@@ -26,7 +26,7 @@ class Admission:
 
     Args:
         backbone, backbone_dtype, feature_modules: the pool's.
-        lock: held while the base is copied, so that no hooks of a pass are copied.
+        lock: held while the base is copied, so that no layer is copied while a pass listens to it.
     """
 
     def __init__(

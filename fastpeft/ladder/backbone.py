@@ -25,6 +25,7 @@ POOLER = "pooler"  # a module of this name inside the body runs after the layers
 
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position")  # left out where a model does not know them
 
 
 class Backbone:
@@ -178,12 +179,18 @@ class Backbone:
         pooled = {id(module) for pooler in poolers for module in pooler.modules()}
         return [module for module in modules if id(module) not in pooled]
 
+    @property
+    def decoder(self) -> nn.Linear | None:
+        """The layer of the head that scores the words of the vocabulary, if there is one."""
+        decoder = None if self.plain else self.core.get_output_embeddings()
+        words = getattr(getattr(self.core, "config", None), "vocab_size", None)
+        return decoder if isinstance(decoder, nn.Linear) and decoder.out_features == words else None
+
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head, without a decoder to the vocabulary, by the model's names: these train."""
         frozen = {id(parameter) for module in self.frozen for parameter in module.parameters(recurse=False)}
-        decoder = None if self.plain else self.core.get_output_embeddings()
-        if isinstance(decoder, nn.Linear) and decoder.out_features == getattr(self.core.config, "vocab_size", None):
-            frozen |= {id(parameter) for parameter in decoder.parameters()}
+        if self.decoder is not None:
+            frozen |= {id(parameter) for parameter in self.decoder.parameters()}
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -222,18 +229,25 @@ class Backbone:
         return found
 
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
-        """Arguments for the model or a part of it: no None, no unknown token types, no keys and values kept."""
-        accepted = inspect.signature((self.core if part is None else part).forward).parameters
+        """Arguments for the model or a part of it: no None, and of the optional ones those that it knows."""
+        kind: Any = type(self.core if part is None else part)
+        accepted = _parameters_of(kind)
         chosen = {
             name: value
             for name, value in given.items()
-            if value is not None and (name != "token_type_ids" or name in accepted)
+            if value is not None and (name not in _OPTIONAL or name in accepted)
         }
-        return {**chosen, "use_cache": False} if "use_cache" in accepted else chosen
+        return {"use_cache": False, **chosen} if "use_cache" in accepted else chosen
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments to call the body of a text model with: those of `given` that decide the features."""
         return self.arguments({name: given[name] for name in INPUTS if name in given}, self.body)
+
+
+@functools.cache
+def _parameters_of(kind: Any) -> frozenset[str]:
+    """The names that the forward of a class takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _has_one_stack(core: PreTrainedModel) -> bool:

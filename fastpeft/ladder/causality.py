@@ -44,7 +44,7 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
         FastpeftError: the model predicts next tokens, but its tokens see later ones or would by `given`; or the pass
             fails and `given` is None.
     """
-    kind, predicts = type(backbone.core).__name__, _predicts_next_tokens(backbone)
+    kind, predicts = type(backbone.core).__name__, predicts_next_tokens(backbone)
     if given is not None and not predicts:
         return given
     try:
@@ -82,7 +82,7 @@ def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
         )
 
 
-def _predicts_next_tokens(backbone: Backbone) -> bool:
+def predicts_next_tokens(backbone: Backbone) -> bool:
     """Whether the layers generate text, by the model's class: it has `generate` and is not for masked words."""
     core = backbone.core
     if backbone.plain or not core.can_generate() or type(core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():

@@ -15,6 +15,7 @@ from fastpeft.ops.quantise import Format, check_library
 Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
 BackboneDtype = Literal["bfloat16", Format]
+OutputMix = bool | Literal["add"]
 
 # the fields that decide which weights there are and what they mean
 SHAPE = (
@@ -60,8 +61,10 @@ class LadderConfig(PretrainedConfig):
             processes of `torch.distributed` leave out the same blocks, drawn by the first process, so all must make
             each pass; `DistributedDataParallel` needs `find_unused_parameters=True`.
         share_projections: whether all side blocks share one projection per slot, instead of one for each block.
-        output_mix: whether the head reads a trained mix of the side network's output and the backbone's. At the start
-            it is the backbone's alone.
+        output_mix: what the head reads. False is the side network's output in place of the backbone's. `"add"` is the
+            backbone's and, in units of its size, the side network's, which starts at zero: the model starts as its
+            base. True is a trained mix, in which the backbone's starts with all the weight. None is `"add"` beside a
+            head that predicts words, such as a decoder's, and False beside any other.
         feature_modules: names of the backbone's layers in the model, in the order in which they run, or of the one
             `ModuleList` that holds them. None finds them in a transformers model; any other module needs them.
         feature_sizes: widths of the L + 1 features, the first of which is the input of the first layer. None takes the
@@ -105,7 +108,7 @@ class LadderConfig(PretrainedConfig):
         init: Init = "random",
         layer_drop: float = 0.0,
         share_projections: bool = False,
-        output_mix: bool = False,
+        output_mix: OutputMix | None = None,
         feature_modules: Sequence[str] | str | None = None,
         feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
@@ -170,6 +173,8 @@ class LadderConfig(PretrainedConfig):
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
+        if self.output_mix is not None and not (self.output_mix == "add" or isinstance(self.output_mix, bool)):
+            raise FastpeftError(f"output_mix={self.output_mix!r}; allowed are 'add', True and False, or None.")
         check_backbone_dtype(self.backbone_dtype)
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(

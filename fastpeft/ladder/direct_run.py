@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.errors import FastpeftError
 from fastpeft.ladder.side import GatedFusion, SideRun, WindowFusion
 
 
@@ -36,6 +37,10 @@ class DirectRun(SideRun):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.kept is not None:
+            raise FastpeftError(
+                "the direct form of a side network keeps nothing of earlier tokens. Give use_cache=False."
+            )
         self._features: list[Tensor] = []
         self._projections = {layer: self._split(layer) for layer in self.side.readers}
 
@@ -60,10 +65,8 @@ class DirectRun(SideRun):
         """The state after a `SideBlock`."""
         fusion: GatedFusion | WindowFusion = block.fusion
         window = self._window(number)
-        if isinstance(fusion, GatedFusion):
-            x = fusion(self._theta, window[0][:, None], self.mask, self.seed)
-        else:
-            x = self._attend(fusion, window)
+        first = window[0][:, None]
+        x = fusion(self._theta, first) if isinstance(fusion, GatedFusion) else self._attend(fusion, window)
         encoded: Tensor = block.encode(x, self._visible)
         return encoded
 

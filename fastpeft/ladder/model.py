@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastpeft.errors import FastpeftError
@@ -24,14 +24,17 @@ from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
+from fastpeft.ladder.generation import LadderCache, check_generates, generates, with_cache
+from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
 from fastpeft.support.processes import agreed
 
 
-class LadderModel(PreTrainedModel):
+class LadderModel(PreTrainedModel, GenerationMixin):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
     The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
@@ -51,6 +54,8 @@ class LadderModel(PreTrainedModel):
     With `train_adapters`, an adapter that PEFT put into the base trains too, through the features of its layers. It is
     saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it.
 
+    Beside a decoder it generates text, see `generate`.
+
     Args:
         base: a transformers model, another module, or PEFT's wrapper of one. It is not copied; its backbone is frozen.
         config: the configuration of the side network; it is copied.
@@ -62,8 +67,8 @@ class LadderModel(PreTrainedModel):
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
-        `label_names` of `transformers.Trainer` to evaluate its loss. A pass sets hooks on the backbone: threads need a
-        lock around it, and `nn.DataParallel` is refused.
+        `label_names` of `transformers.Trainer` to evaluate its loss. A pass listens to the backbone's layers: threads
+        need a lock around it, and `nn.DataParallel` is refused.
 
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
@@ -77,6 +82,8 @@ class LadderModel(PreTrainedModel):
     config_class = LadderConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True  # of the side blocks
+    _generates = False  # until the base is known
 
     def __init__(self, base: nn.Module, config: LadderConfig) -> None:
         if not isinstance(config, LadderConfig):
@@ -88,6 +95,9 @@ class LadderModel(PreTrainedModel):
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         config.causal = decide_causal(backbone, config.causal)
+        self._chosen_mix = config.output_mix
+        if config.output_mix is None:
+            config.output_mix = "add" if backbone.decoder is not None else False
         if config.base_fingerprints:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         causal = bool(config.causal)
@@ -106,6 +116,9 @@ class LadderModel(PreTrainedModel):
         self.backbone = backbone
         self.base = base
         self.main_input_name = backbone.input_name
+        self._generates = generates(backbone)
+        if self._generates:
+            self.generation_config = copy.deepcopy(backbone.core.generation_config)
         self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
@@ -143,6 +156,12 @@ class LadderModel(PreTrainedModel):
             module.training = False  # its children may belong to the head
         return self
 
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, as PEFT's models do."""
+        every = {id(parameter): parameter for parameter in self.parameters()}.values()
+        train, total = (sum(p.numel() for p in each) for each in ([p for p in every if p.requires_grad], every))
+        print(f"trainable params: {train:,d} || all params: {total:,d} || trainable%: {100 * train / total:.4f}")
+
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(
@@ -159,6 +178,10 @@ class LadderModel(PreTrainedModel):
         end_positions: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: LadderCache | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
     ) -> Any:
         """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
@@ -173,11 +196,15 @@ class LadderModel(PreTrainedModel):
             output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
+            past_key_values: what an earlier pass returned under this name. The inputs are then the tokens that follow,
+                and the mask is of all tokens.
+            use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
+            cache_position, logits_to_keep: as the base takes them, where it knows them.
 
         Raises:
             FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
-                head and labels are given, or it is not a transformers model and answers for each token while the
-                configuration's `causal` is None.
+                head and labels are given, it is not a transformers model and answers for each token while the
+                configuration's `causal` is None, or a cache is asked for that it cannot have.
         """
         plain = self.backbone.plain
         if self.backbone.model is not self.base:
@@ -194,8 +221,10 @@ class LadderModel(PreTrainedModel):
                 f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
                 "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
             )
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
-            check_mask(attention_mask, text.shape[:2])
+            check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -207,12 +236,18 @@ class LadderModel(PreTrainedModel):
             "start_positions": start_positions,
             "end_positions": end_positions,
             "output_hidden_states": False,
+            "past_key_values": cache,
+            "use_cache": None if cache is None else True,
+            "cache_position": cache_position,
+            "logits_to_keep": logits_to_keep,
         }
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        run = self._new_side_run(attention_mask, bool(output_hidden_states))
+        step = past > 0 and text is not None and text.shape[1] == 1
+        run = self._new_side_run(attention_mask, bool(output_hidden_states), cache, step)
         arguments = {} if plain else self.backbone.arguments(given)
-        source = self._source or choose_source(self.feature_cache, arguments)
+        # features of tokens that follow others are those of no row
+        source = self._source or choose_source(self.feature_cache if cache is None else None, arguments)
         with LadderPass(self.backbone, run, arguments, self._gradients_from).around_base(source):
             outputs = self.base(inputs) if plain else self.base(**arguments, return_dict=True)
         if plain:
@@ -224,10 +259,36 @@ class LadderModel(PreTrainedModel):
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _new_side_run(self, attention_mask: Tensor | None, keep_states: bool) -> SideRun:
+    def _cache(self, past_key_values: Any, use_cache: bool | None) -> LadderCache | None:
+        """The cache that a pass reads and extends; None for none."""
+        if past_key_values is None and not use_cache:
+            return None
+        check_generates(self.backbone)
+        if self.training:
+            raise FastpeftError(
+                "use_cache=True in training mode: the features that it drops would stay dropped for all later tokens. "
+                "Call model.eval() first, or give use_cache=False."
+            )
+        if past_key_values is None:
+            return LadderCache(self.backbone)
+        if not isinstance(past_key_values, LadderCache):
+            raise FastpeftError(
+                f"past_key_values is a {type(past_key_values).__name__}, which holds nothing of the side network. Give "
+                "what this model's forward(use_cache=True) returned, or a new fastpeft.ladder.LadderCache("
+                "model.backbone)."
+            )
+        return past_key_values
+
+    def _new_side_run(
+        self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
+    ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
+        if step and cache is not None and self.side_run is SideRun and not torch.is_grad_enabled():
+            return SideStep(self.side, mask, cache, keep_states)
+        if cache is not None:
+            cache.steps.clear()  # weights may have changed
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
@@ -237,7 +298,7 @@ class LadderModel(PreTrainedModel):
             blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
-        return self.side_run(self.side, mask, seed, keep_states, blocks_seed)
+        return self.side_run(self.side, mask, seed, keep_states, blocks_seed, None if cache is None else cache.side)
 
     @contextlib.contextmanager
     def reading_from(self, source: FeatureSource) -> Iterator[None]:
@@ -248,12 +309,40 @@ class LadderModel(PreTrainedModel):
         finally:
             self._source = None
 
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    def can_generate(self) -> bool:
+        """Whether the base is a decoder with a head of words, beside which `generate` works."""
+        return self._generates
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: a side network keeps no keys and values, and the base's own `generate` would leave it out."""
-        raise FastpeftError(
-            "a LadderModel does not generate: its side network keeps no keys and values. Choose a token from "
-            "logits[:, -1], append it and call the model again. model.base.generate() uses the base alone."
-        )
+        """Generate text beside a decoder, as `generate` of transformers does: greedy, by sampling or by beam search.
+
+        It runs in evaluation mode, whatever the mode is. Backbone and side network keep what they need of earlier
+        tokens, so each new token is one pass over itself: see `fastpeft.ladder.LadderCache`.
+
+        Args:
+            args, kwargs: as for `GenerationMixin.generate`, such as `input_ids`, `attention_mask`, `max_new_tokens`,
+                `do_sample`, `num_beams` and `streamer`. `generation_config` is at first that of the base. Pad several
+                prompts on the left.
+
+        Returns:
+            Token ids `(B, T)`, the prompt first, or what `return_dict_in_generate` asks for.
+
+        Raises:
+            FastpeftError: the base does not generate text, or a cache is asked for that the model cannot have.
+
+        Example:
+            >>> model.generate(**tokenizer("The sea", return_tensors="pt"), max_new_tokens=20)  # doctest: +SKIP
+        """
+        check_generates(self.backbone)
+        kwargs = with_cache(self.backbone, kwargs, kwargs.get("generation_config"), self.generation_config)
+        with evaluating([self]):
+            return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments of a pass, as the base prepares them for its own."""
+        return self.backbone.core.prepare_inputs_for_generation(*args, **kwargs)
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.
@@ -365,6 +454,8 @@ class LadderModel(PreTrainedModel):
         model = cls(base, unpruned)
         model.config.init = config.init
         model._load(weights, source)
+        if model.can_generate() and (own := saving.read_generation_config(source, hub)) is not None:
+            model.generation_config = own
         return model.eval()
 
     def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
@@ -381,6 +472,8 @@ class LadderModel(PreTrainedModel):
         """
         name = os.fspath(source)
         saved = saving.read_config(name, {})
+        if self._chosen_mix is None and True not in (saved.output_mix, self.config.output_mix):
+            self.config.output_mix = saved.output_mix  # these two have the same weights
         saving.check_shape(saved, self.config, name)
         base = saved.base_model_name_or_path
         check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())

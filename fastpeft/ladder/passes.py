@@ -57,29 +57,25 @@ def listen(
         feed(layer, found)
         return found
 
-    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
-
-    def after(index: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def heard(index: int, computed: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index == 1:
+                take(0, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
+            output = computed(*args, **kwargs)
             feature = output[0] if isinstance(output, tuple) else output
             found = take(index, feature)
             if index < len(backbone.layers):
-                return None
+                return output
             replaced = _from_tokens(replace(found), feature.shape)
-            after_layers.enter_context(autocast_of(replaced))
+            if (autocast := autocast_of(replaced)) is not None:
+                after_layers.enter_context(autocast)
             return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
-        return hook
+        return forward
 
-    handles = [backbone.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-    handles += [layer.register_forward_hook(after(index)) for index, layer in enumerate(backbone.layers, 1)]
-    try:
-        with contextlib.ExitStack() as after_layers:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    after_layers = contextlib.ExitStack()
+    with after_layers, _forwards(backbone, heard):
+        yield
 
 
 @contextlib.contextmanager
@@ -97,31 +93,36 @@ def skip_layers(backbone: Backbone, output: Tensor) -> Iterator[None]:
             f"only a transformers model can run without its layers; the base is a {type(backbone.core).__name__}. "
             "Give it a LadderModel of its own, without a cache."
         )
-    last = backbone.layers[-1]
 
-    def forward_of(layer: nn.Module) -> Callable[..., Any]:
-        computed = layer.forward
-
+    def skipped(index: int, computed: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if backbone.tuple_size is None:
                 with torch.no_grad():
                     returned = computed(*args, **kwargs)
                 backbone.tuple_size = len(returned) if isinstance(returned, tuple) else 0
-            hidden = output if layer is last else args[0] if args else kwargs["hidden_states"]
+            hidden = output if index == len(backbone.layers) else args[0] if args else kwargs["hidden_states"]
             return (hidden, *[None] * (backbone.tuple_size - 1)) if backbone.tuple_size else hidden
 
         return forward
 
-    before = [vars(layer).get("forward") for layer in backbone.layers]
+    with _forwards(backbone, skipped):
+        yield
+
+
+@contextlib.contextmanager
+def _forwards(backbone: Backbone, around: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While the block runs, layer i, from 1, has the forward `around(i, its own)`, which torch.compile traces."""
+    before = [layer.forward for layer in backbone.layers]
+    own = [torch.compiler.is_compiling() or "forward" in vars(layer) for layer in backbone.layers]
     try:
-        for layer in backbone.layers:
-            layer.forward = forward_of(layer)
+        for index, layer in enumerate(backbone.layers, 1):
+            layer.forward = around(index, before[index - 1])
         yield
     finally:
-        for layer, own in zip(backbone.layers, before):
-            del layer.forward
-            if own is not None:
-                layer.forward = own
+        for layer, forward, keeps in zip(backbone.layers, before, own):
+            layer.forward = forward
+            if not keeps:  # its class has it
+                del layer.forward
 
 
 def run_body(
@@ -177,12 +178,12 @@ def tokens_of(given: Mapping[str, Any]) -> torch.Size | None:
     return None if source is None else source.shape[:2]
 
 
-def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any]:
+def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | None:
     """The context for float32 modules that read `feature`: autocast to its dtype if that has 16 bits and none is on."""
     kind, dtype = feature.device.type, feature.dtype
     if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype)
-    return contextlib.nullcontext()
+    return None
 
 
 def _as_tokens(feature: Any, layer: int) -> Tensor:

@@ -90,7 +90,7 @@ class LadderPool:
         self.backbone.body.eval()
         self._members = Members({}, [])
         self._changing = threading.Lock()
-        # one at a time: a pass sets hooks on the backbone, a call changes modes, and fit exchanges random states
+        # one at a time: a pass listens to the backbone's layers, a call changes modes, and fit exchanges random states
         self._passing = threading.RLock()
         self._admission = Admission(self.backbone, dtype, feature_modules, self._passing)
 

@@ -33,9 +33,9 @@ class _Layer(NamedTuple):
 def prune(side: SideNetwork, backbone: Backbone) -> None:
     """Set the weights of `side` to the pruned weights of `backbone`.
 
-    Every projection and `down` select the D channels that are kept, and `up` puts them back in place. Block j gets the
-    weights of layer j. Its cross-attention gets the queries and keys of that layer, and the product of its output
-    matrix and its values. Norms, positions and gates are not changed.
+    Every projection and `down` select the D channels that are kept, and `up` puts them back in place, unless it starts
+    at zero (`output_mix="add"`). Block j gets the weights of layer j. Its cross-attention gets the queries and keys of
+    that layer, and the product of its output matrix and its values. Norms, positions and gates are not changed.
 
     Raises:
         FastpeftError: a layer is not made of the six matrices of a plain encoder block, or they are quantised.
@@ -49,8 +49,9 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
         projection.weight.copy_(selection.repeat(len(projection.weight) // side.width, 1))
         if projection.bias is not None:
             projection.bias.zero_()
-    side.up.weight.copy_(selection.mT)
-    side.up.bias.zero_()
+    if side.config.output_mix != "add":  # then it starts at zero
+        side.up.weight.copy_(selection.mT)
+        side.up.bias.zero_()
     block: Any
     for block, layer in zip(side.blocks, layers):
         _prune_block(block, layer, channels)

@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 from fastpeft.errors import FastpeftError, first_line
@@ -55,6 +55,15 @@ def read_weights(source: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
     return weights
+
+
+def read_generation_config(source: str, hub: dict[str, Any]) -> GenerationConfig | None:
+    """The generation configuration saved in a folder or hub id; None if there is none."""
+    try:
+        config: GenerationConfig = GenerationConfig.from_pretrained(source, **hub)
+    except OSError:
+        return None
+    return config
 
 
 def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.activations import ACT2FN
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.generation import SideLayer
 from fastpeft.support.processor import has_bfloat16
 
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
@@ -56,27 +58,64 @@ class WindowFusion(nn.Module):
         self.output = nn.Linear(width, width) if config.num_heads > 1 else None
         self.norm = nn.LayerNorm(width) if config.residual else None
 
-    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int | Tensor) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)` -> `(B, T, D)`."""
+    def forward(
+        self,
+        theta: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        seed: int | Tensor,
+        kept: SideLayer | None = None,
+    ) -> Tensor:
+        """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
         heads, head_dim = self.num_heads, width // self.num_heads
-        query, key, value = (part.weight.view(heads, head_dim, width) for part in (self.query, self.key, self.value))
-        folded = (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)  # (H D, D): Wk^T Wq, head after head
-        q = F.linear(theta, folded).view(batch, tokens, heads, width)
-        attended = window_attention(
-            q.transpose(1, 2),  # (B, H, T, D)
-            window,
-            self.positions,
-            mask,
-            slots=self.slots,
-            causal=self.causal,
-            dropout=self.dropout if self.training else 0.0,
-            seed=seed,
-            block=self.block,
-        )
+        q = F.linear(theta, self.folded()).view(batch, tokens, heads, width).transpose(1, 2)  # (B, H, T, D)
+        if kept is not None and kept.get_seq_length() > 0:
+            attended = self._attend_to_all(q, kept.add_window(self._keys(window)), visible)
+        else:
+            if kept is not None:
+                kept.add_window(self._keys(window))
+            attended = window_attention(
+                q,
+                window,
+                self.positions,
+                mask,
+                slots=self.slots,
+                causal=self.causal,
+                dropout=self.dropout if self.training else 0.0,
+                seed=seed,
+                block=self.block,
+            )
         if self.output is None:
             return self.finish(theta, self.value(attended[:, 0]))
+        value = self.value.weight.view(heads, head_dim, width)
         return self.finish(theta, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+
+    def folded(self) -> Tensor:
+        """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled, head after head: `(H D, D)`."""
+        head_dim = self.query.out_features // self.num_heads
+        query, key = (part.weight.unflatten(0, (self.num_heads, head_dim)) for part in (self.query, self.key))
+        return (key.mT @ (query * head_dim**-0.5)).flatten(0, 1)
+
+    def _keys(self, window: Tensor) -> Tensor:
+        """The keys of all slots, token after token: `(B, S, T, D)` -> `(B, T, k D)`."""
+        batch, _, tokens, width = window.shape
+        keys = self.positions.flatten().repeat(batch, tokens, 1)
+        inside = slice(self.slots[0] * width, (self.slots[-1] + 1) * width)
+        keys[..., inside] += window.transpose(1, 2).flatten(2)
+        return keys
+
+    def _attend_to_all(self, q: Tensor, keys: Tensor, visible: Tensor | None) -> Tensor:
+        """Attention of new tokens' queries to the keys of all tokens: `(B, H, N, D)`, `(B, T, k D)` -> `(B, H, N, D)`.
+
+        A slot outside the backbone has a key for each token here.
+        """
+        number = len(self.positions)
+        keys = keys.unflatten(-1, (number, -1)).flatten(1, 2)[:, None].expand(-1, q.shape[1], -1, -1).to(q.dtype)
+        if visible is not None:
+            visible = visible[..., None].expand(*visible.shape, number).flatten(-2)
+        return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible, scale=1.0)
 
     def finish(self, theta: Tensor, x: Tensor) -> Tensor:
         """What follows the attention: `(B, T, D)`, the values of all heads -> `(B, T, D)`."""
@@ -93,10 +132,14 @@ class GatedFusion(nn.Module):
         self.dropout = config.dropout
         self.alpha = nn.Parameter(torch.zeros(1))
 
-    def forward(self, theta: Tensor, window: Tensor, mask: Tensor | None, seed: int | Tensor) -> Tensor:
-        """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; mask and seed are those of a `WindowFusion`."""
-        gate = torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
+    def forward(self, theta: Tensor, window: Tensor, *_: Any) -> Tensor:
+        """theta `(B, T, D)`, window `(B, 1, T, D)` -> `(B, T, D)`; a token reads no other."""
+        gate = self.gate()
         return gate * theta + (1 - gate) * F.dropout(window[:, 0], self.dropout, self.training)
+
+    def gate(self) -> Tensor:
+        """g, of one element."""
+        return torch.sigmoid(self.alpha / _GATE_TEMPERATURE)
 
 
 class SideBlock(nn.Module):
@@ -115,12 +158,21 @@ class SideBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
 
     def forward(
-        self, theta: Tensor, window: Tensor, mask: Tensor | None, visible: Tensor | None, seed: int | Tensor
+        self,
+        theta: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        seed: int | Tensor,
+        kept: SideLayer | None = None,
     ) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`."""
-        return self.encode(self.fusion(theta, window, mask, seed), visible)
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`.
 
-    def encode(self, x: Tensor, visible: Tensor | None) -> Tensor:
+        Tokens follow those of `kept`, if there are any, and are added to it; `visible` and the mask are of all.
+        """
+        return self.encode(self.fusion(theta, window, mask, visible, seed, kept), visible, kept)
+
+    def encode(self, x: Tensor, visible: Tensor | None, kept: SideLayer | None = None) -> Tensor:
         """The encoder block, after the fusion: `(B, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
@@ -129,8 +181,12 @@ class SideBlock(nn.Module):
         widened = qkv.is_cpu and dtype == torch.bfloat16 and type(qkv) is Tensor
         with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
             qkv = qkv.float() if widened else qkv
-            q, k, v = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(dtype)  # (B, H, T, D / H)
+            q, states = qkv.split((width, 2 * width), dim=-1)
+            if kept is not None:
+                states = kept.add_states(states)
+            q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+            k, v = states.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(dtype)
         x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
         return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
 
@@ -143,8 +199,10 @@ class SideNetwork(nn.Module):
     the rows of `shared_projection`, the last slot's first: then those of one feature are next to each other. A slot
     outside `B_0 .. B_L` has no projection.
 
-    With `output_mix` the output is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). The trained
-    weight is `side_share = 1 - lambda`, which starts at 0: weight decay pulls towards the backbone.
+    With `output_mix="add"` the output is `B_L + |B_L| up(theta_L)`, where `up` starts at zero and `|B_L|` is a token's
+    root mean square. Its size is 33 in one decoder and 0.1 in an encoder, so without it no learning rate fits both.
+    With True it is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). The trained weight is
+    `side_share = 1 - lambda`, which starts at 0. In both weight decay pulls towards the backbone.
 
     Args:
         config: the configuration of the side network.
@@ -172,6 +230,8 @@ class SideNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # transformers sets it, and the function that does it
+        self._gradient_checkpointing_func: Any = None
         self.num_layers, self.causal = num_layers, causal
         self.feature_sizes = (num_layers + 1) * [hidden_size] if isinstance(hidden_size, int) else list(hidden_size)
         if config.share_projections and len(set(self.feature_sizes)) > 1:
@@ -221,7 +281,10 @@ class SideNetwork(nn.Module):
             for block in range(1, num_layers + 1)
         )
         self.up = nn.Linear(self.width, self.feature_sizes[-1])
-        self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix else None
+        self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix is True else None
+        if config.output_mix == "add":
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
 
     def projection(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that project `B_layer`, D rows for each of `readers[layer]`."""
@@ -272,6 +335,7 @@ class SideRun:
         seed: decides, in training, which features and blocks are dropped, as of `SideNetwork.forward`.
         keep_states: whether to keep every side state in `states`.
         blocks_seed: decides which blocks are dropped, instead of `seed`.
+        kept: what each block keeps of the tokens before those of this pass, which are added to it; the mask is of all.
     """
 
     def __init__(
@@ -281,8 +345,10 @@ class SideRun:
         seed: int | Tensor,
         keep_states: bool = False,
         blocks_seed: int | None = None,
+        kept: Sequence[SideLayer] | None = None,
     ) -> None:
-        self.side, self.mask, self.seed = side, mask, seed
+        self.side, self.mask, self.seed, self.kept = side, mask, seed, kept
+        self.past = kept[0].get_seq_length() if kept else 0  # the number of tokens that are kept
         self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
         self._keep_states = keep_states
         self._theta: Tensor  # the latest state
@@ -317,9 +383,18 @@ class SideRun:
             parts = self._windows.pop(block)
             if block in self._dropped:
                 self._advance(self._theta)
+            elif side.gradient_checkpointing and side.training and torch.is_grad_enabled():
+                run = partial(self._run, block)
+                self._advance(side._gradient_checkpointing_func(run, self._theta, *parts))
             else:
-                window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
-                self._advance(side.blocks[block - 1](self._theta, window, self.mask, self._visible, self.seed))
+                self._advance(self._run(block, self._theta, *parts))
+
+    def _run(self, block: int, theta: Tensor, *parts: Tensor) -> Tensor:
+        """The state after a block, for the projections of its window by slot."""
+        window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
+        kept = None if self.kept is None else self.kept[block - 1]
+        state: Tensor = self.side.blocks[block - 1](theta, window, self.mask, self._visible, self.seed, kept)
+        return state
 
     def _accept(self, layer: int, feature: Tensor) -> Tensor:
         """The feature in the side network's dtype; `B_0` gives the first side state."""
@@ -331,14 +406,15 @@ class SideRun:
         side = self.side
         self._next += 1
         if layer == 0:
-            self._in_bfloat16 = _computes_in_bfloat16(feature, side.down.weight)
+            # for the few tokens of a cached pass casting the weights would take longest
+            self._in_bfloat16 = self.kept is None and _computes_in_bfloat16(feature, side.down.weight)
         if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device)
+            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
             with self._products():
                 self._advance(side.down(feature))
-        if layer == side.num_layers and side.side_share is not None:
+        if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
         return feature
 
@@ -352,12 +428,16 @@ class SideRun:
             self.states.append(theta)
 
     def output(self) -> Tensor:
-        """The up-projection of the last state, `(B, T, d)`, with `output_mix` mixed with `B_L`."""
+        """The up-projection of the last state, `(B, T, d)`, with `output_mix` added to `B_L` or mixed with it."""
         self._check_complete()
         with self._products():
             output: Tensor = self.side.up(self._theta)
         last, share = self._last_feature, self.side.side_share
-        return output if last is None or share is None else last + share * (output - last)
+        if last is None:
+            return output
+        if share is not None:
+            return last + share * (output - last)
+        return last + torch.linalg.vector_norm(last, dim=-1, keepdim=True) * last.shape[-1] ** -0.5 * output
 
     def _check_complete(self) -> None:
         if self._next != self.side.num_layers + 1:
@@ -373,19 +453,19 @@ def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
     return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 
 
-def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device) -> Tensor | None:
-    """Which tokens a query's self-attention sees: bool `(B or 1, 1, T, T)`, None for all.
+def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device, past: int = 0) -> Tensor | None:
+    """Which tokens a query's self-attention sees: bool `(B or 1, 1, N, T)`, None for all.
 
-    A query always sees itself, so that the state of padding is finite.
+    The N queries follow `past` tokens. A query always sees itself, so that the state of padding is finite.
     """
-    if mask is None and not causal:
+    if mask is None and (tokens == 1 or not causal):
         return None
-    visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
-    if causal:
-        visible = visible.tril()
+    places = torch.arange(past + tokens, device=device)
+    own = places[past:, None]
+    visible = (places <= own if causal else places >= 0)[None, None]
     if mask is not None:
         visible = visible & mask[..., None, None, :]
-    return visible | torch.eye(tokens, dtype=torch.bool, device=device)
+    return visible | (places == own)
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:

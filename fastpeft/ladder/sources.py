@@ -33,7 +33,7 @@ class FeatureSource(Protocol):
 
 
 class RunningBackbone:
-    """The layers, as they run: hooks hand over each feature, and replace the last one."""
+    """The layers, as they run: each feature is handed over, and the last one replaced."""
 
     def around_base(self, ladder: LadderPass) -> contextlib.AbstractContextManager[None]:
         return listen(ladder.backbone, ladder.feed, ladder.output, tokens_of(ladder.arguments))
@@ -89,45 +89,59 @@ class LadderPass:
         self._gradients = torch.is_grad_enabled()
         self._device = run.side.up.weight.device  # perhaps not that of the backbone
         self._head = contextlib.ExitStack()  # what the head runs under
-        self._frozen = contextlib.ExitStack()  # what the layers before `gradients_from` run under
 
     @contextlib.contextmanager
     def around_base(self, source: FeatureSource) -> Iterator[None]:
         """While the block runs, a pass of the base computes its head on the side network's output."""
-        with self._head, self._frozen:
-            if self._gradients_from > 0:
-                self._frozen.enter_context(torch.no_grad())
-            self._head.enter_context(source.around_base(self))
-            yield
+        with self._head:
+            try:
+                # not a context: it ends inside a layer, and torch.compile follows a plain call into layers
+                torch.set_grad_enabled(self._gradients and self._gradients_from == 0)
+                self._head.enter_context(source.around_base(self))
+                yield
+            finally:
+                self._end_frozen()
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Let the side network read `B_layer`."""
         if layer == 0:
-            check_mask(self._run.mask, feature.shape[:2])
+            batch, tokens = feature.shape[:2]
+            check_mask(self._run.mask, (batch, self._run.past + tokens))
+        if not self._gradients:
+            self._give(layer, feature)
+            return
         if layer < self._gradients_from:
             feature = feature.detach()
-        with torch.set_grad_enabled(self._gradients):
-            if self.backbone.plain:
-                feature = feature.clone()  # an activation in place may follow
-            self._run.feed(layer, feature.to(self._device))
+        with torch.enable_grad():
+            self._give(layer, feature)
         if layer == self._gradients_from - 1:
-            self._frozen.close()
+            self._end_frozen()
+
+    def _give(self, layer: int, feature: Tensor) -> None:
+        if self.backbone.plain:
+            feature = feature.clone()  # an activation in place may follow
+        self._run.feed(layer, feature.to(self._device))
 
     def output(self, last_feature: Tensor) -> Tensor:
         """The side network's output in place of `B_L`, in its dtype and on its device. From here on the head runs."""
         self.begin_head(last_feature)
         return self._run.output().to(last_feature)
 
+    def _end_frozen(self) -> None:
+        """What runs from here on may have gradients."""
+        torch.set_grad_enabled(self._gradients)
+
     def begin_head(self, hidden: Tensor) -> None:
         """What runs from here on is the head: with gradients, and in float32 on `hidden` by autocast."""
-        self._frozen.close()
-        self._head.enter_context(autocast_of(hidden))
+        self._end_frozen()
+        if (autocast := autocast_of(hidden)) is not None:
+            self._head.enter_context(autocast)
 
 
-def check_mask(attention_mask: Tensor | None, tokens: torch.Size) -> None:
-    """Raise `FastpeftError` if there is a mask of another shape than `(B, T)`."""
+def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
+    """Raise `FastpeftError` if there is a mask of another shape than `(B, T)`, where T counts cached tokens too."""
     if attention_mask is not None and attention_mask.shape != tokens:
         raise FastpeftError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
-            f"{tuple(tokens)}, with 1 for tokens and 0 for padding."
+            f"{tuple(tokens)}, with 1 for tokens and 0 for padding; cached tokens count too."
         )

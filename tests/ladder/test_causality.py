@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import ladder, tiny, trainable
+from backbones import ladder, moved, tiny, trainable
 from causal_models import CAUSAL, causal_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,15 +40,6 @@ REFUSED = {
     "zamba2": "the layers of Zamba2ForCausalLM are not found",  # of two classes
 }
 MASKED_WORDS = ("xlm",)  # what transformers lists among the causal ones too
-
-
-def moved(base: Any, **config: Any) -> LadderModel:
-    """A ladder whose side network's parameters are all far from their start."""
-    model = ladder(base, **config)
-    with torch.no_grad():
-        for parameter in model.side.parameters():
-            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    return model
 
 
 @torch.no_grad()
@@ -268,9 +259,3 @@ def test_rwkv_is_the_same_saved_and_in_a_pool(tmp_path: Path) -> None:
             answers = torch.stack([row.logits for row in pool({"input_ids": IDS}, tasks)])
             torch.testing.assert_close(answers, expected)
         torch.testing.assert_close(pool["saved"](input_ids=IDS).logits, expected)
-
-
-def test_a_ladder_generates_nothing() -> None:
-    model = ladder(causal_model("bloom"))
-    with pytest.raises(FastpeftError, match=r"does not generate.*logits\[:, -1\]"):
-        model.generate(IDS, max_new_tokens=2)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, tiny
+from backbones import IDS, MASK, moved, tiny
+from causal_models import causal_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError
@@ -97,3 +98,23 @@ def test_a_model_is_given_what_it_knows_and_keeps_no_keys_and_values(kind: str) 
         assert "use_cache" in arguments
         assert "use_cache" in inputs
     features_of(backbone, given)
+
+
+@pytest.mark.long(but="llama-3-LST")
+@pytest.mark.parametrize("network", [{}, {"window_size": 1, "fusion": "gated"}], ids=["3-LST", "LST"])
+@pytest.mark.parametrize("kind", ["llama", "Roberta"])
+def test_a_whole_model_is_one_graph(kind: str, network: dict[str, Any]) -> None:
+    base = causal_model(kind) if kind == "llama" else tiny(kind, "ForMaskedLM")
+    model = moved(base, **network).train()
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses, gradients = [], []
+    for each in (model, compiled, compiled):
+        model.zero_grad()
+        loss = each(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: part.grad for name, part in model.named_parameters() if part.grad is not None})
+    assert losses[1:] == losses[:1] * 2
+    for later in gradients[1:]:
+        assert later.keys() == gradients[0].keys()
+        assert all(gradient.equal(later[name]) for name, gradient in gradients[0].items())

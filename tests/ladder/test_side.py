@@ -89,6 +89,8 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
     if side.side_share is not None:
         mix = 1 - side.side_share.item()
         return mix * layers[-1] + (1 - mix) * output
+    if config.output_mix == "add":
+        return layers[-1] + layers[-1].square().mean(-1, keepdim=True).sqrt() * output
     return output
 
 
@@ -96,8 +98,15 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_heads": 2, "side_heads": 4}, {"residual": True}, {"share_projections": True}, {"output_mix": True}],
-    ids=["plain", "heads", "residual", "shared", "mix"],
+    [
+        {},
+        {"num_heads": 2, "side_heads": 4},
+        {"residual": True},
+        {"share_projections": True},
+        {"output_mix": True},
+        {"output_mix": "add"},
+    ],
+    ids=["plain", "heads", "residual", "shared", "mix", "sum"],
 )
 def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
     side = network(causal, window_size=window, **options)
@@ -247,7 +256,7 @@ def test_options_are_settings_of_the_command_line() -> None:
     given = {name: parse_value(text) for name, text in written.items()}
     for method in ("k-lst", "lst"):
         assert sort_settings(get_method(method), given) == (given, {})
-    for name, value in (("init", 3), ("layer_drop", "often"), ("share_projections", 1), ("output_mix", "yes")):
+    for name, value in (("init", 3), ("layer_drop", "often"), ("share_projections", 1), ("output_mix", 2)):
         with pytest.raises(FastpeftError, match=f"the setting {name} is {value!r}; it must be of the type"):
             sort_settings(get_method("k-lst"), {name: value})
 
@@ -294,6 +303,7 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"num_heads": 0}, "num_heads=0"),
         ({"side_heads": -1}, "side_heads=-1"),
         ({"layer_drop": 1.0}, r"layer_drop=1\.0; give a probability from 0 to below 1\."),
+        ({"output_mix": "yes"}, "output_mix='yes'; allowed are 'add', True and False, or None"),
         ({"init": "zero"}, "init='zero'; allowed are 'random' and 'pruned'"),
         ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),

@@ -352,10 +352,6 @@ CASES = [
     (["--set", 'label_names=["foo"]'], ["label_names cannot be set", "column labels"]),
     (["--set", "resume_from_checkpoint=foo"], ["resume_from_checkpoint cannot be set", "use --resume"]),
     (["--set", "label_smoothing_factor=0.1", "--data", "measures.csv"], ["is for classes", "the data has numbers"]),
-    *(
-        (["--method", *method, "--set", "gradient_checkpointing=true"], ["does not go with gradient_checkpointing"])
-        for method in (["k-lst"], ["k-lst", *PROMPT], ["mezo", "--set", "over=k-lst"])
-    ),
     (["--set", "metric_for_best_model=loss"], ["metric_for_best_model cannot be set", "use --metric"]),
     (["--set", "greater_is_better=true"], ["greater_is_better cannot be set", "use --metric"]),
     (["--set", "dataloader_drop_last=true"], ["dataloader_drop_last cannot be set", "every row"]),

@@ -412,7 +412,7 @@ def test_what_cannot_be_measured_leaves_no_folder(config: TrainConfig, monkeypat
 
 
 @pytest.mark.long(but="siva")
-@pytest.mark.parametrize("method", ["siva", "full"])
+@pytest.mark.parametrize("method", ["siva", "full", "k-lst"])
 def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> None:
     config = replace(config, method=method, max_steps=2, settings={"gradient_checkpointing": True})
     told = plan(config)

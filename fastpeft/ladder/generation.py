@@ -1,0 +1,165 @@
+"""Generation beside a decoder: what is kept of the tokens that were read, by backbone and side network.
+
+Of a token the backbone keeps its keys and values, as transformers caches them. Block j of the side network keeps
+
+- the keys and values of its self-attention, 2 D numbers, and
+- the keys of its window, `C_i + p_i` for the k slots, k D numbers, which are the values too. A slot outside the
+  backbone keeps `p_i`, so that all blocks read k T keys. A gate reads a token's own feature only, and keeps nothing.
+
+So a token takes (2 + k) D L numbers more, for LST 2 D L. None is computed twice.
+
+Dimension letters as in `side.py`; T counts all tokens so far, N those of this pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.causality import predicts_next_tokens
+
+_SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
+_LEAST_SPARE = 64
+
+
+class SideLayer(DynamicLayer):
+    """What a side block keeps, as a layer of transformers' caches, which reorder, select, repeat and crop it.
+
+    Attributes:
+        keys: `(B, 1, T, 2 D)`, the keys and values of the self-attention.
+        values: `(B, 1, T, k D)`, those of the window; `(B, 1, T, 0)` with a gate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, Tensor] = {}
+
+    def add_window(self, window: Tensor) -> Tensor:
+        """Append the window's keys of new tokens, `(B, N, k D)`, and return those of all, `(B, T, k D)`."""
+        return self.append("values", window[:, None])[:, 0]
+
+    def add_states(self, states: Tensor) -> Tensor:
+        """Append the keys and values of new tokens, `(B, N, 2 D)`, and return those of all, `(B, T, 2 D)`."""
+        self.is_initialized = True
+        if getattr(self, "values", None) is None:  # a gate has no window
+            self.values = states.new_empty(len(states), 1, 0, 0)
+        return self.append("keys", states[:, None])[:, 0]
+
+    def append(self, name: str, new: Tensor) -> Tensor:
+        """Append tokens in place while there is room; a copy with the old ones in it makes more.
+
+        Args:
+            name: `"keys"` or `"values"`.
+            new: `(B, 1, N, ...)`, of the attribute of that name.
+
+        Returns:
+            The attribute, `(B, 1, T, ...)`.
+        """
+        old: Tensor | None = getattr(self, name)
+        if old is None:
+            self.dtype, self.device = new.dtype, new.device
+            both = new
+        elif torch.is_grad_enabled():  # an earlier pass may need its tokens for backward
+            both = torch.cat((old, new), dim=-2)
+        else:
+            both = self._in_room(name, old, new)
+        setattr(self, name, both)
+        return both
+
+    def _in_room(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        before, added = old.shape[-2], new.shape[-2]
+        tokens = before + added
+        room = self._rooms.get(name)
+        # a cache that was reordered or repeated holds other tensors by now; one that was cropped starts where it did
+        if (
+            room is None
+            or room.data_ptr() != old.data_ptr()
+            or room.shape[0] != old.shape[0]
+            or room.shape[-2] < tokens
+        ):
+            size = tokens + max(_LEAST_SPARE, tokens // _SPARE)
+            room = self._rooms[name] = old.new_empty(*old.shape[:-2], size, old.shape[-1])
+            room.narrow(-2, 0, before).copy_(old)
+        room.narrow(-2, before, added).copy_(new)
+        return room.narrow(-2, 0, tokens)
+
+
+class LadderCache(DynamicCache):
+    """What a decoder and the side network beside it keep of the tokens they have read.
+
+    The backbone's layers come first, as transformers makes them for its configuration, then those of the side network.
+
+    Args:
+        backbone: the decoder.
+
+    Raises:
+        FastpeftError: the decoder keeps something else than keys and values.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        core = backbone.core
+        keeps = "past_key_values" in inspect.signature(core.forward).parameters
+        if not (keeps and core._supports_default_dynamic_cache()):
+            raise FastpeftError(
+                f"a {type(core).__name__} keeps something else than keys and values of earlier tokens, beside which "
+                "nothing can be kept. Give use_cache=False: each token then takes a pass over all tokens."
+            )
+        super().__init__(config=core.config)
+        self.side = [SideLayer() for _ in backbone.layers]
+        self.layers.extend(self.side)
+        # of the side network, for one token: see `fastpeft.ladder.side_step`
+        self.steps: list[Any] = []
+        self.projections: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "steps": []}  # a copy makes its own, which write into its layers
+
+
+def generates(backbone: Backbone) -> bool:
+    """Whether a model generates text by `transformers`: it is a decoder that predicts next tokens."""
+    encoder_decoder = getattr(getattr(backbone.core, "config", None), "is_encoder_decoder", False)
+    return predicts_next_tokens(backbone) and not encoder_decoder
+
+
+def check_generates(backbone: Backbone) -> None:
+    """Raise `FastpeftError` unless the model generates text."""
+    if not generates(backbone):
+        raise FastpeftError(
+            f"the base, a {type(backbone.core).__name__}, does not generate text, so a side network beside it does not "
+            "either. Allowed are decoders that predict next tokens: load the base by AutoModelForCausalLM."
+        )
+
+
+def with_cache(backbone: Backbone, arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
+    """The arguments of a call of `generate`, with a cache of both networks in the place of the one that it would make.
+
+    Args:
+        backbone: the decoder.
+        arguments: those of the call.
+        defaults: generation configurations that say what the call does not, the first one first.
+
+    Raises:
+        FastpeftError: a cache of another kind is asked for.
+    """
+
+    def asked(name: str) -> Any:
+        values = (arguments.get(name), *(getattr(each, name, None) for each in defaults))
+        return next((value for value in values if value is not None), None)
+
+    kind = asked("cache_implementation")
+    if kind not in (None, "dynamic"):
+        raise FastpeftError(
+            f"cache_implementation={kind!r}: the cache of a backbone and its side network grows with the text. Leave "
+            "it out, or give 'dynamic'."
+        )
+    if asked("use_cache") is False or arguments.get("past_key_values") is not None:
+        return arguments
+    without = {name: value for name, value in arguments.items() if name != "cache_implementation"}
+    return {**without, "past_key_values": LadderCache(backbone)}

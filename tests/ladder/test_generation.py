@@ -1,0 +1,441 @@
+"""A ladder beside a decoder starts as the decoder, and generates as transformers' models do."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from backbones import ladder, moved, tiny, trainable
+from causal_models import causal_model
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft.ladder import LadderCache
+from fastpeft.ladder.direct_run import DirectRun
+from fastpeft.ladder.side_step import BlockStep
+
+LST = {"window_size": 1, "fusion": "gated"}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "LST": LST,
+    "3-LST": {},
+    "9-LST": {"window_size": 9},
+    "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "share_projections": True},
+}
+DECODERS = ("llama", "gpt2", "bloom", "mistral")
+WORDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+PADDED = torch.ones(3, 12, dtype=torch.long)
+PADDED[1, :2] = PADDED[2, :4] = 0
+
+
+def written(model: Any, **options: Any) -> Tensor:
+    """What a model writes after three prompts padded on the left."""
+    given = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False, **options}
+    result: Tensor = model.generate(WORDS[:, :6], attention_mask=PADDED[:, :6], **given)
+    return result
+
+
+@torch.no_grad()
+def logits(model: Any, cache: Any = None, lengths: tuple[int, ...] = (6, 7, 8, 11, 12)) -> Tensor:
+    """Of the last of so many tokens each, by full passes or by passes over what a cache does not have yet."""
+    positions = (PADDED.cumsum(-1) - 1).clamp(min=0)
+    found, before = [], 0
+    for length in lengths:
+        new = slice(before, length)
+        inputs = {"input_ids": WORDS[:, new], "attention_mask": PADDED[:, :length]}
+        if "position_ids" in model.prepare_inputs_for_generation(WORDS, position_ids=positions, use_cache=False):
+            inputs["position_ids"] = positions[:, new]
+        output = model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        found.append(output.logits[:, -1])
+        before = 0 if cache is None else length
+    return torch.stack(found)
+
+
+def losses(model: Any, ids: Tensor, steps: int, lr: float = 1e-2) -> list[float]:
+    """Of so many steps of training on one batch."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr)
+    found = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+# -- the start ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [LST, {"window_size": 9}], ids=["LST", "9-LST"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "masked words"])
+def test_beside_a_head_of_words_it_starts_as_its_model(kind: str, network: dict[str, Any]) -> None:
+    base = (tiny(head="ForMaskedLM") if kind == "masked words" else causal_model(kind)).eval()
+    inputs = {"input_ids": WORDS % 50, "attention_mask": PADDED}
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        model = ladder(base, **network)
+        assert model.config.output_mix == "add"
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+    before = {name: parameter.clone() for name, parameter in trainable(model).items()}
+    losses(model, inputs["input_ids"], 3)
+    still = [name for name, parameter in trainable(model).items() if parameter.equal(before[name])]
+    assert not [name for name in still if name.endswith(".weight")]
+
+
+def test_pruned_weights_start_as_the_model_too() -> None:
+    base = tiny(head="ForMaskedLM")
+    ids = WORDS % 50
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        torch.testing.assert_close(ladder(base, init="pruned")(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_beside_other_heads_the_output_is_the_side_networks() -> None:
+    model = ladder(tiny())
+    assert model.config.output_mix is False
+    assert model.side.up.weight.any()
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_what_was_saved_without_the_sum_loads_without_it(tmp_path: Path, mix: bool) -> None:
+    model = moved(causal_model("llama"), output_mix=mix).eval()
+    model.save_pretrained(tmp_path)
+    loaded = LadderModel.from_pretrained(tmp_path, base=causal_model("llama"))
+    assert loaded.config.output_mix is mix
+    with torch.no_grad():
+        assert loaded(input_ids=WORDS).logits.equal(model(input_ids=WORDS).logits)
+
+
+def test_a_later_task_takes_over_the_sum(tmp_path: Path) -> None:
+    ladder(tiny(head="ForMaskedLM")).save_pretrained(tmp_path)
+    model = ladder(tiny())
+    model.take_over(tmp_path, head=False)
+    assert model.config.output_mix == "add"
+    with pytest.raises(FastpeftError, match="output_mix is 'add', here False"):
+        ladder(tiny(), output_mix=False).take_over(tmp_path, head=False)
+
+
+def test_the_sum_learns_faster_than_the_place_of_the_output() -> None:
+    """A decoder that has begun to learn to count, and side networks that go on."""
+    counted = (torch.arange(16) + torch.arange(24)[:, None]) % 48 + 5
+    base = causal_model("llama")
+    losses(base, counted, 8)
+    added, replaced = (losses(ladder(copy.deepcopy(base), output_mix=mix), counted, 20, 2e-3) for mix in ("add", False))
+    print(added, replaced)
+    assert added[-1] < min(added[0], replaced[-1])
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ladder(tiny(head="ForMaskedLM"))
+    model.print_trainable_parameters()
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expected = f"trainable params: {count:,d} || all params: {total:,d} || trainable%: {100 * count / total:.4f}\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
+def test_checkpointed_side_blocks_have_the_same_gradients_and_keep_less(network: dict[str, Any]) -> None:
+    gradients, kept = [], []
+    for checkpointed in (False, True):
+        model = ladder(tiny(head="ForMaskedLM"), feature_dropout=0.3, **network).train()
+        nn.init.normal_(model.side.up.weight, generator=torch.Generator().manual_seed(0))
+        if checkpointed:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        torch.manual_seed(5)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(input_ids=WORDS % 50, labels=WORDS % 50).loss
+        kept.append(sum(sizes.values()))
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trainable(model).items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    assert kept[1] < 0.8 * kept[0]
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kind", DECODERS)
+def test_cached_passes_are_as_near_to_full_ones_as_the_decoders(kind: str, network: str) -> None:
+    base = causal_model(kind).eval()
+    own = (logits(base, transformers.DynamicCache(config=base.config)) - logits(base)).abs().amax()
+    model = moved(base, **NETWORKS[network]).eval()
+    full = logits(model)
+    scale = full.abs().amax().clamp(min=1)  # of logits that are larger than the decoder's
+    assert (logits(model, LadderCache(model.backbone)) - full).abs().amax() <= 2 * scale * own.clamp(min=1e-6)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kind", DECODERS)
+def test_greedy_words_are_those_of_full_passes(kind: str, network: str) -> None:
+    model = moved(causal_model(kind), **NETWORKS[network])
+    text = written(model)
+    assert text.shape == (3, 18)
+    assert text.equal(written(model, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "no_repeat_ngram_size": 2},
+        {"num_beams": 4, "no_repeat_ngram_size": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
+    ids=["beams", "two of four beams", "sampling"],
+)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_beams_and_samples_are_those_of_full_passes(network: str, options: dict[str, Any]) -> None:
+    model = moved(causal_model("llama"), **NETWORKS[network])
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        found.append(written(model, use_cache=use_cache, **options))
+    assert found[0].equal(found[1])
+
+
+def test_it_starts_to_write_as_its_base() -> None:
+    base = causal_model("llama").eval()
+    expected = written(base)
+    assert written(ladder(base)).equal(expected)
+
+
+def test_padding_on_the_left_changes_nothing() -> None:
+    model = moved(causal_model("llama"))
+    alone = model.generate(WORDS[2:, 4:6], max_new_tokens=12, eos_token_id=None, pad_token_id=0, do_sample=False)
+    assert written(model)[2:, 4:].equal(alone)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_autocast(network: str) -> None:
+    model = moved(causal_model("llama"), **NETWORKS[network])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert written(model).shape == (3, 18)
+
+
+def test_words_are_streamed_as_they_come() -> None:
+    class Streamer(BaseStreamer):
+        def __init__(self) -> None:
+            self.words: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.words += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.words.append(-1)
+
+    model, streamer = moved(causal_model("llama")), Streamer()
+    text = model.generate(WORDS[:1, :6], max_new_tokens=5, eos_token_id=None, do_sample=False, streamer=streamer)
+    assert streamer.words == [*text[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
+def test_a_step_computes_one_token(network: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps, call = moved(causal_model("llama"), **network), [], BlockStep.__call__
+    seen: dict[str, list[int]] = {}
+    for name, module in model.side.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0].shape[:-1].numel())
+            )
+    monkeypatch.setattr(
+        BlockStep, "__call__", lambda step, theta, *rest: steps.append(len(theta)) or call(step, theta, *rest)
+    )
+    written(model, max_new_tokens=4)
+    assert {name for name, rows in seen.items() if rows == [18, 3, 3, 3]} == {"down", "up"}
+    assert {tuple(rows) for rows in seen.values()} == {(18,), (18, 3, 3, 3)}
+    assert steps == 3 * len(model.side.blocks) * [3]
+
+
+def test_what_a_token_takes() -> None:
+    model = moved(causal_model("llama"), window_size=3)
+    cache = LadderCache(model.backbone)
+    model.eval()(input_ids=WORDS, past_key_values=cache)
+    sizes = {tensor.numel() for layer in cache.side for tensor in (layer.keys, layer.values)}
+    assert sizes == {3 * 12 * 2 * model.side.width, 3 * 12 * 3 * model.side.width}
+
+
+def cached(model: LadderModel, length: int = 8) -> LadderCache:
+    """A cache of the first tokens, read in three passes."""
+    cache = LadderCache(model.backbone)
+    with torch.no_grad():
+        for before, after in ((0, 4), (4, 5), (5, length)):
+            model(input_ids=WORDS[:, before:after], past_key_values=cache)
+    return cache
+
+
+def crop(cache: LadderCache) -> tuple[Tensor, Tensor]:
+    cache.crop(-2)
+    return WORDS[:, :6], WORDS[:, 6:8]
+
+
+def reorder(cache: LadderCache) -> tuple[Tensor, Tensor]:
+    order = torch.tensor([2, 2, 0])
+    cache.reorder_cache(order)
+    return WORDS[order, :8], WORDS[order, 8:10]
+
+
+def select(cache: LadderCache) -> tuple[Tensor, Tensor]:
+    cache.batch_select_indices(torch.tensor([1]))
+    return WORDS[1:2, :8], WORDS[1:2, 8:10]
+
+
+def repeat(cache: LadderCache) -> tuple[Tensor, Tensor]:
+    cache.batch_repeat_interleave(2)
+    return WORDS[:, :8].repeat_interleave(2, 0), WORDS[:, 8:10].repeat_interleave(2, 0)
+
+
+def reset(cache: LadderCache) -> tuple[Tensor, Tensor]:
+    cache.reset()
+    return WORDS[:, :0], WORDS[:, :5]
+
+
+@pytest.mark.parametrize("change", [crop, reorder, select, repeat, reset])
+@pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
+def test_a_cache_changes_as_those_of_transformers(network: dict[str, Any], change: Any) -> None:
+    model = moved(causal_model("llama"), **network).eval()
+    cache = cached(model)
+    untouched = copy.deepcopy(cache)
+    before, after = change(cache)
+    with torch.no_grad():
+        for new in after.split(1, dim=1):
+            found = model(input_ids=new, past_key_values=cache).logits
+            before = torch.cat((before, new), dim=1)
+            torch.testing.assert_close(found[:, -1], model(input_ids=before).logits[:, -1], rtol=1e-4, atol=1e-4)
+        again = model(input_ids=WORDS[:, 8:9], past_key_values=untouched).logits
+    torch.testing.assert_close(again[:, -1], model(input_ids=WORDS[:, :9]).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_through_a_cache() -> None:
+    model = moved(causal_model("llama")).eval()
+    output = model(input_ids=WORDS[:, :6], use_cache=True)
+    for part in WORDS[:, 6:].split(1, dim=1):
+        output = model(input_ids=part, past_key_values=output.past_key_values)
+    output.logits.square().sum().backward()
+    weight = model.side.blocks[0].qkv.weight
+    found, weight.grad = weight.grad, None
+    model(input_ids=WORDS).logits[:, -1].square().sum().backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_to_keep() -> None:
+    model = moved(causal_model("llama")).eval()
+    with torch.no_grad():
+        every = model(input_ids=WORDS).logits
+        torch.testing.assert_close(model(input_ids=WORDS, logits_to_keep=2).logits, every[:, -2:])
+
+
+def test_a_text_continues_from_its_cache() -> None:
+    model = moved(causal_model("llama"))
+    options = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(WORDS[:, :6], max_new_tokens=4, **options)
+    options["attention_mask"] = torch.ones_like(first.sequences)  # a word that it wrote is that of padding
+    both = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, **options)
+    del options["attention_mask"]
+    assert both.sequences.equal(model.generate(WORDS[:, :6], max_new_tokens=8, **options).sequences)
+
+
+def test_features_that_are_cached_on_disk_are_left_alone(tmp_path: Path) -> None:
+    model = moved(causal_model("llama"))
+    expected = written(model)
+    features = model.cache_features(tmp_path, dtype="float32")
+    assert written(model).equal(expected)
+    assert features is not None
+    assert (features.hits, features.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backbone_in_half_precision(dtype: torch.dtype) -> None:
+    model = moved(causal_model("llama").to(dtype))
+    assert written(model).shape == (3, 18)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+
+
+def test_it_is_saved_and_loaded_as_a_decoder(tmp_path: Path) -> None:
+    base = causal_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = moved(base)
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = 4
+    model.save_pretrained(tmp_path / "ladder")
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ladder")
+    assert type(loaded) is LadderModel
+    assert loaded.can_generate()
+    assert (loaded.generation_config.max_new_tokens, loaded.generation_config.eos_token_id) == (3, 4)
+    assert loaded.generate(WORDS[:, :6], do_sample=False).equal(model.generate(WORDS[:, :6], do_sample=False))
+
+
+def test_it_generates_in_evaluation_mode() -> None:
+    model = moved(causal_model("llama"), feature_dropout=0.5, layer_drop=0.5).train()
+    text = written(model)
+    assert model.training
+    assert model.side.training
+    assert written(model.eval()).equal(text)
+
+
+def test_it_does_not_keep_what_it_drops() -> None:
+    with pytest.raises(FastpeftError, match=r"use_cache=True in training mode.*model.eval\(\)"):
+        ladder(causal_model("llama")).train()(input_ids=WORDS, use_cache=True)
+
+
+def other_bases() -> list[Any]:
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    module = LadderModel(layers, LadderConfig(window_size=3, reduction_factor=4, feature_modules=["0", "2"]))
+    return [
+        pytest.param(module, "a Sequential", id="a module"),
+        pytest.param(ladder(tiny()), "a RobertaForSequenceClassification", id="classes"),
+        pytest.param(ladder(tiny(head="ForMaskedLM")), "a RobertaForMaskedLM", id="masked words"),
+        pytest.param(ladder(tiny(head="Model")), "a RobertaModel", id="no head"),
+    ]
+
+
+@pytest.mark.parametrize(("model", "kind"), other_bases())
+def test_other_bases_are_refused(model: LadderModel, kind: str) -> None:
+    assert not model.can_generate()
+    name = model.main_input_name
+    for call in (lambda: model.generate(WORDS), lambda: model.eval()(**{name: WORDS}, use_cache=True)):
+        with pytest.raises(FastpeftError, match=f"the base, {kind}, does not generate text.*AutoModelForCausalLM"):
+            call()
+
+
+def test_other_caches_are_refused() -> None:
+    model = ladder(causal_model("llama")).eval()
+    with pytest.raises(FastpeftError, match=r"past_key_values is a DynamicCache.*LadderCache\(model.backbone\)"):
+        model(input_ids=WORDS, past_key_values=transformers.DynamicCache(config=model.base.config))
+    with pytest.raises(FastpeftError, match=r"cache_implementation='static'.*'dynamic'"):
+        written(model, cache_implementation="static")
+    assert written(model, cache_implementation="dynamic").shape == (3, 18)
+    with pytest.raises(FastpeftError, match=r"attention_mask has the shape \(3, 6\).*\(3, 12\)"):
+        model(input_ids=WORDS[:, 6:], attention_mask=PADDED[:, :6], past_key_values=cached(model, 6))
+
+
+def test_what_keeps_no_keys_and_values_generates_without_a_cache() -> None:
+    model = moved(causal_model("rwkv", attention_hidden_size=32))
+    with pytest.raises(FastpeftError, match=r"RwkvForCausalLM keeps something else.*use_cache=False"):
+        written(model)
+    model.side_run = DirectRun
+    assert written(model, use_cache=False).shape == (3, 18)
+
+
+def test_the_direct_form_keeps_nothing() -> None:
+    model = moved(causal_model("llama"))
+    expected = written(model)
+    model.side_run = DirectRun
+    with pytest.raises(FastpeftError, match=r"keeps nothing of earlier tokens.*use_cache=False"):
+        written(model)
+    assert written(model, use_cache=False).equal(expected)
