@@ -1,4 +1,4 @@
-"""What every test runs under: no network, two threads, a sample of the long tests; and a model and data for many.
+"""What every test runs under: no network, one thread, a sample of the long tests; and a model and data for many.
 
     python -m pytest            the short suite (`make test`); what it finds: bench/data/mutations.csv
     python -m pytest --all      long tests too (`make test-all`); `--rest` runs those alone
@@ -11,10 +11,12 @@ at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be d
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from fastpeft import TrainConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
 # most tests compare bits or small errors; what a run computes in by default is in training/test_bfloat16.py
 os.environ["FASTPEFT_BF16"] = "0"
 os.environ["FASTPEFT_MEASURE"] = "0"  # what is timed is in ops/test_fastest.py
@@ -35,7 +38,7 @@ LONG_MARKERS = ("slow", "interp_full", "kill", "docs")
 SAMPLED_SHARE = 0.1
 SEED = os.environ.get("FASTPEFT_TEST_SEED", "0")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # kernels then run in Triton's interpreter; Triton reads this once, and transformers imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
@@ -65,6 +68,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped |= {item for item in items if _is_long(item) is not wanted}
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage, which every run asks for, need not go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def _is_long(item: pytest.Item) -> bool:
@@ -103,6 +116,13 @@ def plain_logging() -> None:
     logging.getLogger("fastpeft").handlers = []
 
 
+@pytest.fixture(autouse=True)
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave an empty file for their curves, which are slow to draw: that is in training/test_curves.py."""
+    if run := sys.modules.get("fastpeft.training.run"):
+        monkeypatch.setattr(run, "draw_curves", lambda file, *curves: file.touch())
+
+
 @pytest.fixture
 def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes where no test before has set anything: it keeps that by addresses, which later parameters reuse."""
@@ -110,13 +130,12 @@ def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules that train tiny models: handing their work to a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what divides its threads. Other tests have one: workers run side by side, and what they train is tiny."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,6 @@ from fastpeft.ops import backends
 from fastpeft.prompts.model import load_prompted
 from fastpeft.training.config import options
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(fastpeft.__file__).parents[1]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),

@@ -21,8 +21,6 @@ from typer.testing import CliRunner
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Damage = Callable[[Path], None]
 ADAPTER, SIDE = "adapter_model.safetensors", "model.safetensors"
 

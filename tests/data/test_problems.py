@@ -39,8 +39,6 @@ from fastpeft.data.scores import entities
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.task import encode
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LABELS = ("negative", "positive", "mixed")
 ROWS: dict[str, Callable[[Path], Path]] = {
     "three classes": lambda folder: write_csv(folder / "reviews.csv", reviews(60, LABELS)),

@@ -37,7 +37,10 @@ REVIEWS = "text,label\n" + "".join(
 )
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True)
+def curves() -> None:
+    """Drawn, as a page shows them."""
 
 
 class Block(NamedTuple):

@@ -10,8 +10,6 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")

@@ -16,8 +16,6 @@ from fastpeft import MeZO
 from fastpeft.mezo import step_seed
 from fastpeft.ops import noise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def plain_step(groups: list[dict[str, Any]], loss_of: Callable[[], Tensor], step: int, **settings: Any) -> float:
     """A step written straight from the methods, each addition with a z as large as the tensor; returns its g."""

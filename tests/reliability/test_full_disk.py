@@ -31,8 +31,6 @@ from fastpeft.support import files
 from fastpeft.training.export import export
 from fastpeft.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:

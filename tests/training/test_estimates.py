@@ -20,8 +20,6 @@ from fastpeft.training.estimates import Estimate, _padded_tokens, estimate, plan
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> CompareConfig:

@@ -26,8 +26,6 @@ from fastpeft.prompts.template import HEADS
 from fastpeft.training.export import export
 from fastpeft.training.loading import load_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNMERGED = ("k-lst", "lst", "k-lst-direct", "lst-direct", "qlora", "prompt-tuning")
 MERGED = [name for name in METHODS if name not in UNMERGED]
 

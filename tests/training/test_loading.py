@@ -24,8 +24,6 @@ from fastpeft.training.loading import load_run, load_start
 from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task, recipe_used
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
 
