@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -463,9 +464,15 @@ CASES = [
 ]
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below `folder`, files with their content."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file below `folder`, with what shows that it was written."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in (".", *names):  # a new folder may be empty
+            path = os.path.join(parent, name)
+            status = os.stat(path)
+            found[path] = (status.st_ino, *(() if name == "." else (status.st_size, status.st_mtime_ns)))
+    return found
 
 
 @pytest.mark.long(only="--method sivva")
