@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,18 @@ def tagged(rows: int) -> list[dict[str, Any]]:
     tags = {word: f"B-{label}" for label, words in WORDS.items() for word in words}
     texts = [text.split() for text, _ in reviews(rows, tuple(WORDS))]
     return [{"tokens": words, "ner_tags": [tags.get(word, "O") for word in words]} for words in texts]
+
+
+def snapshot(folder: Path, but: str = "") -> dict[str, tuple[int, ...]]:
+    """Every folder and file below `folder`, with what shows that a file was written; not what is in a folder `but`."""
+    found: dict[str, tuple[int, ...]] = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != but]
+        found[parent] = ()
+        for path in (os.path.join(parent, name) for name in names):
+            status = os.stat(path)
+            found[path] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
 
 
 def write_csv(file: Path, rows: Sequence[Sequence[Any]], header: Sequence[str] = ("text", "label")) -> Path:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import pairs, reviews, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM, TrainingArguments
 from typer.testing import CliRunner
 
@@ -462,17 +461,6 @@ CASES = [
     (["--method", "mezo", "--output", "bad-resume", "--resume", "--max-steps", "1"], ["not a journal"]),
     (["dance"], ["dance"]),
 ]
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Every file below `folder`, with what shows that it was written."""
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in (".", *names):  # a new folder may be empty
-            path = os.path.join(parent, name)
-            status = os.stat(path)
-            found[path] = (status.st_ino, *(() if name == "." else (status.st_size, status.st_mtime_ns)))
-    return found
 
 
 @pytest.mark.long(only="--method sivva")
