@@ -5,8 +5,9 @@
     python -m pytest --full     every case of every test (`make test-full`)
 
 Tests marked slow, interp_full, kill or docs run in full under `--full`. Without it a tenth of each marker's tests runs,
-at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again. Of a test marked
-`long(but=...)` the named cases are in the short suite, of one marked `long(only=...)` all others.
+at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again. Long are tests marked long,
+slow, kill or docs. Of a test marked `long(but=...)` the named cases are in the short suite, of one marked
+`long(only=...)` all others.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def pytest_unconfigure() -> None:
 def _is_long(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("long")
     if marker is None:
-        return False
+        return any(item.get_closest_marker(name) for name in ("slow", "kill", "docs"))
     case = item.name.partition("[")[2].removesuffix("]")
     if "only" in marker.kwargs:
         return case in _cases(marker.kwargs["only"])

@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = [pytest.mark.long, pytest.mark.docs]
+pytestmark = pytest.mark.docs
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:

@@ -436,7 +436,6 @@ for step in range(optimizer.steps_done, 1_000_000):
 """
 
 
-@pytest.mark.long
 @pytest.mark.kill
 def test_a_killed_run_is_made_again_to_the_bit(tmp_path: Path) -> None:
     """Three times in a row, each from where the last kill left the journal."""

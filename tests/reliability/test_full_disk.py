@@ -155,7 +155,6 @@ def mounting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     pytest.skip("no disk can be mounted here")
 
 
-@pytest.mark.long(but="two runs")
 @pytest.mark.parametrize(
     ("kinds", "shares"),
     [

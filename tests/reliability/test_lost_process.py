@@ -221,7 +221,6 @@ def test_any_number_goes_on(
         assert all(torch.equal(replayed[name], tensor) for name, tensor in weights(resumed.output).items())
 
 
-@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siva", "mezo"])
 def test_one_that_does_not_answer_is_lost_after_the_timeout(launch: Callable[..., Launched], kind: str) -> None:
@@ -252,7 +251,6 @@ def test_a_step_that_spoils_the_weights_ends_all(launch: Callable[..., Launched]
     assert all("not finite" in said or "loss is" in said for said in launched.said())
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_by_torchrun(place: Path, alone: Callable[[str], Path], tmp_path: Path) -> None:
     """As a person starts them; the launcher says which one ended."""

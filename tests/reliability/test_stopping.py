@@ -145,7 +145,6 @@ def test_the_command_line_tells_how_to_go_on(
     assert kill.results(tmp_path / "a run") == whole("siva")
 
 
-@pytest.mark.long
 @pytest.mark.kill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("kind", ["siva", "mezo", kill.COMPARE])
