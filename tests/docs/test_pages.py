@@ -201,7 +201,7 @@ def test_the_notebook_is_the_tutorial() -> None:
     assert NOTEBOOK.read_text(encoding="utf-8") == text, "python docs/tutorial_notebook.py writes it anew"
 
 
-@pytest.mark.docs
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient", reason="the extra `docs` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `docs` is not installed")

@@ -158,7 +158,7 @@ def mounting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize(
     ("kinds", "shares"),
     [
-        pytest.param(["siva", "mezo, with checkpoints"], [0.5], id="two runs"),
+        pytest.param(["mezo, with checkpoints"], [0.5], id="one run"),
         pytest.param([*small_disk.RUNS], [n / 8 for n in range(8)], id="all runs", marks=pytest.mark.slow),
     ],
 )
