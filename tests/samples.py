@@ -6,10 +6,11 @@ import csv
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -43,6 +44,11 @@ class Interrupt(TrainerCallback):
     def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def sampled(cases: Iterable[Any], but: Any) -> list[Any]:
+    """Parameters of a test, each marked slow `but` one: of a product of methods a sample is run."""
+    return [case if case == but else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def pickle_adapter(folder: Path) -> None:
