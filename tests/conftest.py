@@ -12,6 +12,7 @@ slow, kill or docs. Of a test marked `long(but=...)` the named cases are in the 
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import math
@@ -20,7 +21,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -108,6 +109,33 @@ def device() -> str:
     if versions[0] < (3, 7) and versions[1] >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 cannot run loops with NumPy 2.4 or newer")
     return "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Calls of one function by another patch no language again: the launch did. It took a third of the time."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_patch_lang"):
+        yield
+        return
+    language = interpreter.tl
+
+    @functools.cache
+    def read_by(function: Any) -> list[Any]:
+        return [value for value in function.__globals__.values() if value is language or value is language.core]
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(language.core.is_builtin(module.load) for module in read_by(self.fn)):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    before = interpreter.InterpretedFunction.__call__
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = before
 
 
 @pytest.fixture(autouse=True)
