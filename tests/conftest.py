@@ -1,23 +1,27 @@
-"""What every test runs under: no network, two threads, a sample of the long tests; and a model and data for many.
+"""What every test runs under: no network, one thread, a sample of the long tests; and a model and data for many.
 
     python -m pytest            the short suite (`make test`); what it finds: bench/data/mutations.csv
     python -m pytest --all      long tests too (`make test-all`); `--rest` runs those alone
     python -m pytest --full     every case of every test (`make test-full`)
 
 Tests marked slow, interp_full, kill or docs run in full under `--full`. Without it a tenth of each marker's tests runs,
-at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again. Of a test marked
-`long(but=...)` the named cases are in the short suite, of one marked `long(only=...)` all others.
+at least one, drawn by FASTPEFT_TEST_SEED (default 0) so that a failure can be drawn again. Long are tests marked long,
+slow, kill or docs. Of a test marked `long(but=...)` the named cases are in the short suite, of one marked
+`long(only=...)` all others.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from fastpeft import TrainConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
 # most tests compare bits or small errors; what a run computes in by default is in training/test_bfloat16.py
 os.environ["FASTPEFT_BF16"] = "0"
 os.environ["FASTPEFT_MEASURE"] = "0"  # what is timed is in ops/test_fastest.py
@@ -35,7 +40,8 @@ LONG_MARKERS = ("slow", "interp_full", "kill", "docs")
 SAMPLED_SHARE = 0.1
 SEED = os.environ.get("FASTPEFT_TEST_SEED", "0")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # which waits for a disk: no test cuts the power
 if not torch.cuda.is_available():
     # kernels then run in Triton's interpreter; Triton reads this once, and transformers imports Triton
     os.environ["TRITON_INTERPRET"] = "1"
@@ -67,10 +73,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in dropped]
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: a collection of garbage, which every run asks for, need not go through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 def _is_long(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("long")
     if marker is None:
-        return False
+        return any(item.get_closest_marker(name) for name in ("slow", "kill", "docs"))
     case = item.name.partition("[")[2].removesuffix("]")
     if "only" in marker.kwargs:
         return case in _cases(marker.kwargs["only"])
@@ -95,12 +111,46 @@ def device() -> str:
     return "cpu"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Calls of one function by another patch no language again: the launch did. It took a third of the time."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None or not hasattr(interpreter, "_patch_lang"):
+        yield
+        return
+    language = interpreter.tl
+
+    @functools.cache
+    def read_by(function: Any) -> list[Any]:
+        return [value for value in function.__globals__.values() if value is language or value is language.core]
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(language.core.is_builtin(module.load) for module in read_by(self.fn)):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    before = interpreter.InterpretedFunction.__call__
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = before
+
+
 @pytest.fixture(autouse=True)
 def plain_logging() -> None:
     """The library's logger as it is without a command, which sets it up for its process: here that of all tests."""
     for name in ("fastpeft", "fastpeft.data.pitfalls"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     logging.getLogger("fastpeft").handlers = []
+
+
+@pytest.fixture(autouse=True)
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave an empty file for their curves, which are slow to draw: that is in training/test_curves.py."""
+    if run := sys.modules.get("fastpeft.training.run"):
+        monkeypatch.setattr(run, "draw_curves", lambda file, *curves: file.touch())
 
 
 @pytest.fixture
@@ -110,13 +160,12 @@ def fresh_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim.GlobalOptimManager, "_instance", None)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For modules that train tiny models: handing their work to a second thread costs more than it saves."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what divides its threads. Other tests have one: workers run side by side, and what they train is tiny."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -42,6 +44,11 @@ class Interrupt(TrainerCallback):
     def _interrupt(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def sampled(cases: Iterable[Any], but: Any) -> list[Any]:
+    """Parameters of a test, each marked slow `but` one: of a product of methods a sample is run."""
+    return [case if case == but else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def pickle_adapter(folder: Path) -> None:
@@ -106,6 +113,18 @@ def tagged(rows: int) -> list[dict[str, Any]]:
     tags = {word: f"B-{label}" for label, words in WORDS.items() for word in words}
     texts = [text.split() for text, _ in reviews(rows, tuple(WORDS))]
     return [{"tokens": words, "ner_tags": [tags.get(word, "O") for word in words]} for words in texts]
+
+
+def snapshot(folder: Path, but: str = "") -> dict[str, tuple[int, ...]]:
+    """Every folder and file below `folder`, with what shows that a file was written; not what is in a folder `but`."""
+    found: dict[str, tuple[int, ...]] = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != but]
+        found[parent] = ()
+        for path in (os.path.join(parent, name) for name in names):
+            status = os.stat(path)
+            found[path] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
 
 
 def write_csv(file: Path, rows: Sequence[Sequence[Any]], header: Sequence[str] = ("text", "label")) -> Path:

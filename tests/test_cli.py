@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from samples import SMALL, pairs, prompted, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from samples import SMALL, pairs, prompted, reviews, sampled, save_tiny_model, scores, tagged, write_csv, write_jsonl
 from typer.testing import CliRunner, Result
 
 import fastpeft
@@ -29,8 +29,6 @@ from fastpeft.mezo import Journal
 from fastpeft.ops import backends
 from fastpeft.prompts.model import load_prompted
 from fastpeft.training.config import options
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(fastpeft.__file__).parents[1]
 ENVIRONMENT = {
@@ -90,8 +88,7 @@ def test_train_eval_predict(place: Path, method: str) -> None:
 PROMPT = ("--prompt", "{text} the film is <mask>", "--label-words", "negative=awful,positive=lovely")
 
 
-@pytest.mark.long(but="mezo-loop-classifier")
-@pytest.mark.parametrize(("method", "head"), prompted(SMALL))
+@pytest.mark.parametrize(("method", "head"), sampled(prompted(SMALL), but=("mezo-loop", "classifier")))
 def test_a_prompted_run(place: Path, method: str, head: str) -> None:
     arguments = (*TRAIN, *PROMPT, "--prompt-head", head, "--method", method, "--learning-rate", "1e-2")
     run(*arguments, "--output", "out", "--save-steps", "3", "--quiet")

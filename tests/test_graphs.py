@@ -23,7 +23,6 @@ from fastpeft import MeZO, SivaConfig
 from fastpeft.mezo import CapturedStep
 from fastpeft.ops.frozen_linear import unfreeze
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LABELS = torch.tensor([0, 2, 1])
 
 

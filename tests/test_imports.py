@@ -31,7 +31,7 @@ def test_an_import_alone_loads_no_other_library(module: str) -> None:
     assert python(f"import {module}\n{LOADED}") == ""
 
 
-@pytest.mark.long(but="both after")
+@pytest.mark.long
 @pytest.mark.parametrize(
     "imports",
     [

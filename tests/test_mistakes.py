@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 
 from fastpeft.cli import app
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

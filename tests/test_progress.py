@@ -14,8 +14,6 @@ from samples import tiny_classifier
 from fastpeft import FastpeftError, SivaConfig, progress
 from fastpeft.support.stages import listening, report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def adapt() -> None:
     get_peft_model(tiny_classifier(), SivaConfig(r=2, task_type="SEQ_CLS"))

@@ -24,8 +24,6 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.support import hub
 from fastpeft.support.model_card import model_card
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SOURCES = sorted((Path(__file__).parents[1] / "fastpeft").rglob("*.py"))
 
 

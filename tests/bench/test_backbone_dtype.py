@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from bench.backbone_dtype import Texts, measure
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_fewer_bits_take_less_and_change_the_features_a_little() -> None:

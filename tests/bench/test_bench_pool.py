@@ -11,8 +11,6 @@ from backbones import tiny
 from bench import bench_pool as bench
 from bench import harness
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(("work", "candidates"), [("answer", 3), ("train", 5)])
 def test_every_candidate_is_recorded(

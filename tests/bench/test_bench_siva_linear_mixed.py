@@ -11,8 +11,6 @@ from bench import harness
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def tiny(order: str, work: str) -> bench.Case:
     return bench.Case("tiny", features=16, rows=12, tokens=2, adapters=3, order=order, dtype="float32", work=work)

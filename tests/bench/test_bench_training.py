@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import tiny
 
-from bench.bench_training import CELLS, DTYPES, LIMIT, Cell, adapters, candidates, training_step
+from bench.bench_training import CELLS, DTYPES, LIMIT, MODELS, Cell, adapters, candidates, training_step
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model stands in for the bundled one: a step is made of the same parts."""
+    shape = {"vocab_size": 8_000, "hidden_size": 64, "intermediate_size": 128}
+    monkeypatch.setitem(MODELS, "demo", lambda: tiny(**shape))
 
 
 def test_the_default_is_what_ratios_are_taken_to(monkeypatch: pytest.MonkeyPatch) -> None:

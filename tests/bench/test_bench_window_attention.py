@@ -11,8 +11,6 @@ from bench import harness
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("work", ["forward", "training"])

@@ -10,8 +10,6 @@ from samples import reviews, save_tiny_model, write_csv
 from bench.frozen_accuracy import CELLS, measure
 from bench.harness import read_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("method", CELLS)
 def test_cells_of_a_seed_are_paired(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,6 @@ from fastpeft import FastpeftError, train
 from fastpeft.prompts.named import NAMED_PROMPTS
 from fastpeft.prompts.template import Prompt
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.long(but="fzoo-3-4")
 @pytest.mark.parametrize(("estimator", "directions", "forwards"), [("spsa", 1, 2), ("fzoo", 3, 4)])

@@ -11,7 +11,6 @@ import torch
 from bench import harness, plot, scaling
 from bench.scaling import AXES, Sizes, exponent, features, operations
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Sizes(window=3, batch=2, length=6, layers=2, width=32)
 
 

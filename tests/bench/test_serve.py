@@ -15,8 +15,6 @@ from fastpeft.serving.tasks import Tasks
 for name in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(name)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_each_answer_is_compared(tmp_path: Path) -> None:
     from fastpeft.serving.app import create_app

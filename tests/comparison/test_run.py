@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -281,11 +280,11 @@ def test_the_public_name_is_the_function() -> None:
 
 
 def test_real_cells_are_not_repeated(place: Path) -> None:
-    command = [sys.executable, "-m", "fastpeft", "compare", "--model", "model", "--data", "reviews.csv"]
+    command = ["compare", "--model", "model", "--data", "reviews.csv"]
     command += ["--methods", "head,zero-shot:calibrate=true:prompt={text} it is <mask>:label_words=awful+lovely"]
     command += ["--max-steps", "2", "--output", "out"]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
     trained, asked = results()
     assert (trained["state"], asked["state"]) == ("finished", "finished")
     assert all(0 <= float(row["accuracy"]) <= 1 for row in (trained, asked))
@@ -306,7 +305,7 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     assert (last["step"], last["valid accuracy"]) == (2, float(trained["accuracy"]))
     assert last["train loss"] > 0
     files = {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")}
-    again = CliRunner().invoke(app, command[3:])
+    again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")} == files
 

@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import reviews, save_tiny_model, write_csv
+from samples import reviews, save_tiny_model, snapshot, write_csv
 from torch import Tensor
 from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 Damage = Callable[[Path], None]
 ADAPTER, SIDE = "adapter_model.safetensors", "model.safetensors"
@@ -281,12 +279,6 @@ CASES: list[tuple[str, str, Damage, list[str], list[str]]] = [
 ]
 
 
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below `folder` but what is on its way to a run, files with their content."""
-    found = [path for path in folder.rglob("*") if ".staging" not in path.parts]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in found}
-
-
 @pytest.mark.parametrize(
     ("run", "name", "damage", "arguments", "parts"),
     CASES,
@@ -311,10 +303,10 @@ def test_bad_file(
         (bad / "metrics.json").unlink()
         values = (bad / "run.json").read_text()
         (bad / "run.json").write_text(values.replace(str(place / run), "bad"))
-    before = snapshot(place)
+    before = snapshot(place, but=".staging")
     result = CliRunner().invoke(app, arguments)
     message = re.sub(r"\s+", " ", result.stderr)
     assert result.exit_code == 2, (result.output, repr(result.exception))
     assert [part for part in parts if part not in message] == [], message
     assert message.count("Error:") == 1, message
-    assert snapshot(place) == before
+    assert snapshot(place, but=".staging") == before

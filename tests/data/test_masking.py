@@ -24,8 +24,6 @@ from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.loading import load_run
 from fastpeft.training.task import Task, encode
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

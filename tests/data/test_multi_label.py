@@ -23,8 +23,6 @@ from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, describe, get_pr
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.export import export
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LABELS = ["mixed", "negative", "positive"]
 ROWS = labelled(96)
 TEXTS = ["a lovely film", "the plot is dull and uneven", "the film"]

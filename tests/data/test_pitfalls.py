@@ -22,8 +22,6 @@ from fastpeft.data.problems import CLASSIFICATION, REGRESSION, TAGGING
 from fastpeft.data.splitting import digest
 from fastpeft.training.evaluation import evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FEW = "Only {} rows were measured on"
 
 

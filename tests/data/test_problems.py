@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, Interrupt, pairs, reviews, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from samples import SMALL, Interrupt, pairs, reviews, sampled, save_tiny_model, scores, tagged, write_csv, write_jsonl
 from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
@@ -38,8 +38,6 @@ from fastpeft.data.problems import (
 from fastpeft.data.scores import entities
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.task import encode
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("negative", "positive", "mixed")
 ROWS: dict[str, Callable[[Path], Path]] = {
@@ -67,14 +65,16 @@ def config(tmp_path: Path, checkpoint: str) -> TrainConfig:
     return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, batch_size=8)
 
 
-@pytest.mark.long(but="tagging-mezo-loop")
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [
-        *(("regression", method) for method in SMALL),
-        *(("tagging", method) for method in SMALL if method != "prompt-tuning"),
-        *((kind, method) for kind in ("three classes", "pairs") for method in ("siva", "k-lst", "full")),
-    ],
+    sampled(
+        [
+            *(("regression", method) for method in SMALL),
+            *(("tagging", method) for method in SMALL if method != "prompt-tuning"),
+            *((kind, method) for kind in ("three classes", "pairs") for method in ("siva", "k-lst", "full")),
+        ],
+        but=("tagging", "mezo-loop"),
+    ),
 )
 def test_a_run_is_measured_and_used_as_it_was_trained(
     config: TrainConfig, tmp_path: Path, kind: str, method: str

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.name != "report.md")  # that one `compare` wrote
 TUTORIAL = DOCS / "tutorial.md"
+NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
 RUN = {"python", "sh"}
 BROWSER = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OUTPUT = "text"  # what the block before it prints, where ... stands for anything
@@ -37,7 +38,10 @@ REVIEWS = "text,label\n" + "".join(
 )
 FENCE = re.compile(r"^(?P<reason><!-- not run: \S.* -->\n)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$", re.MULTILINE)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+
+@pytest.fixture(autouse=True)
+def curves() -> None:
+    """Drawn, as a page shows them."""
 
 
 class Block(NamedTuple):
@@ -192,17 +196,19 @@ def _within_two_clicks(site: Path) -> set[str]:
     return found
 
 
-@pytest.mark.long
-def test_the_notebook_is_the_tutorial_and_runs(tmp_path: Path) -> None:
-    file = ROOT / "examples" / "tutorial.ipynb"
-    written = file.read_text(encoding="utf-8")
-    assert written == load(DOCS / "tutorial_notebook.py").text(), "python docs/tutorial_notebook.py writes it anew"
+def test_the_notebook_is_the_tutorial() -> None:
+    text = load(DOCS / "tutorial_notebook.py").text()
+    assert NOTEBOOK.read_text(encoding="utf-8") == text, "python docs/tutorial_notebook.py writes it anew"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient", reason="the extra `docs` is not installed")
     pytest.importorskip("ipykernel", reason="the extra `docs` is not installed")
     with socket.socket() as free:  # the page itself may be served at the same moment
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    notebook = nbformat_of(written.replace("8123", str(port)))
+    notebook = nbformat_of(NOTEBOOK.read_text(encoding="utf-8").replace("8123", str(port)))
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "predicted.csv").is_file()
 

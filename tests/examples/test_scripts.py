@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.docs
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
@@ -23,7 +23,6 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.docs
 @pytest.mark.parametrize("adapter", ["siva", "lora"])
 def test_drop_in_peft(tmp_path: Path, adapter: str) -> None:
     loss = run("drop_in_peft", "--adapter", adapter, "--output", str(tmp_path))
@@ -32,27 +31,23 @@ def test_drop_in_peft(tmp_path: Path, adapter: str) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-@pytest.mark.docs
 def test_plain_loop(tmp_path: Path) -> None:
     loss = run("plain_loop", "--output", str(tmp_path), "--epochs", "5")
     assert loss["after"] < loss["before"]
 
 
-@pytest.mark.docs
 def test_trainer(tmp_path: Path) -> None:
     loss = run("trainer", "--output", str(tmp_path), "--epochs", "4")
     assert loss["after"] < loss["before"]
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.docs
 def test_mezo_decoder(tmp_path: Path) -> None:
     found = run("mezo_decoder", "--output", str(tmp_path))
     assert found["after"] < found["before"] - 0.5
     assert found["replayed"]
 
 
-@pytest.mark.docs
 def test_embeddings(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers", reason="the extra `integrations` is not installed")
     score = run("embeddings", "--output", str(tmp_path), "--method", "lst")

@@ -14,8 +14,6 @@ from fastpeft import SivaConfig
 
 fabric_module = pytest.importorskip("lightning.fabric", reason="the extra `integrations` is not installed")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 0, 1])
 

@@ -16,8 +16,6 @@ from fastpeft import LadderConfig, LadderModel, SivaConfig
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra `integrations` is not installed")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = ["a great film", "a lovely story", "the plot is dull", "it was terrible"]
 
 

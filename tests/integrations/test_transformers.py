@@ -13,8 +13,6 @@ from torch import Tensor
 
 from fastpeft import SivaConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(3, 50, (4, 7), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row, "labels": label} for row, label in zip(IDS, (0, 1, 0, 1))]
 

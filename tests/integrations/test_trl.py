@@ -18,8 +18,6 @@ from fastpeft import SivaConfig
 
 trl = pytest.importorskip("trl", reason="the extra `integrations` is not installed")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PROMPTS, GOOD, BAD = ["this film is", "the plot was", "it is", "a story"], [" great", " lovely"], [" bad", " dull"]
 SHARED = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1, "logging_steps": 1, "seed": 0}
 SHARED |= {

@@ -95,12 +95,16 @@ def test_ragged_sizes(m, k, n, r, dtype, device):
 
 
 @pytest.mark.long(
-    only=(
-        "127-17-127-bias-torch.float32",
-        "127-1-127-no-bias-torch.float32",
-        "127-127-127-bias-torch.bfloat16",
-        "127-127-127-bias-torch.float32",
-        "65-65-127-bias-torch.bfloat16",
+    but=(
+        "1-1-1-bias-torch.float16",
+        "1-17-17-bias-torch.bfloat16",
+        "17-17-15-no-bias-torch.float32",
+        "17-63-17-no-bias-torch.float16",
+        "17-65-1-bias-torch.float32",
+        "63-1-17-bias-torch.bfloat16",
+        "65-15-15-no-bias-torch.float32",
+        "65-65-65-bias-torch.float16",
+        "127-1-15-no-bias-torch.float16",
     )
 )
 @pytest.mark.interp_full

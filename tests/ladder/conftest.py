@@ -1,4 +1,4 @@
-"""A pretrained model on the disk for all tests of side networks, which run on one thread."""
+"""A pretrained model on the disk for all tests of side networks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 from samples import save_tiny_model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models_run_on_one_thread(one_thread: None) -> None: ...
 
 
 @pytest.fixture(scope="session")

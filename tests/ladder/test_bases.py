@@ -318,6 +318,7 @@ def test_inputs_under_another_name_are_refused() -> None:
         made("vit")(inputs=IMAGES)
 
 
+@pytest.mark.long
 def test_the_vit_example_learns(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("vit_digits", EXAMPLES / "vit_digits.py")
     assert spec is not None

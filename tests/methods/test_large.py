@@ -13,7 +13,7 @@ from samples import reviews, save_tiny_model, write_csv
 from fastpeft import TrainConfig, train
 from fastpeft.methods.registry import METHODS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 # but for the vocabulary, which is that of the tiny tokenizer
 SHAPE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

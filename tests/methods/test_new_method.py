@@ -22,8 +22,6 @@ from fastpeft.methods.side_network import SideNetworkMethod
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.export import export
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(params=NEW, ids=lambda method: method.name)
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Method:

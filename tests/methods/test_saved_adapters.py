@@ -28,8 +28,6 @@ AUTO = {
     None: AutoModelForMaskedLM,
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

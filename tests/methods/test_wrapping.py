@@ -25,8 +25,6 @@ from fastpeft.training.export import export
 from fastpeft.training.loading import load_run
 from fastpeft.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,7 +12,6 @@ from torch import nn
 from fastpeft import FastpeftError, MeZO
 from fastpeft.mezo import CapturedStep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.linspace(-1, 1, 30).view(6, 5)
 
 

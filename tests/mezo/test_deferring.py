@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from fastpeft import FastpeftError, MeZO
 from fastpeft.mezo import perturbed_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -21,8 +21,6 @@ from fastpeft import FastpeftError, MeZO, MeZOTrainer, SivaConfig
 from fastpeft.functional import mezo_perturb, mezo_perturb_
 from fastpeft.mezo import Journal, step_seed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EPS = 1e-2
 
 

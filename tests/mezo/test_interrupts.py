@@ -19,8 +19,6 @@ from fastpeft import MeZO
 from fastpeft.mezo import Journal
 from fastpeft.support.interrupts import uninterrupted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 _AGAIN = 2.0  # seconds until the next signal
 
 

@@ -25,8 +25,6 @@ from fastpeft.mezo import Journal, Kind, replay
 from fastpeft.mezo.journal_format import FORMER_NAMES, pack_header
 from fastpeft.ops.noise import NAMES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SETTINGS = [
     {},
     {"weight_decay": 0.1},

@@ -15,9 +15,6 @@ from fastpeft import MeZO
 from fastpeft.mezo import Journal, step_seed
 from fastpeft.ops import noise
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # -- the seed of a step ------------------------------------------------------------------------------------------------
 
 

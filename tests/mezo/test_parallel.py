@@ -35,10 +35,7 @@ from fastpeft.mezo import Journal
 from fastpeft.mezo.sharding import local_part
 from fastpeft.support.processes import Ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 Run = Callable[..., list[Any]]
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from fastpeft import FastpeftError, MeZO
 from fastpeft.mezo import step_seed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("options", "message"),

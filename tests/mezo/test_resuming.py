@@ -20,8 +20,6 @@ from fastpeft import FastpeftError, MeZOTrainer
 from fastpeft.mezo import Journal
 from fastpeft.mezo.checkpoints import Checkpoint, Start, where_to_begin
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def journaled(folder: Path, *callbacks: TrainerCallback, **changes: Any) -> MeZOTrainer:
     options: dict[str, Any] = {

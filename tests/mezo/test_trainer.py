@@ -27,8 +27,6 @@ from transformers import (
 from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
 from fastpeft.mezo import perturbed_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def classifier() -> RobertaForSequenceClassification:
     torch.manual_seed(0)

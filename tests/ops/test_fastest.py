@@ -145,7 +145,6 @@ def test_times_are_told_fastest_first() -> None:
     assert in_words({"packed": 2.04, "plain": 1.0}) == "plain 1 ms, packed 2.04 ms"
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["siva", "mezo"])
 def test_a_run_keeps_its_choices_for_the_one_that_resumes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str

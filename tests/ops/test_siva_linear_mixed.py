@@ -153,7 +153,6 @@ def test_repeats_and_threads_are_bit_equal(shape: tuple[int, ...], packed: bool,
     assert all(map(torch.equal, runs[1], runs[3]))
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("shape", [(150, 65), (30, 7, 65)])
 def test_sorted_rows_have_the_same_bits(shape: tuple[int, ...]) -> None:
     number = shape[0]

@@ -201,6 +201,7 @@ def test_fused_calls_have_the_same_bits_on_any_number_of_threads(
     assert all(one.equal(first) for others in found[1:] for one, first in zip(others, found[0], strict=True))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("masked", [False, True])
 def test_fused_calls_have_no_scores_in_memory(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """But the window, beside what they return, and backward for a sentence a thread its gradients."""
@@ -210,7 +211,7 @@ def test_fused_calls_have_no_scores_in_memory(masked: bool, monkeypatch: pytest.
     mask = torch.arange(tokens) < torch.tensor([[tokens - 2]] * batch) if masked else None
     fixed = mask, list(range(window)), False, 0.2, torch.tensor(7), 2
     rows, keys = 4 * batch * heads * tokens, 4 * batch * window * tokens * width  # bytes of a number each, of all keys
-    at_once = min(torch.get_num_threads(), batch) * 2 * keys // batch  # gradients as keys and as values
+    at_once = torch.get_num_threads() * 2 * keys // batch  # gradients as keys and as values
     few = keys // batch
     forward, backward = (keys + rows * (width + 1) + more for more in (2 * few, 2 * (at_once + few)))
     assert max(forward, backward) < rows * window * tokens / 2  # which scores would take

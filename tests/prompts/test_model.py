@@ -21,8 +21,6 @@ from fastpeft.data.models import resolve_model
 from fastpeft.prompts.named import get_prompt
 from fastpeft.training.memory import simulate_training_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SST2 = Path(__file__).parents[3] / "shared" / "data" / "sst2"
 PROMPT = Prompt("{text} it was <mask>.", {"negative": "terrible", "positive": "great"})
 TEXTS = ["a dull film", "the plot is very long and lovely", "", "this is a good story, and long"]

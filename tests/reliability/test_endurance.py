@@ -8,8 +8,6 @@ import pytest
 from reliability import endurance
 from reliability.endurance import Sample, endure
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["siva", "mezo"])

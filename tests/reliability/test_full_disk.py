@@ -31,8 +31,6 @@ from fastpeft.support import files
 from fastpeft.training.export import export
 from fastpeft.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
@@ -69,6 +67,7 @@ def config(place: Path, output: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(output=str(output), **{**given, **changes})
 
 
+@pytest.mark.long(but=("siva-1000", "full-12000", "k-lst-6000"))
 @pytest.mark.parametrize(
     ("method", "room"), [("siva", 0), ("siva", 1_000), ("siva", 2_500), ("full", 12_000), ("k-lst", 6_000)]
 )
@@ -89,6 +88,7 @@ def test_a_checkpoint_that_does_not_fit(place: Path, tmp_path: Path, method: str
     assert RunFolder(train(run, resume=True).folder).finished
 
 
+@pytest.mark.long(but="6000")
 @pytest.mark.parametrize("room", [0, 1_000, 6_000])
 def test_a_result_that_does_not_fit(place: Path, tmp_path: Path, room: int) -> None:
     run = config(place, tmp_path / "run", save_steps=4)
@@ -158,7 +158,7 @@ def mounting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize(
     ("kinds", "shares"),
     [
-        pytest.param(["siva", "mezo, with checkpoints"], [0.5], id="two runs"),
+        pytest.param(["mezo, with checkpoints"], [0.5], id="one run"),
         pytest.param([*small_disk.RUNS], [n / 8 for n in range(8)], id="all runs", marks=pytest.mark.slow),
     ],
 )

@@ -24,10 +24,7 @@ from fastpeft.mezo import Journal
 from fastpeft.training.export import export
 from fastpeft.training.run_folder import RunFolder
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 SECONDS = 60  # that anything may take: far above what it does
 SIGNALLED_AT = 7  # of `kill.STEPS`, after two checkpoints

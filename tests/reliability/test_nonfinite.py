@@ -15,8 +15,6 @@ from transformers import TrainerCallback
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.support.nonfinite import where_it_began
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Doubled(nn.Module):
     """Returns a tuple, as layers of transformers do."""

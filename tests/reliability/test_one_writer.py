@@ -18,8 +18,6 @@ from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
 from fastpeft.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def second(config: TrainConfig, said: Path, choice: dict[str, bool]) -> None:
     """What another process does: train into the same folder, and leave what it was told."""

@@ -20,7 +20,7 @@ from fastpeft import TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread", "interruptible")
+pytestmark = pytest.mark.usefixtures("interruptible")
 
 RUNS: dict[str, dict[str, Any]] = {
     "siva": {"method": "siva"},

@@ -24,8 +24,6 @@ pytest.importorskip("uvicorn")
 from fastpeft.serving.app import Limits, create_app
 from fastpeft.serving.batcher import Batcher
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLIENTS, REQUESTS = 16, 6
 NAMES = ("a", "b", "pairs", "guest")
 TEXTS = [text for text, _ in reviews(8)]

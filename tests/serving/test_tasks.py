@@ -17,8 +17,6 @@ from fastpeft.serving.tasks import Ready, RefusedError, Tasks, parse_runs
 from fastpeft.support.stages import listening
 from fastpeft.training.evaluation import Predictor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = [text for text, _ in reviews(7)]
 PAIRS = [[text, "a dull film"] for text in TEXTS[:3]]
 ASKED: list[tuple[str, list[Any]]] = [

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.export import save_as_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TOKENS = [40, 3, 49]
 BASE = "__base__"
 

@@ -12,8 +12,6 @@ import torch
 from fastpeft.siva import cache
 from fastpeft.siva.decompose import Factors, decompose
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WEIGHT = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
 
 

@@ -6,10 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

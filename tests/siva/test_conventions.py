@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, SivaConfig, SivaLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Nested(nn.Module):
     """Layers inside lists, dictionaries and sequences, with names that are parts of each other."""

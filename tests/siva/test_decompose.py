@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.decompose import add, decompose, subtract
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -27,8 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastpeft import SivaConfig, SivaLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 Run = Callable[..., list[Any]]

@@ -23,8 +23,6 @@ from fastpeft import FastpeftError, SivaConfig, SivaLinear
 from fastpeft.siva import SivaModel
 from fastpeft.siva.export import save_as_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def config(**given: Any) -> SivaConfig:
     return SivaConfig(**({"r": 2, "task_type": "SEQ_CLS"} | given))

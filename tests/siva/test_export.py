@@ -17,8 +17,6 @@ from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.decompose import Factors
 from fastpeft.siva.export import lora_factors, save_as_lora
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def adapted(kind: str = "Roberta", **config: Any) -> peft.PeftModel:
     """One with an adapter, and a head, that training has moved."""

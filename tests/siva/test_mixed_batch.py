@@ -18,8 +18,6 @@ from fastpeft import FastpeftError, SivaConfig
 from fastpeft.functional import siva_linear, siva_linear_mixed
 from fastpeft.ops import aten, reference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 BASE = "__base__"
 

@@ -15,8 +15,6 @@ from siva_adapters import CLOSE, RESIDUALS, move
 from fastpeft import FastpeftError, SivaConfig
 from fastpeft.siva.layer import SivaLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PISSA = {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa", "target_modules": ["query", "key"]}
 
 

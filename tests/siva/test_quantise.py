@@ -24,8 +24,6 @@ from fastpeft.siva.export import save_as_lora
 from fastpeft.siva.quantise import decompose_quantised
 from fastpeft.training.memory import simulate_training_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NF4 = pytest.param(
     "nf4",
     marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),

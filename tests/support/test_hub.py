@@ -15,8 +15,6 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from fastpeft import LadderConfig, LadderModel, Prompt, PromptModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 REPOSITORY = "someone/something"
 PROMPT = Prompt("{text} the film is <mask>", {"negative": "awful", "positive": "lovely"})
 

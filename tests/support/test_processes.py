@@ -30,7 +30,6 @@ from fastpeft.errors import LostProcessError
 from fastpeft.support import processes
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
 ]
 

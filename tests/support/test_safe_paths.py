@@ -25,8 +25,6 @@ from fastpeft.ops.noise import NAMES
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.safe_paths import check_named_files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

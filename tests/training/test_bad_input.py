@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import pairs, reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import pairs, reviews, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM, TrainingArguments
 from typer.testing import CliRunner
 
 from fastpeft import TrainConfig, train
 from fastpeft.cli import app
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -459,11 +457,6 @@ CASES = [
     (["--method", "mezo", "--output", "bad-resume", "--resume", "--max-steps", "1"], ["not a journal"]),
     (["dance"], ["dance"]),
 ]
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Everything below `folder`, files with their content."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.mark.long(only="--method sivva")

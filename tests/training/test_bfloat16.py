@@ -22,8 +22,6 @@ from fastpeft.training.evaluation import evaluate, load_run
 from fastpeft.training.setup import RunSetup, resolve
 from fastpeft.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +23,6 @@ from fastpeft.training.estimates import Estimate, _padded_tokens, estimate, plan
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> CompareConfig:
@@ -32,8 +33,12 @@ def config(tmp_path: Path) -> CompareConfig:
     return CompareConfig(output=str(tmp_path / "out"), methods=methods, common=common, seeds=2)
 
 
-def test_estimates(config: CompareConfig, tmp_path: Path) -> None:
+def test_estimates(config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    stand_in = SimpleNamespace(run=lambda command, **options: started.append(command), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(estimates, "subprocess", stand_in)
     found = Comparison(config).estimates()
+    assert [command[:2] for command in started] == [[sys.executable, "-c"]], "one process is timed for all"
     assert list(found) == ["head", "mezo:eps=1e-2", "lst:init_from=mezo:eps=1e-2", "siva:rank=99"], "one for all seeds"
     assert found["head"].memory_mb == plan(config.cells()[0].config).peak_memory_mb
     for variant in ("head", "lst:init_from=mezo:eps=1e-2", "mezo:eps=1e-2"):
@@ -45,6 +50,14 @@ def test_estimates(config: CompareConfig, tmp_path: Path) -> None:
     assert "99" in (failed.error or "")
     assert (failed.seconds(10), failed.fits(1000)) == (None, None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_the_process_that_is_timed_loads_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: ended.append(run(*args, **options)))
+    assert estimates.process_seconds() > 0
+    assert [(process.returncode, process.stderr) for process in ended] == [(0, b"")]
 
 
 def test_what_is_above_the_budget_is_not_run(config: CompareConfig) -> None:

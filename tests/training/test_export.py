@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, Interrupt, pairs, scores, tagged, write_jsonl
+from samples import PROMPT, Interrupt, pairs, sampled, scores, tagged, write_jsonl
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -25,8 +26,6 @@ from fastpeft.mezo import Journal
 from fastpeft.prompts.template import HEADS
 from fastpeft.training.export import export
 from fastpeft.training.loading import load_run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNMERGED = ("k-lst", "lst", "k-lst-direct", "lst-direct", "qlora", "prompt-tuning")
 MERGED = [name for name in METHODS if name not in UNMERGED]
@@ -58,9 +57,9 @@ def by_the_card(folder: Path, **names: Any) -> Any:
     return names["model"]
 
 
-@pytest.mark.long(but="mezo-loop-classifier")
-@pytest.mark.parametrize("head", [None, *HEADS])
-@pytest.mark.parametrize("method", MERGED)
+@pytest.mark.parametrize(
+    ("method", "head"), sampled(itertools.product(MERGED, [None, *HEADS]), but=("mezo-loop", "classifier"))
+)
 def test_merged(config: TrainConfig, tmp_path: Path, method: str, head: str | None) -> None:
     prompt = {} if head is None else {**PROMPT, "prompt_head": head}
     train(replace(config, method=method, **prompt))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from samples import PROMPT, SMALL, Interrupt, prompted, reviews, write_csv
+from samples import PROMPT, SMALL, Interrupt, prompted, reviews, sampled, write_csv
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, TrainConfig, train
@@ -23,8 +23,6 @@ from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run, load_start
 from fastpeft.training.setup import Head, resolve
 from fastpeft.training.task import Task, recipe_used
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
@@ -39,8 +37,7 @@ def logits(model: Any, config: TrainConfig) -> torch.Tensor:
     return found
 
 
-@pytest.mark.long(but="k-lst-direct-classifier")
-@pytest.mark.parametrize(("over", "head"), prompted(SUBSETS))
+@pytest.mark.parametrize(("over", "head"), sampled(prompted(SUBSETS), but=("k-lst-direct", "classifier")))
 def test_mezo_trains_what_another_method_leaves_to_train(config: TrainConfig, over: str, head: str) -> None:
     settings = {"over": over, **({"layers": 1} if over == "last-n" else {})}
     config = replace(config, method="mezo", **PROMPT, prompt_head=head, settings=settings)

@@ -25,8 +25,6 @@ from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.losses import TrainingLoss, balanced, training_loss
 from fastpeft.training.task import data_for
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(7, 3, generator=GENERATOR, dtype=torch.float64)
 CLASSES = torch.tensor([0, 2, 1, 1, 0, 2, 2])

@@ -17,8 +17,6 @@ from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.training import onnx_model
 from fastpeft.training.onnx_model import trace, write_onnx
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = [(3, 9), (1, 1), (1, 12), (5, 2), (2, 30)]  # the first is traced
 
 

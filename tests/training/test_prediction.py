@@ -22,8 +22,6 @@ from fastpeft.training import prediction
 from fastpeft.training.evaluation import predict
 from fastpeft.training.prediction import Predictions, writing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
 NUMBERS = ("row", "text", "class", "p(negative)", "p(positive)")
 

@@ -27,8 +27,6 @@ from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, evaluate_zero_shot, predict
 from fastpeft.training.prompt_search import best_words, find_prompt, score, templates, whole_words
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

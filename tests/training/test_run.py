@@ -24,8 +24,6 @@ from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run import TrainResult
 from fastpeft.training.setup import resolve
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:

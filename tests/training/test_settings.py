@@ -18,8 +18,6 @@ from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.training.settings import sort_settings
 from fastpeft.training.task import Task
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
