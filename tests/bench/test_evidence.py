@@ -11,8 +11,6 @@ from samples import reviews, save_tiny_model
 from bench import evidence
 from fastpeft.data.examples import load_data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def _table(file: Path, column: str, rows: int) -> None:
     lines = [f"{text}\t{int(label == 'positive')}" for text, label in reviews(rows)]

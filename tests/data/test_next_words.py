@@ -25,8 +25,6 @@ from fastpeft.training.generation import Writer, write
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictions
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEMPLATE = (
     "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
