@@ -49,6 +49,8 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear_mixed", "cuda"): ("triton", "aten"),
     ("siva_linear_mixed_backward", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed_backward", "cuda"): ("triton", "aten"),
+    ("frozen_head_cross_entropy", "cpu"): ("aten",),
+    ("frozen_head_cross_entropy", "cuda"): ("aten",),
     ("mezo_perturb_", "cpu"): ("cpp",),
     ("mezo_perturb_", "cuda"): ("cuda", "triton"),
     ("mezo_perturb_replay_", "cuda"): ("cuda", "triton"),
