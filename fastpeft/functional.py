@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpeft.errors import FastpeftError
 from fastpeft.ops import backends  # noqa: F401  (declares ops, registers their implementations)
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
+from fastpeft.ops.frozen_head_cross_entropy import loss_of_head
 from fastpeft.ops.int8_linear import multiply
 from fastpeft.ops.noise import NOISE
 from fastpeft.ops.packing import Packs, operand
@@ -281,7 +282,8 @@ def frozen_head_cross_entropy(
 
     Args:
         hidden: `(*, K)`, the states that the decoder reads.
-        weight: `(V, K)`, frozen: it must not require a gradient. Not a quantised one, which has no rows to multiply by.
+        weight: `(V, K)`, frozen: it requires no gradient, but under `torch.no_grad` it may. Not a quantised one, which
+            has no rows to multiply by.
         labels: int64 `(*)`, 0 to V - 1, or `ignore_index`. A label for the next token is shifted by the caller.
         bias: `(V,)` or None; frozen.
         ignore_index: the label of tokens without a loss. They are left out before the first product.
@@ -328,26 +330,13 @@ def frozen_head_cross_entropy(
             f"frozen_head_cross_entropy: labels are on the device {labels.device} and hidden on {hidden.device}; put "
             "them on one."
         )
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    trained = [name for name, t in (("weight", weight), ("bias", bias)) if t is not None and t.requires_grad]
+    if trained and torch.is_grad_enabled():
         raise FastpeftError(
-            "frozen_head_cross_entropy: weight and bias are frozen by definition but "
-            f"{'weight' if weight.requires_grad else 'bias'} requires a gradient; call requires_grad_(False) on it, or "
-            "take F.cross_entropy of the logits."
+            f"frozen_head_cross_entropy: weight and bias are frozen by definition but {trained[0]} requires a "
+            "gradient; call requires_grad_(False) on it, or take F.cross_entropy of the logits."
         )
-    dtype = compute_dtype(hidden, weight)
-    hidden, weight, bias = _cast(dtype, hidden, weight, bias)
-    need_dhidden = torch.is_grad_enabled() and hidden.requires_grad
-    with torch.autocast(hidden.device.type, enabled=False):  # which would undo the sums in float32
-        losses, _ = torch.ops.fastpeft.frozen_head_cross_entropy(
-            hidden, weight, labels, bias, ignore_index, need_dhidden
-        )
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    count = (labels != ignore_index).sum()
-    # of no token NaN, as F.cross_entropy, with a gradient of 0
-    return torch.where(count > 0, losses.sum() / count.clamp_min(1), torch.nan)
+    return loss_of_head(hidden, weight, labels, bias, ignore_index, reduction)
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import NAMESPACE, define
+from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.products import as_matrix, is_widened
 
@@ -29,6 +30,28 @@ from fastpeft.ops.products import as_matrix, is_widened
 # product: an H100 does 295 operations while it reads one byte, a consumer's card about 200, one core of a CPU 10.
 CHUNK = 2**22
 _FEWEST_TOKENS = {"cpu": 128, "cuda": 256}
+
+
+def loss_of_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """`functional.frozen_head_cross_entropy` of operands that fit."""
+    dtype = compute_dtype(hidden, weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    need_dhidden = torch.is_grad_enabled() and hidden.requires_grad
+    with torch.autocast(hidden.device.type, enabled=False):  # which would undo the sums in float32
+        losses: Tensor = torch.ops.fastpeft.frozen_head_cross_entropy(
+            hidden, weight.detach(), labels, None if bias is None else bias.detach(), ignore_index, need_dhidden
+        )[0]
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    count = (labels != ignore_index).sum()
+    # of no token NaN, as F.cross_entropy, with a gradient of 0
+    return torch.where(count > 0, losses.sum() / count.clamp_min(1), torch.nan)
+
 
 # (logits (n, V), labels (n,), bias, gradient) -> losses (n,); leaves softmax - onehot in the place of the logits, if
 # that is asked for
