@@ -89,18 +89,22 @@ class UnmadeLogits(Tensor):
     def make(self, name: str) -> Tensor:
         """The logits, for what is named so."""
         if self.made is None:
-            if self.version != _version(self.weight):
-                raise FastpeftError(
-                    "logits are read that were not made with the loss, and the decoder's weight has changed since. "
-                    "Read them before, or call fastpeft.unfuse_head(model)."
-                )
-            self.uses.append(name)
+            self.use(name)
             bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
             with torch.autocast(self.hidden.device.type, enabled=False):
                 logits = F.linear(self.hidden, self.weight.to(self.hidden.dtype), bias)
             with torch._C.DisableTorchFunctionSubclass():
                 self.made = logits.to(self.dtype)
         return self.made
+
+    def use(self, name: str) -> None:
+        """Before what is named so reads hidden and weight: they must be what the decoder had."""
+        if self.version != _version(self.weight):
+            raise FastpeftError(
+                "logits are read that were not made when the decoder ran, and its weight has changed since. Read them "
+                "before, or call fastpeft.unfuse_head(model)."
+            )
+        self.uses.append(name)
 
     def like(self, hidden: Tensor, **changes: Any) -> UnmadeLogits:
         """Those of other states, or with another dtype or bias."""
@@ -179,7 +183,7 @@ def _cross_entropy(
     fits = logits.dim() == 2 and target.shape == logits.shape[:1] and target.device == logits.device
     if not (is_plain and fits and target.dtype == torch.int64 and reduction in ("mean", "sum", "none")):
         return NotImplemented
-    logits.uses.append("loss")
+    logits.use("loss")
     with torch.autocast(logits.device.type, enabled=False):
         decoder = logits.weight.to(logits.hidden.dtype)
         return loss_of_head(logits.hidden, decoder, target, logits.bias, ignore_index, reduction)
@@ -201,9 +205,10 @@ class FusedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         trains = any(parameter.requires_grad for parameter in self.parameters()) and torch.is_grad_enabled()
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        is_hooked = self._forward_hooks or self._forward_pre_hooks  # which may lend other weights, or read the logits
         dtype = compute_dtype(input, self.weight)
         castable = dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
-        if not self.is_labelled or trains or is_traced or not castable:
+        if not self.is_labelled or trains or is_traced or is_hooked or not castable:
             return super().forward(input)
         return UnmadeLogits(input.to(dtype), self.weight, self.bias, dtype, self.uses)
 

@@ -7,12 +7,15 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from backbones import ladder, tiny, trainable
 from causal_models import CAUSAL, causal_model
+from mezo_trainer import config as mezo_config
+from mezo_trainer import logged
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,6 +151,16 @@ def test_a_decoder_that_trains_computes_as_before_but_where_no_gradient_is_asked
     torch.testing.assert_close(output.loss, loss)
 
 
+def test_hooks_of_the_decoder_see_logits() -> None:
+    model = fuse_head(frozen(causal_model("llama")))
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(type(output)))
+    assert type(step(model)[2]) is Tensor
+    handle.remove()
+    assert is_unmade(step(model)[2])
+    assert seen == [Tensor]
+
+
 def test_without_labels_nothing_changes() -> None:
     model = frozen(causal_model("llama"))
     expected, generated = model(input_ids=IDS).logits, model.generate(IDS, max_new_tokens=3, do_sample=False)
@@ -201,13 +214,34 @@ def test_a_side_network_beside_a_masked_model_or_in_half_precision() -> None:
         torch.testing.assert_close(step(unfuse_head(model))[0], loss, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("trained", ["all", "all but the decoder"])
+@pytest.mark.parametrize("restore", ["in_place", "exact"])
+def test_mezo_trains_with_the_same_losses(tmp_path: Path, trained: str, restore: str) -> None:
+    losses = []
+    for fused in (False, True):
+        base = tiny("Roberta", "ForMaskedLM", initializer_range=0.2)
+        if trained != "all":
+            frozen(base)
+        args = mezo_config(tmp_path, restore=restore)
+        trainer = fastpeft.MeZOTrainer(base, args, train_dataset=rows())
+        assert type(base.get_output_embeddings()) is FusedLinear
+        unmade: list[bool] = []
+        base.register_forward_hook(lambda module, args, output, seen=unmade: seen.append(is_unmade(output.logits)))
+        if not fused:
+            unfuse_head(base)
+        trainer.train()
+        assert set(unmade) == {fused and (trained, restore) != ("all", "exact")}
+        losses.append(logged(trainer, "loss") + logged(trainer, "projected_grad"))
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-4)
+
+
 def rows() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    drawn = [torch.randint(3, 60, (7,), generator=generator) for _ in range(8)]
+    drawn = [torch.randint(3, 50, (7,), generator=generator) for _ in range(8)]
     return [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(7) < k % 4, -100)} for k, ids in enumerate(drawn)]
 
 
-def trained(tmp_path: Any, fused: bool, **options: Any) -> Trainer:
+def trained(tmp_path: Path, fused: bool, **options: Any) -> Trainer:
     model = get_peft_model(causal_model("llama"), LoraConfig(r=2))
     metrics = options.pop("compute_metrics", None)
     batch = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3}
@@ -223,7 +257,7 @@ def trained(tmp_path: Any, fused: bool, **options: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "smoothed"])
-def test_the_trainer_of_transformers(tmp_path: Any, options: dict[str, Any]) -> None:
+def test_the_trainer_of_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     """With accumulated gradients, whose sum is divided by the number of their tokens."""
     found = []
     for fused in (False, True):
@@ -233,7 +267,7 @@ def test_the_trainer_of_transformers(tmp_path: Any, options: dict[str, Any]) -> 
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_metrics_of_an_evaluation_get_their_logits(tmp_path: Any) -> None:
+def test_metrics_of_an_evaluation_get_their_logits(tmp_path: Path) -> None:
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return {"sum": float(prediction.predictions.sum())}
 
@@ -376,8 +410,9 @@ def test_what_goes_past_pytorch_is_refused(pair: tuple[UnmadeLogits, Tensor]) ->
 
 def test_a_weight_that_changed_is_noticed(pair: tuple[UnmadeLogits, Tensor]) -> None:
     pair[0].weight.mul_(2)
-    with pytest.raises(fastpeft.FastpeftError, match="weight has changed since"):
-        pair[0].sum()
+    for read in (Tensor.sum, lambda logits: F.cross_entropy(logits.view(-1, 9), torch.ones(10).long())):
+        with pytest.raises(fastpeft.FastpeftError, match="weight has changed since"):
+            read(pair[0])
 
 
 # -- the change of class ---------------------------------------------------------------------------------------------
@@ -391,7 +426,7 @@ def test_unfuse_leaves_what_was_there() -> None:
     assert found == attributes
 
 
-def test_copies_and_files(tmp_path: Any) -> None:
+def test_copies_and_files(tmp_path: Path) -> None:
     model = fuse_head(frozen(causal_model("llama")))
     loss = step(model)[0]
     torch.save(model, file := io.BytesIO())
