@@ -111,8 +111,10 @@ def chunk_bytes(base: Any, tokens: int, training: bool) -> int:
     weight = base.get_output_embeddings().weight.detach()
     hidden, labels = torch.zeros(tokens, weight.shape[1], dtype=weight.dtype), torch.zeros(tokens, dtype=torch.long)
     with MemoryTracker() as tracker:
+        tracker.add([hidden, weight, labels])
+        before = tracker.current
         results = aten.frozen_head_cross_entropy(hidden, weight, labels, None, -100, training)
-    return tracker.peak - sum(result.numel() * result.element_size() for result in results)
+    return tracker.peak - before - sum(result.numel() * result.element_size() for result in results)
 
 
 def record_memory(load: Callable[[], Any], method: str, tokens: int, file: Any = MEMORY_FILE) -> None:

@@ -79,7 +79,7 @@ def frozen_head_cross_entropy_aten(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
 ) -> tuple[Tensor, Tensor]:
     """By chunks, whose softmax works in place."""
-    return in_chunks(hidden, weight, labels, bias, ignore_index, need_dhidden, _softmax)
+    return in_chunks(hidden, weight, labels, bias, ignore_index, need_dhidden, softmax_in_place)
 
 
 def in_chunks(
@@ -147,7 +147,7 @@ def _blocks(weight: Tensor, widened: bool) -> Iterator[tuple[slice, Tensor]]:
         yield words, weight[words].float()
 
 
-def _softmax(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool) -> Tensor:
+def softmax_in_place(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool) -> Tensor:
     """`Softmax` by calls of ATen, in float32 or wider."""
     z = logits.to(_wide(logits.dtype))
     if bias is not None:

@@ -149,18 +149,20 @@ def _unmade(func: Any, logits: UnmadeLogits, args: tuple[Any, ...], kwargs: dict
 
 def _view(func: Any, name: str, logits: UnmadeLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same rows in another shape, some of them, or their logits in another dtype."""
-    index = args[1] if name == "__getitem__" else ()
-    if any(not (part is Ellipsis or isinstance(part, slice)) for part in (index if type(index) is tuple else (index,))):
-        return NotImplemented
-    plan = torch.empty(logits.shape, dtype=logits.dtype, device="meta")  # what becomes of tensors of this shape
+    if name in ("contiguous", "float"):
+        return logits.like(logits.hidden, dtype=torch.float32 if name == "float" else logits.dtype)
     if name == "to":
         device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
-        if device is not None and device != logits.device:
-            return NotImplemented
-        return logits.like(logits.hidden, dtype=dtype or logits.dtype)
+        is_here = device is None or device == logits.device
+        return logits.like(logits.hidden, dtype=dtype or logits.dtype) if is_here else NotImplemented
+    index = args[1] if name == "__getitem__" else ()
+    parts = index if type(index) is tuple else (index,)
+    if any(not (part is Ellipsis or isinstance(part, slice)) for part in parts):
+        return NotImplemented
+    if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+        return NotImplemented
+    plan = torch.empty((), device="meta").expand(logits.shape)  # has no memory; what becomes of tensors of this shape
     plan = func(plan, *args[1:], **kwargs)
-    if plan.dtype is not logits.dtype:
-        return logits.like(logits.hidden, dtype=plan.dtype) if plan.shape == logits.shape else NotImplemented
     width = logits.hidden.shape[-1]
     if plan.dim() == 0 or plan.shape[-1] != logits.shape[-1]:
         return NotImplemented

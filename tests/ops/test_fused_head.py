@@ -288,12 +288,12 @@ def test_a_step_has_no_logits() -> None:
         with MemoryTracker() as tracker:
             model(input_ids=ids, labels=ids).loss.backward()
         peaks.append(tracker.peak)
-    assert peaks[0] - peaks[1] > 1.5 * logits
+    assert peaks[0] - peaks[1] > 2.9 * logits
     simulated = [
         simulate_training_step(change(model), {"input_ids": ids, "labels": ids}).peak
         for change in (unfuse_head, fuse_head)
     ]
-    assert simulated[0] - simulated[1] > 1.5 * logits
+    assert simulated[0] - simulated[1] > 2.9 * logits
 
 
 # -- logits that are not made ----------------------------------------------------------------------------------------
@@ -329,6 +329,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
     "the words that are as many as hidden": lambda t: t[..., :4],
     "another width": lambda t: t.view(-1, 3),
     "turned": lambda t: t.transpose(0, 1),
+    "bits": lambda t: t.detach().view(torch.int32),
     "a list": lambda t: torch.stack([t, t]),
     "second": lambda t: torch.ones(9) + t,
     "keyword": lambda t: torch.softmax(input=t, dim=-1),
