@@ -17,6 +17,9 @@ without; the frozen head has 24 MB, a chunk of 128 tokens, and N K for the gradi
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,6 +31,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from bench.harness import DATA, Candidates, Row, machine, measure, put_row
+from bench.tune import HEADS
 from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head, unfuse_head
 from fastpeft.functional import frozen_head_cross_entropy
 from fastpeft.ops import aten
@@ -46,10 +50,10 @@ def of_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses(weight: Tensor, tokens: int, training: bool) -> Candidates:
-    """The loss alone, on random states."""
+    """The loss alone, on random states; on a card beside the form of ATen and, where it is installed, liger-kernel."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, weight.shape[1], generator=generator)
-    labels = torch.randint(weight.shape[0], (tokens,), generator=generator)
+    hidden = torch.randn(tokens, weight.shape[1], generator=generator).to(weight)
+    labels = torch.randint(weight.shape[0], (tokens,), generator=generator).to(weight.device)
 
     def ready(function: Callable[..., Tensor]) -> Callable[[], object]:
         if not training:
@@ -57,7 +61,23 @@ def losses(weight: Tensor, tokens: int, training: bool) -> Candidates:
         states = hidden.clone().requires_grad_()
         return lambda: torch.autograd.grad(function(states, weight, labels), states)
 
-    return {"frozen head": ready(frozen_head_cross_entropy), "logits": ready(of_logits)}
+    found = {"frozen head": ready(frozen_head_cross_entropy), "logits": ready(of_logits)}
+    if weight.is_cuda:
+        found["aten"] = torch.no_grad()(
+            lambda: aten.frozen_head_cross_entropy(hidden, weight, labels, None, -100, training)
+        )
+        if importlib.util.find_spec("liger_kernel"):
+            liger = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+            found["liger-kernel"] = ready(lambda states, *_: liger(weight, states, labels))
+    return found
+
+
+def record_on_card(device: torch.device, rounds: int) -> None:
+    """The loss alone at the shapes of several heads, in bfloat16, on random weights."""
+    for (width, words), tokens, work in itertools.product(HEADS, TOKENS, ("training", "forward")):
+        weight = torch.randn(words, width, device=device, dtype=torch.bfloat16) / width**0.5
+        case = {"head": f"{words}x{width}", "tokens": str(tokens), "work": work}
+        measure(FILE, case, losses(weight, tokens, work == "training"), device, rounds)
 
 
 def prepared(base: nn.Module, method: str) -> nn.Module:
@@ -165,7 +185,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["alone", "LST", "SiVA", "MeZO"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default {ROUNDS}")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda: the loss alone, without a model")
     given = parser.parse_args()
+    if given.device != "cpu":
+        record_on_card(torch.device(given.device), given.rounds)
+        return
     load = partial(AutoModelForCausalLM.from_pretrained, given.model, dtype=torch.float32)
     for tokens in given.tokens:
         for method in given.methods:
