@@ -38,6 +38,7 @@ class Stage:
 STAGES = [
     Stage("siva_linear", "tests/kernels -k siva_linear", ["bench_siva_linear", "bench_siva_linear_mixed"]),
     Stage("window_attention", "tests/kernels -k window_attention", ["bench_window_attention"]),
+    Stage("frozen_head", "tests/kernels -k frozen_head", ["bench_frozen_head"]),
     Stage("mezo_perturb", "tests/kernels -k mezo_perturb", ["bench_mezo_perturb --model large", "bench_mezo"]),
     Stage(
         "steps",

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import DATA, read_rows, write_rows
+from fastpeft.kernels import frozen_head_cross_entropy as frozen_head
 from fastpeft.kernels import mezo_perturb as mezo
 from fastpeft.kernels import (
     siva_linear,
@@ -64,6 +65,7 @@ KERNELS = {
     "window_attention_bwd_bases": window_attention_backward._window_attention_bwd_bases_kernel,
     "window_attention_bwd_queries": window_attention_backward._window_attention_bwd_queries_kernel,
     "window_attention_bwd_keys": window_attention_backward._window_attention_bwd_keys_kernel,
+    "frozen_head_softmax": frozen_head._softmax_kernel,
 }
 WINDOW_ATTENTION_TYPES = {
     **dict.fromkeys(("lse_ptr", "base_ptr", "delta_ptr", "dp_ptr"), "*fp32"),
@@ -89,8 +91,9 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     "window_attention_bwd_bases": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_queries": WINDOW_ATTENTION_TYPES,
     "window_attention_bwd_keys": WINDOW_ATTENTION_TYPES,
+    "frozen_head_softmax": {"labels_ptr": "*i64", "losses_ptr": "*fp32"},
 }
-_SHOWN = ("BLOCK_", "P", "IS_", "TMA", "CAUSAL", "DROPOUT")  # constants of a tile begin with one of these
+_SHOWN = ("BLOCK_", "P", "IS_", "NEED_G", "TMA", "CAUSAL", "DROPOUT")  # constants of a tile begin with one of these
 KEY = ("kernel", "arch", "dtype", "tile")  # the columns that name a row
 MATRIX_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 SPECIALISED = 16  # Triton compiles sizes, strides and addresses that are multiples of this apart: the usual case
@@ -278,6 +281,14 @@ def window_attention_variant(
     return Variant(name, arch, dtype, constants, tile.num_warps, tile.num_stages)
 
 
+def frozen_head_variants(arch: str) -> Iterator[Variant]:
+    """The softmax of a frozen head with and without its gradient."""
+    tile = tiles.SOFTMAX
+    for dtype, gradient in itertools.product(("bf16", "fp16", "fp32"), (True, False)):
+        constants = {"HAS_BIAS": True, "NEED_GRADIENT": gradient, "BLOCK_V": tile.block_v}
+        yield Variant("frozen_head_softmax", arch, dtype, constants, tile.num_warps, num_stages=3)
+
+
 def variants() -> Iterator[Variant]:
     """Everything that `static.csv` has a row for."""
     for arch in TARGETS:
@@ -286,6 +297,8 @@ def variants() -> Iterator[Variant]:
         yield from mezo_perturb_variants(arch)
     for arch in TARGETS:
         yield from window_attention_variants(arch)
+    for arch in TARGETS:
+        yield from frozen_head_variants(arch)
 
 
 def source_hash(kernel: str) -> str:

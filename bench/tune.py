@@ -29,6 +29,7 @@ LAYERS = [  # in_features, and out_features of the layers that share the input
 ROWS, RANKS = (64, 256, 512, 2048, 8192, 16384), (16, 64)
 WIDTHS, SLOTS, TOKENS, DROPOUTS = (96, 128, 256), (1, 3, 9), (64, 128, 512), (0.0, 0.2)
 BATCH = 16
+HEADS, HEAD_TOKENS = ((576, 49152), (2048, 128256), (4096, 128256)), (512, 2048, 8192)  # SmolLM2, Llama-3.2-1B, -3.1-8B
 Call = tuple[str, tuple[Any, ...]]  # an op and its arguments
 
 
@@ -70,12 +71,22 @@ def window_calls(
     yield "window_attention_backward", (q, q, c, p, mask, q, lse, *rest, True, True, True)
 
 
+def head_calls(width: int, words: int, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Call]:
+    """The loss of a frozen head with the gradient of its states, and without."""
+    hidden, weight = (torch.ones(size, width, dtype=dtype, device=device) for size in (tokens, words))
+    labels = torch.zeros(tokens, dtype=torch.int64, device=device)
+    for need_dhidden in (True, False):
+        yield "frozen_head_cross_entropy", (hidden, weight, labels, None, -100, need_dhidden)
+
+
 def calls(device: str) -> Iterator[Call]:
     """Of all shapes."""
     for (k, columns), rows, rank in itertools.product(LAYERS, ROWS, RANKS):
         yield from siva_calls(k, columns, rows, rank, DTYPE, device)
     for width, slots, tokens, dropout, padded in itertools.product(WIDTHS, SLOTS, TOKENS, DROPOUTS, (False, True)):
         yield from window_calls(BATCH, tokens, width, slots, dropout, DTYPE, device, padded)
+    for (width, words), tokens in itertools.product(HEADS, HEAD_TOKENS):
+        yield from head_calls(width, words, tokens, DTYPE, device)
 
 
 def tune(file: Path, timed: Iterator[Call]) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastpeft.mezo.optimizer import MeZO
     from fastpeft.mezo.trainer import MeZOConfig, MeZOTrainer
     from fastpeft.ops.frozen_linear import freeze, unfreeze
+    from fastpeft.ops.fused_head import fuse_head, unfuse_head
     from fastpeft.prompts.model import PromptCollator, PromptModel
     from fastpeft.prompts.template import Prompt
     from fastpeft.siva import SivaConfig, SivaLinear
@@ -47,8 +48,10 @@ __all__ = [
     "compare",
     "freeze",
     "functional",
+    "fuse_head",
     "train",
     "unfreeze",
+    "unfuse_head",
 ]
 
 # where the other names are, for their first use
@@ -68,8 +71,10 @@ _MODULES = {
     "TrainConfig": "fastpeft.training",
     "compare": "fastpeft.comparison.run",
     "freeze": "fastpeft.ops.frozen_linear",
+    "fuse_head": "fastpeft.ops.fused_head",
     "train": "fastpeft.training",
     "unfreeze": "fastpeft.ops.frozen_linear",
+    "unfuse_head": "fastpeft.ops.fused_head",
 }
 
 

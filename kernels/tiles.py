@@ -343,3 +343,13 @@ class Strip(NamedTuple):
 
 
 MEZO_PERTURB = Strip(block_q=256, num_warps=4)  # 8 elements a thread
+
+
+class Words(NamedTuple):
+    """One launch shape of a softmax over the vocabulary: words a step, and warps."""
+
+    block_v: int
+    num_warps: int
+
+
+SOFTMAX = Words(block_v=8192, num_warps=16)  # 16 bits a word: 32 bytes a thread in flight, and two programs hide a read

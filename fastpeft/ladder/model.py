@@ -31,6 +31,7 @@ from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
+from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.processes import agreed
 
 
@@ -126,6 +127,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         base.requires_grad_(False)
         if config.pack_weights:
             pack(backbone)
+        if can_fuse_head(base):
+            fuse_head(base)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self._gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):

@@ -23,6 +23,7 @@ from fastpeft.mezo.checkpoints import STATE_FILE, Checkpoint, Start, where_to_be
 from fastpeft.mezo.journal import FILE_NAME, Journal
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
+from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support import files
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks
@@ -112,7 +113,8 @@ class MeZOTrainer(Trainer):
         FastpeftError: `args` is no `MeZOConfig`, the optimizer is no `MeZO`, or FSDP or DeepSpeed is asked for.
 
     Notes:
-        The model is in eval mode while it trains. The loss of a step is the mean over its micro-batches, all under the
+        The model is in eval mode while it trains. One that predicts words gets `fastpeft.fuse_head`, so that its loss
+        makes no logits. The loss of a step is the mean over its micro-batches, all under the
         same noise. A `compute_loss_func` gets `num_items_in_batch`, must divide by it, and its results are added up. A
         skipped step is logged with the loss of the step before it.
         The end of a step is left to the next one (`MeZO(defer=True)`), but evaluation, saving and callbacks see settled
@@ -146,6 +148,8 @@ class MeZOTrainer(Trainer):
         self._last_loss = 0.0
         self._start: Start | None = None  # of a resumed run with a journal
         self._settle_for_callbacks()
+        if can_fuse_head(self.model):  # whose loss asks for no gradient, even where the decoder trains
+            fuse_head(self.model)
         if not _predicts_words(self.model):
             logger.warning(
                 "MeZO trains %s, which predicts no words: without a prompt, or a head that was trained before, it "

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     feature_dropout,
+    frozen_head_cross_entropy,
     int8_linear,
     mezo_perturb,
     siva_linear,

@@ -7,7 +7,7 @@ have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm
 
 Some answers are predictions that only times in a file change: SiVA's products of fewer than 16 rows, of which a tile is
 mostly padding, go to ATen, as those in float32 always do; window attention with dropout goes to Triton, for elsewhere
-many operations of PyTorch draw it.
+many operations of PyTorch draw it, and so does the loss of a frozen head, whose forms share their products.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def choosing(
     """What to register for `op` on a card: at each call the fastest of its `forms`.
 
     Args:
-        op: of SiVA, or window attention.
+        op: of SiVA, window attention, or the loss of a frozen head.
         forms: by name, among them "triton" and "aten".
         choices: what keeps the times.
         times_all: time all forms, and those too whose answer is predicted; else these two.
@@ -42,7 +42,7 @@ def choosing(
 
     def call(*arguments: Any) -> Any:
         named = dict(zip(names, arguments, strict=True))
-        of = _of_window(named) if "q" in named else _of_siva(named)
+        of = (_of_window if "q" in named else _of_head if "hidden" in named else _of_siva)(named)
 
         def ways() -> Ways:
             return {form: partial(forms[form], *arguments) for form in (forms if times_all else ("triton", "aten"))}
@@ -93,6 +93,13 @@ def _of_window(named: Mapping[str, Any]) -> _Call:
     sizes = "batch", _class(batch), "heads", heads, "slots", slots, "tokens", _class(tokens), "width", width
     question = q.dtype, *sizes, *words
     return _Call(question, "triton", q.numel() > 0 and not flags["dropout"], q.device)
+
+
+def _of_head(named: Mapping[str, Any]) -> _Call:
+    hidden, (words, width) = named["hidden"], named["weight"].shape
+    tokens = _class(rows_of(hidden))
+    question = hidden.dtype, f"{words}x{width}", "tokens", tokens, *(("dhidden",) if named["need_dhidden"] else ())
+    return _Call(question, "triton", False, hidden.device)
 
 
 def _class(size: int, least: int = 1) -> int:

@@ -26,6 +26,7 @@ from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, OBJECT
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
 from fastpeft.ops.frozen_linear import pack_frozen
+from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.prompts.model import PromptCollator
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
@@ -104,6 +105,8 @@ class Task:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
         model = prepare(classifier, setup)
+        if data.problem is MASKED_WORDS and can_fuse_head(model):
+            fuse_head(model)
         if best_device() == "cpu":
             pack_frozen(model, config.pack_weights)
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)

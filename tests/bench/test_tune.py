@@ -17,6 +17,7 @@ SMALL = [
     *tune.siva_calls(24, (16,), 32, 4, torch.bfloat16, "cpu"),
     *tune.siva_calls(24, (16, 8), 32, 4, torch.bfloat16, "cpu"),
     *tune.window_calls(2, 5, 8, 3, 0.2, torch.bfloat16, "cpu", True),
+    *tune.head_calls(8, 30, 5, torch.bfloat16, "cpu"),
 ]
 
 
@@ -31,7 +32,7 @@ def test_it_times_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     file = tmp_path / "sm_90.json"
     assert tune.tune(file, iter(SMALL[:3])) == 3
     before = json.loads(file.read_text())
-    assert tune.tune(file, iter(SMALL)) == len(SMALL) == 6
+    assert tune.tune(file, iter(SMALL)) == len(SMALL) == 8
     after = json.loads(file.read_text())
     assert before.items() <= after.items()
     assert all(set(times) == {"triton", "aten"} for times in after.values())

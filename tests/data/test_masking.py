@@ -19,6 +19,7 @@ from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.masking import SHARE, MaskedRows, Masker
 from fastpeft.data.problems import MASKED_WORDS, UNLABELLED
+from fastpeft.ops.fused_head import FusedLinear
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.loading import load_run
@@ -53,6 +54,14 @@ def config(tmp_path: Path, place: Path) -> TrainConfig:
 @pytest.fixture(scope="module")
 def tokenizer(place: Path) -> Any:
     return AutoTokenizer.from_pretrained(place / "model")
+
+
+@pytest.mark.parametrize("method", ["k-lst", "siva", "mezo"])
+def test_the_loss_of_a_run_makes_no_logits(config: TrainConfig, method: str) -> None:
+    changes: dict[str, Any] = {} if method == "k-lst" else {"window": None}
+    task = Task.load(replace(config, method=method, **changes))
+    cores = [module for module in task.model.modules() if hasattr(module, "lm_head")]
+    assert type(cores[-1].get_output_embeddings()) is FusedLinear
 
 
 # -- which words ---------------------------------------------------------------------------------------------------

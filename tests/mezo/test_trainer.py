@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig
+from fastpeft import FastpeftError, MeZO, MeZOConfig, MeZOTrainer, SivaConfig, fuse_head
 from fastpeft.mezo import perturbed_weights
 
 
@@ -54,7 +54,7 @@ def test_a_run_is_the_loop_that_one_would_write(tmp_path: Path) -> None:
     first, *rest = trainer.batches
     steps = [first, *rest[2::2]]  # three losses at the first step, then two a step
     assert len(trainer.batches) == 3 + 2 * 3
-    model = language_model()
+    model = fuse_head(language_model())  # as the trainer does
     optimizer = MeZO(model, lr=0.01, seed=5)
     losses, slopes = [], []
     for ids in steps:

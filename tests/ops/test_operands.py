@@ -108,6 +108,12 @@ def mezo_perturb_(z: Sizes) -> list[Any]:
     return [[draw(z["n"], z["k"]), draw(z["b"])], [3, 100], *TERMS, 0.1]
 
 
+def frozen_head_cross_entropy(z: Sizes) -> list[Any]:
+    labels = torch.arange(z["b"] * z["t"]).view(z["b"], z["t"]) % z["n"]
+    labels[1::2] = -100
+    return [draw(z["b"], z["t"], z["k"]), draw(z["n"], z["k"]), labels, draw(z["n"]), -100, True]
+
+
 def mezo_perturb_replay_(z: Sizes) -> list[Any]:
     seeds, scales = TERMS
     return [[draw(z["n"], z["k"]), draw(z["b"])], [3, 100], torch.tensor(seeds), torch.tensor(scales).double(), 0.1]
@@ -125,6 +131,7 @@ OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "window_attention_backward": (window_attention_backward, "b h t d slots absent"),
     "feature_dropout_": (feature_dropout_, "b t d slots"),
     "int8_linear": (int8_linear, "b t k n"),
+    "frozen_head_cross_entropy": (frozen_head_cross_entropy, "b t k"),
     "mezo_perturb": (mezo_perturb, "k n"),
     "mezo_perturb_": (mezo_perturb_, "b k n"),
     "mezo_perturb_replay_": (mezo_perturb_replay_, "b k n"),
@@ -396,6 +403,8 @@ def by_function(op: str, args: list[Any]) -> Any:
     if op == "siva_linear_mixed":
         x, weight, us, ss, vs, sizes, order, bias = args
         return functional.siva_linear_mixed(x, weight, us, ss, vs, sizes, order, bias)
+    if op == "frozen_head_cross_entropy":
+        return functional.frozen_head_cross_entropy(*args[:4])
     if op == "window_attention":
         q, c, p, mask, slots, causal, dropout, seed, block = args
         options = {"slots": slots, "causal": causal, "dropout": dropout, "seed": seed, "block": block}

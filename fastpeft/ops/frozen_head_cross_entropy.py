@@ -1,0 +1,211 @@
+"""`fastpeft::frozen_head_cross_entropy`: the cross entropy of a frozen decoder to words, without its logits in memory.
+
+Dimension letters: N tokens (all leading dimensions together), K hidden size, V words of the vocabulary.
+
+    logits = hidden W^T + b        losses = log sum of exp(logits) - logits[label]
+    dhidden = (softmax(logits) - onehot(label)) W, the gradient of each token's loss by its own hidden state
+
+The weight is frozen, so dhidden is all that backward needs. It is made in the same pass, while a chunk of the logits is
+there, and backward only multiplies it by what arrives. A chunk is a few hundred tokens with all words: both products
+then run once, 4 N K V operations, as those of the plain form do. Chunks of words too would need all words' sums before
+the first gradient, and so the logits twice: 6 N K V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ops.define import NAMESPACE, define
+from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.fastest import is_captured
+from fastpeft.ops.products import as_matrix, is_widened
+
+# Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the
+# product: an H100 does 295 operations while it reads one byte, a consumer's card about 200, one core of a CPU 10.
+CHUNK = 2**22
+_FEWEST_TOKENS = {"cpu": 128, "cuda": 256}
+
+
+def loss_of_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """`functional.frozen_head_cross_entropy` of operands that fit."""
+    dtype = compute_dtype(hidden, weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    need_dhidden = torch.is_grad_enabled() and hidden.requires_grad
+    with torch.autocast(hidden.device.type, enabled=False):  # which would undo the sums in float32
+        losses: Tensor = torch.ops.fastpeft.frozen_head_cross_entropy(
+            hidden, weight.detach(), labels, None if bias is None else bias.detach(), ignore_index, need_dhidden
+        )[0]
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    count = (labels != ignore_index).sum()
+    # of no token NaN, as F.cross_entropy, with a gradient of 0
+    return torch.where(count > 0, losses.sum() / count.clamp_min(1), torch.nan)
+
+
+# (logits (n, V), labels (n,), bias, gradient) -> losses (n,); leaves softmax - onehot in the place of the logits, if
+# that is asked for
+Softmax = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
+
+
+def frozen_head_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses `(*)` in float32 or wider, 0 where the label is ignored, and dhidden `(*, K)`."""
+    wide = _wide(hidden.dtype)
+    logits = F.linear(as_matrix(hidden), weight, bias).to(wide)  # (N, V)
+    flat = labels.reshape(-1)
+    losses = F.cross_entropy(logits, flat, reduction="none", ignore_index=ignore_index)
+    dhidden = hidden.new_empty(0)
+    if need_dhidden:
+        counted = flat != ignore_index
+        onehot = torch.arange(logits.shape[1], device=flat.device) == flat[:, None]
+        dlogits = logits.softmax(1).sub_(onehot.to(wide)).masked_fill(~counted[:, None], 0)
+        dhidden = (dlogits.to(weight.dtype) @ weight).view(hidden.shape)
+    return losses.view(labels.shape), dhidden
+
+
+def frozen_head_cross_entropy_aten(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
+) -> tuple[Tensor, Tensor]:
+    """By chunks, whose softmax works in place."""
+    return in_chunks(hidden, weight, labels, bias, ignore_index, need_dhidden, softmax_in_place)
+
+
+def in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    need_dhidden: bool,
+    softmax: Softmax,
+) -> tuple[Tensor, Tensor]:
+    """The op, with `softmax` for what is between its two products. Tokens whose label is ignored are left out."""
+    rows, flat = as_matrix(hidden), labels.reshape(-1)
+    losses = rows.new_zeros(len(flat), dtype=_wide(rows.dtype))
+    dhidden = torch.zeros_like(rows, memory_format=torch.contiguous_format) if need_dhidden else rows.new_empty(0)
+    ignored = flat == ignore_index
+    kept = None  # all: a captured graph has the same tokens at each replay
+    if is_captured():
+        flat = flat.masked_fill(ignored, 0)
+    else:
+        kept = ignored.logical_not_().nonzero().squeeze(1)
+        if len(kept) == len(flat):
+            kept = None
+    widened = is_widened(rows, most=0)
+    dtype = torch.float32 if widened else rows.dtype
+    chunks = list(_chunks(rows, weight.shape[0], kept))
+    logits = rows.new_empty(len(flat[chunks[0]]) if chunks else 0, weight.shape[0], dtype=dtype)
+    for chunk in chunks:
+        of_chunk = rows[chunk].to(dtype)
+        z = logits[: len(of_chunk)]
+        for words, block in _blocks(weight, widened):
+            torch.mm(of_chunk, block.t(), out=z[:, words])
+        losses[chunk] = softmax(z, flat[chunk], bias, need_dhidden)
+        if need_dhidden:
+            dx = torch.zeros_like(of_chunk)
+            for words, block in _blocks(weight, widened):
+                dx.addmm_(z[:, words], block)
+            dhidden[chunk] = dx.to(rows.dtype)
+    if kept is None and is_captured():
+        losses.masked_fill_(ignored, 0)
+        dhidden = dhidden.masked_fill_(ignored[:, None], 0) if need_dhidden else dhidden
+    return losses.view(labels.shape), dhidden.view(hidden.shape) if need_dhidden else dhidden
+
+
+def tokens_of_chunk(vocabulary: int, device: torch.device) -> int:
+    """How many tokens have their logits in memory at one time."""
+    return max(_FEWEST_TOKENS.get(device.type, 256), CHUNK // max(vocabulary, 1))
+
+
+def _chunks(rows: Tensor, vocabulary: int, kept: Tensor | None) -> Iterator[slice | Tensor]:
+    """Indices of tokens: slices where all are kept."""
+    size = tokens_of_chunk(vocabulary, rows.device)
+    for start in range(0, len(rows) if kept is None else len(kept), size):
+        yield slice(start, start + size) if kept is None else kept[start : start + size]
+
+
+def _blocks(weight: Tensor, widened: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The weight's rows as they are multiplied: all, or float32 copies of one block after the other."""
+    if not widened:
+        yield slice(None), weight
+        return
+    size = max(1, CHUNK // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], size):
+        words = slice(start, start + size)
+        yield words, weight[words].float()
+
+
+def softmax_in_place(logits: Tensor, labels: Tensor, bias: Tensor | None, gradient: bool) -> Tensor:
+    """`Softmax` by calls of ATen, in float32 or wider."""
+    z = logits.to(_wide(logits.dtype))
+    if bias is not None:
+        z.add_(bias)
+    at = labels[:, None]
+    z.sub_(z.amax(1, keepdim=True))
+    of_label = z.gather(1, at)
+    z.exp_()
+    total = z.sum(1, keepdim=True)
+    if gradient:
+        z.div_(total)
+        z.scatter_(1, at, z.gather(1, at) - 1)
+        if z is not logits:
+            logits.copy_(z)
+    return (total.log_() - of_label).squeeze(1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _shapes(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int, need_dhidden: bool
+) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(labels.shape, dtype=_wide(hidden.dtype))
+    return losses, hidden.new_empty(hidden.shape if need_dhidden else (0,))
+
+
+# losses (*), float32 or wider, and dhidden (*, K), without an element where it is not needed
+define(
+    "frozen_head_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, int ignore_index, bool need_dhidden) "
+    "-> (Tensor, Tensor)",
+    shapes=_shapes,
+    reference=frozen_head_cross_entropy_reference,
+    aten=frozen_head_cross_entropy_aten,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, dhidden = output
+    ctx.is_made = inputs[-1]
+    ctx.mark_non_differentiable(dhidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dhidden)
+
+
+def _gradients(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dlosses is None:
+        return (None,) * 6
+    if torch.is_grad_enabled():
+        raise FastpeftError(
+            "frozen_head_cross_entropy has no second derivative: its first one is made with the loss. Leave "
+            "create_graph out, or take F.cross_entropy of the logits."
+        )
+    assert ctx.is_made, "frozen_head_cross_entropy was called with need_dhidden=False"
+    (dhidden,) = ctx.saved_tensors
+    return dhidden * dlosses.to(dhidden.dtype)[..., None], *(None,) * 5
+
+
+torch.library.register_autograd(f"{NAMESPACE}::frozen_head_cross_entropy", _gradients, setup_context=_setup_context)
