@@ -105,7 +105,7 @@ class Task:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
         model = prepare(classifier, setup)
-        if data.problem is MASKED_WORDS and can_fuse_head(model):
+        if data.problem.of_texts_alone and can_fuse_head(model):
             fuse_head(model)
         if best_device() == "cpu":
             pack_frozen(model, config.pack_weights)
