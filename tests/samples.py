@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,11 @@ def tagged(rows: int) -> list[dict[str, Any]]:
     return [{"tokens": words, "ner_tags": [tags.get(word, "O") for word in words]} for words in texts]
 
 
-def snapshot(folder: Path, but: str = "") -> dict[str, tuple[int, ...]]:
-    """Every folder and file below `folder`, with what shows that a file was written; not what is in a folder `but`."""
+def snapshot(folder: Path, but: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Folders and files below `folder`, with what shows that a file was written, but for folders of these names."""
     found: dict[str, tuple[int, ...]] = {}
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != but]
+        folders[:] = [name for name in folders if name not in but]
         found[parent] = ()
         for path in (os.path.join(parent, name) for name in names):
             status = os.stat(path)
