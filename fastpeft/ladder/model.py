@@ -63,7 +63,8 @@ class LadderModel(PreTrainedModel):
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
-        `label_names` of `transformers.Trainer` to evaluate its loss. A pass sets hooks on the backbone: threads need a
+        `label_names` of `transformers.Trainer` to evaluate its loss. A base that predicts words gets
+        `fastpeft.fuse_head`, so that its loss makes no logits. A pass sets hooks on the backbone: threads need a
         lock around it, and `nn.DataParallel` is refused.
 
     Example:
