@@ -248,6 +248,36 @@ def _op(file: str, heads: list[str], case: Callable[[Row], list[str]], names: di
     return table([*heads, "", "the op, ms", *names.values()], body)
 
 
+HEADS = {"alone": "the loss alone", "LST": "LST", "SiVA": "**SiVA**, query and key", "MeZO": "**MeZO**"}
+
+
+def frozen_head() -> str:
+    """The loss of SmolLM2 without its logits, alone and in steps, against that with them."""
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for row in rows("frozen_head.csv"):
+        case = HEADS[row["method"]], f"{int(row['tokens']):,}", WORKS[row["work"]]
+        line = lines.setdefault(case, [])
+        low, middle, high = (f"{float(row[f'ratio_p{percentile}']):.2f}" for percentile in (20, 50, 80))
+        line += [middle, f"{low} to {high}"] if line else [whole(row["ms_p50"])]
+    body = [[*case, *line] for case, line in lines.items()]
+    return table(
+        ["", "tokens", "", "without logits, ms", "with logits, times as long", "20th to 80th percentile"], body
+    )
+
+
+def frozen_head_memory() -> str:
+    """Peaks of such steps, MB, and what is between losses and gradients of both forms."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows("frozen_head_memory.csv"):
+        kind = {"float32": "float32, measured", "bfloat16": "bfloat16, simulated"}[row["dtype"]]
+        line = lines.setdefault((HEADS[row["method"]], f"{int(row['tokens']):,}", kind), [])
+        line.append(whole(row["peak_mb"]))
+        if row["candidate"] == "logits":
+            line += [row["loss_apart"] or "-", row["gradients_apart"] or "-"]
+    body = [[*case, *line] for case, line in lines.items()]
+    return table(["", "tokens", "", "without logits", "with logits", "losses apart", "gradients apart"], body)
+
+
 def mezo_pass() -> str:
     """How many times faster than the usual loop a pass of noise is."""
     body = []

@@ -46,6 +46,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "frozen-steps": cost_tables.frozen_steps,
     "frozen-linear": cost_tables.frozen_linear,
     "frozen-encoder": cost_tables.frozen_encoder,
+    "frozen-head": cost_tables.frozen_head,
+    "frozen-head-memory": cost_tables.frozen_head_memory,
     "mezo-pass": cost_tables.mezo_pass,
     "mezo-step": cost_tables.mezo_step,
     "mezo-drift": accuracy_tables.mezo_drift,

@@ -68,8 +68,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
-        `label_names` of `transformers.Trainer` to evaluate its loss. A pass listens to the backbone's layers: threads
-        need a lock around it, and `nn.DataParallel` is refused.
+        `label_names` of `transformers.Trainer` to evaluate its loss. A base that predicts words gets
+        `fastpeft.fuse_head`, so that its loss makes no logits. A pass listens to the backbone's layers: threads need a
+        lock around it, and `nn.DataParallel` is refused.
 
     Example:
         >>> base = AutoModelForSequenceClassification.from_pretrained("roberta-large")  # doctest: +SKIP
