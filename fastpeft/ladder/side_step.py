@@ -1,8 +1,9 @@
 """A pass of a side network over one new token of each text, of whose earlier tokens a cache keeps what is needed.
 
 A decoder's own step takes few microseconds an operation, so a side network beside it is paid for by the number of its
-operations. Products of its matrices are made once, when the first token comes: `Wk^T Wq` of a cross-attention, and
-`[Wv; W Wv]` with W of the self-attention's queries, keys and values, where nothing stands between the two.
+operations. What can be is multiplied once, when the first token comes: `Wk^T Wq` of a cross-attention, and `[Wv; W Wv]`
+with W of the self-attention's queries, keys and values, where nothing stands between the two. The vectors `p` of a
+window's slots are biases of its projections.
 
 Dimension letters as in `side.py`; H heads of the cross-attention.
 """
@@ -39,7 +40,12 @@ class BlockStep:
         if isinstance(fusion, GatedFusion):
             self._gate = float(fusion.gate())
         else:
-            self._positions = fusion.positions.flatten()
+            self._slots = len(fusion.positions)
+            # the keys of slots outside the backbone, below and above it
+            self._outside = (
+                fusion.positions[: fusion.slots[0]].flatten(),
+                fusion.positions[fusion.slots[-1] + 1 :].flatten(),
+            )
             self._fused_heads = fusion.num_heads
             self._query = fusion.folded()
             value = fusion.value.weight
@@ -60,7 +66,7 @@ class BlockStep:
         self._norms = [((width,), norm.weight, norm.bias, norm.eps) for norm in norms]
 
     def __call__(self, theta: Tensor, parts: list[Tensor], visible: Tensor | None) -> Tensor:
-        """theta `(B, D)`, the projections of all k slots `(B, D)`, visible `(B or 1, 1, 1, T)` -> `(B, D)`."""
+        """theta `(B, D)`, the projections of S slots `(B, D)`, visible `(B or 1, 1, 1, T)` -> `(B, D)`."""
         batch, width = theta.shape
         if self._gate is not None:
             x = torch.lerp(parts[0].to(theta.dtype), theta, self._gate)
@@ -85,13 +91,15 @@ class BlockStep:
     def _attend(self, theta: Tensor, parts: list[Tensor], visible: Tensor | None) -> Tensor:
         """The cross-attention, before the values' matrix: `(B, H D)`."""
         batch, width = theta.shape
-        window = torch.cat(parts, dim=-1) + self._positions
-        keys = self._kept.append("values", window.view(batch, 1, 1, -1))  # (B, 1, T, k D)
+        if len(parts) < self._slots:
+            below, above = (keys.expand(batch, -1) for keys in self._outside)
+            parts = [below, *parts, above]
+        keys = self._kept.append("values", torch.cat(parts, dim=-1).view(batch, 1, 1, -1))  # (B, 1, T, k D)
         rows = keys.view(batch, 1, -1, width)
         if self._fused_heads > 1:
             rows = rows.expand(-1, self._fused_heads, -1, -1)
         if visible is not None:
-            visible = visible[..., None].expand(*visible.shape, len(parts)).flatten(-2)
+            visible = visible[..., None].expand(*visible.shape, self._slots).flatten(-2)
         q = F.linear(theta, self._query).view(batch, self._fused_heads, 1, -1)
         return F.scaled_dot_product_attention(q, rows, rows, attn_mask=visible, scale=1.0).reshape(batch, -1)
 
@@ -111,12 +119,12 @@ class SideStep(SideRun):
         if not cache.steps:
             blocks: Any = side.blocks
             cache.steps = [BlockStep(block, kept) for block, kept in zip(blocks, cache.side)]
-            cache.projections = {layer: side.projection(layer) for layer in side.readers}
+            cache.projections = {layer: _projection(side, layer) for layer in side.readers}
         self._steps, self._projections = cache.steps, cache.projections
         self._size = side.config.window_size
 
     def feed(self, layer: int, feature: Tensor) -> None:
-        """As that of `SideRun`; a block whose window reaches beyond the backbone gets zeros there."""
+        """As that of `SideRun`."""
         side, size, batch = self.side, self._size, feature.shape[0]
         feature = self._accept(layer, feature).view(batch, -1)
         if readers := side.readers.get(layer):
@@ -126,9 +134,14 @@ class SideStep(SideRun):
                 self._windows.setdefault(block, []).append(part)
         last = layer - size // 2 if layer < side.num_layers else side.num_layers
         for block in range(max(1, layer - size // 2), last + 1):
-            window = self._windows.pop(block)
-            if len(window) < size:
-                before, nothing = max(0, size // 2 - block), [torch.zeros_like(window[0])]
-                window = before * nothing + window + (size - before - len(window)) * nothing
-            theta = self._steps[block - 1](self._theta.view(batch, -1), window, self._visible)
+            theta = self._steps[block - 1](self._theta.view(batch, -1), self._windows.pop(block), self._visible)
             self._advance(theta.unsqueeze(1))
+
+
+def _projection(side: SideNetwork, layer: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the projections of `B_layer`, to which the vectors of their slots belong here."""
+    weight, bias = side.projection(layer)
+    fusions: list[Any] = [(side.blocks[block - 1].fusion, slot) for block, slot in side.readers[layer]]
+    if not isinstance(fusions[0][0], GatedFusion):
+        bias = torch.cat([fusion.positions[slot] for fusion, slot in fusions])
+    return weight, bias
