@@ -206,6 +206,15 @@ def test_beams_and_samples_are_those_of_full_passes(network: str, options: dict[
     assert found[0].equal(found[1])
 
 
+@pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
+def test_words_that_are_looked_up_in_the_prompt_are_taken_back(network: dict[str, Any]) -> None:
+    model = moved(causal_model("llama"), **network)
+    prompt = WORDS[:1, :6].repeat(1, 3)
+    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    assert model.generate(prompt, prompt_lookup_num_tokens=3, **options).equal(expected)
+
+
 def test_it_starts_to_write_as_its_base() -> None:
     base = causal_model("llama").eval()
     expected = written(base)
