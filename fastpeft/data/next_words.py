@@ -106,8 +106,8 @@ def _turns(tokenizer: Any, conversation: Conversation) -> list[Piece]:
         if not (before.startswith(written) and after.startswith(before)):
             raise FastpeftError(
                 "the tokenizer's chat template writes earlier turns otherwise once others follow, so where the "
-                "assistant's turns begin cannot be told. Give `prompt` and `completion` columns, or a tokenizer with "
-                "another chat template."
+                "assistant's turns begin cannot be told. Give columns named prompt and completion, or a tokenizer "
+                "with another chat template."
             )
         pieces.append((_tokens(tokenizer, before[len(written) :], special=False), False))
         pieces.append((_tokens(tokenizer, after[len(before) :], special=False), True))
@@ -119,7 +119,7 @@ def _templated(tokenizer: Any, conversation: Conversation, *, ask: bool) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise FastpeftError(
             f"the tokenizer ({type(tokenizer).__name__}) has no chat template, which conversations need. Give a model "
-            "that was trained to chat, or `prompt` and `completion` columns."
+            "that was trained to chat, or columns named prompt and completion."
         )
     try:
         text: str = tokenizer.apply_chat_template(conversation.messages, tokenize=False, add_generation_prompt=ask)

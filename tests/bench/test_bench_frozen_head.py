@@ -10,8 +10,6 @@ from causal_models import causal_model
 from bench import bench_frozen_head as bench
 from bench import harness
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("method", ["alone", "LST", "SiVA", "MeZO"])
 def test_every_form_is_recorded(tmp_path: Path, method: str) -> None:

@@ -12,8 +12,9 @@ from compared import finish
 from rich.console import Console
 
 from fastpeft import CompareConfig, console
+from fastpeft.comparison import significance
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import document, paired_tests, results, sections, significance
+from fastpeft.comparison.report import document, paired_tests, results, sections
 from fastpeft.comparison.report import output as report
 from fastpeft.comparison.report.document import Items, Table
 from fastpeft.comparison.run import Comparison
