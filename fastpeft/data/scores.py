@@ -165,8 +165,8 @@ def score_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -
 
 
 def score_next_words(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """The mean of the losses of the words to be said, its exponential, and the accuracy of these words."""
-    return {**_perplexity(outputs, labels), "next_accuracy": _hits(outputs, labels)}
+    """Accuracy of the words to be said, the mean of their losses, and its exponential."""
+    return {"next_accuracy": _hits(outputs, labels), **_perplexity(outputs, labels)}
 
 
 def _hits(outputs: np.ndarray, labels: np.ndarray) -> float:

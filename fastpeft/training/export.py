@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding
 
 from fastpeft.data.examples import Examples
 from fastpeft.data.models import Classifier, resolve_model
-from fastpeft.data.problems import MASKED_WORDS
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
 from fastpeft.methods.registry import METHODS
@@ -115,7 +115,7 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
 def _check_onnx(setup: RunSetup, folder: RunFolder) -> None:
     """Raise `FastpeftError` where a run has no head that an ONNX file is written of, or a library is missing."""
     if setup.head.by_words or setup.head.prompt is not None:
-        has = "learned masked words" if setup.head.problem is MASKED_WORDS else "has a prompt"
+        has = f"learned {setup.problem.labels}" if setup.problem.of_texts_alone else "has a prompt"
         raise FastpeftError(
             f"the run in {str(folder.path)!r} {has}; only a run without, with a head of its own, is exported to onnx. "
             "Load it from its own folder."
@@ -206,6 +206,7 @@ def _card_of_run(
             labels=run.labels,
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
+            tokenizer=run.problem is NEXT_WORDS,
         ),
         library={"lora": "peft", "merged": "transformers"}.get(to, to),
         data=config.data,

@@ -270,9 +270,18 @@ def draw_start(setup: RunSetup) -> Classifier:
 
 
 def prepare(start: Classifier, setup: RunSetup) -> Any:
-    """The module that a run trains, made of what `draw_start` loaded, as it is before the first step."""
+    """The module that a run trains, made of what `draw_start` loaded, as it is before the first step.
+
+    Raises:
+        FastpeftError: the method finds nothing to train, as biases where there are none.
+    """
     preparation = dataclasses.replace(setup.preparation, head=start.head, head_is_new=start.head_is_new)
     model = setup.method.prepare(start.model, preparation)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise FastpeftError(
+            f"the method {setup.method.name!r} finds nothing to train in the model {setup.config.model!r}, whose head "
+            "or biases, if it has some, do not train. Choose another method, as siva or lora."
+        )
     continue_earlier(model, setup)
     return model
 

@@ -51,6 +51,7 @@ COLUMNS = (
     Column("spearman", "Spearman", ".3f"),
     Column("mse", "MSE", ".3g"),
     Column("masked_accuracy", "accuracy of masked words", ".3f", "of the words hidden in the dev texts"),
+    Column("next_accuracy", "accuracy of next words", ".3f", "of those that are learned, in the dev texts"),
     Column("perplexity", "perplexity", ".3g", "of the same words"),
     Column(
         "samples_per_second",
