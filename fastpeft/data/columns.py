@@ -29,6 +29,7 @@ COMPLETION_COLUMNS = (
     ("instruction", "output"),
     ("question", "answer"),
 )
+_BESIDE_PROMPTS = ("input", "context")
 LABEL_COLUMNS = (
     *("label", "labels", "class", "category", "target", "sentiment"),
     *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
@@ -175,7 +176,12 @@ def prompt_columns(table: Table, text_column: str | None) -> tuple[str]:
     """
     left = _left(table.columns, ())
     said = _find_said(table)
-    found = text_column or (said[0] if said else None) or _first_of([pair[0] for pair in COMPLETION_COLUMNS], left)
+    named = _named_columns(text_column, table.columns)  # of a prompt and its completion the first
+    found = (
+        (named[0] if named else None)
+        or (said[0] if said else None)
+        or _first_of([pair[0] for pair in COMPLETION_COLUMNS], left)
+    )
     if found is None:
         found = pick_columns(table, NEXT_WORDS, None, None).texts[0]
     if found not in table.columns:
@@ -191,6 +197,8 @@ def _find_said(table: Table) -> tuple[str, ...]:
     said = _first_of(CONVERSATION_COLUMNS, left)
     if said and any(is_conversation(row.get(said)) for row in table.rows):
         return (said,)
+    if not left.keys().isdisjoint(_BESIDE_PROMPTS):  # what an answer depends on too, which would be lost
+        return ()
     pair = next((pair for pair in COMPLETION_COLUMNS if all(name in left for name in pair)), ())
     return tuple(left[name] for name in pair)
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from fastpeft.data.conversations import ASSISTANT, Conversation
+from fastpeft.data.conversations import ASSISTANT, USER, Conversation
 from fastpeft.data.names import UNLABELLED
 from fastpeft.errors import FastpeftError, first_line
 
@@ -75,8 +75,17 @@ def completion(text: Any) -> str | None:
     """What is to be said after `prompt_tokens`; None where a row does not tell it."""
     if isinstance(text, Conversation):
         role, content = text.turns[-1]
-        return content if role == ASSISTANT else None
+        return content if role == ASSISTANT and len(text.turns) > 1 else None
     return text[1] if isinstance(text, tuple) else None
+
+
+def end_tokens(tokenizer: Any, *, chats: bool) -> set[int]:
+    """The tokens after which nothing more is said: the end of a text, and of conversations that of a turn."""
+    found = {tokenizer.eos_token_id} - {None}
+    if chats:
+        turn, _ = _turns(tokenizer, Conversation(((USER, "?"), (ASSISTANT, "!"))))[-1]
+        found |= {*[token for token in turn if token in tokenizer.all_special_ids][-1:]}
+    return found
 
 
 def _pieces(tokenizer: Any, text: Any) -> list[Piece]:

@@ -121,6 +121,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         self._generates = generates(backbone)
         if self._generates:
             self.generation_config = copy.deepcopy(backbone.core.generation_config)
+            self.generation_config.cache_implementation = None  # a `LadderCache` takes its place
         self.side = side.to(backbone.device)
         self.feature_cache: FeatureCache | None = None
         self.side_run: type[SideRun] = SideRun  # the class of a pass of the side network
@@ -340,6 +341,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             >>> model.generate(**tokenizer("The sea", return_tensors="pt"), max_new_tokens=20)  # doctest: +SKIP
         """
         check_generates(self.backbone)
+        if self.side_run is not SideRun:  # one that keeps nothing
+            kwargs.setdefault("use_cache", False)
         kwargs = with_cache(self.backbone, kwargs, kwargs.get("generation_config"), self.generation_config)
         with evaluating([self]):
             return super().generate(*args, **kwargs)

@@ -110,11 +110,19 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
 
 
 def _own_names(model: Any, targets: Targets) -> Targets:
-    """Targets of which `query`, `key` and `value`, where no layer is called so, are what the model calls them."""
+    """Targets of which `query`, `key` and `value`, where no layer is called so, are what the model calls them.
+
+    One matrix that makes them all stands for the three, and for no one of them.
+    """
+    if not isinstance(targets, list):
+        return targets
     layers = _layers(model)
     names = {name.rpartition(".")[2] for name in layers}
-    own = {role: name for role, name in zip(_ROLES, _projections(layers)) if name and role not in names}
-    return list(dict.fromkeys(own.get(name, name) for name in targets)) if isinstance(targets, list) else targets
+    found = _projections(layers)
+    if len({*found}) == 1 and not {*_ROLES} <= {*targets}:
+        return targets
+    own = {role: name for role, name in zip(_ROLES, found) if name and role not in names}
+    return list(dict.fromkeys(own.get(name, name) for name in targets))
 
 
 def _layers(model: nn.Module) -> list[str]:

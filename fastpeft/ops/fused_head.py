@@ -196,11 +196,13 @@ class FusedLinear(nn.Linear):
 
     Attributes:
         is_labelled: whether the model that runs now was given labels.
+        is_told: whether the log has said that logits are made.
         uses: what was done with the last logits.
         handles: of the hooks on the model.
     """
 
     is_labelled: bool
+    is_told: bool
     uses: list[str]
     handles: list[RemovableHandle]
 
@@ -225,7 +227,9 @@ def _after(model: nn.Module, args: Any, output: Any) -> None:
     decoder = _decoder(model)
     if isinstance(decoder, FusedLinear):
         decoder.is_labelled = False
-        if reads := [use for use in decoder.uses if use != "loss"]:
+        reads = [use for use in decoder.uses if use != "loss"]
+        if reads and not decoder.is_told:
+            decoder.is_told = True
             logger.warning(
                 "%s reads its logits by %s, so they are made: fastpeft.fuse_head saves nothing here.",
                 type(model).__name__,
@@ -304,7 +308,7 @@ def fuse_head(model: Model) -> Model:
             owner.register_forward_pre_hook(_before, with_kwargs=True),
             owner.register_forward_hook(_after, always_call=True),
         ]
-        decoder.__dict__.update(is_labelled=False, uses=[], handles=handles)
+        decoder.__dict__.update(is_labelled=False, is_told=False, uses=[], handles=handles)
         decoder.__class__ = FusedLinear
     return model
 
@@ -315,7 +319,7 @@ def unfuse_head(model: Model) -> Model:
         if isinstance(decoder, FusedLinear):
             for handle in decoder.handles:
                 handle.remove()
-            for name in ("is_labelled", "uses", "handles"):
+            for name in ("is_labelled", "is_told", "uses", "handles"):
                 del decoder.__dict__[name]
             decoder.__class__ = nn.Linear  # type: ignore[assignment]
     return model

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
-from fastpeft.data.next_words import completion, prompt_tokens
+from fastpeft.data.next_words import completion, end_tokens, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
 from fastpeft.data.values import Place
@@ -47,6 +48,7 @@ class Writer:
     def __init__(self, run: FinishedRun, max_new_tokens: int | None = None) -> None:
         limit = run.classifier.max_length
         self.run = run
+        self.cut = 0  # answers so far that were not at their end
         self.max_new_tokens = min(_MAX_NEW_TOKENS, limit // 2) if max_new_tokens is None else max_new_tokens
         self._reads = limit - self.max_new_tokens
         if not 0 < self.max_new_tokens < limit:
@@ -85,6 +87,8 @@ class Writer:
     def write(self, taken: Sequence[Taken]) -> list[str]:
         """What the run says to each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
+        own = getattr(model.generation_config, "eos_token_id", None)
+        ends = end_tokens(tokenizer, chats=self.run.chats).union([own] if isinstance(own, int) else own or ())
         order = sorted(range(len(taken)), key=lambda index: len(taken[index].row["input_ids"]))  # pads little
         said: dict[int, str] = {}
         for start in range(0, len(taken), _BATCH_SIZE):
@@ -99,8 +103,11 @@ class Writer:
                     max_new_tokens=self.max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=sorted(ends) or None,
                 )
             new = tokens[:, batch["input_ids"].shape[1] :]
+            ended = torch.isin(new, torch.tensor(sorted(ends), device=new.device)).any(1)
+            self.cut += int((~ended).sum())
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             said |= {index: text.strip() for index, text in zip(chosen, texts)}
         return [said[index] for index in range(len(taken))]
@@ -136,14 +143,28 @@ def measure_said(writer: Writer, texts: Sequence[Any]) -> dict[str, float]:
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    said = writer.write([writer.take(prompt) for prompt in prompts.values()])
-    expected_of = list(references.values())
+    taken = {}
+    for key, prompt in prompts.items():
+        with suppress(FastpeftError):  # too long, or nothing was asked
+            taken[key] = writer.take(prompt)
+    if not taken:
+        logger.warning("no prompt leaves room for %d new tokens, so nothing is said", writer.max_new_tokens)
+        return {}
+    said = writer.write(list(taken.values()))
+    for count, what in (
+        (len(prompts) - len(taken), "cannot be gone on from within what the model reads, and are left out"),
+        (writer.cut, f"have answers that were cut after {writer.max_new_tokens} tokens; give more max_new_tokens"),
+    ):
+        if count:
+            logger.warning("%d of %d prompts %s", count, len(prompts), what)
+    expected_of = [references[key] for key in taken]
     most = max(map(len, expected_of))
-    streams = [[each[place] if place < len(each) else "" for each in expected_of] for place in range(most)]
+    # None where a prompt has fewer: an empty text would be a completion of no length
+    streams: Any = [[each[place] if place < len(each) else None for each in expected_of] for place in range(most)]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     nearest = [scorer.score_multi(each, words)["rougeL"].fmeasure for each, words in zip(expected_of, said)]
     return {
         "bleu": sacrebleu.corpus_bleu(said, streams).score,
         "rouge_l": sum(nearest) / len(nearest),
-        "prompts": len(prompts),
+        "prompts": len(taken),
     }

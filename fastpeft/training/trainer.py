@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
-from fastpeft.data.problems import LOSS, MASKED_WORDS
+from fastpeft.data.problems import LOSS, MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import NotFiniteError
 from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop
@@ -121,8 +121,16 @@ class RunTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         # the Trainer takes the losses of models that accept it for divided by the items of all processes and
-        # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's
-        self.model_accepts_loss_kwargs = False
+        # micro-batches, and leaves out that division; many models ignore it, as RoBERTa's, but decoders do not
+        divides = self.problem is NEXT_WORDS and not task.method.optimization.zeroth_order
+        self.model_accepts_loss_kwargs = divides and vars(self)["model_accepts_loss_kwargs"]
+        parts = arguments.gradient_accumulation_steps * self.ranks.size
+        if self.problem.of_texts_alone and parts > 1 and not self.model_accepts_loss_kwargs:
+            logger.warning(
+                "each of the %d parts of a step counts alike, however many words it has to learn; a larger batch_size "
+                "in their place counts every word alike",
+                parts,
+            )
 
     def begin_reports(self, to: str) -> None:
         """Log to a service or library from here on; its set-up may refuse."""

@@ -21,7 +21,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.data.next_words import completion, encode, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
 from fastpeft.training.evaluation import Predictor, evaluate, predict
-from fastpeft.training.generation import Writer, write
+from fastpeft.training.generation import Writer, measure_said, write
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictions
 
@@ -150,6 +150,62 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "film"}]}])
     (([said], _),) = Predictions(str(tmp_path / "chat"), file=str(asked), max_new_tokens=3)
     assert [said.scores] == write(tmp_path / "chat", ["film"], 3), "a text is a turn of the user"
+
+
+class Told:
+    """A writer that says what it is told to; of the prompt "long" it refuses."""
+
+    cut, max_new_tokens = 1, 4
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = answers
+
+    def take(self, text: Any) -> Any:
+        if text[0] == "long":
+            raise FastpeftError("it is long")
+        return text
+
+    def write(self, taken: Sequence[Any]) -> Sequence[str]:
+        assert len(taken) == len(self.answers)
+        return self.answers
+
+
+def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: of 4 and 2 words said 5 and 7 were expected, so BLEU's brevity penalty is exp(1 - 12 / 6)."""
+    rows = [("a", "one two three four five"), ("a", "one two three four five"), ("b", "six seven eight nine ten x y")]
+    told: Any = Told(["one two three four", "six seven"])
+    measured = measure_said(told, [*rows, ("long", "z"), Conversation((("assistant", "z"),))])
+    precisions = 6 / 6, 4 / 4, 2 / 2, 1 / 1
+    assert measured["bleu"] == pytest.approx(100 * math.exp(1 - 12 / 6) * math.prod(precisions) ** 0.25)
+    assert measured["rouge_l"] == pytest.approx((2 * 4 / (4 + 5) + 2 * 2 / (2 + 7)) / 2)
+    assert measured["prompts"] == 2
+    assert "1 of 3 prompts cannot be gone on from" in caplog.text
+    assert "1 of 3 prompts have answers that were cut after 4 tokens" in caplog.text
+
+
+def test_what_an_answer_depends_on_is_not_lost(tmp_path: Path) -> None:
+    rows = [{"instruction": "add", "input": f"{row}", "output": "a"} for row in range(4)]
+    file = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(FastpeftError, match=r"cannot tell which column .* instruction, input, output"):
+        load_data(file, problem_type="next_words")
+    assert load_data(file, problem_type="next_words", text_column="input,output").train.is_pair
+
+
+@pytest.mark.parametrize("method", ["full", "siva"])
+def test_accumulated_parts_are_one_batch(tmp_path: Path, config: TrainConfig, method: str) -> None:
+    """Completions of one and of eight words: every word counts alike, whatever part of the step it is in."""
+    rows = [{"prompt": "film", "completion": " plot" * (1 + 7 * (row % 2))} for row in range(8)]
+    for part in ("train", "dev"):
+        write_jsonl(tmp_path / f"{part}.jsonl", rows)
+    weights = []
+    for size, parts in ((8, 1), (2, 4)):
+        settings = {"gradient_accumulation_steps": parts, "optim": "sgd", "max_grad_norm": 0.0, "warmup_steps": 0}
+        output = str(tmp_path / f"run{parts}")
+        changes = {"data": str(tmp_path), "output": output, "method": method, "batch_size": size, "max_steps": 1}
+        train(replace(config, settings=settings, learning_rate=0.1, **changes))
+        weights.append(load_run(output).classifier.model.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-6)
 
 
 def test_prompts_are_on_one_side_of_the_split(tmp_path: Path) -> None:

@@ -445,6 +445,13 @@ def test_the_direct_form_keeps_nothing() -> None:
     model = moved(causal_model("llama"))
     expected = written(model)
     model.side_run = DirectRun
+    assert written(model).equal(expected)
     with pytest.raises(FastpeftError, match=r"keeps nothing of earlier tokens.*use_cache=False"):
-        written(model)
-    assert written(model, use_cache=False).equal(expected)
+        written(model, use_cache=True)
+
+
+def test_a_cache_that_the_base_asks_for_is_not_taken() -> None:
+    base = causal_model("llama")
+    base.generation_config.cache_implementation = "hybrid"
+    expected = written(moved(causal_model("llama")))
+    assert written(moved(base)).equal(expected)

@@ -81,7 +81,7 @@ def test_query_and_value_are_found_where_peft_does_not_know_the_model(
     [
         ("MPNet", ["query", "key"], {"q", "k"}),
         ("DistilBert", ["key", "value"], {"k_lin", "v_lin"}),
-        ("ModernBert", ["query", "key"], {"Wqkv"}),
+        ("ModernBert", ["query", "key", "value"], {"Wqkv"}),
         ("Roberta", ["query", "key", "output.dense"], {"query", "key", "output.dense"}),
     ],
 )
@@ -91,6 +91,11 @@ def test_query_key_and_value_are_what_the_model_calls_so(
     """As the rows of the paper's tables name them, on every model."""
     model = get_method(name).prepare(tiny(kind), Preparation(("classifier",), targets=named, rank=2))
     assert set(model.peft_config["default"].target_modules) == expected
+
+
+def test_one_matrix_for_all_is_no_query(classifier: Classifier) -> None:
+    with pytest.raises(FastpeftError, match=r"targets \['query', 'key'\].* Its linear layers are named .*Wqkv"):
+        get_method("lora").prepare(tiny("ModernBert"), Preparation((), targets=["query", "key"], rank=2))
 
 
 def test_what_peft_knows_is_left_to_it(caplog: pytest.LogCaptureFixture) -> None:
