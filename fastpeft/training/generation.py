@@ -106,7 +106,7 @@ class Writer:
                     eos_token_id=sorted(ends) or None,
                 )
             new = tokens[:, batch["input_ids"].shape[1] :]
-            ended = torch.isin(new, torch.tensor(sorted(ends), device=new.device)).any(1)
+            ended = torch.isin(new, new.new_tensor(sorted(ends))).any(1)
             self.cut += int((~ended).sum())
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             said |= {index: text.strip() for index, text in zip(chosen, texts)}
