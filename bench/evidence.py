@@ -9,6 +9,7 @@ Each is a comparison in `runs/evidence/TASK`, with its report, and runs a whole 
 is kept in `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also
 on another machine. Every cell computes in float32. The rows to measure on are the dev and the test part together
 (SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them. SST-2 trains on 20,000 of its phrases.
+Learning rates are those of the recipes.
 """
 
 from __future__ import annotations
