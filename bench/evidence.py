@@ -15,11 +15,10 @@ Learning rates are those of the recipes.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from typing import Any
 from bench.harness import DATA
 from fastpeft import CompareConfig, compare
 from fastpeft.comparison.learning_rates import take_slice, write_rows
-from fastpeft.data.examples import load_data
+from fastpeft.data.examples import Examples, TextData, load_data, load_rows
+from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.support.files import read_json, write_json, write_text
 
 KEPT = DATA / "evidence"
@@ -40,17 +40,16 @@ _NO_CURVE = 1_000_000  # steps between two points of the dev curve: it would tak
 def sst2(source: Path, folder: Path) -> None:
     """Some of the phrases to train on; the dev and the test sentences to measure on."""
     whole = load_data(str(source))
-    write_rows(take_slice(whole, ROWS), folder)
-    rows = [row for part in ("dev", "test") for row in _table(source / f"{part}.tsv")]
-    write_text(folder / "dev.jsonl", _lines({"text": row["sentence"], "label": int(row["label"])} for row in rows))
+    test = load_rows(str(source / "test.tsv"), whole.labels, whole.problem)
+    dev = Examples([*whole.dev.texts, *test.texts], [*whole.dev.labels, *test.labels])
+    write_rows(replace(take_slice(whole, ROWS), dev=dev), folder)
 
 
 def trec(source: Path, folder: Path) -> None:
     """All questions; the test part to measure on."""
-    for part, name in (("train", "train"), ("test", "dev")):
-        rows = _table(source / f"{part}.tsv")
-        lines = _lines({"text": row["text"], "label": int(row["label"])} for row in rows)
-        write_text(folder / f"{name}.jsonl", lines)
+    labels = [str(kind) for kind in range(6)]
+    train, test = (load_rows(str(source / f"{part}.tsv"), labels, CLASSIFICATION) for part in ("train", "test"))
+    write_rows(TextData(train, test, labels, str(source), CLASSIFICATION), folder)
 
 
 def wnut17(source: Path, folder: Path) -> None:
@@ -59,7 +58,7 @@ def wnut17(source: Path, folder: Path) -> None:
         text = (source / f"{part}.conll").read_text(encoding="utf-8")
         sentences = [[line.split("\t") for line in block.splitlines()] for block in text.split("\n\n") if block.strip()]
         rows = ({"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences)
-        write_text(folder / f"{name}.jsonl", _lines(rows))
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @dataclass(frozen=True)
@@ -142,15 +141,6 @@ def gather(task: str, model: str, source: Path, folder: Path, seeds: int, kept: 
             compare(CompareConfig(output=str(folder / "comparison"), seeds=count, common=fixed, **evidence.given))
         finally:
             keep(folder / "comparison", kept / task)
-
-
-def _table(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main() -> None:

@@ -168,27 +168,17 @@ def _find_texts(left: Mapping[str, str], tagged: bool, alone: bool) -> tuple[str
     return tuple(left.values()) if alone and len(left) == 1 else ()
 
 
-def prompt_columns(table: Table, text_column: str | None) -> tuple[str]:
+def prompt_columns(table: Table, text_column: str | None) -> tuple[str, ...]:
     """The column of what a decoder goes on from: the one that a person names, else conversations, prompts or texts.
 
     Raises:
         FastpeftError: it cannot be told, or there is none of that name.
     """
-    left = _left(table.columns, ())
-    said = _find_said(table)
-    named = _named_columns(text_column, table.columns)  # of a prompt and its completion the first
-    found = (
-        (named[0] if named else None)
-        or (said[0] if said else None)
-        or _first_of([pair[0] for pair in COMPLETION_COLUMNS], left)
-    )
-    if found is None:
-        found = pick_columns(table, NEXT_WORDS, None, None).texts[0]
-    if found not in table.columns:
-        raise FastpeftError(
-            f"{table.name} has no column {found!r}; its columns are {', '.join(table.columns)}. Name one of these."
-        )
-    return (found,)
+    named = _named_columns(text_column, table.columns)[:1]  # of a prompt and its completion the first
+    alone = _first_of([pair[0] for pair in COMPLETION_COLUMNS], _left(table.columns, ()))
+    if not named and alone and not _find_said(table):
+        named = (alone,)
+    return pick_columns(table, NEXT_WORDS, named[0] if named else None, None).texts[:1]
 
 
 def _find_said(table: Table) -> tuple[str, ...]:

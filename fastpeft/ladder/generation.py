@@ -138,7 +138,7 @@ def check_generates(backbone: Backbone) -> None:
 
 
 def with_cache(backbone: Backbone, arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
-    """The arguments of a call of `generate`, with a cache of both networks in the place of the one that it would make.
+    """The arguments of a call of `generate`, with a cache of both networks instead of the one that it would make.
 
     Args:
         backbone: the decoder.

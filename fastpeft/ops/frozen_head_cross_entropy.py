@@ -53,8 +53,7 @@ def loss_of_head(
     return torch.where(count > 0, losses.sum() / count.clamp_min(1), torch.nan)
 
 
-# (logits (n, V), labels (n,), bias, gradient) -> losses (n,); leaves softmax - onehot in the place of the logits, if
-# that is asked for
+# (logits (n, V), labels (n,), bias, gradient) -> losses (n,); with gradient it overwrites logits by softmax - onehot
 Softmax = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
