@@ -5,11 +5,11 @@
     python -m bench.evidence trec models/mpnet path/to/trec runs/evidence
     python -m bench.evidence wnut17 models/mpnet path/to/wnut17 runs/evidence
 
-Each is a comparison in `runs/evidence/TASK`, with its report, and runs a whole seed before the next. What has finished
-is kept in `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also
-on another machine. Every cell computes in float32. The rows to measure on are the dev and the test part together
-(SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them. SST-2 trains on 20,000 of its phrases.
-Learning rates are those of the recipes.
+Each is a comparison in `runs/evidence/TASK` and runs a whole seed before the next. What has finished is kept in
+`bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also on another
+machine. The report is copied to `docs/results/base-TASK`. Every cell computes in float32. The rows to measure on are
+the dev and the test part together (SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them.
+SST-2 trains on 20,000 of its phrases. Learning rates are those of the recipes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.support.files import read_json, write_json, write_text
 
 KEPT = DATA / "evidence"
+PAGES = DATA.parents[1] / "docs" / "results"
 SEEDS = 3
 ROWS = 20_000  # of SST-2's phrases
 _PARTS = ("run", "curves", "predictions", "metrics")  # files of a cell; the last marks it as finished
@@ -126,10 +127,30 @@ def keep(folder: Path, kept: Path) -> None:
         write_text(file, "{" + ",\n".join(lines) + "}\n")
 
 
-def gather(task: str, model: str, source: Path, folder: Path, seeds: int, kept: Path = KEPT, **common: Any) -> None:
+def publish(folder: Path, page: Path, places: dict[str, str]) -> None:
+    """Copy the report of a comparison, with the names of its model and data in place of where they are here."""
+    shutil.rmtree(page, ignore_errors=True)
+    shutil.copytree(folder / "figures", page / "figures")
+    for name in ("report.md", "results.csv"):
+        text = (folder / name).read_text(encoding="utf-8")
+        for place in (*places.values(), str(folder)):
+            text = text.replace(place, Path(place).name)
+        write_text(page / name, text)
+
+
+def gather(
+    task: str,
+    model: str,
+    source: Path,
+    folder: Path,
+    seeds: int,
+    kept: Path = KEPT,
+    pages: Path = PAGES,
+    **common: Any,
+) -> None:
     """Run what is not kept yet of a task, seed by seed, and write the report of all."""
     evidence, folder = TASKS[task], folder / task
-    data = folder / "rows"
+    data = folder / f"{task}-rows"
     if not (data / "dev.jsonl").is_file():
         data.mkdir(parents=True, exist_ok=True)
         evidence.rows(source, data)
@@ -141,6 +162,7 @@ def gather(task: str, model: str, source: Path, folder: Path, seeds: int, kept: 
             compare(CompareConfig(output=str(folder / "comparison"), seeds=count, common=fixed, **evidence.given))
         finally:
             keep(folder / "comparison", kept / task)
+            publish(folder / "comparison", pages / f"base-{task}", places)
 
 
 def main() -> None:

@@ -26,14 +26,16 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     model = save_tiny_model(tmp_path / "model")
 
     def gather(folder: str, seeds: int) -> list[dict[str, str]]:
-        evidence.gather("trec", str(model), source, tmp_path / folder, seeds, tmp_path / "kept")
+        evidence.gather("trec", str(model), source, tmp_path / folder, seeds, tmp_path / "kept", tmp_path / "pages")
         with (tmp_path / folder / "trec" / "comparison" / "results.csv").open(newline="") as file:
             return [{name: row[name] for name in row.keys() - {"data", "command"}} for row in csv.DictReader(file)]
 
     first = gather("one", 1)
     assert [row["seed"] for row in first] == ["0"]
-    text = (tmp_path / "kept" / "trec" / "head-seed0.json").read_text()
-    assert str(tmp_path) not in text, "no local path"
+    published = tmp_path / "pages" / "base-trec"
+    for file in (tmp_path / "kept" / "trec" / "head-seed0.json", published / "report.md", published / "results.csv"):
+        assert str(tmp_path) not in file.read_text(), "no local path"
+    assert [*(published / "figures").iterdir()]
     monkeypatch.setattr("fastpeft.comparison.run.Comparison._start", None)  # nothing may be run
     assert gather("another", 1) == first
     assert (tmp_path / "another" / "trec" / "comparison" / "report.md").is_file()
