@@ -133,6 +133,22 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
     return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
 
 
+def load_language_model(model: str) -> tuple[Any, Any]:
+    """Load `model` with its head for masked words or, of a decoder, for next words, and its tokenizer.
+
+    That of a decoder has no mask token, which is how a prompt knows it.
+
+    Raises:
+        FastpeftError: as `load_masked_lm`.
+    """
+    config = _config_of(model)
+    if config is None or not says_next_words(config):
+        return load_masked_lm(model)
+    classifier = load_for_next_words(model)
+    classifier.tokenizer.mask_token = None
+    return classifier.model, classifier.tokenizer
+
+
 def load_masked_lm(model: str) -> tuple[Any, Any]:
     """Load `model` with its masked-word head, and its tokenizer; weights as `load_classifier` reads them.
 
@@ -155,14 +171,11 @@ def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    kind = None
-    with suppress(Exception):  # what cannot be read is told by _load
-        source = resolve_model(model)
-        kind = AutoConfig.from_pretrained(source, **source_options(source)).model_type
-    if kind is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    config = _config_of(model)
+    if config is None or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
         return (
             loaded,
@@ -196,14 +209,10 @@ def load_for_next_words(model: str) -> Classifier:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or is of a kind that says no next words.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoModelForCausalLM
 
-    config = None
-    with suppress(Exception):  # what cannot be read is told by _load
-        source = resolve_model(model)
-        config = AutoConfig.from_pretrained(source, **source_options(source))
-    if config is not None and (config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _reads_both_ways(config)):
+    config = _config_of(model)
+    if config is not None and not says_next_words(config):
         raise FastpeftError(
             f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
             "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
@@ -221,11 +230,27 @@ def load_for_next_words(model: str) -> Classifier:
     return Classifier(loaded, tokenizer, (), head_is_new=False)
 
 
-def _reads_both_ways(config: Any) -> bool:
-    """Whether a model of a kind that may be a decoder, as BERT's and RoBERTa's, is an encoder."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def _config_of(model: str) -> Any:
+    """The configuration of `model`; None where it cannot be read, which loading the model will tell."""
+    from transformers import AutoConfig
 
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    with suppress(Exception):
+        source = resolve_model(model)
+        return AutoConfig.from_pretrained(source, **source_options(source))
+    return None
+
+
+def says_next_words(config: Any) -> bool:
+    """Whether a configuration is of a decoder; of kinds that may be one, as BERT's, most models are encoders."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    reads_both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
 
 
 def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A masked language model as a classifier by a prompt."""
+"""A language model as a classifier by a prompt: by a masked word, or by the next word of a decoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.examples import Row
-from fastpeft.data.models import Classifier, load_masked_lm, masked_word_layers
+from fastpeft.data.models import Classifier, load_language_model, masked_word_layers, says_next_words
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text
 from fastpeft.support import files
@@ -41,22 +44,24 @@ class PromptCollator(DataCollatorWithPadding):
 
 
 class PromptModel(PreTrainedModel):
-    """A masked language model as a classifier: its logits are those of the label words at the mask.
+    """A language model as a classifier: its logits are those of the label words at the mask.
 
         logits[b, c] = masked_lm(input_ids[b])[mask position of b, token of word c]
 
     It trains in transformers.Trainer as it is, on rows of `prompt.encode`. Of the vocabulary's logits, only those at
-    the mask are computed: `(B, vocabulary)` in place of `(B, T, vocabulary)`.
+    the mask are computed: `(B, vocabulary)` in place of `(B, T, vocabulary)`. A decoder has no mask: a row is the line
+    up to it, and the position is that of the last token, whose logits are those of the next word.
 
     Args:
-        masked_lm: a transformers model with a masked-word head, alone, wrapped by PEFT or beside a side network;
-            used as it is, not copied.
-        tokenizer: its tokenizer.
+        masked_lm: a transformers model with a masked-word head, or a decoder with its head for next words, alone,
+            wrapped by PEFT or beside a side network; used as it is, not copied.
+        tokenizer: its tokenizer; of a decoder one without a mask token, with a padding token.
         prompt: template and label words.
         calibrate: call `calibrate()` at once.
 
     Raises:
-        FastpeftError: the model has no masked-word head, or a label word is not one token.
+        FastpeftError: the model has no head for words, its tokenizer is not of its kind, or a label word is not one
+            token.
 
     Notes:
         Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
@@ -84,16 +89,17 @@ class PromptModel(PreTrainedModel):
             )
         if _find_core(masked_lm) is None:
             raise FastpeftError(
-                f"{type(masked_lm).__name__} has no masked-word head, which label words need. Load a masked language "
-                "model by AutoModelForMaskedLM. Any other, as a causal one, needs no PromptModel: load it by "
-                "AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> and with "
-                'head="classifier" encodes.'
+                f"{type(masked_lm).__name__} has no head for words, which label words need. Load a masked language "
+                "model by AutoModelForMaskedLM or a decoder by AutoModelForCausalLM. Any other needs no PromptModel: "
+                "load it by AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> "
+                'and with head="classifier" encodes.'
             )
+        _check_tokenizer(_find_core(masked_lm), tokenizer)
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
         super().__init__(config)
-        self.masked_lm: Any = masked_lm
+        self.masked_lm: Any = masked_lm  # its name is in checkpoints
         self.tokenizer = tokenizer
         self.prompt = prompt
         label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
@@ -126,7 +132,8 @@ class PromptModel(PreTrainedModel):
             attention_mask: `(B, T)`, 1 where a token is.
             token_type_ids: `(B, T)`, for models that have segments.
             inputs_embeds: `(B, T, d)` in place of `input_ids`; needs `mask_positions`.
-            mask_positions: `(B,)`, index of each row's mask. None: the one mask token of each row is looked for.
+            mask_positions: `(B,)`, index of each row's mask, of a decoder that of its last token. None: it is looked
+                for, the one mask token of each row or the last token that the attention mask has.
             labels: `(B,)`, index of each row's class.
             position_ids: `(B, T)`, for models that take them.
             output_attentions, output_hidden_states, return_dict: as everywhere in transformers.
@@ -138,7 +145,7 @@ class PromptModel(PreTrainedModel):
             FastpeftError: `mask_positions` is None and a row has no mask token or several.
         """
         if mask_positions is None:
-            mask_positions = self._find_masks(input_ids)
+            mask_positions = self._find_masks(input_ids, attention_mask)
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -147,6 +154,7 @@ class PromptModel(PreTrainedModel):
             "position_ids": position_ids,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
+            "use_cache": False if self._is_decoder else None,
         }
         with _only_masks(self.core, mask_positions):
             output = self.masked_lm(
@@ -160,9 +168,16 @@ class PromptModel(PreTrainedModel):
         result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
         return result.to_tuple() if return_dict is False else result
 
-    def _find_masks(self, input_ids: Tensor | None) -> Tensor:
+    @property
+    def _is_decoder(self) -> bool:
+        return self.tokenizer.mask_token is None
+
+    def _find_masks(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if input_ids is None:
             raise FastpeftError("inputs_embeds do not show where the masks are; give mask_positions too.")
+        if self._is_decoder:
+            present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return input_ids.shape[1] - 1 - present.flip(-1).int().argmax(-1)
         masks = input_ids == self.tokenizer.mask_token_id
         if not bool((masks.sum(-1) == 1).all()):
             raise FastpeftError(
@@ -214,17 +229,17 @@ class PromptModel(PreTrainedModel):
         return logits
 
     def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:
-        """This prompt on what `wrap` makes of the masked model, as a side network beside it; uncalibrated."""
+        """This prompt on what `wrap` makes of the model inside, as a side network beside it; uncalibrated."""
         return PromptModel(wrap(self.masked_lm), self.tokenizer, self.prompt)
 
     @property
     def core(self) -> Any:
-        """The masked language model without wrappers."""
+        """The language model without wrappers."""
         return _find_core(self.masked_lm)
 
     @property
     def head_modules(self) -> tuple[str, ...]:
-        """Names of the masked-word head's layers without the vocabulary's: the dense layer and the norm."""
+        """Names of the head's layers without the vocabulary's: of a masked-word head the dense layer and the norm."""
         return masked_word_layers(self.core, self)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -241,9 +256,9 @@ class PromptModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Save the masked model (or its adapter) as it saves itself, the tokenizer, and the prompt in `prompt.json`.
+        """Save the model inside (or its adapter) as it saves itself, the tokenizer, and the prompt in `prompt.json`.
 
-        So the folder is that of a plain masked language model too.
+        So the folder is that of a plain language model too.
         """
         if state_dict is not None:
             kwargs["state_dict"] = {name.removeprefix("masked_lm."): value for name, value in state_dict.items()}
@@ -266,9 +281,9 @@ class PromptModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id.
-            masked_lm: the model inside. None: what is there, a plain masked model, or a PEFT adapter or a side network,
-                whose base model is loaded too.
-            kwargs: passed to `AutoModelForMaskedLM.from_pretrained`, as `dtype`.
+            masked_lm: the model inside. None: what is there, a plain model, or a PEFT adapter or a side network, whose
+                base model is loaded too.
+            kwargs: passed to `from_pretrained` of `AutoModelForMaskedLM` or `AutoModelForCausalLM`, as `dtype`.
 
         Raises:
             FastpeftError: there is no prompt, or the model cannot be loaded.
@@ -281,7 +296,7 @@ class PromptModel(PreTrainedModel):
             options = source_options(source)
             if masked_lm is None:
                 adapted = find_adapter_config_file(source, local_files_only=options["local_files_only"]) is not None
-                load = _load_adapter if adapted else _load_masked_lm
+                load = _load_adapter if adapted else _load_plain
                 masked_lm = load(source, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = cls(masked_lm, tokenizer, Prompt.from_values(values))
@@ -303,7 +318,7 @@ def inside_prompt(model: Any) -> Any:
 
 
 def around(model: Any, wrap: Callable[[Any], Any]) -> Any:
-    """What `wrap` makes of a model; of a prompted one, of the masked language model in it."""
+    """What `wrap` makes of a model; of a prompted one, of the language model in it."""
     return model.around(wrap) if isinstance(model, PromptModel) else wrap(model)
 
 
@@ -321,25 +336,50 @@ def holds_label_words(source: str) -> bool:
 
 
 def load_prompted(model: str, prompt: Prompt) -> Classifier:
-    """Load `model` with its masked-word head in float32, as a classifier by the label words of `prompt`.
+    """Load `model` with its head for words in float32, as a classifier by the label words of `prompt`.
 
     Raises:
-        FastpeftError: as `load_masked_lm`, or a label word is not one token.
+        FastpeftError: as `load_language_model`, or a label word is not one token.
     """
-    prompted = PromptModel(*load_masked_lm(model), prompt)
+    prompted = PromptModel(*load_language_model(model), prompt)
     return Classifier(prompted, prompted.tokenizer, prompted.head_modules, head_is_new=False)
 
 
 def _find_core(model: Any) -> Any:
-    """The masked language model inside wrappers, None if there is none."""
+    """The language model inside wrappers, None if there is none."""
     while True:
-        name = type(model).__name__
-        if name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        if _fills_masks(model) or _is_decoder(model):
             return model
         inside = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base_model", model)
         if inside is model:
             return None
         model = inside
+
+
+def _fills_masks(model: Any) -> bool:
+    name = type(model).__name__
+    return name.endswith("ForMaskedLM") or name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def _is_decoder(model: Any) -> bool:
+    name = type(model).__name__
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (name.endswith("ForCausalLM") or name in names) and says_next_words(model.config)
+
+
+def _check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer by which a prompt would take a decoder for a model that fills masks, or the other way."""
+    if _fills_masks(model) == (tokenizer.mask_token is not None):
+        return
+    if _fills_masks(model):
+        raise FastpeftError(
+            f"{type(model).__name__} fills masks, and its tokenizer has no mask token. Give the tokenizer that belongs "
+            "to the model."
+        )
+    raise FastpeftError(
+        f"{type(model).__name__} is a decoder, which fills no masks, and its tokenizer has the mask token "
+        f"{tokenizer.mask_token!r}. Set tokenizer.mask_token = None, before rows are encoded too."
+    )
 
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:
@@ -351,7 +391,7 @@ def _at(states: Tensor, positions: Tensor) -> Tensor:
 def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
     """Within, the head of `model` gets its encoder's output at `positions` only.
 
-    Masked-word heads work position by position, so the result at a mask is the same. An encoder's output that is not
+    Heads for words work position by position, so the result at a mask is the same. An encoder's output that is not
     `(B, T, d)`, as of an encoder that packs sequences, is left as it is.
     """
     encoder = getattr(model, model.base_model_prefix, None)
@@ -377,23 +417,27 @@ def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
 
 
 def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let checkpoints of the plain masked model, which `save_pretrained` writes, load into a PromptModel."""
+    """Let checkpoints of the plain model, which `save_pretrained` writes, load into a PromptModel."""
     inner = f"{prefix}masked_lm."
     for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
         state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
-def _load_masked_lm(source: str, **kwargs: Any) -> Any:
-    from transformers import AutoModelForMaskedLM
+def _load_plain(source: str, **kwargs: Any) -> Any:
+    """A language model alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    return AutoModelForMaskedLM.from_pretrained(source, **{**source_options(source), "use_safetensors": True, **kwargs})
+    options = source_options(source)
+    decoder = says_next_words(AutoConfig.from_pretrained(source, **options))
+    auto_class: Any = AutoModelForCausalLM if decoder else AutoModelForMaskedLM
+    return auto_class.from_pretrained(source, **{**options, "use_safetensors": True, **kwargs})
 
 
 def _load_adapter(source: str, **kwargs: Any) -> Any:
-    """A PEFT adapter on its masked base model."""
+    """A PEFT adapter on its base model."""
     from peft import PeftConfig, PeftModel
 
     if Path(source).is_dir():
         check_file(Path(source))
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    return PeftModel.from_pretrained(_load_masked_lm(base, **kwargs), source)
+    return PeftModel.from_pretrained(_load_plain(base, **kwargs), source)

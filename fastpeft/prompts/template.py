@@ -1,9 +1,10 @@
-"""Prompts: a template and label words that turn a classification task into filling in a masked word.
+"""Prompts: a template and label words that turn a classification task into filling in a masked word, or the next one.
 
 A text becomes `It was good fun. It was <mask>.`; the class whose label word ("great" or "terrible") the model finds
 most likely at the mask is the answer, with no training at all (Schick & Schütze 2021; Gao, Fisch & Chen 2021,
-"Making pre-trained language models better few-shot learners"). Nothing new has to be learned before the first useful
-gradient, which is what MeZO needs.
+"Making pre-trained language models better few-shot learners"). A decoder, whose tokenizer has no mask token, reads the
+line up to the mask, `It was good fun. It was`, and the label word would come next. Nothing new has to be learned before
+the first useful gradient, which is what MeZO needs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Prompt:
 
     Attributes:
         template: has `{text}`, or `{a}` and `{b}`, once each, and `<mask>` once, which stands for any model's own mask
-            token. A template for a classification head may leave the mask out.
+            token. A template for a classification head may leave the mask out. A decoder is given what stands before
+            the mask, so its texts stand there.
         label_words: the word of each class, in the order of the classes: `{0: "terrible", 1: "great"}`, or by the
             classes' names. The words alone, in order, will do too. A classification head needs none.
         head: `"label_words"` compares the mask's logits of the label words; `"classifier"` only feeds the filled
@@ -188,11 +190,18 @@ class Prompt:
                 f"{type(tokenizer).__name__} does not tell where in a text its tokens stand; a prompt needs a fast "
                 "tokenizer. Load it by AutoTokenizer, or give a model that has one."
             )
-        if tokenizer.mask_token is None and MASK in self.template:
+        if tokenizer.mask_token is not None or MASK not in self.template:
+            return
+        if self.head == "classifier":
             raise FastpeftError(
                 f"{type(tokenizer).__name__} has no mask token, so the template {self.template!r} cannot be filled. "
-                "Give a model that predicts masked words, or train with a template without <mask> and "
-                'head="classifier" (--prompt-head classifier).'
+                "Give a model that predicts masked words, or leave <mask> out of the template."
+            )
+        unread = re.findall(r"\{\w+\}", self.template.partition(MASK)[2])
+        if unread:
+            raise FastpeftError(
+                f"the template {self.template!r} has {' and '.join(unread)} after {MASK}. {type(tokenizer).__name__} "
+                f"has no mask token: its model reads from left to right, up to {MASK}. Put the texts before it."
             )
 
     # -- texts to tokens ---------------------------------------------------------------------------------------------
@@ -217,7 +226,8 @@ class Prompt:
 
         Returns:
             Rows of `input_ids`, `attention_mask`, `token_type_ids` where the model has them, `mask_positions` (the
-            index of the mask token; not for a classification head, which reads no mask) and `labels`. Not padded.
+            index of the mask token, of a decoder's last one; not for a classification head, which reads no mask) and
+            `labels`. Not padded.
 
         Raises:
             FastpeftError: `max_length` leaves no room for the template, or a text is not what the template takes.
@@ -232,9 +242,14 @@ class Prompt:
         rows = []
         for index, (_, spans) in enumerate(filled):
             kept = self._kept_tokens(offsets[index], spans, limit)
-            row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
+            answered_at = None
             if self.head == "label_words":
-                row["mask_positions"] = _token_at(spans[MASK][0], [offsets[index][i] for i in kept])
+                answered_at = self._answered_at(tokenizer, spans[MASK], [offsets[index][i] for i in kept])
+                if tokenizer.mask_token is None:  # some tokenizers add a token at the end
+                    kept = kept[: answered_at + 1]
+            row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
+            if answered_at is not None:
+                row["mask_positions"] = answered_at
             if labels is not None:
                 row["labels"] = labels[index]
             rows.append(row)
@@ -256,12 +271,25 @@ class Prompt:
         for part in self._parts:
             if part == MASK:
                 line = line.rstrip()  # the label word brings its own space; a space alone would be a token to some
-                piece = tokenizer.mask_token
+                piece = tokenizer.mask_token or ""
             else:
                 piece = values[part].strip() if part in values else part
             spans[part] = (len(line), len(line) + len(piece))
             line += piece
+            if part == MASK and not piece:  # a decoder's answer cannot depend on what follows
+                break
         return line, spans
+
+    def _answered_at(self, tokenizer: Any, mask: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> int:
+        """The index of the token at which the model gives the label word: the mask, or the last one of a decoder."""
+        if tokenizer.mask_token is not None:
+            return next(index for index, (left, right) in enumerate(offsets) if left <= mask[0] < right)
+        read = [index for index, (left, right) in enumerate(offsets) if left < right]
+        if not offsets:
+            raise FastpeftError(
+                f"the template {self.template!r} leaves nothing to read of an empty text. Write words before {MASK}."
+            )
+        return read[-1] if read else len(offsets) - 1
 
     def _kept_tokens(self, offsets: list[tuple[int, int]], spans: dict[str, tuple[int, int]], limit: int) -> list[int]:
         """Indices of the tokens of a line that stay within `limit`."""
@@ -346,8 +374,3 @@ def is_text(value: Any) -> bool:
 def plain(label: str) -> str:
     """A name without case, spaces and signs."""
     return re.sub(r"[\W_]+", "", label.casefold())
-
-
-def _token_at(place: int, offsets: Sequence[tuple[int, int]]) -> int:
-    """The index of the token that covers the character at `place`."""
-    return next(index for index, (left, right) in enumerate(offsets) if left <= place < right)

@@ -31,6 +31,7 @@ def loading_snippet(
     labels: Sequence[str] = (),
     prompt_head: str | None = None,
     masked_words: bool = False,
+    decoder: bool = False,
     tokenizer: bool = False,
 ) -> str:
     """Python code that loads what was saved in `folder`.
@@ -47,12 +48,13 @@ def loading_snippet(
         labels: names of the classes, where there are some.
         prompt_head: head of the prompt that was saved too, None where there was none.
         masked_words: whether the model predicts masked words.
+        decoder: whether what a prompt's label words are read from is a decoder.
         tokenizer: whether the tokenizer was saved too; it was with classes and masked words.
     """
     if chained and (adapter or ladder):
         return _chained_snippet(folder, prompt_head)
     if prompt_head == "label_words":
-        return _prompted_snippet(folder, base_model, adapter)
+        return _prompted_snippet(folder, base_model, adapter, decoder)
     head = "MaskedLM" if masked_words else _HEADS.get(task_type or "")
     registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
     lines = [registers] if (adapter and registered) or ladder else []
@@ -79,16 +81,17 @@ def loading_snippet(
     return "\n".join(lines)
 
 
-def _prompted_snippet(folder: str, base_model: str, adapter: bool) -> str:
+def _prompted_snippet(folder: str, base_model: str, adapter: bool, decoder: bool) -> str:
     """Python code that loads a `PromptModel`, or an adapter around one."""
-    names = "AutoModelForMaskedLM, AutoTokenizer" if adapter else "AutoTokenizer"
+    auto_class = f"AutoModelFor{'CausalLM' if decoder else 'MaskedLM'}"
+    names = f"{auto_class}, AutoTokenizer" if adapter else "AutoTokenizer"
     lines = ["import torch", "from fastpeft import Prompt, PromptModel", f"from transformers import {names}"]
     end = [f"tokenizer = AutoTokenizer.from_pretrained({folder!r})", _prompt_line(folder)]
     if adapter:
         lines.insert(2, "from peft import PeftModel")
         end += [
-            f"masked_lm = AutoModelForMaskedLM.from_pretrained({base_model!r}, dtype=torch.float32)",
-            f"model = PeftModel.from_pretrained(PromptModel(masked_lm, tokenizer, prompt), {folder!r})",
+            f"base = {auto_class}.from_pretrained({base_model!r}, dtype=torch.float32)",
+            f"model = PeftModel.from_pretrained(PromptModel(base, tokenizer, prompt), {folder!r})",
         ]
     else:
         end.append(f"model = PromptModel.from_pretrained({folder!r}, dtype=torch.float32)")

@@ -206,6 +206,7 @@ def _card_of_run(
             labels=run.labels,
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
+            decoder=run.classifier.tokenizer.mask_token is None,
             tokenizer=run.problem is NEXT_WORDS,
         ),
         library={"lora": "peft", "merged": "transformers"}.get(to, to),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.data.examples import Examples, TextData
-from fastpeft.data.models import Classifier, load_masked_lm
+from fastpeft.data.models import Classifier, load_language_model
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptModel
@@ -56,8 +56,8 @@ _PAIR_LINKS = ("", "I think ", "That means ", "So ")
 _PAIR_STOPS = (",", ".", ":", "")
 
 
-def templates(is_pair: bool) -> list[str]:
-    """Every template of the grammar, for one text or for pairs.
+def templates(is_pair: bool, *, decoder: bool = False) -> list[str]:
+    """Every template of the grammar, for one text or for pairs; for a decoder those that end with words and the mask.
 
     Example:
         >>> templates(is_pair=False)[0], len(templates(is_pair=False)), len(templates(is_pair=True))
@@ -65,6 +65,8 @@ def templates(is_pair: bool) -> list[str]:
     """
     clauses = (MASK, *(f"{clause} {MASK}" for clause in _CLAUSES))
     texts = "{a} {b}" if is_pair else "{text}"
+    if decoder:
+        return [f"{texts} {clause}" for clause in clauses[1:]]
     after = [f"{texts} {clause}{end}" for clause, end in product(clauses, _ENDS)]
     if is_pair:
         links = product(_PAIR_ENDS, _PAIR_LINKS, _PAIR_STOPS)
@@ -114,7 +116,7 @@ def search_prompt(config: TrainConfig, data: TextData, max_length: int) -> Train
 def find_prompt(
     model: str, data: TextData, *, seed: int = 0, calibrate: bool = False, max_length: int | None = None
 ) -> FoundPrompt:
-    """The template and label words by which a masked language model best tells classes apart, with no training.
+    """The template and label words by which a language model best tells classes apart, with no training.
 
     Args:
         model: `"demo"`, a folder or a hub id.
@@ -124,7 +126,7 @@ def find_prompt(
         max_length: where texts are cut, in tokens. None: what the model reads.
 
     Raises:
-        FastpeftError: the model cannot be loaded or has no masked-word head, labels are no classes, or a class has too
+        FastpeftError: the model cannot be loaded or has no head for words, labels are no classes, or a class has too
             few rows.
 
     Notes:
@@ -136,13 +138,13 @@ def find_prompt(
     """
     check_searchable(data)
     chosen, ranked = draw_rows(data, seed)
-    masked_lm, tokenizer = load_masked_lm(model)
+    masked_lm, tokenizer = load_language_model(model)
     limit = Classifier(masked_lm, tokenizer, ()).max_length
     search = _Search(
         masked_lm.eval().to(best_device()), tokenizer, data.labels, calibrate, min(max_length or limit, limit)
     )
     start = time.perf_counter()
-    found = search.run(templates(data.train.is_pair), chosen, ranked)
+    found = search.run(templates(data.train.is_pair, decoder=tokenizer.mask_token is None), chosen, ranked)
     logger.info(
         "the prompt found is %r with %s: accuracy %.3f on %d training rows (%d templates, %.0f s)",
         found.prompt.template,

@@ -415,6 +415,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
             labels=task.data.labels,
             prompt_head=None if prompt is None else prompt.head,
             masked_words=problem is MASKED_WORDS,
+            decoder=task.tokenizer.mask_token is None,
             tokenizer=True,
         ),
         library=task.method.library,

@@ -280,7 +280,9 @@ def test_tokenizers_that_cannot_fill_a_template() -> None:
     tokenizer = copy.deepcopy(make_tokenizer("word-piece"))
     tokenizer.mask_token = None
     with pytest.raises(FastpeftError, match="has no mask token"):
-        SINGLE.encode(tokenizer, ["good"])
+        Prompt(SINGLE.template, head="classifier").encode(tokenizer, ["good"])
+    with pytest.raises(FastpeftError, match=r"has \{b\} after <mask>.*Put the texts before it"):
+        Prompt("{a}? <mask>, {b}", {0: "no", 1: "yes"}).encode(tokenizer, [("good", "bad")])
     (row,) = Prompt("Review: {text}", head="classifier").encode(tokenizer, ["good"])
     assert tokens(tokenizer, row) == ["<", *"r", "##e", "##v", "##i", "##e", "##w", ":", "good", ">"]
 

@@ -1,0 +1,154 @@
+"""A decoder as a classifier: label words are read as the next word, after the line up to the mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from samples import WORDS, reviews, save_tiny_model, write_csv
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastpeft import (
+    FastpeftError,
+    LadderConfig,
+    LadderModel,
+    Prompt,
+    PromptCollator,
+    PromptModel,
+    SivaConfig,
+    TrainConfig,
+    train,
+)
+from fastpeft.data.examples import load_data
+from fastpeft.prompts.model import load_prompted
+from fastpeft.training.evaluation import evaluate, evaluate_zero_shot
+from fastpeft.training.loading import load_run
+from fastpeft.training.prompt_search import find_prompt
+
+WORD = {label: words[0] for label, words in WORDS.items()}
+PROMPT = Prompt("{text} the film was <mask>, and a story", WORD)
+TEXTS = ["the film", "a very lovely story with a rather dull end", "", "the plot is funny"]
+KINDS = {"Llama": "ForCausalLM", "GPT2": "LMHeadModel"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("decoders")
+    for kind, head in KINDS.items():
+        save_tiny_model(place / kind, kind, head)
+    write_csv(place / "reviews.csv", reviews(120, tuple(WORDS)))
+    return place
+
+
+def own(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer as their user loads them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.mask_token = None
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_are_those_of_the_next_word(place: Path, kind: str, side: str) -> None:
+    model, tokenizer = own(place / kind)
+    tokenizer.padding_side = side
+    prompted = PromptModel(model, tokenizer, PROMPT).eval()
+    rows = PROMPT.encode(tokenizer, TEXTS, labels=[0, 1, 0, 1])
+    words = tokenizer.convert_tokens_to_ids([*WORD.values()])
+    batch = PromptCollator(tokenizer)(rows)
+    found = prompted(**batch)
+    full = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    for index, (text, row) in enumerate(zip(TEXTS, rows)):
+        said = tokenizer.decode(row["input_ids"])
+        assert said.split() == ["<s>", *text.split(), "the", "film", "was"], "up to the mask"
+        last = -1 if side == "left" else len(row["input_ids"]) - 1
+        torch.testing.assert_close(found.logits[index], full[index, last, words])
+        if side == "right":
+            alone = model(torch.tensor([row["input_ids"]])).logits[0, -1, words]
+            torch.testing.assert_close(found.logits[index], alone)
+    batch.pop("mask_positions")
+    assert torch.equal(prompted(**batch).logits, found.logits), "positions are found"
+
+
+def test_the_texts_alone_are_cut(place: Path) -> None:
+    _, tokenizer = own(place / "Llama")
+    (row,) = PROMPT.encode(tokenizer, ["the film is " * 9], max_length=9)
+    assert tokenizer.decode(row["input_ids"]).split() == ["<s>", "the", "film", "is", "the", "the", "film", "was"]
+    assert row["mask_positions"] == len(row["input_ids"]) - 1
+
+
+def test_a_tokenizer_with_a_mask_is_refused(place: Path) -> None:
+    model, tokenizer = own(place / "Llama")
+    tokenizer.mask_token = "<mask>"
+    with pytest.raises(FastpeftError, match=r"LlamaForCausalLM is a decoder.*Set tokenizer.mask_token = None"):
+        PromptModel(model, tokenizer, PROMPT)
+
+
+def _wraps() -> dict[str, Any]:
+    return {
+        "plain": lambda model: model,
+        "siva": lambda model: get_peft_model(model, SivaConfig(r=2, target_modules=["q_proj", "v_proj"])),
+        "9-LST": lambda model: LadderModel(model, LadderConfig(reduction_factor=2, window_size=3)),
+    }
+
+
+@pytest.mark.parametrize("way", ["plain", "siva", "9-LST"])
+def test_saved_and_loaded(place: Path, tmp_path: Path, way: str) -> None:
+    model, tokenizer = own(place / "Llama")
+    prompted = PromptModel(_wraps()[way](model), tokenizer, PROMPT, calibrate=True).eval()
+    prompted.save_pretrained(tmp_path / "saved")
+    loaded = PromptModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.predict_logits(TEXTS), prompted.predict_logits(TEXTS))
+
+
+def _trained(place: Path, output: Path, **settings: Any) -> dict[str, Any]:
+    words = ",".join(f"{label}={word}" for label, word in WORD.items())
+    own = {"prompt": PROMPT.template, "label_words": words, "learning_rate": 2e-2, "epochs": 1, "batch_size": 8}
+    config = {"model": str(place / "Llama"), "data": str(place / "reviews.csv"), "output": str(output)}
+    return train(TrainConfig(**{**config, **own, **settings})).metrics
+
+
+@pytest.fixture(scope="module")
+def learned(place: Path) -> Path:
+    """A run that tells the classes apart; a random model that is frozen teaches others nothing."""
+    assert _trained(place, place / "learned", method="full", epochs=12)["accuracy"] >= 0.9
+    return place / "learned"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("siva", {"learning_rate": 1e-3}),
+        ("k-lst", {"window": 3, "learning_rate": 1e-3}),
+        ("mezo", {"learning_rate": 1e-6}),
+    ],
+)
+def test_methods_go_on_from_a_decoder_that_learned(
+    place: Path, learned: Path, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    output = tmp_path / "run"
+    metrics = _trained(place, output, method=method, init_from=str(learned), **settings)
+    assert min(metrics["accuracy_before"], metrics["accuracy"]) >= 0.9
+    assert evaluate(output, str(place / "reviews.csv"))["accuracy"] >= 0.9
+
+
+def test_the_card_loads_an_adapter(place: Path, tmp_path: Path) -> None:
+    _trained(place, tmp_path / "run", method="siva")
+    card = (tmp_path / "run" / "README.md").read_text()
+    names: dict[str, Any] = {}
+    exec(card[card.index("```python") + 9 : card.rindex("```")], names)
+    expected = load_run(tmp_path / "run").classifier.model.predict_logits(TEXTS)
+    assert torch.equal(names["model"].get_base_model().predict_logits(TEXTS), expected)
+
+
+def test_with_no_training_and_found(place: Path) -> None:
+    data = load_data(str(place / "reviews.csv"))
+    measured = evaluate_zero_shot(str(place / "Llama"), PROMPT.for_labels(data.labels), str(place / "reviews.csv"))
+    assert 0 <= measured["accuracy"] <= 1
+    found = find_prompt(str(place / "Llama"), data)
+    assert found.prompt.template.endswith(" <mask>")
+    assert found.templates == 8
+    assert len(load_prompted(str(place / "Llama"), found.prompt).model.label_ids) == len(data.labels)
