@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 STOP, LENGTH = "stop", "length"  # why nothing more is said
+_COLDEST = 1e-3  # a temperature below it says the most likely words: divided by less, scores are not finite
 _HALF = "\ufffd"  # what tokens of half a character are decoded to
 
 
@@ -23,7 +24,7 @@ class Saying:
         ends: the tokens after which nothing more is said.
         max_tokens: the most that are said.
         stop: texts before the first of which the answer ends.
-        sampling: temperature, 0 for the most likely words, and the share of the likeliest words that are drawn from.
+        sampling: temperature, 0 for the most likely words, and the share of likely words that are drawn from.
         deliver: is called with each part of the answer, in the thread that says it.
 
     Attributes:
@@ -122,5 +123,5 @@ def say(generate: Callable[..., Any], tokenizer: Any, device: Any, sayings: Sequ
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=None,  # each row has its own ends
         stopping_criteria=[Hearing(sayings)],
-        **(drawn if temperature > 0 else {"do_sample": False}),
+        **(drawn if temperature >= _COLDEST else {"do_sample": False}),
     )

@@ -269,6 +269,14 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
     assert answer["usage"]["completion_tokens"] <= 3
 
 
+def test_next_to_no_temperature_says_the_most_likely_words(
+    server: Server, expected: dict[tuple[str, str], str]
+) -> None:
+    path, body = request("own", ASKED[0], temperature=1e-40)
+    answer = server.ask("POST", path, body)[1]
+    assert answer["choices"][0]["message"]["content"] == expected["own", ASKED[0]]
+
+
 def test_what_there_is(server: Server, tasks: Tasks) -> None:
     listed = server.ask("GET", "/v1/models")[1]
     assert listed["object"] == "list"
