@@ -1,22 +1,26 @@
-"""Fine-tune a causal language model on a text, with SiVA and transformers' Trainer.
+"""Fine-tune a causal language model with transformers' Trainer: by a side network or SiVA, on prompts or a text.
 
-    python examples/causal_lm.py --model Qwen/Qwen2.5-0.5B --text notes.txt --output out
-    python examples/causal_lm.py --tiny --text README.md --output out
+    python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data e2e.jsonl --method lst --output out
+    python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data notes.txt --method siva --output out
+    python examples/causal_lm.py --tiny --data README.md --output out
 
-The second line needs no network: it trains a small random Llama on bytes, to see that everything works.
+Of a jsonl file with `prompt` and `completion` the completions are learned, of any other file the text. The last line
+needs no network: it trains beside a small random Llama on bytes, to see that everything works.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
+    DataCollatorForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -25,7 +29,9 @@ from transformers import (
     set_seed,
 )
 
-from fastpeft import SivaConfig
+from fastpeft import LadderConfig, LadderModel, SivaConfig
+
+METHODS = {"siva": 2e-4, "lst": 3e-3, "k-lst": 3e-3}  # and their learning rates
 
 
 def save_tiny_llama(folder: Path) -> Path:
@@ -48,25 +54,44 @@ def save_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[dict[str, list[int]]]:
-    """The text as rows of `length` tokens, each of which the model learns to predict from those before it."""
-    ids = tokenizer(text)["input_ids"]
-    starts = range(0, len(ids) - length + 1, length)
-    return [{"input_ids": ids[start : start + length], "labels": ids[start : start + length]} for start in starts]
+def read(file: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
+    """Rows of at most `length` tokens; labels of -100 are not learned."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".jsonl":
+        ids = tokenizer(text)["input_ids"]
+        starts = range(0, len(ids) - length + 1, length)
+        return [{"input_ids": ids[start : start + length], "labels": ids[start : start + length]} for start in starts]
+    rows = []
+    for line in text.splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(row["completion"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        ids, labels = prompt + completion, [-100] * len(prompt) + completion
+        rows.append({"input_ids": ids[:length], "labels": labels[:length]})
+    return rows
+
+
+def beside(name: str, method: str, rank: int) -> Any:
+    """The model that trains."""
+    base = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+    if method == "siva":
+        return get_peft_model(base, SivaConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return LadderModel(base, LadderConfig(window_size=1, fusion="gated") if method == "lst" else LadderConfig())
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train, save and continue a text; returns the loss on the held-out end of the text before and after."""
+    """Train, save and go on from a prompt; returns the loss on the held-out rows before and after."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name on the hub, or folder, of a causal language model")
     parser.add_argument("--tiny", action="store_true", help="a small random model in place of --model")
-    parser.add_argument("--text", type=Path, required=True, help="file to learn from; its last tenth is held out")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the adapter")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--data", type=Path, required=True, help="file to learn from; its last tenth is held out")
+    parser.add_argument("--output", type=Path, required=True, help="folder for what was trained")
+    parser.add_argument("--method", choices=METHODS, default="lst")
+    parser.add_argument("--rank", type=int, default=8, help="of SiVA")
+    parser.add_argument("--learning-rate", type=float, help=f"default: {METHODS}")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--length", type=int, default=128, help="most tokens a row")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.tiny is (options.model is not None):
@@ -75,20 +100,18 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     set_seed(options.seed)
     name = str(save_tiny_llama(options.output / "base")) if options.tiny else options.model
     tokenizer = AutoTokenizer.from_pretrained(name)
-    rows = blocks(tokenizer, options.text.read_text(encoding="utf-8"), options.length)
+    rows = read(options.data, tokenizer, options.length)
     held_out = max(1, len(rows) // 10)
     if len(rows) <= held_out:
-        parser.error(f"{options.text} holds {len(rows)} rows of {options.length} tokens; at least two are needed")
+        parser.error(f"{options.data} holds {len(rows)} rows of {options.length} tokens; at least two are needed")
 
-    base = AutoModelForCausalLM.from_pretrained(name)
-    config = SivaConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
+    model = beside(name, options.method, options.rank)
     model.print_trainable_parameters()
     trainer = Trainer(
         model,
         TrainingArguments(
             str(options.output / "trainer"),
-            learning_rate=options.learning_rate,
+            learning_rate=options.learning_rate or METHODS[options.method],
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
@@ -99,18 +122,24 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
         train_dataset=rows[:-held_out],
         eval_dataset=rows[-held_out:],
+        data_collator=DataCollatorForTokenClassification(tokenizer),
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     model.save_pretrained(options.output)
-    print(f"held-out loss {before:.3f} before, {after:.3f} after; the adapter is in {options.output}")
+    print(f"held-out loss {before:.3f} before, {after:.3f} after; what was trained is in {options.output}")
 
-    # what somebody else does with the folder; merged, the model is a plain one at its full speed
-    merged = AutoPeftModelForCausalLM.from_pretrained(options.output).merge_and_unload()
-    prompt = torch.tensor([rows[-1]["input_ids"][:16]])
-    written = merged.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False)
-    print(tokenizer.decode(written[0]))
+    # what somebody else does with the folder; merged, an adapter leaves a plain model
+    loaded: Any
+    if options.method == "siva":
+        loaded = AutoPeftModelForCausalLM.from_pretrained(options.output).merge_and_unload()
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(options.output)
+    asked = [token for token, label in zip(rows[-1]["input_ids"], rows[-1]["labels"]) if label == -100]
+    prompt = tokenizer.pad([{"input_ids": asked or rows[-1]["input_ids"][:16]}], return_tensors="pt")
+    written = loaded.generate(**prompt, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    print(tokenizer.decode(written[0], skip_special_tokens=True))
     return {"before": before, "after": after}
 
 

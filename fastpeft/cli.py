@@ -508,7 +508,7 @@ def serve(
     """Answer over HTTP as predict does, for one run or many.
 
     Side networks (k-LST, LST) on equal backbones share one backbone, and a pass answers for all of them. Any other run
-    is served beside them, with a model of its own.
+    is served beside them, with a model of its own. Runs on next words answer in the form of OpenAI's endpoints.
 
     There is no authentication: let a proxy keep strangers away, from --runs above all. Needs the extra serve.
     """

@@ -172,6 +172,37 @@ def save_tiny_model(folder: Path, kind: str = "Roberta", head: str = "ForMaskedL
     return folder
 
 
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def save_tiny_decoder(folder: Path, **changes: Any) -> Path:
+    """As `save_tiny_model`: a decoder whose tokenizer has a chat template."""
+    save_tiny_model(folder, "Llama", "ForCausalLM", **changes)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+FIRST = {name: words[0] for name, words in WORDS.items()}
+
+
+def completions(rows: int) -> list[dict[str, str]]:
+    """Prompts that say what the completion is."""
+    return [{"prompt": text, "completion": f" {FIRST[label]}"} for text, label in reviews(rows)]
+
+
+def chats(rows: int) -> list[dict[str, Any]]:
+    """Conversations in which the assistant says what it was told."""
+    return [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": FIRST[label]}]}
+        for text, label in reviews(rows)
+    ]
+
+
 TINY = {  # of a transformers configuration
     "vocab_size": 50,
     "hidden_size": 16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastpeft.errors import FastpeftError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 ROLES = (SYSTEM, USER, ASSISTANT, "tool")
+_FORM = 'Write a list of turns, each {"role": "user", "content": "..."}.'
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,31 @@ def as_conversation(value: Any, column: str, place: Place, *, answered: bool = T
     def refuse(what: str, remedy: str) -> FastpeftError:
         return FastpeftError(f"{place} has {what} in column {column!r}. {remedy}")
 
-    form = 'Write a list of turns, each {"role": "user", "content": "..."}, as jsonl and parquet files can hold.'
     if not is_conversation(value):
-        raise refuse(repr(value), form)
+        raise refuse(repr(value), f"{_FORM[:-1]}, as jsonl and parquet files can hold.")
+    conversation = check_conversation(value, refuse)
+    if answered and ASSISTANT not in (role for role, _ in conversation.turns):
+        raise refuse("no turn of the assistant", "Its turns are what is learned: add one, or remove the row.")
+    return conversation
+
+
+def check_conversation(value: Sequence[Mapping[str, Any]], refuse: Callable[[str, str], FastpeftError]) -> Conversation:
+    """The conversation of turns `{"role": ..., "content": ...}`.
+
+    Args:
+        value: the turns.
+        refuse: makes the error of what is wrong and what to do about it.
+    """
     turns: list[tuple[str, str]] = []
     for number, turn in enumerate(value, start=1):
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
             raise refuse(f"turn {number} with the role {role!r}", f"Roles are {', '.join(ROLES)}.")
         if not isinstance(content, str):
-            raise refuse(f"turn {number} with the content {content!r}", f"It must be text. {form}")
+            raise refuse(f"turn {number} with the content {content!r}", f"It must be text. {_FORM}")
         if not content.strip():
             raise refuse(f"turn {number}, of the {role}, with nothing in it", "Write what is said, or remove the turn.")
         if role == SYSTEM and number > 1:
             raise refuse(f"a turn of the system as turn {number}", "It comes first, or not at all.")
         turns.append((role, content))
-    if answered and ASSISTANT not in (role for role, _ in turns):
-        raise refuse("no turn of the assistant", "Its turns are what is learned: add one, or remove the row.")
     return Conversation(tuple(turns))

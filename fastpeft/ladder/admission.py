@@ -132,6 +132,11 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
                 f"{model.config.base_model_name_or_path or 'the model it was trained on'}."
             )
         replaced[id(theirs)] = own[name]
+    scores, own_scores = model.backbone.decoder, backbone.decoder
+    if scores is not None and own_scores is not None:  # where it is not tied to the embeddings
+        for theirs, ours in zip(scores.parameters(), own_scores.parameters()):
+            if _equal(theirs, ours):
+                replaced[id(theirs)] = ours
     for module in model.base.modules():  # all of them: a decoder may be tied to the embeddings
         for key, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in replaced:

@@ -14,6 +14,7 @@ Dimension letters as in `side.py`; T counts all tokens so far, N those of this p
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,19 +92,43 @@ class SideLayer(DynamicLayer):
         return room.narrow(-2, 0, tokens)
 
 
-class LadderCache(DynamicCache):
-    """What a decoder and the side network beside it keep of the tokens they have read.
+class SideCache:
+    """What one side network keeps of the tokens it has read.
 
-    The backbone's layers come first, as transformers makes them for its configuration, then those of the side network.
+    Args:
+        num_layers: the number of its blocks.
+
+    Attributes:
+        layers: of each block.
+        steps, projections: its matrices as passes over one token use them, see `fastpeft.ladder.side_step`.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [SideLayer() for _ in range(num_layers)]
+        self.steps: list[Any] = []
+        self.projections: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "steps": []}  # a copy makes its own, which write into its layers
+
+
+class LadderCache(DynamicCache):
+    """What a decoder and the side networks beside it keep of the tokens they have read.
+
+    The backbone's layers come first, as transformers makes them for its configuration, then those of the side networks.
 
     Args:
         backbone: the decoder.
+        sides: the number of side networks.
+
+    Attributes:
+        sides: what each of them keeps.
 
     Raises:
         FastpeftError: the decoder keeps something else than keys and values.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, sides: int = 1) -> None:
         core = backbone.core
         keeps = "past_key_values" in inspect.signature(core.forward).parameters
         if not (keeps and core._supports_default_dynamic_cache()):
@@ -112,14 +137,9 @@ class LadderCache(DynamicCache):
                 "nothing can be kept. Give use_cache=False: each token then takes a pass over all tokens."
             )
         super().__init__(config=core.config)
-        self.side = [SideLayer() for _ in backbone.layers]
-        self.layers.extend(self.side)
-        # of the side network, for one token: see `fastpeft.ladder.side_step`
-        self.steps: list[Any] = []
-        self.projections: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "steps": []}  # a copy makes its own, which write into its layers
+        self.sides = [SideCache(len(backbone.layers)) for _ in range(sides)]
+        for side in self.sides:
+            self.layers.extend(side.layers)
 
 
 def generates(backbone: Backbone) -> bool:
@@ -137,11 +157,11 @@ def check_generates(backbone: Backbone) -> None:
         )
 
 
-def with_cache(backbone: Backbone, arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
+def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
     """The arguments of a call of `generate`, with a cache of both networks instead of the one that it would make.
 
     Args:
-        backbone: the decoder.
+        make: makes the cache.
         arguments: those of the call.
         defaults: generation configurations that say what the call does not, the first one first.
 
@@ -162,4 +182,4 @@ def with_cache(backbone: Backbone, arguments: dict[str, Any], *defaults: Any) ->
     if asked("use_cache") is False or arguments.get("past_key_values") is not None:
         return arguments
     without = {name: value for name, value in arguments.items() if name != "cache_implementation"}
-    return {**without, "past_key_values": LadderCache(backbone)}
+    return {**without, "past_key_values": make()}

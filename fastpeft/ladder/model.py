@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +291,11 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
-        if step and cache is not None and self.side_run is SideRun and not torch.is_grad_enabled():
-            return SideStep(self.side, mask, cache, keep_states)
-        if cache is not None:
-            cache.steps.clear()  # weights may have changed
+        kept = None if cache is None else cache.sides[0]
+        if step and kept is not None and self.side_run is SideRun and not torch.is_grad_enabled():
+            return SideStep(self.side, mask, kept, keep_states)
+        if kept is not None:
+            kept.steps.clear()  # weights may have changed
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
@@ -303,7 +305,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
-        return self.side_run(self.side, mask, seed, keep_states, blocks_seed, None if cache is None else cache.side)
+        return self.side_run(self.side, mask, seed, keep_states, blocks_seed, None if kept is None else kept.layers)
 
     @contextlib.contextmanager
     def reading_from(self, source: FeatureSource) -> Iterator[None]:
@@ -343,7 +345,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         check_generates(self.backbone)
         if self.side_run is not SideRun:  # one that keeps nothing
             kwargs.setdefault("use_cache", False)
-        kwargs = with_cache(self.backbone, kwargs, kwargs.get("generation_config"), self.generation_config)
+        kwargs = with_cache(
+            partial(LadderCache, self.backbone), kwargs, kwargs.get("generation_config"), self.generation_config
+        )
         with evaluating([self]):
             return super().generate(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.conversion import convert, converted_to
+from fastpeft.ladder.generation import check_generates, with_cache
 from fastpeft.ladder.joint_training import (
     LABELS,
     Batch,
@@ -31,6 +32,7 @@ from fastpeft.ladder.joint_training import (
     steps_of,
 )
 from fastpeft.ladder.passes import features_of, run_body
+from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_head
 from fastpeft.ladder.pool_members import Members, ladder_of
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
@@ -43,7 +45,8 @@ class LadderPool:
 
     Requests for different tasks share a batch: the backbone makes one pass over all rows, side networks of one shape
     are computed as one, and each row gets the answer of its task's head. Several side networks can train from one pass
-    too. Each member is an ordinary `LadderModel`, or a `PromptModel` around one, on the pool's backbone.
+    too. Beside a decoder they generate text, see `generate`. Each member is an ordinary `LadderModel`, or a
+    `PromptModel` around one, on the pool's backbone.
 
     Args:
         base: a transformers model of text with a head, or PEFT's wrapper of one. It is not copied; its backbone is
@@ -180,11 +183,7 @@ class LadderPool:
             FastpeftError: a task is not in the pool, or the batch has other entries or another number of rows.
         """
         members = self._members
-        batch = self._check_batch(batch)
-        if len(tasks) != len(source_of(batch)):
-            raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
-        if labels := [name for name in LABELS if name in batch]:
-            raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train with outputs or fit.")
+        batch = self._check_rows(batch, tasks)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(tasks):
             rows.setdefault(name, []).append(row)
@@ -200,6 +199,48 @@ class LadderPool:
                 for row, own in zip(rows[name], _by_row(answer)):
                     answers[row] = own
         return answers
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, tasks: Sequence[str], **options: Any) -> Any:
+        """Generate text for rows of different tasks, beside a decoder, as each task's `LadderModel.generate` does.
+
+        Each new token takes one pass of the backbone over all rows, and one of each task's side network over its own.
+        Rows of a task that follow each other save copies. Calls and steps of `fit` wait until it has ended.
+
+        Args:
+            batch: as a call takes it. Pad prompts on the left.
+            tasks: the task of each row, in any order.
+            options: as for `GenerationMixin.generate`. `generation_config` is at first that of the base.
+
+        Returns:
+            Token ids `(B, T)`, the prompt first, or what `return_dict_in_generate` asks for.
+
+        Raises:
+            FastpeftError: as by a call; the base does not generate text; a task has a head of its own; or another cache
+                is asked for.
+
+        Example:
+            >>> batch = tokenizer(["The sea", "Dear Sir"], padding=True, return_tensors="pt")  # doctest: +SKIP
+            >>> pool.generate(batch, ["tales", "letters"], max_new_tokens=20)  # doctest: +SKIP
+        """
+        check_generates(self.backbone)
+        members = self._members
+        batch = self._check_rows(batch, tasks)
+        ladders = {name: ladder_of(members[name]) for name in tasks}
+        for name, ladder in ladders.items():
+            check_head(name, ladder.backbone, self.backbone)
+        decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()])
+        options = with_cache(
+            partial(PoolCache, self.backbone, tasks),
+            options,
+            options.get("generation_config"),
+            decoder.generation_config,
+        )
+        if "past_key_values" not in options:
+            raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
+        parts = (self.backbone.body, *(ladder.side for ladder in ladders.values()))
+        with self._passing, evaluating(parts):
+            return decoder.generate(**batch, **options)
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The output of each task's side network for its rows, `(rows of the task, T, d)` in the backbone's dtype."""
@@ -343,6 +384,15 @@ class LadderPool:
             return _run(member, batch, GivenFeatures(features))
 
     # -- batches -------------------------------------------------------------------------------------------------
+
+    def _check_rows(self, batch: Batch, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The batch of a call on the backbone's device."""
+        batch = self._check_batch(batch)
+        if len(tasks) != len(source_of(batch)):
+            raise FastpeftError(f"the batch has {len(source_of(batch))} rows, but {len(tasks)} tasks were given.")
+        if labels := [name for name in LABELS if name in batch]:
+            raise FastpeftError(f"a call takes no {labels[0]}: leave it out, or train with outputs or fit.")
+        return batch
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
         """The batch on the backbone's device."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ladder.generation import LadderCache, SideLayer
+from fastpeft.ladder.generation import SideCache, SideLayer
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun
 
 
@@ -114,11 +114,11 @@ class SideStep(SideRun):
         keep_states: as of `SideRun`.
     """
 
-    def __init__(self, side: SideNetwork, mask: Tensor | None, cache: LadderCache, keep_states: bool = False) -> None:
-        super().__init__(side, mask, 0, keep_states, kept=cache.side)
+    def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool = False) -> None:
+        super().__init__(side, mask, 0, keep_states, kept=cache.layers)
         if not cache.steps:
             blocks: Any = side.blocks
-            cache.steps = [BlockStep(block, kept) for block, kept in zip(blocks, cache.side)]
+            cache.steps = [BlockStep(block, kept) for block, kept in zip(blocks, cache.layers)]
             cache.projections = {layer: _projection(side, layer) for layer in side.readers}
         self._steps, self._projections = cache.steps, cache.projections
         self._size = side.config.window_size

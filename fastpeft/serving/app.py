@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +15,23 @@ from fastapi import Path as Part
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 
 from fastpeft.errors import FastpeftError
 from fastpeft.serving.batcher import Batcher
+from fastpeft.serving.chat import add_words
 from fastpeft.serving.guard import Guard, Metrics
-from fastpeft.serving.messages import Answer, Refusal, Request, Source, TaskInfo, answer_of, describe
+from fastpeft.serving.messages import (
+    Answer,
+    Refusal,
+    Request,
+    Source,
+    TaskInfo,
+    answer_of,
+    describe,
+    in_openai_form,
+    refused_as,
+)
 from fastpeft.serving.page import page
 from fastpeft.serving.tasks import NAME, RefusedError, Tasks
 from fastpeft.version import __version__
@@ -36,12 +48,16 @@ class Limits:
     Attributes:
         body: bytes of a request.
         queue: texts that may wait.
+        chats: requests for words that may wait.
         seconds: to send a request, and again to answer it.
+        saying: seconds to answer a request for words.
     """
 
     body: int = 1 << 20
     queue: int = 4_096
+    chats: int = 256
     seconds: float = 30.0
+    saying: float = 300.0
 
 
 def create_app(
@@ -56,27 +72,26 @@ def create_app(
         limits: None: the default ones.
     """
     limits = limits or Limits()
-    metrics = Metrics(lambda: batcher.waiting)
-    batcher = Batcher(
-        tasks,
-        max_wait=max_wait,
-        max_queue=limits.queue,
-        seconds=limits.seconds,
-        observe=metrics.batches.observe,
-    )
+    metrics = Metrics(lambda: sum(each.waiting for each in batchers))
+    alike: dict[str, Any] = {"max_rows": tasks.max_rows, "max_wait": max_wait, "observe": metrics.batches.observe}
+    batcher = Batcher(tasks.answer, max_queue=limits.queue, seconds=limits.seconds, **alike)
+    # a queue and a thread of their own: an answer in words takes seconds, for which no other should wait
+    words = Batcher(tasks.say, max_queue=limits.chats, seconds=limits.saying, **alike)
+    batchers = batcher, words
     running = False
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         nonlocal running
-        async with batcher.running():
+        async with batcher.running(), words.running():
             running = True
             yield  # at its end the server has answered all requests
             running = False
 
     app = FastAPI(
         title="fastpeft serve",
-        description="Finished runs of fastpeft. A refused request gets a JSON object whose detail says why.",
+        description="Finished runs of fastpeft. A refused request gets a JSON object whose detail says why; below /v1 "
+        "it has OpenAI's form, an error with a message.",
         version=__version__,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from another host
@@ -86,14 +101,14 @@ def create_app(
     _refuse_in_words(app)
 
     def check_worker() -> None:
-        if batcher.failed:
+        if any(each.failed for each in batchers):
             raise RefusedError("the server failed; its log says why. Start it again.", 503)
 
     @app.get("/health", responses=_refusals(503))
     async def health() -> dict[str, str]:
         """Whether requests are taken: 503 where the queue is full, or nothing is answered any more."""
         check_worker()
-        if not running or batcher.waiting >= limits.queue:
+        if not running or any(each.waiting >= each.max_queue for each in batchers):
             raise RefusedError("the queue is full. Try again later.", 503)
         return {"status": "ready"}
 
@@ -131,6 +146,7 @@ def create_app(
         metrics.texts.labels(name).inc(len(scores))
         return answer_of(ready, scores)
 
+    add_words(app, tasks, words, lambda name: metrics.texts.labels(name).inc(), _refusals(400, 404, 408, 413, 415, 503))
     if runs is not None:
         _let_change(app, tasks, runs.resolve())
     return app
@@ -169,29 +185,41 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _refuse_in_words(app: FastAPI) -> None:
-    """Let each refusal be `{"detail": "one message"}`, short and in UTF-8 whatever of a client's it repeats."""
+    """Let each refusal be one message in its address's form, short and in UTF-8 whatever of a client's it repeats."""
 
-    def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    def refusal(request: fastapi.Request, status: int, detail: str, *named: str | None) -> JSONResponse:
         if len(detail) > 2 * _MOST_SHOWN:
             detail = f"{detail[:_MOST_SHOWN]} ... {detail[-_MOST_SHOWN:]}"
         detail = detail.encode(errors="backslashreplace").decode()
-        return JSONResponse({"detail": detail}, status, headers)
+        return JSONResponse(
+            refused_as(request.url.path, detail, status, *named),
+            status,
+            {"Retry-After": "1"} if status == 503 else None,
+        )
 
     @app.exception_handler(RefusedError)
-    async def refused(_: fastapi.Request, error: RefusedError) -> JSONResponse:
-        return refusal(error.status, str(error), {"Retry-After": "1"} if error.status == 503 else None)
+    async def refused(request: fastapi.Request, error: RefusedError) -> JSONResponse:
+        return refusal(request, error.status, str(error), error.param, error.code)
+
+    @app.exception_handler(HTTPException)
+    async def no_such(request: fastapi.Request, error: HTTPException) -> JSONResponse:
+        answer = refusal(request, error.status_code, str(error.detail))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
-    async def failed(_: fastapi.Request, error: Exception) -> JSONResponse:
-        return refusal(500, "the server failed; its log says why.")
+    async def failed(request: fastapi.Request, error: Exception) -> JSONResponse:
+        return refusal(request, 500, "the server failed; its log says why.")
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method in ("POST", "PUT") and kind != "application/json":
-            return refusal(415, "the body must be JSON. Send it with the header Content-Type: application/json.")
+            said = "the body must be JSON. Send it with the header Content-Type: application/json."
+            return refusal(request, 415, said)
         wrong = [
             f"{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
             for each in error.errors()[:3]
         ]
-        return refusal(422, f"the request cannot be read. {'; '.join(wrong)}.")
+        status = 400 if in_openai_form(request.url.path) else 422
+        return refusal(request, status, f"the request cannot be read. {'; '.join(wrong)}.")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fastpeft.serving.tasks import RefusedError, Tasks
+from fastpeft.serving.tasks import RefusedError
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Batcher:
     """Collects what arrives within a few milliseconds, and answers it together.
 
     Args:
-        tasks: what answers.
+        answer: gives the answers to requests, each the name of a task and its texts, or exceptions that refuse them.
+        max_rows: texts of a batch.
         max_wait: seconds that the first request of a batch waits for others.
         max_queue: texts that may wait; a request that comes then is refused, unless none wait.
         seconds: how long a request waits at most.
@@ -34,16 +35,17 @@ class Batcher:
 
     def __init__(
         self,
-        tasks: Tasks,
+        answer: Callable[[Sequence[tuple[str, Sequence[Any]]]], Sequence[Any]],
         *,
+        max_rows: int,
         max_wait: float,
         max_queue: int,
         seconds: float,
         observe: Callable[[int], object],
     ) -> None:
-        self.tasks, self.max_wait, self.max_queue, self.seconds = tasks, max_wait, max_queue, seconds
+        self.max_rows, self.max_wait, self.max_queue, self.seconds = max_rows, max_wait, max_queue, seconds
         self.waiting = 0  # texts in the queue
-        self._observe = observe
+        self._answer, self._observe = answer, observe
         self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
         self._left_over: Waiting | None = None
         self._worker: asyncio.Task[None] | None = None
@@ -54,7 +56,7 @@ class Batcher:
         return self._worker is not None and self._worker.done()
 
     async def answer(self, task: str, texts: Sequence[Any]) -> Any:
-        """What `Tasks.answer` gives for one request.
+        """The answer to one request.
 
         Raises:
             RefusedError: by the task, or there are too many texts in the queue, or they took too long.
@@ -73,7 +75,7 @@ class Batcher:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Answer requests while inside it."""
-        # one thread, always the same: each that computes would have threads of its own for PyTorch's work
+        # one thread, always the same: each that computes has threads of its own for PyTorch's work
         with ThreadPoolExecutor(1, "fastpeft-serve") as thread:
             self._worker = asyncio.create_task(self._run(thread))
             try:
@@ -93,7 +95,7 @@ class Batcher:
             asked = [(waiting.task, waiting.texts) for waiting in batch]
             answers: Sequence[Any]
             try:
-                answers = await loop.run_in_executor(thread, self.tasks.answer, asked)
+                answers = await loop.run_in_executor(thread, self._answer, asked)
             except Exception as error:  # it must not end this task, without which nothing is answered any more
                 answers = [error] * len(batch)
             for waiting, answer in zip(batch, answers, strict=True):
@@ -111,10 +113,10 @@ class Batcher:
         batch, rows = [first], len(first.texts)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.max_wait):
-                while rows < self.tasks.max_rows:
+                while rows < self.max_rows:
                     following = await self._queue.get()
                     rows += len(following.texts)
-                    if rows > self.tasks.max_rows:
+                    if rows > self.max_rows:
                         self._left_over = following
                         break
                     batch.append(following)

@@ -10,7 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.responses import JSONResponse
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+from fastpeft.serving.messages import refused_as
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 100, 300)
+_COUNTED = ("/predict", "/v1/chat/completions", "/v1/completions")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -26,14 +29,14 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.requests = Counter(
             "fastpeft_requests",
-            "Requests to /predict; the task is empty where none was found.",
+            "Requests for answers; the task is empty where none was found.",
             ["task", "status"],
             registry=self.registry,
         )
         self.texts = Counter("fastpeft_texts", "Texts that were answered.", ["task"], registry=self.registry)
         self.seconds = Histogram(
             "fastpeft_request_seconds",
-            "Time from a request to /predict to its answer.",
+            "Time from a request to the end of its answer.",
             ["task"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -51,7 +54,7 @@ class Guard:
 
     Args:
         app: the application.
-        metrics: where requests to /predict are counted.
+        metrics: where requests for answers are counted.
         max_bytes: of a body.
         seconds: in which a body must have come.
     """
@@ -74,7 +77,7 @@ class Guard:
         try:
             await self._guarded(scope, receive, noting)
         finally:
-            if scope["path"] == "/predict":
+            if scope["path"] in _COUNTED:
                 task = state.get("task", "")
                 self._metrics.requests.labels(task, str(status)).inc()
                 self._metrics.seconds.labels(task).observe(time.perf_counter() - begin)
@@ -106,5 +109,5 @@ class Guard:
 
     @staticmethod
     async def _refuse(scope: Any, receive: Any, send: Any, status: int, detail: str) -> None:
-        answer = JSONResponse({"detail": detail}, status, {"Connection": "close"})
+        answer = JSONResponse(refused_as(scope["path"], detail, status), status, {"Connection": "close"})
         await answer(scope, receive, send)

@@ -108,7 +108,7 @@ class TaskInfo(BaseModel):
     method: str
     problem: str
     labels: list[str]
-    reads: str = Field(description="What a text is: a string, a pair or words.")
+    reads: str = Field(description="What a text is: a string, a pair, words, messages or a prompt.")
     max_length: int = Field(description="Tokens at which texts are cut.")
     shares_backbone_with: list[str]
 
@@ -127,10 +127,26 @@ class Refusal(BaseModel):
     detail: str
 
 
+def in_openai_form(path: str) -> bool:
+    """Whether what an address gives has OpenAI's form."""
+    return path.startswith("/v1/")
+
+
+def refused_as(path: str, detail: str, status: int, param: str | None = None, code: str | None = None) -> Any:
+    """The JSON of a refusal by an address."""
+    return error_form(detail, status, param, code) if in_openai_form(path) else {"detail": detail}
+
+
+def error_form(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI writes it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
     """Scores in the words of their task's problem."""
-    predictor = ready.task.predictor
-    run = predictor.run
+    predictor, run = ready.task.predictor, ready.task.run
+    assert predictor is not None  # or there were no scores
     made: list[Classified | Labelled | Number | Tagged] = []
     for taken, found in zip(ready.taken, scores):
         if run.problem.per_token:
@@ -152,13 +168,20 @@ def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
 
 def describe(task: Task, beside: list[str]) -> TaskInfo:
     """A task for those who ask what there is."""
-    run = task.predictor.run
+    run = task.run
+    said = "messages" if run.chats else "prompt"
     return TaskInfo(
         name=task.name,
         method=run.config.method,
         problem=run.problem.name,
-        labels=run.labels,
-        reads="pair" if run.is_pair else "words" if run.problem.per_token else "string",
+        labels=[] if task.predictor is None else run.labels,
+        reads=said
+        if task.predictor is None
+        else "pair"
+        if run.is_pair
+        else "words"
+        if run.problem.per_token
+        else "string",
         max_length=run.max_length,
         shares_backbone_with=beside,
     )

@@ -6,30 +6,43 @@ import itertools
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastpeft.data.conversations import USER, Conversation
+from fastpeft.data.next_words import prompt_tokens
+from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
+from fastpeft.serving.speech import Saying, say
 from fastpeft.support.stages import report
 from fastpeft.training.evaluation import Predictor, Taken
+from fastpeft.training.generation import ends_of, says_words
+from fastpeft.training.loading import FinishedRun, load_run
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
+_MAX_TOKENS = 256  # that are said, where a client names no number
 NAME = r"[\w.-]{1,100}"  # of a task: it stands in addresses and in metrics
 
 
 class RefusedError(FastpeftError):
-    """What a client asked for cannot be done; `status` is the code of HTTP that says so."""
+    """What a client asked for cannot be done.
 
-    def __init__(self, message: str, status: int) -> None:
+    Attributes:
+        status: the code of HTTP that says so.
+        param, code: what OpenAI's form of an error names: the part of the request, and the kind of the error.
+    """
+
+    def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.param, self.code = status, param, code
 
 
 @dataclass(frozen=True)
@@ -40,17 +53,19 @@ class Shared:
         pool: their side networks, by `Task.member`.
         tokenizer: of the first of them.
         bf16: whether they compute in bfloat16 where autocast does.
+        says_words: whether they learned next words.
     """
 
     pool: LadderPool
     tokenizer: Any
     bf16: bool
+    says_words: bool
 
     def fits(self, run: Any) -> bool:
         """Whether rows of a run can stand in one batch with those that are here."""
         own, other = self.tokenizer, run.classifier.tokenizer
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
-        return padding and self.bf16 == run.config.bf16
+        return padding and self.bf16 == run.config.bf16 and self.says_words == (run.problem is NEXT_WORDS)
 
     def scores(self, rows: Sequence[tuple[Task, Taken]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -64,8 +79,8 @@ class Shared:
         found = []
         for (task, taken), answer, mask in zip(rows, answers, masks):
             output = answer.logits.float().cpu().numpy()
-            output = output[mask.numpy()] if task.predictor.run.problem.per_token else output
-            found += task.predictor.scores_of([taken], [output])
+            output = output[mask.numpy()] if task.run.problem.per_token else output
+            found += _predictor(task).scores_of([taken], [output])
         return found
 
 
@@ -75,7 +90,8 @@ class Task:
 
     Attributes:
         name: its name.
-        predictor: the run.
+        run: the run.
+        predictor: the run in use, where it tells classes, numbers or tags; None where it says words.
         shared: the backbone that it shares. None: its model is its own.
         reason: why its backbone is its own; empty where others may share it.
         member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
@@ -83,10 +99,24 @@ class Task:
     """
 
     name: str
-    predictor: Predictor
+    run: FinishedRun
+    predictor: Predictor | None
     shared: Shared | None
     reason: str = ""
     member: str = ""
+
+    def say(self, sayings: Sequence[Saying]) -> None:
+        """Answer requests for words, of this task and of others on its backbone, until each has ended."""
+        model, tokenizer = self.run.classifier.model, self.run.classifier.tokenizer
+        generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **options)  # noqa: E731
+        if self.shared is not None:
+            sayings = sorted(sayings, key=lambda saying: saying.task.member)  # rows of a task follow each other
+            generate = partial(self.shared.pool.generate, tasks=[saying.task.member for saying in sayings])
+        with (
+            torch.inference_mode(),
+            torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)),
+        ):
+            say(generate, tokenizer, model.device, sayings)
 
 
 @dataclass(frozen=True)
@@ -158,11 +188,15 @@ class Tasks:
                 raise RefusedError(f"there is a task {name!r}. Remove it first, or give another name.", 409)
             self._loading.add(name)
         try:
-            predictor = Predictor(folder, self._device, self._max_length)
+            predictor = None if says_words(folder) else Predictor(folder, self._device, self._max_length)
+            run = load_run(folder, self._device) if predictor is None else predictor.run
             with self._changing:
-                task = self._placed(name, predictor)
+                task = self._placed(name, run, predictor)
                 try:
-                    self._together([Ready(task, [predictor.take(_example(predictor))])])
+                    if predictor is None:
+                        task.say([self._saying(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
+                    else:
+                        self._together([Ready(task, [predictor.take(_example(predictor))])])
                 except BaseException:
                     self._leave(task)
                     raise
@@ -171,26 +205,26 @@ class Tasks:
             self._loading.discard(name)
         return task
 
-    def _placed(self, name: str, predictor: Predictor) -> Task:
+    def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
-        run = predictor.run
         ladder = inside_prompt(run.classifier.model)
         if not isinstance(ladder, LadderModel):
-            return Task(name, predictor, None, f"{run.config.method} has no side network")
+            return Task(name, run, predictor, None, f"{run.config.method} has no side network")
         reason, member = "", f"{name} {next(self._numbers)}"
         here = {id(task.shared): task.shared for task in self if task.shared is not None and task.shared.fits(run)}
         for shared in here.values():
             try:
                 shared.pool.add(member, run.classifier.model)
-                return Task(name, predictor, shared, member=member)
+                return Task(name, run, predictor, shared, member=member)
             except FastpeftError as error:  # it names what differs
                 reason = str(error).partition(". ")[0]
         try:
             pool = LadderPool(ladder.base, ladder.config.feature_modules, ladder.config.backbone_dtype)
             pool.add(member, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
-            return Task(name, predictor, None, str(error).partition(". ")[0])
-        return Task(name, predictor, Shared(pool, run.classifier.tokenizer, bool(run.config.bf16)), reason, member)
+            return Task(name, run, predictor, None, str(error).partition(". ")[0])
+        shared = Shared(pool, run.classifier.tokenizer, bool(run.config.bf16), run.problem is NEXT_WORDS)
+        return Task(name, run, predictor, shared, reason, member)
 
     def remove(self, name: str) -> None:
         """Forget a run.
@@ -230,6 +264,11 @@ class Tasks:
             task = self[name]
         except RefusedError as error:
             return error
+        if task.predictor is None:
+            return RefusedError(
+                f"the task {name!r} says words and tells no classes. Send it messages, by POST /v1/chat/completions.",
+                422,
+            )
         taken = []
         for number, text in enumerate(texts, start=1):
             try:
@@ -246,19 +285,25 @@ class Tasks:
             return list(self._together(asked))
         except Exception as error:  # such as a task that was removed meanwhile, or too little memory for all
             if len(asked) == 1:
-                task = asked[0].task
-                if self._tasks.get(task.name) is task:
-                    return [error]
-                return [RefusedError(f"there is no task {task.name!r} any more: it was removed or replaced.", 404)]
+                return [self._why(asked[0].task, error)]
             return [answer for each in asked for answer in self._answers([each])]
+
+    def _why(self, task: Task, error: Exception) -> Exception:
+        """The error of a task, or that it is there no more."""
+        if self._tasks.get(task.name) is task:
+            return error
+        return RefusedError(f"there is no task {task.name!r} any more: it was removed or replaced.", 404)
+
+    def _most_rows(self, task: Task) -> int:
+        on_cpu = task.run.classifier.model.device.type == "cpu"
+        return min(self.max_rows, _MOST_ON_CPU) if on_cpu else self.max_rows
 
     def _together(self, asked: Sequence[Ready]) -> list[list[np.ndarray]]:
         """The answers of requests that share a model."""
         rows = [(each.task, taken) for each in asked for taken in each.taken]
         order = sorted(range(len(rows)), key=lambda place: len(rows[place][1].row["input_ids"]))  # pads little
         scores: dict[int, np.ndarray] = {}
-        device = asked[0].task.predictor.run.classifier.model.device.type
-        size = min(self.max_rows, _MOST_ON_CPU) if device == "cpu" else self.max_rows
+        size = self._most_rows(asked[0].task)
         for start in range(0, len(rows), size):
             places = order[start : start + size]
             chosen = [rows[place] for place in places]
@@ -266,10 +311,124 @@ class Tasks:
             if task.shared is not None:
                 found = task.shared.scores(chosen)
             else:
-                found = task.predictor.scores([taken for _, taken in chosen])
+                found = _predictor(task).scores([taken for _, taken in chosen])
             scores |= dict(zip(places, found))
         ordered = (scores[place] for place in range(len(rows)))
         return [[next(ordered) for _ in each.taken] for each in asked]
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def saying(self, name: str, asked: Conversation | str, max_tokens: int | None = None, **options: Any) -> Saying:
+        """A request for words, read and encoded.
+
+        Args:
+            name: of the task.
+            asked: a conversation, which the chat template of the task's model writes, or a text to go on from.
+            max_tokens: the most tokens to say. None: 256, or what the model has room for.
+            options: of `Saying`.
+
+        Raises:
+            RefusedError: there is no task of that name, it says no words, its model has no chat template, or the model
+                does not read so many tokens.
+        """
+        return self._saying(self.of_words(name), asked, max_tokens, **options)
+
+    def of_words(self, name: str) -> Task:
+        """The task of that name, which says words.
+
+        Raises:
+            RefusedError: there is none, or it says no words.
+        """
+        try:
+            task = self[name]
+            if task.predictor is not None:
+                what = (
+                    f"the task {name!r} tells classes and the like, and says no words. Send it texts, by POST /predict."
+                )
+                raise RefusedError(what, 404)
+        except RefusedError as error:
+            raise RefusedError(str(error), 404, "model", "model_not_found") from None
+        return task
+
+    def _saying(self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any) -> Saying:
+        chats, tokenizer = isinstance(asked, Conversation), task.run.classifier.tokenizer
+        param = "messages" if chats else "prompt"
+        if chats and getattr(tokenizer, "chat_template", None) is None:
+            raise RefusedError(
+                f"the model of the task {task.name!r} has no chat template, by which messages are written. Send it a "
+                "prompt, by POST /v1/completions.",
+                400,
+                param,
+            )
+        try:
+            tokens = prompt_tokens(tokenizer, asked)
+        except FastpeftError as error:  # of the template
+            raise RefusedError(str(error), 400, param) from error
+        if not tokens:
+            raise RefusedError("the prompt has no token to go on from. Give a text.", 400, param)
+        limit = min(task.run.classifier.max_length, self._max_length or task.run.classifier.max_length)
+        room = limit - len(tokens)
+        if room < (max_tokens or 1):
+            wanted = f"{max_tokens} more are asked for" if max_tokens else "the answer needs one more"
+            raise RefusedError(
+                f"the task {task.name!r} reads {limit} tokens; the {param} {'have' if chats else 'has'} {len(tokens)}, "
+                f"and {wanted}. Send less, or ask for fewer.",
+                400,
+                param,
+                "context_length_exceeded",
+            )
+        ends = ends_of(task.run, chats=chats)
+        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=max_tokens or min(_MAX_TOKENS, room), **options)
+
+    def say(self, asked: Sequence[tuple[str, Sequence[Saying]]]) -> list[Saying | Exception]:
+        """Answer requests for words, each one `Saying`, together where they share a model and their sampling.
+
+        Returns:
+            Each request, which has ended; or why it could not be answered.
+        """
+        sayings = [saying for _, each in asked for saying in each]
+        groups: dict[Any, list[Saying]] = defaultdict(list)
+        for saying in sayings:
+            groups[id(saying.task.shared or saying.task), saying.sampling].append(saying)
+        failed: dict[int, Exception] = {}
+        for group in groups.values():
+            for batch in self._batches(group):
+                failed |= self._say(batch)
+        return [failed.get(id(saying), saying) for saying in sayings]
+
+    def _batches(self, group: list[Saying]) -> Iterator[list[Saying]]:
+        """Requests to answer together: no more than rows of a pass, and none that others would pad beyond its model."""
+        size = self._most_rows(group[0].task)
+        limit = min(saying.task.run.classifier.max_length for saying in group)
+        batch: list[Saying] = []
+        for saying in sorted(group, key=lambda saying: len(saying.tokens)):
+            most = max(each.max_tokens for each in (*batch, saying))
+            if batch and (len(batch) == size or len(saying.tokens) + most > limit):
+                yield batch
+                batch = []
+            batch.append(saying)
+        yield batch
+
+    def _say(self, batch: list[Saying]) -> dict[int, Exception]:
+        """Answer a batch; where that fails, each alone to which nothing was said yet, so that one fails by itself."""
+        try:
+            batch[0].task.say(batch)
+            return {}
+        except Exception as error:
+            if len(batch) == 1:
+                return {id(batch[0]): self._why(batch[0].task, error)}
+            failed: dict[int, Exception] = {}
+            for saying in batch:
+                if saying.count and saying.ended is None:
+                    failed[id(saying)] = self._why(saying.task, error)
+                elif saying.ended is None:
+                    failed |= self._say([saying])
+            return failed
+
+
+def _predictor(task: Task) -> Predictor:
+    assert task.predictor is not None  # only such a task is asked for scores
+    return task.predictor
 
 
 def _example(predictor: Predictor) -> Any:

@@ -33,6 +33,12 @@ def says_words(folder: str | Path) -> bool:
     return RunFolder(folder).metrics().get("problem_type") == NEXT_WORDS.name
 
 
+def ends_of(run: FinishedRun, *, chats: bool) -> set[int]:
+    """The tokens after which a run says nothing more, to a conversation or another text."""
+    own = getattr(run.classifier.model.generation_config, "eos_token_id", None)
+    return end_tokens(run.classifier.tokenizer, chats=chats).union([own] if isinstance(own, int) else own or ())
+
+
 class Writer:
     """A finished run that learned next words, in use: it goes on from texts by its most likely words.
 
@@ -87,8 +93,7 @@ class Writer:
     def write(self, taken: Sequence[Taken]) -> list[str]:
         """What the run says to each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
-        own = getattr(model.generation_config, "eos_token_id", None)
-        ends = end_tokens(tokenizer, chats=self.run.chats).union([own] if isinstance(own, int) else own or ())
+        ends = ends_of(self.run, chats=self.run.chats)
         order = sorted(range(len(taken)), key=lambda index: len(taken[index].row["input_ids"]))  # pads little
         said: dict[int, str] = {}
         for start in range(0, len(taken), _BATCH_SIZE):

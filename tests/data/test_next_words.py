@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from samples import WORDS, reviews, save_tiny_model, write_csv, write_jsonl
+from samples import (
+    FIRST,
+    chats,
+    completions,
+    reviews,
+    save_tiny_decoder,
+    save_tiny_model,
+    write_csv,
+    write_jsonl,
+)
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
@@ -25,33 +34,12 @@ from fastpeft.training.generation import Writer, measure_said, write
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictions
 
-TEMPLATE = (
-    "{% for turn in messages %}<s> {{ turn.role }} {{ turn.content }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}<s> assistant {% endif %}"
-)
-FIRST = {name: words[0] for name, words in WORDS.items()}
-
-
-def completions(rows: int) -> list[dict[str, str]]:
-    """Prompts that say what the completion is."""
-    return [{"prompt": text, "completion": f" {FIRST[label]}"} for text, label in reviews(rows)]
-
-
-def chats(rows: int) -> list[dict[str, Any]]:
-    return [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": FIRST[label]}]}
-        for text, label in reviews(rows)
-    ]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a decoder, whose tokenizer has a chat template, and rows of each form."""
     place = tmp_path_factory.mktemp("place")
-    save_tiny_model(place / "model", "Llama", "ForCausalLM")
-    tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(place / "model")
+    save_tiny_decoder(place / "model")
     write_jsonl(place / "completions.jsonl", completions(90))
     write_jsonl(place / "chats.jsonl", chats(90))
     (place / "texts.txt").write_text("".join(f"{text}\n" for text, _ in reviews(90)))

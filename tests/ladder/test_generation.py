@@ -272,7 +272,7 @@ def test_what_a_token_takes() -> None:
     model = moved(causal_model("llama"), window_size=3)
     cache = LadderCache(model.backbone)
     model.eval()(input_ids=WORDS, past_key_values=cache)
-    sizes = {tensor.numel() for layer in cache.side for tensor in (layer.keys, layer.values)}
+    sizes = {tensor.numel() for layer in cache.sides[0].layers for tensor in (layer.keys, layer.values)}
     assert sizes == {3 * 12 * 2 * model.side.width, 3 * 12 * 3 * model.side.width}
 
 

@@ -122,6 +122,7 @@ def test_what_is_told_of_the_server(server: Server) -> None:
     assert not any(mark in page for mark in ("http:", "https:", "<script", "src="))
     assert set(server.ask("GET", "/openapi.json")[1]["paths"]) == {
         "/predict", "/tasks", "/tasks/{name}", "/health", "/health/live", "/metrics",
+        "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/completions",
     }  # fmt: skip
 
 
@@ -276,7 +277,7 @@ class Slow:
 
 def batcher(tasks: Any, **options: Any) -> Batcher:
     options = {"max_wait": 0, "max_queue": 4, "seconds": 30, **options}
-    return Batcher(tasks, observe=lambda texts: None, **options)
+    return Batcher(tasks.answer, max_rows=tasks.max_rows, observe=lambda texts: None, **options)
 
 
 def test_a_queue_that_is_full_takes_no_more() -> None:
@@ -376,7 +377,7 @@ def test_a_fault_leaves_the_next_requests_answered(
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Tasks, "answer", failing)
+        patched.setattr(Tasks, "_ready", failing)
         assert server.ask("POST", "/predict", GOOD)[:2] == (500, {"detail": "the server failed; its log says why."})
     status, answer, _ = server.ask("POST", "/predict", {"task": "b", "texts": TEXTS[:1]})
     assert status == 200

@@ -1,0 +1,187 @@
+"""Generation by a pool: the rows of a batch stand beside one decoder, each with the side network of its task.
+
+Each pass runs the backbone over all rows, every side network over those of its task, and the backbone's head over all.
+
+Dimension letters as in `side.py`; B rows, N tokens of a pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.generation import LadderCache
+from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side_step import SideStep
+from fastpeft.ladder.sources import LadderPass, RunningBackbone, check_mask
+
+Rows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
+
+
+class PoolCache(LadderCache):
+    """A `LadderCache` whose side networks each read some of the rows.
+
+    Args:
+        backbone: the decoder.
+        tasks: the task of each prompt; side networks are in the order in which they come here.
+    """
+
+    def __init__(self, backbone: Backbone, tasks: Sequence[str]) -> None:
+        super().__init__(backbone, len(set(tasks)))
+        self._tasks = tasks
+        self.rows: list[Rows] = []
+
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Find the rows of each task; a prompt has several that follow each other, as beams or several samples."""
+        each = batch // len(self._tasks)
+        numbered = [task for task in self._tasks for _ in range(each)]
+        self.rows = [
+            rows_at([row for row, own in enumerate(numbered) if own == task], device)
+            for task in dict.fromkeys(self._tasks)
+        ]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows; a row takes the place of one of its own prompt only."""
+        places = torch.empty_like(beam_idx)
+        for rows, side in zip(self.rows, self.sides):
+            places[rows] = torch.arange(len(places[rows]), device=places.device, dtype=places.dtype)
+            for layer in side.layers:
+                layer.reorder_cache(places[beam_idx[rows]])
+        for layer in self.layers[: -sum(len(side.layers) for side in self.sides)]:
+            layer.reorder_cache(beam_idx)
+
+
+def rows_at(places: list[int], device: torch.device) -> Rows:
+    """The rows at these places, which are sorted."""
+    if places[-1] - places[0] == len(places) - 1:
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places, device=device)
+
+
+class PoolRun:
+    """A pass of several side networks, each over its rows: what `LadderPass` wants of a `SideRun`.
+
+    Args:
+        runs: the pass of each side network, with its rows.
+    """
+
+    mask = None  # each run has that of its rows
+
+    def __init__(self, runs: Sequence[tuple[Rows, SideRun]]) -> None:
+        self._runs = runs
+        self.side, self.past = runs[0][1].side, runs[0][1].past
+        self._rows = 0
+
+    def feed(self, layer: int, feature: Tensor) -> None:
+        """As that of `SideRun`."""
+        self._rows = len(feature)
+        for rows, run in self._runs:
+            run.feed(layer, feature[rows])
+
+    def output(self) -> Tensor:
+        """The outputs of all rows, `(B, N, d)`."""
+        outputs = [(rows, run.output()) for rows, run in self._runs]
+        found = outputs[0][1].new_empty(self._rows, *outputs[0][1].shape[1:])
+        for rows, output in outputs:
+            found[rows] = output
+        return found
+
+
+class PoolDecoder(PreTrainedModel, GenerationMixin):
+    """A pool's backbone beside which each row of a batch has a side network: a model that generates.
+
+    Args:
+        backbone: the pool's.
+        sides: the side networks, in the order of those of the cache.
+    """
+
+    config_class = LadderConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+
+    def __init__(self, backbone: Backbone, sides: Sequence[SideNetwork]) -> None:
+        super().__init__(LadderConfig())
+        self.training = False
+        self.backbone = backbone
+        self.base: Any = backbone.model
+        self._sides = sides
+        self.generation_config = copy.deepcopy(backbone.core.generation_config)
+        self.generation_config.cache_implementation = None  # a `PoolCache` takes its place
+
+    def can_generate(self) -> bool:
+        """Whether it generates, which the pool has asked of its backbone before."""
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: PoolCache | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As that of `LadderModel`, which has the arguments."""
+        text: Any = input_ids if input_ids is not None else inputs_embeds
+        cache = past_key_values
+        if not isinstance(cache, PoolCache):
+            raise FastpeftError(
+                f"past_key_values is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
+                "this pool's generate returned, or leave it out."
+            )
+        if not cache.rows:
+            cache.begin(len(text), text.device)
+        past = cache.get_seq_length()
+        check_mask(attention_mask, (len(text), past + text.shape[1]))
+        mask = None if attention_mask is None else attention_mask.bool()
+        runs: list[tuple[Rows, SideRun]] = []
+        for rows, side, kept in zip(cache.rows, self._sides, cache.sides):
+            own = None if mask is None else mask[rows]
+            if past > 0 and text.shape[1] == 1:
+                runs.append((rows, SideStep(side, own, kept)))
+            else:
+                kept.steps.clear()  # weights may have changed
+                runs.append((rows, SideRun(side, own, 0, kept=kept.layers)))
+        arguments = self.backbone.arguments(
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "past_key_values": cache,
+                "use_cache": True,
+                "cache_position": cache_position,
+                "logits_to_keep": logits_to_keep,
+            }
+        )
+        run: Any = PoolRun(runs)
+        with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
+            return self.base(**arguments, return_dict=True)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The arguments of a pass, as the base prepares them for its own."""
+        return self.backbone.core.prepare_inputs_for_generation(*args, **kwargs)
+
+
+def check_head(task: str, head: Backbone, backbone: Backbone) -> None:
+    """Raise `FastpeftError` unless a member scores words as the pool's base does."""
+    own, other = head.decoder, backbone.decoder
+    same = own is not None and other is not None and all(a is b for a, b in zip(own.parameters(), other.parameters()))
+    if head.head_parameters() or not same:
+        raise FastpeftError(
+            f"the task {task!r} has a head of its own, but a pool generates by that of its base. Call generate of "
+            f"pool[{task!r}] for rows of this task alone."
+        )

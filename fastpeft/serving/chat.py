@@ -1,0 +1,272 @@
+"""Words over HTTP, in the form of OpenAI's endpoints for chats and completions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Literal
+
+import fastapi
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fastpeft.data.conversations import ASSISTANT, Conversation, check_conversation
+from fastpeft.errors import FastpeftError
+from fastpeft.prompts.template import is_text
+from fastpeft.serving.batcher import Batcher
+from fastpeft.serving.messages import error_form
+from fastpeft.serving.speech import Saying
+from fastpeft.serving.tasks import RefusedError, Task, Tasks
+
+logger = logging.getLogger(__name__)
+
+
+def _encodable(text: str) -> str:
+    if not is_text(text) or "\0" in text:
+        raise ValueError("it has a NUL, or half of a character (a lone surrogate)")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[Text, Field(min_length=1)]
+
+
+class Part(BaseModel):
+    """A part of what is said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: str = Field(description="system, which comes first or not at all, user, assistant or tool.")
+    content: Text | list[Part]
+
+    @property
+    def turn(self) -> dict[str, str]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside its text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = Field(False, description="Whether a last event counts the tokens.")
+
+
+class Asked(BaseModel):
+    """What chats and completions are asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="The task's name.")
+    max_tokens: int | None = Field(None, ge=1, description="The most tokens that are said; 256 unless it is given.")
+    temperature: float | None = Field(1, ge=0, le=2, description="0 says the most likely words, as predict does.")
+    top_p: float | None = Field(1, gt=0, le=1, description="The share of the likeliest words that are drawn from.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="Texts before the first of which the answer ends."
+    )
+    stream: bool | None = Field(False, description="Whether the answer comes as events while it is said.")
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = Field(1, description="The number of answers.")
+    user: str | None = Field(None, description="Is not read.")
+
+
+class ChatRequest(Asked):
+    """A conversation to go on with."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
+
+
+class CompletionRequest(Asked):
+    """A text to go on from, as it is."""
+
+    prompt: Text = Field(min_length=1)
+
+
+def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object], refusals: Any) -> None:
+    """Give an application the addresses of OpenAI's form.
+
+    Args:
+        app: the application.
+        tasks: what it answers for.
+        batcher: of `tasks.say`.
+        count: is told the task of each answer.
+        refusals: what OpenAPI is told of them.
+    """
+    began = int(time.time())
+
+    def model(task: Task) -> dict[str, Any]:
+        return {"id": task.name, "object": "model", "created": began, "owned_by": "fastpeft"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The tasks that say words, as OpenAI lists models."""
+        return {"object": "list", "data": [model(task) for task in tasks if task.predictor is None]}
+
+    @app.get("/v1/models/{name}", responses=refusals)
+    async def one_model(name: str) -> dict[str, Any]:
+        """One of the tasks, as OpenAI describes a model."""
+        return model(tasks.of_words(name))
+
+    async def answer(
+        asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, form: type[_Completion]
+    ) -> Response:
+        request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
+        parts: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        saying = await asyncio.to_thread(
+            tasks.saying,
+            asked.model,
+            what,
+            most,
+            stop=stop,
+            sampling=(
+                1.0 if asked.temperature is None else asked.temperature,
+                1.0 if asked.top_p is None else asked.top_p,
+            ),
+            deliver=lambda part: loop.call_soon_threadsafe(parts.put_nowait, part),
+        )
+        shape = form(asked.model)
+        said = asyncio.ensure_future(batcher.answer(asked.model, [saying]))
+        try:
+            if not asked.stream:
+                await said
+                count(asked.model)
+                return JSONResponse(shape.whole(saying))
+            said.add_done_callback(lambda _: parts.put_nowait(None))
+            first = await parts.get()  # until then a refusal has a status of its own
+            if first is None:
+                await said
+        except BaseException:
+            saying.abandoned = True
+            said.cancel()
+            raise
+
+        async def events() -> AsyncIterator[str]:
+            part = first
+            try:
+                for beginning in shape.beginning:
+                    yield _event(beginning)
+                while part is not None:
+                    yield _event(shape.part(part))
+                    part = await parts.get()
+                await said
+                count(asked.model)
+                yield _event(shape.end(saying))
+                if asked.stream_options is not None and asked.stream_options.include_usage:
+                    yield _event(shape.counted(saying))
+                yield "data: [DONE]\n\n"
+            except FastpeftError as error:
+                yield _event(error_form(str(error), getattr(error, "status", 500)))
+            except Exception:
+                logger.exception("an answer failed after its first words")
+                yield _event(error_form("the server failed; its log says why.", 500))
+            finally:  # also where the client has gone
+                saying.abandoned = True
+                said.cancel()
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.post("/v1/chat/completions", response_model=None, responses=refusals)
+    async def chat(asked: ChatRequest, request: fastapi.Request) -> Response:
+        """Say the assistant's next turn of a conversation, as OpenAI's chat completions."""
+        tasks.of_words(asked.model)
+        conversation = check_conversation([message.turn for message in asked.messages], _refuse_messages)
+        if conversation.turns[-1][0] == ASSISTANT:
+            raise _refuse_messages(
+                "the assistant's turn at its end", "What is said next is the assistant's: ask first."
+            )
+        most = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
+        return await answer(asked, request, conversation, most, _Chat)
+
+    @app.post("/v1/completions", response_model=None, responses=refusals)
+    async def complete(asked: CompletionRequest, request: fastapi.Request) -> Response:
+        """Go on from a prompt, as it is and without a chat template, as OpenAI's completions."""
+        return await answer(asked, request, asked.prompt, asked.max_tokens, _Completion)
+
+
+def _refuse_messages(what: str, remedy: str) -> RefusedError:
+    return RefusedError(f"messages has {what}. {remedy}", 400, "messages")
+
+
+def _event(values: dict[str, Any]) -> str:
+    return f"data: {json.dumps(values)}\n\n"
+
+
+class _Completion:
+    """The JSON of one completion."""
+
+    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str) -> None:
+        self._id, self._created, self._model = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time()), model
+
+    def _with(self, kind: str, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        known = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {**known, "choices": choices, **others}
+
+    @property
+    def beginning(self) -> list[dict[str, Any]]:
+        """The events before the first part."""
+        return []
+
+    def whole(self, saying: Saying) -> dict[str, Any]:
+        """An answer in one piece."""
+        choice = {"index": 0, **self._whole(saying.text), "logprobs": None, "finish_reason": saying.ended}
+        return self._with(self.whole_object, [choice], usage=_usage(saying))
+
+    def part(self, text: str) -> dict[str, Any]:
+        """A part of it."""
+        return self._with(self.part_object, [{"index": 0, **self._part(text), "logprobs": None, "finish_reason": None}])
+
+    def end(self, saying: Saying) -> dict[str, Any]:
+        """The part that says why it ended."""
+        choice = {"index": 0, **self._part(""), "logprobs": None, "finish_reason": saying.ended}
+        return self._with(self.part_object, [choice])
+
+    def counted(self, saying: Saying) -> dict[str, Any]:
+        """The part that counts its tokens."""
+        return self._with(self.part_object, [], usage=_usage(saying))
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    _part = _whole
+
+
+class _Chat(_Completion):
+    """The JSON of one chat."""
+
+    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    @property
+    def beginning(self) -> list[dict[str, Any]]:
+        delta = {"role": ASSISTANT, "content": ""}
+        return [self._with(self.part_object, [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])]
+
+    def _whole(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": ASSISTANT, "content": text}}
+
+    def _part(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+
+def _usage(saying: Saying) -> dict[str, int]:
+    prompt, said = len(saying.tokens), saying.count
+    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}

@@ -1,0 +1,424 @@
+"""Runs that say words, behind addresses of OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import chats, completions, reviews, save_tiny_decoder, save_tiny_model, write_csv, write_jsonl
+from served import Server
+
+from fastpeft import LadderPool, TrainConfig, train
+from fastpeft.data.conversations import Conversation
+from fastpeft.serving.speech import Hearing, Saying
+from fastpeft.serving.tasks import RefusedError, Tasks
+from fastpeft.training.generation import Writer
+from fastpeft.training.loading import load_run
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
+from fastpeft.serving.app import Limits, create_app
+
+ASKED = [text for text, _ in reviews(5)]
+SHARED = ("chat", "wide", "e2e")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs beside one decoder, one run with a model of its own, one on a decoder without a chat template, one on
+    classes."""
+    place = tmp_path_factory.mktemp("words")
+    model = str(save_tiny_decoder(place / "model", initializer_range=0.5))
+    plain = save_tiny_model(place / "untemplated", "Llama", "ForCausalLM")
+    conversations = str(write_jsonl(place / "chats.jsonl", chats(60)))
+    prompts = str(write_jsonl(place / "completions.jsonl", completions(60)))
+    for name, method, data, given in (
+        ("chat", "lst", conversations, {}),
+        ("wide", "k-lst", conversations, {"seed": 1}),
+        ("e2e", "lst", prompts, {}),
+        ("own", "siva", conversations, {}),
+        ("plain", "lst", prompts, {"model": str(plain)}),
+    ):
+        values = {"model": model, "max_steps": 4, "learning_rate": 0.1, "max_length": 32, "bf16": False, **given}
+        train(TrainConfig(output=str(place / name), method=method, objective="causal", data=data, **values))
+    classes = str(write_csv(place / "two.csv", reviews(40)))
+    train(
+        TrainConfig(output=str(place / "classes"), method="lst", model=model, data=classes, max_steps=2, max_length=32)
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def tasks(place: Path) -> Tasks:
+    return Tasks({name: place / name for name in (*SHARED, "own", "plain", "classes")})
+
+
+@pytest.fixture(scope="module")
+def server(tasks: Tasks) -> Iterator[Server]:
+    server = Server(create_app(tasks, limits=Limits(seconds=20)))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> dict[tuple[str, str], str]:
+    """What each run by itself says to each text, a turn of the user or a prompt."""
+    found = {}
+    for name in (*SHARED, "own"):
+        writer = Writer(load_run(place / name), 8)
+        found |= {(name, text): said for text, said in zip(ASKED, writer.write([writer.take(text) for text in ASKED]))}
+    assert len(set(found.values())) > 3
+    return found
+
+
+def turns(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def request(model: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Address and body."""
+    body = {"model": model, "temperature": 0, "max_tokens": 8, **options}
+    if model in ("e2e", "plain"):
+        return "/v1/completions", {"prompt": text, **body}
+    return "/v1/chat/completions", {"messages": turns(text), **body}
+
+
+def events(answer: str) -> list[Any]:
+    """The values of a stream, which ends as it must."""
+    *found, end, rest = answer.split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in found]
+
+
+# -- an answer, token by token -----------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+def heard(text: str, *, end: bool = True, **options: Any) -> tuple[Saying, list[str]]:
+    """What is delivered after each byte of a text, and its end."""
+    parts: list[str] = []
+    options = {"max_tokens": 99, **options}
+    saying = Saying(None, Letters(), [7], ends={0}, deliver=parts.append, **options)
+    for token in text.encode() + bytes(end):
+        saying.hear(token)
+    assert "".join(parts) == saying.text
+    return saying, parts
+
+
+def test_an_answer_is_delivered_as_it_comes() -> None:
+    saying, parts = heard("  two words ")
+    assert (saying.text, saying.ended, saying.count) == ("two words", "stop", 12)
+    assert parts == ["t", "w", "o", " w", "o", "r", "d", "s"]
+
+
+def test_no_half_character_is_delivered() -> None:
+    _, parts = heard("a\u00e9\U0001f600b")
+    assert parts == ["a", "\u00e9", "\U0001f600", "b"]
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "ended"),
+    [
+        ("one END two", ["END"], "one", "stop"),
+        ("one EN two", ["END"], "one EN two", "stop"),
+        ("one EN", ["END"], "one EN", "stop"),
+        ("abcabd.", ["abd"], "abc", "stop"),
+        ("a b c", ["c", "b"], "a", "stop"),
+        ("END", ["END"], "", "stop"),
+    ],
+)
+def test_nothing_of_a_stop_is_delivered(said: str, stop: list[str], text: str, ended: str) -> None:
+    saying, _ = heard(said, stop=stop)
+    assert (saying.text, saying.ended) == (text, ended)
+
+
+def test_an_answer_has_no_more_tokens_than_it_may() -> None:
+    saying, _ = heard("abcdef", max_tokens=3, stop=["cx"], end=False)
+    assert (saying.text, saying.ended, saying.count) == ("abc", "length", 3)
+
+
+def test_rows_end_by_themselves() -> None:
+    first, second = (Saying(None, Letters(), [7], ends={0}, max_tokens=9) for _ in range(2))
+    hearing = Hearing([first, second])
+    assert hearing(torch.tensor([[97], [98]]), None).tolist() == [False, False]
+    assert hearing(torch.tensor([[0], [99]]), None).tolist() == [True, False]
+    second.abandoned = True
+    assert hearing(torch.tensor([[97], [99]]), None).tolist() == [True, True]
+    assert (first.text, second.text) == ("a", "bcc")
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_on_one_backbone_say_their_words_in_one_batch(
+    tasks: Tasks, expected: dict[tuple[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tasks.beside(tasks["chat"]) == ["wide", "e2e"]  # not that of classes, whose base has another head
+    batches: list[int] = []
+    generate = LadderPool.generate
+    monkeypatch.setattr(
+        LadderPool,
+        "generate",
+        lambda pool, batch, tasks, **options: (batches.append(len(tasks)), generate(pool, batch, tasks, **options))[1],
+    )
+    asked = []
+    for (name, text), _ in zip(expected, range(99)):
+        what = text if name == "e2e" else Conversation((("user", text),))
+        asked.append((name, [tasks.saying(name, what, 8)]))
+    answers = tasks.say(asked)
+    assert [answer.text for answer in answers if isinstance(answer, Saying)] == list(expected.values())
+    assert batches == [15]
+
+
+def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
+    chat, own = tasks["chat"], tasks["own"]
+    long = [
+        tasks.saying("chat", Conversation((("user", "film " * length),)), most) for length, most in ((1, 30), (24, 4))
+    ]
+    assert [len(batch) for batch in tasks._batches(long)] == [1, 1]
+    short = [tasks.saying("chat", Conversation((("user", "film"),)), 4) for _ in range(20)]
+    assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
+    assert chat.shared is not None
+    assert own.shared is None
+
+
+def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = LadderPool.generate
+
+    def failing(pool: LadderPool, batch: Any, tasks: list[str], **options: Any) -> Any:
+        if len(tasks) > 1 or tasks[0].startswith("wide"):
+            raise RuntimeError("too little memory")
+        return generate(pool, batch, tasks, **options)
+
+    monkeypatch.setattr(LadderPool, "generate", failing)
+    chat = Conversation((("user", "film"),))
+    first, second = tasks.say([(name, [tasks.saying(name, chat, 4)]) for name in ("wide", "chat")])
+    assert isinstance(first, RuntimeError)
+    assert isinstance(second, Saying)
+    assert second.ended is not None
+
+
+def test_a_task_that_was_removed_is_gone(place: Path) -> None:
+    tasks = Tasks({"chat": place / "chat"})
+    saying = tasks.saying("chat", Conversation((("user", "film"),)))
+    assert saying.max_tokens == 38 - len(saying.tokens)
+    tasks.remove("chat")
+    (answer,) = tasks.say([("chat", [saying])])
+    assert isinstance(answer, RefusedError)
+    assert answer.status == 404
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected: dict[tuple[str, str], str]) -> None:
+    for (name, text), said in expected.items():
+        path, body = request(name, text)
+        status, whole, _ = server.ask("POST", path, body)
+        assert status == 200, whole
+        (choice,) = whole["choices"]
+        chats = "chat" in path
+        assert whole["object"] == ("chat.completion" if chats else "text_completion")
+        assert choice["finish_reason"] in ("stop", "length")
+        assert (choice["message"]["content"] if chats else choice["text"]) == said
+        assert whole["model"] == name
+        usage = whole["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        status, stream, headers = server.ask(
+            "POST", path, {**body, "stream": True, "stream_options": {"include_usage": True}}
+        )
+        assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+        *parts, last, counted = events(stream)
+        deltas = [part["choices"][0] for part in parts]
+        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == said
+        assert (last["choices"][0]["finish_reason"], counted["usage"]) == (choice["finish_reason"], usage)
+        assert len({part["id"] for part in (*parts, last, counted)}) == 1
+
+
+def test_what_a_client_of_openais_sends(server: Server) -> None:
+    body = {
+        "model": "chat",
+        "messages": [
+            {"role": "system", "content": "film"},
+            {"role": "user", "content": [{"type": "text", "text": "film"}]},
+        ],
+        "max_completion_tokens": 3,
+        "temperature": None,
+        "top_p": 0.9,
+        "stop": ["plot", "\n"],
+        "stream": False,
+        "n": 1,
+        "user": "me",
+    }
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] <= 3
+
+
+def test_next_to_no_temperature_says_the_most_likely_words(
+    server: Server, expected: dict[tuple[str, str], str]
+) -> None:
+    path, body = request("own", ASKED[0], temperature=1e-40)
+    answer = server.ask("POST", path, body)[1]
+    assert answer["choices"][0]["message"]["content"] == expected["own", ASKED[0]]
+
+
+def test_what_there_is(server: Server, tasks: Tasks) -> None:
+    listed = server.ask("GET", "/v1/models")[1]
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == [*SHARED, "own", "plain"]
+    assert server.ask("GET", "/v1/models/chat")[1] == listed["data"][0]
+    described = {task["name"]: task for task in server.ask("GET", "/tasks")[1]}
+    assert (described["chat"]["reads"], described["chat"]["labels"]) == ("messages", [])
+    assert (described["e2e"]["reads"], described["classes"]["reads"]) == ("prompt", "string")
+    counted = server.ask("GET", "/metrics")[1]
+    assert 'fastpeft_requests_total{status="200",task="own"}' in counted
+
+
+CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
+REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
+    "no such task": ({**CHAT, "model": "x"}, 404, "there is no task 'x'", "model", "model_not_found"),
+    "a task of classes": ({**CHAT, "model": "classes"}, 404, "says no words", "model", "model_not_found"),
+    "no template": ({**CHAT, "model": "plain"}, 400, "has no chat template", "messages", None),
+    "a role": (
+        {**CHAT, "messages": [{"role": "narrator", "content": "a"}]},
+        400,
+        "the role 'narrator'",
+        "messages",
+        None,
+    ),
+    "late system": (
+        {**CHAT, "messages": [*turns("film"), {"role": "system", "content": "a"}]},
+        400,
+        "a turn of the system as turn 2",
+        "messages",
+        None,
+    ),
+    "assistant last": (
+        {**CHAT, "messages": [*turns("film"), {"role": "assistant", "content": "a"}]},
+        400,
+        "the assistant's turn at its end",
+        "messages",
+        None,
+    ),
+    "no messages": ({**CHAT, "messages": []}, 400, "at least 1 item", None, None),
+    "an empty message": ({**CHAT, "messages": turns(" ")}, 400, "with nothing in it", "messages", None),
+    "a number": ({**CHAT, "messages": [{"role": "user", "content": 1}]}, 400, "body.messages.0.content", None, None),
+    "surrogate": ({**CHAT, "messages": turns("a\ud800")}, 400, "lone surrogate", None, None),
+    "an image": (
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]},
+        400,
+        "Input should be 'text'",
+        None,
+        None,
+    ),
+    "too long": (
+        {**CHAT, "messages": turns("film " * 40)},
+        400,
+        "reads 38 tokens; the messages have 4",
+        "messages",
+        "context_length_exceeded",
+    ),
+    "too many": ({**CHAT, "max_tokens": 38}, 400, "38 more are asked for", "messages", "context_length_exceeded"),
+    "none": ({**CHAT, "max_tokens": 0}, 400, "body.max_tokens", None, None),
+    "hot": ({**CHAT, "temperature": 3}, 400, "body.temperature", None, None),
+    "five stops": ({**CHAT, "stop": ["a"] * 5}, 400, "body.stop", None, None),
+    "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
+    "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
+    "tools": ({**CHAT, "tools": []}, 400, "body.tools: Extra inputs", None, None),
+    "half of JSON": (b'{"model": "chat"', 400, "JSON decode error", None, None),
+    "no JSON": (b"\xff", 400, "parsing the body", None, None),
+    "large": (b" " * (1 << 21), 413, "more than 1,048,576 bytes", None, None),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_refused(server: Server, stream: bool) -> None:
+    for name, (body, status, message, param, code) in REFUSED.items():
+        body = {**body, "stream": stream} if isinstance(body, dict) else body
+        given, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+        assert given == status, (name, answer)
+        error = answer["error"]
+        assert message in error["message"], name
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code), name
+    for method, path in (
+        ("GET", "/v1/models/x"),
+        ("GET", "/v1/models/classes"),
+        ("GET", "/v1/none"),
+        ("GET", "/v1/chat/completions"),
+    ):
+        status, answer, _ = server.ask(method, path)
+        assert status in (404, 405)
+        assert answer["error"]["message"]
+    status, answer, _ = server.ask("POST", "/predict", {"task": "chat", "texts": ["film"]})
+    assert (status, "says words" in answer["detail"]) == (422, True)
+    assert server.ask("POST", *request("chat", "film"))[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_is_no_traceback_to_clients(server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    def failing(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("secret")
+
+    path, body = request("own", "film", stream=stream)
+    with monkeypatch.context() as patched:
+        patched.setattr("fastpeft.serving.tasks.say", failing)
+        status, answer, _ = server.ask("POST", path, body)
+    assert (status, answer["error"]["message"]) == (500, "the server failed; its log says why.")
+    assert answer["error"]["type"] == "server_error"
+    assert server.ask("POST", path, {**body, "stream": False})[0] == 200
+
+
+def test_a_fault_within_a_stream_is_its_last_event(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
+        sayings[0]._deliver("begun")
+        raise RuntimeError("secret")
+
+    path, body = request("own", "film", stream=True)
+    monkeypatch.setattr("fastpeft.serving.tasks.say", failing)
+    status, answer, _ = server.ask("POST", path, body)
+    assert status == 200
+    assert '"content": "begun"' in answer
+    assert answer.endswith('"type": "server_error", "param": null, "code": null}}\n\n')
+    assert "secret" not in answer
+
+
+def test_what_nobody_listens_to_is_not_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    left: list[bool] = []
+
+    def endless(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
+        sayings[0]._deliver("begun")
+        begun.set()
+        for _ in range(600):
+            if sayings[0].abandoned:
+                break
+            ended.wait(0.05)
+        left.append(sayings[0].abandoned)
+        ended.set()
+
+    monkeypatch.setattr("fastpeft.serving.tasks.say", endless)
+    path, body = request("own", "film", stream=True)
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + data)
+        assert begun.wait(30)
+    assert ended.wait(40)
+    assert left == [True]
