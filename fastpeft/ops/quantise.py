@@ -5,8 +5,8 @@
   distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
 
 Where nothing needs a gradient and the processor has instructions for it, int8 codes are multiplied as they are, with
-activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a layer dequantises its weight for each product, to the
-dtype of its input.
+activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product makes numbers of them, in the dtype of its
+input (`fastpeft/ops/quantised_linear.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows
+from fastpeft.ops.quantised_linear import BLOCK, QuantisedProduct, dequantise
 
 Format = Literal["int8", "nf4"]
-
-_BLOCK = 64  # values of nf4 that share a scale
 
 
 def check_library(argument: str, kind: str | None) -> None:
@@ -43,36 +42,15 @@ def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _dequantise_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.mul(codes, scales, out=torch.empty(shape, dtype=dtype, device=codes.device))  # no float32 copy
-
-
 def _quantise_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % _BLOCK))
-    codes, state = quantize_4bit(whole_blocks, blocksize=_BLOCK, quant_type="nf4")
+    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK))
+    codes, state = quantize_4bit(whole_blocks, blocksize=BLOCK, quant_type="nf4")
     return codes, state.absmax
 
 
-def _dequantise_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    # as one row, since on a CPU bitsandbytes 0.50 reads wrong scales for rows that are not whole blocks
-    row = torch.Size((1, len(scales) * _BLOCK))
-    known = torch.float32 if dtype == torch.float64 else dtype
-    state = QuantState(scales, shape=row, dtype=known, blocksize=_BLOCK, quant_type="nf4")
-    weight: Tensor = dequantize_4bit(codes, state)
-    return weight.flatten()[: shape.numel()].view(shape).to(dtype)
-
-
 _QUANTISE = {"int8": _quantise_int8, "nf4": _quantise_nf4}
-_DEQUANTISE = {"int8": _dequantise_int8, "nf4": _dequantise_nf4}
-
-
-def dequantise(kind: Format, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of `shape` in `dtype` that the codes and scales of a format represent."""
-    return _DEQUANTISE[kind](codes, scales, shape, dtype)
 
 
 class QuantisedWeight(nn.Module):
@@ -89,7 +67,7 @@ class QuantisedWeight(nn.Module):
     def __init__(self, weight: Tensor, kind: Format) -> None:
         super().__init__()
         self.kind, self.shape = kind, weight.shape
-        codes, scales = _QUANTISE[kind](weight.detach().float())
+        codes, scales = _QUANTISE[kind](weight.detach().float().contiguous())
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self._sums: Tensor | None = None  # of the rows of codes, for the product in int8
@@ -111,7 +89,7 @@ class QuantisedWeight(nn.Module):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`(N, K)` in `dtype`."""
-        return dequantise(self.kind, self.codes.data, self.scales.data, self.shape, dtype)
+        return dequantise(self.codes.data, self.scales.data, self.shape, dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.kind}"
@@ -126,7 +104,7 @@ class QuantisedLinear(nn.Module):
 
     Notes:
         It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to
-        8 bits. A dequantised weight exists only during the product.
+        8 bits. Backward keeps codes and scales.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
@@ -147,4 +125,6 @@ class QuantisedLinear(nn.Module):
             return self.quantised.multiply(x, self.bias)
         dtype = compute_dtype(x, x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.quantised.dequantise(dtype), bias)
+        held = self.quantised
+        h: Tensor = QuantisedProduct.apply(x.to(dtype), held.codes, held.scales, self.out_features, bias)
+        return h
