@@ -23,7 +23,7 @@ from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows
-from fastpeft.ops.quantised_linear import BLOCK, QuantisedProduct, dequantise
+from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequantise
 
 Format = Literal["int8", "nf4"]
 
@@ -70,6 +70,7 @@ class QuantisedWeight(nn.Module):
         codes, scales = _QUANTISE[kind](weight.detach().float().contiguous())
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
+        self.nested: Nested | None = None  # that is for scales which are quantised themselves
         self._sums: Tensor | None = None  # of the rows of codes, for the product in int8
 
     def can_multiply(self, x: Tensor) -> bool:

@@ -21,9 +21,22 @@ from fastpeft.ops.products import as_matrix
 from fastpeft.ops.siva_linear import siva_linear_backward_shapes, siva_linear_shapes
 
 BLOCK = 64  # values of nf4 that share a scale
+_COARSE = 256  # scales that share a scale of their own
+
+Nested = tuple[Tensor, Tensor, Tensor]  # of scales in 8 bits: their scales, what each code stands for, their mean
 
 
-def dequantise(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def unnested(scales: Tensor, nested: Nested | None) -> Tensor:
+    """Scales in float32, of those that are quantised themselves too (double quantisation, Dettmers et al. 2023)."""
+    if nested is None:
+        return scales
+    from bitsandbytes.functional import dequantize_blockwise
+
+    coarse, code, mean = nested
+    return dequantize_blockwise(scales, absmax=coarse, code=code, blocksize=_COARSE) + mean
+
+
+def dequantise(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight of `shape` in `dtype` that codes and scales represent."""
     if codes.dtype is torch.int8:
         return torch.mul(codes, scales, out=torch.empty(shape, dtype=dtype, device=codes.device))  # no float32 copy
@@ -178,30 +191,42 @@ class QuantisedProduct(torch.autograd.Function):
 
 
 class SivaLinearQuantised(torch.autograd.Function):
-    """That of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, u, s, v, bias)`.
+    """That of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, nested, u, s, v, bias)`.
 
-    Saved for backward: as by `SivaLinear`, with codes and scales instead of the weight.
+    Saved for backward: as by `SivaLinear`, with codes and scales, as they are stored, instead of the weight.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        nested: Nested | None,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
-        h, p = torch.ops.fastpeft.siva_linear_quantised(x, codes, scales, u, s, v, bias)
-        _, _, _, need_du, _, need_dv, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_dv else None, codes, scales, u, s, v, p if need_du else None)
+        h, p = torch.ops.fastpeft.siva_linear_quantised(x, codes, unnested(scales, nested), u, s, v, bias)
+        _, _, _, _, need_du, _, need_dv, _ = ctx.needs_input_grad
+        kept = x if need_dv else None, p if need_du else None
+        ctx.save_for_backward(*kept, codes, u, s, v, scales, *(nested or ()))
         return h
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, scales, u, s, v, p = ctx.saved_tensors
-        need_dx, _, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
+        x, p, codes, u, s, v, scales, *nested = ctx.saved_tensors
+        need_dx, _, _, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
         x, p = (dh.new_empty(0) if saved is None else saved for saved in (x, p))
+        if need_dx and nested:
+            scales = unnested(scales, tuple(nested))
         dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_quantised_backward(
             dh, x, codes, scales, u, s, v, p, need_dx, need_du, need_dv, need_dbias
         )
         return (
             dx if need_dx else None,
+            None,
             None,
             None,
             du if need_du else None,

@@ -21,6 +21,7 @@ from fastpeft.ops.dtypes import factors_dtype
 from fastpeft.ops.quantise import Format, QuantisedWeight, check_library
 from fastpeft.ops.quantised_linear import SivaLinearQuantised
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
+from fastpeft.siva.four_bits import WeightIn4Bits
 
 ITERATIONS = 5
 
@@ -64,7 +65,13 @@ def decompose_quantised(
 
 
 def quantised_siva_linear(
-    x: Tensor, rest: QuantisedWeight, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    rest: QuantisedWeight | WeightIn4Bits,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`siva_linear` with a quantised weight.
 
@@ -78,10 +85,10 @@ def quantised_siva_linear(
         them again: on a CPU of some rows of the weight at a time, on a card of all. Without gradients int8 codes are
         multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
     """
-    if not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
+    if isinstance(rest, QuantisedWeight) and not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
         u, s, v = (factor.to(dtype) for factor in (u, s, v))
         return rest.multiply(x, bias).add_(F.linear(F.linear(x, v) * s, u))
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
-    h: Tensor = SivaLinearQuantised.apply(x.to(dtype), rest.codes, rest.scales, u, s, v, bias)
+    h: Tensor = SivaLinearQuantised.apply(x.to(dtype), rest.codes, rest.scales, rest.nested, u, s, v, bias)
     return h
