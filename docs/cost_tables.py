@@ -90,6 +90,18 @@ def siva_profile(targets: str) -> str:
     return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
 
 
+def quantised_steps() -> str:
+    """SiVA on nf4 beside QLoRA; ratios to QLoRA's time in the same round."""
+    found = [row for row in rows("siva_quantised_steps.csv") if row["work"] == "training step"]
+    times = {(row["of"], row["rows"], row["r"], row["candidate"]): f"{float(row['ms_p50']):.0f}" for row in found}
+    body = []
+    for row in found:
+        case = row["of"], row["rows"], row["r"]
+        if row["candidate"] == "siva":
+            body.append([*case, times[*case, "qlora"], times[*case, "siva"], f"{float(row['ratio_p50']):.2f}"])
+    return table(["shape", "rows", "rank", "QLoRA, ms", "**SiVA** in nf4, ms", "SiVA's time over QLoRA's"], body)
+
+
 LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",

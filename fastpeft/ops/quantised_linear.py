@@ -173,21 +173,32 @@ define(
 
 
 class QuantisedProduct(torch.autograd.Function):
-    """The autograd formula of `fastpeft::quantised_linear`: `apply(x, codes, scales, out_features, bias)`."""
+    """The autograd formula of `fastpeft::quantised_linear`: `apply(x, codes, scales, nested, out_features, bias)`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scales)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        nested: Nested | None,
+        out_features: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, *(nested or ()))
         ctx.in_features = x.shape[-1]
-        h: Tensor = torch.ops.fastpeft.quantised_linear(x, codes, scales, out_features, bias)
+        h: Tensor = torch.ops.fastpeft.quantised_linear(x, codes, unnested(scales, nested), out_features, bias)
         return h
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scales = ctx.saved_tensors
-        need_dx, _, _, _, need_dbias = ctx.needs_input_grad
-        dx = torch.ops.fastpeft.quantised_linear_backward(dh, codes, scales, ctx.in_features) if need_dx else None
-        return dx, None, None, None, as_matrix(dh).sum(0) if need_dbias else None
+        codes, scales, *nested = ctx.saved_tensors
+        need_dx, _, _, _, _, need_dbias = ctx.needs_input_grad
+        dx = None
+        if need_dx:
+            scales = unnested(scales, tuple(nested) or None)
+            dx = torch.ops.fastpeft.quantised_linear_backward(dh, codes, scales, ctx.in_features)
+        return dx, None, None, None, None, as_matrix(dh).sum(0) if need_dbias else None
 
 
 class SivaLinearQuantised(torch.autograd.Function):
@@ -219,8 +230,8 @@ class SivaLinearQuantised(torch.autograd.Function):
         x, p, codes, u, s, v, scales, *nested = ctx.saved_tensors
         need_dx, _, _, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
         x, p = (dh.new_empty(0) if saved is None else saved for saved in (x, p))
-        if need_dx and nested:
-            scales = unnested(scales, tuple(nested))
+        if need_dx:
+            scales = unnested(scales, tuple(nested) or None)
         dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_quantised_backward(
             dh, x, codes, scales, u, s, v, p, need_dx, need_du, need_dv, need_dbias
         )

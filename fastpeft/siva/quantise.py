@@ -30,7 +30,7 @@ def check_format(residual_dtype: str | None) -> None:
     """Raise `FastpeftError` unless the format exists and its library is installed."""
     if residual_dtype is not None and residual_dtype not in get_args(Format):
         raise FastpeftError(
-            f"residual_dtype={residual_dtype!r}; allowed are {' and '.join(map(repr, get_args(Format)))}, or None for "
+            f"residual_dtype={residual_dtype!r}; allowed are {', '.join(map(repr, get_args(Format)))}, or None for "
             "the dtype of the base model."
         )
     check_library("residual_dtype", residual_dtype)
