@@ -45,6 +45,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.data.models import load_masked_lm
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
+from fastpeft.methods.wrapping import in_4_bits
 from fastpeft.ops import reference
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract, top_triplets
@@ -189,15 +190,17 @@ def products(shape: tuple[int, int], rows: int, backward: bool) -> Candidates:
 
 
 def steps(model: str, tokens: int, rank: int) -> Candidates:
-    """A training step of QLoRA and of SiVA on nf4."""
+    """A training step of QLoRA, of SiVA with a residual of nf4, and of SiVA on QLoRA's own base, by twice the rank."""
     make, head = MODELS[model]
     found = {}
     for name, method, settings in (
         ("qlora", "qlora", {}),
         ("siva", "siva", {"residual_dtype": "nf4", "quant_iterations": 0}),
+        ("siva-4-bits", "siva", {}),
     ):
         torch.manual_seed(0)
-        prepared = get_method(method).prepare(make(), Preparation([head], rank, "all-linear", settings))
+        base = in_4_bits(make()) if name == "siva-4-bits" else make()
+        prepared = get_method(method).prepare(base, Preparation([head], rank, "all-linear", settings))
         found[name] = step_of(prepared.train(), 0.0, CPU, tokens)
     return found
 
