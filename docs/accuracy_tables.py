@@ -248,9 +248,25 @@ def siva_rates() -> str:
 
 def quantised() -> str:
     ways = {"plain": "the weight alone", "loftq": "LoftQ's loop", "qpissa": "PiSSA", "siva": "**SiVA**"}
-    found = (row for row in rows("siva_quantised.csv") if row["r"] in ("", "16"))
+    found = (row for row in rows("siva_quantised.csv") if row["model"] == "demo" and row["r"] in ("", "16"))
     body = ([row["format"], ways[row["way"]], f"{100 * float(row['logit_error']):.1f} %"] for row in found)
     return table(["format", "factors fitted by", "error of the logits"], body)
+
+
+def quantised_weights() -> str:
+    ways = {"plain": "the weight alone", "loftq": "LoftQ", "qpissa": "QPiSSA", "siva": "**SiVA**"}
+    shown = {"mpnet": "MPNet-base", "smollm2": "SmolLM2-135M"}
+    found = {
+        (row["model"], row["r"], row["way"]): f"{100 * float(row['weight_error']):.2f} %"
+        for row in rows("siva_quantised.csv")
+        if row["format"] == "nf4"
+    }
+    body = [
+        [name, rank, *(found[model, rank if way != "plain" else "", way] for way in ways)]
+        for model, name in shown.items()
+        for rank in ("4", "16")
+    ]
+    return table(["model", "rank", *ways.values()], body)
 
 
 def backbone_dtype() -> str:

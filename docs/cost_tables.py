@@ -90,6 +90,24 @@ def siva_profile(targets: str) -> str:
     return table(["milliseconds of a step", "**SiVA**", "the bound", "LoRA"], body)
 
 
+def quantised_steps() -> str:
+    """SiVA on nf4 beside QLoRA; ratios to QLoRA's time in the same round."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows("siva_quantised_steps.csv"):
+        if row["work"] == "training step":
+            times = found.setdefault((row["of"], row["rows"], row["r"]), {})
+            times[row["candidate"]] = row["ratio_p50"] if row["candidate"] != "qlora" else row["ms_p50"]
+    body = [
+        [
+            *case,
+            f"{float(times['qlora']):.0f}",
+            *(f"{float(times[each]):.2f}" if each in times else "-" for each in ("siva", "siva-4-bits")),
+        ]
+        for case, times in found.items()
+    ]
+    return table(["shape", "rows", "rank", "QLoRA, ms", "**SiVA** in nf4", "SiVA on QLoRA's base"], body)
+
+
 LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",

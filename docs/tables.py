@@ -41,6 +41,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "backbone-dtype": accuracy_tables.backbone_dtype,
     "siva-rates": accuracy_tables.siva_rates,
     "quantised": accuracy_tables.quantised,
+    "quantised-weights": accuracy_tables.quantised_weights,
+    "quantised-steps": cost_tables.quantised_steps,
     "op-window": cost_tables.op_window,
     "op-mixed": cost_tables.op_mixed,
     "frozen-steps": cost_tables.frozen_steps,

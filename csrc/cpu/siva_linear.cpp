@@ -1,5 +1,5 @@
-// fastpeft::siva_linear, siva_linear_group and their backward on CPU tensors: siva_linear_passes.h with one adapter,
-// whose factors all rows take. One layer is a group of one.
+// fastpeft::siva_linear, siva_linear_quantised, siva_linear_group and their backward on CPU tensors:
+// siva_linear_passes.h with one adapter, whose factors all rows take. One layer is a group of one.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -28,17 +28,27 @@ struct Alone {
     std::vector<Tile> tiles;
 };
 
-std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v,
-                                       std::optional<Tensor> bias) {
-    if (!is_for_here(x, {s})) {
-        const Tensors found = by_aten("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
-        return {found[0], found[1]};
-    }
+std::tuple<Tensor, Tensor> layer(const Tensor& x, const Weight& weight, const Tensor& u, const Tensor& s,
+                                 const Tensor& v, const std::optional<Tensor>& bias) {
     check(x.dim() > 0);
     Tensor p = new_rows(x, s.numel(), ScalarType::Float);
     const Alone all(x, {u}, {s}, {v});
     Tensors h = forward(x, {weight}, all.adapters, all.tiles, {bias}, {{writable(p), 1, s.numel()}});
     return {h[0], p};
+}
+
+std::tuple<Tensor, Tensor> siva_linear(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v,
+                                       std::optional<Tensor> bias) {
+    if (is_for_here(x, {s})) return layer(x, {weight}, u, s, v, bias);
+    const Tensors found = by_aten("fastpeft::siva_linear_aten", x, weight, u, s, v, bias);
+    return {found[0], found[1]};
+}
+
+std::tuple<Tensor, Tensor> siva_linear_quantised(Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s, Tensor v,
+                                                 std::optional<Tensor> bias) {
+    if (is_for_here(x, {s})) return layer(x, quantised(codes, scales), u, s, v, bias);
+    const Tensors found = by_aten("fastpeft::siva_linear_quantised_aten", x, codes, scales, u, s, v, bias);
+    return {found[0], found[1]};
 }
 
 std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors us, Tensors ss, Tensors vs,
@@ -51,17 +61,14 @@ std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors
     const int64_t sum = Ranks(ss).sum, m = Matrix(x).rows();
     Tensor p = torch::stable::new_empty(x, {sum, m}, ScalarType::Float);
     const Alone all(x, us, ss, vs);
-    return {forward(x, weights, all.adapters, all.tiles, biases, {{writable(p), m, 1}}), p};
+    return {forward(x, dense(weights), all.adapters, all.tiles, biases, {{writable(p), m, 1}}), p};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s,
-                                                                Tensor v, Tensor p, bool need_dx, bool need_du,
-                                                                bool need_dv, bool need_dbias) {
-    if (!is_for_here(dh, {s})) {
-        const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx,
-                                      need_du, need_dv, need_dbias);
-        return {found[0], found[1], found[2], found[3]};
-    }
+using LayerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+LayerGradients layer_backward(const Tensor& dh, const Tensor& x, const Weight& weight, const Tensor& u, const Tensor& s,
+                              const Tensor& v, const Tensor& p, bool need_dx, bool need_du, bool need_dv,
+                              bool need_dbias) {
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
     check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), s.numel()));
@@ -70,6 +77,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siva_linear_backward(Tensor dh, Tenso
     Gradients found =
         backward({dh}, x, {weight}, all.adapters, all.tiles, {of_p}, {need_dx, {{need_du}}, {need_dv}, {need_dbias}});
     return {found.dx, found.du[0][0], found.dv[0], found.dbias[0]};
+}
+
+LayerGradients siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p,
+                                    bool need_dx, bool need_du, bool need_dv, bool need_dbias) {
+    if (is_for_here(dh, {s})) {
+        return layer_backward(dh, x, {weight}, u, s, v, p, need_dx, need_du, need_dv, need_dbias);
+    }
+    const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx, need_du,
+                                  need_dv, need_dbias);
+    return {found[0], found[1], found[2], found[3]};
+}
+
+LayerGradients siva_linear_quantised_backward(Tensor dh, Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s,
+                                              Tensor v, Tensor p, bool need_dx, bool need_du, bool need_dv,
+                                              bool need_dbias) {
+    if (is_for_here(dh, {s})) {
+        return layer_backward(dh, x, quantised(codes, scales), u, s, v, p, need_dx, need_du, need_dv, need_dbias);
+    }
+    const Tensors found = by_aten("fastpeft::siva_linear_quantised_backward_aten", dh, x, codes, scales, u, s, v, p,
+                                  need_dx, need_du, need_dv, need_dbias);
+    return {found[0], found[1], found[2], found[3]};
 }
 
 std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors dhs, Tensor x, Tensors weights,
@@ -86,7 +114,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
     const bool any_du = std::find(need_du.begin(), need_du.end(), true) != need_du.end();
     check(!any_du || is_matrix(p, Ranks(ss).sum, Matrix(dhs[0]).rows()));
     const Alone all(dhs[0], us, ss, vs);
-    Gradients found = backward(dhs, x, weights, all.adapters, all.tiles, {any_du ? by_rows(p) : View{}},
+    Gradients found = backward(dhs, x, dense(weights), all.adapters, all.tiles, {any_du ? by_rows(p) : View{}},
                                {need_dx, {need_du}, {need_dv}, need_dbias});
     return {found.dx, found.du[0], found.dv[0], found.dbias};
 }
@@ -104,5 +132,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensors> siva_linear_group_backward(Tensors 
 
 FASTPEFT_IMPLEMENTATIONS(CPU)
 FASTPEFT_IMPLEMENTATIONS(MkldnnCPU)
+
+STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
+    m.impl("siva_linear_quantised", TORCH_BOX(&siva_linear_quantised));
+    m.impl("siva_linear_quantised_backward", TORCH_BOX(&siva_linear_quantised_backward));
+}
 
 }  // namespace fastpeft

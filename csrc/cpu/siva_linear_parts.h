@@ -37,7 +37,10 @@ using Tensors = std::vector<Tensor>;
 using Biases = std::vector<std::optional<Tensor>>;
 using Flags = std::vector<bool>;
 
-constexpr int64_t kMaxRank = 64;  // of one layer; for more of them BLAS is as good
+constexpr int64_t kMaxRank = 64;     // of one layer; for more of them BLAS is as good
+constexpr int64_t kNf4Block = 64;    // values of nf4 that share a scale
+constexpr int64_t kSide = 256;       // rows or columns of a quantised weight that are numbers at one time
+constexpr int64_t kWorth = 1 << 15;  // values that are worth a thread
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t ranks) { return ceil_div(ranks, kRankBlock) * kRankBlock; }
@@ -102,6 +105,21 @@ inline Tensor new_rows(const Tensor& like, int64_t columns, std::optional<Scalar
 
 // -- products with the weight -------------------------------------------------------------------------------------
 
+// W (N, K): dense, packed, or quantised, which has scales and codes in int8 or, of nf4, in bytes.
+struct Weight {
+    Tensor values;
+    std::optional<Tensor> scales = std::nullopt;
+
+    bool is_nf4() const { return values.scalar_type() == ScalarType::Byte; }
+};
+using Weights = std::vector<Weight>;
+
+inline Weights dense(const Tensors& weights) {
+    Weights found;
+    for (const Tensor& each : weights) found.push_back({each});
+    return found;
+}
+
 inline bool is_packed(const Tensor& weight) {
     int32_t layout;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(weight.get(), &layout));
@@ -134,7 +152,7 @@ inline bool is_widened(const Matrix& rows) {
 
 inline Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
 
-// x W^T + b (*, N)
+// x W^T + b (*, N) for a dense or packed W
 inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::optional<Tensor> dense = bias;
     if (bias.has_value() && !bias->is_contiguous()) dense = torch::stable::contiguous(*bias);
@@ -156,7 +174,7 @@ inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight,
     return h;
 }
 
-// The sum of all dh W (*, K); what is packed is W^T.
+// The sum of all dh W (*, K) for dense or packed W; what is packed is W^T.
 inline Tensor sum_of_products(const Tensors& dhs, const std::vector<Matrix>& rows, const Tensors& weights, int64_t k) {
     if (is_widened(rows[0]) && !is_packed(weights[0])) {
         Tensors wide_dhs, wide_weights;
@@ -184,6 +202,72 @@ inline Tensor sum_of_products(const Tensors& dhs, const std::vector<Matrix>& row
                                             : aoti_torch_cpu_addmm_out(to, to, dh.get(), weights[i].get(), 1.0, 1.0));
     }
     return *sum;
+}
+
+inline Weight quantised(const Tensor& codes, const Tensor& scales) {
+    return {torch::stable::contiguous(codes), torch::stable::contiguous(scales)};
+}
+
+// Is this a quantised weight (N, K)?
+inline bool is_quantised(const Weight& weight, int64_t n, int64_t k) {
+    const auto& [codes, scales] = weight;
+    const bool is_nf4 = weight.is_nf4();
+    const int64_t size = n * k;
+    return (is_nf4 || codes.scalar_type() == ScalarType::Char) &&
+           codes.numel() >= (is_nf4 ? ceil_div(size, 2) : size) && scales->scalar_type() == ScalarType::Float &&
+           scales->numel() >= (is_nf4 ? ceil_div(size, kNf4Block) : n);
+}
+
+// to = the part of W (N, K) that begins at this row and column
+inline void dequantise(const Weight& weight, int64_t k, int64_t row, int64_t column, const Tensor& to) {
+    const Dequantisers& loops = choose_variant().dequantisers;
+    const int64_t columns = to.size(1), block = weight.is_nf4() ? kNf4Block : std::max<int64_t>(1, k);
+    const void* codes = weight.values.const_data_ptr();
+    const float* scales = static_cast<const float*>(weight.scales->const_data_ptr());
+    const auto run = [&](auto* loop, auto* numbers) {
+        torch::stable::parallel_for(0, to.size(0), ceil_div(kWorth, columns), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                loop(codes, scales, block, (row + i) * k + column, columns, numbers + i * columns);
+            }
+        });
+    };
+    if (to.scalar_type() == ScalarType::Float) {
+        run(weight.is_nf4() ? loops.nf4_float : loops.int8_float, static_cast<float*>(to.mutable_data_ptr()));
+    } else {
+        run(weight.is_nf4() ? loops.nf4_bfloat : loops.int8_bfloat, static_cast<BFloat16*>(to.mutable_data_ptr()));
+    }
+}
+
+// rows W^T + b (*, N) for a quantised W (N, K), or rows W (*, K): kSide of the columns at a time, so that what is there
+// of W as numbers stays in cache. The rows are those of x.
+inline Tensor quantised_product(const Tensor& x, const Matrix& rows, const Weight& weight, int64_t n, int64_t k,
+                                bool transposed, const std::optional<Tensor>& bias) {
+    const int64_t columns = transposed ? n : k;
+    Tensor out = new_rows(x, columns);
+    if (is_widened(rows)) {
+        const Tensor wide = widened(x);
+        const std::optional<Tensor> wide_bias = bias.has_value() ? std::optional(widened(*bias)) : std::nullopt;
+        torch::stable::copy_(out, quantised_product(wide, Matrix(wide), weight, n, k, transposed, wide_bias));
+        return out;
+    }
+    Tensor target = Matrix(out).tensor();
+    for (int64_t first = 0; rows.rows() > 0 && first < columns; first += kSide) {
+        const int64_t count = std::min(kSide, columns - first);
+        const std::vector<int64_t> sizes = transposed ? std::vector{count, k} : std::vector{n, count};
+        Tensor numbers = torch::stable::new_empty(x, sizes);
+        if (numbers.numel() > 0) dequantise(weight, k, transposed ? first : 0, transposed ? 0 : first, numbers);
+        if (transposed) numbers = torch::stable::transpose(numbers, 0, 1);
+        const Tensor part = torch::stable::narrow(target, 1, first, count);
+        if (bias.has_value()) {
+            Tensor all = *bias;
+            const Tensor own = torch::stable::narrow(all, 0, first, count);
+            STABLE_TORCH_ERROR_CODE_CHECK(
+                aoti_torch_cpu_addmm_out(part.get(), own.get(), rows.tensor().get(), numbers.get(), 1.0, 1.0));
+        } else {
+            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(part.get(), rows.tensor().get(), numbers.get()));
+        }
+    }
+    return out;
 }
 
 // -- factors ------------------------------------------------------------------------------------------------------
@@ -258,11 +342,13 @@ class Packed {
     }
     float scale(size_t layer, int64_t rank) const { return data_of(ss_[layer])[rank * ss_[layer].stride(0)]; }
     // do the layers have these weights, (N, K), or where they are packed for backward (K, N)?
-    bool fit(const Tensors& weights, ScalarType kind, bool for_backward = false) const {
+    bool fit(const Weights& weights, ScalarType kind, bool for_backward = false) const {
         bool fits = weights.size() == columns_.size();
         for (size_t i = 0; fits && i < weights.size(); ++i) {
-            fits = for_backward && is_packed(weights[i]) ? is_matrix(weights[i], k_, columns_[i], kind)
-                                                         : is_matrix(weights[i], columns_[i], k_, kind);
+            const Tensor& values = weights[i].values;
+            fits = weights[i].scales.has_value()       ? is_quantised(weights[i], columns_[i], k_)
+                   : for_backward && is_packed(values) ? is_matrix(values, k_, columns_[i], kind)
+                                                       : is_matrix(values, columns_[i], k_, kind);
         }
         return fits;
     }

@@ -108,7 +108,7 @@ void add_low_rank(const Matrix& rows, const std::vector<Packed>& adapters, const
 }
 
 // The outputs of all layers; p as above.
-inline Tensors forward(const Tensor& x, const Tensors& weights, const std::vector<Packed>& adapters,
+inline Tensors forward(const Tensor& x, const Weights& weights, const std::vector<Packed>& adapters,
                        const std::vector<Tile>& tiles, const Biases& biases, const std::vector<ViewOf<float>>& ps) {
     const Matrix rows(x);
     check(biases.size() == weights.size());
@@ -118,8 +118,12 @@ inline Tensors forward(const Tensor& x, const Tensors& weights, const std::vecto
     Tensors outputs;
     std::vector<Matrix> targets;
     for (size_t i = 0; i < weights.size(); ++i) {
-        check(!biases[i].has_value() || is_vector(*biases[i], weights[i].size(0), rows.kind()));
-        outputs.push_back(product(x, rows, weights[i], biases[i]));
+        const auto& [values, scales] = weights[i];
+        const int64_t n = adapters[0].columns(i);
+        check(!biases[i].has_value() || is_vector(*biases[i], n, rows.kind()));
+        outputs.push_back(scales.has_value()
+                              ? quantised_product(x, rows, weights[i], n, rows.columns(), true, biases[i])
+                              : product(x, rows, values, biases[i]));
         targets.emplace_back(outputs.back());
     }
     const auto add = rows.kind() == ScalarType::Float ? add_low_rank<float> : add_low_rank<BFloat16>;
@@ -202,9 +206,20 @@ struct Sums {
     Partial of_v;
 };
 
+// The sum of all dh W.
+inline Tensor times(const Tensors& dhs, const std::vector<Matrix>& rows, const Weights& weights, int64_t k) {
+    if (weights[0].scales.has_value()) {
+        check(weights.size() == 1);
+        return quantised_product(dhs[0], rows[0], weights[0], rows[0].columns(), k, false, std::nullopt);
+    }
+    Tensors dense;
+    for (const Weight& weight : weights) dense.push_back(weight.values);
+    return sum_of_products(dhs, rows, dense, k);
+}
+
 // p is read where `ps` says.
 template <typename T>
-Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weights, const std::vector<Packed>& adapters,
+Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weights, const std::vector<Packed>& adapters,
                       const std::vector<Tile>& tiles, const std::vector<View>& ps, const Needs& needs) {
     const std::vector<Matrix> dh(dhs.begin(), dhs.end());
     const ScalarType kind = dh[0].kind();
@@ -221,7 +236,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weight
     }
 
     const auto nothing = [&](ScalarType of) { return torch::stable::new_empty(dhs[0], {0}, of); };
-    Gradients out{needs.dx ? sum_of_products(dhs, dh, weights, k) : nothing(kind), {}, {}, {}};
+    Gradients out{needs.dx ? times(dhs, dh, weights, k) : nothing(kind), {}, {}, {}};
     std::optional<Matrix> rows, dx;
     if (std::find(needs.dv.begin(), needs.dv.end(), true) != needs.dv.end()) {
         rows.emplace(x);
@@ -305,7 +320,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Tensors& weight
     return out;
 }
 
-inline Gradients backward(const Tensors& dhs, const Tensor& x, const Tensors& weights,
+inline Gradients backward(const Tensors& dhs, const Tensor& x, const Weights& weights,
                           const std::vector<Packed>& adapters, const std::vector<Tile>& tiles,
                           const std::vector<View>& ps, const Needs& needs) {
     const auto run = dhs[0].scalar_type() == ScalarType::Float ? backward_of<float> : backward_of<BFloat16>;

@@ -4,6 +4,7 @@
 #include <string_view>
 #include <vector>
 
+#include "dequantise.h"
 #include "int8_linear_rows.h"
 #include "mezo_perturb.h"
 #include "siva_linear_products.h"
@@ -17,6 +18,7 @@ struct Variant {
     Drop* drop;
     LowRank low_rank;
     Int8 int8;
+    Dequantisers dequantisers;
     Passes passes;
     bool supported;
 };
@@ -28,11 +30,13 @@ inline std::vector<Variant> variants() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    found.push_back({"avx512", avx512::perturb, avx512::drop, avx512::low_rank, avx512::int8, avx512::passes, avx512});
-    found.push_back({"avx2", avx2::perturb, avx2::drop, avx2::low_rank, avx2::int8, avx2::passes, avx2});
+#define FASTPEFT_VARIANT(isa, supported) \
+    found.push_back(                     \
+        {#isa, isa::perturb, isa::drop, isa::low_rank, isa::int8, isa::dequantisers, isa::passes, supported})
+    FASTPEFT_VARIANT(avx512, avx512);
+    FASTPEFT_VARIANT(avx2, avx2);
 #endif
-    found.push_back(
-        {"baseline", baseline::perturb, baseline::drop, baseline::low_rank, baseline::int8, baseline::passes, true});
+    FASTPEFT_VARIANT(baseline, true);
     return found;
 }
 

@@ -13,6 +13,7 @@ from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     frozen_head_cross_entropy,
     int8_linear,
     mezo_perturb,
+    quantised_linear,
     siva_linear,
     siva_linear_group,
     siva_linear_mixed,

@@ -45,6 +45,10 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("window_attention_backward", "cuda"): ("triton", "aten"),
     ("feature_dropout_", "cpu"): ("cpp",),
     ("int8_linear", "cpu"): ("cpp", "aten"),
+    ("quantised_linear", "cpu"): ("cpp", "aten"),
+    ("quantised_linear_backward", "cpu"): ("cpp", "aten"),
+    ("siva_linear_quantised", "cpu"): ("cpp", "aten"),
+    ("siva_linear_quantised_backward", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed", "cuda"): ("triton", "aten"),
     ("siva_linear_mixed_backward", "cpu"): ("cpp", "aten"),
@@ -201,11 +205,12 @@ def _keys(device: str) -> tuple[str, ...]:
     return ("CPU", "MkldnnCPU") if device == "cpu" else (device.upper(),)
 
 
-def _flat(implementation: Callable[..., tuple[Any, ...]]) -> Callable[..., list[Tensor]]:
+def _flat(implementation: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     """`implementation` with its results, tensors and lists of tensors, in one list."""
 
     def call(*arguments: Any) -> list[Tensor]:
         found = implementation(*arguments)
+        found = [found] if isinstance(found, Tensor) else found
         return [tensor for each in found for tensor in (each if isinstance(each, list) else [each])]
 
     return call

@@ -3,10 +3,12 @@
 - `int8`: each row is divided by its largest magnitude and rounded to 255 even steps. 1 byte a weight.
 - `nf4`: each block of 64 values is divided by its largest magnitude and rounded to the 16 quantiles of a normal
   distribution (Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023), by bitsandbytes. 0.5625 bytes a weight.
+- `nf4-double`: the same, with the magnitudes in 8 bits, in blocks of 256 with a scale of their own, as QLoRA has them
+  (double quantisation). 0.516 bytes a weight.
 
 Where nothing needs a gradient and the processor has instructions for it, int8 codes are multiplied as they are, with
-activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a layer dequantises its weight for each product, to the
-dtype of its input.
+activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product makes numbers of them, in the dtype of its
+input (`fastpeft/ops/quantised_linear.py`).
 """
 
 from __future__ import annotations
@@ -23,63 +25,46 @@ from fastpeft.errors import FastpeftError, install
 from fastpeft.ops.dtypes import compute_dtype, keeping_dtypes
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import quantise_rows
+from fastpeft.ops.quantised_linear import BLOCK, Nested, QuantisedProduct, dequantise, unnested
 
-Format = Literal["int8", "nf4"]
+Format = Literal["int8", "nf4", "nf4-double"]
 
-_BLOCK = 64  # values of nf4 that share a scale
+_NESTED = ("coarse", "table", "mean")  # parameters that only scales in 8 bits have
 
 
 def check_library(argument: str, kind: str | None) -> None:
     """Raise `FastpeftError` if `kind`, the value of `argument`, is a format whose library is not installed."""
-    if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+    if kind in ("nf4", "nf4-double") and importlib.util.find_spec("bitsandbytes") is None:
         raise FastpeftError(
-            f"{argument}='nf4' needs the library bitsandbytes, which is not installed. Run "
+            f"{argument}={kind!r} needs the library bitsandbytes, which is not installed. Run "
             f"{install('nf4')}, or use {argument}='int8'."
         )
 
 
-def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _quantise_int8(matrix: Tensor) -> tuple[Tensor, Tensor, None]:
     codes, scales, _ = quantise_rows(matrix)
-    return codes, scales
+    return codes, scales, None
 
 
-def _dequantise_int8(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.mul(codes, scales, out=torch.empty(shape, dtype=dtype, device=codes.device))  # no float32 copy
-
-
-def _quantise_nf4(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _quantise_nf4(matrix: Tensor, double: bool) -> tuple[Tensor, Tensor, Nested | None]:
     from bitsandbytes.functional import quantize_4bit
 
-    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % _BLOCK))
-    codes, state = quantize_4bit(whole_blocks, blocksize=_BLOCK, quant_type="nf4")
-    return codes, state.absmax
+    whole_blocks = F.pad(matrix.flatten(), (0, -matrix.numel() % BLOCK))
+    codes, state = quantize_4bit(whole_blocks, blocksize=BLOCK, quant_type="nf4", compress_statistics=double)
+    nested = (state.state2.absmax, state.state2.code.clone(), state.offset) if double else None
+    return codes, state.absmax, nested
 
 
-def _dequantise_nf4(codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    # as one row, since on a CPU bitsandbytes 0.50 reads wrong scales for rows that are not whole blocks
-    row = torch.Size((1, len(scales) * _BLOCK))
-    known = torch.float32 if dtype == torch.float64 else dtype
-    state = QuantState(scales, shape=row, dtype=known, blocksize=_BLOCK, quant_type="nf4")
-    weight: Tensor = dequantize_4bit(codes, state)
-    return weight.flatten()[: shape.numel()].view(shape).to(dtype)
-
-
-_QUANTISE = {"int8": _quantise_int8, "nf4": _quantise_nf4}
-_DEQUANTISE = {"int8": _dequantise_int8, "nf4": _dequantise_nf4}
-
-
-def dequantise(kind: Format, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of `shape` in `dtype` that the codes and scales of a format represent."""
-    return _DEQUANTISE[kind](codes, scales, shape, dtype)
+def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | None]:
+    return _quantise_int8(matrix) if kind == "int8" else _quantise_nf4(matrix, kind == "nf4-double")
 
 
 class QuantisedWeight(nn.Module):
     """A frozen weight `(N, K)` in a format of few bits.
 
     Its `codes` and `scales` are parameters that never train, so that code which moves, shards or counts the weights of
-    a model includes them. The scales stay in float32 when the model is cast.
+    a model includes them; so are `coarse`, `table` and `mean`, for scales in 8 bits. What is in float32 stays so when
+    the model is cast.
 
     Args:
         weight: `(N, K)`, any floating dtype; rounded from float32.
@@ -89,10 +74,17 @@ class QuantisedWeight(nn.Module):
     def __init__(self, weight: Tensor, kind: Format) -> None:
         super().__init__()
         self.kind, self.shape = kind, weight.shape
-        codes, scales = _QUANTISE[kind](weight.detach().float())
+        codes, scales, nested = _quantise(weight.detach().float().contiguous(), kind)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
+        for name, each in zip(_NESTED, nested or ()):
+            self.register_parameter(name, nn.Parameter(each, requires_grad=False))
         self._sums: Tensor | None = None  # of the rows of codes, for the product in int8
+
+    @property
+    def nested(self) -> Nested | None:
+        """What scales in 8 bits stand for, see `fastpeft.ops.quantised_linear.unnested`."""
+        return tuple(self._parameters[name] for name in _NESTED) if "mean" in self._parameters else None  # type: ignore[return-value]
 
     def can_multiply(self, x: Tensor) -> bool:
         """Whether `multiply` is there for x: a product in int8 that asks for no gradient."""
@@ -106,12 +98,12 @@ class QuantisedWeight(nn.Module):
         return multiply(x, self.codes.data, self.scales.data, self._sums, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:
-        super()._apply(keeping_dtypes(fn, [self.scales]), recurse)
+        super()._apply(keeping_dtypes(fn, [self.scales, *(self.nested or ())]), recurse)
         return self
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """`(N, K)` in `dtype`."""
-        return dequantise(self.kind, self.codes.data, self.scales.data, self.shape, dtype)
+        return dequantise(self.codes.data, unnested(self.scales.data, self.nested), self.shape, dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.kind}"
@@ -126,7 +118,7 @@ class QuantisedLinear(nn.Module):
 
     Notes:
         It computes in the dtype of x, or that of autocast; where int8 codes are multiplied, activations are rounded to
-        8 bits. A dequantised weight exists only during the product.
+        8 bits. Backward keeps codes and scales.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, kind: Format) -> None:
@@ -147,4 +139,6 @@ class QuantisedLinear(nn.Module):
             return self.quantised.multiply(x, self.bias)
         dtype = compute_dtype(x, x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x.to(dtype), self.quantised.dequantise(dtype), bias)
+        held = self.quantised
+        h: Tensor = QuantisedProduct.apply(x.to(dtype), held.codes, held.scales, held.nested, self.out_features, bias)
+        return h

@@ -95,13 +95,13 @@ def siva_linear_backward_aten(
     return dx, du, dv, dbias
 
 
-def _siva_linear_shapes(
+def siva_linear_shapes(
     x: Tensor, weight: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((*x.shape[:-1], weight.shape[0])), v.new_empty((*x.shape[:-1], v.shape[0]))
 
 
-def _siva_linear_backward_shapes(
+def siva_linear_backward_shapes(
     dh: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -126,7 +126,7 @@ def _siva_linear_backward_shapes(
 define(
     "siva_linear",
     "(Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor? bias) -> (Tensor, Tensor)",
-    shapes=_siva_linear_shapes,
+    shapes=siva_linear_shapes,
     reference=siva_linear_reference,
     aten=siva_linear_aten,
 )
@@ -137,7 +137,7 @@ define(
     "siva_linear_backward",
     "(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p, bool need_dx, bool need_du, "
     "bool need_dv, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
-    shapes=_siva_linear_backward_shapes,
+    shapes=siva_linear_backward_shapes,
     reference=siva_linear_backward_reference,
     aten=siva_linear_backward_aten,
 )

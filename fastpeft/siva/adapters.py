@@ -15,7 +15,7 @@ from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
-from fastpeft.siva.frozen import FrozenLinear, original_fingerprint
+from fastpeft.siva.frozen import FrozenLinear, check_base, original_fingerprint
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
 
 
@@ -110,6 +110,7 @@ class AdaptedLinear(FrozenLinear):
         """
         check_name(adapter_name)
         check_residual(residual, d, residual_dtype)
+        check_base(self.base_layer, residual, self.name)
         check_decomposable(self._weight, r, d, self.name)
         if self.merged:
             raise FastpeftError(
@@ -259,6 +260,7 @@ class AdaptedLinear(FrozenLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.siva_du]
         if not names:
             return
+        self.check_mergeable()
         factors = self._low_rank(self.merged_adapters + names)
         weight = self._unmerged_weight()
         merged = weight if factors is None else add(weight, factors)
@@ -269,6 +271,15 @@ class AdaptedLinear(FrozenLinear):
             )
         self._weight = merged
         self.merged_adapters.extend(names)
+
+    def check_mergeable(self) -> None:
+        """Raise `FastpeftError` if the stored weight cannot take an adapter in."""
+        if self.in_4_bits is not None:
+            raise FastpeftError(
+                f"{self.name}: its weight is in 4 bits, to which a merged one would have to be rounded again. Save the "
+                "adapter, load it onto the base model as it is before quantising (PeftModel.from_pretrained), and "
+                "merge it there."
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.packing import Packs
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
+from fastpeft.siva.four_bits import WeightIn4Bits, is_in_4_bits
 from fastpeft.support.fingerprints import fingerprint
 
 # weight, u, s, v, bias and packs, as `siva_linear` takes them
@@ -29,6 +32,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     Attributes:
         packs: The stored weight as a product on a CPU reads it fastest.
         quantised: W_r in few bits; the stored weight is then empty, unless adapters are merged into it.
+        in_4_bits: The stored weight where bitsandbytes keeps it in 4 bits; it is W0 then, and never changes.
         fan_in_fan_out: Whether the base layer stores its weight as `(in_features, out_features)`.
         base_fingerprint: Of the pretrained weight; None until an adapter is added, and on the meta device.
 
@@ -42,6 +46,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.base_layer: Any = base_layer.requires_grad_(False)  # nn.Linear or Conv1D, which has no types
         self.quantised: QuantisedWeight | None
         self.register_module("quantised", None)
+        self.in_4_bits = WeightIn4Bits(base_layer, name) if is_in_4_bits(base_layer) else None
         self.name = name
         self.packs = Packs(pack_weights)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
@@ -52,22 +57,41 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     def operands(self) -> Operands | None:
         """What `siva_linear` takes beside x, as the layer acts now.
 
-        None where the base layer acts alone, and where a quantised residual does, which is dequantised for one layer at
-        a time.
+        None where the base layer acts alone, and where the weight is in few bits.
         """
         raise NotImplementedError
 
     @property
     def stored(self) -> Tensor:
-        """The stored weight `(out_features, in_features)`; empty where `quantised` takes its place."""
+        """The stored weight `(out_features, in_features)`; empty where `quantised` takes its place.
+
+        Where it is in 4 bits these are its codes.
+        """
         weight: Tensor = self._modules["base_layer"].weight  # type: ignore[union-attr, assignment]
         if weight.requires_grad and not weight.is_leaf:  # FSDP1: a view of a flat parameter of which other parts train
             weight = weight.detach()
         return weight.t() if self.fan_in_fan_out else weight
 
     @property
+    def _few_bits(self) -> QuantisedWeight | WeightIn4Bits | None:
+        """The weight with which products are made, where that is in few bits."""
+        return self._modules["quantised"] or self.in_4_bits  # type: ignore[return-value]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the base layer's weight, or which it had before it was in 4 bits."""
+        dtype: torch.dtype = self.base_layer.weight.dtype if self.in_4_bits is None else self.in_4_bits.dtype
+        return dtype
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """What a product of x with a weight in few bits computes in."""
+        return self.in_4_bits.compute_dtype(x) if self.in_4_bits else compute_dtype(x, self.base_layer.weight)
+
+    @property
     def _weight(self) -> Tensor:
         """The weight that does not train, dequantised if need be, outside of autograd."""
+        if self.in_4_bits is not None:
+            return self.in_4_bits.dequantise(torch.float32)  # whatever dtype it had: so it is exact
         if self.quantised is not None and not self.merged:
             return self.quantised.dequantise(self.base_layer.weight.dtype)
         return self.stored.data
@@ -106,11 +130,30 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
         )
 
 
+def check_base(base_layer: nn.Module, residual: str, name: str) -> None:
+    """Raise `FastpeftError` if the residual is to be stored in the place of a weight in 4 bits."""
+    if residual == "frozen" and is_in_4_bits(base_layer):
+        raise FastpeftError(
+            f"{name}: its weight is in 4 bits, which hold no other weight in its place. Use residual='implicit'."
+        )
+
+
+def matrix(base_layer: Any, name: str) -> Tensor:
+    """The weight `(N, K)` of a layer of any kind, as numbers."""
+    if is_in_4_bits(base_layer):
+        return WeightIn4Bits(base_layer, name).dequantise(torch.float32)
+    weight: Tensor = base_layer.weight.data
+    return weight.t() if isinstance(base_layer, Conv1D) else weight
+
+
 def original_fingerprint(base_layer: Any) -> str | None:
     """The fingerprint of a pretrained weight, also if an unloaded adapter left it equal to rounding only.
 
-    None on the meta device, where a weight has no values yet.
+    None on the meta device, where a weight has no values yet, and in 4 bits, whose numbers may differ in the last bit
+    from device to device: there loading looks at what they are near to.
     """
+    if is_in_4_bits(base_layer):
+        return None
     weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
     if weight.device.type == "meta":
         return None

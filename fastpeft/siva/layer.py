@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import siva_linear, siva_linear_mixed
-from fastpeft.ops.dtypes import compute_dtype
-from fastpeft.ops.quantise import Format
+from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva import grouping
 from fastpeft.siva.config import InitWeights, Residual
 from fastpeft.siva.decompose import Factors
+from fastpeft.siva.four_bits import WeightIn4Bits
 from fastpeft.siva.frozen import Operands
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
@@ -95,29 +95,29 @@ class SivaLinear(LoadableLinear):
         base = parts["base_layer"]
         if factors is None:
             return base(x, *args, **kwargs)
-        if parts["quantised"] is not None:
-            dtype = compute_dtype(x, base.weight)
-            return quantised_siva_linear(x, parts["quantised"], *factors, bias=base.bias, dtype=dtype)
+        few_bits = self._few_bits
+        if few_bits is not None:
+            return self._in_few_bits(x, few_bits, factors)
         return siva_linear(x, self.stored, *factors, base.bias, self.packs)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
         factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
-        if self.quantised is not None:  # one adapter after another: the weight is dequantised for each product
-            shared = {
-                "rest": self.quantised,
-                "bias": self.base_layer.bias,
-                "dtype": compute_dtype(x, self.base_layer.weight),
-            }
-            return rows.each(x, [partial(quantised_siva_linear, **shared, **each._asdict()) for each in factors])
+        few_bits = self._few_bits
+        if few_bits is not None:  # one adapter after another: each product makes numbers of the weight
+            return rows.each(x, [partial(self._in_few_bits, few_bits=few_bits, factors=each) for each in factors])
         us, ss, vs = zip(*factors, strict=True)
         order = None if rows.order is None else rows.order.to(x.device)
         bias, sizes = self.base_layer.bias, list(rows.sizes.values())
         return siva_linear_mixed(x, self.stored, us, ss, vs, sizes, order, bias, self.packs)
 
+    def _in_few_bits(self, x: Tensor, few_bits: QuantisedWeight | WeightIn4Bits, factors: Factors) -> Tensor:
+        h = quantised_siva_linear(x, few_bits, *factors, bias=self.base_layer.bias, dtype=self._compute_dtype(x))
+        return h if self.in_4_bits is None or torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
+
     def operands(self) -> Operands | None:
         factors = self._acting()
-        if factors is None or self.quantised is not None:
+        if factors is None or self._few_bits is not None:
             return None
         return (self.stored, *factors, self.base_layer.bias, self.packs)
 
@@ -134,7 +134,10 @@ class SivaLinear(LoadableLinear):
         if torch.compiler.is_compiling():  # the compiler leaves out what nothing uses
             return self._compute_weight()
         shape = (self.in_features, self.out_features) if self.fan_in_fan_out else (self.out_features, self.in_features)
-        return LazyWeight(self._compute_weight, self.base_layer.weight, shape)
+        like = (
+            self.base_layer.weight if self.in_4_bits is None else self.base_layer.weight.new_empty(0, dtype=self._dtype)
+        )
+        return LazyWeight(self._compute_weight, like, shape)
 
     def _compute_weight(self) -> Tensor:
         if self.rows is not None and not self.disable_adapters:
@@ -144,9 +147,9 @@ class SivaLinear(LoadableLinear):
             )
         factors = self._acting()
         if factors is None:
-            merged: Tensor = self.base_layer.weight
+            merged: Tensor = self.base_layer.weight if self.in_4_bits is None else self._weight.to(self._dtype)
             return merged
-        weight = (self._weight + factors.product()).to(self.base_layer.weight.dtype)
+        weight = (self._weight + factors.product()).to(self._dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
     def _acting(self) -> Factors | None:

@@ -20,7 +20,8 @@ from fastpeft.errors import FastpeftError
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.decompose import check_decomposable
-from fastpeft.siva.frozen import check_kind, original_fingerprint
+from fastpeft.siva.four_bits import is_in_4_bits
+from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, Rows, acting
@@ -105,6 +106,8 @@ class SivaModel(BaseTuner):
         if all_linear:
             _limit_ranks(peft_config, {name: modules[name] for name in targets})
         _check_tokens(peft_config, model)
+        if any(is_in_4_bits(getattr(modules[name], "base_layer", modules[name])) for name in targets):
+            _make_implicit(peft_config)
         tied = _tied_parameters(model)
         for name in targets:
             _check_target(peft_config, self._adding, name, modules[name], tied)
@@ -154,7 +157,7 @@ class SivaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
         if self._pissa is not None:
-            layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer.stored))
+            layer.load_factors(adapter_name, *self._pissa.factors(current_key, layer._weight))
         self._number_made += 1
         report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
@@ -177,7 +180,7 @@ class SivaModel(BaseTuner):
         for layer in self._siva_layers():
             for changes in (layer.siva_du, layer.siva_dv):
                 if adapter_name in changes:
-                    changes[adapter_name].to(layer.base_layer.weight.dtype)
+                    changes[adapter_name].to(layer._dtype)
 
     def _siva_layers(self) -> Iterator[SivaLinear]:
         """The adapted layers. The name is private since PEFT looks up any public name in the wrapped model."""
@@ -201,6 +204,11 @@ class SivaModel(BaseTuner):
         grouping.part(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return model
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for layer in self._siva_layers():
+            layer.check_mergeable()  # before the first layer is touched
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Raise `FastpeftError`: a weighted sum of SiVA adapters is not a SiVA adapter. As LoRA they can be summed."""
@@ -335,6 +343,20 @@ def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
         peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
 
 
+def _make_implicit(peft_config: SivaConfig) -> None:
+    """Let the layers of a base in 4 bits keep their weights."""
+    given = {"d": peft_config.d, "residual_dtype": peft_config.residual_dtype}
+    for name, value in given.items():
+        if value is not None:
+            raise FastpeftError(
+                f"{name}={value!r} on a base in 4 bits, whose weights stay as they are. Leave {name} out, or load the "
+                "base model unquantised."
+            )
+    if peft_config.residual == "frozen":
+        logger.info("the base is in 4 bits: its weights stay, and the residual is implicit")
+        peft_config.residual = "implicit"
+
+
 def _check_tokens(peft_config: SivaConfig, model: Any) -> None:
     """Raise `FastpeftError` unless the tokens that train have embeddings, under the names by which PEFT finds them."""
     given = peft_config.trainable_token_indices
@@ -388,8 +410,7 @@ def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: 
     if isinstance(target, SivaLinear):
         target.check_addable(adapter_name, r, d, residual, peft_config.residual_dtype)
     else:
-        weight = target.weight.data.t() if isinstance(target, Conv1D) else target.weight.data
-        check_decomposable(weight, r, d, key)
+        check_decomposable(matrix(target, key), r, d, key)
         if residual == "frozen" and id(target.weight) in tied:
             raise FastpeftError(
                 f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "

@@ -9,7 +9,7 @@ ends with Q. So Q follows from the pretrained weight and the factors in a file, 
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import factors_dtype
-from fastpeft.ops.quantise import Format, QuantisedWeight, check_library, dequantise
+from fastpeft.ops.quantise import Format, QuantisedWeight, check_library
+from fastpeft.ops.quantised_linear import SivaLinearQuantised
 from fastpeft.siva.decompose import Factors, decompose, subtract, top_triplets
+from fastpeft.siva.four_bits import WeightIn4Bits
 
 ITERATIONS = 5
 
@@ -28,7 +30,7 @@ def check_format(residual_dtype: str | None) -> None:
     """Raise `FastpeftError` unless the format exists and its library is installed."""
     if residual_dtype is not None and residual_dtype not in get_args(Format):
         raise FastpeftError(
-            f"residual_dtype={residual_dtype!r}; allowed are {' and '.join(map(repr, get_args(Format)))}, or None for "
+            f"residual_dtype={residual_dtype!r}; allowed are {', '.join(map(repr, get_args(Format)))}, or None for "
             "the dtype of the base model."
         )
     check_library("residual_dtype", residual_dtype)
@@ -63,7 +65,13 @@ def decompose_quantised(
 
 
 def quantised_siva_linear(
-    x: Tensor, rest: QuantisedWeight, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    rest: QuantisedWeight | WeightIn4Bits,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`siva_linear` with a quantised weight.
 
@@ -73,56 +81,14 @@ def quantised_siva_linear(
         dtype: in which all is computed.
 
     Notes:
-        Saved for backward: as by `siva_linear`, with the codes instead of the weight. The weight is dequantised for a
-        product, in forward and again in backward, so a training step holds one layer's at a time. Without gradients
-        int8 codes are multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
+        Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product makes numbers of
+        them again: on a CPU of some rows of the weight at a time, on a card of all. Without gradients int8 codes are
+        multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
     """
-    if not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
+    if isinstance(rest, QuantisedWeight) and not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
         u, s, v = (factor.to(dtype) for factor in (u, s, v))
         return rest.multiply(x, bias).add_(F.linear(F.linear(x, v) * s, u))
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
-    h: Tensor = _SivaLinear.apply(x.to(dtype), rest.codes, rest.scales, u, s, v, bias, rest.kind, rest.shape)
+    h: Tensor = SivaLinearQuantised.apply(x.to(dtype), rest.codes, rest.scales, rest.nested, u, s, v, bias)
     return h
-
-
-class _SivaLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        u: Tensor,
-        s: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        kind: Format,
-        shape: torch.Size,
-    ) -> Tensor:
-        h, p = torch.ops.fastpeft.siva_linear(x, dequantise(kind, codes, scales, shape, x.dtype), u, s, v, bias)
-        _, _, _, need_du, _, need_dv, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_dv else None, codes, scales, u, s, v, p if need_du else None)
-        ctx.kind, ctx.shape = kind, shape
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> Any:
-        x, codes, scales, u, s, v, p = ctx.saved_tensors
-        need_dx, _, _, need_du, _, need_dv, need_dbias, *_ = ctx.needs_input_grad
-        weight = dequantise(ctx.kind, codes, scales, ctx.shape, dh.dtype)
-        x, p = (dh.new_empty(0) if saved is None else saved for saved in (x, p))
-        dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
-            dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias
-        )
-        return (
-            dx if need_dx else None,
-            None,
-            None,
-            du if need_du else None,
-            None,
-            dv if need_dv else None,
-            dbias if need_dbias else None,
-            None,
-            None,
-        )

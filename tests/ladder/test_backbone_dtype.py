@@ -235,7 +235,10 @@ def test_cached_features_are_known_by_what_the_backbone_is_now(tmp_path: Path, k
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"backbone_dtype": "int4"}, "backbone_dtype='int4'; allowed are 'bfloat16', 'int8', 'nf4', or None"),
+        (
+            {"backbone_dtype": "int4"},
+            "backbone_dtype='int4'; allowed are 'bfloat16', 'int8', 'nf4', 'nf4-double', or None",
+        ),
         ({"backbone_dtype": "int8", "train_adapters": True}, r"backbone_dtype='int8' with train_adapters=True"),
     ],
     ids=str,

@@ -310,13 +310,14 @@ void test_drop(const Variant& variant, Format format) {
 
 }  // namespace
 
-int low_rank_failures();  // test_siva_linear.cpp
-int vast_failures();      // test_vast.cpp
-int int8_failures();      // test_int8_linear.cpp
-int window_failures();    // test_window_attention.cpp
+int low_rank_failures();    // test_siva_linear.cpp
+int vast_failures();        // test_vast.cpp
+int int8_failures();        // test_int8_linear.cpp
+int dequantise_failures();  // test_dequantise.cpp
+int window_failures();      // test_window_attention.cpp
 
 int main() {
-    failures += low_rank_failures() + vast_failures() + int8_failures() + window_failures();
+    failures += low_rank_failures() + vast_failures() + int8_failures() + dequantise_failures() + window_failures();
     test_philox_known_answers();
     test_normal();
     std::string names;

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastpeft import FastpeftError, functional
 from fastpeft.ops import aten, backends, define, reference
 from fastpeft.ops.packing import quantise_rows
+from fastpeft.ops.quantise import Format, QuantisedWeight
 
 Op = Callable[..., Any]
 Sizes = dict[str, int]
@@ -100,6 +101,29 @@ def int8_linear(z: Sizes) -> list[Any]:
     return [draw(z["b"], z["t"], z["k"]), *quantise_rows(draw(z["n"], z["k"])), draw(z["n"])]
 
 
+def weight_in_few_bits(z: Sizes, kind: Format) -> list[Tensor]:
+    held = QuantisedWeight(draw(z["n"], z["k"]), kind)
+    return [held.codes.data, held.scales.data]
+
+
+def quantised_linear(z: Sizes) -> list[Any]:
+    return [draw(z["b"], z["t"], z["k"]), *weight_in_few_bits(z, "nf4"), z["n"], draw(z["n"])]
+
+
+def quantised_linear_backward(z: Sizes) -> list[Any]:
+    return [draw(z["b"], z["t"], z["n"]), *weight_in_few_bits(z, "nf4"), z["k"]]
+
+
+def siva_linear_quantised(z: Sizes) -> list[Any]:
+    x, _, *others = siva_linear(z)
+    return [x, *weight_in_few_bits(z, "int8"), *others]
+
+
+def siva_linear_quantised_backward(z: Sizes) -> list[Any]:
+    dh, x, _, *others = siva_linear_backward(z)
+    return [dh, x, *weight_in_few_bits(z, "int8"), *others]
+
+
 def mezo_perturb(z: Sizes) -> list[Any]:
     return [draw(z["n"], z["k"]), 3, *TERMS, 0.1]
 
@@ -131,6 +155,10 @@ OPS: dict[str, tuple[Callable[[Sizes], list[Any]], str]] = {
     "window_attention_backward": (window_attention_backward, "b h t d slots absent"),
     "feature_dropout_": (feature_dropout_, "b t d slots"),
     "int8_linear": (int8_linear, "b t k n"),
+    "quantised_linear": (quantised_linear, "b t k n"),
+    "quantised_linear_backward": (quantised_linear_backward, "b t k n"),
+    "siva_linear_quantised": (siva_linear_quantised, "b t k n r"),
+    "siva_linear_quantised_backward": (siva_linear_quantised_backward, "b t k n r"),
     "frozen_head_cross_entropy": (frozen_head_cross_entropy, "b t k"),
     "mezo_perturb": (mezo_perturb, "k n"),
     "mezo_perturb_": (mezo_perturb_, "b k n"),
@@ -321,7 +349,9 @@ def test_elements_that_lie_further_apart_than_32_bits_count(run: Op, op: str, ba
     starts = iter(range(0, 2**20, 1000))
 
     def apart(t: Tensor) -> Tensor:
-        """The first dimension, or where that has one row the second, spans it all."""
+        """The first dimension, or where that has one row the second, spans it all; one element is where it is."""
+        if t.numel() == 1:
+            return t
         strides = list(t.contiguous().stride())
         at = next(i for i, size in enumerate(t.shape) if size > 1)
         strides[at] = -(-(2**31) // (t.shape[at] - 1))
@@ -412,7 +442,7 @@ def by_function(op: str, args: list[Any]) -> Any:
     return getattr(functional, op.removesuffix("replay_"))(*args)
 
 
-CALLED = [op for op in OPS if "backward" not in op and op != "feature_dropout_"]
+CALLED = [op for op in OPS if "backward" not in op and "quantised" not in op and op != "feature_dropout_"]
 
 
 def places(args: Sequence[Any]) -> Iterator[tuple[int, int | None]]:

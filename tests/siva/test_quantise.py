@@ -28,8 +28,13 @@ NF4 = pytest.param(
     "nf4",
     marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
 )
-KINDS = pytest.mark.parametrize("kind", ["int8", NF4])
-ERROR = {"int8": 0.01, "nf4": 0.12}  # relative, of a quantised normal matrix; 0.006 and 0.09 are usual
+DOUBLE = pytest.param("nf4-double", marks=NF4.marks)
+KINDS = pytest.mark.parametrize("kind", ["int8", NF4, DOUBLE])
+ERROR = {
+    "int8": 0.01,
+    "nf4": 0.12,
+    "nf4-double": 0.12,
+}  # relative, of a quantised normal matrix; 0.006 and 0.09 are usual
 
 
 def matrix(n: int = 48, k: int = 32, seed: int = 0) -> Tensor:
@@ -75,7 +80,18 @@ def test_a_quantised_weight_is_near(kind: Any, shape: tuple[int, int]) -> None:
         found = held.dequantise(dtype)
         assert (found.dtype, found.shape) == (dtype, weight.shape)
         assert relative(found.float(), weight) < ERROR[kind]
-    assert sum(p.numel() * p.element_size() for p in held.parameters()) <= 1.2 * weight.numel() + max(4 * shape[0], 36)
+    parts = {name: p.numel() * p.element_size() for name, p in held.named_parameters()}
+    assert parts.pop("table", 0) <= 1024
+    assert sum(parts.values()) <= 1.2 * weight.numel() + max(4 * shape[0], 48)
+
+
+@KINDS
+def test_bits_of_a_weight(kind: Any) -> None:
+    held = QuantisedWeight(torch.randn(512, 256), kind)
+    scales = {"int8": 32 / 256, "nf4": 32 / 64, "nf4-double": 8 / 64 + 32 / (64 * 256)}[kind]
+    parts = {name: 8 * p.numel() * p.element_size() for name, p in held.named_parameters()}
+    assert parts["codes"] / (512 * 256) == (8 if kind == "int8" else 4)
+    assert (parts["scales"] + parts.get("coarse", 0)) / (512 * 256) == scales
 
 
 def test_int8_is_the_nearest_of_255_steps_of_a_row() -> None:
@@ -85,7 +101,7 @@ def test_int8_is_the_nearest_of_255_steps_of_a_row() -> None:
     assert (error <= 0.5001 * step).all()
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["int8", NF4])
 def test_a_row_of_zeros_stays_zero(kind: Any) -> None:
     weight = torch.cat([torch.zeros(64, 2), torch.ones(64, 2)], 1).t().contiguous()
     assert QuantisedWeight(weight, kind).dequantise(torch.float32).equal(weight)
@@ -295,7 +311,7 @@ def test_nf4_without_its_library_says_what_to_install(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"residual_dtype": "int4"}, "residual_dtype='int4'; allowed are 'int8' and 'nf4', or None"),
+        ({"residual_dtype": "int4"}, "residual_dtype='int4'; allowed are 'int8', 'nf4', 'nf4-double', or None"),
         ({"residual_dtype": "int8", "residual": "implicit"}, "with residual='implicit'"),
         ({"residual_dtype": "int8", "d": 8}, "with d=8"),
         ({"quant_iterations": -1}, "quant_iterations=-1; give a whole number from 0"),

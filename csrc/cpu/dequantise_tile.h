@@ -1,0 +1,109 @@
+// The loops of dequantise.h, compiled once for each instruction set; the including file defines the macros that
+// siva_linear_tile.h explains. Nothing of the standard library is called here.
+#include "dequantise.h"
+#include "vectors.h"
+
+namespace fastpeft {
+namespace FASTPEFT_ISA {
+namespace {
+
+// quantiles of a normal distribution, the largest of which is 1 (Dettmers et al. 2023)
+alignas(64) constexpr float kNormal[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// The values of kLanes codes from an even place on
+FASTPEFT_TARGET inline Float nf4_at(const uint8_t* bytes) {
+#if FASTPEFT_VECTOR_BYTES >= 32
+    uint32_t eight[kLanes / 8];
+    std::memcpy(eight, bytes, sizeof eight);
+#endif
+#if FASTPEFT_VECTOR_BYTES == 64
+    const Word first = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+    const Word shifts = {4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24};
+    const Word places = ((((Word{} + eight[0]) & first) | ((Word{} + eight[1]) & ~first)) >> shifts) & 15;
+    return (Float)_mm512_permutexvar_ps((__m512i)places, _mm512_load_ps(kNormal));
+#elif FASTPEFT_VECTOR_BYTES == 32
+    const Word shifts = {4, 0, 12, 8, 20, 16, 28, 24};
+    const Word places = (Word{} + eight[0]) >> shifts;  // the instructions look at some of the bits
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(kNormal), (__m256i)places);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(kNormal + 8), (__m256i)places);
+    return (Float)_mm256_blendv_ps(low, high, (__m256)(places << 28));
+#else
+    return Float{kNormal[bytes[0] >> 4], kNormal[bytes[0] & 15], kNormal[bytes[1] >> 4], kNormal[bytes[1] & 15]};
+#endif
+}
+
+FASTPEFT_TARGET inline Float int8_at(const int8_t* codes) {
+    Signed numbers;
+    for (int i = 0; i < kLanes; ++i) numbers[i] = codes[i];
+    return __builtin_convertvector(numbers, Float);
+}
+
+// The values of kLanes codes, of which those after the first `count` are not there
+template <typename Code, Float at(const Code*)>
+FASTPEFT_TARGET inline Float some_at(const Code* codes, int64_t bytes) {
+    Code there[kLanes] = {};
+    std::memcpy(there, codes, bytes);
+    return at(there);
+}
+
+template <typename T>
+FASTPEFT_TARGET void nf4(const void* codes, const float* scales, int64_t block, int64_t begin, int64_t count, T* out) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(codes);
+    const int64_t end = begin + count;
+    int64_t i = begin, next = begin - begin % block;
+    for (scales += begin / block; i < end; ++scales) {
+        next += block;
+        const int64_t stop = next < end ? next : end;
+        const float scale = *scales;
+        if (i % 2 == 1) {
+            store(broadcast(kNormal[bytes[i / 2] & 15] * scale), out++, 1);
+            ++i;
+        }
+        for (; i + kLanes <= stop; i += kLanes, out += kLanes) store(nf4_at(bytes + i / 2) * scale, out);
+        if (const int rest = static_cast<int>(stop - i)) {
+            store(some_at<uint8_t, nf4_at>(bytes + i / 2, (rest + 1) / 2) * scale, out, rest);
+            out += rest, i = stop;
+        }
+    }
+}
+
+template <typename T>
+FASTPEFT_TARGET void int8(const void* codes, const float* scales, int64_t block, int64_t begin, int64_t count, T* out) {
+    const int8_t* numbers = static_cast<const int8_t*>(codes);
+    const int64_t end = begin + count;
+    int64_t i = begin, next = begin - begin % block;
+    for (scales += begin / block; i < end; ++scales) {
+        next += block;
+        const int64_t stop = next < end ? next : end;
+        const float scale = *scales;
+        for (; i + kLanes <= stop; i += kLanes, out += kLanes) store(int8_at(numbers + i) * scale, out);
+        if (const int rest = static_cast<int>(stop - i)) {
+            store(some_at<int8_t, int8_at>(numbers + i, rest) * scale, out, rest);
+            out += rest, i = stop;
+        }
+    }
+}
+
+}  // namespace
+
+const Dequantisers dequantisers = {int8<float>, int8<BFloat16>, nf4<float>, nf4<BFloat16>};
+
+}  // namespace FASTPEFT_ISA
+}  // namespace fastpeft
