@@ -149,11 +149,10 @@ def matrix(base_layer: Any, name: str) -> Tensor:
 def original_fingerprint(base_layer: Any) -> str | None:
     """The fingerprint of a pretrained weight, also if an unloaded adapter left it equal to rounding only.
 
-    None on the meta device, where a weight has no values yet, and in 4 bits, whose numbers may differ in the last bit
-    from device to device: there loading looks at what they are near to.
+    None on the meta device, where a weight has no values yet.
     """
     if is_in_4_bits(base_layer):
-        return None
+        return fingerprint(matrix(base_layer, "the layer"), in_4_bits=True)
     weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
     if weight.device.type == "meta":
         return None

@@ -11,17 +11,26 @@ import torch
 from torch import Tensor
 
 _BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-_FINGERPRINT = re.compile(rf"(?:bfloat16|float(?:16|32|64)) [\dx]* [0-9a-f]{{16}} {_BASE64}", re.ASCII)
+_IN_4_BITS = "nf4"  # in the place of a dtype
+_FINGERPRINT = re.compile(rf"(?:{_IN_4_BITS}|bfloat16|float(?:16|32|64)) [\dx]* [0-9a-f]{{16}} {_BASE64}", re.ASCII)
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.
 _SAMPLE_SIZE = 16
+# How far entries in 4 bits may be from what was rounded, by the largest entry. The widest step of nf4 moves a number by
+# 0.14 of the largest in its block, and only one that is itself above 0.72 of that; others move by less. All 16 entries
+# of unrelated weights are hardly ever that near.
+_NEAR = 0.2
 
 
-def fingerprint(weight: Tensor) -> str:
+def fingerprint(weight: Tensor, *, in_4_bits: bool = False) -> str:
     """A short text that identifies the values of a weight whatever floating dtype they are stored in.
 
     `"DTYPE SHAPE SHA256 SAMPLE"`: the digest (first 16 hex digits) of the stored bytes, and 16 evenly spaced
     entries as float32 in base64. Compare two with `fingerprints_agree`.
+
+    Args:
+        weight: the numbers.
+        in_4_bits: whether 4 bits hold them, so that they may differ a little from device to device.
     """
     weight = weight.detach()
     stored = weight.cpu().contiguous()
@@ -29,15 +38,16 @@ def fingerprint(weight: Tensor) -> str:
     sample = stored.flatten()[_sample_positions(stored.numel())].to(torch.float32)
     encoded = base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode()
     shape = "x".join(str(size) for size in stored.shape)
-    return f"{str(weight.dtype).removeprefix('torch.')} {shape} {digest} {encoded}"
+    return f"{_IN_4_BITS if in_4_bits else str(weight.dtype).removeprefix('torch.')} {shape} {digest} {encoded}"
 
 
 def fingerprints_agree(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same weight.
 
     Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
-    dtypes can change, since one weight may be a cast of the other or both a cast of a third. What is no fingerprint, as
-    a file from elsewhere may hold, agrees with none.
+    dtypes can change, since one weight may be a cast of the other or both a cast of a third. Where one is in 4 bits, it
+    may differ by what rounding to these changes. What is no fingerprint, as a file from elsewhere may hold, agrees with
+    none.
     """
     if not (_FINGERPRINT.fullmatch(first) and _FINGERPRINT.fullmatch(second)):
         return False
@@ -45,12 +55,14 @@ def fingerprints_agree(first: str, second: str) -> bool:
     dtype_2, shape_2, digest_2, sample_2 = second.split(" ")
     if shape_1 != shape_2:
         return False
-    if dtype_1 == dtype_2:
+    if dtype_1 == dtype_2 != _IN_4_BITS:
         return digest_1 == digest_2
     first_bytes, second_bytes = (base64.b64decode(text) for text in (sample_1, sample_2))
     if len(first_bytes) != len(second_bytes) or len(first_bytes) % 4:  # of no sample
         return False
     a, b = (numpy.frombuffer(content, dtype="<f4") for content in (first_bytes, second_bytes))
+    if _IN_4_BITS in (dtype_1, dtype_2):
+        return bool((abs(a - b) <= _NEAR * max(abs(a).max(initial=0), abs(b).max(initial=0))).all())
     relative = sum(torch.finfo(getattr(torch, name)).eps / 2 for name in (dtype_1, dtype_2, "float32"))
     absolute = sum(torch.finfo(getattr(torch, name)).smallest_normal * 2**-10 for name in (dtype_1, dtype_2))
     return bool((abs(a - b) <= relative * numpy.maximum(abs(a), abs(b)) + absolute).all())

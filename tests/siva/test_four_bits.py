@@ -49,14 +49,14 @@ def inputs(k: int = 128) -> Tensor:
     return torch.randn(2, 7, k, generator=torch.Generator().manual_seed(1))
 
 
-def unquantised() -> Any:
-    torch.manual_seed(0)
+def unquantised(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     config = {**TINY, "hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks, as bitsandbytes needs them
     return RobertaForSequenceClassification(RobertaConfig(**config)).eval()
 
 
-def classifier(nested: bool = True) -> Any:
-    model = unquantised()
+def classifier(nested: bool = True, seed: int = 0) -> Any:
+    model = unquantised(seed)
     for name, layer in list(model.base_model.named_modules()):
         if type(layer) is nn.Linear:
             parent, _, child = name.rpartition(".")
@@ -186,6 +186,16 @@ def test_a_saved_adapter_is_loaded_onto_the_base_in_4_bits(tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(classifier(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_of_another_base_is_refused_and_one_of_the_same_in_more_bits_is_not(tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path / "few")
+    config = SivaConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", residual="implicit")
+    peft.get_peft_model(unquantised(), config).save_pretrained(tmp_path / "all")
+    for saved, base in (("few", unquantised), ("few", classifier), ("all", classifier)):
+        with pytest.raises(FastpeftError, match="trained on another weight"):
+            peft.PeftModel.from_pretrained(base(seed=1), tmp_path / saved)
+        peft.PeftModel.from_pretrained(base(), tmp_path / saved)
 
 
 def test_rows_of_a_batch_have_their_own_adapters() -> None:
