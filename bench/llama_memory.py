@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ from fastpeft.training.memory import (
 
 FILE, MEASURED_FILE = DATA / "llama_memory.csv", DATA / "llama_memory_measured.csv"
 RANK = 16
-BATCHES, LENGTHS = (1, 4), (2048, 512)
+SIZES = (1, 2048), (4, 2048), (1, 512), (4, 512)  # rows of a batch, tokens
 NARROW, DEFAULT = "16", "8"  # reductions: at the first the goals of an 8B on a card of 8 GB are met
 _LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
 MODELS = {
@@ -152,7 +152,7 @@ def prepared(case: Case, model: Any) -> Any:
             **(GATED if case.method == "lst" else {}),
             reduction_factor=int(case.reduction),
             causal=True,
-            backbone_dtype=case.backbone if quantised and not is_blank else None,  # type: ignore[arg-type]
+            backbone_dtype=case.backbone if quantised and not is_blank else None,
             pack_weights=False,
         )
         with torch.device("meta") if is_blank else torch.device("cpu"):
@@ -223,7 +223,7 @@ def _give_memory(model: nn.Module) -> None:
                 if tensor is not None and tensor.is_meta:
                     empty = made.setdefault(tensor, torch.empty_like(tensor, device="cpu"))
                     own[name] = nn.Parameter(empty, tensor.requires_grad) if own is module._parameters else empty
-                    made[tensor] = own[name]  # type: ignore[assignment]
+                    made[tensor] = own[name]
 
 
 def batch_of(model: Any, rows: int, tokens: int) -> dict[str, Any]:
@@ -290,14 +290,12 @@ def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: Mem
     }
 
 
-def simulate(name: str, case: Case, config: LlamaConfig, sizes: Iterable[tuple[int, int]]) -> Iterator[Row]:
-    """One row for each pair of batch and tokens."""
-    model = None
-    for rows, tokens in sizes:
-        model = model or prepared(case, blank(config))
-        with patch.dict(FEWEST_TOKENS, cpu=FEWEST_TOKENS["cuda"]):  # a card's chunk of the loss
-            found = simulated(case, model, rows, tokens, torch.bfloat16)
-        yield row_of(name, case, model, rows, tokens, found)
+def simulate(name: str, case: Case, config: LlamaConfig, rows: int, tokens: int) -> Row:
+    """A row of a step of such a shape, as on a card."""
+    model = prepared(case, blank(config))
+    with patch.dict(FEWEST_TOKENS, cpu=FEWEST_TOKENS["cuda"]):  # a card's chunk of the loss
+        found = simulated(case, model, rows, tokens, torch.bfloat16)
+    return row_of(name, case, model, rows, tokens, found)
 
 
 def measure(name: str, case: Case, model: Any, rows: int, tokens: int) -> Row:
@@ -325,14 +323,11 @@ def main() -> None:
             put_row(MEASURED_FILE, row, KEY)
             print(", ".join(row.values()), flush=True)
         return
-    sizes = list(itertools.product(BATCHES, LENGTHS))
-    for name, case in itertools.product(given.models, CASES):
-        if given.methods and case.method not in given.methods:
-            continue
-        there = {tuple(row[column] for column in KEY) for row in read_rows(FILE)}
-        own = (name, *asdict(case).values())
-        left = [(rows, tokens) for rows, tokens in sizes if (*own, str(rows), str(tokens)) not in there]
-        for row in simulate(name, case, MODELS[name], left):
+    there = {tuple(row[column] for column in KEY) for row in read_rows(FILE)}
+    for size, name, case in itertools.product(SIZES, given.models, CASES):
+        own = (name, *asdict(case).values(), *map(str, size))
+        if own not in there and case.method in (given.methods or (case.method,)):
+            row = simulate(name, case, MODELS[name], *size)
             put_row(FILE, row, KEY)
             print(", ".join(row.values()), flush=True)
 

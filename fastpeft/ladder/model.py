@@ -31,6 +31,7 @@ from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
+from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.processes import agreed
 
@@ -289,6 +290,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
     ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
+        if attention_mask is not None and cache is None and _hides_nothing(attention_mask):
+            attention_mask = None  # attention without a mask takes less
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         if step and cache is not None and self.side_run is SideRun and not torch.is_grad_enabled():
             return SideStep(self.side, mask, cache, keep_states)
@@ -501,6 +504,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    """Whether no token is padding, where values can be asked."""
+    asks = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_captured())
+    return asks and bool(mask.all())
 
 
 def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:

@@ -166,7 +166,7 @@ class SideBlock(nn.Module):
         seed: int | Tensor,
         kept: SideLayer | None = None,
     ) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `visibility` -> `(B, T, D)`.
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `SideRun` -> `(B, T, D)`.
 
         Tokens follow those of `kept`, if there are any, and are added to it; `visible` and the mask are of all.
         """
@@ -177,8 +177,7 @@ class SideBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         dtype = qkv.dtype
-        # on a CPU PyTorch's attention is twice as fast in float32 as in bfloat16; a fake tensor simulates a card
-        widened = qkv.is_cpu and dtype == torch.bfloat16 and type(qkv) is Tensor
+        widened = _is_widened(qkv)
         with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
             qkv = qkv.float() if widened else qkv
             q, states = qkv.split((width, 2 * width), dim=-1)
@@ -357,7 +356,9 @@ class SideRun:
         self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
         self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
-        self._visible: Tensor | None = None  # (B or 1, 1, N, T) for the self-attention; None as its own kind needs none
+        # of the self-attention, (B or 1, 1, N, T): bool where earlier tokens are kept, else to be added; None where its
+        # being causal or not says all
+        self._visible: Tensor | None = None
         self._next = 0
         self._in_bfloat16 = False
         self._dropped: set[int] = set()
@@ -413,10 +414,12 @@ class SideRun:
         if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            if self.mask is not None or self.past:  # else causal attention needs no mask, of which backward kept T x T
+            if self.mask is not None or self.past:  # else causal attention needs no mask
                 self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
             with self._products():
                 self._advance(side.down(feature))
+                if self._visible is not None and self.kept is None:
+                    self._visible = _to_add(self._visible, self._theta)
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
         return feature
@@ -478,6 +481,25 @@ def visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.dev
     if mask is not None:
         visible = visible & mask[..., None, None, :]
     return visible | (places == own)
+
+
+def _to_add(visible: Tensor, like: Tensor) -> Tensor:
+    """What attention adds to its scores, made once: it would make it of bools in each block, and keep it for backward.
+
+    Args:
+        visible: bool, as of `visibility`.
+        like: the output of a linear layer, which has the dtype of queries.
+    """
+    dtype = torch.float32 if _is_widened(like) else like.dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def _is_widened(qkv: Tensor) -> bool:
+    """Whether attention computes in float32: so PyTorch's is twice as fast on a CPU as in bfloat16.
+
+    A fake tensor simulates a card.
+    """
+    return qkv.is_cpu and qkv.dtype == torch.bfloat16 and type(qkv) is Tensor
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:

@@ -41,7 +41,7 @@ QLORA, LST = Case("lora", "nf4"), Case("lst", "nf4", reduction="16")
 @functools.cache
 def figures(case: Case, tokens: int = TOKENS, rows: int = 1, **changes: bool) -> dict[str, float]:
     """What a step of a case takes, by part, in MB."""
-    (row,) = simulate("tiny", case, LlamaConfig(**{**SHAPE, **changes}), [(rows, tokens)])
+    row = simulate("tiny", case, LlamaConfig(**{**SHAPE, **changes}), rows, tokens)
     assert {name: row[name] for name in asdict(case)} == asdict(case)
     found = {name: float(row[name]) for name in row if name.endswith("_mb")}
     assert abs(sum(found.values()) - 2 * found["peak_mb"]) < 0.3, "each is rounded to a tenth"
@@ -126,7 +126,7 @@ def test_a_step_that_runs_takes_as_much(case: Case) -> None:
 @pytest.mark.long
 def test_what_is_committed_is_what_the_code_takes() -> None:
     """Where this fails a method takes another amount of memory: delete the file, `python -m bench.llama_memory`."""
-    (now,) = simulate("1B", LST, MODELS["1B"], [(1, 512)])
+    now = simulate("1B", LST, MODELS["1B"], 1, 512)
     same = [row for row in read_rows(FILE) if all(row[name] == now[name] for name in now if not name.endswith("_mb"))]
     if not same:
         pytest.skip("measured with another torch")
