@@ -119,10 +119,10 @@ CASES = [
     Case("mezo"),
     Case("mezo", "nf4"),
 ]
+_LADDERS = [Case(method, "nf4", reduction=DEFAULT) for method in ("lst", "k-lst")]
 MEASURED = [
-    *(replace(case, checkpointing=c) for case in (Case("lora", "nf4"), Case("siva", "nf4")) for c in ("no", "yes")),
-    *(Case("lst", "nf4", reduction=DEFAULT, checkpointing=c) for c in ("no", "yes")),
-    *(Case("k-lst", "nf4", reduction=DEFAULT, checkpointing=c) for c in ("no", "yes")),
+    *(replace(case, checkpointing=c) for case in (Case("lora", "nf4"), *_LADDERS) for c in ("no", "yes")),
+    Case("siva", "nf4"),
     Case("lst", "float32", reduction=DEFAULT),
     Case("lora", "float32", "logits"),
     Case("full", "float32", "logits"),
@@ -315,21 +315,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of those steps, default 256")
     given = parser.parse_args()
     if given.measure:
-        for case in (case for case in MEASURED if case.method in (given.methods or (case.method,))):
+        file, cases = MEASURED_FILE, [((1, given.tokens), Path(given.measure).name, case) for case in MEASURED]
+    else:
+        file, cases = FILE, list(itertools.product(SIZES, given.models, CASES))
+    there = {tuple(row[column] for column in KEY) for row in read_rows(file)}
+    for size, name, case in cases:
+        own = (name, *asdict(case).values(), *map(str, size))
+        if own in there or case.method not in (given.methods or (case.method,)):
+            continue
+        if given.measure:
             model = AutoModelForCausalLM.from_pretrained(
                 given.measure, dtype=torch.float32, attn_implementation=UNMASKED
             )
-            row = measure(Path(given.measure).name, case, model, 1, given.tokens)
-            put_row(MEASURED_FILE, row, KEY)
-            print(", ".join(row.values()), flush=True)
-        return
-    there = {tuple(row[column] for column in KEY) for row in read_rows(FILE)}
-    for size, name, case in itertools.product(SIZES, given.models, CASES):
-        own = (name, *asdict(case).values(), *map(str, size))
-        if own not in there and case.method in (given.methods or (case.method,)):
+            row = measure(name, case, model, *size)
+        else:
             row = simulate(name, case, MODELS[name], *size)
-            put_row(FILE, row, KEY)
-            print(", ".join(row.values()), flush=True)
+        put_row(file, row, KEY)
+        print(", ".join(row.values()), flush=True)
 
 
 if __name__ == "__main__":

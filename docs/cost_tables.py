@@ -77,19 +77,22 @@ def _peak(found: dict[tuple[str, ...], Row], *key: str) -> str:
 
 def llama_memory() -> str:
     """Peaks of one text of 2,048 tokens, without and with checkpointing, by model."""
-    both = [(model, again) for model in ("1B", "3B", "8B") for again in ("no", "yes")]
+    cases = list(_llama())
+    there = {key[0] for _, found in cases for key in found if key[2:] == ("1", "2048")}
+    both = [(model, again) for model in ("1B", "3B", "8B") if model in there for again in ("no", "yes")]
     heads = [f"{model}, checkpointed" if again == "yes" else model for model, again in both]
-    body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in _llama())
+    body = ([name, *(_peak(found, *each, "1", "2048") for each in both)] for name, found in cases)
     return table(["peak memory, MB", *heads], body)
 
 
 def llama_parts() -> str:
-    """Where the peaks of the 8B are."""
+    """Where the peaks of the 8B in nf4 are."""
     parts = ("weights", "gradients", "optimizer", "rest", "peak")
     body = []
     for name, found in _llama():
         for again, suffix in (("no", ""), ("yes", ", checkpointed")):
-            if row := found.get(("8B", again, "1", "2048")):
+            row = found.get(("8B", again, "1", "2048"))
+            if row and row["backbone"] == "nf4":
                 body.append([name + suffix, *(whole(row[f"{part}_mb"]) for part in parts)])
     return table(["MB", "weights", "gradients", "optimizer state", "the rest", "peak"], body)
 

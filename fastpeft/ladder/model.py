@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -508,8 +509,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
 def _hides_nothing(mask: Tensor) -> bool:
     """Whether no token is padding, where values can be asked."""
-    asks = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_captured())
-    return asks and bool(mask.all())
+    is_traced = isinstance(mask, FakeTensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not is_traced and not is_captured() and bool(mask.all())
 
 
 def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:

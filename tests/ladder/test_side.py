@@ -137,6 +137,17 @@ def test_without_a_mask_it_is_as_with_one_that_hides_nothing(run: type[SideRun],
     torch.testing.assert_close(*found, **EXACT)
 
 
+def test_blocks_share_one_mask() -> None:
+    side, tokens = network(causal=True, window_size=1, fusion="gated").float(), 1024
+    layers = [feature.float() for feature in features(1, tokens)]
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    mask[:, :2] = False
+    with MemoryTracker() as tracker:
+        side(layers, mask).sum().backward()
+    assert LAYERS > 2
+    assert tracker.peak < 2 * 4 * tokens**2, "two masks to be added"
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_autocast_keeps_copies_of_shared_projections_alone(shared: bool) -> None:
     side = network(window_size=3, share_projections=shared).float()
