@@ -98,11 +98,12 @@ def llama_parts() -> str:
 
 
 def llama_sizes() -> str:
-    """Peaks of the 8B by rows and tokens, checkpointed where that is possible."""
+    """Peaks of the 8B by rows and tokens, checkpointed where that is possible, of what has been simulated for all."""
     body = []
     for name, found in _llama():
         again = "no" if "MeZO" in name else "yes"
-        body.append([name, *(_peak(found, "8B", again, *size) for size in _LLAMA_SIZES)])
+        peaks = [_peak(found, "8B", again, *size) for size in _LLAMA_SIZES]
+        body += [] if "-" in peaks else [[name, *peaks]]
     return table(["peak memory, MB", *(f"{count} x {int(tokens):,} tokens" for count, tokens in _LLAMA_SIZES)], body)
 
 
