@@ -125,8 +125,8 @@ def test_a_step_that_runs_takes_as_much(case: Case) -> None:
 
 @pytest.mark.long
 def test_what_is_committed_is_what_the_code_takes() -> None:
-    """Where this fails a method takes another amount of memory: delete the file, `python -m bench.llama_memory`."""
-    now = simulate("1B", LST, MODELS["1B"], 1, 512)
+    """Where this fails a method takes more or less: delete the file and run `python -m bench.llama_memory`."""
+    now = simulate("1B", LST, MODELS["1B"], 1, 2048)
     same = [row for row in read_rows(FILE) if all(row[name] == now[name] for name in now if not name.endswith("_mb"))]
     if not same:
         pytest.skip("measured with another torch")
