@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.side import GatedFusion, SideRun, WindowFusion
+from fastpeft.ladder.side import GatedFusion, SideRun, WindowFusion, visibility
 
 
 class DirectRun(SideRun):
@@ -97,7 +97,7 @@ class DirectRun(SideRun):
             for part in (fusion.query(theta), fusion.key(c), fusion.value(c))
         )
         mask = None if self.mask is None else self.mask[:, None, None, :]  # (B, 1, 1, T)
-        visible = self._visible if fusion.causal else mask
+        visible = visibility(self.mask, theta.shape[-2], True, theta.device) if fusion.causal else mask
         if visible is not None:
             visible = visible.repeat(1, 1, 1, len(window))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)

@@ -145,10 +145,10 @@ class GatedFusion(nn.Module):
 class SideBlock(nn.Module):
     """The fusion with the window, then a post-norm encoder block with a feed-forward width of 4 D."""
 
-    def __init__(self, fusion: nn.Module, width: int, num_heads: int, activation: str) -> None:
+    def __init__(self, fusion: nn.Module, width: int, num_heads: int, activation: str, causal: bool) -> None:
         super().__init__()
         self.fusion = fusion
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_output = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
@@ -166,7 +166,7 @@ class SideBlock(nn.Module):
         seed: int | Tensor,
         kept: SideLayer | None = None,
     ) -> Tensor:
-        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `_visibility` -> `(B, T, D)`.
+        """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `SideRun` -> `(B, T, D)`.
 
         Tokens follow those of `kept`, if there are any, and are added to it; `visible` and the mask are of all.
         """
@@ -177,8 +177,7 @@ class SideBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         dtype = qkv.dtype
-        # on a CPU PyTorch's attention is twice as fast in float32 as in bfloat16; a fake tensor simulates a card
-        widened = qkv.is_cpu and dtype == torch.bfloat16 and type(qkv) is Tensor
+        widened = _is_widened(qkv)
         with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
             qkv = qkv.float() if widened else qkv
             q, states = qkv.split((width, 2 * width), dim=-1)
@@ -186,7 +185,8 @@ class SideBlock(nn.Module):
                 states = kept.add_states(states)
             q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             k, v = states.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).to(dtype)
+            causal = self.causal and visible is None and tokens > 1
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal).to(dtype)
         x = self.attention_norm(x + self.attention_output(attended.transpose(1, 2).reshape(batch, tokens, width)))
         return self.feed_forward_norm(x + self.feed_forward_out(self.activation(self.feed_forward_in(x))))
 
@@ -277,6 +277,7 @@ class SideNetwork(nn.Module):
                 self.width,
                 side_heads,
                 activation,
+                causal,
             )
             for block in range(1, num_layers + 1)
         )
@@ -355,7 +356,9 @@ class SideRun:
         self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
         self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
-        self._visible: Tensor | None = None  # (B or 1, 1, T, T) for the self-attention
+        # of the self-attention, (B or 1, 1, N, T): bool where earlier tokens are kept, else to be added; None where its
+        # being causal or not says all
+        self._visible: Tensor | None = None
         self._next = 0
         self._in_bfloat16 = False
         self._dropped: set[int] = set()
@@ -411,16 +414,28 @@ class SideRun:
         if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == 0:
-            self._visible = _visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
+            if self.mask is not None or self.past:  # else causal attention needs no mask
+                self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
             with self._products():
                 self._advance(side.down(feature))
+                if self._visible is not None and self.kept is None:
+                    self._visible = _to_add(self._visible, self._theta)
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
         return feature
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:
-        """What the side network runs under: autocast to bfloat16 beside a backbone that computes in it."""
-        return torch.autocast("cpu", torch.bfloat16) if self._in_bfloat16 else contextlib.nullcontext()
+        """What the side network runs under: autocast, where that is on or the backbone computes in bfloat16 on a CPU.
+
+        Autocast keeps its copies of weights until it ends. A pass reads each weight once, but for a shared projection.
+        """
+        kind = self.side.up.weight.device.type
+        keep = self.side.config.share_projections
+        if self._in_bfloat16:
+            return torch.autocast(kind, torch.bfloat16, cache_enabled=keep)
+        if torch.is_autocast_enabled(kind) and not keep:
+            return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+        return contextlib.nullcontext()
 
     def _advance(self, theta: Tensor) -> None:
         self._theta = theta
@@ -453,7 +468,7 @@ def _computes_in_bfloat16(feature: Tensor, weight: Tensor) -> bool:
     return kinds == ("cpu", torch.bfloat16, torch.float32) and has_bfloat16()
 
 
-def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device, past: int = 0) -> Tensor | None:
+def visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.device, past: int = 0) -> Tensor | None:
     """Which tokens a query's self-attention sees: bool `(B or 1, 1, N, T)`, None for all.
 
     The N queries follow `past` tokens. A query always sees itself, so that the state of padding is finite.
@@ -466,6 +481,25 @@ def _visibility(mask: Tensor | None, tokens: int, causal: bool, device: torch.de
     if mask is not None:
         visible = visible & mask[..., None, None, :]
     return visible | (places == own)
+
+
+def _to_add(visible: Tensor, like: Tensor) -> Tensor:
+    """What attention adds to its scores, made once: it would make it of bools in each block, and keep it for backward.
+
+    Args:
+        visible: bool, as of `visibility`.
+        like: the output of a linear layer, which has the dtype of queries.
+    """
+    dtype = torch.float32 if _is_widened(like) else like.dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def _is_widened(qkv: Tensor) -> bool:
+    """Whether attention computes in float32: so PyTorch's is twice as fast on a CPU as in bfloat16.
+
+    A fake tensor simulates a card.
+    """
+    return qkv.is_cpu and qkv.dtype == torch.bfloat16 and type(qkv) is Tensor
 
 
 def _divide(name: str, divisor: int, what: str, width: int) -> int:

@@ -29,7 +29,7 @@ from fastpeft.ops.products import as_matrix, is_widened
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the
 # product: an H100 does 295 operations while it reads one byte, a consumer's card about 200, one core of a CPU 10.
 CHUNK = 2**22
-_FEWEST_TOKENS = {"cpu": 128, "cuda": 256}
+FEWEST_TOKENS = {"cpu": 128, "cuda": 256}
 
 
 def loss_of_head(
@@ -125,7 +125,13 @@ def in_chunks(
 
 def tokens_of_chunk(vocabulary: int, device: torch.device) -> int:
     """How many tokens have their logits in memory at one time."""
-    return max(_FEWEST_TOKENS.get(device.type, 256), CHUNK // max(vocabulary, 1))
+    return max(FEWEST_TOKENS.get(device.type, 256), CHUNK // max(vocabulary, 1))
+
+
+def bytes_of_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """What the op allocates inside itself: the logits of a chunk, in the dtype of hidden."""
+    tokens = min(hidden.shape[:-1].numel(), tokens_of_chunk(len(weight), hidden.device))
+    return tokens * len(weight) * hidden.element_size()
 
 
 def _chunks(rows: Tensor, vocabulary: int, kept: Tensor | None) -> Iterator[slice | Tensor]:

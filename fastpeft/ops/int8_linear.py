@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastpeft.ops.define import define
 from fastpeft.ops.dtypes import compute_dtype
@@ -82,8 +83,12 @@ define(
 
 
 def can_multiply_int8(x: Tensor) -> bool:
-    """Whether the processor multiplies in int8 faster than it dequantises: x is float32 or bfloat16 on such a CPU."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and has_int8()
+    """Whether the processor multiplies in int8 faster than it dequantises: x is float32 or bfloat16 on such a CPU.
+
+    A fake tensor simulates a card.
+    """
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not isinstance(x, FakeTensor)
+    return fits and has_int8()
 
 
 def multiply(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:

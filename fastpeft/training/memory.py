@@ -8,6 +8,7 @@ byte per element, AdamW makes no temporaries. `measured_peak` measures a block t
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.frozen_head_cross_entropy import bytes_of_chunk
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 
 MEBIBYTE = 2**20
@@ -36,8 +38,8 @@ class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of live tensor storages, real or fake: `current` now and `peak` since the last `reset_peak`.
 
     A storage counts once however many views it has, from the first op that returns it until its last reference goes.
-    Storages made before the tracker count once they are given to `add` (or an op returns a view of them). What a kernel
-    allocates inside itself is not seen.
+    Storages made before the tracker count once they are given to `add` (or an op returns a view of them). What an op
+    allocates inside itself is not seen, but for those of `_inside`.
 
     Example:
         >>> with MemoryTracker() as tracker:
@@ -80,7 +82,27 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        if (inside := _inside(str(func), args)) > 0:
+            self.peak = max(self.peak, self.current + inside)
         return output
+
+
+def _inside(op: str, args: Any) -> int:
+    """What the large of the ops that run as one allocate inside themselves, in bytes."""
+    if op == "fastpeft.frozen_head_cross_entropy.default":
+        return bytes_of_chunk(*args[:2])
+    # a weight of few bits as numbers in the dtype of x; products by C++ on a CPU make some rows of it at a time
+    if op == "bitsandbytes.gemm_4bit.default":  # but for few rows of x
+        shape = args[2]
+    elif op in ("fastpeft.quantised_linear.default", "fastpeft.quantised_linear_backward.default"):
+        shape = args[0].shape[-1], args[3]
+    elif op == "fastpeft.siva_linear_quantised.default":
+        shape = len(args[3]), args[5].shape[1]
+    elif op == "fastpeft.siva_linear_quantised_backward.default":
+        shape = len(args[4]), args[6].shape[1]
+    else:
+        return 0
+    return int(math.prod(shape) * args[0].element_size())
 
 
 class _FusedForms(TorchFunctionMode):

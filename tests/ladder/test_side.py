@@ -18,6 +18,7 @@ from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side import GatedFusion, SideBlock, SideNetwork, SideRun, WindowFusion
 from fastpeft.methods.registry import get_method
 from fastpeft.training.config import parse_value
+from fastpeft.training.memory import MemoryTracker
 from fastpeft.training.settings import sort_settings
 
 
@@ -122,6 +123,41 @@ def test_padding_changes_nothing(causal: bool) -> None:
     side = network(causal, window_size=3)
     short = [feature[1:2, :3] for feature in features()]
     torch.testing.assert_close(side(features(), MASK)[1:2, :3], side(short), **EXACT)
+
+
+@pytest.mark.parametrize("run", [SideRun, DirectRun])
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_a_mask_it_is_as_with_one_that_hides_nothing(run: type[SideRun], causal: bool) -> None:
+    side, layers, found = network(causal, window_size=3), features(), []
+    for mask in (None, torch.ones_like(MASK)):
+        one = run(side, mask, 0)
+        for layer, feature in enumerate(layers):
+            one.feed(layer, feature)
+        found.append(one.output())
+    torch.testing.assert_close(*found, **EXACT)
+
+
+def test_blocks_share_one_mask() -> None:
+    side, tokens = network(causal=True, window_size=1, fusion="gated").float(), 1024
+    layers = [feature.float() for feature in features(1, tokens)]
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    mask[:, :2] = False
+    with MemoryTracker() as tracker:
+        side(layers, mask).sum().backward()
+    assert LAYERS > 2
+    assert tracker.peak < 2 * 4 * tokens**2, "two masks to be added"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_autocast_keeps_copies_of_shared_projections_alone(shared: bool) -> None:
+    side = network(window_size=3, share_projections=shared).float()
+    layers = [feature.float() for feature in features()]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), MemoryTracker() as tracker:
+        tracker.add([*side.parameters(), *layers])
+        kept = -tracker.current
+        side(layers)
+        kept += tracker.current
+    assert (kept > 0) == shared
 
 
 @pytest.mark.parametrize("causal", [False, True])

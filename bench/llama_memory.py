@@ -1,0 +1,338 @@
+"""Peak memory of one training step of Llama shapes by each method, simulated: `python -m bench.llama_memory`.
+
+The shapes are those of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B: `bench/data/llama_memory.csv`. Weights in bfloat16,
+activations by autocast in bfloat16, 8-bit AdamW as bitsandbytes and the Trainer keep it; adapters of rank 16 in all
+linear layers; the loss of a frozen head without its logits (`fastpeft.fuse_head`), but in the rows of `logits`. Texts
+fill their batch, so attention has no mask. No weight is read, so none has memory. Rows that are there are kept: a run
+that is cut off goes on, and after a change of the code the file is deleted first.
+
+- `lora` beside nf4 is QLoRA as bitsandbytes keeps it, with its scales in 8 bits, and without the float32 copies of
+  embeddings and head that PEFT's `prepare_model_for_kbit_training` makes. `siva` beside nf4 is QSiVA.
+- `lst` and `k-lst` (k = 9) have a side network of the model's width divided by `reduction`.
+- `mezo` perturbs all weights; beside nf4 it perturbs what QLoRA trains.
+- Checkpointing keeps a layer's input and computes the layer again in backward; of a side network it does so with the
+  side blocks. The backbone of these keeps nothing in either case.
+
+A row tells apart weights, gradients, optimizer state, and the rest of the peak. The peak need not be where all
+gradients are: then the rest is smaller than the activations.
+
+Counted on paper for 8B, 2,048 tokens, batch 1, in MB (2^20 bytes), before it was simulated. d = 4096 is the width, f =
+14336 that of the feed-forward, D that of the side network.
+
+- Weights: 6,979 M in linear layers, 525 M each in embeddings and head: 15,317 in bfloat16. In nf4 with scales in
+  float32 3,744 and 2,004: 5,748; with scales in 8 bits 5,438. Rank 16 in all layers is 42 M: 160 in float32, as much
+  in gradients and half in optimizer state. SiVA has its initial factors too: 320.
+- LoRA keeps of a token and layer four times f and nine times d in bfloat16, twice d in float32, and the smaller keys
+  and values: 0.23 MB, 14,000 in all. With checkpointing 32 inputs, 512, and of one layer what it keeps and its
+  gradient: 1,000.
+- LST keeps 33 features, 528, and of a token and side block 19 D numbers, three of these D in float32: 44 D bytes. At
+  D = 256 that is 700, at 512 1,400, or with checkpointing one state of 4 D bytes, 64 and 128. It trains 61 M or 172 M:
+  232 or 657 in weights, as much in gradients and half in state.
+- 9-LST keeps its windows too, 18 D bytes of a token and block; with the projections of nine slots it trains 319 M at
+  D = 256 and 690 M at 512: 10 bytes each, 3,040 and 6,600.
+- The loss: logits in bfloat16 and float32 and the gradient of these are 2,500; without them 63, a chunk of 256 tokens.
+- MeZO keeps nothing: the weights and a layer's inside, 4 times f, 300.
+
+`--measure MODEL` runs such steps, in float32, on a Llama that is there, as SmolLM2-135M (`python -m bench.pretrained
+smollm2 models/smollm2`), and writes peaks of live tensors beside what is simulated for them to
+`bench/data/llama_memory_measured.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from bench.harness import DATA, Row, put_row, read_rows
+from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head
+from fastpeft.methods.side_network import GATED
+from fastpeft.methods.wrapping import in_4_bits
+from fastpeft.ops.frozen_head_cross_entropy import FEWEST_TOKENS
+from fastpeft.ops.quantise import QuantisedLinear
+from fastpeft.support.environment import versions
+from fastpeft.training.memory import (
+    MEBIBYTE,
+    MemoryEstimate,
+    MemoryTracker,
+    adamw_8bit,
+    embeddings_in_float,
+    simulate_training_step,
+)
+
+FILE, MEASURED_FILE = DATA / "llama_memory.csv", DATA / "llama_memory_measured.csv"
+RANK = 16
+SIZES = (1, 2048), (4, 2048), (1, 512), (4, 512)  # rows of a batch, tokens
+NARROW, DEFAULT = "16", "8"  # reductions: at the first the goals of an 8B on a card of 8 GB are met
+_LLAMA: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
+MODELS = {
+    "8B": LlamaConfig(
+        **{"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **_LLAMA,
+    ),
+    "3B": LlamaConfig(
+        **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
+        **{"tie_word_embeddings": True, **_LLAMA},
+    ),
+    "1B": LlamaConfig(
+        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+        **{"tie_word_embeddings": True, **_LLAMA},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, the format of the frozen weights, the form of the loss, of a side network its reduction, and whether
+    activations are computed again."""
+
+    method: str
+    backbone: str = "bfloat16"
+    head: str = "fused"
+    reduction: str = ""
+    checkpointing: str = "no"
+
+
+_ONCE = [
+    Case("lora", "nf4"),
+    Case("lora", "nf4", "logits"),
+    Case("siva", "nf4"),
+    *(Case(method, "nf4", reduction=r) for r in (NARROW, DEFAULT) for method in ("lst", "k-lst")),
+    *(Case(method, dtype, reduction=NARROW) for dtype in ("int8", "bfloat16") for method in ("lst", "k-lst")),
+    Case("lora"),
+    Case("siva"),
+    Case("full", head="logits"),
+]
+CASES = [
+    *(replace(case, checkpointing=checkpointing) for case in _ONCE for checkpointing in ("no", "yes")),
+    Case("mezo"),
+    Case("mezo", "nf4"),
+]
+_LADDERS = [Case(method, "nf4", reduction=DEFAULT) for method in ("lst", "k-lst")]
+MEASURED = [
+    *(replace(case, checkpointing=c) for case in (Case("lora", "nf4"), *_LADDERS) for c in ("no", "yes")),
+    Case("siva", "nf4"),
+    Case("lst", "float32", reduction=DEFAULT),
+    Case("lora", "float32", "logits"),
+    Case("full", "float32", "logits"),
+    Case("mezo", "float32"),
+]
+# transformers makes no mask for an attention whose name it does not know; beside sdpa it asks values of the batch for
+# padding, which a fake tensor does not have, and so would make one
+UNMASKED = "causal_sdpa"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+KEY = ("model", *asdict(CASES[0]), "batch", "tokens")
+
+
+def blank(config: LlamaConfig) -> Any:
+    """A model in bfloat16 on the meta device."""
+    with torch.device("meta"):
+        return LlamaForCausalLM._from_config(config, attn_implementation=UNMASKED, dtype=torch.bfloat16)
+
+
+def prepared(case: Case, model: Any) -> Any:
+    """The model that a step of `case` trains, made of a Llama with weights or of one on the meta device."""
+    is_blank = next(model.parameters()).is_meta
+    quantised = case.backbone in ("int8", "nf4")
+    if case.method in ("lst", "k-lst"):
+        if quantised and is_blank:
+            _replace_linears(model, partial(QuantisedLinear, kind=case.backbone))
+        config = LadderConfig(
+            **(GATED if case.method == "lst" else {}),
+            reduction_factor=int(case.reduction),
+            causal=True,
+            backbone_dtype=case.backbone if quantised and not is_blank else None,
+            pack_weights=False,
+        )
+        with torch.device("meta") if is_blank else torch.device("cpu"):
+            model = LadderModel(model, config)
+    elif case.method == "siva":
+        common: dict[str, Any] = {"residual_dtype": case.backbone} if quantised else {}
+        common |= {"quant_iterations": 0, "pack_weights": False}
+        model = _adapted(model, SivaConfig, **common)
+    elif case.method == "lora" or quantised:
+        if quantised and is_blank:
+            _replace_linears(model, blank_linear4bit)
+            model.is_loaded_in_4bit = True
+        elif quantised:
+            in_4_bits(model)
+        model = _adapted(model, LoraConfig, lora_alpha=2 * RANK)
+    if case.checkpointing == "yes":
+        # the older transformers have the second name alone
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    _give_memory(model)
+    return fuse_head(model) if case.head == "fused" else model
+
+
+def _adapted(model: Any, kind: Any, **given: Any) -> Any:
+    return get_peft_model(model, kind(task_type="CAUSAL_LM", r=RANK, target_modules="all-linear", **given))
+
+
+def _replace_linears(model: Any, made_of: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `made_of` makes in the place of the linear layers before the head."""
+    body = model.base_model
+    for name, layer in list(body.named_modules()):
+        if type(layer) is nn.Linear:
+            parent, _, child = name.rpartition(".")
+            setattr(body.get_submodule(parent), child, made_of(layer))
+
+
+def blank_linear4bit(layer: nn.Linear) -> nn.Module:
+    """A layer of bitsandbytes in nf4, its scales in 8 bits, with any values: the bytes of `in_4_bits`."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    count, blocks = layer.weight.numel(), -(-layer.weight.numel() // 64)
+    scales = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        torch.empty(blocks, dtype=torch.uint8),
+        shape=layer.weight.shape,
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=layer.weight.dtype,
+        offset=torch.empty(()),
+        state2=scales,
+    )
+    made = Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4", device="meta")
+    codes = torch.empty(count // 2, 1, dtype=torch.uint8)
+    made.weight = Params4bit(codes, False, state, quant_type="nf4", module=made, bnb_quantized=True)
+    made.quant_state = state
+    made.support_avx512bf16_for_cpu = False  # as `in_4_bits` does
+    return made
+
+
+def _give_memory(model: nn.Module) -> None:
+    """Move what is on the meta device to memory that nobody touches; tied weights stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = made.setdefault(tensor, torch.empty_like(tensor, device="cpu"))
+                    own[name] = nn.Parameter(empty, tensor.requires_grad) if own is module._parameters else empty
+                    made[tensor] = own[name]
+
+
+def batch_of(model: Any, rows: int, tokens: int) -> dict[str, Any]:
+    """A batch without padding."""
+    ids = torch.randint(1000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    cache = {} if isinstance(model, LadderModel) else {"use_cache": False}
+    return {"input_ids": ids, "labels": ids, **cache}
+
+
+def simulated(case: Case, model: Any, rows: int, tokens: int, dtype: torch.dtype | None) -> MemoryEstimate:
+    """Of a prepared model; `dtype` is that of autocast."""
+    adamw = partial(adamw_8bit, in_float=embeddings_in_float(model))
+    batch = batch_of(model, rows, tokens)
+    return simulate_training_step(model, batch, None if case.method == "mezo" else adamw, dtype)
+
+
+def measured(case: Case, model: Any, rows: int, tokens: int) -> int:
+    """Peak of live tensors, in bytes, of the second of two steps that run."""
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+
+    is_mezo, batch = case.method == "mezo", batch_of(model, rows, tokens)
+    model.train(not is_mezo)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):  # as the Trainer does
+            GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+    optimizer = AdamW8bit(trained, lr=1e-6)
+    with MemoryTracker() as tracker:
+        tracker.add(_tensors(model))
+        tracker.add(tensor for tensor in batch.values() if isinstance(tensor, Tensor))
+        for _ in range(1 if is_mezo else 2):  # the first makes the optimizer's state
+            tracker.reset_peak()
+            with torch.set_grad_enabled(not is_mezo):
+                loss = model(**batch).loss
+            if not is_mezo:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            del loss
+    return tracker.peak
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and the scales of those that bitsandbytes has quantised."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            yield from (part for part in (state.absmax, state.code, state.offset) if part is not None)
+            state = state.state2
+
+
+def row_of(name: str, case: Case, model: Any, rows: int, tokens: int, found: MemoryEstimate) -> Row:
+    parts = {part: getattr(found, part) for part in ("weights", "gradients", "optimizer", "activations", "peak")}
+    parts["rest"] = parts.pop("activations")
+    return {
+        **{"model": name, **asdict(case), "batch": str(rows), "tokens": str(tokens)},
+        "trained": str(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        **{
+            f"{part}_mb": f"{parts[part] / MEBIBYTE:.1f}"
+            for part in ("weights", "gradients", "optimizer", "rest", "peak")
+        },
+        "torch": versions()["torch"],
+    }
+
+
+def simulate(name: str, case: Case, config: LlamaConfig, rows: int, tokens: int) -> Row:
+    """A row of a step of such a shape, as on a card."""
+    model = prepared(case, blank(config))
+    with patch.dict(FEWEST_TOKENS, cpu=FEWEST_TOKENS["cuda"]):  # a card's chunk of the loss
+        found = simulated(case, model, rows, tokens, torch.bfloat16)
+    return row_of(name, case, model, rows, tokens, found)
+
+
+def measure(name: str, case: Case, model: Any, rows: int, tokens: int) -> Row:
+    """A row with both peaks of a step of a Llama that has weights."""
+    model = prepared(case, model)
+    found = simulated(case, model, rows, tokens, None)
+    peak = measured(case, model, rows, tokens)
+    both = {"measured_mb": f"{peak / MEBIBYTE:.1f}", "ratio": f"{found.peak / peak:.3f}"}
+    return {**row_of(name, case, model, rows, tokens, found), **both}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default all")
+    parser.add_argument("--methods", nargs="+", help="default all")
+    parser.add_argument("--measure", metavar="MODEL", help="steps that run, on the model in this folder")
+    parser.add_argument("--tokens", type=int, default=256, help="of those steps, default 256")
+    given = parser.parse_args()
+    if given.measure:
+        file, cases = MEASURED_FILE, [((1, given.tokens), Path(given.measure).name, case) for case in MEASURED]
+    else:
+        file, cases = FILE, list(itertools.product(SIZES, given.models, CASES))
+    there = {tuple(row[column] for column in KEY) for row in read_rows(file)}
+    for size, name, case in cases:
+        own = (name, *asdict(case).values(), *map(str, size))
+        if own in there or case.method not in (given.methods or (case.method,)):
+            continue
+        if given.measure:
+            model = AutoModelForCausalLM.from_pretrained(
+                given.measure, dtype=torch.float32, attn_implementation=UNMASKED
+            )
+            row = measure(name, case, model, *size)
+        else:
+            row = simulate(name, case, MODELS[name], *size)
+        put_row(file, row, KEY)
+        print(", ".join(row.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
