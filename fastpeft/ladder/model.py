@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -33,7 +32,6 @@ from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
-from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.processes import agreed
 
@@ -292,8 +290,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
     ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
-        if attention_mask is not None and cache is None and _hides_nothing(attention_mask):
-            attention_mask = None  # attention without a mask takes less
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         kept = None if cache is None else cache.sides[0]
         if step and kept is not None and self.side_run is SideRun and not torch.is_grad_enabled():
@@ -509,12 +505,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
-
-
-def _hides_nothing(mask: Tensor) -> bool:
-    """Whether no token is padding, where values can be asked."""
-    is_traced = isinstance(mask, FakeTensor) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not is_traced and not is_captured() and bool(mask.all())
 
 
 def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:

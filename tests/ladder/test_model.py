@@ -33,7 +33,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel
 from fastpeft.ladder import SideNetwork
-from fastpeft.ladder.side import SideRun
 from fastpeft.training.memory import simulate_training_step
 
 
@@ -219,15 +218,6 @@ def test_the_side_network_may_be_on_another_device(monkeypatch: pytest.MonkeyPat
         assert output.loss.requires_grad
         assert output.logits.device.type == "cuda"
         assert {state.device.type for state in output.hidden_states} == {"cpu"}
-
-
-def test_a_mask_that_hides_nothing_is_left_out() -> None:
-    model, masks = ladder().train(), []
-    model.side_run = lambda side, mask, *rest: masks.append(mask) or SideRun(side, mask, *rest)
-    for mask in (torch.ones_like(MASK), MASK):
-        model(input_ids=IDS, attention_mask=mask)
-    assert masks[0] is None
-    assert torch.equal(masks[1], MASK.bool())
 
 
 def test_a_training_step_can_be_simulated() -> None:

@@ -55,7 +55,7 @@ def config(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
 
 
 def short_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_search, "templates", lambda is_pair: templates(is_pair)[:6])
+    monkeypatch.setattr(prompt_search, "templates", lambda is_pair, **kind: templates(is_pair, **kind)[:6])
 
 
 def forbid_search(monkeypatch: pytest.MonkeyPatch) -> None:
