@@ -32,7 +32,7 @@ from fastpeft.ladder.joint_training import (
     steps_of,
 )
 from fastpeft.ladder.passes import features_of, run_body
-from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_head
+from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_head, check_mode
 from fastpeft.ladder.pool_members import Members, ladder_of
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
@@ -210,14 +210,15 @@ class LadderPool:
         Args:
             batch: as a call takes it. Pad prompts on the left.
             tasks: the task of each row, in any order.
-            options: as for `GenerationMixin.generate`. `generation_config` is at first that of the base.
+            options: as for `GenerationMixin.generate`, greedy, sampling or with beams. `generation_config` is at first
+                that of the base.
 
         Returns:
             Token ids `(B, T)`, the prompt first, or what `return_dict_in_generate` asks for.
 
         Raises:
             FastpeftError: as by a call; the base does not generate text; a task has a head of its own; or another cache
-                is asked for.
+                or another way to generate is asked for.
 
         Example:
             >>> batch = tokenizer(["The sea", "Dear Sir"], padding=True, return_tensors="pt")  # doctest: +SKIP
@@ -230,12 +231,9 @@ class LadderPool:
         for name, ladder in ladders.items():
             check_head(name, ladder.backbone, self.backbone)
         decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()])
-        options = with_cache(
-            partial(PoolCache, self.backbone, tasks),
-            options,
-            options.get("generation_config"),
-            decoder.generation_config,
-        )
+        configs = options.get("generation_config"), decoder.generation_config
+        check_mode(options, *configs)
+        options = with_cache(partial(PoolCache, self.backbone, tasks), options, *configs)
         if "past_key_values" not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
         parts = (self.backbone.body, *(ladder.side for ladder in ladders.values()))

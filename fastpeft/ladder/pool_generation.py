@@ -8,7 +8,7 @@ Dimension letters as in `side.py`; B rows, N tokens of a pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -185,3 +185,18 @@ def check_head(task: str, head: Backbone, backbone: Backbone) -> None:
             f"the task {task!r} has a head of its own, but a pool generates by that of its base. Call generate of "
             f"pool[{task!r}] for rows of this task alone."
         )
+
+
+# what runs passes over other rows than those of the batch, or an other model beside it
+_MODES = ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "penalty_alpha", "dola_layers")
+
+
+def check_mode(options: Mapping[str, Any], *configs: Any) -> None:
+    """Raise `FastpeftError` unless a call of `generate` is greedy, samples or has beams."""
+    for name in _MODES:
+        values = (options.get(name), *(getattr(config, name, None) for config in configs))
+        if (value := next((value for value in values if value is not None), None)) is not None:
+            raise FastpeftError(
+                f"{name}={value!r}: a pool generates greedily, by sampling and with beams. Leave it out, or call "
+                "generate of one task's model."
+            )

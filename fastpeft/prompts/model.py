@@ -348,9 +348,11 @@ def load_prompted(model: str, prompt: Prompt) -> Classifier:
 def _find_core(model: Any) -> Any:
     """The language model inside wrappers, None if there is none."""
     while True:
+        if hasattr(model, "get_base_model"):  # before names are asked: PEFT's may end as those of what they wrap
+            model = model.get_base_model()
         if _fills_masks(model) or _is_decoder(model):
             return model
-        inside = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "base_model", model)
+        inside = getattr(model, "base_model", model)
         if inside is model:
             return None
         model = inside

@@ -16,10 +16,13 @@ _FINGERPRINT = re.compile(rf"(?:{_IN_4_BITS}|bfloat16|float(?:16|32|64)) [\dx]* 
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.
 _SAMPLE_SIZE = 16
-# How far entries in 4 bits may be from what was rounded, by the largest entry. The widest step of nf4 moves a number by
-# 0.14 of the largest in its block, and only one that is itself above 0.72 of that; others move by less. All 16 entries
-# of unrelated weights are hardly ever that near.
-_NEAR = 0.2
+# Of a weight in 4 bits: how far the same entry may be on another device, of itself, and how many may be farther, which
+# were rounded the other way.
+_SAME, _TIES = 1e-3, 2
+# How much of the squares of both samples their difference may have, where one is in 4 bits. Rounding to nf4 takes 0.004
+# of Gaussian weights, and at most 0.5 where all but the largest of each block become zero. Of unrelated weights it is
+# about 1, and below 0.75 in one layer of six, so not in all layers of a model.
+_ROUNDED = 0.75
 
 
 def fingerprint(weight: Tensor, *, in_4_bits: bool = False) -> str:
@@ -45,9 +48,10 @@ def fingerprints_agree(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same weight.
 
     Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
-    dtypes can change, since one weight may be a cast of the other or both a cast of a third. Where one is in 4 bits, it
-    may differ by what rounding to these changes. What is no fingerprint, as a file from elsewhere may hold, agrees with
-    none.
+    dtypes can change, since one weight may be a cast of the other or both a cast of a third. In 4 bits, entries are
+    compared closely with others in 4 bits, and with more bits only so far that unrelated weights are told apart: a
+    weight and one that was trained further are alike there. What is no fingerprint, as a file from elsewhere may hold,
+    agrees with none.
     """
     if not (_FINGERPRINT.fullmatch(first) and _FINGERPRINT.fullmatch(second)):
         return False
@@ -61,8 +65,10 @@ def fingerprints_agree(first: str, second: str) -> bool:
     if len(first_bytes) != len(second_bytes) or len(first_bytes) % 4:  # of no sample
         return False
     a, b = (numpy.frombuffer(content, dtype="<f4") for content in (first_bytes, second_bytes))
+    if dtype_1 == dtype_2:
+        return int((abs(a - b) > _SAME * numpy.maximum(abs(a), abs(b))).sum()) <= _TIES
     if _IN_4_BITS in (dtype_1, dtype_2):
-        return bool((abs(a - b) <= _NEAR * max(abs(a).max(initial=0), abs(b).max(initial=0))).all())
+        return bool(((a - b) ** 2).sum() <= _ROUNDED * (a**2 + b**2).sum())
     relative = sum(torch.finfo(getattr(torch, name)).eps / 2 for name in (dtype_1, dtype_2, "float32"))
     absolute = sum(torch.finfo(getattr(torch, name)).smallest_normal * 2**-10 for name in (dtype_1, dtype_2))
     return bool((abs(a - b) <= relative * numpy.maximum(abs(a), abs(b)) + absolute).all())

@@ -128,6 +128,12 @@ def test_what_is_refused() -> None:
         ({**PROMPTS, "labels": WORDS}, ["lst"] * 5, {}, "takes no labels"),
         (PROMPTS, ["lst"] * 5, {"use_cache": False}, "use_cache=False"),
         (PROMPTS, ["lst"] * 5, {"cache_implementation": "static"}, "cache_implementation='static'"),
+        (
+            PROMPTS,
+            ["lst"] * 5,
+            {"prompt_lookup_num_tokens": 3},
+            "prompt_lookup_num_tokens=3: a pool",
+        ),
         (PROMPTS, ["lst"] * 5, {"past_key_values": LadderCache(pool.backbone)}, "is a LadderCache"),
     ):
         with pytest.raises(FastpeftError, match=message):

@@ -87,6 +87,16 @@ def test_a_tokenizer_with_a_mask_is_refused(place: Path) -> None:
         PromptModel(model, tokenizer, PROMPT)
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_head_computes_the_last_token_alone(place: Path, task_type: str | None) -> None:
+    model, tokenizer = own(place / "Llama")
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    adapted = get_peft_model(model, SivaConfig(r=2, target_modules=["q_proj"], task_type=task_type))
+    PromptModel(adapted, tokenizer, PROMPT)(**PromptCollator(tokenizer)(PROMPT.encode(tokenizer, TEXTS)))
+    assert shapes == [(len(TEXTS), 1, model.config.vocab_size)]
+
+
 def _wraps() -> dict[str, Any]:
     return {
         "plain": lambda model: model,

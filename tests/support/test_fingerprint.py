@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.support.fingerprints import fingerprint, fingerprints_agree
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,3 +48,39 @@ def test_small_and_empty_weights() -> None:
         w = torch.ones(shape)
         assert fingerprints_agree(fingerprint(w), fingerprint(w.clone()))
         assert fingerprints_agree(fingerprint(w), fingerprint(w.half()))
+
+
+def in_4_bits(w: torch.Tensor) -> torch.Tensor:
+    return QuantisedWeight(w, "nf4").dequantise(torch.float32)
+
+
+def _few(w: torch.Tensor) -> str:
+    return fingerprint(in_4_bits(w), in_4_bits=True)
+
+
+@pytest.mark.parametrize("kind", ["Gaussian", "outliers", "heavy tails"])
+def test_a_weight_agrees_with_itself_in_4_bits(kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        w = torch.randn(64, 128, generator=generator)
+        if kind == "outliers":
+            w[torch.rand(w.shape, generator=generator) < 1e-3] *= 12
+        if kind == "heavy tails":
+            w = w / w.roll(7, 1).abs().clamp(min=0.2)
+        for full in (fingerprint(w), fingerprint(w.bfloat16())):
+            assert fingerprints_agree(full, _few(w))
+            assert fingerprints_agree(_few(w), full)
+        assert fingerprints_agree(_few(w), _few(w * (1 + 1e-5)))
+
+
+def test_another_weight_is_told_in_4_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(64, 128, generator=generator) for _ in range(48)]
+    pairs = list(zip(weights, [*weights[1:], weights[0]]))
+    assert not all(fingerprints_agree(fingerprint(w), _few(other)) for w, other in pairs[:12])
+    assert sum(fingerprints_agree(fingerprint(w), _few(other)) for w, other in pairs) < 16
+    for w, other in pairs:
+        assert not fingerprints_agree(_few(w), _few(other))
+        assert not fingerprints_agree(_few(w), _few(w + 0.05 * other)), "trained further"
