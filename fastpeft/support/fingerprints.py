@@ -20,7 +20,7 @@ _SAMPLE_SIZE = 16
 # were rounded the other way.
 _SAME, _TIES = 1e-3, 2
 # How much of the squares of both samples their difference may have, where one is in 4 bits. Rounding to nf4 takes 0.004
-# of Gaussian weights, and at most 0.5 where all but the largest of each block become zero. Of unrelated weights it is
+# of Gaussian weights, and a third where half of the entries become zero beside large ones. Of unrelated weights it is
 # about 1, and below 0.75 in one layer of six, so not in all layers of a model.
 _ROUNDED = 0.75
 
