@@ -127,7 +127,8 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, form: type[_Completion]
     ) -> Response:
         request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
-        parts: asyncio.Queue[str | None] = asyncio.Queue()
+        # what is said; None at its end, which comes before that of others in its batch; `said` where it failed
+        parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         saying = await asyncio.to_thread(
@@ -144,19 +145,30 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         )
         shape = form(asked.model)
         said = asyncio.ensure_future(batcher.answer(asked.model, [saying]))
-        try:
-            if not asked.stream:
-                await said
-                count(asked.model)
-                return JSONResponse(shape.whole(saying))
-            said.add_done_callback(lambda _: parts.put_nowait(None))
-            first = await parts.get()  # until then a refusal has a status of its own
-            if first is None:
-                await said
-        except BaseException:
+        said.add_done_callback(parts.put_nowait)
+
+        async def heard() -> str | None:
+            part = await parts.get()
+            if isinstance(part, asyncio.Future):
+                await part
+                return None
+            return part
+
+        def leave() -> None:
             saying.abandoned = True
             said.cancel()
+
+        try:
+            first = part = await heard()  # until then a refusal has a status of its own
+            while part is not None and not asked.stream:
+                part = await heard()
+        except BaseException:
+            leave()
             raise
+        if not asked.stream:
+            leave()
+            count(asked.model)
+            return JSONResponse(shape.whole(saying))
 
         async def events() -> AsyncIterator[str]:
             part = first
@@ -165,8 +177,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
                     yield _event(beginning)
                 while part is not None:
                     yield _event(shape.part(part))
-                    part = await parts.get()
-                await said
+                    part = await heard()
                 count(asked.model)
                 yield _event(shape.end(saying))
                 if asked.stream_options is not None and asked.stream_options.include_usage:
@@ -178,8 +189,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
                 logger.exception("an answer failed after its first words")
                 yield _event(error_form("the server failed; its log says why.", 500))
             finally:  # also where the client has gone
-                saying.abandoned = True
-                said.cancel()
+                leave()
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 

@@ -16,7 +16,7 @@ from served import Server
 
 from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
-from fastpeft.serving.speech import Hearing, Saying
+from fastpeft.serving.speech import Hearing, Saying, say
 from fastpeft.serving.tasks import RefusedError, Tasks
 from fastpeft.training.generation import Writer
 from fastpeft.training.loading import load_run
@@ -110,11 +110,13 @@ class Letters:
 
 def heard(text: str, *, end: bool = True, **options: Any) -> tuple[Saying, list[str]]:
     """What is delivered after each byte of a text, and its end."""
-    parts: list[str] = []
+    delivered: list[Any] = []
     options = {"max_tokens": 99, **options}
-    saying = Saying(None, Letters(), [7], ends={0}, deliver=parts.append, **options)
+    saying = Saying(None, Letters(), [7], ends={0}, deliver=delivered.append, **options)
     for token in text.encode() + bytes(end):
         saying.hear(token)
+    *parts, last = delivered
+    assert last is None
     assert "".join(parts) == saying.text
     return saying, parts
 
@@ -367,6 +369,27 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
     status, answer, _ = server.ask("POST", "/predict", {"task": "chat", "texts": ["film"]})
     assert (status, "says words" in answer["detail"]) == (422, True)
     assert server.ask("POST", *request("chat", "film"))[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_waits_for_no_other_and_fails_with_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    answered, waited = threading.Event(), []
+
+    def long(*args: Any) -> None:
+        say(*args)
+        waited.append(answered.wait(30))  # as for a longer answer of the batch
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("fastpeft.serving.tasks.say", long)
+    status, answer, _ = server.ask("POST", *request("own", "film", stream=stream))
+    answered.set()
+    assert status == 200, answer
+    end = events(answer)[-1] if stream else answer
+    assert end["choices"][0]["finish_reason"] in ("stop", "length")
+    assert server.ask("POST", *request("own", "film"))[0] == 200
+    assert waited[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
