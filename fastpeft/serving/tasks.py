@@ -361,7 +361,7 @@ class Tasks:
                 param,
             )
         try:
-            tokens = prompt_tokens(tokenizer, asked)
+            tokens, ends = prompt_tokens(tokenizer, asked), ends_of(task.run, chats=chats)
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:
@@ -377,7 +377,6 @@ class Tasks:
                 param,
                 "context_length_exceeded",
             )
-        ends = ends_of(task.run, chats=chats)
         return Saying(task, tokenizer, tokens, ends=ends, max_tokens=max_tokens or min(_MAX_TOKENS, room), **options)
 
     def say(self, asked: Sequence[tuple[str, Sequence[Saying]]]) -> list[Saying | Exception]:

@@ -371,6 +371,18 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
     assert server.ask("POST", *request("chat", "film"))[0] == 200
 
 
+def test_a_template_that_does_not_tell_where_a_turn_begins_is_refused(
+    server: Server, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    monkeypatch.setattr(tasks["e2e"].run.classifier.tokenizer, "chat_template", template)
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "model": "e2e"})
+    assert (status, answer["error"]["param"]) == (400, "messages"), answer
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_waits_for_no_other_and_fails_with_none(
     server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
