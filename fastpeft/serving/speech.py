@@ -25,10 +25,11 @@ class Saying:
         max_tokens: the most that are said.
         stop: texts before the first of which the answer ends.
         sampling: temperature, 0 for the most likely words, and the share of likely words that are drawn from.
+        strip: whether space around the answer is left out, as of a turn.
         deliver: is called with each part of the answer and, at its end, with None, in the thread that says it.
 
     Attributes:
-        text: the answer so far, without space around it. What was delivered is its beginning, whatever follows.
+        text: the answer so far. What was delivered is its beginning, whatever follows.
         count: the number of its tokens.
         ended: `"stop"`, `"length"`, or None while it goes on.
         abandoned: True where nobody listens any more.
@@ -44,6 +45,7 @@ class Saying:
         max_tokens: int,
         stop: Sequence[str] = (),
         sampling: tuple[float, float] = (0.0, 1.0),
+        strip: bool = True,
         deliver: Callable[[str | None], object] = lambda part: None,
     ) -> None:
         self.task, self.tokens, self.max_tokens, self.sampling = task, tokens, max_tokens, sampling
@@ -51,6 +53,7 @@ class Saying:
         self.ended: str | None = None
         self.abandoned = False
         self._tokenizer, self._ends, self._stop, self._deliver = tokenizer, ends, stop, deliver
+        self._strip = strip
         self._said: list[int] = []
 
     @property
@@ -76,7 +79,8 @@ class Saying:
                 ended = LENGTH
             else:
                 text = self._certain(text)
-        text = text.strip()
+        if self._strip:
+            text = text.strip()
         if new := text[len(self.text) :]:
             self.text = text
             self._deliver(new)

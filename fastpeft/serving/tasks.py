@@ -377,7 +377,9 @@ class Tasks:
                 param,
                 "context_length_exceeded",
             )
-        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=max_tokens or min(_MAX_TOKENS, room), **options)
+        most = max_tokens or min(_MAX_TOKENS, room)
+        # a text that goes on may begin with a space
+        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=most, strip=chats, **options)
 
     def say(self, asked: Sequence[tuple[str, Sequence[Saying]]]) -> list[Saying | Exception]:
         """Answer requests for words, each one `Saying`, together where they share a model and their sampling.

@@ -127,6 +127,12 @@ def test_an_answer_is_delivered_as_it_comes() -> None:
     assert parts == ["t", "w", "o", " w", "o", "r", "d", "s"]
 
 
+def test_space_around_what_goes_on_from_a_prompt_is_delivered() -> None:
+    saying, parts = heard(" a b\n", strip=False)
+    assert saying.text == " a b\n"
+    assert parts == [" ", "a", " ", "b", "\n"]
+
+
 def test_no_half_character_is_delivered() -> None:
     _, parts = heard("a\u00e9\U0001f600b")
     assert parts == ["a", "\u00e9", "\U0001f600", "b"]
@@ -182,7 +188,7 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
         what = text if name == "e2e" else Conversation((("user", text),))
         asked.append((name, [tasks.saying(name, what, 8)]))
     answers = tasks.say(asked)
-    assert [answer.text for answer in answers if isinstance(answer, Saying)] == list(expected.values())
+    assert [answer.text.strip() for answer in answers if isinstance(answer, Saying)] == list(expected.values())
     assert batches == [15]
 
 
@@ -236,7 +242,8 @@ def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected
         chats = "chat" in path
         assert whole["object"] == ("chat.completion" if chats else "text_completion")
         assert choice["finish_reason"] in ("stop", "length")
-        assert (choice["message"]["content"] if chats else choice["text"]) == said
+        whole_text = choice["message"]["content"] if chats else choice["text"]
+        assert (whole_text if chats else whole_text.strip()) == said  # predict strips both
         assert whole["model"] == name
         usage = whole["usage"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -246,7 +253,7 @@ def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected
         assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
         *parts, last, counted = events(stream)
         deltas = [part["choices"][0] for part in parts]
-        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == said
+        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == whole_text
         assert (last["choices"][0]["finish_reason"], counted["usage"]) == (choice["finish_reason"], usage)
         assert len({part["id"] for part in (*parts, last, counted)}) == 1
 
