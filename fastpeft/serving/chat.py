@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from fastpeft.data.conversations import ASSISTANT, Conversation, check_conversation
+from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text
 from fastpeft.serving.batcher import Batcher
@@ -33,6 +33,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+Neutral = Annotated[float, Field(ge=0, le=0, description="There is none.")]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -50,13 +51,22 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: str = Field(description="system, which comes first or not at all, user, assistant or tool.")
+    role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
     content: Text | list[Part]
+    name: str | None = Field(None, description="Is not read.")
 
     @property
     def turn(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": SYSTEM if self.role == "developer" else self.role, "content": content}
+
+
+class ResponseFormat(BaseModel):
+    """The form of what is said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
 
 
 class StreamOptions(BaseModel):
@@ -82,6 +92,9 @@ class Asked(BaseModel):
     stream: bool | None = Field(False, description="Whether the answer comes as events while it is said.")
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = Field(1, description="The number of answers.")
+    frequency_penalty: Neutral | None = 0
+    presence_penalty: Neutral | None = 0
+    seed: None = None
     user: str | None = Field(None, description="Is not read.")
 
 
@@ -89,6 +102,7 @@ class ChatRequest(Asked):
     """A conversation to go on with."""
 
     messages: list[Message] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
 
 

@@ -262,8 +262,8 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
     body = {
         "model": "chat",
         "messages": [
-            {"role": "system", "content": "film"},
-            {"role": "user", "content": [{"type": "text", "text": "film"}]},
+            {"role": "developer", "content": "film"},
+            {"role": "user", "content": [{"type": "text", "text": "film"}], "name": "me"},
         ],
         "max_completion_tokens": 3,
         "temperature": None,
@@ -272,10 +272,19 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "stream": False,
         "n": 1,
         "user": "me",
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "seed": None,
+        "response_format": {"type": "text"},
     }
     status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
     assert status == 200, answer
     assert answer["usage"]["completion_tokens"] <= 3
+    prompt = answer["usage"]["prompt_tokens"]
+    system = [{**body["messages"][0], "role": "system"}, body["messages"][1]]
+    assert (
+        server.ask("POST", "/v1/chat/completions", {**body, "messages": system})[1]["usage"]["prompt_tokens"] == prompt
+    )
 
 
 def test_next_to_no_temperature_says_the_most_likely_words(
@@ -348,6 +357,10 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "five stops": ({**CHAT, "stop": ["a"] * 5}, 400, "body.stop", None, None),
     "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
     "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
+    "a penalty": ({**CHAT, "frequency_penalty": 0.5}, 400, "body.frequency_penalty", None, None),
+    "another": ({**CHAT, "presence_penalty": -1}, 400, "body.presence_penalty", None, None),
+    "a seed": ({**CHAT, "seed": 1}, 400, "body.seed", None, None),
+    "a form": ({**CHAT, "response_format": {"type": "json_object"}}, 400, "body.response_format", None, None),
     "tools": ({**CHAT, "tools": []}, 400, "body.tools: Extra inputs", None, None),
     "half of JSON": (b'{"model": "chat"', 400, "JSON decode error", None, None),
     "no JSON": (b"\xff", 400, "parsing the body", None, None),
