@@ -302,6 +302,7 @@ def test_what_there_is(server: Server, tasks: Tasks) -> None:
     assert server.ask("GET", "/v1/models/chat")[1] == listed["data"][0]
     described = {task["name"]: task for task in server.ask("GET", "/tasks")[1]}
     assert (described["chat"]["reads"], described["chat"]["labels"]) == ("messages", [])
+    assert (described["chat"]["max_length"], described["classes"]["max_length"]) == (38, 32)
     assert (described["e2e"]["reads"], described["classes"]["reads"]) == ("prompt", "string")
     counted = server.ask("GET", "/metrics")[1]
     assert 'fastpeft_requests_total{status="200",task="own"}' in counted
