@@ -308,6 +308,15 @@ def test_what_there_is(server: Server, tasks: Tasks) -> None:
     assert 'fastpeft_requests_total{status="200",task="own"}' in counted
 
 
+@pytest.mark.parametrize(("queue", "status"), [(1, 200), (0, 503)])
+def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, queue: int, status: int) -> None:
+    server = Server(create_app(tasks, limits=Limits(queue=queue, chats=0)))
+    try:
+        assert server.ask("GET", "/health")[0] == status
+    finally:
+        server.stop()
+
+
 CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
 REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "no such task": ({**CHAT, "model": "x"}, 404, "there is no task 'x'", "model", "model_not_found"),
