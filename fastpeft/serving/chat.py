@@ -141,7 +141,8 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, form: type[_Completion]
     ) -> Response:
         request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
-        # what is said; None at its end, which comes before that of others in its batch; `said` where it failed
+        # what is said; None at its end, which comes before that of others in its batch; `said` where it failed, and
+        # `gone` where the client left
         parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -159,10 +160,14 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         )
         shape = form(asked.model)
         said = asyncio.ensure_future(batcher.answer(asked.model, [saying]))
-        said.add_done_callback(parts.put_nowait)
+        gone = asyncio.ensure_future(_disconnected(request))
+        for each in said, gone:
+            each.add_done_callback(parts.put_nowait)
 
         async def heard() -> str | None:
             part = await parts.get()
+            if part is gone:
+                raise RefusedError("the client has gone.", 499)
             if isinstance(part, asyncio.Future):
                 await part
                 return None
@@ -171,6 +176,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         def leave() -> None:
             saying.abandoned = True
             said.cancel()
+            gone.cancel()
 
         try:
             first = part = await heard()  # until then a refusal has a status of its own
@@ -223,6 +229,12 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
     async def complete(asked: CompletionRequest, request: fastapi.Request) -> Response:
         """Go on from a prompt, as it is and without a chat template, as OpenAI's completions."""
         return await answer(asked, request, asked.prompt, asked.max_tokens, _Completion)
+
+
+async def _disconnected(request: fastapi.Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _refuse_messages(what: str, remedy: str) -> RefusedError:

@@ -462,12 +462,16 @@ def test_a_fault_within_a_stream_is_its_last_event(server: Server, monkeypatch: 
     assert "secret" not in answer
 
 
-def test_what_nobody_listens_to_is_not_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stream", "said"), [(True, "begun"), (True, ""), (False, "begun")])
+def test_what_nobody_listens_to_is_not_said(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool, said: str
+) -> None:
     begun, ended = threading.Event(), threading.Event()
     left: list[bool] = []
 
     def endless(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
-        sayings[0]._deliver("begun")
+        if said:
+            sayings[0]._deliver(said)
         begun.set()
         for _ in range(600):
             if sayings[0].abandoned:
@@ -477,7 +481,7 @@ def test_what_nobody_listens_to_is_not_said(server: Server, monkeypatch: pytest.
         ended.set()
 
     monkeypatch.setattr("fastpeft.serving.tasks.say", endless)
-    path, body = request("own", "film", stream=True)
+    path, body = request("own", "film", stream=stream)
     data = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         head = (
