@@ -496,7 +496,8 @@ def serve(
         None,
         min=2,
         metavar="N",
-        help="Cut texts at so many tokens (default: where the run was trained to; never later)",
+        help="Cut texts at so many tokens (default: where the run was trained to; never later). For next words: refuse "
+        "what has more with its answer (default: what the model reads; never more)",
     ),
     device: str | None = typer.Option(
         None, metavar="DEVICE", help="cpu, cuda, cuda:1 (default: the accelerator, or the CPU)"

@@ -106,9 +106,10 @@ def create_app(
 
     @app.get("/health", responses=_refusals(503))
     async def health() -> dict[str, str]:
-        """Whether requests are taken: 503 where the queue is full, or nothing is answered any more."""
+        """Whether requests are taken: 503 where the queues of all tasks are full, or nothing is answered any more."""
         check_worker()
-        if not running or any(each.waiting >= each.max_queue for each in batchers):
+        used = {words if task.predictor is None else batcher for task in tasks}
+        if not running or (used and all(each.waiting >= each.max_queue for each in used)):
             raise RefusedError("the queue is full. Try again later.", 503)
         return {"status": "ready"}
 

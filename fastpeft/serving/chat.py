@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from fastpeft.data.conversations import ASSISTANT, Conversation, check_conversation
+from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text
 from fastpeft.serving.batcher import Batcher
@@ -33,6 +33,7 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+Neutral = Annotated[float, Field(ge=0, le=0, description="There is none.")]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -50,13 +51,22 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    role: str = Field(description="system, which comes first or not at all, user, assistant or tool.")
+    role: str = Field(description="system or developer, which comes first or not at all, user, assistant or tool.")
     content: Text | list[Part]
+    name: str | None = Field(None, description="Is not read.")
 
     @property
     def turn(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": SYSTEM if self.role == "developer" else self.role, "content": content}
+
+
+class ResponseFormat(BaseModel):
+    """The form of what is said."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
 
 
 class StreamOptions(BaseModel):
@@ -82,6 +92,9 @@ class Asked(BaseModel):
     stream: bool | None = Field(False, description="Whether the answer comes as events while it is said.")
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = Field(1, description="The number of answers.")
+    frequency_penalty: Neutral | None = 0
+    presence_penalty: Neutral | None = 0
+    seed: None = None
     user: str | None = Field(None, description="Is not read.")
 
 
@@ -89,6 +102,7 @@ class ChatRequest(Asked):
     """A conversation to go on with."""
 
     messages: list[Message] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
 
 
@@ -127,7 +141,9 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, form: type[_Completion]
     ) -> Response:
         request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
-        parts: asyncio.Queue[str | None] = asyncio.Queue()
+        # what is said; None at its end, which comes before that of others in its batch; `said` where it failed, and
+        # `gone` where the client left
+        parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         saying = await asyncio.to_thread(
@@ -144,19 +160,35 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         )
         shape = form(asked.model)
         said = asyncio.ensure_future(batcher.answer(asked.model, [saying]))
-        try:
-            if not asked.stream:
-                await said
-                count(asked.model)
-                return JSONResponse(shape.whole(saying))
-            said.add_done_callback(lambda _: parts.put_nowait(None))
-            first = await parts.get()  # until then a refusal has a status of its own
-            if first is None:
-                await said
-        except BaseException:
+        gone = asyncio.ensure_future(_disconnected(request))
+        for each in said, gone:
+            each.add_done_callback(parts.put_nowait)
+
+        async def heard() -> str | None:
+            part = await parts.get()
+            if part is gone:
+                raise RefusedError("the client has gone.", 499)
+            if isinstance(part, asyncio.Future):
+                await part
+                return None
+            return part
+
+        def leave() -> None:
             saying.abandoned = True
             said.cancel()
+            gone.cancel()
+
+        try:
+            first = part = await heard()  # until then a refusal has a status of its own
+            while part is not None and not asked.stream:
+                part = await heard()
+        except BaseException:
+            leave()
             raise
+        if not asked.stream:
+            leave()
+            count(asked.model)
+            return JSONResponse(shape.whole(saying))
 
         async def events() -> AsyncIterator[str]:
             part = first
@@ -165,8 +197,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
                     yield _event(beginning)
                 while part is not None:
                     yield _event(shape.part(part))
-                    part = await parts.get()
-                await said
+                    part = await heard()
                 count(asked.model)
                 yield _event(shape.end(saying))
                 if asked.stream_options is not None and asked.stream_options.include_usage:
@@ -178,8 +209,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
                 logger.exception("an answer failed after its first words")
                 yield _event(error_form("the server failed; its log says why.", 500))
             finally:  # also where the client has gone
-                saying.abandoned = True
-                said.cancel()
+                leave()
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -199,6 +229,12 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
     async def complete(asked: CompletionRequest, request: fastapi.Request) -> Response:
         """Go on from a prompt, as it is and without a chat template, as OpenAI's completions."""
         return await answer(asked, request, asked.prompt, asked.max_tokens, _Completion)
+
+
+async def _disconnected(request: fastapi.Request) -> None:
+    """Return when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _refuse_messages(what: str, remedy: str) -> RefusedError:

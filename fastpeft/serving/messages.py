@@ -109,7 +109,9 @@ class TaskInfo(BaseModel):
     problem: str
     labels: list[str]
     reads: str = Field(description="What a text is: a string, a pair, words, messages or a prompt.")
-    max_length: int = Field(description="Tokens at which texts are cut.")
+    max_length: int = Field(
+        description="Tokens at which texts are cut; messages or a prompt that have more with their answer are refused."
+    )
     shares_backbone_with: list[str]
 
 

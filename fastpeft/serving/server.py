@@ -38,7 +38,7 @@ def serve(
         host, port: where to listen; port 0 is any free one.
         max_rows: texts of one pass.
         max_wait: seconds that the first request of a batch waits for others.
-        max_length: where to cut texts that a run would read further, in tokens.
+        max_length: as `Tasks` takes it.
         device: where the models are put. None: the best device there is.
         runs: a folder from which clients may add runs. None: they may not.
         loading: is entered while the models are loaded, to show that.

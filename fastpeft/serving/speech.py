@@ -25,10 +25,11 @@ class Saying:
         max_tokens: the most that are said.
         stop: texts before the first of which the answer ends.
         sampling: temperature, 0 for the most likely words, and the share of likely words that are drawn from.
-        deliver: is called with each part of the answer, in the thread that says it.
+        strip: whether space around the answer is left out, as of a turn.
+        deliver: is called with each part of the answer and, at its end, with None, in the thread that says it.
 
     Attributes:
-        text: the answer so far, without space around it. What was delivered is its beginning, whatever follows.
+        text: the answer so far. What was delivered is its beginning, whatever follows.
         count: the number of its tokens.
         ended: `"stop"`, `"length"`, or None while it goes on.
         abandoned: True where nobody listens any more.
@@ -44,13 +45,15 @@ class Saying:
         max_tokens: int,
         stop: Sequence[str] = (),
         sampling: tuple[float, float] = (0.0, 1.0),
-        deliver: Callable[[str], object] = lambda part: None,
+        strip: bool = True,
+        deliver: Callable[[str | None], object] = lambda part: None,
     ) -> None:
         self.task, self.tokens, self.max_tokens, self.sampling = task, tokens, max_tokens, sampling
         self.text = ""
         self.ended: str | None = None
         self.abandoned = False
         self._tokenizer, self._ends, self._stop, self._deliver = tokenizer, ends, stop, deliver
+        self._strip = strip
         self._said: list[int] = []
 
     @property
@@ -61,24 +64,29 @@ class Saying:
         """Go on by a token, unless the answer has ended."""
         if self.ended is not None:
             return
+        ended = None
         if token in self._ends:
-            self.ended = STOP
+            ended = STOP
         else:
             self._said.append(token)
         # all of it: the text of a token depends on those before it
         text = self._tokenizer.decode(self._said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
-            text, self.ended = text[: min(places)], STOP
-        elif self.ended is None:
+            text, ended = text[: min(places)], STOP
+        elif ended is None:
             if self.count >= self.max_tokens:
-                self.ended = LENGTH
+                ended = LENGTH
             else:
                 text = self._certain(text)
-        text = text.strip()
+        if self._strip:
+            text = text.strip()
         if new := text[len(self.text) :]:
             self.text = text
             self._deliver(new)
+        if ended is not None:
+            self.ended = ended
+            self._deliver(None)
 
     def _certain(self, text: str) -> str:
         """The beginning of a text that ends neither within a character nor within what may become a stop."""

@@ -7,7 +7,7 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,8 @@ class Tasks:
     Args:
         runs: folders of finished runs, by the names of their tasks.
         device: where the models are put. None: the best device there is.
-        max_length: where to cut texts that a run would read further, in tokens.
+        max_length: where to cut texts that a run would read further, in tokens; of a run on next words the most of a
+            request with its answer, above which it is refused.
         max_rows: texts of one pass; on a CPU 16 at most.
 
     Raises:
@@ -189,7 +190,7 @@ class Tasks:
             self._loading.add(name)
         try:
             predictor = None if says_words(folder) else Predictor(folder, self._device, self._max_length)
-            run = load_run(folder, self._device) if predictor is None else predictor.run
+            run = self._for_words(load_run(folder, self._device)) if predictor is None else predictor.run
             with self._changing:
                 task = self._placed(name, run, predictor)
                 try:
@@ -204,6 +205,11 @@ class Tasks:
         finally:
             self._loading.discard(name)
         return task
+
+    def _for_words(self, run: FinishedRun) -> FinishedRun:
+        """The run with a `max_length` of all that its model reads, beyond what it was trained to: words are not cut."""
+        most = run.classifier.max_length
+        return replace(run, max_length=min(most, self._max_length or most))
 
     def _placed(self, name: str, run: FinishedRun, predictor: Predictor | None) -> Task:
         """The run on a backbone that is here already, where there is one that it can share."""
@@ -361,12 +367,12 @@ class Tasks:
                 param,
             )
         try:
-            tokens = prompt_tokens(tokenizer, asked)
+            tokens, ends = prompt_tokens(tokenizer, asked), ends_of(task.run, chats=chats)
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:
             raise RefusedError("the prompt has no token to go on from. Give a text.", 400, param)
-        limit = min(task.run.classifier.max_length, self._max_length or task.run.classifier.max_length)
+        limit = task.run.max_length
         room = limit - len(tokens)
         if room < (max_tokens or 1):
             wanted = f"{max_tokens} more are asked for" if max_tokens else "the answer needs one more"
@@ -377,8 +383,9 @@ class Tasks:
                 param,
                 "context_length_exceeded",
             )
-        ends = ends_of(task.run, chats=chats)
-        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=max_tokens or min(_MAX_TOKENS, room), **options)
+        most = max_tokens or min(_MAX_TOKENS, room)
+        # a text that goes on may begin with a space
+        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=most, strip=chats, **options)
 
     def say(self, asked: Sequence[tuple[str, Sequence[Saying]]]) -> list[Saying | Exception]:
         """Answer requests for words, each one `Saying`, together where they share a model and their sampling.

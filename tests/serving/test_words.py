@@ -16,7 +16,7 @@ from served import Server
 
 from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
-from fastpeft.serving.speech import Hearing, Saying
+from fastpeft.serving.speech import Hearing, Saying, say
 from fastpeft.serving.tasks import RefusedError, Tasks
 from fastpeft.training.generation import Writer
 from fastpeft.training.loading import load_run
@@ -110,11 +110,13 @@ class Letters:
 
 def heard(text: str, *, end: bool = True, **options: Any) -> tuple[Saying, list[str]]:
     """What is delivered after each byte of a text, and its end."""
-    parts: list[str] = []
+    delivered: list[Any] = []
     options = {"max_tokens": 99, **options}
-    saying = Saying(None, Letters(), [7], ends={0}, deliver=parts.append, **options)
+    saying = Saying(None, Letters(), [7], ends={0}, deliver=delivered.append, **options)
     for token in text.encode() + bytes(end):
         saying.hear(token)
+    *parts, last = delivered
+    assert last is None
     assert "".join(parts) == saying.text
     return saying, parts
 
@@ -123,6 +125,12 @@ def test_an_answer_is_delivered_as_it_comes() -> None:
     saying, parts = heard("  two words ")
     assert (saying.text, saying.ended, saying.count) == ("two words", "stop", 12)
     assert parts == ["t", "w", "o", " w", "o", "r", "d", "s"]
+
+
+def test_space_around_what_goes_on_from_a_prompt_is_delivered() -> None:
+    saying, parts = heard(" a b\n", strip=False)
+    assert saying.text == " a b\n"
+    assert parts == [" ", "a", " ", "b", "\n"]
 
 
 def test_no_half_character_is_delivered() -> None:
@@ -180,7 +188,7 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
         what = text if name == "e2e" else Conversation((("user", text),))
         asked.append((name, [tasks.saying(name, what, 8)]))
     answers = tasks.say(asked)
-    assert [answer.text for answer in answers if isinstance(answer, Saying)] == list(expected.values())
+    assert [answer.text.strip() for answer in answers if isinstance(answer, Saying)] == list(expected.values())
     assert batches == [15]
 
 
@@ -234,7 +242,8 @@ def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected
         chats = "chat" in path
         assert whole["object"] == ("chat.completion" if chats else "text_completion")
         assert choice["finish_reason"] in ("stop", "length")
-        assert (choice["message"]["content"] if chats else choice["text"]) == said
+        whole_text = choice["message"]["content"] if chats else choice["text"]
+        assert (whole_text if chats else whole_text.strip()) == said  # predict strips both
         assert whole["model"] == name
         usage = whole["usage"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -244,7 +253,7 @@ def test_answers_are_those_of_predict_whole_or_in_parts(server: Server, expected
         assert (status, headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
         *parts, last, counted = events(stream)
         deltas = [part["choices"][0] for part in parts]
-        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == said
+        assert "".join(part["delta"]["content"] if chats else part["text"] for part in deltas) == whole_text
         assert (last["choices"][0]["finish_reason"], counted["usage"]) == (choice["finish_reason"], usage)
         assert len({part["id"] for part in (*parts, last, counted)}) == 1
 
@@ -253,8 +262,8 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
     body = {
         "model": "chat",
         "messages": [
-            {"role": "system", "content": "film"},
-            {"role": "user", "content": [{"type": "text", "text": "film"}]},
+            {"role": "developer", "content": "film"},
+            {"role": "user", "content": [{"type": "text", "text": "film"}], "name": "me"},
         ],
         "max_completion_tokens": 3,
         "temperature": None,
@@ -263,10 +272,19 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "stream": False,
         "n": 1,
         "user": "me",
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "seed": None,
+        "response_format": {"type": "text"},
     }
     status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
     assert status == 200, answer
     assert answer["usage"]["completion_tokens"] <= 3
+    prompt = answer["usage"]["prompt_tokens"]
+    system = [{**body["messages"][0], "role": "system"}, body["messages"][1]]
+    assert (
+        server.ask("POST", "/v1/chat/completions", {**body, "messages": system})[1]["usage"]["prompt_tokens"] == prompt
+    )
 
 
 def test_next_to_no_temperature_says_the_most_likely_words(
@@ -284,9 +302,19 @@ def test_what_there_is(server: Server, tasks: Tasks) -> None:
     assert server.ask("GET", "/v1/models/chat")[1] == listed["data"][0]
     described = {task["name"]: task for task in server.ask("GET", "/tasks")[1]}
     assert (described["chat"]["reads"], described["chat"]["labels"]) == ("messages", [])
+    assert (described["chat"]["max_length"], described["classes"]["max_length"]) == (38, 32)
     assert (described["e2e"]["reads"], described["classes"]["reads"]) == ("prompt", "string")
     counted = server.ask("GET", "/metrics")[1]
     assert 'fastpeft_requests_total{status="200",task="own"}' in counted
+
+
+@pytest.mark.parametrize(("queue", "status"), [(1, 200), (0, 503)])
+def test_a_full_queue_of_words_leaves_a_server_that_tells_classes(tasks: Tasks, queue: int, status: int) -> None:
+    server = Server(create_app(tasks, limits=Limits(queue=queue, chats=0)))
+    try:
+        assert server.ask("GET", "/health")[0] == status
+    finally:
+        server.stop()
 
 
 CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
@@ -339,6 +367,10 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "five stops": ({**CHAT, "stop": ["a"] * 5}, 400, "body.stop", None, None),
     "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
     "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
+    "a penalty": ({**CHAT, "frequency_penalty": 0.5}, 400, "body.frequency_penalty", None, None),
+    "another": ({**CHAT, "presence_penalty": -1}, 400, "body.presence_penalty", None, None),
+    "a seed": ({**CHAT, "seed": 1}, 400, "body.seed", None, None),
+    "a form": ({**CHAT, "response_format": {"type": "json_object"}}, 400, "body.response_format", None, None),
     "tools": ({**CHAT, "tools": []}, 400, "body.tools: Extra inputs", None, None),
     "half of JSON": (b'{"model": "chat"', 400, "JSON decode error", None, None),
     "no JSON": (b"\xff", 400, "parsing the body", None, None),
@@ -369,6 +401,39 @@ def test_what_is_refused(server: Server, stream: bool) -> None:
     assert server.ask("POST", *request("chat", "film"))[0] == 200
 
 
+def test_a_template_that_does_not_tell_where_a_turn_begins_is_refused(
+    server: Server, tasks: Tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    monkeypatch.setattr(tasks["e2e"].run.classifier.tokenizer, "chat_template", template)
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "model": "e2e"})
+    assert (status, answer["error"]["param"]) == (400, "messages"), answer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_waits_for_no_other_and_fails_with_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    answered, waited = threading.Event(), []
+
+    def long(*args: Any) -> None:
+        say(*args)
+        waited.append(answered.wait(30))  # as for a longer answer of the batch
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("fastpeft.serving.tasks.say", long)
+    status, answer, _ = server.ask("POST", *request("own", "film", stream=stream))
+    answered.set()
+    assert status == 200, answer
+    end = events(answer)[-1] if stream else answer
+    assert end["choices"][0]["finish_reason"] in ("stop", "length")
+    assert server.ask("POST", *request("own", "film"))[0] == 200
+    assert waited[0]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_is_no_traceback_to_clients(server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     def failing(*args: Any, **options: Any) -> Any:
@@ -397,12 +462,16 @@ def test_a_fault_within_a_stream_is_its_last_event(server: Server, monkeypatch: 
     assert "secret" not in answer
 
 
-def test_what_nobody_listens_to_is_not_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stream", "said"), [(True, "begun"), (True, ""), (False, "begun")])
+def test_what_nobody_listens_to_is_not_said(
+    server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool, said: str
+) -> None:
     begun, ended = threading.Event(), threading.Event()
     left: list[bool] = []
 
     def endless(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
-        sayings[0]._deliver("begun")
+        if said:
+            sayings[0]._deliver(said)
         begun.set()
         for _ in range(600):
             if sayings[0].abandoned:
@@ -412,7 +481,7 @@ def test_what_nobody_listens_to_is_not_said(server: Server, monkeypatch: pytest.
         ended.set()
 
     monkeypatch.setattr("fastpeft.serving.tasks.say", endless)
-    path, body = request("own", "film", stream=True)
+    path, body = request("own", "film", stream=stream)
     data = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         head = (
