@@ -23,7 +23,6 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
@@ -143,11 +142,6 @@ def record_memory(load: Callable[[], Any], method: str, tokens: int, file: Any =
 
     The chunk is added to the peak of the frozen head, as if both were there at one time.
     """
-    with patch("fastpeft.training.memory._inside", return_value=0):  # which counts it while it is there
-        _record_memory(load, method, tokens, file)
-
-
-def _record_memory(load: Callable[[], Any], method: str, tokens: int, file: Any) -> None:
     base = load()
     backward = method != "MeZO"
     chunk = chunk_bytes(base, tokens, backward)
@@ -177,7 +171,8 @@ def _record_memory(load: Callable[[], Any], method: str, tokens: int, file: Any)
     for form, change in FORMS.items():
         change(model)
         adamw = partial(torch.optim.AdamW, fused=True)
-        found = simulate_training_step(model, batch, adamw if backward else None, torch.bfloat16)
+        optimizer = adamw if backward else None
+        found = simulate_training_step(model, batch, optimizer, torch.bfloat16, estimate_inside=False)
         inside = 2 * tokens_of_chunk(words, torch.device("cuda")) * words if form == "frozen head" else 0
         figures = {"peak_mb": f"{(found.peak + inside) / MEBIBYTE:.1f}", "chunk_mb": f"{inside / MEBIBYTE:.1f}"}
         row = {**case, "dtype": "bfloat16", "candidate": form, **figures, "loss_apart": "", "gradients_apart": ""}

@@ -14,7 +14,7 @@ from fastpeft.ops.dtypes import keeping_dtypes
 from fastpeft.ops.quantise import Format
 from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
-from fastpeft.siva.decompose import Factors, add, check_decomposable, decompose, is_lossy, subtract
+from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, check_base, original_fingerprint
 from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
 
@@ -71,7 +71,7 @@ class AdaptedLinear(FrozenLinear):
         if adapter_name in self.siva_du:
             self.delete_adapter(adapter_name)  # its weight must not be decomposed a second time
         weight = self._weight
-        d = d if is_lossy(weight, d) else None
+        d = d if is_lossy(weight.shape, d) else None
         if self.base_fingerprint is None:
             self.base_fingerprint = original_fingerprint(self.base_layer)
         waits = init_weights == "saved"
@@ -111,7 +111,10 @@ class AdaptedLinear(FrozenLinear):
         check_name(adapter_name)
         check_residual(residual, d, residual_dtype)
         check_base(self.base_layer, residual, self.name)
-        check_decomposable(self._weight, r, d, self.name)
+        if self.in_4_bits is None:
+            check_decomposable(self._weight, r, d, self.name)
+        else:
+            check_ranks(self.in_4_bits.shape, r, d, self.name)
         if self.merged:
             raise FastpeftError(
                 f"{self.name}: adapter {adapter_name!r} cannot be added while {self.merged_adapters} are merged. Call "
@@ -119,7 +122,7 @@ class AdaptedLinear(FrozenLinear):
             )
         if list(self.siva_du) == [adapter_name]:
             self.check_restorable()
-        d = d if is_lossy(self._weight, d) else None
+        d = d if is_lossy((self.out_features, self.in_features), d) else None
         found = None
         given = {"r": r, "d": d, "residual": residual, "residual_dtype": residual_dtype}
         for other in self.siva_du:

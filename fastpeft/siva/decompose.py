@@ -76,7 +76,7 @@ def decompose(weight: Tensor, r: int, d: int | None = None, name: str = "weight"
         n, k = weight.shape
         factors = Factors(*(weight.new_empty(shape, dtype=torch.float32) for shape in ((n, r), (r,), (r, k))))
         return Decomposition(factors, torch.empty_like(weight))
-    if d is not None and is_lossy(weight, d):
+    if d is not None and is_lossy(weight.shape, d):
         u, s, v = _triplets(weight, d, name)
         rest = (u[:, r:] * s[r:]) @ v[r:]
         factors = _fix_signs(u[:, :r], s[:r], v[:r], weight.device)
@@ -154,9 +154,9 @@ def _krylov_basis(gram: Tensor, count: int) -> Tensor | None:
     return None
 
 
-def is_lossy(weight: Tensor, d: int | None) -> bool:
-    """Whether a decomposition of rank d leaves out a part of the weight."""
-    return d is not None and d < min(weight.shape)
+def is_lossy(shape: tuple[int, int] | torch.Size, d: int | None) -> bool:
+    """Whether a decomposition of rank d leaves out a part of a weight of this shape."""
+    return d is not None and d < min(shape)
 
 
 def subtract(weight: Tensor, factors: Factors) -> Tensor:
@@ -187,21 +187,26 @@ def check_decomposable(weight: Tensor, r: int, d: int | None, name: str) -> None
             f"{name} is a {weight.dim()}-d {weight.dtype} tensor; SiVA decomposes 2-d floating-point weights. Load the "
             "model unquantised, or leave the layer out with exclude_modules."
         )
-    full = min(weight.shape)
-    if not 1 <= r <= full:
-        raise FastpeftError(
-            f"r={r} for {name} of shape {tuple(weight.shape)}; allowed are 1 to {full}. Choose another r, or set this "
-            "layer's own with rank_pattern."
-        )
-    if d is not None and not r <= d <= full:
-        raise FastpeftError(
-            f"d={d} for {name} of shape {tuple(weight.shape)} with r={r}; allowed are {r} to {full}, or None for the "
-            "full rank."
-        )
+    check_ranks(weight.shape, r, d, name)
     if weight.device.type != "meta" and not torch.isfinite(weight).all():
         raise FastpeftError(
             f"{name} holds NaN or infinite values and has no singular value decomposition. Check the model file, or "
             "leave the layer out with exclude_modules."
+        )
+
+
+def check_ranks(shape: torch.Size, r: int, d: int | None, name: str) -> None:
+    """The part of `check_decomposable` that asks for no numbers."""
+    full = min(shape)
+    if not 1 <= r <= full:
+        raise FastpeftError(
+            f"r={r} for {name} of shape {tuple(shape)}; allowed are 1 to {full}. Choose another r, or set this "
+            "layer's own with rank_pattern."
+        )
+    if d is not None and not r <= d <= full:
+        raise FastpeftError(
+            f"d={d} for {name} of shape {tuple(shape)} with r={r}; allowed are {r} to {full}, or None for the "
+            "full rank."
         )
 
 

@@ -1,7 +1,9 @@
 """A base layer whose weight bitsandbytes keeps in 4 bits, as QLoRA's bases do.
 
-The weight stays as it is. Its numbers are made once, in float32, for the decomposition; then products make them a part
-at a time. No format holds the rest `W - (U0 * s) V0` beside it, so such a layer has the implicit residual.
+The weight stays as it is. While an adapter is added its numbers are made whole, in float32, each time that something
+asks for them: a check, the decomposition, the fingerprint, the scales of changes. Products of the compiled module for
+CPUs make a part of them at a time, others all of them. No format holds the rest `W - (U0 * s) V0` beside it, so such a
+layer has the implicit residual.
 """
 
 from __future__ import annotations

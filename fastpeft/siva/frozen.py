@@ -50,7 +50,8 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.name = name
         self.packs = Packs(pack_weights)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
-        self.out_features, self.in_features = self._weight.shape
+        shape = self._weight.shape if self.in_4_bits is None else self.in_4_bits.shape
+        self.out_features, self.in_features = shape
         self.base_fingerprint: str | None = None
         self.merged_adapters: list[str] = []
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from fastpeft import functional
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.frozen_head_cross_entropy import bytes_of_chunk
 from fastpeft.training.memory import (
     MemoryTracker,
     _FusedForms,
@@ -150,6 +151,19 @@ def test_tracker_resets_its_peak_to_what_is_live():
         torch.zeros(1000)
         tracker.reset_peak()
     assert tracker.peak == kept.nbytes
+
+
+def test_what_an_op_makes_inside_itself_is_estimated_in_simulation_alone():
+    hidden, weight, labels = torch.randn(8, 16), torch.randn(32, 16), torch.zeros(8, dtype=torch.long)
+    peaks = []
+    for estimate_inside in (False, True):
+        with MemoryTracker(estimate_inside) as tracker:
+            torch.ops.fastpeft.frozen_head_cross_entropy(hidden, weight, labels, None, -100, False)
+        peaks.append(tracker.peak)
+    assert peaks[1] - peaks[0] == bytes_of_chunk(hidden, weight) > 0
+    with measured_peak("cpu") as peak:
+        torch.ops.fastpeft.frozen_head_cross_entropy(hidden, weight, labels, None, -100, False)
+    assert peak.nbytes == peaks[0]
 
 
 def test_mlp_equals_the_hand_count():
