@@ -247,10 +247,9 @@ def says_next_words(config: Any) -> bool:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    reads_both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        config, "is_decoder", False
-    )
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
+    kind = config.model_type
+    reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
 
 
 def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
