@@ -182,7 +182,7 @@ def _adapted(model: Any, kind: Any, **given: Any) -> Any:
 
 
 def _replace_linears(model: Any, made_of: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put what `made_of` makes in the place of the linear layers before the head."""
+    """Replace each linear layer before the head by what `made_of` makes of it."""
     body = model.base_model
     for name, layer in list(body.named_modules()):
         if type(layer) is nn.Linear:

@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=FORMATS, help="this one only")
     parser.add_argument("--rank", type=int, help="this one only")
-    parser.add_argument("--pretrained", type=Path, help="the folder of a model, in the place of the bundled one")
+    parser.add_argument("--pretrained", type=Path, help="the folder of a model; without it the bundled one")
     parser.add_argument("--steps", action="store_true", help="times instead of errors")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"with --steps, default {ROUNDS}")
     given = parser.parse_args()

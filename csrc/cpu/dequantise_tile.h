@@ -55,51 +55,35 @@ FASTPEFT_TARGET inline Float int8_at(const int8_t* codes) {
     return __builtin_convertvector(numbers, Float);
 }
 
-// The values of kLanes codes, of which those after the first `count` are not there
-template <typename Code, Float at(const Code*)>
-FASTPEFT_TARGET inline Float some_at(const Code* codes, int64_t bytes) {
-    Code there[kLanes] = {};
-    std::memcpy(there, codes, bytes);
-    return at(there);
-}
-
-template <typename T>
-FASTPEFT_TARGET void nf4(const void* codes, const float* scales, int64_t block, int64_t begin, int64_t count, T* out) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(codes);
+// Values of Code, kPerCode to each, of which `at` makes kLanes
+template <typename Code, int kPerCode, Float at(const Code*), typename T>
+FASTPEFT_TARGET void dequantise(const void* codes, const float* scales, int64_t block, int64_t begin, int64_t count,
+                                T* out) {
+    const Code* const all = static_cast<const Code*>(codes);
     const int64_t end = begin + count;
     int64_t i = begin, next = begin - begin % block;
     for (scales += begin / block; i < end; ++scales) {
         next += block;
         const int64_t stop = next < end ? next : end;
         const float scale = *scales;
-        if (i % 2 == 1) {
-            store(broadcast(kNormal[bytes[i / 2] & 15] * scale), out++, 1);
-            ++i;
+        if (const int odd = static_cast<int>(i % kPerCode)) {  // the second half of a byte
+            store(broadcast(kNormal[all[i / kPerCode] & 15] * scale), out, odd);
+            out += odd, i += odd;
         }
-        for (; i + kLanes <= stop; i += kLanes, out += kLanes) store(nf4_at(bytes + i / 2) * scale, out);
-        if (const int rest = static_cast<int>(stop - i)) {
-            store(some_at<uint8_t, nf4_at>(bytes + i / 2, (rest + 1) / 2) * scale, out, rest);
+        for (; i + kLanes <= stop; i += kLanes, out += kLanes) store(at(all + i / kPerCode) * scale, out);
+        if (const int rest = static_cast<int>(stop - i)) {  // those after them may not be there
+            Code there[kLanes] = {};
+            std::memcpy(there, all + i / kPerCode, (rest + kPerCode - 1) / kPerCode * sizeof(Code));
+            store(at(there) * scale, out, rest);
             out += rest, i = stop;
         }
     }
 }
 
 template <typename T>
-FASTPEFT_TARGET void int8(const void* codes, const float* scales, int64_t block, int64_t begin, int64_t count, T* out) {
-    const int8_t* numbers = static_cast<const int8_t*>(codes);
-    const int64_t end = begin + count;
-    int64_t i = begin, next = begin - begin % block;
-    for (scales += begin / block; i < end; ++scales) {
-        next += block;
-        const int64_t stop = next < end ? next : end;
-        const float scale = *scales;
-        for (; i + kLanes <= stop; i += kLanes, out += kLanes) store(int8_at(numbers + i) * scale, out);
-        if (const int rest = static_cast<int>(stop - i)) {
-            store(some_at<int8_t, int8_at>(numbers + i, rest) * scale, out, rest);
-            out += rest, i = stop;
-        }
-    }
-}
+constexpr Dequantise<T>* int8 = dequantise<int8_t, 1, int8_at, T>;
+template <typename T>
+constexpr Dequantise<T>* nf4 = dequantise<uint8_t, 2, nf4_at, T>;
 
 }  // namespace
 

@@ -109,26 +109,15 @@ def _quantised_linear_backward_shapes(dh: Tensor, codes: Tensor, scales: Tensor,
 
 
 def _siva_linear_quantised_shapes(
-    x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
+    x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return siva_linear_shapes(x, u, u, s, v, bias)
+    return siva_linear_shapes(x, u, u, *rest)  # of the weight they ask how many rows it has, as U has
 
 
 def _siva_linear_quantised_backward_shapes(
-    dh: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    p: Tensor,
-    need_dx: bool,
-    need_du: bool,
-    need_dv: bool,
-    need_dbias: bool,
+    dh: Tensor, x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return siva_linear_backward_shapes(dh, x, u, u, s, v, p, need_dx, need_du, need_dv, need_dbias)
+    return siva_linear_backward_shapes(dh, x, u, u, *rest)
 
 
 # h (*, N)

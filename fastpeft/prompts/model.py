@@ -24,7 +24,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from fastpeft.data.examples import Row
 from fastpeft.data.models import Classifier, load_language_model, masked_word_layers, says_next_words
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text
+from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.hub import source_options
@@ -154,7 +154,7 @@ class PromptModel(PreTrainedModel):
             "position_ids": position_ids,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
-            "use_cache": False if self._is_decoder else None,
+            "use_cache": False if is_of_decoder(self.tokenizer) else None,
         }
         with _only_masks(self.core, mask_positions):
             output = self.masked_lm(
@@ -168,14 +168,10 @@ class PromptModel(PreTrainedModel):
         result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
         return result.to_tuple() if return_dict is False else result
 
-    @property
-    def _is_decoder(self) -> bool:
-        return self.tokenizer.mask_token is None
-
     def _find_masks(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if input_ids is None:
             raise FastpeftError("inputs_embeds do not show where the masks are; give mask_positions too.")
-        if self._is_decoder:
+        if is_of_decoder(self.tokenizer):
             present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return input_ids.shape[1] - 1 - present.flip(-1).int().argmax(-1)
         masks = input_ids == self.tokenizer.mask_token_id
@@ -371,7 +367,7 @@ def _is_decoder(model: Any) -> bool:
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer by which a prompt would take a decoder for a model that fills masks, or the other way."""
-    if _fills_masks(model) == (tokenizer.mask_token is not None):
+    if _fills_masks(model) != is_of_decoder(tokenizer):
         return
     if _fills_masks(model):
         raise FastpeftError(

@@ -190,7 +190,7 @@ class Prompt:
                 f"{type(tokenizer).__name__} does not tell where in a text its tokens stand; a prompt needs a fast "
                 "tokenizer. Load it by AutoTokenizer, or give a model that has one."
             )
-        if tokenizer.mask_token is not None or MASK not in self.template:
+        if MASK not in self.template or not is_of_decoder(tokenizer):
             return
         if self.head == "classifier":
             raise FastpeftError(
@@ -245,7 +245,7 @@ class Prompt:
             answered_at = None
             if self.head == "label_words":
                 answered_at = self._answered_at(tokenizer, spans[MASK], [offsets[index][i] for i in kept])
-                if tokenizer.mask_token is None:  # some tokenizers add a token at the end
+                if is_of_decoder(tokenizer):  # some tokenizers add a token at the end
                     kept = kept[: answered_at + 1]
             row: Row = {name: [column[index][i] for i in kept] for name, column in encoded.items()}
             if answered_at is not None:
@@ -282,7 +282,7 @@ class Prompt:
 
     def _answered_at(self, tokenizer: Any, mask: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> int:
         """The index of the token at which the model gives the label word: the mask, or the last one of a decoder."""
-        if tokenizer.mask_token is not None:
+        if not is_of_decoder(tokenizer):
             return next(index for index, (left, right) in enumerate(offsets) if left <= mask[0] < right)
         read = [index for index, (left, right) in enumerate(offsets) if left < right]
         if not offsets:
@@ -336,6 +336,11 @@ class Prompt:
             return cls(values["template"], values["label_words"], values["head"])
         except (KeyError, TypeError) as error:
             raise FastpeftError(f"{dict(values)} is no prompt ({error}). Save it anew.") from None
+
+
+def is_of_decoder(tokenizer: Any) -> bool:
+    """Whether label words are the next word, after what stands before the mask: the tokenizer has no mask token."""
+    return tokenizer.mask_token is None
 
 
 def _by_class(words: Any) -> dict[str, str]:

@@ -257,6 +257,9 @@ class _Completion:
         known = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
         return {**known, "choices": choices, **others}
 
+    def _piece(self, content: dict[str, Any], ended: str | None = None) -> dict[str, Any]:
+        return self._with(self.part_object, [_choice(content, ended)])
+
     @property
     def beginning(self) -> list[dict[str, Any]]:
         """The events before the first part."""
@@ -264,17 +267,16 @@ class _Completion:
 
     def whole(self, saying: Saying) -> dict[str, Any]:
         """An answer in one piece."""
-        choice = {"index": 0, **self._whole(saying.text), "logprobs": None, "finish_reason": saying.ended}
+        choice = _choice(self._whole(saying.text), saying.ended)
         return self._with(self.whole_object, [choice], usage=_usage(saying))
 
     def part(self, text: str) -> dict[str, Any]:
         """A part of it."""
-        return self._with(self.part_object, [{"index": 0, **self._part(text), "logprobs": None, "finish_reason": None}])
+        return self._piece(self._part(text))
 
     def end(self, saying: Saying) -> dict[str, Any]:
         """The part that says why it ended."""
-        choice = {"index": 0, **self._part(""), "logprobs": None, "finish_reason": saying.ended}
-        return self._with(self.part_object, [choice])
+        return self._piece(self._part(""), saying.ended)
 
     def counted(self, saying: Saying) -> dict[str, Any]:
         """The part that counts its tokens."""
@@ -293,14 +295,17 @@ class _Chat(_Completion):
 
     @property
     def beginning(self) -> list[dict[str, Any]]:
-        delta = {"role": ASSISTANT, "content": ""}
-        return [self._with(self.part_object, [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])]
+        return [self._piece({"delta": {"role": ASSISTANT, "content": ""}})]
 
     def _whole(self, text: str) -> dict[str, Any]:
         return {"message": {"role": ASSISTANT, "content": text}}
 
     def _part(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
+
+
+def _choice(content: dict[str, Any], ended: str | None) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": ended}
 
 
 def _usage(saying: Saying) -> dict[str, int]:

@@ -171,19 +171,20 @@ def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
 def describe(task: Task, beside: list[str]) -> TaskInfo:
     """A task for those who ask what there is."""
     run = task.run
-    said = "messages" if run.chats else "prompt"
     return TaskInfo(
         name=task.name,
         method=run.config.method,
         problem=run.problem.name,
         labels=[] if task.predictor is None else run.labels,
-        reads=said
-        if task.predictor is None
-        else "pair"
-        if run.is_pair
-        else "words"
-        if run.problem.per_token
-        else "string",
+        reads=_reads(task),
         max_length=run.max_length,
         shares_backbone_with=beside,
     )
+
+
+def _reads(task: Task) -> str:
+    if task.predictor is None:
+        return "messages" if task.run.chats else "prompt"
+    if task.run.is_pair:
+        return "pair"
+    return "words" if task.run.problem.per_token else "string"

@@ -132,7 +132,7 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
 
 
 def check_base(base_layer: nn.Module, residual: str, name: str) -> None:
-    """Raise `FastpeftError` if the residual is to be stored in the place of a weight in 4 bits."""
+    """Raise `FastpeftError` if the residual would replace a weight in 4 bits."""
     if residual == "frozen" and is_in_4_bits(base_layer):
         raise FastpeftError(
             f"{name}: its weight is in 4 bits, which hold no other weight in its place. Use residual='implicit'."
@@ -154,9 +154,8 @@ def original_fingerprint(base_layer: Any) -> str | None:
     """
     if is_in_4_bits(base_layer):
         return fingerprint(matrix(base_layer, "the layer"), in_4_bits=True)
-    weight = base_layer.weight.data.t() if isinstance(base_layer, Conv1D) else base_layer.weight.data
-    if weight.device.type == "meta":
+    if base_layer.weight.device.type == "meta":
         return None
-    found = fingerprint(weight)
+    found = fingerprint(matrix(base_layer, "the layer"))
     restored: dict[str, str] = getattr(base_layer, "siva_restored", {})
     return restored.get(found) or found

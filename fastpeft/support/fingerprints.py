@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-_IN_4_BITS = "nf4"  # in the place of a dtype
+_IN_4_BITS = "nf4"  # stands where others have a dtype
 _FINGERPRINT = re.compile(rf"(?:{_IN_4_BITS}|bfloat16|float(?:16|32|64)) [\dx]* [0-9a-f]{{16}} {_BASE64}", re.ASCII)
 
 # Entries compared where the storage dtypes differ and the digests therefore cannot be.

@@ -21,6 +21,7 @@ from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.methods.wrapping import merge
 from fastpeft.mezo import Journal
+from fastpeft.prompts.template import is_of_decoder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
@@ -206,7 +207,7 @@ def _card_of_run(
             labels=run.labels,
             prompt_head=None if run.prompt is None else run.prompt.head,
             masked_words=run.problem is MASKED_WORDS and not onto_chain,
-            decoder=run.classifier.tokenizer.mask_token is None,
+            decoder=is_of_decoder(run.classifier.tokenizer),
             tokenizer=run.problem is NEXT_WORDS,
         ),
         library={"lora": "peft", "merged": "transformers"}.get(to, to),

@@ -30,7 +30,7 @@ from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import PromptModel
 from fastpeft.prompts.named import AUTO
-from fastpeft.prompts.template import MASK, Prompt
+from fastpeft.prompts.template import MASK, Prompt, is_of_decoder
 from fastpeft.support.environment import best_device
 from fastpeft.training.config import TrainConfig
 
@@ -144,7 +144,7 @@ def find_prompt(
         masked_lm.eval().to(best_device()), tokenizer, data.labels, calibrate, min(max_length or limit, limit)
     )
     start = time.perf_counter()
-    found = search.run(templates(data.train.is_pair, decoder=tokenizer.mask_token is None), chosen, ranked)
+    found = search.run(templates(data.train.is_pair, decoder=is_of_decoder(tokenizer)), chosen, ranked)
     logger.info(
         "the prompt found is %r with %s: accuracy %.3f on %d training rows (%d templates, %.0f s)",
         found.prompt.template,

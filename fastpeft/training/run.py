@@ -33,6 +33,7 @@ from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, fir
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.ops.fastest import choices
 from fastpeft.prompts.model import inside_prompt
+from fastpeft.prompts.template import is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.environment import best_device, device_name, versions
 from fastpeft.support.interrupts import noting_stops
@@ -415,7 +416,7 @@ def _card(task: Task, metrics: Mapping[str, Any], folder: RunFolder, recipe: Map
             labels=task.data.labels,
             prompt_head=None if prompt is None else prompt.head,
             masked_words=problem is MASKED_WORDS,
-            decoder=task.tokenizer.mask_token is None,
+            decoder=is_of_decoder(task.tokenizer),
             tokenizer=True,
         ),
         library=task.method.library,
