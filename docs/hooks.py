@@ -30,8 +30,8 @@ def equation(source: str, *_: Any, **__: Any) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Put tables and plots of bench/data beside the pages, which link to them as files of the repository."""
-    for path in sorted((ROOT / MEASUREMENTS).iterdir()):
+    """Put tables and plots of bench/data beside the pages, which link to them; no page links to a folder of it."""
+    for path in sorted(file for file in (ROOT / MEASUREMENTS).iterdir() if file.is_file()):
         files.append(File.generated(config, f"{MEASUREMENTS}/{path.name}", abs_src_path=str(path)))
     return files
 
