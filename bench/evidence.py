@@ -129,6 +129,8 @@ def keep(folder: Path, kept: Path) -> None:
 
 def publish(folder: Path, page: Path, places: dict[str, str]) -> None:
     """Copy the report of a comparison, with the names of its model and data in place of where they are here."""
+    if not (folder / "figures").is_dir():  # they are drawn last: a comparison that could not start has none
+        return
     shutil.rmtree(page, ignore_errors=True)
     shutil.copytree(folder / "figures", page / "figures")
     for name in ("report.md", "results.csv"):
