@@ -12,11 +12,11 @@ import numpy as np
 
 from fastpeft.comparison import significance
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import CLASSIFICATION, best_step, get_problem
+from fastpeft.data.problems import ACCURACY, CLASSIFICATION, best_step, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.run_folder import CURVES, PREDICTIONS, RunFolder
+from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, RunFolder
 
 CELLS, SLICE = "cells", "slice"  # folders of a comparison: its runs, and rows on which learning rates are tried
 
@@ -100,6 +100,16 @@ class Cell:
         file = self.folder.path / PREDICTIONS
         return files.read_json(file) if self.folder.finished and file.is_file() else None
 
+    def row_scores(self) -> tuple[str, np.ndarray] | None:
+        """The metric that paired tests compare, and what each dev row stands for in it; None where it was not kept."""
+        if found := self.predictions():
+            return ACCURACY, np.equal(found["labels"], found["predictions"])
+        file = self.folder.path / ROW_SCORES
+        if not (self.folder.finished and file.is_file()):
+            return None
+        kept = files.read_json(file)
+        return kept["metric"], significance.row_scores(kept["above"], kept["below"])
+
     def curves(self) -> dict[str, list[tuple[int, float]]] | None:
         """Its logged values as (step, value), by name; None where they were not kept."""
         file = self.folder.path / CURVES
@@ -179,11 +189,10 @@ def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
 def _unless_chance(best: Cell, tried: Sequence[Cell]) -> Cell:
     """The best of the cells that tried rates if it beats the first, the recipe's, by a paired test, else the first.
 
-    p is corrected for the number of other rates. Where predictions were not kept or the first has failed, the best.
+    p is corrected for the number of other rates. Where no scores of rows were kept or the first has failed, the best.
     """
-    answers = [cell.predictions() for cell in (best, tried[0])]
-    if best is tried[0] or None in answers:
+    scores = [found[1][None] for cell in (best, tried[0]) if (found := cell.row_scores())]
+    if best is tried[0] or len(scores) < 2:
         return best
-    right = [np.equal(found["labels"], found["predictions"])[None] for found in answers if found]
-    p = significance.compare_pair(*right).p * (len(tried) - 1)
+    p = significance.compare_pair(*scores).p * (len(tried) - 1)
     return best if p < significance.LEVEL else tried[0]

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import Examples, TextData
-from fastpeft.data.problems import MULTI_LABEL, REGRESSION
+from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem
+from fastpeft.data.splitting import prompt_key
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -52,12 +54,18 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     """
     order = list(range(len(data.train)))
     random.Random(seed).shuffle(order)
+    left = order[rows:]
+    if data.problem is NEXT_WORDS:  # what asks the same is on one side, as where a dev part is made
+        asked = [prompt_key(text) for text in data.train.texts]
+        known = {key: place for place, key in enumerate(dict.fromkeys(asked[row] for row in order))}
+        order.sort(key=lambda row: known[asked[row]])
+        left = [row for row in order[rows:] if asked[row] != asked[order[rows - 1]]]
     train = _chosen(data.train, order[:rows])
-    dev = data.dev if dev_rows is None else _chosen(data.train, order[rows : rows + dev_rows])
+    dev = data.dev if dev_rows is None else _chosen(data.train, left[:dev_rows])
     if data.problem is MULTI_LABEL:
         counts = [sum(label) for label in zip(*train.labels)]
         dev = Examples(dev.texts, [[has * (count > 0) for has, count in zip(row, counts)] for row in dev.labels])
-    elif data.problem is not REGRESSION:
+    elif data.problem is not REGRESSION and not data.problem.of_texts_alone:
         seen = {tag for tags in train.labels for tag in (tags if data.problem.per_token else [tags])}
         missing = [name for index, name in enumerate(data.labels) if index not in seen]
         if missing:
@@ -77,11 +85,14 @@ def write_rows(data: TextData, folder: Path) -> None:
 
 
 def _chosen(examples: Examples, indices: list[int]) -> Examples:
-    return Examples([examples.texts[i] for i in indices], [examples.labels[i] for i in indices])
+    return Examples([examples.texts[i] for i in indices], [examples.labels[i] for i in indices if examples.labels])
 
 
 def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:
     """Rows as JSON objects, whose columns `load_data` finds by name."""
+    if data.problem.of_texts_alone:
+        for text in examples.texts:
+            yield _text_alone(text, data.problem)
     for text, label in zip(examples.texts, examples.labels):
         if data.problem.per_token:
             yield {"tokens": text, "tags": [data.labels[tag] for tag in label]}
@@ -91,3 +102,12 @@ def _records(examples: Examples, data: TextData) -> Iterable[dict[str, Any]]:
             yield {**columns, "labels": [name for name, has in zip(data.labels, label) if has]}
             continue
         yield {**columns, "label": label, **({} if data.problem is REGRESSION else {"label_text": data.labels[label]})}
+
+
+def _text_alone(text: Any, problem: Problem) -> dict[str, Any]:
+    if isinstance(text, Conversation):
+        return {"messages": text.messages}
+    if isinstance(text, str):
+        return {"text": text}
+    names = ("prompt", "completion") if problem is NEXT_WORDS else ("sentence1", "sentence2")
+    return dict(zip(names, text))

@@ -98,8 +98,8 @@ class Comparison:
         if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
             if data is None:
                 raise FastpeftError(
-                    "the protocol full chooses learning rates on rows with labels, and no variant has labels. Give "
-                    "variants their learning_rate, or choose the protocol quick."
+                    "the protocol full chooses learning rates on the rows of one objective, and the variants have "
+                    "several. Give those without labels their learning_rate, or choose the protocol quick."
                 )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
         self.running: dict[str, float] = {}
@@ -251,7 +251,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _check(cells: Iterable[Cell], option: str) -> TextData | None:
-    """The rows with labels that unfinished cells train on; None where no cell has labels.
+    """The rows that unfinished cells train on; where some have labels those, None where several objectives have none.
 
     Args:
         cells: what is to run.
@@ -279,7 +279,9 @@ def _check(cells: Iterable[Cell], option: str) -> TextData | None:
             raise FastpeftError(
                 f"the variant {cell.variant!r} cannot be used: {told_of(cell.variant, error)}{how}"
             ) from None
-    return next((data for (objective, *_), data in loaded.items() if objective is None), None)
+    labelled = [data for (objective, *_), data in loaded.items() if objective is None]
+    found = labelled or list(loaded.values())
+    return found[0] if len(found) == 1 or labelled else None
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:

@@ -1,7 +1,8 @@
-"""Statistics of accuracies: intervals, and paired tests of two methods.
+"""Statistics of accuracies and F1: intervals, and paired tests of two methods.
 
-All methods answer the same dev rows, so two are compared row by row, and seed by seed. Their answers are `right`
-`(seeds, rows)`: 1 where an answer was right, 0 where it was wrong.
+All methods answer the same dev rows, so two are compared row by row, and seed by seed. Their scores are `(seeds, rows)`
+and have the metric as their mean: of an accuracy 1 where an answer was right and 0 where it was wrong, else those of
+`row_scores`.
 """
 
 from __future__ import annotations
@@ -40,14 +41,32 @@ class Difference:
         return Difference(-self.mean, -self.high, -self.low, self.p, self.test)
 
 
-def interval(right: np.ndarray) -> tuple[float, float]:
-    """The interval of an accuracy for new rows and, with several seeds, for new seeds.
+def row_scores(above: Sequence[int], below: Sequence[int]) -> np.ndarray:
+    """What each row stands for in a metric `sum(above) / sum(below)`, `(rows,)`: its mean is the metric.
 
-    Wilson's with one seed. With S seeds and N rows the mean plus or minus t standard errors, whose square is
-    `var(seeds) / S + var(rows) / N` (variances of the means over the other), with Welch's degrees of freedom.
+    `m + (above - m below) / mean(below)`, the linear part of what leaving a row out changes (the delta method). Where
+    every `below` is 1 it is `above`.
+
+    Example:
+        >>> row_scores([2, 0, 4], [2, 2, 4]).tolist()
+        [0.9375, 0.1875, 1.125]
+    """
+    over, under = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if not under.any():
+        return np.zeros_like(over)
+    metric = over.sum() / under.sum()
+    return metric + (over - metric * under) / under.mean()
+
+
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """The interval of a metric for new rows and, with several seeds, for new seeds.
+
+    Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the mean plus or minus t standard errors,
+    whose square is `var(seeds) / S + var(rows) / N` (variances of the means over the other; one seed has none), with
+    Welch's degrees of freedom.
 
     Args:
-        right: `(seeds, rows)`, 0 or 1.
+        scores: `(seeds, rows)`.
 
     Example:
         >>> low, high = interval(np.array([[1] * 8 + [0] * 2]))
@@ -56,22 +75,22 @@ def interval(right: np.ndarray) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
-    seeds, rows = right.shape
-    if seeds == 1:
-        wilson = binomtest(int(right.sum()), rows).proportion_ci(1 - LEVEL, method="wilson")
+    seeds, rows = scores.shape
+    if seeds == 1 and _are_answers(scores):
+        wilson = binomtest(int(scores.sum()), rows).proportion_ci(1 - LEVEL, method="wilson")
         return float(wilson.low), float(wilson.high)
-    centre, half = float(right.mean()), _half_width(*_error(right))
+    centre, half = float(scores.mean()), _half_width(*_error(scores))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
-    With one seed McNemar's exact test: of the rows that only one answers rightly, half should be each method's. With
-    several the t test of the mean difference, whose standard error is that of `interval`.
+    With one seed of an accuracy McNemar's exact test: of the rows that only one answers rightly, half should be each
+    method's. Else the t test of the mean difference, whose standard error is that of `interval`.
 
     Args:
-        first, second: `(seeds, rows)`, 0 or 1.
+        first, second: `(seeds, rows)`.
     """
     from scipy.stats import binomtest, t
 
@@ -79,13 +98,19 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     mean = float(differences.mean())
     error, freedom = _error(differences)
     half = _half_width(error, freedom)
-    if len(differences) == 1:
+    if len(differences) == 1 and _are_answers(first) and _are_answers(second):
         better, worse = int((differences > 0).sum()), int((differences < 0).sum())
         p = binomtest(better, better + worse).pvalue if better + worse else 1.0
         return Difference(mean, mean - half, mean + half, float(p), "McNemar's exact test")
     statistic = abs(mean) / error if error else (math.inf if mean else 0.0)
     p = 2 * float(t.sf(statistic, freedom))
-    return Difference(mean, mean - half, mean + half, p, "t test over seeds and rows")
+    over = "rows" if len(differences) == 1 else "seeds and rows"
+    return Difference(mean, mean - half, mean + half, p, f"t test over {over}")
+
+
+def _are_answers(scores: np.ndarray) -> bool:
+    """Whether each is that of an answer, right or wrong."""
+    return bool(np.isin(scores, (0, 1)).all())
 
 
 def _error(values: np.ndarray) -> tuple[float, float]:

@@ -23,6 +23,8 @@ _LESS_IS_BETTER = (LOSS, "mse", "perplexity")
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
 _TINY = 1e-9  # the least probability that is a threshold
 
+ACCURACY = "accuracy"
+
 # what is measured beside the loss, by the names in `metrics.json`, in words
 TITLES = {
     "accuracy": "accuracy",
@@ -63,6 +65,8 @@ class Problem:
         per_token: whether tokens have labels, so that a row's outputs are `(T, outputs)`.
         loss: the mean over rows, or over labelled tokens, that training lowers, of the same outputs and labels. None:
             `score` has it.
+        tested: the metric that paired tests compare: `sum(a) / sum(b)` of two numbers a row. None: none has that form.
+        parts: those two numbers of every row, `(N, 2)`, of the same outputs and labels.
         digest: makes the outputs that `score` takes of logits `(B, T, words)` and labels `(B, T)`, where logits are too
             many to be kept. None: they are the logits.
     """
@@ -76,6 +80,8 @@ class Problem:
     score: Callable[[np.ndarray, np.ndarray, Sequence[str]], dict[str, float]]
     per_token: bool = False
     loss: Callable[[np.ndarray, np.ndarray], float] | None = None
+    tested: str | None = None
+    parts: Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray] | None = None
     digest: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -243,6 +249,8 @@ CLASSIFICATION = Problem(
     metrics=("accuracy", "f1", "matthews"),
     score=_from_scores("score_classes"),
     loss=_from_scores("cross_entropy"),
+    tested=ACCURACY,
+    parts=_from_scores("parts_of_classes"),
 )
 REGRESSION = Problem(
     name="regression",
@@ -264,6 +272,8 @@ TAGGING = Problem(
     score=_from_scores("score_tags"),
     per_token=True,
     loss=_from_scores("cross_entropy"),
+    tested="entity_f1",
+    parts=_from_scores("parts_of_entities"),
 )
 MULTI_LABEL = Problem(
     name="multi_label_classification",
@@ -274,6 +284,8 @@ MULTI_LABEL = Problem(
     metrics=("micro_f1", "macro_f1", "subset_accuracy", "ranking_precision"),
     score=_from_scores("score_labels"),
     loss=_from_scores("binary_cross_entropy"),
+    tested="micro_f1",
+    parts=_from_scores("parts_of_labels"),
 )
 MASKED_WORDS = Problem(
     name="masked_words",
@@ -284,6 +296,8 @@ MASKED_WORDS = Problem(
     metrics=("masked_accuracy", "perplexity"),
     score=_from_scores("score_words"),
     per_token=True,
+    tested="masked_accuracy",
+    parts=_from_scores("parts_of_words"),
     digest=_from_scores("digest_words"),
 )
 NEXT_WORDS = Problem(
@@ -295,6 +309,8 @@ NEXT_WORDS = Problem(
     metrics=("next_accuracy", "perplexity"),
     score=_from_scores("score_next_words"),
     per_token=True,
+    tested="next_accuracy",
+    parts=_from_scores("parts_of_words"),
     digest=_from_scores("digest_next_words"),
 )
 # what labels may be, by the short names

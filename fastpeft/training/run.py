@@ -47,7 +47,7 @@ from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
-from fastpeft.training.run_folder import CHOICES, CURVES, PREDICTIONS, TRAINED_ON, RunFolder
+from fastpeft.training.run_folder import CHOICES, CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task, compute_dtype, recipe_used
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -261,6 +261,9 @@ def _finish(
             if data.problem is CLASSIFICATION:
                 predictions = {"labels": data.dev.labels, "predictions": trainer.classes(task.dev_rows, threshold)}
                 files.write_json(staged / PREDICTIONS, predictions)
+            elif data.problem.tested is not None:
+                above, below = zip(*trainer.parts(task.dev_rows, threshold))
+                files.write_json(staged / ROW_SCORES, {"metric": data.problem.tested, "above": above, "below": below})
             title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
             draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, loss_title, shown)
             folder.close(metrics, staged)

@@ -8,6 +8,7 @@ adapter_* or model* and config.json, the tokenizer's files, prompt.json, README.
 adapter/          a part of the result: the adapter that trained beside a side network
 curves.json       what was logged while it trained, as pairs of step and value by name; curves.png shows it
 predictions.json  of classes: that of each dev row, by its label and by the result
+row_scores.json   of anything else: what each dev row adds to the metric that paired tests compare
 choices.json      which ways of computing were the fastest, timed; one that goes on takes the same
 logs/             what TensorBoard shows, where the run was to report to it
 trained_on.txt    a digest of each text that its weights were trained on, by the runs that it started from too
@@ -37,7 +38,7 @@ from fastpeft.version import __version__
 JOURNAL = "mezo.journal"  # of `fastpeft.mezo.journal`, which imports PyTorch
 CURVES = "curves.json"
 CHOICES = "choices.json"
-PREDICTIONS = "predictions.json"
+PREDICTIONS, ROW_SCORES = "predictions.json", "row_scores.json"
 LOGS = "logs"
 TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
@@ -73,6 +74,7 @@ _WRITTEN = (
     "curves.png",
     CURVES,
     PREDICTIONS,
+    ROW_SCORES,
     CHOICES,
     TRAINED_ON,
     "run.json",

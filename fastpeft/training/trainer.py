@@ -170,10 +170,13 @@ class RunTrainer(Trainer):
 
     def classes(self, rows: list[Row], threshold: float | None) -> list[int]:
         """The class that is answered for each of `rows`, which were measured last, by a threshold or the likeliest."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # as in `_by_length`
-        answers = self.problem.answers(self.problem.decided(self._outputs, threshold))
-        found = dict(zip(order, answers.tolist()))
-        return [found[index] for index in range(len(rows))]
+        return _as_given(rows, self.problem.answers(self.problem.decided(self._outputs, threshold)))
+
+    def parts(self, rows: list[Row], threshold: float | None) -> list[list[int]]:
+        """The `parts` of the problem's tested metric of each of `rows`, which were measured last."""
+        assert self.problem.parts is not None  # which is so where the problem has a tested metric
+        outputs = self.problem.decided(self._outputs, threshold)
+        return _as_given(rows, self.problem.parts(outputs, self._labels, self.labels))
 
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
         """Outputs and labels, as the problem scores them, of the rows that were measured last."""
@@ -318,3 +321,10 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 def _by_length(rows: list[Row]) -> list[Row]:
     """Rows in an order that pads little."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))
+
+
+def _as_given(rows: list[Row], values: np.ndarray) -> list[Any]:
+    """Values `(N, ...)` of rows in the order of `_by_length`, in that of the rows."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    found: list[Any] = values[np.argsort(order)].tolist()
+    return found

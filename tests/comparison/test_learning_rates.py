@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import pairs, scores, tagged, write_jsonl
+from samples import chats, completions, pairs, scores, tagged, write_jsonl
 
 from fastpeft import FastpeftError
 from fastpeft.comparison.learning_rates import rates, slice_sizes, take_slice, write_rows
 from fastpeft.data.examples import Examples, TextData, load_data
-from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
 
 
 def _data(folder: Path) -> Path:
@@ -58,6 +58,25 @@ def test_every_kind_of_rows_is_read_as_it_was(tmp_path: Path, rows: list[dict[st
     for part in (found.train, found.dev):
         for text, label in zip(part.texts, part.labels):
             assert known[repr(text)] == label
+
+
+@pytest.mark.parametrize("rows", [completions(30), chats(30), [{"text": f"a text {n}"} for n in range(30)]])
+def test_rows_without_labels_are_read_as_they_were(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    whole = load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)), problem_type="next_words")
+    write_rows(take_slice(whole, 12, 6), tmp_path / "slice")
+    found = load_data(str(tmp_path / "slice"), problem_type="next_words")
+    assert len(found.train) == 12
+    assert {*map(repr, found.train.texts), *map(repr, found.dev.texts)} <= {*map(repr, whole.train.texts)}
+
+
+def test_what_asks_the_same_is_on_one_side_of_a_slice() -> None:
+    texts = [(f"prompt {number // 4}", f"completion {number}") for number in range(40)]
+    data = TextData(Examples(texts, []), Examples(texts[:1], []), [], "rows", NEXT_WORDS)
+    found = take_slice(data, 18, 10)
+    asked, measured = ({prompt for prompt, _ in part.texts} for part in (found.train, found.dev))
+    assert (len(found.train), len(found.dev)) == (18, 10)
+    assert len(asked) == 5
+    assert not asked & measured
 
 
 def test_rates_and_sizes() -> None:

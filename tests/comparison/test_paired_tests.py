@@ -169,11 +169,11 @@ def test_the_least_difference_is_that_of_the_test(number: int) -> None:
     assert corrected(least) < significance.LEVEL <= corrected(least - 1)
 
 
-def test_without_classes_nothing_is_tested(tmp_path: Path) -> None:
+def test_without_scores_of_rows_nothing_is_tested(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": 100, "head": 100, "lora": 100})
     for cell in plan.results[1:]:
         (cell.folder.path / "predictions.json").unlink()
-    told = "no difference was tested: a paired test needs the classes that two finished variants predict."
+    told = "no difference was tested: a paired test needs two finished variants that kept what each dev row scored."
     assert first_lines(plan) == [f"siva, head and lora share the highest accuracy, 0.500; {told}"]
     assert len(tables(plan)) == 1
 
@@ -183,6 +183,29 @@ def test_variants_that_could_not_be_tested_are_not_counted(tmp_path: Path) -> No
     (plan.results[0].folder.path / "predictions.json").unlink()
     told = "No significant difference in accuracy among the 3 variants that could be tested on 200 dev rows; "
     assert first_lines(plan)[0].startswith(told)
+
+
+def test_another_metric_than_accuracy_is_tested(tmp_path: Path) -> None:
+    """F1 of entities, as sums of two numbers a row: the metric that is told is the one that was tested."""
+    plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["siva", "head", "lora"], seeds=1), "command")
+    plan.save()
+    for cell, above in zip(plan.results, (4, 2, 4)):
+        rows = [(above, 4)] * 150 + [(0, 0)] * 50
+        finish(cell, 100, 200.0, 100.0, problem_type="token_classification", word_f1=0.3, entity_f1=above / 4)
+        scores = {"metric": "entity_f1", "above": [a for a, _ in rows], "below": [b for _, b in rows]}
+        (cell.folder.path / "predictions.json").unlink()
+        (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
+    told, _ = first_lines(plan)
+    assert told == (
+        "siva and lora share the highest F1 of entities, 1.000; 2 of 3 pairs of variants differ significantly (Holm)."
+    )
+    text = document.markdown("", sections.report(plan, pictures=False))
+    assert "F1 of entities of every two variants, paired by dev row: a t test" in text
+    assert "| 0.300 | 0.500 (0.500 to 0.500) |" in text, "the interval is beside the metric that is tested"
+    (plan.results[1].folder.path / "row_scores.json").write_text(
+        json.dumps({"metric": "entity_f1", "above": [1], "below": [1]})
+    )
+    assert len(paired_tests.all_pairs(results.variants(plan.results))) == 1, "rows of another number are not paired"
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------

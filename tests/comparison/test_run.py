@@ -26,7 +26,7 @@ from fastpeft.comparison import run
 from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
-from fastpeft.data.problems import CLASSIFICATION, PROBLEMS, Problem
+from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, PROBLEMS, Problem
 from fastpeft.training.config import TrainConfig
 
 
@@ -147,6 +147,27 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_full_searches_on_rows_without_labels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Examples([(f"prompt {row // 2}", f"completion {row}") for row in range(30)], [])
+    data = TextData(rows, rows, [], "words", NEXT_WORDS)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
+    monkeypatch.setattr(run, "check_model", lambda model: None)
+    common = {"objective": "causal", "model": "decoder"}
+    full = CompareConfig(output="out", methods=["siva"], protocol="full", seeds=1, common=common)
+    assert compare(full).failed == {}
+    sliced = load_data("out/slice", problem_type="next_words")
+    assert (len(sliced.train), len(sliced.dev)) == (20, 10)
+    mixed = CompareConfig(
+        output="other",
+        methods=["siva:objective=causal", "siva:objective=mlm"],
+        protocol="full",
+        common={"model": "decoder"},
+    )
+    with pytest.raises(FastpeftError, match="the rows of one objective, and the variants have several"):
+        compare(mixed)
 
 
 @pytest.mark.usefixtures("stand_in")

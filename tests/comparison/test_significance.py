@@ -13,6 +13,7 @@ from fastpeft.comparison.significance import (
     holm,
     interval,
     lag,
+    row_scores,
     verdict,
     verdict_of_ranges,
 )
@@ -135,3 +136,28 @@ def test_lag_in_steps() -> None:
     assert lag([(0, 0.5), (30, 0.5)], fast) is None, "never above its start"
     falls = [(0, 0.5), (10, 0.4), (20, 0.8), (30, 0.6)]
     assert lag(falls, [(0, 0.5), (10, 0.8)], levels=1) == pytest.approx(10)
+
+
+def test_scores_of_rows_have_the_metric_as_their_mean_and_its_error() -> None:
+    """The standard error of their mean is that of F1 over resampled rows (bootstrap), within its own noise."""
+    generator = np.random.default_rng(0)
+    below = generator.integers(0, 6, 400)
+    above = generator.binomial(below, 0.4)
+    scores = row_scores(above, below)
+    assert scores.mean() == pytest.approx(above.sum() / below.sum())
+    again = generator.integers(0, 400, (4000, 400))
+    resampled = above[again].sum(1) / below[again].sum(1)
+    assert scores.std(ddof=1) / 20 == pytest.approx(resampled.std(), rel=0.05)
+    low, high = interval(scores[None])
+    assert (low, high) == pytest.approx(tuple(np.quantile(resampled, (0.025, 0.975))), abs=0.005)
+    assert np.array_equal(row_scores([1, 0, 1], [1, 1, 1]), [1, 0, 1])
+    assert not row_scores([0, 0], [0, 0]).any()
+
+
+def test_one_seed_of_other_scores_is_tested_by_t() -> None:
+    from scipy.stats import ttest_rel
+
+    first, second = np.random.default_rng(1).normal((0.1, 0.0), 1.0, (50, 2)).T
+    found = compare_pair(first[None], second[None])
+    assert found.p == pytest.approx(ttest_rel(first, second).pvalue)
+    assert found.test == "t test over rows"

@@ -13,18 +13,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, Interrupt, pairs, reviews, sampled, save_tiny_model, scores, tagged, write_csv, write_jsonl
+from samples import (
+    SMALL,
+    Interrupt,
+    pairs,
+    reviews,
+    sampled,
+    save_tiny_decoder,
+    save_tiny_model,
+    scores,
+    tagged,
+    write_csv,
+    write_jsonl,
+)
 from scipy.stats import pearsonr, spearmanr
 from transformers import TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.comparison.report.output import headline
 from fastpeft.console import measured
-from fastpeft.data.examples import Examples
+from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
+    MULTI_LABEL,
+    NEXT_WORDS,
     PROBLEMS,
     REGRESSION,
     TAGGING,
@@ -37,6 +51,7 @@ from fastpeft.data.problems import (
 )
 from fastpeft.data.scores import entities
 from fastpeft.training.evaluation import evaluate, predict
+from fastpeft.training.loading import load_run
 from fastpeft.training.task import encode
 
 LABELS = ("negative", "positive", "mixed")
@@ -373,3 +388,48 @@ def test_losses_are_those_of_training() -> None:
 @pytest.mark.parametrize("problem", [*PROBLEMS.values(), MASKED_WORDS], ids=lambda problem: problem.short)
 def test_a_pickle_is_the_problem_itself(problem: Problem) -> None:
     assert pickle.loads(pickle.dumps(problem)) is problem
+
+
+@pytest.mark.parametrize(
+    "problem", [CLASSIFICATION, TAGGING, MULTI_LABEL, MASKED_WORDS, NEXT_WORDS], ids=lambda p: p.short
+)
+def test_the_tested_metric_is_a_ratio_of_sums_over_rows(problem: Problem) -> None:
+    assert problem.tested is not None
+    assert problem.parts is not None
+    generator = np.random.default_rng(0)
+    names = ["O", "B-x", "I-x", "B-y"]
+    outputs = generator.normal(size=(30, 7, 4) if problem.per_token else (30, 4)).astype(np.float32)
+    labels = generator.integers(0, 4, outputs.shape[:-1])
+    if problem is MULTI_LABEL:
+        labels = generator.integers(0, 2, outputs.shape).astype(np.float32)
+    if problem.per_token:
+        labels[generator.random(labels.shape) < 0.3] = UNLABELLED
+        labels[0] = UNLABELLED  # a row that says nothing
+    if problem.digest is not None:
+        outputs = np.stack([generator.random(labels.shape), generator.integers(0, 2, labels.shape)], axis=-1)
+    above, below = problem.parts(outputs, labels, names).T
+    assert len(above) == 30
+    assert above.sum() / below.sum() == pytest.approx(problem.score(outputs, labels, names)[problem.tested])
+    assert above[:10].sum() / below[:10].sum() == pytest.approx(
+        problem.score(outputs[:10], labels[:10], names)[problem.tested]
+    ), "each row adds its own"
+
+
+@pytest.mark.parametrize("kind", ["tagging", "next_words"])
+def test_a_run_keeps_what_each_dev_row_scored_in_their_order(config: TrainConfig, tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"data": str(write_jsonl(tmp_path / "rows.jsonl", tagged(60))), "method": "head"}
+    if kind == "next_words":
+        rows = [{"prompt": "a b", "completion": " ".join("ab" * (1 + number % 5))} for number in range(40)]
+        rows = [{**row, "prompt": f"{row['prompt']} {number}"} for number, row in enumerate(rows)]
+        data, model = write_jsonl(tmp_path / "rows.jsonl", rows), save_tiny_decoder(tmp_path / "decoder")
+        changes = {"data": str(data), "model": str(model), "objective": "causal", "method": "lora"}
+    metrics = train(replace(config, **changes, max_steps=2)).metrics
+    kept = json.loads((tmp_path / "run" / "row_scores.json").read_text())
+    assert sum(kept["above"]) / max(1, sum(kept["below"])) == pytest.approx(metrics[kept["metric"]])
+    assert len(kept["below"]) == metrics["dev_rows"]
+    if kind == "next_words":
+        run = load_run(tmp_path / "run")
+        dev = load_data(str(tmp_path / "rows.jsonl"), problem_type="next_words").dev
+        rows = encode(run.classifier.tokenizer, dev, 512, None, NEXT_WORDS)
+        assert kept["below"] == [sum(label != UNLABELLED for label in row["labels"]) for row in rows]
+        assert len({*kept["below"]}) > 1

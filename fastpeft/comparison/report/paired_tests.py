@@ -1,4 +1,4 @@
-"""Paired tests: whether the accuracies of any two variants differ significantly."""
+"""Paired tests: whether the metrics of any two variants differ significantly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import combinations
 from fastpeft.comparison import significance
 from fastpeft.comparison.report.document import Block, Heading, Table, Text
 from fastpeft.comparison.report.results import Variant, main_metric
-from fastpeft.data.problems import TITLES
+from fastpeft.data.problems import ACCURACY, TITLES
 
 _FEW_ROWS = 200  # below it an accuracy of 0.8 is good to ± 0.055 or worse
 _NAMED = 3  # the most variants that a part of the verdict names
@@ -20,10 +20,10 @@ _LISTED = 15  # the most pairs, of six variants, that have a row each
 
 @dataclass(frozen=True)
 class Pair:
-    """Two variants and the paired test of their accuracies.
+    """Two variants and the paired test of their metric.
 
     Attributes:
-        first, second: the variants, the first with the higher accuracy or the same.
+        first, second: the variants, the first with the higher value or the same.
         difference: how far the first is above the second.
         p: its p value, corrected for the number of pairs (Holm).
         seeds: the number of training seeds; 0 where neither was trained.
@@ -44,7 +44,7 @@ class Pair:
 
 
 def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
-    """The paired test of every two variants whose predictions were kept, p corrected for their number (Holm)."""
+    """The paired test of every two variants whose scores of rows were kept, p corrected for their number (Holm)."""
     found = []
     for one, other in combinations(compared, 2):
         if tested := one.above(other):
@@ -58,13 +58,17 @@ def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
 
 def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
     """One sentence: which variant is best, with how much memory, and above which others significantly."""
-    metric = main_metric(compared)
-    scores = {v.name: plain.mean(v.values(metric.key)) for v in compared if v.values(metric.key)} if metric else {}
+    main = main_metric(compared)
+    metric = _metric(tested) if tested else main.key if main else ""
+    scores = {variant.name: plain.mean(values) for variant in compared if (values := variant.values(metric))}
     best = [name for name, score in scores.items() if math.isclose(score, max(scores.values()))]
-    title = TITLES[metric.key] if metric else ""
+    title = TITLES.get(metric, "")
     if not tested:
         lead = f"{_highest(compared, best, scores, title)}; no" if best else "No"
-        return f"{lead} difference was tested: a paired test needs the classes that two finished variants predict."
+        return (
+            f"{lead} difference was tested: a paired test needs two finished variants that kept what each dev row "
+            "scored."
+        )
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
     found = [pair for pair in tested if pair.significant]
     if not found:
@@ -73,7 +77,7 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
             these = f"among {'these' if len(names) == len(compared) else 'the'} {len(names)} variants"
             these += "" if len(names) == len(compared) else " that could be tested"
         return (
-            f"No significant difference in accuracy {these} on {_rows(tested):,} dev rows; "
+            f"No significant difference in {title} {these} on {_rows(tested):,} dev rows; "
             f"{_highest(compared, best, scores)}."
         )
     told = [_highest(compared, best, scores, title)]
@@ -121,13 +125,14 @@ def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
 def limits(tested: Sequence[Pair]) -> str:
     """What the tests cannot show because of one seed or few rows; empty where there are enough of both."""
     told = []
+    answers = bool(tested) and _metric(tested) == ACCURACY
     if any(pair.seeds == 1 for pair in tested):
         told.append(
             "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds "
             "3 or more."
         )
     if tested and (rows := _rows(tested)) < _FEW_ROWS:
-        if all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
+        if answers and all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
             least = _least_rows(len(tested)) / rows
             size = f" below {math.floor(100 * least) / 100:.2f}" if least <= 1 else ""
             told.append(f"On {rows} dev rows no difference{size} can be significant.")
@@ -140,10 +145,14 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
     """The section on the pairs: a row each, or a matrix where they are many."""
     if not tested:
         return
+    title = TITLES[_metric(tested)]
+    test = "a t test whose error counts seeds and rows; one seed counts rows alone."
+    if _metric(tested) == ACCURACY:
+        test = "McNemar's exact test with one seed, else a t test whose error counts seeds and rows."
     yield Heading("Paired tests")
     yield Text(
-        "Accuracy of every two variants, paired by dev row: McNemar's exact test with one seed, else a t test whose "
-        f"error counts seeds and rows. p by Holm is corrected for all {len(tested):,} pairs; a difference is "
+        f"{title[0].upper()}{title[1:]} of every two variants, paired by dev row: {test} "
+        f"p by Holm is corrected for all {len(tested):,} pairs; a difference is "
         f"significant where that is below {significance.LEVEL:g}. Without a significant difference two variants may "
         "still differ: the rows and seeds do not show it."
     )
@@ -176,7 +185,11 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
 
 
 def _rows(tested: Sequence[Pair]) -> int:
-    return len(next(iter(tested[0].first.answers.values())))
+    return len(next(iter(tested[0].first.row_scores.values())))
+
+
+def _metric(tested: Sequence[Pair]) -> str:
+    return tested[0].first.tested or ""
 
 
 def _least_rows(pairs: int) -> int:

@@ -13,10 +13,9 @@ import numpy as np
 from fastpeft.comparison import significance, suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report.document import Table
-from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
+from fastpeft.data.problems import ACCURACY, CLASSIFICATION, TITLES, get_problem
 
 MARK = "†"  # after the name of a variant with a warning
-ACCURACY = "accuracy"  # the metric that has an interval, as a mean over rows
 
 
 @dataclass(frozen=True)
@@ -115,29 +114,39 @@ class Variant:
         """By seed, whether the class of each dev row was predicted `(rows,)`; empty where that was not kept."""
         return {seed: np.equal(found["labels"], found["predictions"]) for seed, found in self._predictions.items()}
 
+    @cached_property
+    def tested(self) -> str | None:
+        """The metric that has an interval and paired tests; None where no scores of rows were kept."""
+        return next((found[0] for cell in self.cells if (found := cell.row_scores())), None)
+
+    @cached_property
+    def row_scores(self) -> dict[int | None, np.ndarray]:
+        """By seed, what each dev row stands for in the tested metric `(rows,)`; empty where that was not kept."""
+        return {cell.seed: found[1] for cell in self.cells if (found := cell.row_scores())}
+
     @property
     def labels(self) -> np.ndarray:
         """The class of each dev row `(rows,)`, where predictions were kept."""
         return np.array(next(iter(self._predictions.values()))["labels"])
 
     def interval(self) -> tuple[float, float] | None:
-        """The interval of its accuracy; None where predictions were not kept."""
-        answers = list(self.answers.values())
-        return significance.interval(np.stack(answers)) if answers else None
+        """The interval of its tested metric; None where it has none, or seeds were measured on different rows."""
+        scores = list(self.row_scores.values())
+        return significance.interval(np.stack(scores)) if len({each.shape for each in scores}) == 1 else None
 
     def above(self, other: Variant) -> tuple[significance.Difference, int] | None:
-        """How far its accuracy is above another's, paired by dev row and seed, and the number of seeds.
+        """How far its tested metric is above another's, paired by dev row and seed, and the number of seeds.
 
-        A variant without seeds is paired with every seed of the other. None where predictions were not kept.
+        A variant without seeds is paired with every seed of the other. None where either has no such metric, or they
+        have different ones or other rows, as `max_length` leaves some out.
         """
-        ours, theirs = self.answers, other.answers
-        seeds = [
-            seed for seed in {**ours, **theirs} if all({seed, None} & answers.keys() for answers in (ours, theirs))
-        ]
-        if not seeds:
+        ours, theirs = self.row_scores, other.row_scores
+        seeds = [seed for seed in {**ours, **theirs} if all({seed, None} & scores.keys() for scores in (ours, theirs))]
+        shapes = {scores.shape for scores in (*ours.values(), *theirs.values())}
+        if not seeds or self.tested != other.tested or len(shapes) > 1:
             return None
         first, second = (
-            np.stack([answers[seed if seed in answers else None] for seed in seeds]) for answers in (ours, theirs)
+            np.stack([scores[seed if seed in scores else None] for seed in seeds]) for scores in (ours, theirs)
         )
         return significance.compare_pair(first, second), len(seeds) - (None in seeds)
 
@@ -231,8 +240,8 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
 
 
 def show(variant: Variant, column: Column) -> str:
-    """A variant's value in a column; an accuracy has its interval where that is known."""
+    """A variant's value in a column; the tested metric has its interval."""
     values = variant.values(column.key)
-    if column.key == ACCURACY and values and (ends := variant.interval()):
+    if column.key == variant.tested and values and (ends := variant.interval()):
         return f"{plain.mean(values):.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
     return column.show(values)

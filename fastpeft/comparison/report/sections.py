@@ -14,7 +14,6 @@ from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import classes, figures, mistakes, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
 from fastpeft.comparison.report.results import (
-    ACCURACY,
     Variant,
     columns,
     main_metric,
@@ -115,7 +114,7 @@ def _trade_off(compared: Sequence[Variant]) -> Iterator[Block]:
             variant.name,
             plain.mean(memory),
             plain.mean(scores),
-            variant.interval() if metric.key == ACCURACY else None,
+            variant.interval() if metric.key == variant.tested else None,
             1000 / plain.mean(speeds) if (speeds := variant.values("samples_per_second")) and min(speeds) > 0 else None,
             [f"{column.title}: {show(variant, column)}" for column in shown if variant.values(column.key)],
         )
@@ -193,8 +192,8 @@ def _rates(plan: Plan) -> Iterator[Block]:
         yield Heading("Learning rates")
         yield Text(
             "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part. "
-            "The best rate is taken where it beats the recipe's, the first, by a paired test (McNemar's, p corrected "
-            "for the number of other rates); else the recipe's."
+            "The best rate is taken where it beats the recipe's, the first, by a paired test (p corrected for the "
+            "number of other rates); else the recipe's."
         )
         if at_the_edge:
             yield Strong(
@@ -279,8 +278,8 @@ def _where_and_how(plan: Plan, compared: Sequence[Variant]) -> Iterator[Block]:
         )
     if any(variant.interval() for variant in compared):
         notes.append(
-            "In brackets: the 95 % interval, for new rows with one seed (Wilson's), for new rows and seeds with "
-            "several."
+            "In brackets: the 95 % interval, for new rows with one seed (of an accuracy Wilson's), for new rows and "
+            "seeds with several."
         )
     if any(len(variant.cells) > 1 for variant in compared):
         notes.append("±: the standard deviation of one seed (of a sample) around the mean.")
