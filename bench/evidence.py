@@ -1,15 +1,23 @@
-"""The evidence: every method on a pretrained model of RoBERTa-base's size, on SST-2, TREC and WNUT17, three seeds each.
+"""The evidence: every method on pretrained models, three seeds each.
+
+An encoder of RoBERTa-base's size on SST-2, TREC and WNUT17, and a decoder on E2E:
 
     python -m bench.pretrained mpnet models/mpnet
+    python -m bench.pretrained smollm2 models/smollm2
     python -m bench.evidence sst2 models/mpnet path/to/sst2 runs/evidence
     python -m bench.evidence trec models/mpnet path/to/trec runs/evidence
     python -m bench.evidence wnut17 models/mpnet path/to/wnut17 runs/evidence
+    python -m bench.evidence e2e models/smollm2 path/to/e2e runs/evidence
 
 Each is a comparison in `runs/evidence/TASK` and runs a whole seed before the next. What has finished is kept in
 `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also on another
 machine. The report is copied to `docs/results/base-TASK`. Every cell computes in float32. The rows to measure on are
 the dev and the test part together (SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them.
-SST-2 trains on 20,000 of its phrases. Learning rates are those of the recipes.
+SST-2 trains on 20,000 of its phrases. Learning rates are those of the recipes, but for side networks beside a decoder.
+
+E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
+all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and
+after, is how much was forgotten. Both go into the cell's `test.json`.
 """
 
 from __future__ import annotations
@@ -19,22 +27,35 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from bench.harness import DATA
-from fastpeft import CompareConfig, compare
+from fastpeft import CompareConfig
+from fastpeft.comparison.cells import CELLS, Cell
+from fastpeft.comparison.executors import Ended
 from fastpeft.comparison.learning_rates import take_slice, write_rows
+from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows
-from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
 from fastpeft.support.files import read_json, write_json, write_text
+from fastpeft.training.generation import Writer, measure_said
+from fastpeft.training.loading import load_run
 
 KEPT = DATA / "evidence"
 PAGES = DATA.parents[1] / "docs" / "results"
 SEEDS = 3
 ROWS = 20_000  # of SST-2's phrases
-_PARTS = ("run", "curves", "predictions", "metrics")  # files of a cell; the last marks it as finished
+_PARTS = ("run", "curves", "predictions", "row_scores", "test", "metrics")  # of a cell; the last marks it as finished
+_MEASURED = "test.json"
+_GENERAL = 32, 128  # stretches of general text, and tokens of each
 _NO_CURVE = 1_000_000  # steps between two points of the dev curve: it would take as long as the training
 
 
@@ -62,13 +83,57 @@ def wnut17(source: Path, folder: Path) -> None:
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def e2e(source: Path, folder: Path) -> None:
+    """Meanings as prompts and what people wrote of them; rows of a meaning follow each other, and stay together."""
+    parts = {}
+    for name in ("valid", "test"):
+        lines = (source / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        pairs = (line.split("||") for line in lines if line.strip())
+        parts[name] = [{"prompt": f"{meaning.strip()}\n", "completion": said.strip()} for meaning, said in pairs]
+    rows = parts.pop("valid")
+    cut = 9 * len(rows) // 10
+    while rows[cut]["prompt"] == rows[cut - 1]["prompt"]:
+        cut += 1
+    for name, part in (("train", rows[:cut]), ("dev", rows[cut:]), *parts.items()):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+
+
+def said(cell: Path, rows: Path) -> dict[str, float]:
+    """BLEU and ROUGE-L of a finished cell on the test part; the cross-entropy of general text before it and after."""
+    run = load_run(cell)
+    test = load_rows(str(rows / "test.jsonl"), [], NEXT_WORDS)
+    return {
+        **measure_said(Writer(run), test.texts),
+        "general_loss_before": _loss_of_base(run.config.model),
+        "general_loss": _general_loss(run.classifier.model, run.classifier.tokenizer),
+    }
+
+
+@cache
+def _loss_of_base(model: str) -> float:
+    return _general_loss(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+
+
+@torch.inference_mode()
+def _general_loss(model: Any, tokenizer: Any) -> float:
+    """The cross-entropy, in nats a token, of stretches of Python's own reference, spread evenly over it."""
+    stretches, length = _GENERAL
+    tokens = torch.tensor(tokenizer("\n".join(topics.values()))["input_ids"])
+    starts = torch.linspace(0, len(tokens) - length, stretches).long()
+    rows = tokens[starts[:, None] + torch.arange(length)]
+    model.eval()
+    losses = [cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:]) for row in rows]
+    return float(torch.stack(losses).mean())
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """A task: what writes its rows, and what `CompareConfig` is given."""
+    """A task: what writes its rows, what `CompareConfig` is given, and what is measured of a finished cell."""
 
     rows: Callable[[Path, Path], None]
     given: dict[str, Any]
     common: dict[str, Any] = field(default_factory=dict)
+    test: Callable[[Path, Path], dict[str, float]] | None = None
 
 
 _METHODS = (
@@ -85,10 +150,24 @@ _METHODS = (
     "bitfit",
     "head",
 )
+_WIDE = ":rank=8:targets=all-linear"
+_SPEAKING = (
+    f"siva{_WIDE}",
+    f"lora{_WIDE}",
+    "k-lst:window=9:learning_rate=0.01",
+    "lst:learning_rate=0.01",
+    "last-n",
+    "full",
+    f"pissa{_WIDE}",
+    f"siva{_WIDE}:residual_dtype=nf4",
+    f"qlora{_WIDE}",
+    "mezo",
+)
 TASKS = {
     "sst2": Evidence(sst2, {"suite": "table1"}, {"epochs": 1}),
     "trec": Evidence(trec, {"methods": _METHODS}, {"epochs": 3}),
     "wnut17": Evidence(wnut17, {"methods": _METHODS}, {"epochs": 3}),
+    "e2e": Evidence(e2e, {"methods": _SPEAKING}, {"objective": "causal", "epochs": 1}, said),
 }
 
 
@@ -159,12 +238,32 @@ def gather(
     places = {"model": str(Path(model).resolve()), "data": str(data.resolve())}
     restore(kept / task, folder / "comparison", places)
     fixed = {**places, "bf16": False, "eval_steps": _NO_CURVE, **evidence.common, **common}
+
+    def finish(cells: Path) -> None:
+        for cell in cells.glob("*/metrics.json"):
+            if evidence.test and not (cell.parent / _MEASURED).is_file():
+                write_json(cell.parent / _MEASURED, evidence.test(cell.parent, data))
+        keep(cells.parent, kept / task)
+
     for count in range(1, seeds + 1):
+        config = CompareConfig(output=str(folder / "comparison"), seeds=count, common=fixed, **evidence.given)
         try:
-            compare(CompareConfig(output=str(folder / "comparison"), seeds=count, common=fixed, **evidence.given))
+            finish(folder / "comparison" / CELLS)
+            Keeping(config, finish).run()
         finally:
-            keep(folder / "comparison", kept / task)
             publish(folder / "comparison", pages / f"base-{task}", places)
+
+
+class Keeping(Comparison):
+    """A comparison that lets a function look at the cells' folder after each of them."""
+
+    def __init__(self, config: CompareConfig, finish: Callable[[Path], None]) -> None:
+        super().__init__(config, f"fastpeft.compare({config})")
+        self._finish = finish
+
+    def _end(self, cell: Cell, ended: Ended) -> None:
+        super()._end(cell, ended)
+        self._finish(cell.folder.path.parent)
 
 
 def main() -> None:

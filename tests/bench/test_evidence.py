@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from samples import reviews, save_tiny_model
+from samples import reviews, save_tiny_decoder, save_tiny_model
 
 from bench import evidence
 from fastpeft.data.examples import load_data
+from fastpeft.support.files import read_json
 
 
 def _table(file: Path, column: str, rows: int) -> None:
@@ -53,3 +55,32 @@ def test_rows_of_each_task(tmp_path: Path) -> None:
         found = load_data(str(folder))
         assert (len(found.train), len(found.dev)) == (30, measured)
     assert found.dev.texts[0] == ["a", "b c"]
+    _meanings(tmp_path)
+    (tmp_path / "e2e").mkdir()
+    evidence.e2e(tmp_path, tmp_path / "e2e")
+    found = load_data(str(tmp_path / "e2e"), problem_type="next_words")
+    assert (len(found.train), len(found.dev)) == (28, 2), "no meaning is in both parts"
+    assert found.train.texts[0] == ("meaning 0\n", "it is said 0 .")
+
+
+def _meanings(folder: Path) -> None:
+    for part, rows in (("valid", 30), ("test", 4)):
+        lines = [f"meaning {row // 2}||it is said {row} . \n" for row in range(rows)]
+        (folder / f"{part}.txt").write_text("".join(lines))
+
+
+def test_a_decoder_is_asked_all_of_the_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _meanings(tmp_path)
+    monkeypatch.setitem(
+        evidence.TASKS, "e2e", replace(evidence.TASKS["e2e"], given={"methods": ["lst:learning_rate=0.01"]})
+    )
+    model = save_tiny_decoder(tmp_path / "model")
+    evidence.gather(
+        "e2e", str(model), tmp_path, tmp_path / "one", 1, tmp_path / "kept", tmp_path / "pages", max_steps=2
+    )
+    (kept,) = (tmp_path / "kept" / "e2e").iterdir()
+    measured = read_json(kept)["test"]
+    assert measured["prompts"] == 2
+    assert 0 <= measured["bleu"] <= 100
+    assert measured["general_loss"] == pytest.approx(measured["general_loss_before"], rel=0.2)
+    assert measured["general_loss"] != measured["general_loss_before"]
