@@ -208,6 +208,11 @@ class TrainConfig:
         unset="128, of next words 512, or the model's limit where that is less",
         metavar="N",
     )
+    packing: bool = option(
+        TRAINING,
+        "With the objective causal, join short texts to rows of `max_length` tokens; each still reads itself alone",
+        False,
+    )
     seed: int = option(
         TRAINING, "Decides the new head, the order of rows and dropout", 0, most=_HIGHEST_SEED, metavar="N"
     )
@@ -343,6 +348,12 @@ class TrainConfig:
         for name in FOR_LABELS:
             if self.objective is not None and getattr(self, name) is not None:
                 self._refuse(name, f"the objective {self.objective!r} learns from the texts alone. Leave out either.")
+        if self.packing and self.objective != "causal":
+            self._refuse("packing", "only texts of the objective causal can be joined. Leave it out.")
+        if self.packing and method.frozen_features:
+            self._refuse(
+                "packing", "a side network cannot tell joined texts apart. Leave it out, or choose siva or lora."
+            )
         if self.metric is not None and self.metric not in (LOSS, *TITLES):
             close = did_you_mean(self.metric, (LOSS, *TITLES))
             self._refuse(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastpeft.data.packed_rows import POSITIONS, texts_of
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support.launcher import launched
@@ -133,7 +134,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         parameters=total,
         steps=total_steps(arguments, len(task.train_rows)),
         rows=task.setup.rows_trained(len(task.train_rows)),
-        train_rows=len(task.train_rows),
+        train_rows=sum(map(texts_of, task.train_rows)),
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
         recipe=recipe_used(arguments),
@@ -226,6 +227,10 @@ def simulated_peak_mb(task: Task, arguments: TrainingArguments, tokens: int) -> 
         batch["labels"] = batch["labels"].float()
     if problem is MULTI_LABEL:
         batch["labels"] = torch.zeros(rows, len(task.data.labels), device=device)
+    if POSITIONS in task.train_rows[0]:  # of two texts, so that the step keeps a mask that tells texts apart
+        del batch["attention_mask"]
+        half = torch.arange(tokens, device=device) % max(1, tokens // 2)
+        batch[POSITIONS] = half.expand(shape)
     if "mask_positions" in task.train_rows[0]:
         batch["mask_positions"] = torch.zeros(rows, dtype=torch.long, device=device)
     try:

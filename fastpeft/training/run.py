@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from fastpeft.data import pitfalls
 from fastpeft.data.examples import count_labels, labels_in_words
 from fastpeft.data.models import resolve_model
+from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
@@ -362,7 +363,7 @@ def _metrics(
         "best_step": chosen,
         "threshold": threshold,
         "threshold_rows": len(task.apart_rows) or None,
-        "train_rows": len(task.train_rows),
+        "train_rows": sum(map(texts_of, task.train_rows)),
         "dev_rows": len(task.dev_rows),
         "trainable_parameters": trainable,
         "parameters": total,

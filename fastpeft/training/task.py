@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForTokenClassification, TrainingArguments, get_scheduler, set_seed
 from transformers.utils import is_liger_kernel_available
 
-from fastpeft.data import next_words
+from fastpeft.data import next_words, packed_rows
 from fastpeft.data.examples import Examples, Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
+from fastpeft.data.packed_rows import PackedCollator
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
@@ -61,7 +62,7 @@ class Task:
         tokenizer: the model's tokenizer.
         data: texts and labels.
         train_rows, dev_rows: the texts as tokens, not padded; where masked words are learned, they are hidden in the
-            dev rows and not yet in the others.
+            dev rows and not yet in the others; with `packing` those to train on are joined.
         apart_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
     """
@@ -105,6 +106,9 @@ class Task:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
         model = prepare(classifier, setup)
+        if config.packing:
+            packed_rows.keep_apart(model, train_rows, str(config.model))
+            train_rows = packed_rows.pack(train_rows, max_length)
         if data.problem.of_texts_alone and can_fuse_head(model):
             fuse_head(model)
         if best_device() == "cpu":
@@ -414,6 +418,8 @@ def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]
 
 def collator(tokenizer: Any, problem: Problem, pad_to_multiple_of: int | None = None) -> Any:
     """What makes a batch of rows of `encode`."""
+    if problem is NEXT_WORDS:
+        return PackedCollator(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
     kind = DataCollatorForTokenClassification if problem.per_token else PromptCollator
     return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
+from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import LOSS, MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import NotFiniteError
 from fastpeft.methods.method import Optimization
@@ -197,9 +198,8 @@ class RunTrainer(Trainer):
         return scores
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows, tokens = inputs["input_ids"].shape
-        self.samples_seen += rows * self.ranks.size
-        self.longest_seen = max(self.longest_seen, tokens)
+        self.samples_seen += texts_of(inputs) * self.ranks.size
+        self.longest_seen = max(self.longest_seen, inputs["input_ids"].shape[1])
         return self._step(model, inputs, *args, **kwargs)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
