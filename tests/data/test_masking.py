@@ -272,7 +272,9 @@ def test_a_comparison_chains_them(config: TrainConfig, place: Path, tmp_path: Pa
     Comparison(made)  # accepts the cells' rows
 
 
-def test_a_comparison_searches_rates_where_there_are_labels_or_none(config: TrainConfig, place: Path, tmp_path: Path) -> None:
+def test_a_comparison_searches_rates_where_there_are_labels_or_none(
+    config: TrainConfig, place: Path, tmp_path: Path
+) -> None:
     words = "k-lst:objective=mlm:learning_rate=0.001"
     common = {"model": config.model, "data": str(place / "reviews.csv"), "window": 3}
     chained = CompareConfig(
