@@ -20,6 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import saving
 from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
@@ -31,7 +32,7 @@ from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
-from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, choose_source
+from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, check_positions, choose_source
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.processes import agreed
 
@@ -133,7 +134,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if can_fuse_head(base):
             fuse_head(base)
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
-        self._gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
+        self.gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -148,6 +149,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
     def init_weights(self) -> None:
         """Nothing: the base comes initialised, and the side network's layers initialise themselves."""
+
+    @property
+    def base_model(self) -> Any:
+        """The base; beside a decoder a pass without its head of words, see `fastpeft.ladder.body`."""
+        return Body(self) if self._generates else super().base_model
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's decoder to words; None where it has none."""
+        return self.backbone.decoder
 
     def get_input_embeddings(self) -> nn.Module:
         if self.backbone.plain:
@@ -231,6 +241,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
+            check_positions(position_ids, attention_mask)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -250,11 +261,11 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         step = past > 0 and text is not None and text.shape[1] == 1
-        run = self._new_side_run(attention_mask, bool(output_hidden_states), cache, step)
+        run = self.new_side_run(attention_mask, bool(output_hidden_states), cache, step)
         arguments = {} if plain else self.backbone.arguments(given)
         # features of tokens that follow others are those of no row
         source = self._source or choose_source(self.feature_cache if cache is None else None, arguments)
-        with LadderPass(self.backbone, run, arguments, self._gradients_from).around_base(source):
+        with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
             outputs = self.base(inputs) if plain else self.base(**arguments, return_dict=True)
         if plain:
             check_told(self.config.causal, self.base, outputs)
@@ -285,7 +296,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             )
         return past_key_values
 
-    def _new_side_run(
+    def new_side_run(
         self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
     ) -> SideRun:
         """A new pass of the side network, with what it drops drawn from torch's random state."""

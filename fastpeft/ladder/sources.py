@@ -145,3 +145,17 @@ def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
             f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
             f"{tuple(tokens)}, with 1 for tokens and 0 for padding; cached tokens count too."
         )
+
+
+def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raise `FastpeftError` where positions begin anew within a row without a mask: texts that were joined.
+
+    The backbone would keep these apart, and the side network, whose masks are of tokens alone, would not.
+    """
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return
+    if (position_ids.diff(dim=-1) != 1).any():
+        raise FastpeftError(
+            "position_ids begin anew within a row and there is no attention_mask: these are joined texts, which a side "
+            "network cannot tell apart. Give each a row of its own (packing=False)."
+        )

@@ -14,7 +14,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from tokenizers_for_prompts import make_tokenizer
 
-from fastpeft import SivaConfig
+from fastpeft import FastpeftError, LadderConfig, LadderModel, SivaConfig
 
 trl = pytest.importorskip("trl", reason="the extra `integrations` is not installed")
 
@@ -123,3 +123,64 @@ def test_the_first_reward_is_zero(method: str, start: str, tmp_path: Path) -> No
     assert first
     assert set(first.values()) == {0.0}
     assert 0.0 not in second.values()
+
+
+# -- side networks -----------------------------------------------------------------------------------------------------
+
+
+def beside(model: Any) -> LadderModel:
+    torch.manual_seed(0)
+    return LadderModel(model, LadderConfig(window_size=3, reduction_factor=2))
+
+
+def sft(model: Any, folder: Path, **changes: Any) -> trl.SFTTrainer:
+    texts = [prompt + word for prompt in PROMPTS for word in GOOD]
+    return trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(folder / "sft"), **{"max_length": 32, **SHARED, **changes}),
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointed"])
+def test_sft_trains_a_side_network_as_the_trainer_does(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """TRL computes the loss from hidden states: it and the gradients are those of the model's own loss."""
+    trainer = sft(beside(base()), tmp_path, **changes)
+    batch = next(iter(trainer.get_train_dataloader()))
+    own = beside(base())
+    own(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+    trainer.model(**batch, fused_lm_head=True).loss.backward()
+    compared = 0
+    for (name, parameter), other in zip(trainer.model.named_parameters(), own.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+            compared += 1
+    assert compared > 10
+    trainer.model.zero_grad()
+    trainer.train()
+    assert not torch.allclose(logits(trainer.model), logits(base()), atol=1e-3)
+    trainer.save_model(str(tmp_path / "side"))
+    assert torch.equal(logits(LadderModel.from_pretrained(tmp_path / "side", base=base())), logits(trainer.model))
+
+
+@pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_joined_texts_are_refused_beside_a_side_network(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(FastpeftError, match="a side network cannot tell"):
+        sft(beside(base()), tmp_path, **changes).train()
+    with pytest.raises(FastpeftError, match="position_ids begin anew within a row"):
+        beside(base())(input_ids=torch.tensor([[3, 4, 5, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
+
+
+def test_a_head_that_changes_its_logits_is_refused(tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    with pytest.raises(FastpeftError, match="the Gemma2ForCausalLM changes its logits"):
+        sft(beside(transformers.Gemma2ForCausalLM(config)), tmp_path).train()

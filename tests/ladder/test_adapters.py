@@ -71,7 +71,7 @@ def test_gradients_are_those_of_a_backbone_that_runs_with_gradients_throughout()
     model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
     found = {name: p.grad.clone() for name, p in trainable(model).items()}
     model.zero_grad()
-    model._gradients_from = 0
+    model.gradients_from = 0
     model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
     assert found.keys() > model.adapters.keys()
     for name, gradient in found.items():

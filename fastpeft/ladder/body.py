@@ -1,0 +1,73 @@
+"""A pass of a `LadderModel` without its head of words, for trainers that compute losses from states, as TRL's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.sources import LadderPass, check_mask, check_positions, choose_source
+
+# what a configuration has where logits are not the plain product of states and the head; a trainer that reads a
+# `LadderConfig` finds none of it
+_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+class Body:
+    """What a `LadderModel` beside a decoder has as `base_model`: called, it makes the states that the head reads.
+
+    Args:
+        ladder: the model.
+
+    Attributes:
+        base_model: the base.
+    """
+
+    def __init__(self, ladder: Any) -> None:
+        self.base_model = ladder.base
+        self._ladder = ladder
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **of_joined_texts: Any,
+    ) -> Any:
+        """The base's output without its head, whose `last_hidden_state` `(B, T, d)` has the side network in it.
+
+        Raises:
+            FastpeftError: the head does more than a product, texts are joined, or as `LadderModel.forward`.
+        """
+        if of_joined_texts:
+            raise FastpeftError(
+                f"a pass without the head got {', '.join(of_joined_texts)}. Where texts are joined, leave that out "
+                "(packing=False, padding_free=False): a side network cannot tell them apart."
+            )
+        ladder = self._ladder
+        core = ladder.backbone.core
+        text = core.config.get_text_config()
+        if changed := [name for name in _OF_LOGITS if getattr(text, name, None) not in (None, 1)]:
+            raise FastpeftError(
+                f"the {type(core).__name__} changes its logits ({changed[0]}), which a trainer that computes them from "
+                "hidden states does not know of a LadderModel. Train it by transformers' Trainer or fastpeft train."
+            )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        source = input_ids if input_ids is not None else inputs_embeds
+        if source is None:
+            raise FastpeftError("a pass needs input_ids or inputs_embeds. Give one.")
+        check_mask(attention_mask, (source.shape[0], source.shape[1]))
+        check_positions(position_ids, attention_mask)
+        inputs = ladder.backbone.inputs(given)
+        run = ladder.new_side_run(attention_mask, keep_states=False)
+        read = LadderPass(ladder.backbone, run, inputs, ladder.gradients_from)
+        with read.around_base(choose_source(ladder.feature_cache, inputs)):
+            return ladder.backbone.body(**inputs, return_dict=True)
