@@ -7,7 +7,8 @@ fill their batch, so attention has no mask. No weight is read, so none has memor
 that is cut off goes on, and after a change of the code the file is deleted first.
 
 - `lora` beside nf4 is QLoRA as bitsandbytes keeps it, with its scales in 8 bits, and without the float32 copies of
-  embeddings and head that PEFT's `prepare_model_for_kbit_training` makes. `siva` beside nf4 is QSiVA.
+  embeddings and head that PEFT's `prepare_model_for_kbit_training` makes. `siva` beside nf4 is QSiVA. Of ours nf4 has
+  scales in float32, and nf4-double in 8 bits.
 - `lst` and `k-lst` (k = 9) have a side network of the model's width divided by `reduction`.
 - `mezo` perturbs all weights; beside nf4 it perturbs what QLoRA trains.
 - Checkpointing keeps a layer's input and computes the layer again in backward; of a side network it does so with the
@@ -47,7 +48,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -61,7 +62,7 @@ from fastpeft import LadderConfig, LadderModel, SivaConfig, fuse_head
 from fastpeft.methods.side_network import GATED
 from fastpeft.methods.wrapping import in_4_bits
 from fastpeft.ops.frozen_head_cross_entropy import FEWEST_TOKENS
-from fastpeft.ops.quantise import QuantisedLinear
+from fastpeft.ops.quantise import Format, QuantisedLinear
 from fastpeft.support.environment import versions
 from fastpeft.training.memory import (
     MEBIBYTE,
@@ -108,8 +109,13 @@ class Case:
 _ONCE = [
     Case("lora", "nf4"),
     Case("lora", "nf4", "logits"),
-    Case("siva", "nf4"),
-    *(Case(method, "nf4", reduction=r) for r in (NARROW, DEFAULT) for method in ("lst", "k-lst")),
+    *(Case("siva", dtype) for dtype in ("nf4", "nf4-double")),
+    *(
+        Case(method, dtype, reduction=r)
+        for dtype in ("nf4", "nf4-double")
+        for r in (NARROW, DEFAULT)
+        for method in ("lst", "k-lst")
+    ),
     *(Case(method, dtype, reduction=NARROW) for dtype in ("int8", "bfloat16") for method in ("lst", "k-lst")),
     Case("lora"),
     Case("siva"),
@@ -145,7 +151,7 @@ def blank(config: LlamaConfig) -> Any:
 def prepared(case: Case, model: Any) -> Any:
     """The model that a step of `case` trains, made of a Llama with weights or of one on the meta device."""
     is_blank = next(model.parameters()).is_meta
-    quantised = case.backbone in ("int8", "nf4")
+    quantised = case.backbone in get_args(Format)
     if case.method in ("lst", "k-lst"):
         if quantised and is_blank:
             _replace_linears(model, partial(QuantisedLinear, kind=case.backbone))

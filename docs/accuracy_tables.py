@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
+from typing import Any
 
 import cost_tables
-from table_rows import DOCS, NAMES, Row, read, rows, settings, table, whole
+import numpy as np
+from table_rows import DATA, DOCS, NAMES, Row, read, rows, settings, table, whole
+
+from fastpeft.comparison.significance import compare_pair
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
 OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
@@ -145,6 +149,42 @@ def suite(folder: str, *, speeds: bool = True) -> str:
     if not speeds:
         heads, body = heads[:-2], [cells[:-2] for cells in body]
     return table(heads, body)
+
+
+def evidence(task: str) -> str:
+    """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA."""
+    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
+    found = {}
+    for row in wanted["rows"].values():
+        name = row["variant"].replace("PROMPT", wanted["default_prompt"]).replace(":", "-")
+        cells = [json.loads(file.read_text()) for file in sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))]
+        if cells:
+            found[row["title"]] = row, cells
+    body = []
+    for title, (row, cells) in found.items():
+        metrics = [{name: str(value) for name, value in cell["metrics"].items()} for cell in cells]
+        theirs, beside = found["LoRA"][1], "-"
+        if title != "LoRA" and len(cells) == len(theirs):
+            difference = compare_pair(_answers(cells), _answers(theirs))
+            beside = f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+        body.append(
+            [
+                title,
+                " / ".join(f"{value:.2f}" for value in row["accuracy"]),
+                _percent(metrics),
+                beside,
+                whole(metrics[0]["peak_memory_mb"]),
+                f"{float(metrics[0]['learning_rate']):g}",
+                f"{len(cells)}",
+            ]
+        )
+    heads = ["", "accuracy, %: paper", "here", "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"]
+    return table(heads, body)
+
+
+def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
+    """`(seeds, rows)`, 1 where a row was answered rightly."""
+    return np.stack([np.equal(cell["predictions"]["labels"], cell["predictions"]["predictions"]) for cell in cells])
 
 
 def _scores(row: Row) -> list[str]:

@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sst2": accuracy_tables.sst2,
     "table2-quick": partial(accuracy_tables.suite, "table2-quick"),
     "table2-full": partial(accuracy_tables.suite, "table2-full", speeds=False),
+    "base-sst2": partial(accuracy_tables.evidence, "sst2"),
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
     "after-mezo": accuracy_tables.after_mezo,
