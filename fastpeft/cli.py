@@ -196,7 +196,10 @@ def evaluate(
         None, "--data", "-d", help="Other data: all rows of a file, or the dev file of a folder."
     ),
     model: str | None = typer.Option(
-        None, "--model", "-m", help="In place of DIR: a model, with a prompt and no training, on the dev rows."
+        None, "--model", "-m", help="In place of DIR: a model with no training, by a prompt or as a decoder."
+    ),
+    objective: str | None = typer.Option(
+        None, metavar="causal", help="With --model: how a decoder says the texts, completions or turns of --data."
     ),
     prompt: str | None = typer.Option(
         None,
@@ -215,15 +218,23 @@ def evaluate(
         "(default: 64).",
     ),
 ) -> None:
-    """Measure a finished run, or a prompt with no training, on dev rows."""
-    zero_shot = folder is None and model and prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))
-    if folder is None and model and not zero_shot:
+    """Measure a finished run, or a model with no training, on dev rows."""
+    of_prompts = (prompt, label_words, calibrate) != (None, None, False)
+    if objective is not None:
+        if objective != "causal":
+            raise FastpeftError(f"--objective is {objective!r}; eval takes causal alone. Leave it out, or give that.")
+        if folder is not None or model is None or data is None or label_column is not None or of_prompts:
+            raise FastpeftError(
+                "with --objective causal eval takes --model, --data and perhaps --text-column and --max-new-tokens "
+                "alone. Leave the rest out."
+            )
+    elif folder is None and model and not (prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))):
         raise FastpeftError(
             "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "
             "and its words, as --prompt '{text} It was <mask>.' --label-words terrible,great; or --prompt auto, which "
-            "finds one on the training rows of --data."
+            "finds one on the training rows of --data. What a decoder says is measured by --objective causal."
         )
-    if not zero_shot and (folder is None or (model, prompt, label_words, calibrate) != (None, None, None, False)):
+    elif (folder is None) != bool(model) or (folder is not None and of_prompts):
         raise FastpeftError(
             "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
         )
@@ -238,6 +249,11 @@ def evaluate(
         if folder is not None:
             metrics = evaluation.evaluate(folder, data, **columns, max_new_tokens=max_new_tokens)
             title = f"{folder} on {data or 'its own data'}"
+        elif objective is not None:
+            assert model
+            assert data
+            metrics = evaluation.evaluate_words(model, data, text_column=text_column, max_new_tokens=max_new_tokens)
+            title = f"{model} with no training on {data}"
         else:
             assert model
             assert prompt

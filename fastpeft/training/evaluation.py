@@ -13,6 +13,7 @@ import torch
 from fastpeft.data import pitfalls
 from fastpeft.data.examples import Examples, Row, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
+from fastpeft.data.models import load_for_next_words
 from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
@@ -31,12 +32,13 @@ from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt, is_text
 from fastpeft.support.stages import report
+from fastpeft.training.config import TrainConfig
 from fastpeft.training.generation import Writer, measure_said, says_words, write
 from fastpeft.training.loading import FinishedRun, Taken, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import check_texts
-from fastpeft.training.task import DEFAULT_MAX_LENGTH, collator, encode, warn_of_cut_words
+from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, encode, warn_of_cut_words
 
 _BATCH_SIZE = 64
 
@@ -105,6 +107,50 @@ def evaluate(
             f"the run in {str(folder)!r} learned from {learned}, but "
             f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
         )
+    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens)
+    threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
+    return {**measured, **(threshold if run.threshold is not None else {})}
+
+
+def evaluate_words(
+    model: str, data: str, *, text_column: str | None = None, max_new_tokens: int | None = None
+) -> dict[str, Any]:
+    """What `evaluate` gives of a run on next words, of a decoder with no training.
+
+    Args:
+        model: `"demo"`, a folder or a hub id.
+        data: all rows of a file, or the dev part of anything else.
+        text_column, max_new_tokens: as for `evaluate`.
+
+    Raises:
+        FastpeftError: model or data cannot be loaded.
+    """
+    dev = load_rows(data, [], NEXT_WORDS, text_column=text_column)
+    report("loading the model")
+    classifier = load_for_next_words(model)
+    classifier.model.eval().to(best_device())
+    untrained = FinishedRun(
+        classifier,
+        TrainConfig(output=model, method="full", model=model, objective="causal"),
+        NEXT_WORDS,
+        labels=[],
+        is_pair=dev.is_pair,
+        chats=dev.are_conversations,
+        prompt=None,
+        max_length=min(LONGEST_SAID, classifier.max_length),
+        threshold=None,
+    )
+    return _evaluate(untrained, dev, set(), None, max_new_tokens)
+
+
+def _evaluate(
+    run: FinishedRun,
+    dev: Examples,
+    trained_on: Set[str],
+    frequent: Sequence[int] | None,
+    max_new_tokens: int | None,
+) -> dict[str, Any]:
+    """What `evaluate` gives, but for the threshold."""
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
     warn_of_cut_words(dev, rows, run.problem, run.max_length)
     if run.problem is MASKED_WORDS:
@@ -115,8 +161,7 @@ def evaluate(
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
     pitfalls.tell(measured["warnings"])
-    threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
-    return {**measured, "dev_rows": len(rows), **(threshold if run.threshold is not None else {})}
+    return {**measured, "dev_rows": len(rows)}
 
 
 def evaluate_zero_shot(

@@ -42,7 +42,7 @@ from fastpeft.training.setup import RunSetup, resolve
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128  # tokens
-_LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
+LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
 
@@ -93,7 +93,7 @@ class Task:
         prompt = setup.prompt
         report("loading the model")
         classifier = draw_start(setup)
-        usual = _LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
+        usual = LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
         max_length = _max_length(config, usual, classifier.max_length, setup.method.own_tokens(setup.preparation))
         report("encoding texts")
         train_rows, dev_rows, apart_rows = (

@@ -23,13 +23,15 @@ from samples import (
 )
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data
 from fastpeft.data.next_words import completion, encode, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
-from fastpeft.training.evaluation import Predictor, evaluate, predict
+from fastpeft.training.evaluation import Predictor, evaluate, evaluate_words, predict
 from fastpeft.training.generation import Writer, measure_said, write
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictions
@@ -123,6 +125,22 @@ def test_a_run_says_what_it_has_learned(place: Path, config: TrainConfig, form: 
     measured = evaluate(config.output, str(place / form), max_new_tokens=4)
     assert measured["rouge_l"] > 0.9
     assert measured["prompts"] <= measured["dev_rows"]
+
+
+@pytest.mark.parametrize("form", ["texts.txt", "completions.jsonl", "chats.jsonl"])
+def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig, form: str) -> None:
+    """As a run that has not learned anything."""
+    untrained = replace(config, method="lora", learning_rate=1e-12, max_steps=1)
+    train(replace(untrained, data=str(place / form)))
+    found = evaluate_words(str(config.model), str(place / form), max_new_tokens=4)
+    expected = evaluate(config.output, str(place / form), max_new_tokens=4)
+    assert any("trained on" in warning for warning in expected.pop("warnings"))
+    assert not found.pop("warnings")
+    assert found == pytest.approx(expected)
+    command = ["eval", "--model", str(config.model), "--objective", "causal", "--data", str(place / form)]
+    said = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
+    assert said.exit_code == 0, said.output
+    assert f"{found['loss']:.3f}" in said.output
 
 
 def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: TrainConfig) -> None:
