@@ -135,7 +135,7 @@ def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig
     found = evaluate_words(str(config.model), str(place / form), max_new_tokens=4)
     expected = evaluate(config.output, str(place / form), max_new_tokens=4)
     assert any("trained on" in warning for warning in expected.pop("warnings"))
-    assert not found.pop("warnings")
+    assert not any("trained on" in warning for warning in found.pop("warnings"))
     assert found == pytest.approx(expected)
     command = ["eval", "--model", str(config.model), "--objective", "causal", "--data", str(place / form)]
     said = CliRunner().invoke(app, [*command, "--max-new-tokens", "4"])
