@@ -135,7 +135,9 @@ def test_every_field_of_a_run_is_an_option(monkeypatch: pytest.MonkeyPatch) -> N
     given = {
         known.name: next(iter(known.choices), of_kind[known.kind]) for known in options() if known.kind is not dict
     }
-    alone = {"output": "out", "objective": given.pop("objective")}  # with a problem or a prompt, it is refused
+    # with a problem or a prompt, these are refused
+    alone = {"output": "out", "objective": "causal", "packing": given.pop("packing")}
+    del given["objective"]
     for values in (given | fixed, alone):
         arguments = []
         for name, value in values.items():
