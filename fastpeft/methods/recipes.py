@@ -22,6 +22,7 @@ class Recipe:
         schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
         last_rate: the last rate of `polynomial`, in proportion to the peak where that is another.
         epochs: passes over the training rows.
+        rate_of_words: the peak rate where a decoder learns next words. None: the same.
     """
 
     learning_rate: float
@@ -30,9 +31,13 @@ class Recipe:
     schedule: str = "linear"
     last_rate: float = 0.0
     epochs: float = 5
+    rate_of_words: float | None = None
 
-    def for_model(self, model: str, method: str) -> Recipe:
+    def for_model(self, model: str, method: str, *, says_words: bool = False) -> Recipe:
         """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
+        if says_words and self.rate_of_words is not None:
+            last = self.last_rate * self.rate_of_words / self.learning_rate
+            return replace(self, learning_rate=self.rate_of_words, last_rate=last)
         if model != DEMO:
             return self
         recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.data.examples import Examples, TextData, texts_in_words
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, Problem, get_problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OPTIONS, OVER, Method
 from fastpeft.methods.preparation import Preparation, parse_targets
@@ -88,7 +88,8 @@ class Setup:
     @property
     def recipe(self) -> Recipe:
         """How the method trains this model where the configuration says nothing."""
-        return self.method.recipe_for(self.config.model)
+        says_words = OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
+        return self.method.recipe_for(self.config.model, says_words=says_words)
 
     def rows_trained(self, train_rows: int) -> float:
         """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""
