@@ -41,10 +41,13 @@ def memory() -> str:
 # rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss and reduction
 LLAMA = {
     ("mezo", "nf4", "fused", ""): "**MeZO** over QLoRA",
+    ("lst", "nf4-double", "fused", "16"): "LST, nf4-double",
     ("lst", "nf4", "fused", "16"): "LST, nf4",
     ("lst", "nf4", "fused", "8"): "LST, nf4, twice as wide",
+    ("k-lst", "nf4-double", "fused", "16"): "**9-LST**, nf4-double",
     ("k-lst", "nf4", "fused", "16"): "**9-LST**, nf4",
     ("k-lst", "nf4", "fused", "8"): "**9-LST**, nf4, twice as wide",
+    ("siva", "nf4-double", "fused", ""): "**SiVA**, nf4-double",
     ("siva", "nf4", "fused", ""): "**SiVA**, nf4",
     ("lora", "nf4", "fused", ""): "QLoRA",
     ("lora", "nf4", "logits", ""): "QLoRA, with logits",
