@@ -13,7 +13,7 @@ Each is a comparison in `runs/evidence/TASK` and runs a whole seed before the ne
 `bench/data/evidence/TASK`, one file a cell without weights. So the same command goes on where it was, also on another
 machine. The report is copied to `docs/results/base-TASK`. Every cell computes in float32. The rows to measure on are
 the dev and the test part together (SST-2: 872 and 1,821 sentences) or the test part, and nothing is chosen by them.
-SST-2 trains on 20,000 of its phrases. Learning rates are those of the recipes, but for side networks beside a decoder.
+SST-2 trains on 20,000 of its phrases. Learning rates are those of the recipes.
 
 E2E trains on nine tenths of its validation part and measures on the last one, of other meanings. Then each cell answers
 all meanings of the test part, by its most likely words, and reads general text: the cross-entropy of that, before and
@@ -152,10 +152,10 @@ _METHODS = (
 )
 _WIDE = ":rank=8:targets=all-linear"
 _SPEAKING = (
+    "lst",
+    "k-lst:window=9",
     f"siva{_WIDE}",
     f"lora{_WIDE}",
-    "k-lst:window=9:learning_rate=0.01",
-    "lst:learning_rate=0.01",
     "last-n",
     "full",
     f"pissa{_WIDE}",

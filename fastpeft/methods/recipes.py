@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastpeft.data.names import DEMO, DEMO_FOLDER
@@ -22,7 +23,8 @@ class Recipe:
         schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
         last_rate: the last rate of `polynomial`, in proportion to the peak where that is another.
         epochs: passes over the training rows.
-        rate_of_words: the peak rate where a decoder learns next words. None: the same.
+        of_words: the fields that are others where a decoder learns next words: the epochs, of which more repeat what
+            was said (Taori et al. 2023, Alpaca), if nothing else.
     """
 
     learning_rate: float
@@ -31,13 +33,12 @@ class Recipe:
     schedule: str = "linear"
     last_rate: float = 0.0
     epochs: float = 5
-    rate_of_words: float | None = None
+    of_words: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 3})
 
     def for_model(self, model: str, method: str, *, says_words: bool = False) -> Recipe:
         """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
-        if says_words and self.rate_of_words is not None:
-            last = self.last_rate * self.rate_of_words / self.learning_rate
-            return replace(self, learning_rate=self.rate_of_words, last_rate=last)
+        if says_words:
+            return replace(self, **self.of_words)
         if model != DEMO:
             return self
         recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)

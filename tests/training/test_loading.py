@@ -231,3 +231,15 @@ def test_the_bundled_model_has_its_own_recipes() -> None:
         assert recipe.epochs == (6 if method.optimization.zeroth_order else 1)
         assert recipe.learning_rate >= method.recipe_for("elsewhere").learning_rate
     assert METHODS["k-lst"].recipe_for("demo").schedule == "linear"
+
+
+def test_a_decoder_has_its_own_recipes() -> None:
+    for method in METHODS.values():
+        plain, of_words = method.recipe_for("elsewhere"), method.recipe_for("elsewhere", says_words=True)
+        assert of_words.epochs == (plain.epochs if method.optimization.zeroth_order else 3)
+        assert of_words.learning_rate >= plain.learning_rate
+    of_words = METHODS["lst"].recipe_for("elsewhere", says_words=True)
+    assert of_words.schedule_settings(of_words.learning_rate)["lr_end"] == pytest.approx(of_words.learning_rate / 100)
+    config = TrainConfig(output="out", method="lst", objective="causal")
+    assert resolve(config).recipe == of_words
+    assert resolve(replace(config, objective="mlm")).recipe == METHODS["lst"].recipe_for("demo")
