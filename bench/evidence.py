@@ -121,6 +121,7 @@ def _general_loss(model: Any, tokenizer: Any) -> float:
     tokens = torch.tensor(tokenizer("\n".join(topics.values()))["input_ids"])
     starts = torch.linspace(0, len(tokens) - length, stretches).long()
     rows = tokens[starts[:, None] + torch.arange(length)]
+    rows = rows.to(model.device)
     model.eval()
     losses = [cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:]) for row in rows]
     return float(torch.stack(losses).mean())

@@ -106,7 +106,7 @@ SUMMARY = {  # of the README: variant of the full tables -> (case of memory.csv,
 
 
 def summary() -> str:
-    """The methods in six rows: memory of a RoBERTa-large, speed and accuracy of the bundled model."""
+    """The methods in six rows: memory of a RoBERTa-large, accuracy of MPNet, and speed of the bundled model."""
     peaks = cost_tables.peaks()
     milliseconds = {row["candidate"]: float(row["ms_p50"]) for row in rows("training.csv")}
     milliseconds["mezo"] = next(float(r["ms_p50"]) for r in rows("mezo_step.csv") if r["candidate"] == "step, deferred")
@@ -115,8 +115,11 @@ def summary() -> str:
     for variant, (case, step, trained) in SUMMARY.items():
         found = runs[variant]
         speed = f"{16e3 / milliseconds[step]:.0f}"
-        body.append([NAMES[found[0]["method"]], trained, f"{peaks[case]['128']:,.0f}", speed, _percent(found)])
-    return table(["method", "what trains", "peak memory, MB", "samples/s", "accuracy, %"], body)
+        base = _metrics(cells_of("sst2", variant))
+        accuracies = _percent(base) if base else "-", _percent(found)
+        body.append([NAMES[found[0]["method"]], trained, f"{peaks[case]['128']:,.0f}", speed, *accuracies])
+    heads = ["method", "what trains", "peak memory, MB", "samples/s", "accuracy, %: MPNet-base", "bundled model"]
+    return table(heads, body)
 
 
 def targets() -> str:
@@ -151,20 +154,28 @@ def suite(folder: str, *, speeds: bool = True) -> str:
     return table(heads, body)
 
 
+def cells_of(task: str, variant: str) -> list[dict[str, Any]]:
+    """The cells of a variant that `python -m bench.evidence` has finished, one a seed."""
+    files = sorted((DATA / "evidence" / task).glob(f"{variant.replace(':', '-')}-seed*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
+    return [{name: str(value) for name, value in cell["metrics"].items()} for cell in cells]
+
+
 def evidence(task: str) -> str:
     """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA."""
     wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
     found = {}
     for row in wanted["rows"].values():
-        name = row["variant"].replace("PROMPT", wanted["default_prompt"]).replace(":", "-")
-        cells = [json.loads(file.read_text()) for file in sorted((DATA / "evidence" / task).glob(f"{name}-seed*.json"))]
-        if cells:
+        if cells := cells_of(task, row["variant"].replace("PROMPT", wanted["default_prompt"])):
             found[row["title"]] = row, cells
     body = []
     for title, (row, cells) in found.items():
-        metrics = [{name: str(value) for name, value in cell["metrics"].items()} for cell in cells]
-        theirs, beside = found["LoRA"][1], "-"
-        if title != "LoRA" and len(cells) == len(theirs):
+        metrics = _metrics(cells)
+        theirs, beside = found.get("LoRA", (row, []))[1], "-"
+        if title != "LoRA" and [cell["run"]["seed"] for cell in cells] == [cell["run"]["seed"] for cell in theirs]:
             difference = compare_pair(_answers(cells), _answers(theirs))
             beside = f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
         body.append(

@@ -225,8 +225,8 @@ def evaluate(
             raise FastpeftError(f"--objective is {objective!r}; eval takes causal alone. Leave it out, or give that.")
         if folder is not None or model is None or data is None or label_column is not None or of_prompts:
             raise FastpeftError(
-                "with --objective causal eval takes --model, --data and perhaps --text-column and --max-new-tokens "
-                "alone. Leave the rest out."
+                "with --objective causal eval takes --model and --data, both needed, and perhaps --text-column and "
+                "--max-new-tokens. Give these alone."
             )
     elif folder is None and model and not (prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))):
         raise FastpeftError(

@@ -126,7 +126,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
         ("estimated time", known.error or _time(known, seconds, budget_mb)),
         ("steps", f"{what.steps:,}"),
         ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
-        ("longest text", f"{what.longest_row} tokens"),
+        ("longest row", f"{what.longest_row} tokens"),
         ("computes in", what.compute_dtype),
         *((name.replace("_", " "), f"{value}") for name, value in what.recipe.items()),
     ]

@@ -182,7 +182,7 @@ def _best(cells: Sequence[Cell], purpose: str) -> Cell | None:
         raise FastpeftError(f"{' and '.join(failed)}, {purpose}, {'has' if len(failed) == 1 else 'have'} failed.")
     if not finished or len(finished) + len(failed) < len(cells):
         return None
-    metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).primary
+    metric = get_problem(finished[0][1].get("problem_type", CLASSIFICATION.name)).chosen_by
     return cells[best_step([(index, metrics[metric]) for index, metrics in finished], metric)]
 
 
@@ -194,5 +194,7 @@ def _unless_chance(best: Cell, tried: Sequence[Cell]) -> Cell:
     scores = [found[1][None] for cell in (best, tried[0]) if (found := cell.row_scores())]
     if best is tried[0] or len(scores) < 2:
         return best
-    p = significance.compare_pair(*scores).p * (len(tried) - 1)
-    return best if p < significance.LEVEL else tried[0]
+    difference = significance.compare_pair(*scores)
+    corrected = difference.p * (len(tried) - 1)
+    seen = significance.verdict(difference.mean, corrected) == significance.SEEN
+    return best if seen else tried[0]

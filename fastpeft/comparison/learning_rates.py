@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,15 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
         seed: decides the choice and the order.
 
     Raises:
-        FastpeftError: the rows to learn from lack a class or tag. A label that they lack, no row of the slice has.
+        FastpeftError: the rows to learn from lack a class or tag, or so many rows of next words have one prompt that
+            none are left on a side. A label that rows to learn from lack, no row of the slice has.
     """
     order = list(range(len(data.train)))
     random.Random(seed).shuffle(order)
-    left = order[rows:]
-    if data.problem is NEXT_WORDS:  # what asks the same is on one side, as where a dev part is made
-        asked = [prompt_key(text) for text in data.train.texts]
-        known = {key: place for place, key in enumerate(dict.fromkeys(asked[row] for row in order))}
-        order.sort(key=lambda row: known[asked[row]])
-        left = [row for row in order[rows:] if asked[row] != asked[order[rows - 1]]]
-    train = _chosen(data.train, order[:rows])
+    learned, left = order[:rows], order[rows:]
+    if data.problem is NEXT_WORDS and dev_rows is not None:
+        learned, left = _apart(data.train, order, rows)
+    train = _chosen(data.train, learned)
     dev = data.dev if dev_rows is None else _chosen(data.train, left[:dev_rows])
     if data.problem is MULTI_LABEL:
         counts = [sum(label) for label in zip(*train.labels)]
@@ -74,6 +72,24 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
                 "on it. Give more rows, or leave rare classes out."
             )
     return dataclasses.replace(data, train=train, dev=dev, apart=None)
+
+
+def _apart(examples: Examples, order: list[int], rows: int) -> tuple[list[int], list[int]]:
+    """Indices of at most `rows` rows in an order, and of the rest; rows that ask the same are on one side."""
+    asking: dict[Hashable, list[int]] = {}
+    for row in order:
+        asking.setdefault(prompt_key(examples.texts[row]), []).append(row)
+    learned: list[int] = []
+    left: list[int] = []
+    for group in asking.values():
+        (learned if len(learned) + len(group) <= rows else left).extend(group)
+    if not learned or not left:
+        raise FastpeftError(
+            f"learning rates cannot be searched on {len(order):,} rows of which so many have one prompt: rows to learn "
+            "from and others to measure on would share it. Give the variants their learning_rate, or choose the "
+            "protocol quick."
+        )
+    return learned, left
 
 
 def write_rows(data: TextData, folder: Path) -> None:

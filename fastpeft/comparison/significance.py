@@ -1,8 +1,8 @@
 """Statistics of accuracies and F1: intervals, and paired tests of two methods.
 
 All methods answer the same dev rows, so two are compared row by row, and seed by seed. Their scores are `(seeds, rows)`
-and have the metric as their mean: of an accuracy 1 where an answer was right and 0 where it was wrong, else those of
-`row_scores`.
+and have the metric as their mean: of an accuracy whole numbers or bools, 1 where an answer was right and 0 where it was
+wrong, else the fractions of `row_scores`.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def row_scores(above: Sequence[int], below: Sequence[int]) -> np.ndarray:
     return metric + (over - metric * under) / under.mean()
 
 
-def interval(scores: np.ndarray) -> tuple[float, float]:
+def interval(scores: np.ndarray) -> tuple[float, float] | None:
     """The interval of a metric for new rows and, with several seeds, for new seeds.
 
     Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the mean plus or minus t standard errors,
     whose square is `var(seeds) / S + var(rows) / N` (variances of the means over the other; one seed has none), with
-    Welch's degrees of freedom.
+    Welch's degrees of freedom. None of fractions that are all equal, as those of an F1 of 0 or 1: they tell no spread.
 
     Args:
         scores: `(seeds, rows)`.
@@ -79,7 +79,10 @@ def interval(scores: np.ndarray) -> tuple[float, float]:
     if seeds == 1 and _are_answers(scores):
         wilson = binomtest(int(scores.sum()), rows).proportion_ci(1 - LEVEL, method="wilson")
         return float(wilson.low), float(wilson.high)
-    centre, half = float(scores.mean()), _half_width(*_error(scores))
+    error, freedom = _error(scores)
+    if error == 0 and not _are_answers(scores):
+        return None
+    centre, half = float(scores.mean()), _half_width(error, freedom)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -87,7 +90,8 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
     With one seed of an accuracy McNemar's exact test: of the rows that only one answers rightly, half should be each
-    method's. Else the t test of the mean difference, whose standard error is that of `interval`.
+    method's. Else the t test of the mean difference, whose standard error is that of `interval`; fractions without any
+    spread have p = 1.
 
     Args:
         first, second: `(seeds, rows)`.
@@ -102,7 +106,7 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
         better, worse = int((differences > 0).sum()), int((differences < 0).sum())
         p = binomtest(better, better + worse).pvalue if better + worse else 1.0
         return Difference(mean, mean - half, mean + half, float(p), "McNemar's exact test")
-    statistic = abs(mean) / error if error else (math.inf if mean else 0.0)
+    statistic = abs(mean) / error if error else (math.inf if mean and _are_answers(first) else 0.0)
     p = 2 * float(t.sf(statistic, freedom))
     over = "rows" if len(differences) == 1 else "seeds and rows"
     return Difference(mean, mean - half, mean + half, p, f"t test over {over}")
@@ -110,7 +114,7 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
 
 def _are_answers(scores: np.ndarray) -> bool:
     """Whether each is that of an answer, right or wrong."""
-    return bool(np.isin(scores, (0, 1)).all())
+    return scores.dtype.kind in "biu"
 
 
 def _error(values: np.ndarray) -> tuple[float, float]:

@@ -93,6 +93,11 @@ class Problem:
         return self.metrics[0]
 
     @property
+    def chosen_by(self) -> str:
+        """The metric by which the best of several runs is chosen: that which a paired test can tell them apart by."""
+        return self.tested or self.primary
+
+    @property
     def of_texts_alone(self) -> bool:
         """Whether texts are learned, without labels."""
         return self in OBJECTIVES.values()

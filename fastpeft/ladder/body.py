@@ -17,6 +17,8 @@ _OF_LOGITS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm
 class Body:
     """What a `LadderModel` beside a decoder has as `base_model`: called, it makes the states that the head reads.
 
+    All else that is asked of it, the base answers.
+
     Args:
         ladder: the model.
 
@@ -27,6 +29,9 @@ class Body:
     def __init__(self, ladder: Any) -> None:
         self.base_model = ladder.base
         self._ladder = ladder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base_model, name)
 
     def __call__(
         self,

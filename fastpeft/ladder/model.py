@@ -159,6 +159,26 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """The base's decoder to words; None where it has none."""
         return self.backbone.decoder
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.core.set_output_embeddings(new_embeddings)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.core.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        decoder: nn.Module = self.backbone.core.get_decoder()
+        return decoder
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the base's vocabulary, as transformers does; the new words do not train, as the others."""
+        resized: nn.Module = self.backbone.core.resize_token_embeddings(*args, **kwargs)
+        for module in (resized, self.backbone.decoder):
+            if module is not None:
+                module.requires_grad_(False)
+        if can_fuse_head(self.base):
+            fuse_head(self.base)
+        return resized
+
     def get_input_embeddings(self) -> nn.Module:
         if self.backbone.plain:
             raise NotImplementedError(f"a {type(self.backbone.core).__name__} names no input embeddings")
@@ -241,7 +261,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
-            check_positions(position_ids, attention_mask)
+            if self.config.causal:
+                check_positions(position_ids, attention_mask)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -133,8 +133,8 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
         trainable_parameters=trainable,
         parameters=total,
         steps=total_steps(arguments, len(task.train_rows)),
-        rows=task.setup.rows_trained(len(task.train_rows)),
-        train_rows=sum(map(texts_of, task.train_rows)),
+        rows=task.setup.rows_trained(len(task.train_rows)) * _texts(task) / len(task.train_rows),
+        train_rows=_texts(task),
         dev_rows=len(task.dev_rows),
         longest_row=_longest(task),
         recipe=recipe_used(arguments),
@@ -192,7 +192,7 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
     read = 2 * rows + (CURVE_POINTS - 1) * min(rows, CURVE_ROWS)  # before and after, and for the curve
     steps = _padded_tokens(trainer.order, trainer.args.gradient_accumulation_steps)
     timed = sum(steps[index % len(steps)] for index in range(1, 1 + clock.steps))
-    row_seconds = clock.seconds / timed * sum(steps) / len(task.train_rows)
+    row_seconds = clock.seconds / timed * sum(steps) / _texts(task)
     return Estimate(memory, loaded - begin + read * measured, row_seconds)
 
 
@@ -263,6 +263,11 @@ def _checkpoint_activations(model: Any, arguments: TrainingArguments) -> None:
     # the older transformers have the second name alone
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options or None, **own)
+
+
+def _texts(task: Task) -> int:
+    """How many texts a run trains on, of which joined rows have several."""
+    return sum(map(texts_of, task.train_rows))
 
 
 def _longest(task: Task) -> int:

@@ -74,9 +74,12 @@ def test_what_asks_the_same_is_on_one_side_of_a_slice() -> None:
     data = TextData(Examples(texts, []), Examples(texts[:1], []), [], "rows", NEXT_WORDS)
     found = take_slice(data, 18, 10)
     asked, measured = ({prompt for prompt, _ in part.texts} for part in (found.train, found.dev))
-    assert (len(found.train), len(found.dev)) == (18, 10)
-    assert len(asked) == 5
+    assert (len(found.train), len(found.dev)) == (16, 10), "of each prompt all rows, 18 at most"
     assert not asked & measured
+    assert len(take_slice(data, 18).train) == 18, "the dev rows have their own prompts"
+    alike = TextData(Examples([("prompt", f"completion {row}") for row in range(9)], []), data.dev, [], "", NEXT_WORDS)
+    with pytest.raises(FastpeftError, match="so many have one prompt"):
+        take_slice(alike, 6, 3)
 
 
 def test_rates_and_sizes() -> None:

@@ -173,7 +173,10 @@ def test_without_scores_of_rows_nothing_is_tested(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"siva": 100, "head": 100, "lora": 100})
     for cell in plan.results[1:]:
         (cell.folder.path / "predictions.json").unlink()
-    told = "no difference was tested: a paired test needs two finished variants that kept what each dev row scored."
+    told = (
+        "no difference was tested: a paired test needs two finished variants that kept what each dev row scored, and "
+        "numbers have none."
+    )
     assert first_lines(plan) == [f"siva, head and lora share the highest accuracy, 0.500; {told}"]
     assert len(tables(plan)) == 1
 
@@ -190,22 +193,60 @@ def test_another_metric_than_accuracy_is_tested(tmp_path: Path) -> None:
     plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["siva", "head", "lora"], seeds=1), "command")
     plan.save()
     for cell, above in zip(plan.results, (4, 2, 4)):
-        rows = [(above, 4)] * 150 + [(0, 0)] * 50
-        finish(cell, 100, 200.0, 100.0, problem_type="token_classification", word_f1=0.3, entity_f1=above / 4)
+        rows = [(above, 4), (above - 1, 4)] * 75 + [(0, 0)] * 50
+        f1 = (above - 0.5) / 4
+        finish(cell, 100, 200.0, 100.0, problem_type="token_classification", word_f1=0.3, entity_f1=f1)
         scores = {"metric": "entity_f1", "above": [a for a, _ in rows], "below": [b for _, b in rows]}
         (cell.folder.path / "predictions.json").unlink()
         (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
     told, _ = first_lines(plan)
     assert told == (
-        "siva and lora share the highest F1 of entities, 1.000; 2 of 3 pairs of variants differ significantly (Holm)."
+        "siva and lora share the highest F1 of entities, 0.875; 2 of 3 pairs of variants differ significantly (Holm)."
     )
     text = document.markdown("", sections.report(plan, pictures=False))
     assert "F1 of entities of every two variants, paired by dev row: a t test" in text
-    assert "| 0.300 | 0.500 (0.500 to 0.500) |" in text, "the interval is beside the metric that is tested"
+    assert "| 0.375 (0.355 to 0.395) | 0.300 |" in text, "the metric that is tested comes first, with its interval"
     (plan.results[1].folder.path / "row_scores.json").write_text(
         json.dumps({"metric": "entity_f1", "above": [1], "below": [1]})
     )
     assert len(paired_tests.all_pairs(results.variants(plan.results))) == 1, "rows of another number are not paired"
+
+
+def test_a_variant_of_which_a_seed_kept_no_scores_is_not_tested(tmp_path: Path) -> None:
+    """Its mean would be of other seeds than its interval."""
+    plan = plan_of(tmp_path, {"siva": 190, "head": 150, "lora": 140}, seeds=2)
+    (plan.results[0].folder.path / "predictions.json").unlink()
+    compared = results.variants(plan.results)
+    assert [variant.interval() is None for variant in compared] == [True, False, False]
+    assert [str(pair) for pair in paired_tests.all_pairs(compared)] == ["head above lora"]
+
+
+def test_objectives_are_tested_apart(tmp_path: Path) -> None:
+    """Of classes and of words each has its own pairs, correction and words; the verdict is of the first."""
+    words = ["siva:objective=mlm", "head:objective=mlm"]
+    plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["lora", "full", *words]), "command")
+    plan.save()
+    for cell, right in zip(plan.results, (190, 150, 0, 0)):
+        if cell.variant in words:
+            finish(cell, right, 200.0, 100.0, accuracy=None, problem_type="masked_words", masked_accuracy=0.5)
+            (cell.folder.path / "predictions.json").unlink()
+            scores = {"metric": "masked_accuracy", "above": [1, 0, 2, 1], "below": [2] * 4}
+            (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
+        else:
+            finish(cell, right, 200.0, 100.0)
+    compared = results.variants(plan.results)
+    tested = paired_tests.all_pairs(compared)
+    assert [(str(pair), pair.metric, pair.p == pair.difference.p) for pair in tested] == [
+        ("lora above full", "accuracy", True),
+        ("siva:objective=mlm and head:objective=mlm", "masked_accuracy", True),
+    ]
+    assert first_lines(plan)[0] == (
+        "lora has the highest accuracy, 0.950, at 200 MB peak memory; significantly above full (Holm)."
+    )
+    text = document.markdown("", paired_tests.report(compared, tested))
+    assert text.count("## Paired tests") == 1
+    assert "Accuracy of every two variants, paired by dev row: McNemar" in text
+    assert "Accuracy of masked words of every two variants, paired by dev row: a t test" in text
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------

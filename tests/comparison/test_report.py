@@ -76,7 +76,8 @@ def test_the_first_lines_say_what_was_compared(plan: Plan, tmp_path: Path) -> No
     text = (made.folder / "report.md").read_text()
     assert text.startswith(
         "# Comparison of SiVA and LoRA on some.csv\n\n**No difference was tested: a paired test needs two finished "
-        "variants that kept what each dev row scored.**\n\n3 variants, 2 seeds each. Model: demo. Data: some.csv.\n"
+        "variants that kept what each dev row scored, and numbers have none.**\n\n3 variants, 2 seeds each. Model: "
+        "demo. Data: some.csv.\n"
     )
 
 

@@ -12,11 +12,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compared import STAND_IN, config, results, started
+from compared import STAND_IN, config, finish, results, started
 from typer.testing import CliRunner
 
 import fastpeft
@@ -147,6 +148,27 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
+
+
+@pytest.mark.parametrize(("f1", "taken"), [((0.8, 0.5), 0), ((0.5, 0.8), 1), ((0.8, 0.81), 0)])
+def test_a_rate_is_chosen_by_what_is_tested(tmp_path: Path, f1: tuple[float, float], taken: int) -> None:
+    """F1 of words, which is not tested, is higher with the second rate; F1 of entities decides."""
+    config = CompareConfig(
+        output=str(tmp_path / "out"),
+        methods=["head:learning_rate=0.1", "head:learning_rate=0.2"],
+        common={"model": "model"},
+    )
+    cells = config.cells()
+    for cell, words, entities in zip(cells, (0.8, 0.9), f1):
+        finish(cell, 100, 1.0, 1.0, problem_type="token_classification", word_f1=words, entity_f1=entities)
+        (cell.folder.path / "predictions.json").unlink()
+        above = [2 * (row < 200 * entities) for row in range(200)]
+        scores = {"metric": "entity_f1", "above": above, "below": [2] * 200}
+        (cell.folder.path / "row_scores.json").write_text(json.dumps(scores))
+    later = replace(cells[0], name="later", values={**cells[0].values, "output": "later"})
+    later = replace(later, rates=tuple(cell.name for cell in cells))
+    found = later.filled_in({cell.name: cell for cell in cells})
+    assert found.values["learning_rate"] == (0.1, 0.2)[taken]
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -29,7 +29,7 @@ def answers(*counts: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
 def test_interval_of_one_seed_is_wilsons() -> None:
     low, high = interval(np.array([[1] * 8 + [0] * 2]))
     assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)  # Newcombe 1998's form, by hand
-    assert interval(np.ones((1, 10))) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+    assert interval(np.ones((1, 10), dtype=int)) == pytest.approx((0.7224672, 1.0), abs=1e-6)
 
 
 def test_interval_over_seeds_by_hand() -> None:
@@ -161,3 +161,15 @@ def test_one_seed_of_other_scores_is_tested_by_t() -> None:
     found = compare_pair(first[None], second[None])
     assert found.p == pytest.approx(ttest_rel(first, second).pvalue)
     assert found.test == "t test over rows"
+
+
+def test_fractions_without_spread_tell_nothing() -> None:
+    """One entity in eight rows, found by one model alone, is no evidence; nor is one row."""
+    found, missed = row_scores([2] + [0] * 7, [2] + [0] * 7), row_scores([0] * 8, [1] + [0] * 7)
+    difference = compare_pair(found[None], missed[None])
+    assert (difference.mean, difference.p, difference.test) == (1.0, 1.0, "t test over rows")
+    assert interval(found[None]) is None
+    assert interval(missed[None]) is None
+    assert compare_pair(row_scores([5], [10])[None], row_scores([6], [10])[None]).p == 1.0
+    right = np.ones((3, 20), dtype=bool)  # of an accuracy, it is
+    assert compare_pair(right, ~right).p == 0.0

@@ -63,7 +63,7 @@ def test_a_joined_batch_learns_as_its_texts_do(kind: str, tmp_path: Path) -> Non
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Bloom", "Mamba"])
+@pytest.mark.parametrize("kind", ["Bloom", "Mamba", "FalconH1"])
 def test_a_model_that_does_not_keep_texts_apart_is_refused(kind: str) -> None:
     with pytest.raises(FastpeftError, match=f"packing is on, but (in )?the model '{kind}'"):
         keep_apart(_model(kind), _rows([9, 9]), kind)
@@ -84,7 +84,6 @@ def test_a_run_joins_its_texts(tmp_path: Path, method: str) -> None:
     assert metrics["steps"] == steps < 54 / 4
     assert metrics["train_rows"] == 54
     assert metrics["peak_memory_mb"] > 0
-    assert metrics["samples_per_second"] * metrics["train_seconds"] == pytest.approx(54, rel=0.2)
     apart = train(replace(config, output=str(tmp_path / "apart"), packing=False)).metrics
     assert metrics["next_accuracy_before"] == apart["next_accuracy_before"], "dev rows stay as they are"
     assert RunFolder(config.output).config()["packing"] is True

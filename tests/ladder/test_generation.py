@@ -455,3 +455,25 @@ def test_a_cache_that_the_base_asks_for_is_not_taken() -> None:
     base.generation_config.cache_implementation = "hybrid"
     expected = written(moved(causal_model("llama")))
     assert written(moved(base)).equal(expected)
+
+
+def test_what_is_asked_of_the_words_goes_to_the_base() -> None:
+    """Also through `base_model`, which beside a decoder is a pass without its head."""
+    base = causal_model("llama")
+    model = LadderModel(base, LadderConfig(window_size=3, reduction_factor=4))
+    assert model.get_decoder() is base.get_decoder()
+    assert model.get_output_embeddings() is base.lm_head
+    assert model.base_model.config is base.config
+    assert model.base_model.base_model is base
+    states = model.base_model(WORDS).last_hidden_state
+    torch.testing.assert_close(base.lm_head(states), model(WORDS).logits)
+    before, words = model(WORDS).logits, base.config.vocab_size
+    model.resize_token_embeddings(words + 5)
+    assert model.get_input_embeddings() is base.get_input_embeddings()
+    assert base.config.vocab_size == words + 5
+    after = model(WORDS, labels=WORDS)
+    torch.testing.assert_close(after.logits[..., :words], before)
+    assert not any(p.requires_grad for p in (base.lm_head.weight, base.get_input_embeddings().weight))
+    after.loss.backward()
+    model.set_input_embeddings(nn.Embedding(words, base.config.hidden_size))
+    assert base.get_input_embeddings().num_embeddings == words

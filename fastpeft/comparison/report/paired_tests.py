@@ -25,7 +25,7 @@ class Pair:
     Attributes:
         first, second: the variants, the first with the higher value or the same.
         difference: how far the first is above the second.
-        p: its p value, corrected for the number of pairs (Holm).
+        p: its p value, corrected for the number of pairs of its metric (Holm).
         seeds: the number of training seeds; 0 where neither was trained.
     """
 
@@ -36,6 +36,12 @@ class Pair:
     seeds: int
 
     @property
+    def metric(self) -> str:
+        """What was tested of both."""
+        assert self.first.tested is not None  # as they were paired
+        return self.first.tested
+
+    @property
     def significant(self) -> bool:
         return significance.verdict(self.difference.mean, self.p) != significance.UNDECIDED
 
@@ -44,30 +50,43 @@ class Pair:
 
 
 def all_pairs(compared: Sequence[Variant]) -> list[Pair]:
-    """The paired test of every two variants whose scores of rows were kept, p corrected for their number (Holm)."""
-    found = []
-    for one, other in combinations(compared, 2):
-        if tested := one.above(other):
-            difference, seeds = tested
-            found.append((one, other, difference, seeds) if difference.mean >= 0 else (other, one, -difference, seeds))
-    corrected = significance.holm([difference.p for _, _, difference, _ in found])
-    return [
-        Pair(first, second, difference, p, seeds) for (first, second, difference, seeds), p in zip(found, corrected)
-    ]
+    """The paired test of every two variants with a metric that is tested, p corrected for their number (Holm).
+
+    Variants that learned different things have different metrics: those of each are apart, and those of the first
+    variants come first.
+    """
+    found: list[Pair] = []
+    for metric in dict.fromkeys(variant.tested for variant in compared if variant.tested):
+        pairs = []
+        for one, other in combinations([variant for variant in compared if variant.tested == metric], 2):
+            if tested := one.above(other):
+                difference, seeds = tested
+                first, second = (one, other) if difference.mean >= 0 else (other, one)
+                pairs.append((first, second, difference if first is one else -difference, seeds))
+        corrected = significance.holm([difference.p for _, _, difference, _ in pairs])
+        found += [
+            Pair(first, second, difference, p, seeds) for (first, second, difference, seeds), p in zip(pairs, corrected)
+        ]
+    return found
 
 
 def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
-    """One sentence: which variant is best, with how much memory, and above which others significantly."""
+    """One sentence: which variant is best, with how much memory, and above which others significantly.
+
+    It is of the first metric alone.
+    """
     main = main_metric(compared)
-    metric = _metric(tested) if tested else main.key if main else ""
-    scores = {variant.name: plain.mean(values) for variant in compared if (values := variant.values(metric))}
+    metric = main.key if main else ""
+    tested = [pair for pair in tested if pair.metric == metric]
+    compared = [variant for variant in compared if variant.values(metric)]
+    scores = {variant.name: plain.mean(variant.values(metric)) for variant in compared}
     best = [name for name, score in scores.items() if math.isclose(score, max(scores.values()))]
     title = TITLES.get(metric, "")
     if not tested:
         lead = f"{_highest(compared, best, scores, title)}; no" if best else "No"
         return (
             f"{lead} difference was tested: a paired test needs two finished variants that kept what each dev row "
-            "scored."
+            "scored, and numbers have none."
         )
     names = list(dict.fromkeys(variant.name for pair in tested for variant in (pair.first, pair.second)))
     found = [pair for pair in tested if pair.significant]
@@ -82,8 +101,8 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
         )
     told = [_highest(compared, best, scores, title)]
     held = pairs_of(tested, best[0]) if len(best) == 1 else []
-    above = [pair.second.name for pair in held if pair.significant]
-    rest = [_other(pair, best[0]) for pair in held if not pair.significant]
+    above = [pair.second.name for pair in held if pair.significant and pair.first.name == best[0]]
+    rest = [_other(pair, best[0]) for pair in held if _other(pair, best[0]) not in above]
     if above:
         told += [f"significantly above {_counted(above, held)}"]
         told += [f"not significantly above {_counted(rest, held)}"] if rest else []
@@ -125,7 +144,8 @@ def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
 def limits(tested: Sequence[Pair]) -> str:
     """What the tests cannot show because of one seed or few rows; empty where there are enough of both."""
     told = []
-    answers = bool(tested) and _metric(tested) == ACCURACY
+    tested = [pair for pair in tested if pair.metric == tested[0].metric]
+    answers = bool(tested) and tested[0].metric == ACCURACY
     if any(pair.seeds == 1 for pair in tested):
         told.append(
             "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds "
@@ -142,14 +162,18 @@ def limits(tested: Sequence[Pair]) -> str:
 
 
 def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
-    """The section on the pairs: a row each, or a matrix where they are many."""
-    if not tested:
-        return
-    title = TITLES[_metric(tested)]
+    """The section on the pairs, those of a metric together: a row each, or a matrix where they are many."""
+    if tested:
+        yield Heading("Paired tests")
+    for metric in dict.fromkeys(pair.metric for pair in tested):
+        yield from _of_metric(metric, compared, [pair for pair in tested if pair.metric == metric])
+
+
+def _of_metric(metric: str, compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Block]:
+    title = TITLES[metric]
     test = "a t test whose error counts seeds and rows; one seed counts rows alone."
-    if _metric(tested) == ACCURACY:
+    if metric == ACCURACY:
         test = "McNemar's exact test with one seed, else a t test whose error counts seeds and rows."
-    yield Heading("Paired tests")
     yield Text(
         f"{title[0].upper()}{title[1:]} of every two variants, paired by dev row: {test} "
         f"p by Holm is corrected for all {len(tested):,} pairs; a difference is "
@@ -186,10 +210,6 @@ def report(compared: Sequence[Variant], tested: Sequence[Pair]) -> Iterator[Bloc
 
 def _rows(tested: Sequence[Pair]) -> int:
     return len(next(iter(tested[0].first.row_scores.values())))
-
-
-def _metric(tested: Sequence[Pair]) -> str:
-    return tested[0].first.tested or ""
 
 
 def _least_rows(pairs: int) -> int:

@@ -116,13 +116,18 @@ class Variant:
 
     @cached_property
     def tested(self) -> str | None:
-        """The metric that has an interval and paired tests; None where no scores of rows were kept."""
-        return next((found[0] for cell in self.cells if (found := cell.row_scores())), None)
+        """The metric that has an interval and paired tests; None where a finished cell has no scores of rows in it."""
+        metrics = {found and found[0] for found in self._scores.values()}
+        return metrics.pop() if len(metrics) == 1 else None
 
     @cached_property
     def row_scores(self) -> dict[int | None, np.ndarray]:
-        """By seed, what each dev row stands for in the tested metric `(rows,)`; empty where that was not kept."""
-        return {cell.seed: found[1] for cell in self.cells if (found := cell.row_scores())}
+        """By seed, what each dev row stands for in the tested metric `(rows,)`; empty where there is none."""
+        return {seed: found[1] for seed, found in self._scores.items() if found and self.tested}
+
+    @cached_property
+    def _scores(self) -> dict[int | None, tuple[str, np.ndarray] | None]:
+        return {cell.seed: cell.row_scores() for cell in self.cells if cell.metrics()}
 
     @property
     def labels(self) -> np.ndarray:
@@ -231,7 +236,9 @@ def columns(compared: Iterable[Variant]) -> list[Column]:
     compared = list(compared)
     runs = [metrics for variant in compared for metrics in variant.runs]
     problems = [get_problem(metrics.get("problem_type", CLASSIFICATION.name)) for metrics in runs]  # zero-shot: none
-    metrics_first = list(dict.fromkeys(name for problem in problems for name in problem.metrics))
+    # what is tested comes first, so that the chart and the first sentence are of one metric
+    tested = [variant.tested for variant in compared if variant.tested]
+    metrics_first = list(dict.fromkeys([*tested, *(name for problem in problems for name in problem.metrics)]))
     ordered = sorted(COLUMNS, key=lambda column: (*metrics_first, column.key).index(column.key))
     sources = {metrics.get("peak_memory_source") for metrics in runs if metrics.get("peak_memory_mb") is not None}
     if len(sources) == 1 and (measured := _MEMORY_TITLES.get(str(*sources))):

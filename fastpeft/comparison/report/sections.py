@@ -184,7 +184,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
         for cell in variant.cells:
             metrics, rate = cell.metrics(), cell.values["learning_rate"]
             problem = get_problem((metrics or {}).get("problem_type", CLASSIFICATION.name))
-            shown = cell.state if metrics is None else f"{metrics[problem.primary]:.3f}"
+            shown = cell.state if metrics is None else f"{metrics[problem.chosen_by]:.3f}"
             rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
         if taken & edges.keys():
             at_the_edge.append(cell.variant)
