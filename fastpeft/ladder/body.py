@@ -49,8 +49,8 @@ class Body:
         """
         if of_joined_texts:
             raise FastpeftError(
-                f"a pass without the head got {', '.join(of_joined_texts)}. Where texts are joined, leave that out "
-                "(packing=False, padding_free=False): a side network cannot tell them apart."
+                f"a pass without the head got {', '.join(of_joined_texts)}, as of joined texts: a side network cannot "
+                "tell them apart. Turn off what joins them, as packing and padding_free of TRL."
             )
         ladder = self._ladder
         core = ladder.backbone.core
