@@ -193,6 +193,15 @@ def evidence(task: str) -> str:
     return table(heads, body)
 
 
+def base_rates() -> str:
+    """What each rate reached on a slice, the recipe's first."""
+    found: dict[str, list[str]] = {}
+    for row in rows("base_rates.csv"):
+        found.setdefault(row["variant"], []).append(f"{float(row['accuracy']):.3f} ({float(row['learning_rate']):g})")
+    body = ([NAMES[variant.partition(":")[0]], *tried] for variant, tried in found.items())
+    return table(["accuracy (rate)", "the recipe's", "a third", "three times"], body)
+
+
 def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
     """`(seeds, rows)`, 1 where a row was answered rightly."""
     return np.stack([np.equal(cell["predictions"]["labels"], cell["predictions"]["predictions"]) for cell in cells])

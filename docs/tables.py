@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table2-quick": partial(accuracy_tables.suite, "table2-quick"),
     "table2-full": partial(accuracy_tables.suite, "table2-full", speeds=False),
     "base-sst2": partial(accuracy_tables.evidence, "sst2"),
+    "base-rates": accuracy_tables.base_rates,
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
     "after-mezo": accuracy_tables.after_mezo,
