@@ -111,7 +111,8 @@ def said(cell: Path, rows: Path) -> dict[str, float]:
 
 @cache
 def _loss_of_base(model: str) -> float:
-    return _general_loss(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # as cells compute
+    return _general_loss(base, AutoTokenizer.from_pretrained(model))
 
 
 @torch.inference_mode()
