@@ -215,7 +215,8 @@ def _delimiter(file: Path, text: str) -> str:
     """A comma, unless the header has none and is divided by a sign that spreadsheets write in its place."""
     header = text.lstrip("\ufeff\r\n").partition("\n")[0]
     fields = {sign: _parse(file, header, delimiter=sign, strict=True) for sign in ",;\t"}
-    several = [sign for sign, lines in fields.items() if len(lines) == 1 and len(lines[0]) > 1]
+    whole = {sign: lines[0] for sign, lines in fields.items() if len(lines) == 1 and isinstance(lines[0], list)}
+    several = [sign for sign, names in whole.items() if len(names) > 1]
     return next(iter(several), ",")
 
 

@@ -76,6 +76,13 @@ def test_a_csv_that_is_separated_otherwise_is_recognised(
     assert "is separated by" not in caplog.text
 
 
+@pytest.mark.parametrize("text", ['"', '"text,label\n', '"a;b\na;b\n'])
+def test_a_header_whose_quote_stays_open_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(FastpeftError, match=r"rows\.csv"):
+        load_data(str(tmp_path / "rows.csv"))
+
+
 def test_a_quoted_tsv_is_unquoted(tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     file.write_text('text\tlabel\n"a ""b""\tc"\t0\nplain\t1\n', encoding="utf-8")
