@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -80,7 +80,7 @@ def wnut17(source: Path, folder: Path) -> None:
         text = (source / f"{part}.conll").read_text(encoding="utf-8")
         sentences = [[line.split("\t") for line in block.splitlines()] for block in text.split("\n\n") if block.strip()]
         rows = ({"tokens": [word for word, _ in pairs], "tags": [tag for _, tag in pairs]} for pairs in sentences)
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write_lines(folder / f"{name}.jsonl", rows)
 
 
 def e2e(source: Path, folder: Path) -> None:
@@ -95,7 +95,11 @@ def e2e(source: Path, folder: Path) -> None:
     while rows[cut]["prompt"] == rows[cut - 1]["prompt"]:
         cut += 1
     for name, part in (("train", rows[:cut]), ("dev", rows[cut:]), *parts.items()):
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+        _write_lines(folder / f"{name}.jsonl", part)
+
+
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def said(cell: Path, rows: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -135,15 +135,26 @@ def targets() -> str:
     return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
 
 
+def _paper_rows() -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row of the paper's tables, and its variant with the default prompt."""
+    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
+    for row in wanted["rows"].values():
+        yield row, row["variant"].replace("PROMPT", wanted["default_prompt"])
+
+
+def _given(row: dict[str, Any]) -> str:
+    """The paper's accuracy; both where its tables have two."""
+    return " / ".join(f"{value:.2f}" for value in row["accuracy"])
+
+
 def suite(folder: str, *, speeds: bool = True) -> str:
     """The paper's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
-    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
     runs = comparison(folder)
     body = []
-    for row in wanted["rows"].values():
-        found = runs.get(row["variant"].replace("PROMPT", wanted["default_prompt"]))
+    for row, variant in _paper_rows():
+        found = runs.get(variant)
         if found:
-            cells = [" / ".join(f"{value:.2f}" for value in row["accuracy"]), _percent(found)]
+            cells = [_given(row), _percent(found)]
             for key, column in (("memory_mb", "peak_memory_mb"), ("samples_per_second", "samples_per_second")):
                 measured = mean(float(run[column]) for run in found)
                 cells += ["-" if row.get(key) is None else f"{row[key]:,}", f"{measured:,.0f}"]
@@ -166,10 +177,9 @@ def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
 
 def evidence(task: str) -> str:
     """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA."""
-    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
     found = {}
-    for row in wanted["rows"].values():
-        if cells := cells_of(task, row["variant"].replace("PROMPT", wanted["default_prompt"])):
+    for row, variant in _paper_rows():
+        if cells := cells_of(task, variant):
             found[row["title"]] = row, cells
     body = []
     for title, (row, cells) in found.items():
@@ -181,7 +191,7 @@ def evidence(task: str) -> str:
         body.append(
             [
                 title,
-                " / ".join(f"{value:.2f}" for value in row["accuracy"]),
+                _given(row),
                 _percent(metrics),
                 beside,
                 whole(metrics[0]["peak_memory_mb"]),

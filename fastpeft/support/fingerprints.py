@@ -48,10 +48,10 @@ def fingerprints_agree(first: str, second: str) -> bool:
     """Whether two fingerprints are of the same weight.
 
     Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
-    dtypes can change, since one weight may be a cast of the other or both a cast of a third. In 4 bits, entries are
-    compared closely with others in 4 bits, and with more bits only so far that unrelated weights are told apart: a
-    weight and one that was trained further are alike there. What is no fingerprint, as a file from elsewhere may hold,
-    agrees with none.
+    dtypes can change, since one weight may be a cast of the other or both a cast of a third. Two weights in 4 bits are
+    compared closely. One in 4 bits and one in more bits are compared coarsely: unrelated weights are told apart, but a
+    weight and one that was trained further are not. What is no fingerprint, as a file from elsewhere may hold, agrees
+    with none.
     """
     if not (_FINGERPRINT.fullmatch(first) and _FINGERPRINT.fullmatch(second)):
         return False

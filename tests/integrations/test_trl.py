@@ -57,15 +57,19 @@ def config() -> SivaConfig:
     return SivaConfig(r=2, task_type="CAUSAL_LM")
 
 
-def fine_tuned(folder: Path) -> trl.SFTTrainer:
+def sft(model: Any, folder: Path, adapter: SivaConfig | None = None, **changes: Any) -> trl.SFTTrainer:
     texts = [prompt + word for prompt in PROMPTS for word in GOOD]
-    trainer = trl.SFTTrainer(
-        base(),
-        trl.SFTConfig(str(folder / "sft"), max_length=32, **SHARED),
+    return trl.SFTTrainer(
+        model,
+        trl.SFTConfig(str(folder / "sft"), **{"max_length": 32, **SHARED, **changes}),
         train_dataset=datasets.Dataset.from_dict({"text": texts}),
         processing_class=tokenizer(),
-        peft_config=config(),
+        peft_config=adapter,
     )
+
+
+def fine_tuned(folder: Path) -> trl.SFTTrainer:
+    trainer = sft(base(), folder, config())
     trainer.train()
     return trainer
 
@@ -131,16 +135,6 @@ def test_the_first_reward_is_zero(method: str, start: str, tmp_path: Path) -> No
 def beside(model: Any) -> LadderModel:
     torch.manual_seed(0)
     return LadderModel(model, LadderConfig(window_size=3, reduction_factor=2))
-
-
-def sft(model: Any, folder: Path, **changes: Any) -> trl.SFTTrainer:
-    texts = [prompt + word for prompt in PROMPTS for word in GOOD]
-    return trl.SFTTrainer(
-        model,
-        trl.SFTConfig(str(folder / "sft"), **{"max_length": 32, **SHARED, **changes}),
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer(),
-    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointed"])
