@@ -16,12 +16,22 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from fastpeft.errors import FastpeftError
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
+
+_OF_TOKENS = {
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
+}
 
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -185,6 +195,11 @@ class Backbone:
         decoder = None if self.plain else self.core.get_output_embeddings()
         words = getattr(getattr(self.core, "config", None), "vocab_size", None)
         return decoder if isinstance(decoder, nn.Linear) and decoder.out_features == words else None
+
+    @property
+    def answers_tokens(self) -> bool:
+        """Whether there is an answer for each token: a word, a tag, whether an answer begins or ends, or a state."""
+        return self.headless or self.decoder is not None or type(self.core).__name__ in _OF_TOKENS
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head, without a decoder to the vocabulary, by the model's names: these train."""

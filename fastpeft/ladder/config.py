@@ -24,6 +24,7 @@ SHAPE = (
     "fusion",
     "num_heads",
     "residual",
+    "normalise_features",
     "side_heads",
     "share_projections",
     "output_mix",
@@ -54,7 +55,11 @@ class LadderConfig(PretrainedConfig):
         fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` is the original LST, which mixes
             the state with the one feature of a window of 1 by a trained gate.
         num_heads: heads of the cross-attention; above 1 it has an output projection.
-        residual: whether the cross-attention's output is added to the side state, and normalised. The paper's is not.
+        residual: whether a token's own feature, that of the window's middle, is added to the cross-attention's output.
+            Without it, as in the paper, all tokens begin with nearly the same state. None is True where each token is
+            answered for (words, tags, questions, or no head at all), and False beside any other head.
+        normalise_features: whether a feature is divided by its root mean square, token by token, before it is
+            projected. None is as `residual`: in decoders a few tokens have features a hundred times as large as others.
         side_heads: self-attention heads of a side block. None is one per 64 of its width, at least 1.
         init: `"random"`, or `"pruned"` for the backbone's own channels and neurons of the largest magnitude.
         layer_drop: probability of leaving out a side block in a training pass; the state then passes unchanged. The
@@ -103,7 +108,8 @@ class LadderConfig(PretrainedConfig):
         feature_dropout: float | None = None,
         fusion: Fusion = "cross_attention",
         num_heads: int = 1,
-        residual: bool = False,
+        residual: bool | None = None,
+        normalise_features: bool | None = None,
         side_heads: int | None = None,
         init: Init = "random",
         layer_drop: float = 0.0,
@@ -127,6 +133,7 @@ class LadderConfig(PretrainedConfig):
         self.fusion = fusion
         self.num_heads = num_heads
         self.residual = residual
+        self.normalise_features = normalise_features
         self.side_heads = side_heads
         self.init = init
         self.layer_drop = layer_drop

@@ -101,4 +101,4 @@ class DirectRun(SideRun):
         if visible is not None:
             visible = visible.repeat(1, 1, 1, len(window))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
-        return fusion.finish(theta, attended)
+        return fusion.finish(window[fusion.middle], attended)

@@ -99,9 +99,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         config.causal = decide_causal(backbone, config.causal)
-        self._chosen_mix = config.output_mix
-        if config.output_mix is None:
-            config.output_mix = "add" if backbone.decoder is not None else False
+        self._decided = _decide_form(config, backbone)
         if config.base_fingerprints:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         causal = bool(config.causal)
@@ -515,8 +513,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """
         name = os.fspath(source)
         saved = saving.read_config(name, {})
-        if self._chosen_mix is None and True not in (saved.output_mix, self.config.output_mix):
-            self.config.output_mix = saved.output_mix  # these two have the same weights
+        for field in self._decided:
+            if (field, getattr(saved, field)) != ("output_mix", True):  # a trained mix has a weight of its own
+                setattr(self.config, field, getattr(saved, field))
         saving.check_shape(saved, self.config, name)
         base = saved.base_model_name_or_path
         check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
@@ -537,6 +536,20 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
+
+
+def _decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
+    """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
+    own = config.fusion == "cross_attention" and backbone.answers_tokens
+    defaults = {
+        "output_mix": "add" if backbone.decoder is not None else False,
+        "residual": own,
+        "normalise_features": own if config.residual is None else config.residual,
+    }
+    decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
+    for field, value in decided.items():
+        setattr(config, field, value)
+    return set(decided)
 
 
 def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:

@@ -27,6 +27,7 @@ from fastpeft.support.processor import has_bfloat16
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
 _POSITION_STD = 0.02
+_TINY = 1e-6  # beside the mean square of a feature
 
 
 class WindowFusion(nn.Module):
@@ -35,8 +36,8 @@ class WindowFusion(nn.Module):
     `X = softmax((theta Wq) (C~ Wk)^T / sqrt(head_dim)) (C~ Wv)`, `C~_i = dropout(C_i) + p_i`
 
     Keys and values are never made: queries are `theta (Wq Wk^T)`, with one small matrix for each head, and Wv is
-    applied to the result. Several heads are followed by an output projection; with `residual`, theta is added and a
-    LayerNorm follows.
+    applied to the result. Several heads are followed by an output projection. With `residual` the token's own
+    `C_i + p_i` of the middle slot is added, without dropout.
 
     Args:
         config: the side network's configuration.
@@ -48,15 +49,16 @@ class WindowFusion(nn.Module):
 
     def __init__(self, config: LadderConfig, width: int, block: int, slots: Sequence[int], causal: bool) -> None:
         super().__init__()
+        self.config = config  # a model that takes over another's weights also takes over its `residual`
         self.num_heads = config.num_heads
         self.dropout = config.dropout
         self.block, self.slots, self.causal = block, list(slots), causal
+        self.middle = config.window_size // 2
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.positions = nn.Parameter(torch.randn(config.window_size, width) * _POSITION_STD)
         self.output = nn.Linear(width, width) if config.num_heads > 1 else None
-        self.norm = nn.LayerNorm(width) if config.residual else None
 
     def forward(
         self,
@@ -87,10 +89,11 @@ class WindowFusion(nn.Module):
                 seed=seed,
                 block=self.block,
             )
+        own = window[:, self.slots.index(self.middle)]
         if self.output is None:
-            return self.finish(theta, self.value(attended[:, 0]))
+            return self.finish(own, self.value(attended[:, 0]))
         value = self.value.weight.view(heads, head_dim, width)
-        return self.finish(theta, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+        return self.finish(own, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
 
     def folded(self) -> Tensor:
         """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled, head after head: `(H D, D)`."""
@@ -117,11 +120,11 @@ class WindowFusion(nn.Module):
             visible = visible[..., None].expand(*visible.shape, number).flatten(-2)
         return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible, scale=1.0)
 
-    def finish(self, theta: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention: `(B, T, D)`, the values of all heads -> `(B, T, D)`."""
+    def finish(self, own: Tensor, x: Tensor) -> Tensor:
+        """What follows the attention: the middle slot's C and the values of all heads, `(B, T, D)` -> `(B, T, D)`."""
         if self.output is not None:
             x = self.output(x)
-        return x if self.norm is None else self.norm(theta + x)
+        return x + own + self.positions[self.middle] if self.config.residual else x
 
 
 class GatedFusion(nn.Module):
@@ -413,6 +416,10 @@ class SideRun:
             self._in_bfloat16 = self.kept is None and _computes_in_bfloat16(feature, side.down.weight)
         if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
+        if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
+            self._last_feature = feature
+        if side.config.normalise_features:
+            feature = F.rms_norm(feature, feature.shape[-1:], eps=_TINY)
         if layer == 0:
             if self.mask is not None or self.past:  # else causal attention needs no mask
                 self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
@@ -420,8 +427,6 @@ class SideRun:
                 self._advance(side.down(feature))
                 if self._visible is not None and self.kept is None:
                     self._visible = _to_add(self._visible, self._theta)
-        if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
-            self._last_feature = feature
         return feature
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:

@@ -10,7 +10,6 @@ Dimension letters as in `side.py`; H heads of the cross-attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ class BlockStep:
     def __init__(self, block: SideBlock, kept: SideLayer) -> None:
         fusion: Any = block.fusion
         self._kept, self._activation, self._heads = kept, block.activation, block.num_heads
-        self._norm: Callable[[Tensor], Tensor] | None = None
         self._gate: float | None = None
         width = block.qkv.in_features
         weight: Tensor = block.qkv.weight
@@ -54,8 +52,8 @@ class BlockStep:
                 parts = zip(fusion.output.weight.chunk(fusion.num_heads, 1), value.chunk(fusion.num_heads))
                 value, out_bias = torch.cat([out @ part for out, part in parts], dim=1), fusion.output.bias
             self._value = value, out_bias
-            self._norm = fusion.norm
-            if fusion.norm is None:
+            self._own = fusion.slots.index(fusion.middle) if fusion.config.residual else None
+            if self._own is None:
                 bias = torch.cat((out_bias, torch.addmv(bias, weight, out_bias)))
                 weight = torch.cat((value, weight @ value))
         self._qkv = weight, bias
@@ -73,10 +71,10 @@ class BlockStep:
             q, states = F.linear(x, *self._qkv).split((width, 2 * width), dim=1)
         else:
             attended = self._attend(theta, parts, visible)
-            if self._norm is None:
+            if self._own is None:
                 x, q, states = F.linear(attended, *self._qkv).split((width, width, 2 * width), dim=1)
             else:
-                x = self._norm(theta + F.linear(attended, *self._value))
+                x = parts[self._own] + F.linear(attended, *self._value)
                 q, states = F.linear(x, *self._qkv).split((width, 2 * width), dim=1)
         k, v = self._kept.append("keys", states.view(batch, 1, 1, -1)).split(width, dim=-1)  # each (B, 1, T, D)
         q = q.view(batch, self._heads, 1, -1)

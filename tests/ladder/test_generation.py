@@ -24,7 +24,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "LST": LST,
     "3-LST": {},
     "9-LST": {"window_size": 9},
-    "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "share_projections": True},
+    "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "normalise_features": True, "share_projections": True},
 }
 DECODERS = ("llama", "gpt2", "bloom", "mistral")
 WORDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -71,6 +71,38 @@ def losses(model: Any, ids: Tensor, steps: int, lr: float = 1e-2) -> list[float]
 # -- the start ---------------------------------------------------------------------------------------------------
 
 
+def spread(model: LadderModel) -> float:
+    """How far the last states of a text's tokens, after its first, are from their mean, as a share of their size."""
+    found: list[Tensor] = []
+    model.side.up.register_forward_pre_hook(lambda _, args: found.append(args[0][0, 1:]))
+    with torch.no_grad():
+        model.eval()(input_ids=WORDS % 50)
+    return float((found[0] - found[0].mean(0)).norm() / found[0].norm())
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "Model"])
+def test_where_tokens_are_answered_for_they_start_apart(head: str) -> None:
+    base = tiny(head=head, num_labels=2)
+    assert spread(ladder(copy.deepcopy(base), window_size=9, residual=False)) < 1e-3
+    assert spread(ladder(base, window_size=9)) > 0.4
+
+
+def test_one_token_of_large_features_does_not_drown_the_others() -> None:
+    """As the first token's are in a pretrained decoder."""
+    base = causal_model("llama")
+    base.model.embed_tokens.weight.data[WORDS[0, 0] % 50] *= 1e5
+    assert spread(ladder(copy.deepcopy(base), window_size=9, normalise_features=False)) < 1e-3
+    assert spread(ladder(base, window_size=9)) > 0.4
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_features_are_normalised_with_the_residual(residual: bool) -> None:
+    assert ladder(tiny(), residual=residual).config.normalise_features is residual
+    assert ladder(tiny(), residual=residual, normalise_features=True).config.normalise_features
+    assert ladder(tiny()).config.residual is False
+    assert ladder(causal_model("llama"), **LST).config.residual is False  # a gate mixes a token's own feature anyway
+
+
 @pytest.mark.parametrize("network", [LST, {"window_size": 9}], ids=["LST", "9-LST"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "masked words"])
 def test_beside_a_head_of_words_it_starts_as_its_model(kind: str, network: dict[str, Any]) -> None:
@@ -111,11 +143,16 @@ def test_what_was_saved_without_the_sum_loads_without_it(tmp_path: Path, mix: bo
         assert loaded(input_ids=WORDS).logits.equal(model(input_ids=WORDS).logits)
 
 
-def test_a_later_task_takes_over_the_sum(tmp_path: Path) -> None:
-    ladder(tiny(head="ForMaskedLM")).save_pretrained(tmp_path)
+def test_a_later_task_takes_over_the_form(tmp_path: Path) -> None:
+    words = moved(tiny(head="ForMaskedLM"))
+    words.save_pretrained(tmp_path)
     model = ladder(tiny())
     model.take_over(tmp_path, head=False)
-    assert model.config.output_mix == "add"
+    form = model.config
+    assert (form.output_mix, form.residual, form.normalise_features) == ("add", True, True)
+    with torch.no_grad():
+        states = [one(input_ids=WORDS % 50, output_hidden_states=True).hidden_states for one in (words, model)]
+    assert all(one.equal(other) for one, other in zip(*states))
     with pytest.raises(FastpeftError, match="output_mix is 'add', here False"):
         ladder(tiny(), output_mix=False).take_over(tmp_path, head=False)
 

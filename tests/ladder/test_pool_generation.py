@@ -23,7 +23,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "lst": {"window_size": 1, "fusion": "gated"},
     "3-lst": {},
     "other": {},
-    "9-lst": {"window_size": 9, "num_heads": 2, "residual": True},
+    "9-lst": {"window_size": 9, "num_heads": 2, "residual": True, "normalise_features": True},
 }
 GREEDY: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 MIXES = {
@@ -44,7 +44,7 @@ def far(model: LadderModel, seed: int) -> LadderModel:
     """A side network far from its start, and from others."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.side.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=generator)
+        nn.init.normal_(parameter, std=1.0, generator=generator)
     return model
 
 

@@ -56,7 +56,9 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
     """The up-projected output `(B, T, WIDTH)` for features `B_0 .. B_L`; a padding token's is not defined (NaN)."""
     config, reach = side.config, side.config.window_size // 2
     batch, tokens, _ = layers[0].shape
-    output = torch.full_like(layers[0], math.nan)
+    output, last = torch.full_like(layers[0], math.nan), layers[-1]
+    if config.normalise_features:
+        layers = [feature * (feature.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for feature in layers]
     for b in range(batch):
         real = [t for t in range(tokens) if mask[b, t]]
         before = {t: [s for s in real if not side.causal or s <= t] for t in real}
@@ -83,15 +85,15 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
             x = attend(q, k, v, seen, config.num_heads)
             if fusion.output is not None:
                 x = fusion.output(x)
-            if fusion.norm is not None:
-                x = fusion.norm(theta + x)
+            if config.residual:
+                x = x + stacked[reach * len(real) :][: len(real)]
             theta = encoder_block(side.blocks[j - 1], x, [[index[s] for s in before[t]] for t in real])
         output[b, real] = side.up(theta)
     if side.side_share is not None:
         mix = 1 - side.side_share.item()
-        return mix * layers[-1] + (1 - mix) * output
+        return mix * last + (1 - mix) * output
     if config.output_mix == "add":
-        return layers[-1] + layers[-1].square().mean(-1, keepdim=True).sqrt() * output
+        return last + last.square().mean(-1, keepdim=True).sqrt() * output
     return output
 
 
@@ -106,8 +108,9 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         {"share_projections": True},
         {"output_mix": True},
         {"output_mix": "add"},
+        {"output_mix": "add", "residual": True, "normalise_features": True},
     ],
-    ids=["plain", "heads", "residual", "shared", "mix", "sum"],
+    ids=["plain", "heads", "residual", "shared", "mix", "sum", "normalised"],
 )
 def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
     side = network(causal, window_size=window, **options)
@@ -399,7 +402,7 @@ HALVES = [
     {"window_size": 1, "fusion": "gated"},
     {"window_size": 3},
     {"window_size": 9},
-    {"window_size": 3, "num_heads": 2, "residual": True},
+    {"window_size": 3, "num_heads": 2, "residual": True, "normalise_features": True},
     {"window_size": 5, "share_projections": True},
     {"window_size": 3, "output_mix": True},
 ]
