@@ -288,12 +288,13 @@ def ladder_options() -> str:
         runs.setdefault((row["data"], row["variant"]), []).append(row)
     body = []
     for (data, variant), found in sorted(runs.items(), key=lambda item: item[0][0]):
-        accuracies, losses = ([float(row[column]) for row in found] for column in ("accuracy", "loss"))
+        accuracies = [float(row["entity_f1"] or row["accuracy"]) for row in found]
+        losses = [float(row["loss"]) for row in found]
         parameters = whole(found[0]["trainable_parameters"])
         body.append(
             [data, f"`{variant}`", f"{len(found)}", f"{mean(accuracies):.3f}", f"{mean(losses):.3f}", parameters]
         )
-    return table(["data", "variant", "seeds", "accuracy", "loss", "trained parameters"], body)
+    return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trained parameters"], body)
 
 
 def ladder_pretraining() -> str:
