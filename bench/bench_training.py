@@ -11,9 +11,9 @@ dU, dV), 19 million operations beside the 604 million of their 4 products with W
 As six small products by BLAS these cost more than their operations, 0.1 ms a product within the step; on a CPU the
 compiled module makes them one pass over rows forward and one backward, 0.04 ms forward for one thread by the profiler.
 
-`--model base` and `--model large` take RoBERTa's shapes, `--tokens` other lengths, `--candidates` some of the rows,
-`--rounds` fewer rounds. `--dtype bfloat16` casts the base before adapters are made of it, which keep the dtype that
-their library gives them; `--dtype autocast` keeps float32 weights, and computes in bfloat16 by autocast.
+`--model base` and `--model large` take RoBERTa's shapes, `--rounds` fewer rounds. With `--adapters` `--tokens` takes
+other lengths and `--candidates` some of the rows; `--dtype bfloat16` casts the base before adapters are made of it,
+which keep the dtype that their library gives them, and `--dtype autocast` keeps float32 weights, computing in bfloat16.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def pass_gradients(model: nn.Module, targets: Any) -> None:
             module.register_forward_hook(require)
 
 
-def candidates(device: torch.device) -> Candidates:
+def candidates(device: torch.device, model: str = "demo") -> Candidates:
     """Every row of the table; SiVA on query and key, its default, first."""
     default_first = sorted(CELLS, key=lambda cell: (cell.method, cell.targets) != ("siva", "query, key"))
-    return {cell.name: training_step(cell, device) for cell in default_first}
+    return {cell.name: training_step(cell, device, model) for cell in default_first}
 
 
 def adapters(
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--adapters", action="store_true", help="SiVA, its limit and other adapters of the same layers")
-    parser.add_argument("--model", choices=MODELS, default="demo", help="with --adapters")
+    parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--targets", default="query, key;all linear", help="with --adapters")
     parser.add_argument("--candidates", default=",".join(ADAPTERS), help="with --adapters; siva comes first")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="with --adapters")
@@ -182,7 +182,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     if not given.adapters:
-        measure(FILE, CASE, candidates(device), device, given.rounds)
+        measure(FILE, {**CASE, "model": given.model}, candidates(device, given.model), device, given.rounds)
         return
     for targets in given.targets.split(";"):
         case = {**CASE, "model": given.model, "tokens": str(given.tokens), "dtype": given.dtype, "targets": targets}

@@ -59,7 +59,12 @@ def screen(variant: str, source: str, data: Path, folder: Path, seeds: int = 1, 
     for row in read_rows(folder / "results.csv"):
         if row["variant"] == variant:
             accuracy, dev_rows = float(row["accuracy"]), int(row["dev_rows"])
-            found = {"data": source, "variant": variant, "seed": row["seed"], **{name: row.get(name, "") for name in COLUMNS}}
+            found = {
+                "data": source,
+                "variant": variant,
+                "seed": row["seed"],
+                **{name: row.get(name, "") for name in COLUMNS},
+            }
             found["standard_error"] = f"{math.sqrt(accuracy * (1 - accuracy) / dev_rows):.4f}"
             put_row(FILE, found, key=("data", "variant", "seed"))
 

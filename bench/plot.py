@@ -1,12 +1,14 @@
 """`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
 
 Timings are drawn as ratios or over sizes, compiled tiles as registers, and what runs measured on their way as curves.
-The picture at the top of the README, memory against speed, goes to `docs/images`.
+The pictures of the README go to `docs/images`: memory against speed, and accuracy against memory.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -15,11 +17,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from bench.harness import DATA, Row, read_rows
+from fastpeft.comparison.report.figures import Point, Scatter
+from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
 WHERE = ("device", "card", "threads", "python", "fastpeft", "torch", "triton", "peft")
 REGISTERS = 255  # that a thread of an NVIDIA card can have
-OVERVIEW = DATA.parents[1] / "docs" / "images" / "memory-speed.png"
+IMAGES = DATA.parents[1] / "docs" / "images"
+OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
 
 # A point of the overview: variant in compare_demo.csv, candidate in training.csv, label and where it stands.
 POINTS = (
@@ -34,6 +39,16 @@ POINTS = (
     ("bitfit", "bitfit", "BitFit", (-8, -7)),
     ("lora:rank=4:targets=all-linear", "lora-all-linear", "LoRA, all linear layers", (9, -12)),
     ("full", "full", "full fine-tuning", (0, 10)),
+)
+# A point of the other: cells of the evidence, candidate in training.csv, name.
+EVIDENCE = (
+    ("full", "full", "full fine-tuning"),
+    ("lora-rank=4-targets=query+key", "lora-query-key", "LoRA"),
+    ("siva", "siva-query-key", "SiVA"),
+    ("siva-targets=key+value", "siva-key-value", "SiVA, key and value"),
+    ("k-lst-window=9", "k-lst", "9-LST"),
+    ("lst", "lst", "LST"),
+    ("last-n", "last-n", "last 3 layers"),
 )
 OURS = ("siva", "k-lst", "lst", "mezo")
 
@@ -144,7 +159,7 @@ def plot_overview(file: Path) -> None:
     beside its own forward passes, in a run of its own.
     """
     memory = {row["variant"]: float(row["peak_memory_mb"] or 0) for row in read_rows(DATA / "compare_demo.csv")}
-    steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv")}
+    steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "demo"}
     mezo = next(row for row in read_rows(DATA / "mezo_step.csv") if row["candidate"] == "step, deferred")
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for variant, candidate, label, offset in POINTS:
@@ -173,6 +188,27 @@ def plot_overview(file: Path) -> None:
     plt.close(figure)
 
 
+def plot_evidence(file: Path) -> None:
+    """Accuracy over peak memory, and the time of a step, of the paper's methods on a pretrained model of base size.
+
+    Accuracies are of the cells that `python -m bench.evidence sst2` has finished, with an interval that counts
+    sentences, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32 tokens, in float32.
+    """
+    steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "base"}
+    points = []
+    for index, (variant, candidate, name) in enumerate(EVIDENCE):
+        cells = [read_json(cell) for cell in sorted((DATA / "evidence" / "sst2").glob(f"{variant}-seed*.json"))]
+        if not cells:
+            continue
+        accuracy = mean(cell["metrics"]["accuracy"] for cell in cells)
+        margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(cells[0]["predictions"]["labels"]))
+        ends = 100 * (accuracy - margin), 100 * (accuracy + margin)
+        step = float(steps[candidate]["ms_p50"]) if candidate in steps else None
+        points.append(Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * accuracy, ends, step))
+    chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "ms a step")
+    write_text(file, chart.svg("Accuracy over peak memory of the methods on MPNet-base", file=True))
+
+
 def _grouped(rows: list[Row], columns: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
     """Rows by the values of `columns`, in order of appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -195,6 +231,7 @@ def _short(tile: str) -> str:
 def main() -> None:
     if (DATA / "compare_demo.csv").exists():
         plot_overview(OVERVIEW)
+        plot_evidence(PARETO)
     for table in sorted(DATA.glob("*.csv")):
         rows = read_rows(table)
         if rows and "registers" in rows[0]:
