@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -29,6 +30,7 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
 
 _OF_TOKENS = {
+    *MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
     *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
     *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
 }
@@ -199,7 +201,8 @@ class Backbone:
     @property
     def answers_tokens(self) -> bool:
         """Whether there is an answer for each token: a word, a tag, whether an answer begins or ends, or a state."""
-        return self.headless or self.decoder is not None or type(self.core).__name__ in _OF_TOKENS
+        kinds = {kind.__name__ for kind in type(self.core).__mro__}
+        return self.headless or self.decoder is not None or bool(kinds & _OF_TOKENS)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head, without a decoder to the vocabulary, by the model's names: these train."""

@@ -57,7 +57,7 @@ class LadderConfig(PretrainedConfig):
         num_heads: heads of the cross-attention; above 1 it has an output projection.
         residual: whether a token's own feature, that of the window's middle, is added to the cross-attention's output.
             Without it, as in the paper, all tokens begin with nearly the same state. None is True where each token is
-            answered for (words, tags, questions, or no head at all), and False beside any other head.
+            answered for, by the class of a transformers model (words, tags, questions, or no head at all), else False.
         normalise_features: whether a feature is divided by its root mean square, token by token, before it is
             projected. None is as `residual`: in decoders a few tokens have features a hundred times as large as others.
         side_heads: self-attention heads of a side block. None is one per 64 of its width, at least 1.

@@ -513,10 +513,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """
         name = os.fspath(source)
         saved = saving.read_config(name, {})
-        for field in self._decided:
-            if (field, getattr(saved, field)) != ("output_mix", True):  # a trained mix has a weight of its own
-                setattr(self.config, field, getattr(saved, field))
-        saving.check_shape(saved, self.config, name)
+        form = {field: getattr(saved, field) for field in self._decided}
+        if saved.output_mix is True:  # a trained mix has a weight of its own
+            form.pop("output_mix", None)
+        wanted = copy.copy(self.config)
+        wanted.update(form)
+        saving.check_shape(saved, wanted, name)
         base = saved.base_model_name_or_path
         check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
         own, taken = self.state_dict(), {}
@@ -531,6 +533,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if head and saved.train_adapters == self.config.train_adapters:
             taken |= weights  # the check then refuses weights that this model does not have
         self._load(taken, name)
+        self.config.update(form)
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, which must be exactly those that train."""

@@ -25,7 +25,10 @@ ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's forma
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # fields of a base's configuration that other libraries read from a model's, as sentence-transformers and `generate` do
 _SIZES = ("hidden_size", "max_position_embeddings", "vocab_size")
-_ON_THE_CARD = (*SHAPE[:5], "init", "layer_drop", "share_projections", "output_mix", "backbone_dtype")
+_ON_THE_CARD = (
+    *("window_size", "reduction_factor", "fusion", "num_heads", "residual", "normalise_features"),
+    *("init", "layer_drop", "share_projections", "output_mix", "backbone_dtype"),
+)
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
@@ -40,6 +43,7 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
             f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
             "LadderModel.save_pretrained wrote."
         )
+    values.setdefault("normalise_features", values.get("residual"))  # before there was the field
     try:
         config: LadderConfig = LadderConfig.from_dict(values)
     except FastpeftError:

@@ -419,7 +419,8 @@ class SideRun:
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
         if side.config.normalise_features:
-            feature = F.rms_norm(feature, feature.shape[-1:], eps=_TINY)
+            # on a card autocast would keep it in float32
+            feature = F.rms_norm(feature, feature.shape[-1:], eps=_TINY).to(feature.dtype)
         if layer == 0:
             if self.mask is not None or self.past:  # else causal attention needs no mask
                 self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastpeft.errors import FastpeftError
 from fastpeft.ladder.config import SHAPE
 from fastpeft.ladder.side import SideNetwork
 
@@ -24,8 +25,11 @@ def shape_of(side: SideNetwork) -> Hashable:
     """A key that two side networks share if they can be stacked; a network that cannot be has a key of its own."""
     if any(name.partition(".")[0] not in _STACKED for name, _ in side.named_parameters()):
         return id(side)
-    settings = tuple(repr(getattr(side.config, name)) for name in SHAPE)
-    return settings, tuple((name, p.shape, p.dtype) for name, p in side.named_parameters())
+    return _settings(side), tuple((name, p.shape, p.dtype) for name, p in side.named_parameters())
+
+
+def _settings(side: SideNetwork) -> tuple[str, ...]:
+    return tuple(repr(getattr(side.config, name)) for name in SHAPE)
 
 
 class SideStack:
@@ -55,9 +59,17 @@ class SideStack:
         """The networks at `places` as one, with operands and results `(G, B, T, ...)`; a single network as it is.
 
         The weights are copied, unless `places` are all networks in their order.
+
+        Raises:
+            FastpeftError: a network has changed its form since.
         """
         if len(places) == 1:
             return self.sides[places[0]]
+        if any(_settings(self.sides[place]) != _settings(self._code) for place in places):
+            raise FastpeftError(
+                "a member of the pool has changed its form since it joined, as take_over does. Remove it and add it "
+                "again."
+            )
         weights = self._weights
         if list(places) != list(range(len(self.sides))):
             index = torch.tensor(places, device=self.sides[0].up.weight.device)

@@ -35,6 +35,7 @@ class BlockStep:
         width = block.qkv.in_features
         weight: Tensor = block.qkv.weight
         bias: Tensor = block.qkv.bias
+        output_bias: Tensor = block.attention_output.bias
         if isinstance(fusion, GatedFusion):
             self._gate = float(fusion.gate())
         else:
@@ -51,13 +52,15 @@ class BlockStep:
             if fusion.output is not None:  # (D, H D): what each head's values become
                 parts = zip(fusion.output.weight.chunk(fusion.num_heads, 1), value.chunk(fusion.num_heads))
                 value, out_bias = torch.cat([out @ part for out, part in parts], dim=1), fusion.output.bias
-            self._value = value, out_bias
+            self._value = value.t()
             self._own = fusion.slots.index(fusion.middle) if fusion.config.residual else None
+            bias = torch.addmv(bias, weight, out_bias)
             if self._own is None:
-                bias = torch.cat((out_bias, torch.addmv(bias, weight, out_bias)))
-                weight = torch.cat((value, weight @ value))
+                weight, bias = torch.cat((value, weight @ value)), torch.cat((out_bias, bias))
+            else:
+                output_bias = output_bias + out_bias
         self._qkv = weight, bias
-        self._output = block.attention_output.weight, block.attention_output.bias
+        self._output = block.attention_output.weight, output_bias
         self._inner = block.feed_forward_in.weight, block.feed_forward_in.bias
         self._outer = block.feed_forward_out.weight, block.feed_forward_out.bias
         norms = block.attention_norm, block.feed_forward_norm
@@ -74,7 +77,7 @@ class BlockStep:
             if self._own is None:
                 x, q, states = F.linear(attended, *self._qkv).split((width, width, 2 * width), dim=1)
             else:
-                x = parts[self._own] + F.linear(attended, *self._value)
+                x = torch.addmm(parts[self._own], attended, self._value)  # without the output's bias, added later
                 q, states = F.linear(x, *self._qkv).split((width, 2 * width), dim=1)
         k, v = self._kept.append("keys", states.view(batch, 1, 1, -1)).split(width, dim=-1)  # each (B, 1, T, D)
         q = q.view(batch, self._heads, 1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from causal_models import causal_model
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
 from fastpeft.ladder.direct_run import DirectRun
 from fastpeft.ladder.side_step import BlockStep
@@ -155,6 +156,38 @@ def test_a_later_task_takes_over_the_form(tmp_path: Path) -> None:
     assert all(one.equal(other) for one, other in zip(*states))
     with pytest.raises(FastpeftError, match="output_mix is 'add', here False"):
         ladder(tiny(), output_mix=False).take_over(tmp_path, head=False)
+
+
+def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
+    ladder(tiny(head="ForMaskedLM")).save_pretrained(tmp_path)
+    model = ladder(tiny(), window_size=5)
+    before = model.config.to_dict()
+    with pytest.raises(FastpeftError, match="window_size is 3, here 5"):
+        model.take_over(tmp_path, head=False)
+    assert model.config.to_dict() == before
+
+
+def test_a_form_from_before_it_had_a_name(tmp_path: Path) -> None:
+    ladder(tiny()).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values.pop("normalise_features") is False
+    file.write_text(json.dumps(values), encoding="utf-8")
+    model = ladder(tiny(), residual=False)
+    model.take_over(tmp_path, head=False)
+    assert model.config.normalise_features is False
+
+
+def test_a_member_that_takes_over_another_form_leaves_its_pool(tmp_path: Path) -> None:
+    moved(tiny(head="ForTokenClassification"), residual=False).save_pretrained(tmp_path)
+    pool = LadderPool(tiny(head="ForTokenClassification"))
+    for name in ("a", "b"):
+        pool.add(name, LadderConfig(window_size=3, reduction_factor=2))
+    batch = {"input_ids": WORDS % 50}
+    pool(batch, ["a", "b", "b"])
+    pool["a"].take_over(tmp_path, head=False)
+    with pytest.raises(FastpeftError, match="changed its form"):
+        pool(batch, ["a", "b", "b"])
 
 
 def test_the_sum_learns_faster_than_the_place_of_the_output() -> None:
