@@ -59,7 +59,8 @@ class LadderConfig(PretrainedConfig):
             Without it, as in the paper, all tokens begin with nearly the same state. None is True where each token is
             answered for, by the class of a transformers model (words, tags, questions, or no head at all), else False.
         normalise_features: whether a feature is divided by its root mean square, token by token, before it is
-            projected. None is as `residual`: in decoders a few tokens have features a hundred times as large as others.
+            projected. In a decoder a few tokens have features a hundred times as large as others, and drown them in the
+            attention. None is True for cross-attention to a causal backbone, and with `residual`; else False.
         side_heads: self-attention heads of a side block. None is one per 64 of its width, at least 1.
         init: `"random"`, or `"pruned"` for the backbone's own channels and neurons of the largest magnitude.
         layer_drop: probability of leaving out a side block in a training pass; the state then passes unchanged. The

@@ -543,11 +543,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
 def _decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
     """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
-    own = config.fusion == "cross_attention" and backbone.answers_tokens
+    attends = config.fusion == "cross_attention"
+    residual = attends and backbone.answers_tokens if config.residual is None else config.residual
     defaults = {
         "output_mix": "add" if backbone.decoder is not None else False,
-        "residual": own,
-        "normalise_features": own if config.residual is None else config.residual,
+        "residual": residual,
+        "normalise_features": residual or (attends and bool(config.causal)),
     }
     decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
     for field, value in decided.items():

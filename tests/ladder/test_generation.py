@@ -101,7 +101,10 @@ def test_features_are_normalised_with_the_residual(residual: bool) -> None:
     assert ladder(tiny(), residual=residual).config.normalise_features is residual
     assert ladder(tiny(), residual=residual, normalise_features=True).config.normalise_features
     assert ladder(tiny()).config.residual is False
-    assert ladder(causal_model("llama"), **LST).config.residual is False  # a gate mixes a token's own feature anyway
+    gated = ladder(causal_model("llama"), **LST).config  # a gate mixes a token's own feature anyway
+    assert (gated.residual, gated.normalise_features) == (False, False)
+    classes = ladder(tiny("GPT2")).config
+    assert (classes.residual, classes.normalise_features) == (False, True)
 
 
 @pytest.mark.parametrize("network", [LST, {"window_size": 9}], ids=["LST", "9-LST"])
