@@ -203,9 +203,9 @@ def plot_evidence(file: Path) -> None:
         accuracy = mean(cell["metrics"]["accuracy"] for cell in cells)
         margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(cells[0]["predictions"]["labels"]))
         ends = 100 * (accuracy - margin), 100 * (accuracy + margin)
-        step = float(steps[candidate]["ms_p50"]) if candidate in steps else None
+        step = float(steps[candidate]["ms_p50"]) / 1000 if candidate in steps else None
         points.append(Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * accuracy, ends, step))
-    chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "ms a step")
+    chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "s a step")
     write_text(file, chart.svg("Accuracy over peak memory of the methods on MPNet-base", file=True))
 
 

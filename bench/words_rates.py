@@ -23,7 +23,7 @@ FILE = DATA / "words_rates.csv"
 ROWS, DEV_ROWS = 640, 160
 RATES = {
     "lst": ("0.001", "0.003", "0.01"),
-    "k-lst:window=9": ("0.0003", "0.001", "0.003", "0.01"),
+    "k-lst:window=9": ("0.001", "0.003"),
 }
 COLUMNS = ("variant", "seed", "learning_rate", "train_rows", "steps", "dev_rows", "next_accuracy_before")
 COLUMNS += ("next_accuracy", "loss", "error", "versions")
