@@ -124,7 +124,9 @@ class WindowFusion(nn.Module):
         """What follows the attention: the middle slot's C and the values of all heads, `(B, T, D)` -> `(B, T, D)`."""
         if self.output is not None:
             x = self.output(x)
-        return x + own + self.positions[self.middle].to(x.dtype) if self.config.residual else x
+        if self.config.residual:
+            x = x + own + self.positions[self.middle].to(x.dtype)
+        return x
 
 
 class GatedFusion(nn.Module):

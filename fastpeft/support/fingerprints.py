@@ -49,9 +49,9 @@ def fingerprints_agree(first: str, second: str) -> bool:
 
     Of equal dtype, every bit counts. Of different dtypes, each sampled entry may differ by what rounding to both
     dtypes can change, since one weight may be a cast of the other or both a cast of a third. Two weights in 4 bits are
-    compared closely. One in 4 bits and one in more bits are compared coarsely: unrelated weights are told apart, but a
-    weight and one that was trained further are not. What is no fingerprint, as a file from elsewhere may hold, agrees
-    with none.
+    compared closely. Between 4 bits and more bits the comparison is coarse: it refuses an unrelated weight, and does
+    not see that a weight was trained further. What is no fingerprint, as a file from elsewhere may hold, agrees with
+    none.
     """
     if not (_FINGERPRINT.fullmatch(first) and _FINGERPRINT.fullmatch(second)):
         return False
