@@ -36,6 +36,7 @@ from fastpeft.kernels import frozen_head_cross_entropy as frozen_head
 from fastpeft.kernels import mezo_perturb as mezo
 from fastpeft.kernels import (
     siva_linear,
+    siva_linear_backward,
     siva_linear_mixed,
     siva_linear_sums,
     tiles,
@@ -51,11 +52,11 @@ TARGETS = {
 }
 KERNELS = {
     "siva_linear_fwd": siva_linear._siva_linear_fwd_kernel,
-    "siva_linear_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
+    "siva_linear_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel,
     "siva_linear_bwd_partials": siva_linear_sums._siva_linear_bwd_partials_kernel,
     "siva_linear_bwd_sum": siva_linear_sums._siva_linear_bwd_sum_kernel,
     "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel,
-    "siva_linear_group_bwd_dx": siva_linear._siva_linear_bwd_dx_kernel,
+    "siva_linear_group_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel,
     "siva_linear_mixed_fwd": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_dx": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_partials": siva_linear_mixed._siva_linear_mixed_bwd_partials_kernel,

@@ -62,19 +62,16 @@ Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
-from fastpeft.kernels.siva_linear_sums import Term, factors
+from fastpeft.kernels.siva_linear_plan import Plan, dense, like, plan_of, sizes, strides_of
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
 
@@ -195,108 +192,7 @@ def _siva_linear_fwd_kernel(
     tl.store(h, acc_h.to(h.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit
-def _siva_linear_bwd_dx_kernel(
-    dh_ptrs,
-    w_ptrs,
-    u_ptrs,
-    s_ptrs,
-    v_ptrs,
-    dx_ptr,
-    q_ptr,
-    M,
-    K,
-    columns,
-    ranks,
-    strides_dhm,
-    strides_dhn,
-    strides_wn,
-    strides_wk,
-    dh_desc,
-    w_desc,
-    u_desc,
-    PROJECT: tl.constexpr,
-    APART: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    XCDS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    # 1. This program's tile: columns of dx are K, and the products sum over the N_i.
-    blocks_k = tl.maximum(tl.cdiv(K, BLOCK_N), 1)
-    block_m, block_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), blocks_k, GROUP_M, XCDS)
-
-    # 2. Offsets, in 64 bits: rows times stride can pass 2^31. U^T (R, N) and V (R, K) are contiguous.
-    offs_m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = block_k.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_n = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_m = offs_m < M
-    mask_k = offs_k < K
-    stride_qr = tl.full((), 1, tl.int64) * M
-
-    # 3. The terms of all layers, in order, on one accumulator. The loop stays one: unrolled, its copies take
-    #    more registers than there are.
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for layer in tl.range(len(columns)):
-        N, R = pick(columns, layer), pick(ranks, layer)
-        stride_dhn, stride_wn = pick(strides_dhn, layer), pick(strides_wn, layer)
-        dh_ptrs_m = pick(dh_ptrs, layer) + offs_m[:, None] * pick(strides_dhm, layer)
-        acc, acc_q = accumulate(
-            acc,
-            dh_ptrs_m + offs_n[None, :] * stride_dhn,
-            pick(w_ptrs, layer) + offs_n[:, None] * stride_wn + offs_k[None, :] * pick(strides_wk, layer),
-            pick(u_ptrs, layer) + offs_r[None, :] * N + offs_n[:, None],
-            dh_desc,
-            w_desc,
-            u_desc,
-            block_m * BLOCK_M,
-            block_k * BLOCK_N,
-            mask_m,
-            mask_k,
-            offs_r < R,
-            N,
-            stride_dhn,
-            stride_wn,
-            1,
-            False,
-            PROJECT,
-            APART,
-            TMA,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_R,
-            STAGES,
-        )
-        acc = add_low_rank(
-            acc,
-            acc_q,
-            q_ptr + offs_m[:, None] + offs_r[None, :] * stride_qr,
-            pick(s_ptrs, layer) + offs_r,
-            pick(v_ptrs, layer) + offs_r[:, None] * K + offs_k[None, :],
-            mask_m,
-            mask_k,
-            R,
-            stride_qr,
-            1,
-            K,
-            block_k == 0,
-            dx_ptr.dtype.element_ty,
-            PROJECT,
-            BLOCK_R,
-        )
-        q_ptr += stride_qr * R
-
-    # 4. dx.
-    dx_ptrs = dx_ptr + offs_m[:, None] * K + offs_k[None, :]
-    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
-
-
-def siva_linear_fwd(
+def siva_linear(
     x: Tensor,
     weight: Tensor,
     u: Tensor,
@@ -327,46 +223,11 @@ def siva_linear_fwd(
     """
     if not is_for_kernels(x, len(s)):
         return aten.siva_linear(x, weight, u, s, v, bias)
-    rows, (v_here,) = as_matrix(x), _like(x, [v])
-    plan = _plan(rows, [weight], [v_here], (len(weight),), (len(s),), ways)
+    rows, (v_here,) = as_matrix(x), like(x, [v])
+    plan = plan_of(rows, [weight], [v_here], (len(weight),), (len(s),), ways)
     p = v.new_empty(*x.shape[:-1], len(s)) if plan.project else F.linear(x, v_here).to(v.dtype)
     (h,) = _outputs(rows, [weight], [u], [s], [v_here], [bias], as_matrix(p), plan)
     return h.view(*x.shape[:-1], len(weight)), p
-
-
-def siva_linear_bwd(
-    dh: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    u: Tensor,
-    s: Tensor,
-    v: Tensor,
-    p: Tensor,
-    need_dx: bool,
-    need_du: bool,
-    need_dv: bool,
-    need_dbias: bool,
-    ways: tuple[str, ...] = tiles.WAYS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `siva_linear_fwd`: those of a group of one.
-
-    Args:
-        dh: `(*, N)`, the gradient of h. Any strides, here and below.
-        x: `(*, K)`; not read without `need_dv`, and may then have 0 elements.
-        weight, u, s, v: as in the forward.
-        p: `(*, R)` of the forward; not read without `need_du`, and may then have 0 elements.
-        need_dx, need_du, need_dv, need_dbias: which gradients to compute.
-
-    Returns:
-        dx `(*, K)`, dU `(N, R)`, dV `(R, K)` and db `(N,)`, contiguous; 0 elements in place of one that is not needed.
-    """
-    if not is_for_kernels(dh, len(s)):
-        return aten.siva_linear_backward(dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias)
-    turned = as_matrix(p).t() if need_du else p
-    dx, (du,), dv, (dbias,) = siva_linear_group_backward(
-        [dh], x, [weight], [u], [s], [v], turned, need_dx, [need_du], need_dv, [need_dbias], ways
-    )
-    return dx, du, dv, dbias
 
 
 def siva_linear_group(
@@ -381,7 +242,7 @@ def siva_linear_group(
     """Each `h_i = x W_i^T + ((x V_i^T) * s_i) U_i^T + b_i`, and p^T of all layers.
 
     Args:
-        x: `(*, K)`, on the device of all operands; dtypes are as in `siva_linear_fwd`. Any strides, here and below.
+        x: `(*, K)`, on the device of all operands; dtypes are as in `siva_linear`. Any strides, here and below.
         weights: `(N_i, K)` each.
         us: `(N_i, R_i)` each.
         ss: `(R_i,)` each.
@@ -392,154 +253,18 @@ def siva_linear_group(
         Each h `(*, N_i)`, and p^T `(sum of R_i, M)`, contiguous.
 
     Notes:
-        Copies and calls of ATen are as in `siva_linear_fwd`.
+        Copies and calls of ATen are as in `siva_linear`.
     """
-    ranks, columns = _sizes(ss), _sizes(weights)
+    ranks, columns = sizes(ss), sizes(weights)
     if not is_for_kernels(x, max(ranks)):
         return aten.siva_linear_group(x, weights, us, ss, vs, biases)
-    rows, vs_here = as_matrix(x), _like(x, vs)
-    plan = _plan(rows, weights, vs_here, columns, ranks, ways)
+    rows, vs_here = as_matrix(x), like(x, vs)
+    plan = plan_of(rows, weights, vs_here, columns, ranks, ways)
     p = vs[0].new_empty(sum(ranks), len(rows))
     if not plan.project:
         p.copy_(torch.cat(vs_here) @ rows.t())
     hs = _outputs(rows, weights, us, ss, vs_here, biases, p.t(), plan)
     return [h.view(*x.shape[:-1], n) for h, n in zip(hs, columns, strict=True)], p
-
-
-def siva_linear_group_backward(
-    dhs: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    us: list[Tensor],
-    ss: list[Tensor],
-    vs: list[Tensor],
-    p: Tensor,
-    need_dx: bool,
-    need_du: list[bool],
-    need_dv: bool,
-    need_dbias: list[bool],
-    ways: tuple[str, ...] = tiles.WAYS,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """Gradients of `siva_linear_group`.
-
-    Args:
-        dhs: `(*, N_i)` each, the gradients of h. Any strides, here and below.
-        x: `(*, K)`; not read without `need_dv`, and may then have 0 elements.
-        weights, us, ss, vs: as in the forward.
-        p: p^T of the forward; not read where no dU is needed, and may then have 0 elements.
-        need_dx, need_du, need_dv, need_dbias: which gradients to compute.
-
-    Returns:
-        dx `(*, K)`, each dU `(N_i, R_i)`, dV of all `(sum of R_i, K)` and each db `(N_i,)`, contiguous; 0 elements in
-        place of one that is not needed.
-
-    Notes:
-        q is computed once, with dx where that is needed. No atomics: repeats are bit-equal. ATen serves what it serves
-        in the forward, and db.
-    """
-    ranks, columns = _sizes(ss), _sizes(weights)
-    if not is_for_kernels(dhs[0], max(ranks)):
-        return aten.siva_linear_group_backward(dhs, x, weights, us, ss, vs, p, need_dx, need_du, need_dv, need_dbias)
-    rows = [as_matrix(dh) for dh in dhs]
-    m, k = len(rows[0]), weights[0].shape[1]
-    dx, dv = rows[0].new_empty(0), vs[0].new_empty(0)
-    if need_dx or need_dv:
-        turned = _like(dx, [u.t() for u in us])
-        plan = _plan(rows, weights, turned, (k,), ranks, ways)
-        q = dv.new_empty(sum(ranks), m)  # transposed, as p
-        if not (plan.project and need_dx):
-            for dh, u, part in zip(rows, turned, q.split(ranks), strict=True):
-                part.copy_(u @ dh.t())
-    if need_dx:
-        dx = dx.new_empty(*dhs[0].shape[:-1], k)
-        if dx.numel() > 0:
-            tile = plan.tile
-            with device_of(dx):
-                _siva_linear_bwd_dx_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(k, tile.block_n),)](
-                    tuple(rows),
-                    tuple(weights),
-                    *_dense(turned, ss, vs),
-                    dx,
-                    q,
-                    m,
-                    k,
-                    columns,
-                    ranks,
-                    *_strides(rows),
-                    *_strides(weights),
-                    *plan.descriptors(rows[0], weights[0], turned[0], (tile.block_k, tile.block_n)),
-                    **plan.constants,
-                )
-    dus = [u.new_empty(0) for u in us]
-    needed = [i for i, need in enumerate(need_du) if need]
-    if needed or need_dv:
-        parts = p.split(ranks) if needed else ()
-        of_us = [Term(rows[i], parts[i].t(), ss[i]) for i in needed]
-        of_v = Term(as_matrix(x), q.t(), torch.cat(ss)) if need_dv else None
-        found, dv = factors(of_us, of_v)
-        for i, du in zip(needed, found, strict=True):
-            dus[i] = du
-    dbiases = [dh.sum(0) if need else dh.new_empty(0) for dh, need in zip(rows, need_dbias, strict=True)]
-    return dx, dus, dv, dbiases
-
-
-class _Plan(NamedTuple):
-    """How a launch is cut into programs, and whether they compute p."""
-
-    tile: tiles.Tile
-    project: bool
-    constants: dict[str, int]  # of the kernels of h and of dx
-
-    def descriptors(
-        self, x: Tensor, weight: Tensor, v: Tensor, weight_block: tuple[int, int]
-    ) -> tuple[TensorDescriptor | None, ...]:
-        """What the kernel reads x, W and V by, or dh, W and U^T: nothing where it takes their addresses."""
-        if not self.tile.tma:
-            return None, None, None
-        block_k = self.tile.block_k
-        of_v = _descriptor(v, (self.constants["BLOCK_R"], block_k)) if self.project else None
-        return _descriptor(x, (self.tile.block_m, block_k)), _descriptor(weight, weight_block), of_v
-
-
-def _plan(
-    x: Tensor | list[Tensor],
-    weights: list[Tensor],
-    vs: list[Tensor],
-    columns: tuple[int, ...],
-    ranks: tuple[int, ...],
-    ways: tuple[str, ...],
-) -> _Plan:
-    """Of products of x `(M, K)` with W and V, into `(M, columns)`; a list of x is added up, each with its own.
-
-    Args:
-        ways: which of `tiles.WAYS` to choose from. Where descriptors cannot be, or no tile takes them, a way by TMA is
-            the same without; they can be of what is aligned, of one layer only if products are added up.
-    """
-    operands = [x] if isinstance(x, Tensor) else x
-    card = tiles.card(weights[0].device)
-    has_tma = any(tile.tma for tile in tiles.siva_linear_tiles(card.architecture)) and not operands[1:]
-    if not (has_tma and all(map(_is_describable, (*operands, *weights, *vs)))):
-        ways = tuple(dict.fromkeys(way.removesuffix(" tma") for way in ways))
-    k = sum(each.shape[1] for each in operands)
-    tile, project = tiles.siva_linear((len(operands[0]),), k, columns, max(ranks), card, ways, len(ranks) > 1)
-    constants = tiles.siva_linear_constants(tile, project, max(ranks), card)
-    return _Plan(tile, project, {"PROJECT": project, "TMA": tile.tma, **constants})
-
-
-def _is_describable(matrix: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: by aligned rows of elements side by side."""
-    pitch = _pitch(matrix)
-    is_dense = matrix.numel() > 0 and matrix.stride(1) == 1 and pitch >= matrix.shape[1]
-    return is_dense and pitch * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def _pitch(matrix: Tensor) -> int:
-    """How far its rows are apart; the stride of a single row says nothing."""
-    return matrix.stride(0) if len(matrix) > 1 else matrix.shape[1]
-
-
-def _descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), [_pitch(matrix), 1], list(block))
 
 
 def _outputs(
@@ -550,13 +275,13 @@ def _outputs(
     vs: list[Tensor],
     biases: list[Tensor | None],
     p: Tensor,
-    plan: _Plan,
+    plan: Plan,
 ) -> list[Tensor]:
     """Each h `(M, N_i)`; p `(M, sum of R_i)`, of any strides, is written where the plan computes it, else read."""
     if plan.tile.tma and len(weights) > 1:
-        layers = zip(weights, us, ss, vs, biases, p.split(_sizes(ss), 1), strict=True)
+        layers = zip(weights, us, ss, vs, biases, p.split(sizes(ss), 1), strict=True)
         return [_outputs(rows, [w], [u], [s], [v], [bias], part, plan)[0] for w, u, s, v, bias, part in layers]
-    tile, (m, k), columns = plan.tile, rows.shape, _sizes(weights)
+    tile, (m, k), columns = plan.tile, rows.shape, sizes(weights)
     hs = [rows.new_empty(m, n) for n in columns]
     programs = triton.cdiv(m, tile.block_m) * sum(max(triton.cdiv(n, tile.block_n), 1) for n in columns)
     if programs > 0:
@@ -564,38 +289,19 @@ def _outputs(
             _siva_linear_fwd_kernel[(programs,)](
                 rows,
                 tuple(weights),
-                *_dense(us, ss, vs),
+                *dense(us, ss, vs),
                 tuple(rows if bias is None else bias.contiguous() for bias in biases),  # in its place, never read
                 tuple(hs),
                 p,
                 m,
                 k,
                 columns,
-                _sizes(ss),
+                sizes(ss),
                 tuple(0 if bias is None else len(bias) for bias in biases),
                 *rows.stride(),
-                *_strides(weights),
+                *strides_of(weights),
                 *p.stride(),
                 *plan.descriptors(rows, weights[0], vs[0], (tile.block_n, tile.block_k)),
                 **plan.constants,
             )
     return hs
-
-
-def _sizes(tensors: list[Tensor]) -> tuple[int, ...]:
-    return tuple(t.shape[0] for t in tensors)
-
-
-def _strides(matrices: list[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The strides of the rows of each, and of the columns."""
-    return tuple(matrix.stride(0) for matrix in matrices), tuple(matrix.stride(1) for matrix in matrices)
-
-
-def _like(x: Tensor, factors: list[Tensor]) -> list[Tensor]:
-    """The factors that are read anew at each step along K, contiguous and in the dtype of x."""
-    return [t if t.dtype == x.dtype and t.is_contiguous() else x.new_empty(t.shape).copy_(t) for t in factors]
-
-
-def _dense(*operands: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-    """The factors of all layers, each contiguous."""
-    return tuple(tuple(t.contiguous() for t in each) for each in operands)

@@ -243,7 +243,7 @@ def siva_linear_mixed(
     """`h[b] = x[b] W^T + ((x[b] V_i^T) * s_i) U_i^T + b` for the rows b of each adapter, and its p^T.
 
     Args:
-        x: `(B, *, K)`, on the device of all operands; dtypes are as in `siva_linear_fwd`. Any strides, here and below.
+        x: `(B, *, K)`, on the device of all operands; dtypes are as in `siva_linear`. Any strides, here and below.
         weight: `(N, K)`.
         us, ss, vs: `(N, R_i)`, `(R_i,)` and `(R_i, K)` of each adapter.
         sizes: how many of the B rows take the factors of each.
@@ -254,7 +254,7 @@ def siva_linear_mixed(
         h `(B, *, N)` in the order of x, and of each adapter p^T `(R_i, rows of it)`, sorted. They share a storage.
 
     Notes:
-        Fused ATen calls serve what they serve in `siva_linear_fwd`, and CUDA graphs being captured, since a replay
+        Fused ATen calls serve what they serve in `siva_linear`, and CUDA graphs being captured, since a replay
         would read the table from the host again.
     """
     if not _is_for_kernels(x, ss):

@@ -14,6 +14,8 @@ from torch import Tensor
 from fastpeft import FastpeftError, functional
 from fastpeft.functional import mezo_perturb, mezo_perturb_, siva_linear, siva_linear_group, siva_linear_mixed
 from fastpeft.ops import reference
+from fastpeft.ops.quantise import QuantisedWeight
+from fastpeft.ops.quantised_linear import SivaLinearQuantised
 
 few = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -246,3 +248,23 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 def raw(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
+
+
+@pytest.mark.parametrize("op", ["one layer", "a group", "a mixed batch", "a quantised layer", "a window"])
+def test_a_second_derivative_is_refused(op: str) -> None:
+    """What kernels made has no graph: such a term would be missing in silence."""
+    x, weight, u, s, v = (torch.randn(*shape, requires_grad=True) for shape in ((2, 6), (4, 6), (4, 1), (1,), (1, 6)))
+    weight, s = weight.detach(), s.detach()
+    if op == "one layer":
+        out = siva_linear(x, weight, u, s, v)
+    elif op == "a group":
+        (out,) = siva_linear_group(x, [weight], [u], [s], [v], [None])
+    elif op == "a mixed batch":
+        out = siva_linear_mixed(x, weight, [u], [s], [v], [2])
+    elif op == "a quantised layer":
+        rest = QuantisedWeight(weight, "int8")
+        out = SivaLinearQuantised.apply(x, rest.codes, rest.scales, None, u, s, v, None)
+    else:
+        out = functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), x[:1])
+    with pytest.raises(FastpeftError, match=r"no second derivative.*create_graph"):
+        torch.autograd.grad(torch.autograd.grad(out.square().sum(), x, create_graph=True)[0].square().sum(), x)

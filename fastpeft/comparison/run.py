@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ class Comparison:
         refuse_several("a comparison")
         self.plan = Plan.make(config, command or f"fastpeft.compare({config})")
         self.executor = executors.make(executor, jobs, len(self.plan.wanted))
-        data = _check(self.plan.wanted, "--prompts " if config.suite or config.prompts else "prompt=")
+        data = _check(self.plan, "--prompts " if config.suite or config.prompts else "prompt=")
         self._train_rows = None if data is None else len(data.train)
         self._slice: TextData | None = None
         if any(cell.search and cell.state != "finished" for cell in self.plan.wanted):
@@ -250,23 +250,23 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(cells: Iterable[Cell], option: str) -> TextData | None:
+def _check(plan: Plan, option: str) -> TextData | None:
     """The rows that unfinished cells train on; where some have labels those, None where several objectives have none.
 
     Args:
-        cells: what is to run.
+        plan: of the comparison.
         option: how a prompt is given, for the error where its words are not those of the classes.
 
     Raises:
-        FastpeftError: a model or the rows cannot be loaded, or a cell's prompt, metric or method is not for these rows.
+        FastpeftError: a model or the rows cannot be loaded, a finished cell had other rows, or a cell's prompt, metric
+            or method is not for these rows.
     """
     loaded: dict[Any, TextData] = {}
     models: set[str] = set()
-    for cell in cells:
+    for cell in plan.wanted:
         if cell.search or cell.state == "finished":  # cells that try rates are like those that take them
             continue
-        config = cell.config
-        rows = (config.objective, *(getattr(config, name) for name in ROWS))
+        config, rows = cell.config, _rows(cell)
         if rows not in loaded:
             loaded[rows] = data_for(config)
         try:
@@ -279,9 +279,22 @@ def _check(cells: Iterable[Cell], option: str) -> TextData | None:
             raise FastpeftError(
                 f"the variant {cell.variant!r} cannot be used: {told_of(cell.variant, error)}{how}"
             ) from None
+    for cell in plan.cells:
+        data = None if cell.search or cell.state != "finished" else loaded.get(_rows(cell))
+        if data is not None and not cell.folder.has_rows(data.fingerprint):
+            raise FastpeftError(
+                f"{cell.values['data']!r} holds other rows now, or in another order, than when {cell.name} was trained "
+                f"in {str(plan.folder)!r}, so the two could not be compared. Restore them, or give another output "
+                "folder."
+            )
     labelled = [data for (objective, *_), data in loaded.items() if objective is None]
     found = labelled or list(loaded.values())
     return found[0] if len(found) == 1 or labelled else None
+
+
+def _rows(cell: Cell) -> tuple[Any, ...]:
+    """What decides which rows a cell has."""
+    return cell.config.objective, *(getattr(cell.config, name) for name in ROWS)
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:

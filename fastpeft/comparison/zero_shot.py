@@ -25,7 +25,7 @@ def main(file: Path) -> None:
     )
     assert prompt is not None  # the plan refuses the prompt none
     with folder.held():
-        folder.open(values, overwrite=False)
+        folder.open(values, texts.fingerprint, overwrite=False)
         outputs = zero_shot_outputs(model, prompt, texts, calibrate=calibrate)
         described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
         result = folder.staging / "result"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -85,6 +87,13 @@ class TextData:
     description: str
     problem: Problem
     apart: Examples | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows and their parts from others: 16 hex digits of the SHA-256 of all texts and labels."""
+        parts = [part for part in (self.train, self.dev, self.apart) if part is not None]
+        rows = [(list(map(text_key, part.texts)), part.labels) for part in parts]
+        return hashlib.sha256(json.dumps([self.labels, rows]).encode()).hexdigest()[:16]
 
 
 def load_data(

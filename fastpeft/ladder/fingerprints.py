@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.support.fingerprints import fingerprint, fingerprints_agree
+from fastpeft.support.fingerprints import evenly_spaced, fingerprint, fingerprints_agree
 
 logger = logging.getLogger(__name__)
 
 # an attribute of a model whose weights were converted: its fingerprints before that
 BEFORE_CONVERSION = "fastpeft_fingerprints"
+
+_BETWEEN = "layers between"
+_SAMPLE = 64  # entries of each weight of those
 
 
 def fingerprints(
@@ -25,7 +28,9 @@ def fingerprints(
 ) -> dict[str, str]:
     """Fingerprints of the embedding, the first and the last layer, without those whose weights are quantised.
 
-    A module that is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone
+    Of the layers between them some entries of every weight stand for all, or each load would read the whole model. They
+    tell that a weight was trained or had an adapter merged into it, and not that a few of its entries were changed. A
+    module that is not a transformers model has one fingerprint, of all its frozen parameters and buffers. A backbone
     that was converted to another dtype has the fingerprints of its weights before that.
 
     Args:
@@ -41,14 +46,18 @@ def fingerprints(
         kept = [tensor for tensor in frozen_tensors(backbone) if tensor.is_floating_point()]
         kept = [tensor for tensor in kept if id(tensor) not in changing]
         return {"layers": fingerprint(_joined(kept))} if kept and not (skip_trained and changing) else {}
-    parts = {"embedding": backbone.core.get_input_embeddings(), "first layer": backbone.layers[0]}
-    parts["last layer"] = backbone.layers[-1]
+    parts: dict[str, Iterable[nn.Module]] = {
+        "embedding": [backbone.core.get_input_embeddings()],
+        "first layer": [backbone.layers[0]],
+        _BETWEEN: backbone.layers[1:-1],
+        "last layer": [backbone.layers[-1]],
+    }
     found = {}
-    for name, part in parts.items():
-        weights = list(part.parameters())
+    for name, modules in parts.items():
+        weights = [p for module in modules for p in module.parameters()]
         kept = [p for p in weights if id(p) not in changing]
-        if not any(map(is_quantised, kept)) and not (skip_trained and len(kept) < len(weights)):
-            found[name] = fingerprint(_joined(kept))
+        if kept and not any(map(is_quantised, kept)) and not (skip_trained and len(kept) < len(weights)):
+            found[name] = fingerprint(_joined([_sample(p) for p in kept] if name == _BETWEEN else kept))
     return found
 
 
@@ -76,6 +85,10 @@ def frozen_tensors(backbone: Backbone) -> list[Tensor]:
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a weight holds codes of few bits: integers, or a tensor made of other tensors as torchao's are."""
     return not tensor.is_floating_point() or is_traceable_wrapper_subclass(tensor)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    return weight.detach().flatten()[evenly_spaced(weight.numel(), _SAMPLE).to(weight.device)]
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA t
 GATED: Mapping[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
 
 # arguments of a LadderConfig that follow from the model or have an option of their own
-_NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor")
+_NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor", "pack_weights")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # saved
 _OWN_FIELDS = (
     "r",
+    "pack_weights",
     "target_modules",
     "task_type",
     "peft_type",

@@ -64,10 +64,10 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
 
 # launchers of the Triton backend: op -> (module of fastpeft.kernels, function)
 _TRITON_LAUNCHERS = {
-    "siva_linear": ("siva_linear", "siva_linear_fwd"),
-    "siva_linear_backward": ("siva_linear", "siva_linear_bwd"),
+    "siva_linear": ("siva_linear", "siva_linear"),
+    "siva_linear_backward": ("siva_linear_backward", "siva_linear_backward"),
     "siva_linear_group": ("siva_linear", "siva_linear_group"),
-    "siva_linear_group_backward": ("siva_linear", "siva_linear_group_backward"),
+    "siva_linear_group_backward": ("siva_linear_backward", "siva_linear_group_backward"),
     "siva_linear_mixed": ("siva_linear_mixed", "siva_linear_mixed"),
     "siva_linear_mixed_backward": ("siva_linear_mixed", "siva_linear_mixed_backward"),
     "window_attention": ("window_attention", "window_attention"),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastpeft.errors import FastpeftError
+
 NAMESPACE = "fastpeft"
 
 
@@ -64,3 +66,12 @@ def define(
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"{NAMESPACE}::{name}", shapes)
     OPS[name] = Op(name, schema, reference, aten)
+
+
+def check_first_derivative(op: str) -> None:
+    """Refuse `create_graph` in the backward of what has no graph of its own: its terms would be missing in silence."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise FastpeftError(
+            f"{op} has no second derivative: it computes the first one alone. Leave create_graph out, or differentiate "
+            "a model without it."
+        )

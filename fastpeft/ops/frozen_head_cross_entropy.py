@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import NAMESPACE, define
+from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.products import as_matrix, is_widened
@@ -203,11 +202,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, dlosses: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dlosses is None:
         return (None,) * 6
-    if torch.is_grad_enabled():
-        raise FastpeftError(
-            "frozen_head_cross_entropy has no second derivative: its first one is made with the loss. Leave "
-            "create_graph out, or take F.cross_entropy of the logits."
-        )
+    check_first_derivative("frozen_head_cross_entropy")
     assert ctx.is_made, "frozen_head_cross_entropy was called with need_dhidden=False"
     (dhidden,) = ctx.saved_tensors
     return dhidden * dlosses.to(dhidden.dtype)[..., None], *(None,) * 5

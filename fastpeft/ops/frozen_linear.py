@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ops.define import check_first_derivative
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, packed_linear, rows_of
@@ -64,8 +64,8 @@ class _FrozenLinear(torch.autograd.Function):
         return _product(x, weight, bias, packed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative("frozen_linear")
         (weight,) = ctx.saved_tensors
         need_dx, _, need_dbias, _, _ = ctx.needs_input_grad
         dx = dbias = None

@@ -80,6 +80,7 @@ class QuantisedWeight(nn.Module):
         for name, each in zip(_NESTED, nested or ()):
             self.register_parameter(name, nn.Parameter(each, requires_grad=False))
         self._sums: Tensor | None = None  # of the rows of codes, for the product in int8
+        self._summed: object = None  # which codes those are of
 
     @property
     def nested(self) -> Nested | None:
@@ -93,8 +94,9 @@ class QuantisedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
-        if self._sums is None or self._sums.device != self.codes.device:
-            self._sums = self.codes.data.sum(1, dtype=torch.int32)
+        codes = self.codes.data_ptr(), self.codes._version, self.codes.device
+        if self._sums is None or self._summed != codes:
+            self._sums, self._summed = self.codes.data.sum(1, dtype=torch.int32), codes
         return multiply(x, self.codes.data, self.scales.data, self._sums, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedWeight:

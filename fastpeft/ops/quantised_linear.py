@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ops.define import define
+from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.products import as_matrix
 from fastpeft.ops.siva_linear import siva_linear_backward_shapes, siva_linear_shapes
 
@@ -181,6 +181,7 @@ class QuantisedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative("quantised_linear")
         codes, scales, *nested = ctx.saved_tensors
         need_dx, _, _, _, _, need_dbias = ctx.needs_input_grad
         dx = None
@@ -216,6 +217,7 @@ class SivaLinearQuantised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative("siva_linear_quantised")
         x, p, codes, u, s, v, scales, *nested = ctx.saved_tensors
         need_dx, _, _, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
         x, p = (dh.new_empty(0) if saved is None else saved for saved in (x, p))

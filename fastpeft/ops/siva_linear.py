@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpeft.ops.define import define
+from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.packing import Packs, dense, operand
 from fastpeft.ops.products import as_matrix, lowered, output, raised
 from fastpeft.ops.siva_linear_group import siva_linear_group_backward_aten
@@ -173,6 +173,7 @@ class SivaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_first_derivative("siva_linear")
         if dh is None:
             return (None,) * 7
         x, weight, u, s, v, p = ctx.saved_tensors

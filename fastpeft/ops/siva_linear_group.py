@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.ops.define import define
+from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.packing import Packs, operand
 from fastpeft.ops.products import as_matrix, lowered, output, scaled, split, stacked, times
 
@@ -205,6 +205,7 @@ class SivaLinearGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_first_derivative("siva_linear_group")
         used = [i for i, dh in enumerate(dhs) if dh is not None]
         given = [dh for dh in dhs if dh is not None]
         if not used:

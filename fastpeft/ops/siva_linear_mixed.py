@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.define import define
+from fastpeft.ops.define import check_first_derivative, define
 from fastpeft.ops.packing import Packs, dense, operand
 from fastpeft.ops.products import as_matrix, lowered, product, raised, scaled, split, times
 
@@ -248,6 +248,7 @@ class SivaLinearMixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_first_derivative("siva_linear_mixed")
         if dh is None:
             return (None,) * len(ctx.needs_input_grad)
         x, order, weight, *rest = ctx.saved_tensors

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.ops.define import NAMESPACE, define
+from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
 from fastpeft.ops.feature_dropout import feature_dropout_reference
 from fastpeft.ops.window_composed import (
     composed_holds,
@@ -349,6 +349,7 @@ def _window_attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: t
 def _window_attention_gradients(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
+    check_first_derivative("window_attention")
     needs = ctx.needs_input_grad[:3]
     *saved, seed = ctx.saved_tensors
     gradients = torch.ops.fastpeft.window_attention_backward(

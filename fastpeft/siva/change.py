@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastpeft.ops.dtypes import keeping_dtypes
 
@@ -66,7 +67,8 @@ def changed(initial: Tensor, change: Change) -> Tensor:
     if (
         type(change) is Change
         and not torch.compiler.is_compiling()
-        and not (state["_forward_pre_hooks"] or state["_forward_hooks"] or state["_backward_hooks"])
+        and not (state["_forward_pre_hooks"] or state["_forward_hooks"])
+        and not (state["_backward_pre_hooks"] or state["_backward_hooks"] or _has_any_global_hook())
         and "forward" not in state
     ):
         weight = state["_parameters"].get("weight")

@@ -38,7 +38,7 @@ def fingerprint(weight: Tensor, *, in_4_bits: bool = False) -> str:
     weight = weight.detach()
     stored = weight.cpu().contiguous()
     digest = hashlib.sha256(stored.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
-    sample = stored.flatten()[_sample_positions(stored.numel())].to(torch.float32)
+    sample = stored.flatten()[evenly_spaced(stored.numel(), _SAMPLE_SIZE)].to(torch.float32)
     encoded = base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode()
     shape = "x".join(str(size) for size in stored.shape)
     return f"{_IN_4_BITS if in_4_bits else str(weight.dtype).removeprefix('torch.')} {shape} {digest} {encoded}"
@@ -74,5 +74,6 @@ def fingerprints_agree(first: str, second: str) -> bool:
     return bool((abs(a - b) <= relative * numpy.maximum(abs(a), abs(b)) + absolute).all())
 
 
-def _sample_positions(size: int) -> Tensor:
-    return torch.linspace(0, max(size - 1, 0), min(size, _SAMPLE_SIZE), dtype=torch.float64).round().long()
+def evenly_spaced(size: int, most: int) -> Tensor:
+    """Positions among `size` entries, from the first to the last: so many, or all where there are fewer."""
+    return torch.linspace(0, max(size - 1, 0), min(size, most), dtype=torch.float64).round().long()

@@ -90,7 +90,7 @@ def load_run(folder: str | Path, device: str | None = None) -> FinishedRun:
     report("loading the model")
     run = assemble(RunFolder(folder))
     run.classifier.model.to(device or best_device())
-    if (device or best_device()) == "cpu":
+    if (device or best_device()) == "cpu" or not run.config.pack_weights:
         pack_frozen(run.classifier.model, run.config.pack_weights)
     return run
 

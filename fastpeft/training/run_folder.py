@@ -44,8 +44,9 @@ TRAINED_ON = "trained_on.txt"
 _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 _START_KEY = "init_from_weights"
+_ROWS_KEY = "rows"
 _FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
-_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY)  # what run.json says beside the configuration
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY, _ROWS_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
@@ -268,6 +269,18 @@ class RunFolder:
                 "weights now. Restore them, or train anew with --overwrite."
             )
 
+    def has_rows(self, fingerprint: str) -> bool:
+        """Whether the run that was started here has rows of this `TextData.fingerprint`, or noted none."""
+        return bool(files.read_json(self.config_file).get(_ROWS_KEY, fingerprint) == fingerprint)
+
+    def check_rows(self, fingerprint: str) -> None:
+        """Raise `FastpeftError` where the run that was started here has other rows than those of this fingerprint."""
+        if not self.has_rows(fingerprint):
+            raise FastpeftError(
+                f"the data {self.config()['data']!r} holds other rows now, or in another order, than when the run in "
+                f"{str(self.path)!r} was started. Restore them, or train anew with --overwrite."
+            )
+
     def fingerprint(self) -> str:
         """Identifies the weights that the run left: the first 16 hex digits of their files' SHA-256."""
         digest = hashlib.sha256()
@@ -298,15 +311,18 @@ class RunFolder:
                 with suppress(OSError):  # what is left of a lock does no harm
                     (self.path / files.LOCK).unlink()
 
-    def open(self, config: Mapping[str, Any], *, overwrite: bool, recipe: Mapping[str, Any] | None = None) -> None:
+    def open(
+        self, config: Mapping[str, Any], rows: str, *, overwrite: bool, recipe: Mapping[str, Any] | None = None
+    ) -> None:
         """Make the folder, while it is held, ready for writing: without `overwrite` what a resumed run needs stays.
 
         Args:
             config: what the run was given.
+            rows: the `TextData.fingerprint` of its rows.
             overwrite: whether to delete the run that is there.
             recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
         """
-        notes: dict[str, Any] = {_VERSION_KEY: __version__}
+        notes: dict[str, Any] = {_VERSION_KEY: __version__, _ROWS_KEY: rows}
         if recipe is not None:
             notes[_RECIPE_KEY] = dict(recipe)
         if config.get("init_from") is not None:

@@ -111,7 +111,7 @@ class Task:
             train_rows = packed_rows.pack(train_rows, max_length)
         if data.problem.of_texts_alone and can_fuse_head(model):
             fuse_head(model)
-        if best_device() == "cpu":
+        if best_device() == "cpu" or not config.pack_weights:
             pack_frozen(model, config.pack_weights)
         return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)
 

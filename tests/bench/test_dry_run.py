@@ -46,7 +46,7 @@ def cells(tmp_path: Path) -> list[Cell]:
     Plan.make(config, "command").save()
     for cell, start, seconds in zip(config.cells(), (1_000, 500), (80, 100)):
         with cell.folder.held():
-            cell.folder.open(cell.values, overwrite=False, recipe={})
+            cell.folder.open(cell.values, "rows", overwrite=False, recipe={})
         files.write_json(cell.config_file, cell.values)
         metrics: dict[str, Any] = {
             "peak_memory_mb": 1400.2,

@@ -351,6 +351,12 @@ def test_real_cells_are_not_repeated(place: Path) -> None:
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
     assert {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")} == files
+    lines = (place / "reviews.csv").read_text().splitlines(keepends=True)
+    (place / "reviews.csv").write_text("".join(lines[:-5]))
+    more = CliRunner().invoke(app, [*command, "--methods", "head,bitfit"])
+    assert more.exit_code == 2
+    assert "'reviews.csv' holds other rows now" in " ".join(more.output.split())
+    assert {file: file.stat().st_mtime_ns for file in (place / "out" / "cells").rglob("*")} == files
 
 
 @pytest.mark.usefixtures("stand_in")

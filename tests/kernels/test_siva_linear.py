@@ -17,7 +17,8 @@ from fastpeft.ops import aten, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
-from fastpeft.kernels import tiles
+from fastpeft.kernels import siva_linear_backward as kernel_backward
+from fastpeft.kernels import siva_linear_plan, tiles
 from fastpeft.kernels.launch import is_for_kernels, products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,7 +28,7 @@ SIZES = [1, 15, 17, 63, 65, 127]
 def check_forward(*args: Tensor | None) -> None:
     """Launch on `args` and compare h and p with the reference in float64."""
     with poisoned_memory():
-        actual = kernel.siva_linear_fwd(*args)
+        actual = kernel.siva_linear(*args)
     double = in_double(args)
     results = (reference.siva_linear(*some) for some in (in_order(args), double, absolute(double)))
     for ours, *others in zip(actual, *results):
@@ -45,7 +46,7 @@ def check_backward(dh: Tensor, *args: Tensor | None, needs: tuple[bool, ...] = (
     unread = dh.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
     args = (dh, x if needs[2] else unread, weight, u, s, v, p if needs[1] else unread, *needs)
     with poisoned_memory():
-        actual, again = kernel.siva_linear_bwd(*args), kernel.siva_linear_bwd(*args)
+        actual, again = kernel_backward.siva_linear_backward(*args), kernel_backward.siva_linear_backward(*args)
     for ours, repeated, need, *others in zip(actual, again, needs, *results):
         assert ours.is_contiguous()
         assert torch.equal(ours, repeated)
@@ -153,13 +154,14 @@ def with_tma(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
     if device == "cpu":
         monkeypatch.setattr(tiles, "card", lambda _: H100)
     found = []
-    plan = kernel._plan
+    plan = siva_linear_plan.plan_of
 
     def planned(*args):
         found.append(plan(*args[:-1], ("fused tma", "split tma")))
         return found[-1]
 
-    monkeypatch.setattr(kernel, "_plan", planned)
+    for module in (kernel, kernel_backward):
+        monkeypatch.setattr(module, "plan_of", planned)
     return found
 
 
@@ -177,13 +179,14 @@ def test_aligned_operands_have_descriptors(m, k, n, r, device, with_tma):
 @pytest.mark.parametrize("way", tiles.WAYS)
 def test_a_caller_names_the_way(way, device, monkeypatch):
     found = []
-    plan = kernel._plan
-    monkeypatch.setattr(kernel, "_plan", lambda *args: found.append(plan(*args)) or found[-1])
+    plan = siva_linear_plan.plan_of
+    for module in (kernel, kernel_backward):
+        monkeypatch.setattr(module, "plan_of", lambda *args: found.append(plan(*args)) or found[-1])
     if device == "cpu":
         monkeypatch.setattr(tiles, "card", lambda _: H100)
     x, weight, u, s, v, _ = operands(40, 24, 32, 3, torch.bfloat16, device, bias=False)
-    h, p = kernel.siva_linear_fwd(x, weight, u, s, v, None, ways=(way,))
-    kernel.siva_linear_bwd(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
+    h, p = kernel.siva_linear(x, weight, u, s, v, None, ways=(way,))
+    kernel_backward.siva_linear_backward(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
     assert [(each.project, each.tile.tma) for each in found] == [("fused" in way, "tma" in way)] * 2
     torch.testing.assert_close(
         h.float(), reference.siva_linear(x, weight, u, s, v, None)[0].float(), rtol=0.02, atol=0.1
@@ -207,7 +210,7 @@ def test_others_take_addresses(what, device, with_tma):
 
 def test_a_card_without_descriptors_takes_addresses(device):
     x, weight, _, _, v, _ = operands(16, 16, 16, 3, torch.bfloat16, device)
-    plan = kernel._plan(x, [weight], [v], (16,), (3,), ("fused tma",))
+    plan = siva_linear_plan.plan_of(x, [weight], [v], (16,), (3,), ("fused tma",))
     assert plan.project
     assert not plan.tile.tma or device == "cuda"
 
@@ -249,7 +252,7 @@ def test_empty_sizes(m, k, n, r, device):
     check_forward(*args)
     p, dh = x.new_ones(m, r), x.new_ones(m, n)
     with poisoned_memory():
-        gradients = kernel.siva_linear_bwd(dh, x, weight, u, s, v, p, True, True, True, True)
+        gradients = kernel_backward.siva_linear_backward(dh, x, weight, u, s, v, p, True, True, True, True)
     expected = dh @ weight, torch.zeros_like(u), torch.zeros_like(v), torch.full_like(bias, m)
     if r > 0:
         expected = expected[0] + (dh @ u * s) @ v, dh.t() @ p * s, (dh @ u * s).t() @ x, expected[3]
@@ -271,8 +274,10 @@ def test_factors_in_float32_are_read_as_they_are(project, device, launched):
     found = []
     for x, weight, u, s, v, bias in (halves, wide):
         with poisoned_memory():
-            h, p = kernel.siva_linear_fwd(x, weight, u, s, v, bias)
-            found.append([h, p, *kernel.siva_linear_bwd(dh, x, weight, u, s, v, p, True, True, True, True)])
+            h, p = kernel.siva_linear(x, weight, u, s, v, bias)
+            found.append(
+                [h, p, *kernel_backward.siva_linear_backward(dh, x, weight, u, s, v, p, True, True, True, True)]
+            )
     for i, (plain, ours) in enumerate(zip(*found, strict=True)):
         assert ours.dtype is (torch.float32 if i in (1, 3, 4) else dtype)
         assert torch.equal(ours.to(dtype), plain)
@@ -328,17 +333,20 @@ def test_what_the_kernels_leave_to_aten(device):
         operands(5, 6, 7, 2, torch.float64, device),
         operands(5, 6, 7, tiles.MAX_RANK + 1, torch.float32, device),
     ):
-        forward, expected = kernel.siva_linear_fwd(*args), aten.siva_linear(*args)
+        forward, expected = kernel.siva_linear(*args), aten.siva_linear(*args)
         args = (args[0].new_ones(5, 7), *args[:5], expected[1], True, True, True, True)
         for ours, theirs in zip(
-            forward + kernel.siva_linear_bwd(*args), expected + aten.siva_linear_backward(*args), strict=True
+            forward + kernel_backward.siva_linear_backward(*args),
+            expected + aten.siva_linear_backward(*args),
+            strict=True,
         ):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("name", "launcher"), [("siva_linear", "fwd"), ("siva_linear_backward", "bwd")])
-def test_launchers_take_what_the_op_passes(name, launcher):
-    *taken, ways = inspect.signature(getattr(kernel, f"siva_linear_{launcher}")).parameters.values()
+@pytest.mark.parametrize("name", ["siva_linear", "siva_linear_backward"])
+def test_launchers_take_what_the_op_passes(name):
+    module = kernel_backward if "backward" in name else kernel
+    *taken, ways = inspect.signature(getattr(module, name)).parameters.values()
     assert taken == [*inspect.signature(getattr(reference, name)).parameters.values()]
     assert ways.default == tiles.WAYS
 

@@ -18,6 +18,7 @@ from fastpeft.ops import aten, reference
 
 pytest.importorskip("triton")
 from fastpeft.kernels import siva_linear as kernel
+from fastpeft.kernels import siva_linear_backward as kernel_backward
 from fastpeft.kernels import tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +63,7 @@ def check_backward(*args: Any, needs: list[Any] | None = None) -> None:
     unread = x.new_empty(0)  # what the autograd formula passes for an operand that no gradient needs
     args = (dhs, x if needs[2] else unread, weights, us, ss, vs, args[-1] if any(needs[1]) else unread, *needs)
     with poisoned_memory():
-        actual, again = (flat(kernel.siva_linear_group_backward(*args)) for _ in range(2))
+        actual, again = (flat(kernel_backward.siva_linear_group_backward(*args)) for _ in range(2))
     for ours, repeated, need, *others in zip(actual, again, flat(needs), *results, strict=True):
         assert ours.is_contiguous()
         assert torch.equal(ours, repeated)
@@ -180,7 +181,7 @@ def test_empty_sizes_and_a_single_layer(m, k, ns, ranks, device):
     p = x.new_ones(sum(ranks), m)
     backward = dhs, x, weights, us, ss, vs, p, True, [True] * len(ns), True, [False] * len(ns)
     with poisoned_memory():
-        found = kernel.siva_linear_group(*args), kernel.siva_linear_group_backward(*backward)
+        found = kernel.siva_linear_group(*args), kernel_backward.siva_linear_group_backward(*backward)
     expected = aten.siva_linear_group(*args), aten.siva_linear_group_backward(*backward)
     for ours, theirs in zip(flat(map(flat, found)), flat(map(flat, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -196,7 +197,8 @@ def test_leading_dimensions_and_strides(device):
     dhs = [x.new_ones(1, 1).expand(24, 18), torch.randn(20, 24).to(x).t()]
     args = dhs, x, weights, us, ss, vs, aten.siva_linear_group(x, weights, us, ss, vs, biases)[1]
     found, expected = (
-        flat(each.siva_linear_group_backward(*args, True, [True] * 2, True, [True] * 2)) for each in (kernel, aten)
+        flat(each.siva_linear_group_backward(*args, True, [True] * 2, True, [True] * 2))
+        for each in (kernel_backward, aten)
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -208,7 +210,7 @@ def test_what_the_kernels_leave_to_aten(device):
         found, expected = kernel.siva_linear_group(*args), aten.siva_linear_group(*args)
         args = ([x.new_ones(5, 7), x.new_ones(5, 8)], x, weights, us, ss, vs, expected[1])
         args += (True, [True] * 2, True, [True] * 2)
-        found += kernel.siva_linear_group_backward(*args)
+        found += kernel_backward.siva_linear_group_backward(*args)
         expected += aten.siva_linear_group_backward(*args)
         for ours, theirs in zip(flat(found), flat(expected), strict=True):
             assert torch.equal(ours, theirs)
@@ -223,7 +225,7 @@ def test_factors_in_float32_are_read_as_they_are(device):
         with poisoned_memory():
             hs, p = kernel.siva_linear_group(x, weights, *factors, biases)
             needs = True, [True, True], True, [True, True]
-            gradients = kernel.siva_linear_group_backward(dhs, x, weights, *factors, p, *needs)
+            gradients = kernel_backward.siva_linear_group_backward(dhs, x, weights, *factors, p, *needs)
             found.append(flat([hs, p, *gradients]))
     for plain, ours in zip(*found, strict=True):
         assert torch.equal(ours.half(), plain)
@@ -232,7 +234,8 @@ def test_factors_in_float32_are_read_as_they_are(device):
 
 @pytest.mark.parametrize("name", ["siva_linear_group", "siva_linear_group_backward"])
 def test_launchers_take_what_the_op_passes(name):
-    *taken, ways = inspect.signature(getattr(kernel, name)).parameters.values()
+    module = kernel_backward if "backward" in name else kernel
+    *taken, ways = inspect.signature(getattr(module, name)).parameters.values()
     assert taken == [*inspect.signature(getattr(reference, name)).parameters.values()]
     assert ways.default == tiles.WAYS
 
@@ -249,7 +252,7 @@ def test_gradients_of_u_share_no_storage_with_those_of_v(device):
     x, weights, us, ss, vs, _ = layers(6, 5, (7, 8), (2, 1), torch.float32, device)
     dhs: list[Tensor] = [x.new_ones(6, len(weight)) for weight in weights]
     p = x.new_ones(3, 6)
-    _, dus, dv, _ = kernel.siva_linear_group_backward(
+    _, dus, dv, _ = kernel_backward.siva_linear_group_backward(
         dhs, x, weights, us, ss, vs, p, False, [True] * 2, True, [False] * 2
     )
     assert {du.untyped_storage().data_ptr() for du in dus}.isdisjoint({dv.untyped_storage().data_ptr()})

@@ -295,6 +295,16 @@ def test_another_backbone_is_refused(tmp_path: Path, checkpoint: Path) -> None:
         LadderModel.from_pretrained(tmp_path, base=tiny())
 
 
+@pytest.mark.parametrize("change", ["attention.self.value.weight", "output.dense.bias"])
+def test_layers_between_are_recognised_by_some_entries(tmp_path: Path, change: str) -> None:
+    base = tiny("Bert", num_hidden_layers=5)
+    ladder(base).save_pretrained(tmp_path)
+    assert LadderModel.from_pretrained(tmp_path, base=base).side.up.weight.isfinite().all()
+    base.get_parameter(f"bert.encoder.layer.2.{change}").data += 1e-3
+    with pytest.raises(FastpeftError, match="trained on another backbone: weights of the layers between differ"):
+        LadderModel.from_pretrained(tmp_path, base=base)
+
+
 def test_a_quantised_backbone_is_taken_with_a_warning(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

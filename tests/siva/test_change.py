@@ -100,6 +100,26 @@ def test_a_lossy_residual_decays_to_its_own_start(given: dict[str, Any]) -> None
     assert not start.equal(linear().weight)
 
 
+def test_hooks_of_a_change_run() -> None:
+    layer = SivaLinear.from_linear(linear(), 4)
+    change, seen = layer.siva_du["default"], []
+    hooks = [
+        change.register_forward_pre_hook(lambda *_: seen.append("before")),
+        change.register_forward_hook(lambda *_: seen.append("after")),
+        change.register_full_backward_pre_hook(lambda *_: seen.append("before its gradient")),
+        change.register_full_backward_hook(lambda *_: seen.append("after its gradient")),
+        nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)),
+    ]
+    for hook in hooks:
+        seen.clear()
+        layer(torch.randn(2, 20)).sum().backward()
+        assert seen
+        hook.remove()
+    seen.clear()
+    layer(torch.randn(2, 20)).sum().backward()
+    assert not seen
+
+
 def test_mezo_takes_the_steps_that_it_takes_on_the_factors_themselves() -> None:
     torch.manual_seed(2)
     x, y = torch.randn(7, 20), torch.randn(7, 12)

@@ -215,6 +215,14 @@ def test_a_whole_state_dict_fills_a_waiting_layer(kind: Any) -> None:
     assert blank(inputs()).equal(copy.deepcopy(blank)(inputs()))
 
 
+def test_codes_that_are_loaded_later_have_sums_of_their_own() -> None:
+    layer, other = (QuantisedWeight(matrix(seed=seed), "int8") for seed in (0, 1))
+    with torch.no_grad():
+        layer.multiply(inputs(), None)
+        layer.load_state_dict(other.state_dict())
+        assert layer.multiply(inputs(), None).equal(other.multiply(inputs(), None))
+
+
 def test_adapters_share_a_quantised_residual_if_all_have_it() -> None:
     layer = quantised("int8")
     expected = layer(inputs())

@@ -255,6 +255,25 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     assert tree(folder) == before
 
 
+def test_a_run_is_resumed_with_its_own_rows_only(config: TrainConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(2)])
+    file, before = Path(config.data), tree(Path(config.output))
+    lines = file.read_text().splitlines(keepends=True)
+    changed = {
+        "fewer": lines[:-1],
+        "in another order": [lines[0], *reversed(lines[1:])],
+        "other labels": [line.replace("positive", "negative") if row % 3 else line for row, line in enumerate(lines)],
+    }
+    for rows in changed.values():
+        file.write_text("".join(rows))
+        with pytest.raises(FastpeftError, match=r"holds other rows now, or in another order.*Restore them"):
+            train(config, resume=True)
+        assert tree(Path(config.output)) == before
+    file.write_text("".join(lines))
+    assert train(config, resume=True).metrics["steps"] > 2
+
+
 @pytest.mark.long(but="None-lora")
 @pytest.mark.parametrize("method", ["lora", "mezo"])
 @pytest.mark.parametrize("interrupted_at", [None, 3, 7])

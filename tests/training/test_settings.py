@@ -34,6 +34,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     ("name", "reason"),
     [
         ("auto_find_batch_size", "use batch_size"),
+        ("pack_weights", "use `pack_weights`"),
         ("save_only_model", "all that resume needs"),
         ("ignore_data_skip", "meets the rows"),
         ("bf16_full_eval", "round the weights"),
@@ -44,7 +45,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
         ("dataloader_in_order", None),
     ],
 )
-@pytest.mark.parametrize("method", ["lora", "mezo"])
+@pytest.mark.parametrize("method", ["lora", "siva", "k-lst", "mezo"])
 def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: str | None) -> None:
     message = f"{name} cannot be set as a setting; .*{reason}" if reason else f"unknown setting '{name}'; allowed for"
     with pytest.raises(FastpeftError, match=message):
