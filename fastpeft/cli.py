@@ -27,6 +27,7 @@ from fastpeft.version import __version__
 
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
+_SHOWN_LEFT_OUT = 20  # rows, each with its error
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
 
 
@@ -324,7 +325,7 @@ def predict(
         advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))
         count = 0
         for some, left_out in found:
-            for error in left_out:
+            for error in left_out[: max(0, _SHOWN_LEFT_OUT - count)]:
                 typer.echo(f"Left out: {error}", err=True)
             if write is not None:
                 write([record for each in some for record in found.records(each)])
@@ -334,6 +335,8 @@ def predict(
                         typer.echo(line)
             advance(len(some) + len(left_out))
             count += len(left_out)
+    if count > _SHOWN_LEFT_OUT:
+        typer.echo(f"Left out: {count - _SHOWN_LEFT_OUT:,} more of the {found.count:,} rows", err=True)
     if target is not None:
         typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
     raise typer.Exit(1 if count else 0)

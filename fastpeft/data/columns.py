@@ -98,9 +98,11 @@ def pick_columns(
         (label or texts_alone, "--label-column"),
     ):
         if not found:
+            is_said = not texts_alone and _find_said(table)
+            said = "; or, to learn what is said in them, give --objective causal" if is_said else ""
             raise FastpeftError(
                 f"cannot tell which column of {table.name} to take; its columns are {', '.join(columns)}. Name it with "
-                f"{option}."
+                f"{option}{said}."
             )
     label = label or ""
     if label in texts:

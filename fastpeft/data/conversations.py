@@ -72,7 +72,9 @@ def check_conversation(value: Sequence[Mapping[str, Any]], refuse: Callable[[str
     """
     turns: list[tuple[str, str]] = []
     for number, turn in enumerate(value, start=1):
-        role, content = turn.get("role"), turn.get("content")
+        if "role" not in turn:
+            raise refuse(f"turn {number} without a role, but with {' and '.join(map(repr, turn)) or 'nothing'}", _FORM)
+        role, content = turn["role"], turn.get("content")
         if role not in ROLES:
             raise refuse(f"turn {number} with the role {role!r}", f"Roles are {', '.join(ROLES)}.")
         if not isinstance(content, str):

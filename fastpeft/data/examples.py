@@ -352,6 +352,11 @@ def _read_texts(table: Table, columns: Sequence[str], problem: Problem) -> list[
     """
     texts: list[Any] = []
     chats = problem is NEXT_WORDS and any(is_conversation(row.get(columns[0])) for row in table.rows)
+    if chats and columns[1:]:
+        raise FastpeftError(
+            f"{table.name} has turns in column {columns[0]!r}, and what answers them in column {columns[1]!r}. Write "
+            "both into one column, as messages: what the assistant says is learned."
+        )
     for number, row in enumerate(table.rows, start=1):
         place = Place(table.name, number)
         if chats:

@@ -5,6 +5,7 @@ Every function raises a `FastpeftError` where the cell holds anything else.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ def as_text(value: Any, column: str, place: Place) -> str:
     """A text, as it is; an empty one is one."""
     if not isinstance(value, str):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be text. Correct it or name another column with "
-            "--text-column."
+            f"{place} has {reprlib.repr(value)} in column {column!r}, which must be text. Correct it or name another "
+            "column with --text-column."
         )
     return value
 

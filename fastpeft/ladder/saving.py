@@ -39,9 +39,9 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
     except Exception as error:  # a broken file raises almost any type
         raise FastpeftError(f"cannot load a side network from {source!r}: {first_line(error)}") from error
     if values.get("model_type") != LadderConfig.model_type:
+        found = repr(values["model_type"]) if values.get("model_type") else "no type of model, as an adapter of PEFT"
         raise FastpeftError(
-            f"{source!r} holds {values.get('model_type') or 'something'!r}, not a side network. Give a folder that "
-            "LadderModel.save_pretrained wrote."
+            f"{source!r} holds {found}, not a side network. Give a folder that LadderModel.save_pretrained wrote."
         )
     values.setdefault("normalise_features", values.get("residual"))  # before there was the field
     try:

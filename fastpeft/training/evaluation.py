@@ -38,7 +38,7 @@ from fastpeft.training.loading import FinishedRun, Taken, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import check_texts
-from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, encode, warn_of_cut_words
+from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, encode, warn_of_texts
 
 _BATCH_SIZE = 64
 
@@ -152,7 +152,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """What `evaluate` gives, but for the threshold."""
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
-    warn_of_cut_words(dev, rows, run.problem, run.max_length)
+    warn_of_texts(dev, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
     if run.problem is MASKED_WORDS:
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = np.concatenate if run.problem.per_token else np.stack

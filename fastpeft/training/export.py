@@ -118,8 +118,8 @@ def _check_onnx(setup: RunSetup, folder: RunFolder) -> None:
     if setup.head.by_words or setup.head.prompt is not None:
         has = f"learned {setup.problem.labels}" if setup.problem.of_texts_alone else "has a prompt"
         raise FastpeftError(
-            f"the run in {str(folder.path)!r} {has}; only a run without, with a head of its own, is exported to onnx. "
-            "Load it from its own folder."
+            f"the run in {str(folder.path)!r} {has}; exported to onnx are runs that learned labels by a head of their "
+            "own, without a prompt. Load it from its own folder."
         )
     check_onnx()
 

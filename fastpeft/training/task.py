@@ -101,7 +101,7 @@ class Task:
             for part in (data.train, data.dev, data.apart)
         )
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
-            warn_of_cut_words(part, rows, data.problem, max_length)
+            warn_of_texts(part, rows, classifier.tokenizer, max_length, prompt, data.problem)
         if data.problem is MASKED_WORDS:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
@@ -394,9 +394,26 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
     ]
 
 
-def warn_of_cut_words(examples: Examples, rows: Sequence[Row], problem: Problem, max_length: int) -> None:
-    """Warn of words with tags that `encode` cut off, which are neither learned nor measured."""
-    if not problem.per_token or problem.of_texts_alone:
+def warn_of_texts(
+    examples: Examples, rows: Sequence[Row], tokenizer: Any, max_length: int, prompt: Prompt | None, problem: Problem
+) -> None:
+    """Warn of texts that are empty, and of what `encode` cut off these rows, which is neither learned nor measured."""
+    if problem.of_texts_alone:  # of which the empty ones are left out, and `next_words.encode` warns
+        return
+    if empty := sum(not any(map(str.strip, [text] if isinstance(text, str) else text)) for text in examples.texts):
+        logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(examples))
+    if not problem.per_token:
+        full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
+        given = Examples([examples.texts[index] for index in full], [examples.labels[index] for index in full])
+        longer = encode(tokenizer, given, max_length + 1, prompt, problem) if full else []
+        if cut := sum(len(row["input_ids"]) > max_length for row in longer):
+            logger.warning(
+                "%d of %d texts are longer than the %d tokens that are read, and were cut; a larger max_length (of the "
+                "model at most) reads more",
+                cut,
+                len(examples),
+                max_length,
+            )
         return
     words = sum(map(len, examples.texts))
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])

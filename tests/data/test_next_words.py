@@ -241,12 +241,29 @@ def test_methods_learn_next_words(config: TrainConfig, method: str, changes: dic
     assert evaluate(config.output, max_new_tokens=0)["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
 
 
+def test_an_answer_in_turns_of_its_own_is_told_of(tmp_path: Path) -> None:
+    asked, said = ([{"role": role, "content": "film"}] for role in ("user", "assistant"))
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": asked, "completion": said}] * 4)
+    with pytest.raises(FastpeftError, match="has turns in column 'prompt', and what answers them in"):
+        load_data(str(file), problem_type="next_words")
+
+
+def test_rows_to_say_are_told_from_rows_with_classes(tmp_path: Path) -> None:
+    for rows in ([{"prompt": "film", "completion": "plot"}] * 4, chats(4)):
+        with pytest.raises(FastpeftError, match="to learn what is said in them, give --objective causal"):
+            load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
         ([{"role": "user", "content": "film"}], "no turn of the assistant"),
         ([{"role": "user", "content": " "}], "turn 1, of the user, with nothing in it"),
         ([{"role": "human", "content": "film"}], "turn 1 with the role 'human'.*Roles are system, user, assistant"),
+        (
+            [{"from": "human", "value": "film"}],
+            "turn 1 without a role, but with 'from' and 'value'.*Write a list",
+        ),
         ([{"role": "user", "content": None}], "turn 1 with the content None"),
         (
             [{"role": "user", "content": "film"}, {"role": "system", "content": "plot"}],

@@ -175,6 +175,22 @@ def test_words_that_are_cut_off_are_told_of(
     assert "words lie beyond" not in caplog.text
 
 
+@pytest.mark.parametrize("prompt", [None, "{text} it is <mask>"])
+def test_texts_that_are_cut_or_empty_are_told_of(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: str | None
+) -> None:
+    texts = ["the film", "a lovely story of a film", "the plot the plot the plot the plot the plot", " "] * 6
+    data = str(write_csv(tmp_path / "rows.csv", [(text, f"{n % 2}") for n, text in enumerate(texts)]))
+    words = {} if prompt is None else {"prompt": prompt, "label_words": "dull,lovely"}
+    config = replace(config, method="full", data=data, max_length=8 if prompt is None else 11, max_steps=1, **words)
+    folder = train(config).folder
+    caplog.clear()
+    evaluate(folder, data)
+    longest = "8" if prompt is None else "11"
+    assert f"6 of 24 texts are longer than the {longest} tokens that are read, and were cut" in caplog.text
+    assert "6 of 24 texts are empty" in caplog.text
+
+
 def test_of_a_pair_the_longer_text_is_cut(checkpoint: str) -> None:
     tokenizer = load_classifier(checkpoint, LABELS, CLASSIFICATION).tokenizer
     examples = Examples([("a film", "the plot is very very very very long story")], [0])

@@ -171,6 +171,15 @@ def test_a_bad_row_is_named_and_the_rest_is_answered(place: Path, case: str) -> 
     assert len((place / "out.jsonl").read_text().splitlines()) == len(answered)
 
 
+def test_many_bad_rows_are_counted(place: Path) -> None:
+    rows = [{"text": ["word"] * 1000}] * 30 + [{"text": "a film"}]
+    (place / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = run("classes", "--file", "x.jsonl", code=1).stderr.splitlines()
+    assert len(told) == 21
+    assert max(map(len, told)) < 300
+    assert told[-1] == "Left out: 10 more of the 31 rows"
+
+
 def test_the_numbers_of_rows_are_those_of_the_file(place: Path) -> None:
     (place / "x.csv").write_text("text,n\na,1\nb\nc,1\n")
     run("classes", "--file", "x.csv", "--output", "out.jsonl", code=1)
