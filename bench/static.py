@@ -113,7 +113,7 @@ ANY = (  # but not counts, rows of R and what does not specialise
         "size_u",
     ),
     *("ranks", "strides_nr", "strides_pc", "strides_pr", "blocks_m", "tokens"),
-    *("rows", "T", "K", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
+    *("rows", "T", "S", "parts", "slots", "absent", "seed_ptr", "ordinal", "last_dropped", "scale"),
 )
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -321,7 +321,8 @@ def compile_variant(variant: Variant) -> Any:
 
     def argument(name: str, default: str, place: tuple[int, ...]) -> str:
         kind = types.get(name, default)
-        found = [] if name in ANY else [["tt.divisibility", SPECIALISED]]
+        is_any = name in ANY or (name == "K" and "window" in variant.kernel)  # a count of keys there, a width in others
+        found = [] if is_any else [["tt.divisibility", SPECIALISED]]
         if kind.startswith("*") and variant.arch.startswith("gfx"):
             found.append(["tt.pointer_range", 32])
         if found:
