@@ -70,12 +70,19 @@ class SideLayer(DynamicLayer):
         elif torch.is_grad_enabled():  # an earlier pass may need its tokens for backward
             both = torch.cat((old, new), dim=-2)
         else:
-            both = self._in_room(name, old, new)
+            both = self._with_room(name, old, new.shape[-2])
+            both.narrow(-2, old.shape[-2], new.shape[-2]).copy_(new)
         setattr(self, name, both)
         return both
 
-    def _in_room(self, name: str, old: Tensor, new: Tensor) -> Tensor:
-        before, added = old.shape[-2], new.shape[-2]
+    def extend(self, name: str) -> Tensor:
+        """The attribute with one token more, `(B, 1, T + 1, ...)`, which the caller fills, without gradients."""
+        both = self._with_room(name, getattr(self, name), 1)
+        setattr(self, name, both)
+        return both
+
+    def _with_room(self, name: str, old: Tensor, added: int) -> Tensor:
+        before = old.shape[-2]
         tokens = before + added
         room = self._rooms.get(name)
         # a cache that was reordered or repeated holds other tensors by now; one that was cropped starts where it did
@@ -88,7 +95,6 @@ class SideLayer(DynamicLayer):
             size = tokens + max(_LEAST_SPARE, tokens // _SPARE)
             room = self._rooms[name] = old.new_empty(*old.shape[:-2], size, old.shape[-1])
             room.narrow(-2, 0, before).copy_(old)
-        room.narrow(-2, before, added).copy_(new)
         return room.narrow(-2, 0, tokens)
 
 

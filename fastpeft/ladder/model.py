@@ -322,7 +322,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
         kept = None if cache is None else cache.sides[0]
-        if step and kept is not None and self.side_run is SideRun and not torch.is_grad_enabled():
+        if step and kept is not None and self.side_run is SideRun and SideStep.takes(self.side):
             return SideStep(self.side, mask, kept, keep_states)
         if kept is not None:
             kept.steps.clear()  # weights may have changed

@@ -149,7 +149,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         runs: list[tuple[Rows, SideRun]] = []
         for rows, side, kept in zip(cache.rows, self._sides, cache.sides):
             own = None if mask is None else mask[rows]
-            if past > 0 and text.shape[1] == 1:
+            if past > 0 and text.shape[1] == 1 and SideStep.takes(side):
                 runs.append((rows, SideStep(side, own, kept)))
             else:
                 kept.steps.clear()  # weights may have changed

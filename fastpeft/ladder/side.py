@@ -237,7 +237,7 @@ class SideNetwork(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # transformers sets it, and the function that does it
         self._gradient_checkpointing_func: Any = None
-        self.num_layers, self.causal = num_layers, causal
+        self.num_layers, self.activation, self.causal = num_layers, activation, causal
         self.feature_sizes = (num_layers + 1) * [hidden_size] if isinstance(hidden_size, int) else list(hidden_size)
         if config.share_projections and len(set(self.feature_sizes)) > 1:
             raise FastpeftError(

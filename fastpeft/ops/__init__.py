@@ -14,6 +14,7 @@ from fastpeft.ops import (  # noqa: F401  (each declares its ops)
     int8_linear,
     mezo_perturb,
     quantised_linear,
+    side_step,
     siva_linear,
     siva_linear_group,
     siva_linear_mixed,

@@ -53,6 +53,7 @@ IMPLEMENTED: dict[tuple[str, str], tuple[str, ...]] = {
     ("siva_linear_mixed", "cuda"): ("triton", "aten"),
     ("siva_linear_mixed_backward", "cpu"): ("cpp", "aten"),
     ("siva_linear_mixed_backward", "cuda"): ("triton", "aten"),
+    ("side_step_", "cpu"): ("cpp", "aten"),
     ("frozen_head_cross_entropy", "cpu"): ("aten",),
     ("frozen_head_cross_entropy", "cuda"): ("triton", "aten"),
     ("mezo_perturb_", "cpu"): ("cpp",),
