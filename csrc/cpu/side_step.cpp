@@ -1,5 +1,5 @@
-// fastpeft::side_step_ on CPU tensors in float32: a side block for one token of each of a few texts, in one call. Its
-// matrices have D columns, some hundred at most, so that what other ways of computing it take is mostly their calls.
+// fastpeft::side_step_ on CPU tensors in float32, for one token of each of a few texts. The matrices of a side block
+// have D columns, some hundred at most, so that what other ways of computing it take is mostly their calls.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,11 +17,11 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<float>;
 
 constexpr int64_t kMostRows = 8;        // texts; products of more are worth BLAS
 constexpr int64_t kMostWork = 1 << 21;  // numbers of all windows; more are worth PyTorch's attention
+constexpr int64_t kGrain = 1 << 17;     // multiply-adds that are worth a thread
 constexpr double kSqrt2 = 1.4142135623730951, kSqrt2OverPi = 0.7978845608028654;
 
 enum Activation { kRelu, kSilu, kGelu, kGeluTanh };  // in the order of fastpeft/ops/side_step.py
@@ -43,30 +43,49 @@ bool are_kept(const Tensor& t, int64_t batch, int64_t tokens, int64_t width) {
 const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* writable(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-struct Linear {
-    const Tensor &weight, &bias;  // (N, K), (N,)
+// Matrices and vectors that lie one after the other.
+class Weights {
+  public:
+    explicit Weights(const float* first) : next_(first) {}
 
-    bool fits(int64_t n, int64_t k) const {
-        return is_dense(weight) && is_dense(bias) && weight.dim() == 2 && weight.size(0) == n && weight.size(1) == k &&
-               bias.numel() == n;
+    const float* take(int64_t count) {
+        const float* const found = next_;
+        next_ += count;
+        return found;
     }
-    // out = W x + b
-    void run(const VectorProducts& products, const float* x, float* out) const {
-        products.dots(x, {data(weight), weight.size(0), weight.size(1), weight.size(1)}, out);
-        for (int64_t i = 0; i < weight.size(0); ++i) out[i] += data(bias)[i];
-    }
+
+  private:
+    const float* next_;
 };
 
-void normalise(Numbers& x, const Tensor& weight, const Tensor& bias, double eps) {
-    const double size = static_cast<double>(x.size());
-    double mean = 0, squares = 0;
-    for (const float each : x) mean += each / size;
-    for (const float each : x) squares += (each - mean) * (each - mean) / size;
-    const double scale = 1 / std::sqrt(squares + eps);
-    for (size_t i = 0; i < x.size(); ++i) {
-        x[i] = static_cast<float>((x[i] - mean) * scale) * data(weight)[i] + data(bias)[i];
+// W (N, K), and b (N,) after it
+struct Linear {
+    Linear(Weights& from, int64_t n, int64_t k) : weight{from.take(n * k), n, k, k}, bias(from.take(n)) {}
+
+    void run(const VectorProducts& products, const float* x, float* out) const {  // out = W x + b
+        products.dots(x, weight, out);
+        for (int64_t i = 0; i < weight.count; ++i) out[i] += bias[i];
     }
-}
+
+    const StridedRows weight;
+    const float* const bias;
+};
+
+struct Norm {
+    Norm(Weights& from, int64_t size, double eps) : weight(from.take(size)), bias(from.take(size)), eps(eps) {}
+
+    void run(float* x, int64_t size) const {
+        double mean = 0, squares = 0;
+        for (int64_t i = 0; i < size; ++i) mean += x[i];
+        mean /= static_cast<double>(size);
+        for (int64_t i = 0; i < size; ++i) squares += (x[i] - mean) * (x[i] - mean);
+        const double scale = 1 / std::sqrt(squares / static_cast<double>(size) + eps);
+        for (int64_t i = 0; i < size; ++i) x[i] = static_cast<float>((x[i] - mean) * scale) * weight[i] + bias[i];
+    }
+
+    const float *const weight, *const bias;
+    const double eps;
+};
 
 float activate(float x, int64_t kind) {
     switch (kind) {
@@ -97,90 +116,124 @@ void attend(const VectorProducts& products, const float* q, StridedRows keys, co
     products.combine(scores.data(), {values, keys.count, keys.columns, keys.stride}, out);
 }
 
-Tensor side_step_(Tensor theta, Tensors parts, Tensor window, Tensor keys, std::optional<Tensor> visible,
-                  Tensors fusion, Tensors encoder, int64_t own, double gate, int64_t heads, double eps_1, double eps_2,
-                  int64_t activation) {
-    const int64_t batch = theta.size(0), width = theta.size(1), tokens = keys.size(2);
-    const bool is_gated = fusion.empty();
-    STD_TORCH_CHECK(encoder.size() == 12 && (is_gated || fusion.size() == 3) && heads > 0 && width % heads == 0 &&
-                        !parts.empty() && own < static_cast<int64_t>(parts.size()),
-                    "side_step_ takes 12 tensors of an encoder and, without a gate, 3 of a cross-attention");
-    const Linear qkv{encoder[0], encoder[1]}, output{encoder[2], encoder[3]};
-    const Linear inner{encoder[4], encoder[5]}, outer{encoder[6], encoder[7]};
-    const int64_t fused_heads = is_gated ? 0 : fusion[0].size(0) / width, slots = window.size(3) / width;
-    const int64_t hidden = inner.weight.size(0);
-    bool fits = are_rows(theta, batch) && are_kept(keys, batch, tokens, 2 * width) && qkv.fits(3 * width, width) &&
-                output.fits(width, width) && inner.fits(hidden, width) && outer.fits(width, hidden) &&
-                std::all_of(encoder.begin() + 8, encoder.end(),
-                            [&](const Tensor& t) { return is_dense(t) && t.numel() == width; });
-    int64_t given = 0;
-    for (const Tensor& part : parts) {
-        fits = fits && are_rows(part, batch);
-        given += part.size(1);
-    }
-    if (is_gated) {
-        fits = fits && given == width;
-    } else {
-        const Linear value{fusion[1], fusion[2]};
-        fits = fits && given == slots * width && are_kept(window, batch, tokens, given) && is_dense(fusion[0]) &&
-               fusion[0].dim() == 2 && fusion[0].size(1) == width && fused_heads * width == fusion[0].size(0) &&
-               value.fits(width, fused_heads * width) && (own < 0 || parts[own].size(1) == width);
-    }
-    fits = fits && (!visible || (visible->scalar_type() == ScalarType::Bool && visible->dim() == 4 &&
-                                 visible->size(3) == tokens && (tokens == 1 || visible->stride(3) == 1)));
-    if (!fits || batch > kMostRows || batch * tokens * std::max(given, 2 * width) > kMostWork) {
-        return by_aten("fastpeft::side_step__aten", theta, parts, window, keys, visible, fusion, encoder, own, gate,
-                       heads, eps_1, eps_2, activation)[0];
+// A block as `weights` has it: the cross-attention's Q, V and c where there are heads of it, then the encoder.
+struct Block {
+    Block(Weights from, int64_t width, int64_t hidden, int64_t fused_heads, double eps_1, double eps_2)
+        : query{from.take(fused_heads * width * width), fused_heads * width, width, width},
+          value(from, fused_heads > 0 ? width : 0, fused_heads * width),
+          qkv(from, 3 * width, width),
+          output(from, width, width),
+          inner(from, hidden, width),
+          outer(from, width, hidden),
+          norm_1(from, width, eps_1),
+          norm_2(from, width, eps_2) {}
+
+    static int64_t size(int64_t width, int64_t hidden, int64_t fused_heads) {
+        const int64_t fusion = fused_heads > 0 ? (2 * fused_heads * width + 1) * width : 0;
+        return fusion + (4 * width + 2 * hidden) * width + 9 * width + hidden;
     }
 
-    Tensor out = torch::stable::new_empty(theta, {batch, width});
+    const StridedRows query;
+    const Linear value, qkv, output, inner, outer;
+    const Norm norm_1, norm_2;
+};
+
+// parts (B, L, k, D) at these places = W feature + b, the feature over its root mean square if `eps` is not 0
+void project(const VectorProducts& products, const Tensor& feature, const Tensor& weight, const Tensor& bias,
+             const std::vector<int64_t>& places, double eps, const Tensor& parts, int64_t width) {
+    const int64_t size = feature.size(1), rows = weight.size(0);
+    for (int64_t b = 0; b < feature.size(0); ++b) {
+        const float* const x = data(feature) + b * feature.stride(0);
+        float* const to = writable(parts) + b * parts.stride(0);
+        double squares = 0;
+        for (int64_t i = 0; eps > 0 && i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
+        const float scale = eps > 0 ? static_cast<float>(1 / std::sqrt(squares / static_cast<double>(size) + eps)) : 1;
+        torch::stable::parallel_for(
+            0, rows / width, std::max<int64_t>(1, kGrain / (size * width)), [&](int64_t begin, int64_t end) {
+                for (int64_t r = begin; r < end; ++r) {
+                    float* const part = to + places[r] * width;
+                    products.dots(x, {data(weight) + r * width * size, width, size, size}, part);
+                    for (int64_t i = 0; i < width; ++i) part[i] = part[i] * scale + data(bias)[r * width + i];
+                }
+            });
+    }
+}
+
+Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Tensor bias, std::vector<int64_t> places,
+                  double eps, int64_t number, Tensor block, Tensor window, Tensor keys, std::optional<Tensor> visible,
+                  int64_t hidden, int64_t fused_heads, int64_t own, double gate, int64_t heads, double eps_1,
+                  double eps_2, int64_t activation) {
+    const int64_t batch = theta.size(0), width = theta.size(1), slots = parts.size(2), tokens = keys.size(2);
+    const int64_t readers = static_cast<int64_t>(places.size()), given = slots * width;
+    STD_TORCH_CHECK(parts.dim() == 4 && number < parts.size(1) && own < slots && heads > 0 && width % heads == 0 &&
+                        std::all_of(places.begin(), places.end(),
+                                    [&](int64_t place) { return place >= 0 && place < parts.size(1) * slots; }),
+                    "side_step_ takes parts (B, L, k, D), blocks and slots inside of it, and heads that divide D");
+    bool fits = are_rows(feature, batch) && are_rows(theta, batch) && is_dense(parts) && parts.size(0) == batch &&
+                parts.size(3) == width && is_dense(weight) && is_dense(bias) && bias.numel() == readers * width &&
+                weight.numel() == readers * width * feature.size(1) && (readers == 0 || weight.dim() == 2);
+    if (number >= 0) {
+        fits = fits && is_dense(block) && block.numel() == Block::size(width, hidden, fused_heads) &&
+               are_kept(keys, batch, tokens, 2 * width) &&
+               (fused_heads == 0 ? slots == 1 : are_kept(window, batch, tokens, given)) &&
+               (!visible || (visible->scalar_type() == ScalarType::Bool && visible->dim() == 4 &&
+                             visible->size(3) == tokens && (tokens == 1 || visible->stride(3) == 1)));
+    }
+    if (!fits || batch > kMostRows || batch * tokens * std::max(given, 2 * width) > kMostWork) {
+        return by_aten("fastpeft::side_step__aten", feature, theta, parts, weight, bias, places, eps, number, block,
+                       window, keys, visible, hidden, fused_heads, own, gate, heads, eps_1, eps_2, activation)[0];
+    }
+
     const VectorProducts& products = choose_variant().vector_products;
+    if (readers > 0) project(products, feature, weight, bias, places, eps, parts, width);
+    Tensor out = torch::stable::new_empty(theta, {batch, width});
+    if (number < 0) {
+        torch::stable::copy_(out, theta);
+        return out;
+    }
+    const Block all(Weights(data(block)), width, hidden, fused_heads, eps_1, eps_2);
+    const int64_t each = width / heads;
+    const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(each)));
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-        Numbers x(width), y(width), q(std::max<int64_t>(1, fused_heads) * width), states(3 * width), between(hidden);
-        Numbers attended(q.size()), scores;
+        Numbers x(width), y(width), q(std::max<int64_t>(1, fused_heads) * width), attended(q.size());
+        Numbers states(3 * width), between(hidden), scores;
         for (int64_t b = begin; b < end; ++b) {
-            const float* state = data(theta) + b * theta.stride(0);
-            const auto part = [&](int64_t i) { return data(parts[i]) + b * parts[i].stride(0); };
-            const bool* seen = !visible ? nullptr
-                                        : static_cast<const bool*>(visible->const_data_ptr()) +
-                                              (visible->size(0) == 1 ? 0 : b * visible->stride(0));
-            if (is_gated) {
-                for (int64_t i = 0; i < width; ++i) {
-                    x[i] = part(0)[i] + static_cast<float>(gate) * (state[i] - part(0)[i]);
-                }
-            } else {
-                float* const of_text = writable(window) + b * window.stride(0);
-                float* last = of_text + (tokens - 1) * given;
-                for (size_t i = 0; i < parts.size(); ++i) {
-                    last = std::copy(part(i), part(i) + parts[i].size(1), last);
-                }
-                products.dots(state, {data(fusion[0]), fused_heads * width, width, width}, q.data());
-                for (int64_t h = 0; h < fused_heads; ++h) {
-                    const float* head = q.data() + h * width;
-                    attend(products, head, {of_text, tokens * slots, width, width}, of_text, 1, seen, slots, scores,
-                           attended.data() + h * width);
-                }
-                Linear{fusion[1], fusion[2]}.run(products, attended.data(), x.data());
-                for (int64_t i = 0; own >= 0 && i < width; ++i) x[i] += part(own)[i];
+            const float* const state = data(theta) + b * theta.stride(0);
+            const float* const part = data(parts) + b * parts.stride(0) + number * given;
+            const bool* seen = nullptr;
+            if (visible) {
+                seen = static_cast<const bool*>(visible->const_data_ptr());
+                if (visible->size(0) > 1) seen += b * visible->stride(0);
             }
-            qkv.run(products, x.data(), states.data());
+            if (fused_heads == 0) {
+                for (int64_t i = 0; i < width; ++i) x[i] = part[i] + static_cast<float>(gate) * (state[i] - part[i]);
+            } else {
+                float* const kept = writable(window) + b * window.stride(0);
+                std::copy(part, part + given, kept + (tokens - 1) * given);
+                products.dots(state, all.query, q.data());
+                for (int64_t h = 0; h < fused_heads; ++h) {
+                    attend(products, q.data() + h * width, {kept, tokens * slots, width, width}, kept, 1, seen, slots,
+                           scores, attended.data() + h * width);
+                }
+                all.value.run(products, attended.data(), x.data());
+                for (int64_t i = 0; own >= 0 && i < width; ++i) x[i] += part[own * width + i];
+            }
+            all.qkv.run(products, x.data(), states.data());
             float* const kept = writable(keys) + b * keys.stride(0);
             std::copy(states.begin() + width, states.end(), kept + (tokens - 1) * 2 * width);
-            const int64_t each = width / heads;
-            const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(each)));
             for (int64_t h = 0; h < heads; ++h) {
                 attend(products, states.data() + h * each, {kept + h * each, tokens, each, 2 * width},
                        kept + width + h * each, scale, seen, 1, scores, attended.data() + h * each);
             }
-            output.run(products, attended.data(), y.data());
+            all.output.run(products, attended.data(), y.data());
             for (int64_t i = 0; i < width; ++i) y[i] += x[i];
-            normalise(y, encoder[8], encoder[9], eps_1);
-            inner.run(products, y.data(), between.data());
+            all.norm_1.run(y.data(), width);
+            all.inner.run(products, y.data(), between.data());
             for (float& value : between) value = activate(value, activation);
-            outer.run(products, between.data(), x.data());
-            for (int64_t i = 0; i < width; ++i) x[i] += y[i];
-            normalise(x, encoder[10], encoder[11], eps_2);
-            std::copy(x.begin(), x.end(), writable(out) + b * width);
+            float* const found = writable(out) + b * width;
+            all.outer.run(products, between.data(), found);
+            for (int64_t i = 0; i < width; ++i) found[i] += y[i];
+            all.norm_2.run(found, width);
         }
     });
     return out;

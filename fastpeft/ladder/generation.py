@@ -106,16 +106,12 @@ class SideCache:
 
     Attributes:
         layers: of each block.
-        steps, projections: its matrices as passes over one token use them, see `fastpeft.ladder.side_step`.
+        prepared: its weights as passes over one token take them, a `fastpeft.ladder.side_step.Prepared`; None before.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [SideLayer() for _ in range(num_layers)]
-        self.steps: list[Any] = []
-        self.projections: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "steps": []}  # a copy makes its own, which write into its layers
+        self.prepared: Any = None
 
 
 class LadderCache(DynamicCache):

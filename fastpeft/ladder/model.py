@@ -325,7 +325,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if step and kept is not None and self.side_run is SideRun and SideStep.takes(self.side):
             return SideStep(self.side, mask, kept, keep_states)
         if kept is not None:
-            kept.steps.clear()  # weights may have changed
+            kept.prepared = None  # weights may have changed
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):

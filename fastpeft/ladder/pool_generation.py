@@ -152,7 +152,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
             if past > 0 and text.shape[1] == 1 and SideStep.takes(side):
                 runs.append((rows, SideStep(side, own, kept)))
             else:
-                kept.steps.clear()  # weights may have changed
+                kept.prepared = None  # weights may have changed
                 runs.append((rows, SideRun(side, own, 0, kept=kept.layers)))
         arguments = self.backbone.arguments(
             {

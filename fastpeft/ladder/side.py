@@ -27,7 +27,7 @@ from fastpeft.support.processor import has_bfloat16
 _HEAD_WIDTH = 64  # of the self-attention, where the configuration names no number of heads
 _GATE_TEMPERATURE = 0.1
 _POSITION_STD = 0.02
-_TINY = 1e-6  # beside the mean square of a feature
+TINY = 1e-6  # beside the mean square of a feature
 
 
 class WindowFusion(nn.Module):
@@ -422,7 +422,7 @@ class SideRun:
             self._last_feature = feature
         if side.config.normalise_features:
             # on a card autocast would keep it in float32
-            feature = F.rms_norm(feature, feature.shape[-1:], eps=_TINY).to(feature.dtype)
+            feature = F.rms_norm(feature, feature.shape[-1:], eps=TINY).to(feature.dtype)
         if layer == 0:
             if self.mask is not None or self.past:  # else causal attention needs no mask
                 self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
 from fastpeft.ladder.direct_run import DirectRun
-from fastpeft.ladder.side_step import BlockStep
+from fastpeft.ladder.side_step import SideStep
 
 LST = {"window_size": 1, "fusion": "gated"}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -325,7 +325,7 @@ def test_words_are_streamed_as_they_come() -> None:
 
 @pytest.mark.parametrize("network", [{}, LST], ids=["3-LST", "LST"])
 def test_a_step_computes_one_token(network: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, steps, call = moved(causal_model("llama"), **network), [], BlockStep.__call__
+    model, steps, call = moved(causal_model("llama"), **network), [], SideStep.feed
     seen: dict[str, list[int]] = {}
     for name, module in model.side.named_modules():
         if isinstance(module, nn.Linear):
@@ -333,12 +333,12 @@ def test_a_step_computes_one_token(network: dict[str, Any], monkeypatch: pytest.
                 lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0].shape[:-1].numel())
             )
     monkeypatch.setattr(
-        BlockStep, "__call__", lambda step, theta, *rest: steps.append(len(theta)) or call(step, theta, *rest)
+        SideStep, "feed", lambda step, layer, feature: steps.append(len(feature)) or call(step, layer, feature)
     )
     written(model, max_new_tokens=4)
     assert {name for name, rows in seen.items() if rows == [18, 3, 3, 3]} == {"down", "up"}
     assert {tuple(rows) for rows in seen.values()} == {(18,), (18, 3, 3, 3)}
-    assert steps == 3 * len(model.side.blocks) * [3]
+    assert steps == 3 * (len(model.side.blocks) + 1) * [3]
 
 
 def test_what_a_token_takes() -> None:
