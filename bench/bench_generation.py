@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from bench.harness import DATA, ROUNDS, measure
+from bench.harness import DATA, measure
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 
 FILE = DATA / "generation.csv"
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--candidates", default=",".join(MODELS), help="names with commas, the one to compare with first"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=7, help="each takes about half a minute")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     candidates = {}

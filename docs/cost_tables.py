@@ -193,6 +193,30 @@ def quantised_steps() -> str:
     return table(["shape", "rows", "rank", "QLoRA, ms", "**SiVA** in nf4", "SiVA on QLoRA's base"], body)
 
 
+GENERATION = {
+    "base": "SmolLM2-135M itself",
+    "lst": "with LST beside it",
+    "9-lst": "with **9-LST** beside it",
+    "lora": "with LoRA of rank 8 in all linear layers",
+    "siva": "with **SiVA** of rank 8 in all linear layers",
+    "siva-implicit": "the same, with the implicit residual",
+}
+
+
+def generation() -> str:
+    """The time of a new token; ratios to the base's in the same round."""
+    body = [
+        [
+            GENERATION[row["candidate"]],
+            f"{float(row['ms_p50']) / float(row['said']):.0f}",
+            f"{float(row['ratio_p50']):.2f}",
+            f"{float(row['ratio_p20']):.2f} to {float(row['ratio_p80']):.2f}",
+        ]
+        for row in rows("generation.csv")
+    ]
+    return table(["", "a token, ms", "over the base", "20th to 80th percentile"], body)
+
+
 LADDER_STEPS = {
     "9-lst": "**9-LST**",
     "lst": "LST",

@@ -50,6 +50,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantised-weights": accuracy_tables.quantised_weights,
     "quantised-steps": cost_tables.quantised_steps,
     "op-window": cost_tables.op_window,
+    "generation": cost_tables.generation,
     "op-mixed": cost_tables.op_mixed,
     "frozen-steps": cost_tables.frozen_steps,
     "frozen-linear": cost_tables.frozen_linear,

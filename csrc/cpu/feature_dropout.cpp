@@ -66,7 +66,7 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
 
 }  // namespace
 
-// implementations only: the schemas are declared once, in fastpeft/_ops.py
+// implementations only: the schemas are declared once, in fastpeft/ops
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) { m.impl("feature_dropout_", TORCH_BOX(&feature_dropout_)); }
 
 }  // namespace fastpeft

@@ -65,7 +65,7 @@ Tensor mezo_perturb(Tensor param, int64_t offset, std::vector<int64_t> seeds, st
 
 }  // namespace
 
-// implementations only: the schemas are declared once, in fastpeft/_ops.py
+// implementations only: the schemas are declared once, in fastpeft/ops
 STABLE_TORCH_LIBRARY_IMPL(fastpeft, CPU, m) {
     m.impl("mezo_perturb_", TORCH_BOX(&mezo_perturb_));
     m.impl("mezo_perturb", TORCH_BOX(&mezo_perturb));

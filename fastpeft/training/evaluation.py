@@ -170,8 +170,6 @@ def evaluate_zero_shot(
     data: str | TextData,
     *,
     calibrate: bool = False,
-    text_column: str | None = None,
-    label_column: str | None = None,
 ) -> dict[str, Any]:
     """Metrics and loss of a masked language model by a prompt, with no training, on the dev rows of `data`.
 
@@ -181,12 +179,11 @@ def evaluate_zero_shot(
         data: rows with classes that are loaded, or what `load_data` takes; where that has no dev part, its rows are
             those that a run holds out.
         calibrate: subtract what the label words score for an empty text.
-        text_column, label_column: columns of `data`, where it is not loaded. None: found by their names.
 
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
-    texts = data if isinstance(data, TextData) else load_classes(data, text_column, label_column)
+    texts = data if isinstance(data, TextData) else load_classes(data)
     return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
 
 

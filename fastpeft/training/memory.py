@@ -3,7 +3,7 @@
 `simulate_training_step` answers "how much would this step need" for any model without its memory and without its
 computing: the step runs on fake tensors, which have shapes and dtypes but no data, under a tracker of live storages.
 What a card would run fused is counted fused, on every device: attention keeps no T x T probabilities, dropout keeps one
-byte per element, AdamW makes no temporaries. `measured_peak` measures a block that really runs.
+byte per element, AdamW makes no temporaries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -377,37 +377,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:
     return "+".join(sorted({_name(tensor.dtype) for tensor in tensors}))
-
-
-@dataclass
-class MeasuredPeak:
-    """The peak of a block that ran: `nbytes`, known when the block has ended."""
-
-    nbytes: int = 0
-
-
-@contextmanager
-def measured_peak(device: torch.device | str) -> Iterator[MeasuredPeak]:
-    """Measure the peak of tensor memory inside the block on `device`.
-
-    On a CUDA device it is the allocator's peak, with everything that lives there already. Elsewhere it is a
-    `MemoryTracker`'s, which adds some microseconds to every op and knows only tensors that an op in the block returns.
-
-    Example:
-        >>> with measured_peak("cpu") as peak:
-        ...     x = torch.zeros(256)
-        >>> peak.nbytes
-        1024
-    """
-    peak = MeasuredPeak()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.nbytes = torch.cuda.max_memory_allocated(device)
-    else:
-        with MemoryTracker() as tracker:
-            yield peak
-        peak.nbytes = tracker.peak
 
 
 def peak_rss_mb() -> float | None:

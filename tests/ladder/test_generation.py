@@ -260,6 +260,13 @@ def test_greedy_words_are_those_of_full_passes(kind: str, network: str) -> None:
     assert text.equal(written(model, use_cache=False))
 
 
+def test_an_activation_that_the_step_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moved(causal_model("llama"))
+    text = written(model)
+    monkeypatch.setattr("fastpeft.ladder.side_step.ACTIVATIONS", {})
+    assert text.equal(written(model))
+
+
 @pytest.mark.parametrize(
     "options",
     [
