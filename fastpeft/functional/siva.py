@@ -12,6 +12,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import check_kinds
 from fastpeft.ops.dtypes import compute_dtype, factors_dtype
 from fastpeft.ops.packing import Packs, operand
+from fastpeft.ops.products import split
 from fastpeft.ops.siva_linear import SivaLinear
 from fastpeft.ops.siva_linear_group import SivaLinearGroup
 from fastpeft.ops.siva_linear_mixed import SivaLinearMixed
@@ -129,8 +130,12 @@ def siva_linear_group(
     dtype = compute_dtype(x, weights[0])
     x, *biases = _cast(dtype, x, *biases)
     factors = _cast(factors_dtype(dtype, x.device), *us, *ss, *vs)
-    hs: tuple[Tensor, ...] = SivaLinearGroup.apply(packs, x, *weights, *factors, *biases)
-    return hs
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        hs: tuple[Tensor, ...] = SivaLinearGroup.apply(packs, x, *weights, *factors, *biases)
+        return hs
+    frozen = [operand(weight, each, x) for weight, each in zip(weights, packs, strict=True)]
+    found, _ = torch.ops.fastpeft.siva_linear_group.default(x, frozen, *split(factors, len(weights)), biases)
+    return tuple(found)
 
 
 def siva_linear_mixed(
