@@ -21,7 +21,7 @@ using Numbers = std::vector<float>;
 
 constexpr int64_t kMostRows = 8;        // texts; products of more are worth BLAS
 constexpr int64_t kMostWork = 1 << 21;  // numbers of all windows; more are worth PyTorch's attention
-constexpr int64_t kGrain = 1 << 17;     // multiply-adds that are worth a thread
+constexpr int64_t kGrain = 1 << 13;     // numbers of a weight that are worth a thread, as they come from memory
 constexpr double kSqrt2 = 1.4142135623730951, kSqrt2OverPi = 0.7978845608028654;
 
 enum Activation { kRelu, kSilu, kGelu, kGeluTanh };  // in the order of fastpeft/ops/side_step.py
@@ -63,8 +63,11 @@ struct Linear {
     Linear(Weights& from, int64_t n, int64_t k) : weight{from.take(n * k), n, k, k}, bias(from.take(n)) {}
 
     void run(const VectorProducts& products, const float* x, float* out) const {  // out = W x + b
-        products.dots(x, weight, out);
-        for (int64_t i = 0; i < weight.count; ++i) out[i] += bias[i];
+        const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, weight.columns));
+        torch::stable::parallel_for(0, weight.count, grain, [&](int64_t begin, int64_t end) {
+            products.dots(x, weight.some(begin, end), out + begin);
+            for (int64_t i = begin; i < end; ++i) out[i] += bias[i];
+        });
     }
 
     const StridedRows weight;
@@ -148,14 +151,17 @@ void project(const VectorProducts& products, const Tensor& feature, const Tensor
         double squares = 0;
         for (int64_t i = 0; eps > 0 && i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
         const float scale = eps > 0 ? static_cast<float>(1 / std::sqrt(squares / static_cast<double>(size) + eps)) : 1;
-        torch::stable::parallel_for(
-            0, rows / width, std::max<int64_t>(1, kGrain / (size * width)), [&](int64_t begin, int64_t end) {
-                for (int64_t r = begin; r < end; ++r) {
-                    float* const part = to + places[r] * width;
-                    products.dots(x, {data(weight) + r * width * size, width, size, size}, part);
-                    for (int64_t i = 0; i < width; ++i) part[i] = part[i] * scale + data(bias)[r * width + i];
-                }
-            });
+        const StridedRows of_weight = {data(weight), rows, size, size};
+        const int64_t half = (width + 1) / 2;  // of a part, so that one part has work for two threads
+        const int64_t grain = std::max<int64_t>(1, kGrain / (size * half));
+        torch::stable::parallel_for(0, 2 * (rows / width), grain, [&](int64_t begin, int64_t end) {
+            for (int64_t unit = begin; unit < end; ++unit) {
+                const int64_t r = unit / 2, first = unit % 2 * half, last = std::min(first + half, width);
+                float* const part = to + places[r] * width;
+                products.dots(x, of_weight.some(r * width + first, r * width + last), part + first);
+                for (int64_t i = first; i < last; ++i) part[i] = part[i] * scale + data(bias)[r * width + i];
+            }
+        });
     }
 }
 

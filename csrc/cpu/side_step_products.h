@@ -10,6 +10,8 @@ namespace fastpeft {
 struct StridedRows {
     const float* data;
     int64_t count, columns, stride;
+
+    StridedRows some(int64_t begin, int64_t end) const { return {data + begin * stride, end - begin, columns, stride}; }
 };
 
 struct VectorProducts {
