@@ -34,10 +34,17 @@ bool are_rows(const Tensor& t, int64_t batch) {
            (t.size(1) < 2 || t.stride(1) == 1);
 }
 
-// (B, 1, T, width), of which tokens lie beside each other
+// (B, 1, T, width), of which tokens lie beside each other, and no text on another
 bool are_kept(const Tensor& t, int64_t batch, int64_t tokens, int64_t width) {
-    return t.scalar_type() == ScalarType::Float && t.dim() == 4 && t.size(0) == batch && t.size(1) == 1 &&
-           t.size(2) == tokens && t.size(3) == width && t.stride(3) == 1 && (tokens == 1 || t.stride(2) == width);
+    return t.scalar_type() == ScalarType::Float && t.dim() == 4 && t.size(0) == batch && t.size(1) == 1 && tokens > 0 &&
+           t.size(2) == tokens && t.size(3) == width && t.stride(3) == 1 && (tokens == 1 || t.stride(2) == width) &&
+           (batch < 2 || t.stride(0) >= tokens * width);
+}
+
+// bool (B or 1, 1, 1, T), each row dense in itself
+bool is_mask(const Tensor& t, int64_t batch, int64_t tokens) {
+    return t.scalar_type() == ScalarType::Bool && t.dim() == 4 && (t.size(0) == 1 || t.size(0) == batch) &&
+           t.size(1) == 1 && t.size(2) == 1 && t.size(3) == tokens && (tokens == 1 || t.stride(3) == 1);
 }
 
 const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
@@ -150,16 +157,18 @@ void project(const VectorProducts& products, const Tensor& feature, const Tensor
         float* const to = writable(parts) + b * parts.stride(0);
         double squares = 0;
         for (int64_t i = 0; eps > 0 && i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
-        const float scale = eps > 0 ? static_cast<float>(1 / std::sqrt(squares / static_cast<double>(size) + eps)) : 1;
+        const float scale =
+            eps > 0 && size > 0 ? static_cast<float>(1 / std::sqrt(squares / static_cast<double>(size) + eps)) : 1;
+        const float* const added = data(bias);
         const StridedRows of_weight = {data(weight), rows, size, size};
         const int64_t half = (width + 1) / 2;  // of a part, so that one part has work for two threads
-        const int64_t grain = std::max<int64_t>(1, kGrain / (size * half));
+        const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size * half));
         torch::stable::parallel_for(0, 2 * (rows / width), grain, [&](int64_t begin, int64_t end) {
             for (int64_t unit = begin; unit < end; ++unit) {
                 const int64_t r = unit / 2, first = unit % 2 * half, last = std::min(first + half, width);
                 float* const part = to + places[r] * width;
                 products.dots(x, of_weight.some(r * width + first, r * width + last), part + first);
-                for (int64_t i = first; i < last; ++i) part[i] = part[i] * scale + data(bias)[r * width + i];
+                for (int64_t i = first; i < last; ++i) part[i] = part[i] * scale + added[r * width + i];
             }
         });
     }
@@ -169,21 +178,26 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
                   double eps, int64_t number, Tensor block, Tensor window, Tensor keys, std::optional<Tensor> visible,
                   int64_t hidden, int64_t fused_heads, int64_t own, double gate, int64_t heads, double eps_1,
                   double eps_2, int64_t activation) {
+    STD_TORCH_CHECK(
+        feature.dim() == 2 && theta.dim() == 2 && theta.size(1) > 0 && parts.dim() == 4 && keys.dim() == 4 &&
+            window.dim() == 4 && hidden >= 0 && fused_heads >= 0,
+        "side_step_ takes feature (B, d), theta (B, D), parts (B, L, k, D) and what is kept (B, 1, T, ...)");
     const int64_t batch = theta.size(0), width = theta.size(1), slots = parts.size(2), tokens = keys.size(2);
     const int64_t readers = static_cast<int64_t>(places.size()), given = slots * width;
-    STD_TORCH_CHECK(parts.dim() == 4 && number < parts.size(1) && own < slots && heads > 0 && width % heads == 0 &&
+    STD_TORCH_CHECK(number < parts.size(1) && (number < 0 || tokens > 0) && own < slots && heads > 0 &&
+                        width % heads == 0 &&
                         std::all_of(places.begin(), places.end(),
                                     [&](int64_t place) { return place >= 0 && place < parts.size(1) * slots; }),
                     "side_step_ takes parts (B, L, k, D), blocks and slots inside of it, and heads that divide D");
-    bool fits = are_rows(feature, batch) && are_rows(theta, batch) && is_dense(parts) && parts.size(0) == batch &&
-                parts.size(3) == width && is_dense(weight) && is_dense(bias) && bias.numel() == readers * width &&
-                weight.numel() == readers * width * feature.size(1) && (readers == 0 || weight.dim() == 2);
+    bool fits =
+        are_rows(feature, batch) && are_rows(theta, batch) && is_dense(parts) && parts.size(0) == batch &&
+        parts.size(3) == width && is_dense(weight) && is_dense(bias) && bias.numel() == readers * width &&
+        (readers == 0 || (weight.dim() == 2 && weight.size(0) == readers * width && weight.size(1) == feature.size(1)));
     if (number >= 0) {
         fits = fits && is_dense(block) && block.numel() == Block::size(width, hidden, fused_heads) &&
                are_kept(keys, batch, tokens, 2 * width) &&
                (fused_heads == 0 ? slots == 1 : are_kept(window, batch, tokens, given)) &&
-               (!visible || (visible->scalar_type() == ScalarType::Bool && visible->dim() == 4 &&
-                             visible->size(3) == tokens && (tokens == 1 || visible->stride(3) == 1)));
+               (!visible || is_mask(*visible, batch, tokens));
     }
     if (!fits || batch > kMostRows || batch * tokens * std::max(given, 2 * width) > kMostWork) {
         return by_aten("fastpeft::side_step__aten", feature, theta, parts, weight, bias, places, eps, number, block,

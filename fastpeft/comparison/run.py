@@ -279,9 +279,10 @@ def _check(plan: Plan, option: str) -> TextData | None:
             raise FastpeftError(
                 f"the variant {cell.variant!r} cannot be used: {told_of(cell.variant, error)}{how}"
             ) from None
+    fingerprints = {rows: data.fingerprint for rows, data in loaded.items()}
     for cell in plan.cells:
-        data = None if cell.search or cell.state != "finished" else loaded.get(_rows(cell))
-        if data is not None and not cell.folder.has_rows(data.fingerprint):
+        fingerprint = None if cell.search or cell.state != "finished" else fingerprints.get(_rows(cell))
+        if fingerprint is not None and not cell.folder.has_rows(fingerprint):
             raise FastpeftError(
                 f"{cell.values['data']!r} holds other rows now, or in another order, than when {cell.name} was trained "
                 f"in {str(plan.folder)!r}, so the two could not be compared. Restore them, or give another output "
@@ -294,7 +295,8 @@ def _check(plan: Plan, option: str) -> TextData | None:
 
 def _rows(cell: Cell) -> tuple[Any, ...]:
     """What decides which rows a cell has."""
-    return cell.config.objective, *(getattr(cell.config, name) for name in ROWS)
+    config = cell.config
+    return config.objective, config.threshold is not None, *(getattr(config, name) for name in ROWS)
 
 
 def _words_option(config: TrainConfig, data: TextData, option: str) -> str:

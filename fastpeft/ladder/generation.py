@@ -113,6 +113,9 @@ class SideCache:
         self.layers = [SideLayer() for _ in range(num_layers)]
         self.prepared: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "prepared": None}  # a copy needs no copy of the weights
+
 
 class LadderCache(DynamicCache):
     """What a decoder and the side networks beside it keep of the tokens they have read.

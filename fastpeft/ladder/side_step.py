@@ -26,7 +26,7 @@ class Prepared:
     Attributes:
         blocks: of each block its weights, and the numbers after `visible`.
         projections: of each layer weight and bias of its projections, and where they go.
-        outside: `(L, k, D)`, the keys of slots outside the backbone; the others are empty.
+        outside: `(L, k, D)`, the vectors p of all slots, which are the keys of those outside the backbone.
         nothing: the weight, bias and places of a layer that no block reads.
     """
 
@@ -91,7 +91,7 @@ class SideStep(SideRun):
     @staticmethod
     def takes(side: SideNetwork) -> bool:
         """Whether such a pass computes what this network does, as it is now."""
-        return side.activation in ACTIVATIONS and not torch.is_grad_enabled()
+        return getattr(side, "activation", None) in ACTIVATIONS and not torch.is_grad_enabled()
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """As that of `SideRun`."""

@@ -94,7 +94,8 @@ class QuantisedWeight(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x W^T + b` with each row of x in 8 bits, `(*, K)` -> `(*, N)`, in the dtype of x or that of autocast."""
-        codes = self.codes.data_ptr(), self.codes._version, self.codes.device
+        version = 0 if self.codes.is_inference() else self.codes._version
+        codes = self.codes.data_ptr(), version, self.codes.device
         if self._sums is None or self._summed != codes:
             self._sums, self._summed = self.codes.data.sum(1, dtype=torch.int32), codes
         return multiply(x, self.codes.data, self.scales.data, self._sums, bias)

@@ -76,7 +76,8 @@ def side_step_reference(
     batch, width = theta.shape
     if places:
         shown = F.rms_norm(feature, feature.shape[-1:], eps=eps) if eps > 0 else feature
-        parts.flatten(1, 2)[:, places] = F.linear(shown, weight, bias).unflatten(1, (-1, width)).to(parts.dtype)
+        for place, part in zip(places, F.linear(shown, weight, bias).split(width, dim=1)):
+            parts[:, place // parts.shape[2], place % parts.shape[2]] = part
     if number < 0:
         return theta.clone()
     own_parts, fused = parts[:, number], fused_heads * width
@@ -89,18 +90,19 @@ def side_step_reference(
         query, value, out_bias = taken[:3]
         window[:, 0, -1] = own_parts.flatten(1)
         slots = parts.shape[2]
-        rows = window.reshape(batch, 1, -1, width).expand(-1, fused_heads, -1, -1)
+        rows = window.reshape(batch, 1, window.shape[2] * slots, width).expand(-1, fused_heads, -1, -1)
         seen = None if visible is None else visible[..., None].expand(*visible.shape, slots).flatten(-2)
-        q = F.linear(theta, query).view(batch, -1, 1, width)
+        q = F.linear(theta, query).view(batch, fused_heads, 1, width)
         attended = F.scaled_dot_product_attention(q, rows.to(q.dtype), rows.to(q.dtype), attn_mask=seen, scale=1.0)
-        x = F.linear(attended.reshape(batch, -1), value, out_bias)
+        x = F.linear(attended.reshape(batch, fused), value, out_bias)
         x = x if own < 0 else x + own_parts[:, own]
     else:
         x = torch.lerp(own_parts[:, 0].to(theta.dtype), theta, gate)
     q, states = F.linear(x, *encoder[:2]).split((width, 2 * width), dim=1)
     keys[:, 0, -1] = states
-    k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in keys[:, 0].to(q.dtype).split(width, dim=-1))
-    attended = F.scaled_dot_product_attention(q.view(batch, heads, 1, -1), k, v, attn_mask=visible)
+    shape = heads, width // heads
+    k, v = (part.unflatten(-1, shape).transpose(1, 2) for part in keys[:, 0].to(q.dtype).split(width, dim=-1))
+    attended = F.scaled_dot_product_attention(q.unflatten(-1, shape)[:, :, None], k, v, attn_mask=visible)
     y = F.linear(attended.reshape(batch, width), *encoder[2:4])
     y = F.layer_norm(x + y, (width,), encoder[8], encoder[9], eps_1)
     inner = _FUNCTIONS[activation](F.linear(y, *encoder[4:6]))

@@ -34,7 +34,7 @@ _ARGUMENTS = """
 _INSTEAD = {
     **{name: f"use `{name}`" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
     "r": "use `rank`",
-    "pack_weights": "use `pack_weights`",
+    "pack_weights": "use the option of that name",
     "target_modules": "use `targets`",
     "window_size": "use `window`",
     "reduction_factor": "use `reduction`",

@@ -45,6 +45,7 @@ DEFAULT_MAX_LENGTH = 128  # tokens
 LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
 _EVAL_BATCH_SIZE = 64
 _LOGS = 50  # points of the loss curve
+_CHUNK = 1_000  # texts that are encoded again at one time
 
 # names of optimizers that treat each parameter by itself
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -404,9 +405,14 @@ def warn_of_texts(
         logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(examples))
     if not problem.per_token:
         full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
-        given = Examples([examples.texts[index] for index in full], [examples.labels[index] for index in full])
-        longer = encode(tokenizer, given, max_length + 1, prompt, problem) if full else []
-        if cut := sum(len(row["input_ids"]) > max_length for row in longer):
+        cut = 0
+        for start in range(0, len(full), _CHUNK):
+            some = full[start : start + _CHUNK]
+            given = Examples([examples.texts[index] for index in some], [examples.labels[index] for index in some])
+            cut += sum(
+                len(row["input_ids"]) > max_length for row in encode(tokenizer, given, max_length + 1, prompt, problem)
+            )
+        if cut:
             logger.warning(
                 "%d of %d texts are longer than the %d tokens that are read, and were cut; a larger max_length (of the "
                 "model at most) reads more",

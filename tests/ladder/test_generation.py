@@ -260,6 +260,19 @@ def test_greedy_words_are_those_of_full_passes(kind: str, network: str) -> None:
     assert text.equal(written(model, use_cache=False))
 
 
+def test_a_copy_of_a_cache_has_no_copy_of_the_weights() -> None:
+    model = moved(causal_model("llama")).eval()
+    cache = LadderCache(model.backbone)
+    with torch.no_grad():
+        for tokens in (WORDS, WORDS[:, :1]):
+            model(input_ids=tokens, past_key_values=cache)
+        other = copy.deepcopy(cache)
+        assert cache.sides[0].prepared is not None
+        assert other.sides[0].prepared is None
+        both = [model(input_ids=WORDS[:, :1], past_key_values=each).logits for each in (cache, other)]
+    assert both[0].equal(both[1])
+
+
 def test_an_activation_that_the_step_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     model = moved(causal_model("llama"))
     text = written(model)

@@ -14,6 +14,7 @@ from fastpeft.ops import reference
 from fastpeft.ops.side_step import ACTIVATIONS, weights_of
 
 op = torch.ops.fastpeft.side_step_
+compiled = pytest.mark.skipif(not supported(), reason="without the compiled module there is the plain form alone")
 
 
 def operands(
@@ -28,6 +29,7 @@ def operands(
     masked: bool = False,
     eps: float = 1e-6,
     activation: str = "silu",
+    wide: int = 7,
     dtype: torch.dtype = torch.float32,
 ) -> list[Any]:
     """Of a network of three blocks, of which two read the feature; rooms are larger than what is kept."""
@@ -37,7 +39,7 @@ def operands(
         return torch.randn(shape, generator=generator).to(dtype)
 
     slots = slots if fused_heads else 1
-    side, wide = fused_heads * width, 7
+    side = fused_heads * width
     fusion = [draw(side, width) / 4, draw(width, side), draw(width)] if fused_heads else []
     linears = [draw(3 * width, width), draw(3 * width), draw(width, width), draw(width)]
     linears += [draw(hidden, width), draw(hidden), draw(width, hidden), draw(width)]
@@ -71,7 +73,8 @@ def check(**given: Any) -> None:
     exact = run(reference.side_step_, doubled)
     for ours, plain, true in zip(found, run(reference.side_step_, arguments), exact):
         error = (plain - true).abs().max()
-        assert (ours - true).abs().max() <= 4 * error + 1e-6 * true.abs().max()
+        # twice the plain form's error, which sums in another order; 1e-6 where that happens to have none
+        assert (ours - true).abs().max() <= 2 * error + 1e-6 * true.abs().max()
 
 
 @pytest.mark.parametrize("simd", supported())
@@ -101,8 +104,11 @@ def test_what_it_leaves_to_pytorch_is_the_same(given: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, plain)
 
 
-def test_threads_change_no_bit(two_threads: None) -> None:
-    arguments = operands(batch=4, width=64, hidden=256, slots=9, tokens=20)
+@compiled
+@pytest.mark.parametrize("batch", [1, 4])
+def test_threads_change_no_bit(two_threads: None, batch: int) -> None:
+    """Those of one text share the rows of its matrices."""
+    arguments = operands(batch=batch, width=148, hidden=256, slots=9, tokens=20, wide=300)
     both = run(op, arguments)
     torch.set_num_threads(1)
     assert all(map(torch.equal, both, run(op, arguments)))
@@ -114,8 +120,34 @@ def test_opcheck(fused_heads: int) -> None:
     torch.library.opcheck(op.default, tuple(operands(batch=2, fused_heads=fused_heads, masked=True)))
 
 
-def test_places_outside_are_refused() -> None:
+@compiled
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (3, torch.randn(168, 1)),  # as many numbers as the weight has
+        (5, [0, 9]),
+        (7, 3),
+        (8, torch.randn(5)),
+        (9, torch.randn(1, 1, 0, 36)),
+        (10, torch.randn(1, 1, 0, 24)),
+        (11, torch.ones(2, 1, 1, 5, dtype=torch.bool)),
+        (12, -1),
+        (13, -1),
+        (14, 3),
+        (16, 5),
+    ],
+)
+def test_what_would_be_read_elsewhere_is_refused(place: int, value: Any) -> None:
     arguments = operands()
-    arguments[5] = [0, 9]
-    with pytest.raises(RuntimeError, match="blocks and slots inside"):
+    arguments[place] = value
+    with pytest.raises((RuntimeError, IndexError)):
         op(*arguments)
+
+
+def test_parts_of_any_layout_are_written() -> None:
+    arguments = operands()
+    arguments[2] = torch.randn(1, 3, 5, 12)[:, :, :3]
+    before = arguments[2].clone()
+    op(*arguments)
+    changed = (arguments[2] != before).any(-1).flatten().nonzero().flatten()
+    assert changed.tolist() == arguments[5]

@@ -34,7 +34,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     ("name", "reason"),
     [
         ("auto_find_batch_size", "use batch_size"),
-        ("pack_weights", "use `pack_weights`"),
+        ("pack_weights", "use the option"),
         ("save_only_model", "all that resume needs"),
         ("ignore_data_skip", "meets the rows"),
         ("bf16_full_eval", "round the weights"),
