@@ -180,8 +180,13 @@ def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
     return [{name: str(value) for name, value in cell["metrics"].items()} for cell in cells]
 
 
-def evidence(task: str) -> str:
-    """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA."""
+def evidence(task: str, *, is_papers: bool = True) -> str:
+    """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA.
+
+    Args:
+        task: of `bench.evidence`.
+        is_papers: whether the paper has it too.
+    """
     found = {}
     for row, variant in _paper_rows():
         if cells := cells_of(task, variant):
@@ -205,6 +210,8 @@ def evidence(task: str) -> str:
             ]
         )
     heads = ["", "accuracy, %: paper", "here", "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"]
+    if not is_papers:
+        heads, body = ["", "accuracy, %", *heads[3:]], [[row[0], *row[2:]] for row in body]
     return table(heads, body)
 
 

@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table2-full": partial(accuracy_tables.suite, "table2-full", speeds=False),
     "base-sst2": partial(accuracy_tables.evidence, "sst2"),
     "base-rates": accuracy_tables.base_rates,
+    "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
     "after-mezo": accuracy_tables.after_mezo,
