@@ -89,7 +89,7 @@ docs: $(VENV)/dev.stamp
 
 # the C++ tests of csrc's host code, which need a compiler and nothing else
 NATIVE ?= build/native
-SIMD := mezo_perturb siva_linear int8_linear dequantise window_attention
+SIMD := mezo_perturb siva_linear int8_linear dequantise window_attention side_step
 NATIVE_SOURCES := $(wildcard tests/native/*.cpp $(foreach isa,baseline avx2 avx512,$(SIMD:%=csrc/cpu/%_$(isa).cpp)) \
 	csrc/cpu/window_attention_avx512bf16.cpp)
 NATIVE_FLAGS := -std=c++17 -g -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc

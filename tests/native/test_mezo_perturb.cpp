@@ -315,9 +315,11 @@ int vast_failures();        // test_vast.cpp
 int int8_failures();        // test_int8_linear.cpp
 int dequantise_failures();  // test_dequantise.cpp
 int window_failures();      // test_window_attention.cpp
+int side_step_failures();   // test_side_step.cpp
 
 int main() {
     failures += low_rank_failures() + vast_failures() + int8_failures() + dequantise_failures() + window_failures();
+    failures += side_step_failures();
     test_philox_known_answers();
     test_normal();
     std::string names;
