@@ -116,8 +116,9 @@ def train(
     choices.begin(folder.choices() if resume and (folder.path / CHOICES).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
+        rows = task.data.fingerprint
         if resume and folder.started:
-            folder.check_rows(task.data.fingerprint)
+            folder.check_rows(rows)
         if config.bf16 is None and task.config.bf16:
             logger.info("computing in bfloat16, for which this CPU has instructions; bf16=False (--no-bf16) refuses it")
         config = task.config
@@ -147,7 +148,7 @@ def train(
         def begin() -> None:
             held.enter_context(folder.held())
             folder.check(config.values(), resume=resume, overwrite=overwrite)  # another run may have ended there since
-            folder.open(config.values(), task.data.fingerprint, overwrite=overwrite, recipe=recipe_used(arguments))
+            folder.open(config.values(), rows, overwrite=overwrite, recipe=recipe_used(arguments))
 
         trainer.ranks.first_does(begin)
         arguments.output_dir = str(folder.staging)
