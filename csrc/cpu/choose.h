@@ -26,4 +26,13 @@ inline const Variant& choose_variant() {
                     ". Correct or unset it.");
 }
 
+// Are there instructions for bfloat16 beside those of the variant that runs?
+inline bool has_bfloat16() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512bf16") && choose_variant().name == "avx512";
+#else
+    return false;
+#endif
+}
+
 }  // namespace fastpeft

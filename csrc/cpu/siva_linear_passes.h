@@ -77,6 +77,9 @@ inline const LowRankOf<float>& low_rank() {
 }
 template <>
 inline const LowRankOf<BFloat16>& low_rank() {
+#if defined(__x86_64__)
+    if (has_bfloat16()) return avx512bf16::low_rank;
+#endif
     return choose_variant().low_rank.of_bfloat;
 }
 
@@ -185,13 +188,14 @@ class Partial {
     }
     float* at(int64_t chunk) const { return data_.get() + chunk * ranks_ * columns_; }
 
-    // to[i * to_stride] = scale * (the sum over all chunks for this rank), for all columns i
-    void total(int64_t rank, float scale, float* to, int64_t to_stride) const {
-        for (int64_t i = 0; i < columns_; ++i) {
-            float sum = 0.0f;
-            for (int64_t c = 0; c < chunks_; ++c) sum += data_[(c * ranks_ + rank) * columns_ + i];
-            to[i * to_stride] = sum * scale;
+    // to[i * to_stride] = scale * (the sum over all chunks for this rank), for all columns i; `sum` has room for a rank
+    void total(int64_t rank, float scale, float* to, int64_t to_stride, float* sum) const {
+        std::fill(sum, sum + columns_, 0.0f);
+        for (int64_t c = 0; c < chunks_; ++c) {
+            const float* part = at(c) + rank * columns_;
+            for (int64_t i = 0; i < columns_; ++i) sum[i] += part[i];
         }
+        for (int64_t i = 0; i < columns_; ++i) to[i * to_stride] = sum[i] * scale;
     }
 
   private:
@@ -300,6 +304,9 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
         return needed ? torch::stable::new_empty(dhs[0], {of_rows, columns}, ScalarType::Float)
                       : nothing(ScalarType::Float);
     };
+    int64_t longest = k;
+    for (const Matrix& each : dh) longest = std::max(longest, each.columns());
+    const Buffer sum = new_buffer(longest);
     for (size_t a = 0; a < adapters.size(); ++a) {
         const Ranks& ranks = adapters[a].ranks;
         const auto& [of_u, of_v] = sums[a];
@@ -309,10 +316,10 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
             out.du[a].push_back(matrix(of_u[i].needed(), dh[i].columns(), ranks.count[i]));
             for (int64_t r = 0; r < ranks.count[i]; ++r) {
                 if (of_u[i].needed()) {
-                    of_u[i].total(r, adapters[a].scale(i, r), writable(out.du[a][i]) + r, ranks.count[i]);
+                    of_u[i].total(r, adapters[a].scale(i, r), writable(out.du[a][i]) + r, ranks.count[i], sum.get());
                 }
                 if (of_v.needed()) {
-                    of_v.total(ranks.start[i] + r, 1.0f, writable(out.dv[a]) + (ranks.first[i] + r) * k, 1);
+                    of_v.total(ranks.start[i] + r, 1.0f, writable(out.dv[a]) + (ranks.first[i] + r) * k, 1, sum.get());
                 }
             }
         }

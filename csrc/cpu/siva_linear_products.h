@@ -61,6 +61,9 @@ extern const LowRank low_rank;
 namespace avx512 {
 extern const LowRank low_rank;
 }
+namespace avx512bf16 {
+extern const LowRankOf<BFloat16> low_rank;  // takes subnormal numbers for 0 where it rounds
+}
 #endif
 
 }  // namespace fastpeft

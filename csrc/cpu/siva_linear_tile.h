@@ -3,6 +3,7 @@
 //     FASTPEFT_ISA            the namespace that this copy lives in
 //     FASTPEFT_TARGET         the attribute that makes the compiler use the instruction set ("" for its default)
 //     FASTPEFT_VECTOR_BYTES   the width of its registers
+//     FASTPEFT_BFLOAT16       if there is an instruction that rounds to bfloat16; then for rows of that dtype alone
 //
 // Each product keeps a block of sums in registers while it runs along the long side once: x and out are read or written
 // once for all ranks of a block. Nothing of the standard library is called here: a copy of one of its functions,
@@ -148,7 +149,11 @@ FASTPEFT_TARGET void reduce(Rows coefficients, RowsOf<T> x, int64_t ranks, int64
 
 }  // namespace
 
+#if defined(FASTPEFT_BFLOAT16)
+const LowRankOf<BFloat16> low_rank = {project, expand, reduce};
+#else
 const LowRank low_rank = {{project, expand, reduce}, {project, expand, reduce}};
+#endif
 
 }  // namespace FASTPEFT_ISA
 }  // namespace fastpeft

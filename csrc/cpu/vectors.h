@@ -68,9 +68,13 @@ FASTPEFT_TARGET inline Float load(const BFloat16* from, int count = kLanes) {
 
 // to the nearest, of two to the even one; NaN, which the sum could carry over to infinity, becomes the quiet one
 FASTPEFT_TARGET inline void store(Float x, BFloat16* to, int count = kLanes) {
+#if defined(FASTPEFT_BFLOAT16)
+    const Half half = (Half)_mm512_cvtneps_pbh((__m512)x);
+#else
     const Word bits = (Word)x, is_nan = (Word)(x != x);
     const Word rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Half half = __builtin_convertvector(((rounded & ~is_nan) | (0x7fc00000 & is_nan)) >> 16, Half);
+#endif
     if (count == kLanes) {
         std::memcpy(to, &half, sizeof half);
     } else {

@@ -30,14 +30,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-bool has_bfloat16() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && choose_variant().name == "avx512";
-#else
-    return false;
-#endif
-}
-
 // Of T, with no gaps in the last dimension
 template <typename T>
 bool are_rows(const Tensor& x) {
