@@ -112,6 +112,28 @@ def rows_of(x: Tensor) -> int:
     return x.numel() // max(1, x.shape[-1])
 
 
+def is_token(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is one row in float32 on a CPU, as where a decoder says a token.
+
+    To decide how to multiply it would take a fifth of the product's time.
+    """
+    return (
+        x.numel() == x.shape[-1]
+        and x.dtype is weight.dtype is torch.float32
+        and not weight.is_mkldnn
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(tensor: Tensor) -> Stamp:
+    """A cheap value that changes with the tensor's, unless they are written in place by way of `data`."""
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
-from fastpeft.ops.packing import Packs
+from fastpeft.ops.packing import Packs, is_token
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits, is_in_4_bits
@@ -55,7 +55,19 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.base_fingerprint: str | None = None
         self.merged_adapters: list[str] = []
 
-    def operands(self) -> Operands | None:
+    def says_token(self, x: Tensor) -> bool:
+        """Whether x is a token for which the layer may leave out what a call of many rows hides.
+
+        Its operands need no check then: they are those of the call before.
+        """
+        return (
+            not torch.is_grad_enabled()
+            and x.shape[-1] == self.in_features
+            and is_token(x, self._modules["base_layer"].weight)  # type: ignore[arg-type, union-attr]
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        )
+
+    def operands(self, x: Tensor) -> Operands | None:
         """What `siva_linear` takes beside x, as the layer acts now.
 
         None where the base layer acts alone, and where the weight is in few bits.

@@ -150,13 +150,17 @@ class _Group:
 
     def _compute(self, layer: FrozenLinear, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
-        members = {member: found for member in self._layers if (found := _operands(member)) is not None}
+        members = {member: found for member in self._layers if (found := _operands(member, x)) is not None}
         if layer in members:
             weight = members[layer][0]
             members = {member: found for member, found in members.items() if _alike(found[0], weight)}
         if layer not in members or len(members) == 1:
             return
-        outputs = siva_linear_group(x, *zip(*members.values(), strict=True))
+        operands = tuple(zip(*members.values(), strict=True))
+        if layer.says_token(x):
+            outputs, _ = torch.ops.fastpeft.siva_linear_group.default(x, *operands[:-1])
+        else:
+            outputs = siva_linear_group(x, *operands)
         self._outputs = dict(zip(members, outputs, strict=True))
         self._x, self._state, self._computed = x, _state(x), True
 
@@ -169,13 +173,13 @@ class _Open(threading.local):
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: FrozenLinear) -> Operands | None:
+def _operands(layer: FrozenLinear, x: Tensor) -> Operands | None:
     """What `layer` would compute with; None if its call does more than that.
 
     A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
     (sharding, offloading).
     """
-    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
+    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands(x)
 
 
 def _alike(weight: Tensor, other: Tensor) -> bool:

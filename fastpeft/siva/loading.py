@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ class LoadableLinear(AdaptedLinear):
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
 
-    def _low_rank(self, active: list[str]) -> Factors | None:
+    def _low_rank(self, active: Sequence[str]) -> Factors | None:
         for name in active:
             if name in self._waiting:
                 self._take_in(name)
