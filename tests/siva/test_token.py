@@ -115,6 +115,7 @@ def test_a_token_with_gradients_or_of_another_width_goes_the_common_way() -> Non
     with torch.no_grad():
         model(x)
     model(x).sum().backward()
-    assert x.grad is not None and model.query.siva_du["default"].weight.grad is not None
+    assert x.grad is not None
+    assert model.query.siva_du["default"].weight.grad is not None
     with torch.no_grad(), pytest.raises(FastpeftError, match="x \\(1, 1, 15\\)"):
         model.query(torch.randn(1, 1, 15))
