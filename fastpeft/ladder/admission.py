@@ -18,6 +18,7 @@ from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.model import LadderModel
 from fastpeft.ladder.pool_members import ladder_of
 from fastpeft.ladder.saving import read_config, task_fields
+from fastpeft.ops.frozen_linear import bring_back
 from fastpeft.prompts.model import PromptModel, holds_label_words
 
 
@@ -107,8 +108,9 @@ class Admission:
         """A copy of the base with a head of its own, for the labels of `config`. All other tensors are shared."""
         backbone = self._backbone
         head = {id(parameter) for parameter in backbone.head_parameters().values()}
-        tensors = itertools.chain(backbone.model.parameters(), backbone.model.buffers())
         with self._lock:
+            bring_back(backbone.model)
+            tensors = itertools.chain(backbone.model.parameters(), backbone.model.buffers())
             twin: Any = copy.deepcopy(backbone.model, {id(part): part for part in tensors if id(part) not in head})
         if config is not None:
             _relabel(twin.get_base_model() if backbone.model is not backbone.core else twin, task_fields(config))
@@ -121,6 +123,8 @@ def share_backbone(model: LadderModel, backbone: Backbone) -> None:
     Raises:
         FastpeftError: they are not equal. Nothing has changed then.
     """
+    for each in (backbone.model, model.base):
+        bring_back(each)
     own = dict(backbone.body.named_parameters(remove_duplicate=False))
     replaced = {}
     for name, theirs in model.backbone.body.named_parameters(remove_duplicate=False):

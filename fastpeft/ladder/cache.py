@@ -317,11 +317,16 @@ def _is_trained(name: str) -> bool:
 
 
 def _switches(name: str, module: nn.Module) -> list[Any]:
-    """The state of a PEFT layer that, with its weights, decides its output; nothing for another module."""
+    """What decides the output of a layer of PEFT's, or of one that `freeze` has packed, beside its weights.
+
+    PEFT merges by way of `weight.data`, which leaves no other trace.
+    """
+    if isinstance(module, Packed):
+        return [(name, module.computation)] if module.computation else []
     if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         return []
-    scaling = dict(getattr(module, "scaling", {}))
-    return [(name, tuple(module.active_adapters), module.disable_adapters, scaling)]
+    scaling, merged = dict(getattr(module, "scaling", {})), tuple(getattr(module, "merged_adapters", ()))
+    return [(name, tuple(module.active_adapters), module.disable_adapters, scaling, merged)]
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

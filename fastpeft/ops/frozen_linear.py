@@ -277,6 +277,13 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
     return model
 
 
+def bring_back(model: nn.Module) -> None:
+    """Let each layer hold its weight again where a pack has taken its place: before parameters are read or shared."""
+    for module in model.modules():
+        if isinstance(module, Packed):
+            _ = module.weight
+
+
 def unfreeze(model: Model) -> Model:
     """Undo `freeze`: each layer has its class again, and its packs are gone."""
     for module in model.modules():

@@ -53,7 +53,13 @@ class LoadableLinear(AdaptedLinear):
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
-        if loaded and self.merged:
+        if self._arrives_merged(state_dict, prefix, loaded):
+            if not self.merged:
+                raise FastpeftError(
+                    f"{self.name}: the weight that is being loaded is neither the pretrained one nor W_r. If it was "
+                    "saved while an adapter was merged, call unmerge_adapter() and save it again."
+                )
+        elif loaded and self.merged:
             self.unmerge()  # what is merged is about to change
         self._convert_whole_factors(state_dict, prefix)
         key, self._whole = f"{prefix}base_layer.weight", None
@@ -67,6 +73,25 @@ class LoadableLinear(AdaptedLinear):
                     self._prepare_for(name, initial)
         self._arriving = set(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _arrives_merged(self, state_dict: dict[str, Tensor], prefix: str, loaded: dict[str, Factors]) -> bool:
+        """Whether the weight that is being loaded with an adapter has adapters merged into it."""
+        weight = state_dict.get(f"{prefix}base_layer.weight")
+        if weight is None or not loaded or weight.is_meta or self.in_4_bits is not None:
+            return False
+        if type(weight) not in (Tensor, nn.Parameter):  # a shard
+            return False
+        if self.quantised is not None or f"{prefix}quantised.codes" in state_dict:
+            return bool(self.merged_adapters) and weight.numel() > 0
+        name, initial = next(iter(loaded.items()))
+        residual = state_dict.get(f"{prefix}siva_residual.{name}")
+        if residual is not None or self._lossy:
+            return residual is not None and not torch.equal(weight, residual)
+        weight = weight.t() if self.fan_in_fan_out else weight
+        if weight.shape != (len(initial.u), initial.v.shape[1]):
+            return False  # what loads it says so
+        is_rest = self.residual[name] == "frozen" and belongs(add(weight, initial), initial)
+        return not (is_rest or belongs(weight, initial))
 
     def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
         """The adapter whose triplets must be subtracted from a weight that is being loaded; None: it is W_r already.

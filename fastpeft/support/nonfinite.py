@@ -25,7 +25,7 @@ def where_it_began(model: nn.Module, compute: Callable[[], Any]) -> str:
         Dropout draws anew, so what depends on it may not come again; the sentence then says so.
     """
     for name, weight in model.named_parameters():
-        if not _is_finite(weight):
+        if not is_finite(weight):
             return f"The weight {name} was not finite before it."
     with _watching(model) as found:
         compute()
@@ -42,7 +42,7 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def note(what: str, tensor: Tensor) -> None:
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             found.append(f"The first value that is not finite is in {what}.")
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -77,5 +77,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it has no NaN and no infinity."""
+    tensor = tensor.to_dense() if tensor.is_mkldnn else tensor  # a frozen weight whose pack has taken its place
     return not tensor.is_floating_point() or bool(tensor.isfinite().all())

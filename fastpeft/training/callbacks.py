@@ -98,8 +98,8 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         staged = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         best = None
-        if self.chosen_by is not None:
-            best = best_step(logged(state, f"eval_{self.chosen_by}"), self.chosen_by)
+        if self.chosen_by is not None and (measured := logged(state, f"eval_{self.chosen_by}")):
+            best = best_step(measured, self.chosen_by)  # a run that was stopped before has measured nothing
         self.ranks.wait()  # each process writes its random state into it
         self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
 

@@ -40,6 +40,7 @@ from fastpeft.support.environment import best_device, device_name, versions
 from fastpeft.support.interrupts import noting_stops
 from fastpeft.support.launcher import is_first, jobs
 from fastpeft.support.model_card import model_card
+from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_losses
 from fastpeft.support.processor import has_bfloat16
 from fastpeft.support.stages import report
@@ -291,7 +292,7 @@ def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     """Save the weights before a step that failed, and say where."""
     checkpoint = folder.newest_checkpoint()
     saved = f"The newest checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before."
-    if not all(p.isfinite().all() for p in trainer.model.parameters()):
+    if not all(map(is_finite, trainer.model.parameters())):
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"
     kept = "The weights before that step"

@@ -415,7 +415,7 @@ def test_the_compiled_module_is_as_accurate_as_plain_pytorch(
             assert ours.shape == true.shape
             assert ours.dtype is theirs.dtype
             if true.numel():
-                rounding = torch.finfo(ours.dtype).eps * true.abs().max()
+                rounding = 2 * torch.finfo(ours.dtype).eps * true.abs().max()  # plain PyTorch may be right by chance
                 assert (ours - true).abs().max() <= factor * (theirs - true).abs().max() + rounding
 
 
