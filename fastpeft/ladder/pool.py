@@ -60,7 +60,8 @@ class LadderPool:
         Threads may call, add and remove at the same time: one pass runs at a time, and a call answers with the tasks
         that were there at its start. Calls may also come while members train by `fit`: they run between the steps. Do
         not add or remove members while one trains. Side networks of one shape share memory: optimizers and
-        `load_state_dict` may change weights, but remove a member before you move it to another device or dtype.
+        `load_state_dict` may change weights (not with `assign=True`: remove the member and add it again), but remove a
+        member before you move it to another device or dtype.
 
     Example:
         >>> pool = fastpeft.LadderPool(base)  # doctest: +SKIP

@@ -65,10 +65,10 @@ class SideStack:
         """
         if len(places) == 1:
             return self.sides[places[0]]
-        if any(_settings(self.sides[place]) != _settings(self._code) or self._has_left(place) for place in places):
+        if any(_settings(self.sides[place]) != _settings(self._code) for place in places):
             raise FastpeftError(
-                "a member of the pool has changed its form since it joined, as take_over does, or got tensors of its "
-                "own, as by load_state_dict(assign=True). Remove it and add it again."
+                "a member of the pool has changed its form since it joined, as take_over does. Remove it and add it "
+                "again."
             )
         weights = self._weights
         if list(places) != list(range(len(self.sides))):
@@ -77,12 +77,6 @@ class SideStack:
         code = self._code
         parts = (code.down, *code.projections.values(), *code.blocks, code.up)
         return copy.deepcopy(code, {id(part): StackedModule(part, weights) for part in parts})
-
-
-    def _has_left(self, place: int) -> bool:
-        """Whether the weights of a network are no longer those of the stack; the first one tells."""
-        own, first = next(self.sides[place].parameters()), self._weights[id(next(self._code.parameters()))]
-        return own.data_ptr() != first[place].data_ptr()
 
 
 class StackedModule(nn.Module):
