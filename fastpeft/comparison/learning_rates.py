@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import Examples, TextData
 from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem
-from fastpeft.data.splitting import prompt_key
+from fastpeft.data.splitting import prompt_key, text_key
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 
@@ -56,8 +56,8 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     order = list(range(len(data.train)))
     random.Random(seed).shuffle(order)
     learned, left = order[:rows], order[rows:]
-    if data.problem is NEXT_WORDS and dev_rows is not None:
-        learned, left = _apart(data.train, order, rows)
+    if dev_rows is not None:
+        learned, left = _apart(data.train, order, rows, prompt_key if data.problem is NEXT_WORDS else text_key)
     train = _chosen(data.train, learned)
     dev = data.dev if dev_rows is None else _chosen(data.train, left[:dev_rows])
     if data.problem is MULTI_LABEL:
@@ -74,20 +74,22 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
     return dataclasses.replace(data, train=train, dev=dev, apart=None)
 
 
-def _apart(examples: Examples, order: list[int], rows: int) -> tuple[list[int], list[int]]:
-    """Indices of at most `rows` rows in an order, and of the rest; rows that ask the same are on one side."""
+def _apart(
+    examples: Examples, order: list[int], rows: int, key: Callable[[Any], Hashable]
+) -> tuple[list[int], list[int]]:
+    """Indices of at most `rows` rows in an order, and of the rest; rows whose texts share a key are on one side."""
     asking: dict[Hashable, list[int]] = {}
     for row in order:
-        asking.setdefault(prompt_key(examples.texts[row]), []).append(row)
+        asking.setdefault(key(examples.texts[row]), []).append(row)
     learned: list[int] = []
     left: list[int] = []
     for group in asking.values():
         (learned if len(learned) + len(group) <= rows else left).extend(group)
     if not learned or not left:
         raise FastpeftError(
-            f"learning rates cannot be searched on {len(order):,} rows of which so many have one prompt: rows to learn "
-            "from and others to measure on would share it. Give the variants their learning_rate, or choose the "
-            "protocol quick."
+            f"learning rates cannot be searched on {len(order):,} rows of which so many have one text or prompt: rows "
+            "to learn from and others to measure on would share it. Give the variants their learning_rate, or choose "
+            "the protocol quick."
         )
     return learned, left
 

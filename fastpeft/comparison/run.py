@@ -102,6 +102,12 @@ class Comparison:
                     "several. Give those without labels their learning_rate, or choose the protocol quick."
                 )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
+            kept = self._note_of_slice
+            if kept.is_file() and kept.read_text(encoding="utf-8") != self._slice.fingerprint:
+                raise FastpeftError(
+                    f"the rows in {str(self.plan.slice)!r}, on which learning rates are searched, were taken from "
+                    "other data than there is now. Give another output folder, or the data as it was."
+                )
         self.running: dict[str, float] = {}
 
     def state(self, cell: Cell) -> str:
@@ -159,9 +165,10 @@ class Comparison:
         plan = self.plan
         with self.executor, _lock(plan.folder) as lock, sigterm_interrupts():
             plan.save()
-            if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
+            if self._slice is not None and not self._note_of_slice.is_file():
                 with self._saving():
                     write_rows(self._slice, plan.slice)
+                    files.write_text(self._note_of_slice, self._slice.fingerprint)
             for cell in plan.wanted:  # tried again, it has not failed yet
                 if cell.state == "failed":
                     cell.log.unlink()
@@ -170,6 +177,11 @@ class Comparison:
             finally:
                 self._report(whole=True)
         return CompareResult(plan.folder, {cell.name: error for cell in plan.wanted if (error := cell.error())})
+
+    @property
+    def _note_of_slice(self) -> Path:
+        """The file with the fingerprint of the rows in the slice."""
+        return self.plan.slice / "fingerprint"
 
     def _report(self, *, whole: bool) -> None:
         with self._saving():

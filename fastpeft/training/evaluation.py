@@ -375,6 +375,9 @@ def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
     """The first token of every word, given that a row's labels number its words."""
     tokens = [index for index, word in enumerate(row["labels"]) if word != UNLABELLED]
     if len(tokens) < len(words):
+        if len(row["input_ids"]) < max_length:
+            missing = next(index for index in range(len(words)) if index not in set(row["labels"]))
+            raise FastpeftError(f"the model has no token for the word {words[missing]!r}. Leave it out.")
         raise FastpeftError(
             f"of the {len(words)} words that begin with {' '.join(words[:3])!r}, only {len(tokens)} fit into the "
             f"{max_length} tokens that the run reads. Give shorter texts."

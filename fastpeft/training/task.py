@@ -25,10 +25,11 @@ from fastpeft.data.models import Classifier
 from fastpeft.data.packed_rows import PackedCollator
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, OBJECTIVES, REGRESSION, UNLABELLED, Problem
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.model import LadderModel
 from fastpeft.methods.method import Method
 from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
-from fastpeft.prompts.model import PromptCollator
+from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import processes
 from fastpeft.support.environment import best_device
@@ -192,6 +193,15 @@ class Task:
                 raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
             if first.label_smoothing_factor and self.data.problem in (REGRESSION, MULTI_LABEL):
                 raise ValueError(f"label_smoothing_factor is for classes, but the data has {self.data.problem.labels}.")
+            is_beside = isinstance(inside_prompt(self.model), LadderModel)
+            if first.label_smoothing_factor and is_beside and self.data.problem is NEXT_WORDS:
+                raise ValueError(  # the Trainer knows by the class's name whether labels are to be shifted
+                    "with label_smoothing_factor it would teach a side network to say the word that it has just read."
+                )
+            if first.neftune_noise_alpha and (is_beside or optimization.zeroth_order):
+                raise ValueError(
+                    f"neftune_noise_alpha is for embeddings in training mode, in which {self.method.title} has none."
+                )
             if first.label_smoothing_factor and self.config.own_loss:
                 raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
             if config.optimizer_in_backward:
@@ -425,7 +435,7 @@ def warn_of_texts(
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])
     if read < words:
         logger.warning(
-            "%d of %d words lie beyond the %d tokens that are read of a row, and are left out; a larger max_length "
+            "%d of %d words have no token among the %d that are read of a row, and are left out; a larger max_length "
             "(of the model at most) or shorter rows keep them",
             words - read,
             words,

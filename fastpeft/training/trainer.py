@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +246,24 @@ class RunTrainer(Trainer):
     ) -> Any:
         # where the Trainer measures, it asks for outputs: what is reported is the model's own loss
         if self.own_loss is None or return_outputs:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._own_loss_alone() if return_outputs else nullcontext():
+                found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             labels = inputs.pop("labels")
             found = self.own_loss(model(**inputs).logits, labels)
         if self.steps_in_backward and torch.is_grad_enabled():  # what training_step looks at comes too late for it
             self._check_finite([], found[0] if isinstance(found, tuple) else found)
         return found
+
+    @contextmanager
+    def _own_loss_alone(self) -> Iterator[None]:
+        """Without the Trainer's label smoothing."""
+        smoother: Any = self.__dict__["label_smoother"]
+        self.label_smoother = None
+        try:
+            yield
+        finally:
+            self.label_smoother = smoother
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None

@@ -40,7 +40,7 @@ def test_dev_rows_stay_or_are_other_training_rows(tmp_path: Path) -> None:
 
 
 def test_a_slice_lacks_no_class() -> None:
-    rows = Examples(["a"] * 9 + ["b"], [0] * 9 + [1])
+    rows = Examples([f"a {row}" for row in range(9)] + ["b"], [0] * 9 + [1])
     data = TextData(rows, rows, ["common", "rare"], "rows", CLASSIFICATION)
     with pytest.raises(FastpeftError, match="a slice of 2 training rows has none of 'rare'"):
         take_slice(data, 2, 2)
@@ -78,8 +78,18 @@ def test_what_asks_the_same_is_on_one_side_of_a_slice() -> None:
     assert not asked & measured
     assert len(take_slice(data, 18).train) == 18, "the dev rows have their own prompts"
     alike = TextData(Examples([("prompt", f"completion {row}") for row in range(9)], []), data.dev, [], "", NEXT_WORDS)
-    with pytest.raises(FastpeftError, match="so many have one prompt"):
+    with pytest.raises(FastpeftError, match="so many have one text or prompt"):
         take_slice(alike, 6, 3)
+
+
+def test_equal_texts_are_on_one_side_of_a_slice() -> None:
+    texts = [f"text {number // 3}" for number in range(90)]
+    data = TextData(
+        Examples(texts, [number % 2 for number in range(90)]), Examples(["?"], [0]), ["a", "b"], "rows", CLASSIFICATION
+    )
+    found = take_slice(data, 40, 20)
+    assert (len(found.train), len(found.dev)) == (39, 20)
+    assert not set(found.train.texts) & set(found.dev.texts)
 
 
 def test_rates_and_sizes() -> None:

@@ -134,7 +134,7 @@ def view(comparison: Comparison) -> str:
 def test_the_live_table_fits_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many cells the running one, the progress and what is next stay in sight."""
     monkeypatch.setattr(console, "errors", Console(file=io.StringIO(), force_terminal=True, width=80, height=24))
-    rows = Examples(["good", "bad"] * 20, [1, 0] * 20)
+    rows = Examples([f"{word} {row}" for row in range(20) for word in ("good", "bad")], [1, 0] * 20)
     data = TextData(rows, rows, ["negative", "positive"], "words", CLASSIFICATION)
     monkeypatch.setattr(run, "data_for", lambda config: data)
     comparison = Comparison(CompareConfig(output="out", suite="table2", protocol="full"))
