@@ -45,8 +45,11 @@ _VERSION_KEY = "fastpeft_version"
 _RECIPE_KEY = "recipe"
 _START_KEY = "init_from_weights"
 _ROWS_KEY = "rows"
+_MODEL_KEY = "model_weights"
 _FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
-_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY, _ROWS_KEY)  # what run.json says beside the configuration
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
+_NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY, _ROWS_KEY, _MODEL_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
 
 # What a run writes, in the order of its deletion: a half-deleted run is no finished one, and still looks like a run.
@@ -233,6 +236,7 @@ class RunFolder:
             )
         if resume:
             self.check_start(config["init_from"] if "init_from" in moved else None)
+            self._check_model(config["model"])
             if self.journal.exists():
                 from fastpeft.mezo.journal import Journal
 
@@ -267,6 +271,15 @@ class RunFolder:
             raise FastpeftError(
                 f"the run in {str(self.path)!r} started from that in {start!r}, which holds other "
                 "weights now. Restore them, or train anew with --overwrite."
+            )
+
+    def _check_model(self, model: str) -> None:
+        """Raise `FastpeftError` where the folder of the model that the run began with holds other weights now."""
+        noted = files.read_json(self.config_file).get(_MODEL_KEY)
+        if noted is not None and noted != (now := model_fingerprint(model)) and now is not None:
+            raise FastpeftError(
+                f"the model in {model!r} has other weights now than when the run in {str(self.path)!r} was started. "
+                "Restore them, or train anew with --overwrite."
             )
 
     def has_rows(self, fingerprint: str) -> bool:
@@ -323,6 +336,8 @@ class RunFolder:
             recipe: rates, schedule and length as used, given or not, for people to read; None where nothing trains.
         """
         notes: dict[str, Any] = {_VERSION_KEY: __version__, _ROWS_KEY: rows}
+        if (weights := model_fingerprint(config["model"])) is not None:
+            notes[_MODEL_KEY] = weights
         if recipe is not None:
             notes[_RECIPE_KEY] = dict(recipe)
         if config.get("init_from") is not None:
@@ -397,6 +412,23 @@ def read_config(file: Path) -> dict[str, Any]:
     if _VERSION_KEY in values:
         values.setdefault("split", SHUFFLED)  # how rows were split before run.json said it
     return {name: value for name, value in values.items() if name not in _NOTES}
+
+
+def model_fingerprint(model: str) -> str | None:
+    """Tells the weights in a model's folder from others: 16 hex digits, of samples of the files, so in no time.
+
+    None for what is no folder, such as a name on the hub.
+    """
+    weights = [file for kind in _WEIGHTS for file in sorted(Path(model).expanduser().glob(kind))]
+    digest = hashlib.sha256()
+    for file in weights:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for place in range(_SAMPLES):
+                stream.seek(place * max(0, size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16] if weights else None
 
 
 def earlier_run(folder: str) -> RunFolder:

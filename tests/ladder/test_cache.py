@@ -202,6 +202,9 @@ def test_adapters_in_the_backbone(tmp_path: Path) -> None:
     stronger = cached(tmp_path, adapted(lora_alpha=80), "float32")  # of the same weights
     logits(stronger)
     assert counts(stronger) == (0, 3)
+    stronger.base.merge_adapter()  # which PEFT writes by way of `data`
+    logits(stronger)
+    assert counts(stronger) == (0, 6)
     prefixed = peft.get_peft_model(tiny(), peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(FastpeftError, match="trained tokens or prefixes"):
         ladder(prefixed).cache_features(tmp_path)

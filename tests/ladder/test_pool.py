@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import side_stack as stack
+from fastpeft.ops.packing import multiplies_in
 
 # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -240,6 +241,24 @@ def test_a_model_that_would_quantise_the_pools_base_is_refused() -> None:
     with pytest.raises(FastpeftError, match=r"a pool reads this RobertaForSequenceClassification as it is.* once more"):
         LadderModel(pool.base, LadderConfig(**SMALL, backbone_dtype="int8"))
     pool.add("a", LadderConfig(**SMALL))
+
+
+@pytest.mark.skipif(not multiplies_in(torch.bfloat16), reason="no packs in bfloat16")
+def test_members_come_after_packs_have_taken_the_place_of_weights() -> None:
+    config = LadderConfig(backbone_dtype="bfloat16", **SMALL)
+    first, other = (LadderModel(tiny(), config).eval() for _ in range(2))
+    pool = LadderPool(first.base, backbone_dtype="bfloat16")
+    pool.add("first", first)
+    pool(BATCH, ["first"] * 3)
+    assert any(weight.is_mkldnn for weight in pool.backbone.model.parameters())
+    with torch.no_grad():
+        expected = other(**BATCH).logits
+    pool.add("second", other)
+    twin = pool.add("third", LadderConfig(**SMALL))
+    shared = {id(weight) for weight in pool.backbone.model.parameters()}
+    for member in (other, twin):
+        assert all(id(weight) in shared for layer in member.backbone.layers for weight in layer.parameters())
+    torch.testing.assert_close(answers(pool, ["second"] * 3), expected, rtol=0.0, atol=0.02)
 
 
 def test_a_peft_base() -> None:

@@ -28,6 +28,20 @@ def layer_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, SivaLinear)}
 
 
+@RESIDUALS
+def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str) -> None:
+    model = move(adapted(residual=residual), seed=1, size=0.1)
+    expected = logits(model)
+    model.merge_adapter()
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    with pytest.raises(FastpeftError, match=r"neither the pretrained one nor W_r\. .* call unmerge_adapter"):
+        model.load_state_dict(state)
+
+
 # -- which layers ------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,10 @@ def test_a_journal_of_another_model_is_refused_and_kept(config: TrainConfig, tmp
         train(config, callbacks=[Interrupt(2)])
     before = (Path(config.output) / "mezo.journal").read_bytes()
     save_tiny_model(model, initializer_range=0.03)
+    with pytest.raises(FastpeftError, match="has other weights now than when the run"):
+        train(config, resume=True)
+    note = Path(config.output) / "run.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "model_weights": None}))  # as of a name on the hub
     with pytest.raises(FastpeftError, match=r"does not have the weights from which the run .* began\..*seed\.$"):
         train(config, resume=True)
     assert (Path(config.output) / "mezo.journal").read_bytes() == before
@@ -253,6 +258,18 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     with pytest.raises(FastpeftError, match=r"learning_rate None -> 0\.5"):
         train(replace(config, learning_rate=0.5), resume=True)
     assert tree(folder) == before
+
+
+def test_a_stop_before_the_first_measurement_keeps_its_checkpoint(config: TrainConfig) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    config = replace(config, metric="accuracy", **{**TWO_EPOCHS, "save_steps": 11})
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-3"):
+        train(config, callbacks=[Stop()])
+    assert train(config, resume=True).metrics["steps"] == 22
 
 
 def test_a_run_is_resumed_with_its_own_rows_only(config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.errors import LostProcessError, NotFiniteError
 from fastpeft.methods.registry import get_method
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.settings import sort_settings
 from fastpeft.training.task import Task
 
@@ -50,6 +51,20 @@ def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: s
     message = f"{name} cannot be set as a setting; .*{reason}" if reason else f"unknown setting '{name}'; allowed for"
     with pytest.raises(FastpeftError, match=message):
         sort_settings(get_method(method), {name: True})
+
+
+@pytest.mark.parametrize("method", ["k-lst", "mezo"])
+def test_noise_on_embeddings_is_refused_where_it_would_do_nothing(task: Task, method: str) -> None:
+    given = {"method": method, "settings": {"neftune_noise_alpha": 5.0}}
+    prompt = {"prompt": "{text} It was <mask>.", "label_words": "and,a"} if method == "mezo" else {}
+    with pytest.raises(FastpeftError, match="neftune_noise_alpha is for embeddings in training mode"):
+        Task.load(replace(task.config, **given, **prompt)).training_arguments("nowhere")
+
+
+def test_the_loss_that_is_reported_is_not_smoothed(task: Task, tmp_path: Path) -> None:
+    config = replace(task.config, output=str(tmp_path / "run"), settings={"label_smoothing_factor": 0.3})
+    metrics = train(config).metrics
+    assert metrics["loss"] == pytest.approx(evaluate(config.output)["loss"], rel=1e-5)
 
 
 def test_what_a_later_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
