@@ -203,10 +203,18 @@ GENERATION = {
 }
 
 
+PROCESSORS = {  # by what the CSV calls them
+    "AMD EPYC": "AMD EPYC, AVX512-BF16",
+    "AMD EPYC, AVX2": "AMD EPYC, AVX2",
+    "Intel(R) Xeon(R) Processor, AVX512": "Intel Xeon, AMX",
+}
+
+
 def generation() -> str:
     """The time of a new token; ratios to the base's in the same round."""
     body = [
         [
+            PROCESSORS[row["card"]],
             GENERATION[row["candidate"]],
             f"{float(row['ms_p50']) / float(row['said']):.0f}",
             f"{float(row['ratio_p50']):.2f}",
@@ -214,7 +222,7 @@ def generation() -> str:
         ]
         for row in rows("generation.csv")
     ]
-    return table(["", "a token, ms", "over the base", "20th to 80th percentile"], body)
+    return table(["processor", "", "a token, ms", "over the base", "20th to 80th percentile"], body)
 
 
 LADDER_STEPS = {
@@ -328,8 +336,11 @@ def frozen_linear() -> str:
 def frozen_encoder() -> str:
     """How many times faster than in float32 a frozen encoder of RoBERTa-base's shapes runs."""
     found = [row for row in rows("frozen_encoder.csv") if row["model"] == "base"]
-    body = [[ENCODERS[r["candidate"]], whole(r["ms_p50"]), f"{1 / float(r['ratio_p50']):.2f}"] for r in found]
-    return table(["linear layers", "ms", "times as fast"], body)
+    body = [
+        [PROCESSORS[r["card"]], ENCODERS[r["candidate"]], whole(r["ms_p50"]), f"{1 / float(r['ratio_p50']):.2f}"]
+        for r in found
+    ]
+    return table(["processor", "linear layers", "ms", "times as fast"], body)
 
 
 OP_WINDOW = {"reference": "its plain formula", "composed": "composed of PyTorch's"}
