@@ -309,6 +309,19 @@ def ladder_options() -> str:
     return table(["data", "variant", "seeds", "accuracy, of tags F1", "loss", "trained parameters"], body)
 
 
+def frozen_accuracy() -> str:
+    """What fewer bits cost: the same runs in float32, in bfloat16 and with an int8 backbone, paired by seed."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows("frozen_accuracy.csv"):
+        runs.setdefault((row["method"], row["dtype"]), []).append(row)
+    body = []
+    for (method, dtype), found in runs.items():
+        accuracies, differences = ([100 * float(row[name]) for row in found] for name in ("accuracy", "difference"))
+        each = ", ".join(f"{difference:+.1f}" for difference in differences)
+        body.append([NAMES[method], dtype, f"{mean(accuracies):.1f}", "-" if dtype == "float32" else each])
+    return table(["", "frozen weights", "accuracy, %", "beside float32, by seed"], body)
+
+
 def ladder_pretraining() -> str:
     """What masked words, learned first, and SiVA beside it give a side network."""
     found = [row for row in rows("ladder_pretraining.csv") if row["accuracy"]]

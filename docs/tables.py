@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": cost_tables.serve,
     "ladder-options": accuracy_tables.ladder_options,
     "ladder-pretraining": accuracy_tables.ladder_pretraining,
+    "frozen-accuracy": accuracy_tables.frozen_accuracy,
     "backbone-dtype": accuracy_tables.backbone_dtype,
     "siva-rates": accuracy_tables.siva_rates,
     "quantised": accuracy_tables.quantised,

@@ -165,7 +165,7 @@ class Comparison:
         plan = self.plan
         with self.executor, _lock(plan.folder) as lock, sigterm_interrupts():
             plan.save()
-            if self._slice is not None and not self._note_of_slice.is_file():
+            if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
                 with self._saving():
                     write_rows(self._slice, plan.slice)
                     files.write_text(self._note_of_slice, self._slice.fingerprint)

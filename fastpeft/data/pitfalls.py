@@ -51,8 +51,8 @@ def of_dev_rows(
     words = sum(map(len, texts)) if problem.per_token else 0
     if left := words and words - int((labels != UNLABELLED).sum()):
         found.append(
-            f"{left} of {words} words lie beyond the tokens that are read of a row, so the figures leave them out; "
-            "they compare with no others."
+            f"{left} of {words} words have no token among those that are read of a row, so the figures leave them out "
+            "and cannot be compared with those of runs that read more."
         )
     return found
 

@@ -20,10 +20,11 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ops.define import check_first_derivative
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
-from fastpeft.ops.packing import Packs, Stamp, is_token, packed_linear, rows_of, stamp_of
+from fastpeft.ops.packing import Packs, is_token, packed_linear, rows_of
 from fastpeft.ops.products import as_matrix, is_widened, product, times
 
 Computation = Literal["int8"]
+Stamp = tuple[int, int, int]
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) -> Tensor:
@@ -124,14 +125,14 @@ class Packed:
             matrix = weight.detach().to_dense()
             weight = nn.Parameter(self._of_matrix(matrix).contiguous(), requires_grad=False)
             self._parameters["weight"] = weight
-            self._values = stamp_of(weight), self._values[1]
+            self._values = _stamp(weight), self._values[1]
         return weight
 
     def stamp(self) -> Stamp:
         """A cheap value that changes with the weight's values, but not when the pack takes their place."""
         stored = self._parameters["weight"]
         assert stored is not None
-        now = None if stored.is_mkldnn else stamp_of(stored)
+        now = None if stored.is_mkldnn else _stamp(stored)
         return self._values[1] if now == self._values[0] else now or self._values[1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,6 +195,10 @@ class Packed:
         return self.__dict__.copy()
 
 
+def _stamp(weight: nn.Parameter) -> Stamp:
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
 class PackedLinear(Packed, nn.Linear):
     """An `nn.Linear` that `freeze` has packed."""
 
@@ -217,8 +222,8 @@ def pack_layer(layer: nn.Module, computation: Computation | None = None, keeps_w
     weight = layer._parameters.get("weight")
     if kind is None or weight is None or weight.requires_grad:
         return False
-    now = stamp_of(weight)
-    layer.__dict__.update(packs=Packs(), computation=computation, keeps_weight=keeps_weight, _values=(now, now))
+    stamp = _stamp(weight)
+    layer.__dict__.update(packs=Packs(), computation=computation, keeps_weight=keeps_weight, _values=(stamp, stamp))
     layer.__class__ = kind
     return True
 

@@ -126,14 +126,6 @@ def is_token(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-Stamp = tuple[int, int, int]
-
-
-def stamp_of(tensor: Tensor) -> Stamp:
-    """A cheap value that changes with the tensor's, unless they are written in place by way of `data`."""
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
 def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     """Whether a product of so many rows is faster by the pack, for a weight in the dtype of the product.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import keeping_dtypes
-from fastpeft.ops.packing import stamp_of
 from fastpeft.ops.quantise import Format
-from fastpeft.siva.change import Change, Start, changed, is_plain, scales
+from fastpeft.siva.change import Change, Start, changed, scales
 from fastpeft.siva.config import InitWeights, Residual, check_name, check_residual
 from fastpeft.siva.decompose import Factors, add, check_decomposable, check_ranks, decompose, is_lossy, subtract
 from fastpeft.siva.frozen import FrozenLinear, check_base, original_fingerprint
@@ -172,25 +170,6 @@ class AdaptedLinear(FrozenLinear):
         du, dv = parts["siva_du"]._modules[adapter], parts["siva_dv"]._modules[adapter]
         return Factors(changed(u0, du), parts["siva_s"]._buffers[adapter], changed(v0, dv))
 
-    def _at_rest(self, names: Sequence[str]) -> Factors | None:
-        """`_low_rank`, kept until the next change: for a token it would add up as many numbers as it multiplies.
-
-        What changes a factor in place by way of its `data` is no more seen than by autograd. So nothing is kept over a
-        pass of more than a token, and each text that is said begins with one.
-        """
-        parts: Any = self._modules
-        changes = [parts[kind]._modules[name] for name in names for kind in ("siva_du", "siva_dv")]
-        if not all(map(is_plain, changes)):
-            return self._low_rank(names)
-        now = (*names, *[stamp_of(change._parameters["weight"]) for change in changes])
-        kept: tuple[Any, Factors | None] | None = self.__dict__.get("_resting")
-        if kept is None or kept[0] != now:
-            kept = self.__dict__["_resting"] = now, self._low_rank(names)
-        return kept[1]
-
-    def _rest_no_more(self) -> None:
-        self.__dict__.pop("_resting", None)
-
     def _changes(self, adapter: str) -> tuple[Change, Change]:
         return cast(tuple[Change, Change], (self.siva_du[adapter], self.siva_dv[adapter]))
 
@@ -218,7 +197,7 @@ class AdaptedLinear(FrozenLinear):
         initial = self._low_rank([])
         return weight if initial is None else add(weight, initial)
 
-    def _low_rank(self, active: Sequence[str]) -> Factors | None:
+    def _low_rank(self, active: list[str]) -> Factors | None:
         """What must be added to the stored weight when the adapters `active` apply; None if nothing.
 
         With a frozen residual `sum_i U_i s V_i - (n - 1) U0 s V0` for n adapters, which is `U s V` for one and
@@ -248,14 +227,9 @@ class AdaptedLinear(FrozenLinear):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLinear:
         initial = [each for tensors in (self.siva_s, self.siva_u0, self.siva_v0) for each in tensors.values()]
         self.packs.drop()
-        self._rest_no_more()
         super()._apply(keeping_dtypes(fn, initial), recurse)  # W_r was made with every bit of them
         self._share_residual()  # a move to another device or dtype would part them
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._rest_no_more()
-        return self.__dict__.copy()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the factors; PEFT would also cast them to the dtype of the base layer."""

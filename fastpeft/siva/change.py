@@ -63,23 +63,19 @@ class Change(nn.Module):
 
 def changed(initial: Tensor, change: Change) -> Tensor:
     """`change(initial)`. Where nothing hooks into that call it is left out: it takes longer than what it calls."""
-    if is_plain(change):
-        return _plus(initial, change._parameters["weight"], change._buffers["scale"])  # type: ignore[arg-type]
-    factor: Tensor = change(initial)
-    return factor
-
-
-def is_plain(change: Change) -> bool:
-    """Whether calling it does no more than its `forward`."""
     state = change.__dict__
-    return (
+    if (
         type(change) is Change
         and not torch.compiler.is_compiling()
         and not (state["_forward_pre_hooks"] or state["_forward_hooks"])
         and not (state["_backward_pre_hooks"] or state["_backward_hooks"] or _has_any_global_hook())
         and "forward" not in state
-        and state["_parameters"].get("weight") is not None
-    )
+    ):
+        weight = state["_parameters"].get("weight")
+        if weight is not None:
+            return _plus(initial, weight, state["_buffers"]["scale"])
+    factor: Tensor = change(initial)
+    return factor
 
 
 def _plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:

@@ -55,19 +55,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.base_fingerprint: str | None = None
         self.merged_adapters: list[str] = []
 
-    def says_token(self, x: Tensor) -> bool:
-        """Whether x is a token for which the layer may leave out what a call of many rows hides.
-
-        Its operands need no check then: they are those of the call before.
-        """
-        return (
-            not torch.is_grad_enabled()
-            and x.shape[-1] == self.in_features
-            and is_token(x, self._modules["base_layer"].weight)  # type: ignore[arg-type, union-attr]
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        )
-
-    def operands(self, x: Tensor) -> Operands | None:
+    def operands(self) -> Operands | None:
         """What `siva_linear` takes beside x, as the layer acts now.
 
         None where the base layer acts alone, and where the weight is in few bits.
@@ -132,6 +120,22 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self._weight = weight
         # note down what it stands for, so that adapters made on it still know it
         self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
+
+
+def says_token(x: Tensor, operands: Operands) -> bool:
+    """Whether x is a token for which the op can be called as it is.
+
+    `siva_linear` would look at the operands, cast them and choose a pack: a fifth of the time of the product.
+    """
+    weight, *others, _ = operands
+    return (
+        not torch.is_grad_enabled()
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and is_token(x, weight)
+        and all(other is None or other.dtype is x.dtype for other in others)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
 
 
 def check_kind(base_layer: nn.Module, name: str) -> None:

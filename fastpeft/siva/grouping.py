@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
-from fastpeft.siva.frozen import FrozenLinear, Operands
+from fastpeft.siva.frozen import FrozenLinear, Operands, says_token
 
 # Names of the query, key and value projections, architecture by architecture.
 ATTENTION = (
@@ -150,14 +150,14 @@ class _Group:
 
     def _compute(self, layer: FrozenLinear, x: Tensor) -> None:
         """The outputs of all layers that can be computed together with `layer`, if there are any others."""
-        members = {member: found for member in self._layers if (found := _operands(member, x)) is not None}
+        members = {member: found for member in self._layers if (found := _operands(member)) is not None}
         if layer in members:
             weight = members[layer][0]
             members = {member: found for member, found in members.items() if _alike(found[0], weight)}
         if layer not in members or len(members) == 1:
             return
         operands = tuple(zip(*members.values(), strict=True))
-        if layer.says_token(x):
+        if all(says_token(x, found) for found in members.values()):
             outputs, _ = torch.ops.fastpeft.siva_linear_group.default(x, *operands[:-1])
         else:
             outputs = siva_linear_group(x, *operands)
@@ -173,13 +173,13 @@ class _Open(threading.local):
 _open = _Open()  # the groups of the modules that this thread is running
 
 
-def _operands(layer: FrozenLinear, x: Tensor) -> Operands | None:
+def _operands(layer: FrozenLinear) -> Operands | None:
     """What `layer` would compute with; None if its call does more than that.
 
     A hook before its forward, or a function in place of its forward, may change x or load the layer's weights only then
     (sharding, offloading).
     """
-    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands(x)
+    return None if layer._forward_pre_hooks or "forward" in layer.__dict__ else layer.operands()
 
 
 def _alike(weight: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,7 @@ from fastpeft.siva import grouping
 from fastpeft.siva.config import InitWeights, Residual
 from fastpeft.siva.decompose import Factors
 from fastpeft.siva.four_bits import WeightIn4Bits
-from fastpeft.siva.frozen import Operands
+from fastpeft.siva.frozen import Operands, says_token
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
 from fastpeft.siva.quantise import ITERATIONS, quantised_siva_linear
@@ -90,8 +90,7 @@ class SivaLinear(LoadableLinear):
         taken = grouping.take(self, x)
         if taken is not None:
             return taken
-        is_token = self.says_token(x)
-        factors = self._acting(is_token)  # first: an adapter taken in only now may bring a quantised residual
+        factors = self._acting()  # first: an adapter taken in only now may bring a quantised residual
         parts: Any = self._modules  # as in `_trained`
         base = parts["base_layer"]
         if factors is None:
@@ -99,10 +98,11 @@ class SivaLinear(LoadableLinear):
         few_bits = self._few_bits
         if few_bits is not None:
             return self._in_few_bits(x, few_bits, factors)
-        if is_token:
-            h: Tensor = torch.ops.fastpeft.siva_linear.default(x, self.stored, *factors, base.bias)[0]
+        operands = (self.stored, *factors, base.bias, self.packs)
+        if says_token(x, operands):
+            h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
             return h
-        return siva_linear(x, self.stored, *factors, base.bias, self.packs)
+        return siva_linear(x, *operands)
 
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
@@ -119,8 +119,8 @@ class SivaLinear(LoadableLinear):
         h = quantised_siva_linear(x, few_bits, *factors, bias=self.base_layer.bias, dtype=self._compute_dtype(x))
         return h if self.in_4_bits is None or torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
 
-    def operands(self, x: Tensor) -> Operands | None:
-        factors = self._acting(self.says_token(x))
+    def operands(self) -> Operands | None:
+        factors = self._acting()
         if factors is None or self._few_bits is not None:
             return None
         return (self.stored, *factors, self.base_layer.bias, self.packs)
@@ -156,10 +156,8 @@ class SivaLinear(LoadableLinear):
         weight = (self._weight + factors.product()).to(self._dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
-    def _acting(self, is_token: bool = False) -> Factors | None:
+    def _acting(self) -> Factors | None:
         """What must be added to the stored weight now; None if nothing."""
-        if not is_token:
-            self._rest_no_more()
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -168,8 +166,6 @@ class SivaLinear(LoadableLinear):
             return None
         active = self._active_adapter
         names = [active] if isinstance(active, str) else active
-        is_common = len(names) == 1 and self.residual.get(names[0]) == "frozen" and not self._waiting
-        if is_common and not is_token:
-            return self._trained(names[0])  # as `_low_rank` would
-        own = names if is_common else [name for name in names if name in self.siva_du]
-        return self._at_rest(own) if is_token else self._low_rank(own)
+        if len(names) == 1 and self.residual.get(names[0]) == "frozen" and not self._waiting:
+            return self._trained(names[0])  # as `_low_rank` would, of which it is the most common case
+        return self._low_rank([name for name in names if name in self.siva_du])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class LoadableLinear(AdaptedLinear):
         self.register_state_dict_post_hook(_save_in_float32)
         self.register_load_state_dict_post_hook(_take_in_loaded)
 
-    def _low_rank(self, active: Sequence[str]) -> Factors | None:
+    def _low_rank(self, active: list[str]) -> Factors | None:
         for name in active:
             if name in self._waiting:
                 self._take_in(name)
@@ -53,13 +54,13 @@ class LoadableLinear(AdaptedLinear):
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
-        if self._arrives_merged(state_dict, prefix, loaded):
-            if not self.merged:
-                raise FastpeftError(
-                    f"{self.name}: the weight that is being loaded is neither the pretrained one nor W_r. If it was "
-                    "saved while an adapter was merged, call unmerge_adapter() and save it again."
-                )
-        elif loaded and self.merged:
+        merged = self._merged_in(state_dict, prefix, loaded)
+        if merged and sorted(merged) != sorted(self.merged_adapters):
+            raise FastpeftError(
+                f"{self.name}: adapter {', '.join(map(repr, merged))} is merged into the weight that is being loaded. "
+                "Call unmerge_adapter() on the model that it is of and save it again."
+            )
+        if loaded and self.merged and not merged:
             self.unmerge()  # what is merged is about to change
         self._convert_whole_factors(state_dict, prefix)
         key, self._whole = f"{prefix}base_layer.weight", None
@@ -74,24 +75,44 @@ class LoadableLinear(AdaptedLinear):
         self._arriving = set(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _arrives_merged(self, state_dict: dict[str, Tensor], prefix: str, loaded: dict[str, Factors]) -> bool:
-        """Whether the weight that is being loaded with an adapter has adapters merged into it."""
-        weight = state_dict.get(f"{prefix}base_layer.weight")
-        if weight is None or not loaded or weight.is_meta or self.in_4_bits is not None:
-            return False
-        if type(weight) not in (Tensor, nn.Parameter):  # a shard
-            return False
+    def _merged_in(self, state_dict: dict[str, Tensor], prefix: str, loaded: dict[str, Factors]) -> list[str]:
+        """The adapters that are merged into a weight that is being loaded together with them.
+
+        Without their changes it is nearer to W0, or to W_r, than with them. Only the two distances are compared, so the
+        weight may have been rounded.
+        """
+        stored = state_dict.get(f"{prefix}base_layer.weight")
+        if stored is None or type(stored) not in (Tensor, nn.Parameter) or stored.is_meta or self.in_4_bits is not None:
+            return []
         if self.quantised is not None or f"{prefix}quantised.codes" in state_dict:
-            return bool(self.merged_adapters) and weight.numel() > 0
-        name, initial = next(iter(loaded.items()))
-        residual = state_dict.get(f"{prefix}siva_residual.{name}")
-        if residual is not None or self._lossy:
-            return residual is not None and not torch.equal(weight, residual)
-        weight = weight.t() if self.fan_in_fan_out else weight
-        if weight.shape != (len(initial.u), initial.v.shape[1]):
-            return False  # what loads it says so
-        is_rest = self.residual[name] == "frozen" and belongs(add(weight, initial), initial)
-        return not (is_rest or belongs(weight, initial))
+            return self.merged_adapters if stored.numel() else []
+        weight = (stored.t() if self.fan_in_fan_out else stored).float()
+        changes, distances = {}, {}
+        for name, factors in loaded.items():
+            initial = Factors(*(part.float() for part in factors))
+            change = _change_of(state_dict, prefix, name, initial)
+            if change is None or change.shape != weight.shape:
+                return []  # what loads them says so
+            changes[name] = change
+            distances[name] = partial(self._distance, name, initial, state_dict.get(f"{prefix}siva_residual.{name}"))
+
+        def distance(names: Sequence[str]) -> float:
+            rest = sum((changes[name] for name in names), torch.zeros_like(weight))
+            return min(distances[name](weight - rest) for name in names or loaded)
+
+        sets = [self.merged_adapters, list(loaded), *([name] for name in loaded)]
+        sets = [names for names in sets if names and set(names) <= loaded.keys()]
+        nearest = min(sets, key=distance, default=[])
+        return list(nearest) if nearest and 2 * distance(nearest) < distance([]) else []
+
+    def _distance(self, adapter: str, initial: Factors, residual: Tensor | None, weight: Tensor) -> float:
+        """How far a weight `(N, K)` is from the W0 of an adapter or, if that is nearer, from its W_r."""
+        product = initial.product()
+        if residual is not None:
+            residual = (residual.t() if self.fan_in_fan_out else residual).float()
+            return min(float((each - residual).norm()) for each in (weight, weight - product))
+        wholes = (weight, weight + product) if self.residual[adapter] == "frozen" else (weight,)
+        return min(float((whole @ initial.v.t() - initial.u * initial.s).norm()) for whole in wholes)
 
     def _arrives_whole(self, weight: Tensor, loaded: dict[str, Factors]) -> str | None:
         """The adapter whose triplets must be subtracted from a weight that is being loaded; None: it is W_r already.
@@ -184,6 +205,17 @@ class LoadableLinear(AdaptedLinear):
             self._waiting.add(name)
         if frozen and not lossy:  # with d below the full rank its W_r comes along
             self._weight = original
+
+
+def _change_of(state_dict: dict[str, Tensor], prefix: str, adapter: str, initial: Factors) -> Tensor | None:
+    """The change of a weight `(N, K)` by an adapter in a state dict; None if that does not have all of it."""
+    trained = []
+    for part, start in (("u", initial.u), ("v", initial.v)):
+        weight = state_dict.get(f"{prefix}siva_d{part}.{adapter}.weight")
+        if weight is None or weight.shape != start.shape:
+            return None
+        trained.append(start + weight.float() * state_dict.get(f"{prefix}siva_d{part}.{adapter}.scale", 1.0))
+    return Factors(trained[0], initial.s, trained[1]).product() - initial.product()
 
 
 def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:

@@ -235,7 +235,8 @@ def _finish(
     after = trainer.measure(task.dev_rows)
     if chosen is None:
         curve.append((trainer.state.global_step, after[task.metric]))
-    loss_title = f"{config.own_loss} training loss".strip()  # one of another kind is not to be compared
+    kind = config.own_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
+    loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
     curves = {loss_title: trainer.points("loss"), f"dev {task.metric}": curve}
     if task.metric != LOSS:
         curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]

@@ -22,6 +22,7 @@ Anything else in the folder is a person's, and stays.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import shutil
@@ -47,7 +48,7 @@ _START_KEY = "init_from_weights"
 _ROWS_KEY = "rows"
 _MODEL_KEY = "model_weights"
 _FOUND = ("found_prompt", "bf16")  # what a run finds out where nobody says it; one that goes on keeps it
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # of a model; the first kind that is there
 _SAMPLES, _SAMPLE = 64, 1 << 20  # of each file, and the bytes of one
 _NOTES = (_VERSION_KEY, _RECIPE_KEY, _START_KEY, _ROWS_KEY, _MODEL_KEY)  # what run.json says beside the configuration
 _KEPT_CHECKPOINTS = 2
@@ -415,18 +416,23 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def model_fingerprint(model: str) -> str | None:
-    """Tells the weights in a model's folder from others: 16 hex digits, of samples of the files, so in no time.
+    """Tells the weights in a model's folder from others: 16 hex digits of samples of its files, of small ones of all.
 
     None for what is no folder, such as a name on the hub.
     """
-    weights = [file for kind in _WEIGHTS for file in sorted(Path(model).expanduser().glob(kind))]
+    folder = Path(os.path.expanduser(model))
+    found = (sorted(file for file in folder.glob(kind) if file.is_file()) for kind in _WEIGHTS)
+    weights = next(filter(None, found), [])
     digest = hashlib.sha256()
     for file in weights:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
+            if size <= _SAMPLES * _SAMPLE:
+                digest.update(stream.read())
+                continue
             for place in range(_SAMPLES):
-                stream.seek(place * max(0, size - _SAMPLE) // (_SAMPLES - 1))
+                stream.seek(place * (size - _SAMPLE) // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:16] if weights else None
 

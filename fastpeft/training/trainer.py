@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import (
     EvalPrediction,
@@ -186,6 +188,11 @@ class RunTrainer(Trainer):
 
     def lowered(self, measured: float) -> float:
         """The loss that training lowers, of the rows that were measured last, whose loss in reports is `measured`."""
+        if smoothing := self.args.label_smoothing_factor:
+            if not self.problem.has_classes:
+                return math.inf  # unknown
+            outputs, labels = torch.from_numpy(self._outputs), torch.from_numpy(self._labels)
+            return float(cross_entropy(outputs, labels, label_smoothing=smoothing))
         if self.own_loss is None:
             return measured
         return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))

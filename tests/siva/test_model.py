@@ -28,18 +28,32 @@ def layer_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, SivaLinear)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 0.1])
 @RESIDUALS
-def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str) -> None:
-    model = move(adapted(residual=residual), seed=1, size=0.1)
-    expected = logits(model)
+def test_a_state_dict_of_a_merged_model_comes_back_merged(residual: str, size: float, dtype: torch.dtype) -> None:
+    config = SivaConfig(task_type="SEQ_CLS", residual=residual)
+    model = move(peft.get_peft_model(tiny().to(dtype), config).eval(), seed=1, size=size)
+    apart = copy.deepcopy(model.state_dict())
+    expected, rounding = logits(model), CLOSE if dtype is torch.float32 else {"rtol": 0.0, "atol": 0.02}
     model.merge_adapter()
     state = copy.deepcopy(model.state_dict())
     model.load_state_dict(state)
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
-    with pytest.raises(FastpeftError, match=r"neither the pretrained one nor W_r\. .* call unmerge_adapter"):
+    layer = next(module for module in model.modules() if isinstance(module, SivaLinear))
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(logits(model), expected, **rounding)
+    model.load_state_dict(apart)
+    assert not layer.merged_adapters
+    torch.testing.assert_close(logits(model), expected, **rounding)
+    with pytest.raises(FastpeftError, match=r"'default' is merged into the weight .* Call unmerge_adapter"):
         model.load_state_dict(state)
+
+
+def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() -> None:
+    model = move(peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS")).eval())
+    expected = logits(model.to(torch.bfloat16).float())
+    model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
 
 
 # -- which layers ------------------------------------------------------------------------------------------------
