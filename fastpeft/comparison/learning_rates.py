@@ -50,8 +50,8 @@ def take_slice(data: TextData, rows: int, dev_rows: int | None = None, seed: int
         seed: decides the choice and the order.
 
     Raises:
-        FastpeftError: the rows to learn from lack a class or tag, or so many rows of next words have one prompt that
-            none are left on a side. A label that rows to learn from lack, no row of the slice has.
+        FastpeftError: the rows to learn from lack a class or tag, or so many rows have one text (of next words one
+            prompt) that none are left on a side. A label that rows to learn from lack, no row of the slice has.
     """
     order = list(range(len(data.train)))
     random.Random(seed).shuffle(order)

@@ -167,8 +167,9 @@ class Comparison:
             plan.save()
             if self._slice is not None and not (plan.slice / "dev.jsonl").is_file():
                 with self._saving():
+                    plan.slice.mkdir(parents=True, exist_ok=True)
+                    files.write_text(self._note_of_slice, self._slice.fingerprint)  # first: no rows without it
                     write_rows(self._slice, plan.slice)
-                    files.write_text(self._note_of_slice, self._slice.fingerprint)
             for cell in plan.wanted:  # tried again, it has not failed yet
                 if cell.state == "failed":
                     cell.log.unlink()
