@@ -48,7 +48,7 @@ def of_dev_rows(
         )
     if problem.has_classes:
         found += _never_told(problem, outputs, labels, names)
-    words = sum(map(len, texts)) if problem.per_token else 0
+    words = sum(map(len, texts)) if problem.per_token and not problem.of_texts_alone else 0
     if left := words and words - int((labels != UNLABELLED).sum()):
         found.append(
             f"{left} of {words} words have no token among those that are read of a row, so the figures leave them out "

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
-import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.methods.registry import get_method
+from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, load_run, predict
 from fastpeft.training.optimizer_in_backward import StepsInBackward
@@ -260,16 +261,15 @@ def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
     assert tree(folder) == before
 
 
-def test_a_stop_before_the_first_measurement_keeps_its_checkpoint(config: TrainConfig) -> None:
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
-
-    config = replace(config, metric="accuracy", **{**TWO_EPOCHS, "save_steps": 11})
-    with pytest.raises(KeyboardInterrupt, match="checkpoint-3"):
-        train(config, callbacks=[Stop()])
-    assert train(config, resume=True).metrics["steps"] == 22
+def test_a_stop_before_the_first_measurement_keeps_its_checkpoint() -> None:
+    kept: list[tuple[str, int | None]] = []
+    folder: Any = SimpleNamespace(keep_checkpoint=lambda staged, best_step: kept.append((staged.name, best_step)))
+    ranks: Any = SimpleNamespace(wait=lambda: None, first_does=lambda act: act())
+    checkpoints, place = WholeCheckpoints(folder, "accuracy", ranks), SimpleNamespace(output_dir="staging")
+    measured = [{"step": 4, "eval_accuracy": 0.5}, {"step": 8, "eval_accuracy": 0.4}]
+    for step, history in ((2, []), (8, measured)):
+        checkpoints.on_save(place, TrainerState(global_step=step, log_history=history), None)
+    assert kept == [("checkpoint-2", None), ("checkpoint-8", 4)]
 
 
 def test_a_run_is_resumed_with_its_own_rows_only(config: TrainConfig) -> None:
