@@ -6,7 +6,8 @@
 
 One epoch of 9-LST over each `backbone_dtype`, computed in float32 but for the backbone, and of SiVA in float32 and in
 bfloat16; seeds 0 to 2. `bench/data/frozen_accuracy.csv` gets a row for each: dev accuracy, its difference to the
-float32 run of the same method and seed, and seconds of training. Cut off, the same command goes on where it was.
+float32 run of the same method and seed, and seconds of training, in which other processes had a part. Cut off, the same
+command goes on where it was.
 """
 
 from __future__ import annotations
