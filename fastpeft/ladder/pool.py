@@ -206,7 +206,7 @@ class LadderPool:
         """Generate text for rows of different tasks, beside a decoder, as each task's `LadderModel.generate` does.
 
         Each new token takes one pass of the backbone over all rows, and one of each task's side network over its own.
-        Rows of a task that follow each other save copies. Calls and steps of `fit` wait until it has ended.
+        Rows of a task that follow each other save copies. Calls and steps of `fit` run between two tokens.
 
         Args:
             batch: as a call takes it. Pad prompts on the left.
@@ -231,15 +231,13 @@ class LadderPool:
         ladders = {name: ladder_of(members[name]) for name in tasks}
         for name, ladder in ladders.items():
             check_head(name, ladder.backbone, self.backbone)
-        decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()])
+        decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()], self._passing)
         configs = options.get("generation_config"), decoder.generation_config
         check_mode(options, *configs)
         options = with_cache(partial(PoolCache, self.backbone, tasks), options, *configs)
         if "past_key_values" not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
-        parts = (self.backbone.body, *(ladder.side for ladder in ladders.values()))
-        with self._passing, evaluating(parts):
-            return decoder.generate(**batch, **options)
+        return decoder.generate(**batch, **options)
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The output of each task's side network for its rows, `(rows of the task, T, d)` in the backbone's dtype."""

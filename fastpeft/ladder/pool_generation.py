@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.generation import LadderCache
+from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import LadderPass, RunningBackbone, check_mask
@@ -101,18 +103,19 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
     Args:
         backbone: the pool's.
         sides: the side networks, in the order of those of the cache.
+        lock: held during a pass, so that others may run between two tokens.
     """
 
     config_class = LadderConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
 
-    def __init__(self, backbone: Backbone, sides: Sequence[SideNetwork]) -> None:
+    def __init__(self, backbone: Backbone, sides: Sequence[SideNetwork], lock: AbstractContextManager[Any]) -> None:
         super().__init__(LadderConfig())
         self.training = False
         self.backbone = backbone
         self.base: Any = backbone.model
-        self._sides = sides
+        self._sides, self._lock = sides, lock
         self.generation_config = copy.deepcopy(backbone.core.generation_config)
         self.generation_config.cache_implementation = None  # a `PoolCache` takes its place
 
@@ -141,6 +144,21 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
                 "this pool's generate returned, or leave it out."
             )
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "past_key_values": cache,
+            "use_cache": True,
+            "cache_position": cache_position,
+            "logits_to_keep": logits_to_keep,
+        }
+        with self._lock, evaluating((self.backbone.body, *self._sides)):
+            return self._pass(text, attention_mask, cache, self.backbone.arguments(arguments))
+
+    def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: PoolCache, arguments: dict[str, Any]) -> Any:
         if not cache.rows:
             cache.begin(len(text), text.device)
         past = cache.get_seq_length()
@@ -154,19 +172,6 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
             else:
                 kept.prepared = None  # weights may have changed
                 runs.append((rows, SideRun(side, own, 0, kept=kept.layers)))
-        arguments = self.backbone.arguments(
-            {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "token_type_ids": token_type_ids,
-                "position_ids": position_ids,
-                "inputs_embeds": inputs_embeds,
-                "past_key_values": cache,
-                "use_cache": True,
-                "cache_position": cache_position,
-                "logits_to_keep": logits_to_keep,
-            }
-        )
         run: Any = PoolRun(runs)
         with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
             return self.base(**arguments, return_dict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -113,6 +114,29 @@ def test_a_model_of_its_own_joins_by_its_weights(tied: bool) -> None:
     pool.add("joined", model)
     assert model.backbone.decoder.weight is pool.backbone.decoder.weight
     assert pool.generate(PROMPTS, ["joined"] * 5, **GREEDY).equal(expected)
+
+
+def test_others_come_and_go_between_two_tokens() -> None:
+    """Else a server could neither add nor remove a task before a long answer has ended."""
+    pool = pool_beside(causal_model("llama"))
+    expected = pool.generate(PROMPTS, MIXES["mixed"], **GREEDY)
+    alone = pool["3-lst"].generate(**PROMPTS, **GREEDY)
+    said, done = [], threading.Event()
+
+    def interrupt() -> None:
+        pool.remove("other")
+        pool.add("new", LadderConfig(**SMALL))
+        said.append(pool.generate(PROMPTS, ["3-lst"] * 5, **GREEDY))
+        done.set()
+
+    def after_a_token(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        if tokens.shape[1] == WORDS.shape[1] + 2:
+            threading.Thread(target=interrupt, daemon=True).start()
+            assert done.wait(60)
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+    assert pool.generate(PROMPTS, MIXES["mixed"], stopping_criteria=[after_a_token], **GREEDY).equal(expected)
+    assert said[0].equal(alone)
 
 
 def test_half_precision() -> None:
