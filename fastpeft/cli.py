@@ -161,11 +161,12 @@ def train(
         quiet, progress = True, "none"
     if config is not None:
         values = {**read_config(config), **values}
-    values.setdefault("output", f"runs/{values.get('method', 'siva')}-{_stem(values.get('data', 'demo'))}")
+    if "output" not in values:
+        values["output"] = f"runs/{values.get('method', 'siva')}-{_stem(str(values.get('data', 'demo')))}"
     if config is None and resume and RunFolder(values["output"]).started:
         values = {**RunFolder(values["output"]).config(), **values}
     if new_settings:
-        values["settings"] = {**values.get("settings", {}), **new_settings}
+        values["settings"] = {**(values.get("settings") or {}), **new_settings}
     run = TrainConfig.from_values(values)
     _check_budget(memory_budget, dry_run)
     command = shlex.join(["fastpeft", *sys.argv[1:]])

@@ -38,12 +38,12 @@ class Server:
         is_json = headers.get_content_type() == "application/json"
         return status, json.loads(got or b"null") if is_json else got.decode(), dict(headers)
 
-    def send(self, sent: bytes) -> bytes:
-        """What comes back for bytes that may be no HTTP, until the server closes."""
+    def send(self, sent: bytes, listen: bool = True) -> bytes:
+        """What comes back for bytes that may be no HTTP, until the server closes; nothing to who leaves at once."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(sent)
             found = b""
-            while got := connection.recv(65_536):
+            while listen and (got := connection.recv(65_536)):
                 found += got
             return found
 

@@ -249,11 +249,11 @@ def _folder_name(variant: str) -> str:
 
 
 def _cells_folder(output: str | Path) -> Path:
-    return Path(output).expanduser() / CELLS
+    return files.path_of(output) / CELLS
 
 
 def _slice(output: str | Path) -> Path:
-    return Path(output).expanduser().resolve() / SLICE  # absolute, as `TrainConfig` keeps what is there
+    return files.path_of(output).resolve() / SLICE  # absolute, as `TrainConfig` keeps what is there
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class Plan:
             FastpeftError: the folder holds something else, a cell of the same name with other values, or one of other
                 rows.
         """
-        folder = Path(config.output).expanduser()
+        folder = files.path_of(config.output)
         earlier = _read(folder)
         if earlier.cells and "split" not in config.common:  # cells are added to those of before run.json said it
             split = earlier.cells[0].values["split"]

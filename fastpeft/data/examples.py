@@ -21,6 +21,7 @@ from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, prompt_key, shuf
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
 from fastpeft.errors import FastpeftError, install
+from fastpeft.support.files import path_of
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def load_rows(
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
     """
     tables = _find_tables(data, problem)
-    if len(tables) == 1 and not Path(data).expanduser().is_file():
+    if len(tables) == 1 and not path_of(data).is_file():
         raise FastpeftError(
             f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
             "file that is meant."

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
-_UNLIMITED = 10**9  # tokenizers that know no limit give a larger one
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,13 @@ class Classifier:
     def max_length(self) -> int:
         """The longest input in tokens, with special tokens."""
         known: int = self.tokenizer.model_max_length
-        if known < _UNLIMITED:
-            return known
         positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        return known if positions is None else positions - 2  # RoBERTa and its kin use two for padding
+        if positions is None:
+            return known
+        for name, module in self.model.named_modules():  # RoBERTa and its kin count on from the place of padding
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= module.padding_idx + 1
+        return min(known, positions)
 
 
 def resolve_model(model: str) -> str:
@@ -60,7 +61,7 @@ def resolve_model(model: str) -> str:
     """
     if model == DEMO:
         return str(DEMO_FOLDER)
-    folder = Path(model).expanduser()
+    folder = files.path_of(model)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise FastpeftError(
             f"the folder {model!r} holds an adapter, not a whole model. Give the model that it was trained on, or "

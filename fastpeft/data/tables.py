@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.errors import FastpeftError, first_line
-from fastpeft.support.files import parse_json
+from fastpeft.support.files import parse_json, path_of
 from fastpeft.support.hub import reachable
 from fastpeft.support.safe_paths import check_named_files
 
@@ -64,7 +64,7 @@ def find_tables(data: str, readers: Mapping[str, Reader] | None = None) -> list[
         FastpeftError: nothing is there, or it cannot be read.
     """
     readers = READERS if readers is None else readers
-    path = Path(data).expanduser()
+    path = path_of(data)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         import datasets
 
@@ -174,7 +174,7 @@ def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbe
     Raises:
         FastpeftError: the file cannot be read at all, or it has no rows.
     """
-    path = STDIN if file == "-" else Path(file).expanduser()
+    path = STDIN if file == "-" else path_of(file)
     allowed = [name for name in _APART if path is not STDIN or name != "parquet"]
     kind = kind or path.suffix[1:].lower() or "txt"
     if kind not in allowed:
@@ -329,9 +329,8 @@ def _read_parquet(file: Path) -> list[Numbered]:
 
 
 def _read_txt(file: Path) -> list[Numbered]:
-    return [
-        (number, {"text": line}) for number, line in enumerate(read_text(file).splitlines(), start=1) if line.strip()
-    ]
+    lines = io.StringIO(read_text(file), newline=None)  # splitlines would also cut at form feeds and the like
+    return [(number, {"text": line.rstrip("\n")}) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _whole(read: Callable[[Path], list[Numbered]]) -> Reader:

@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import POOLER, Backbone
 from fastpeft.ladder.passes import features_of
 from fastpeft.ops.frozen_linear import Packed
+from fastpeft.support.files import path_of
 from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_below
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class FeatureCache:
         self._arguments = (backbone, folder, dtype, max_bytes)
         self.hits = self.misses = 0
         self._backbone = backbone
-        self._root = Path(folder).expanduser().absolute()
+        self._root = path_of(folder).absolute()
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._widths = backbone.feature_sizes
         self._stamp: list[Any] = []

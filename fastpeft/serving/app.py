@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from fastapi import Path as Part
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from fastpeft.errors import FastpeftError
@@ -23,6 +25,7 @@ from fastpeft.serving.chat import add_words
 from fastpeft.serving.guard import Guard, Metrics
 from fastpeft.serving.messages import (
     Answer,
+    OpenAIRefusal,
     Refusal,
     Request,
     Source,
@@ -147,7 +150,8 @@ def create_app(
         metrics.texts.labels(name).inc(len(scores))
         return answer_of(ready, scores)
 
-    add_words(app, tasks, words, lambda name: metrics.texts.labels(name).inc(), _refusals(400, 404, 408, 413, 415, 503))
+    refusals = _refusals("4XX", 503, form=OpenAIRefusal)
+    add_words(app, tasks, words, lambda name: metrics.texts.labels(name).inc(), refusals)
     if runs is not None:
         _let_change(app, tasks, runs.resolve())
     return app
@@ -155,6 +159,7 @@ def create_app(
 
 def _let_change(app: FastAPI, tasks: Tasks, runs: Path) -> None:
     """Let clients add and remove tasks."""
+    loading = ThreadPoolExecutor(4, "fastpeft-load")  # its own: loads must not take the threads that read requests
 
     @app.put("/tasks/{name}", status_code=201, responses=_refusals(400, 404, 408, 409, 413, 415, 422))
     async def add(name: Name, source: Source) -> TaskInfo:
@@ -167,7 +172,7 @@ def _let_change(app: FastAPI, tasks: Tasks, runs: Path) -> None:
         if not inside:
             raise RefusedError(f"there is no folder {source.path!r} below the folder of runs. Name one there.", 404)
         try:
-            task = await asyncio.to_thread(tasks.add, name, folder)
+            task = await asyncio.get_running_loop().run_in_executor(loading, tasks.add, name, folder)
         except RefusedError:
             raise
         except FastpeftError as error:
@@ -180,9 +185,9 @@ def _let_change(app: FastAPI, tasks: Tasks, runs: Path) -> None:
         await asyncio.to_thread(tasks.remove, name)
 
 
-def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _refusals(*statuses: int | str, form: type[BaseModel] = Refusal) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI is told of refusals."""
-    return {status: {"model": Refusal} for status in statuses}
+    return {status: {"model": form} for status in statuses}
 
 
 def _refuse_in_words(app: FastAPI) -> None:

@@ -14,6 +14,7 @@ from fastpeft.serving.messages import refused_as
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 100, 300)
 _COUNTED = ("/predict", "/v1/chat/completions", "/v1/completions")
+_CLIENT_LEFT = 499  # of no standard, as nginx counts it
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -66,7 +67,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 500  # where the application fails
+        begin, status = time.perf_counter(), 0
 
         async def noting(message: Any) -> None:
             nonlocal status
@@ -76,7 +77,9 @@ class Guard:
         state = scope.setdefault("state", {})
         try:
             await self._guarded(scope, receive, noting)
+            status = status or _CLIENT_LEFT
         finally:
+            status = status or 500  # the application failed
             if scope["path"] in _COUNTED:
                 task = state.get("task", "")
                 self._metrics.requests.labels(task, str(status)).inc()

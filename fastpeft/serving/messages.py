@@ -129,6 +129,21 @@ class Refusal(BaseModel):
     detail: str
 
 
+class OpenAIError(BaseModel):
+    """What OpenAI says of a refusal."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIRefusal(BaseModel):
+    """Why a request was refused, in OpenAI's form."""
+
+    error: OpenAIError
+
+
 def in_openai_form(path: str) -> bool:
     """Whether what an address gives has OpenAI's form."""
     return path.startswith("/v1/")
@@ -142,7 +157,7 @@ def refused_as(path: str, detail: str, status: int, param: str | None = None, co
 def error_form(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI writes it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return OpenAIRefusal(error=OpenAIError(message=message, type=kind, param=param, code=code)).model_dump()
 
 
 def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:

@@ -22,6 +22,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.speech import Saying, say
+from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
 from fastpeft.training.evaluation import Predictor, Taken
 from fastpeft.training.generation import ends_of, says_words
@@ -65,7 +66,7 @@ class Shared:
         """Whether rows of a run can stand in one batch with those that are here."""
         own, other = self.tokenizer, run.classifier.tokenizer
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
-        return padding and self.bf16 == run.config.bf16 and self.says_words == (run.problem is NEXT_WORDS)
+        return padding and self.bf16 == bool(run.config.bf16) and self.says_words == (run.problem is NEXT_WORDS)
 
     def scores(self, rows: Sequence[tuple[Task, Taken]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -453,7 +454,7 @@ def parse_runs(items: Iterable[str]) -> dict[str, str]:
     for item in items:
         name, separator, folder = item.partition("=")
         if not separator or Path(item).is_dir():
-            name, folder = Path(item).expanduser().resolve().name, item
+            name, folder = path_of(item).resolve().name, item
         if not re.fullmatch(NAME, name) or not folder:
             raise FastpeftError(
                 f"{item!r} does not name a task; a name has letters, digits, '.', '_' and '-', 100 at most, and a "

@@ -33,7 +33,7 @@ def entry(weight: Tensor, r: int) -> Path | None:
         return None
     identity = f"{_FORMAT} {r} {fingerprint(weight)}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    return Path(folder).expanduser() / f"siva-{name}.safetensors"
+    return files.path_of(folder) / f"siva-{name}.safetensors"
 
 
 def read(path: Path) -> dict[str, Tensor] | None:

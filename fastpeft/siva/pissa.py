@@ -50,7 +50,7 @@ class PissaAdapter:
         Raises:
             FastpeftError: it holds no PiSSA adapter, or one that SiVA cannot take over.
         """
-        path = Path(path).expanduser()
+        path = files.path_of(path)
         kind = files.read_json(path / "adapter_config.json").get("peft_type")
         config: Any = PeftConfig.from_pretrained(str(path)) if kind == "LORA" else None
         start = config.init_lora_weights if config is not None else None

@@ -24,10 +24,28 @@ try:
 except ImportError:  # Windows: nobody is kept out there
     fcntl = None  # type: ignore[assignment]
 
+_SHOWN = 80  # letters of a name in a message
+
 LOCK = ".lock"  # the file in a folder that whoever may write there holds
 
 # the names of files whose writing was cut off, by a kill or a power cut: not worth keeping
 UNFINISHED = ".*.part"
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """The path that a person's `name` means, with a home directory in place of `~`.
+
+    Raises:
+        FastpeftError: it can be none, as one of a user who is not there, or a name of more letters than there may be.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()  # what cannot be asked for cannot be read or written either
+    except (RuntimeError, OSError) as error:
+        shown = str(name) if len(str(name)) <= _SHOWN else f"{str(name)[:_SHOWN]}..."
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        raise FastpeftError(f"{shown!r} cannot be a path ({reason}). Give another.") from None
+    return path
 
 
 def sync_directory(folder: Path) -> None:

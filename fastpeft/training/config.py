@@ -22,7 +22,7 @@ from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.methods.side_network import SIVA_LAYERS
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import HEADS, Prompt, is_text
-from fastpeft.support.files import parse_json
+from fastpeft.support.files import parse_json, path_of
 from fastpeft.training.run_folder import earlier_run, read_config
 
 # without sense for an objective
@@ -431,7 +431,7 @@ class TrainConfig:
         """Names and values, as `run.json` holds them: with absolute paths of local files, to be found from anywhere."""
         given = dataclasses.asdict(self)
         folders = [known.name for known in options() if known.folder and given[known.name] is not None]
-        paths = {name: str(Path(given[name]).expanduser().resolve()) for name in folders}
+        paths = {name: str(path_of(given[name]).resolve()) for name in folders}
         return {**given, **paths, "model": _anchored(self.model), "data": _anchored(self.data)}
 
 
@@ -461,7 +461,7 @@ def parse_value(text: str) -> Any:
 
 def _anchored(name: str) -> str:
     """The absolute path of a local file or folder; any other name as it is."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     return str(path.resolve()) if name != DEMO and path.exists() else name
 
 

@@ -38,7 +38,7 @@ from fastpeft.training.loading import FinishedRun, Taken, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import check_texts
-from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, encode, warn_of_texts
+from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, data_for, encode, warn_of_texts
 
 _BATCH_SIZE = 64
 
@@ -81,19 +81,11 @@ def evaluate(
     trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
+    config = run.config
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
-        config = run.config
-        own = load_data(
-            config.data,
-            problem_type=run.problem.name,
-            text_column=config.text_column,
-            label_column=config.label_column,
-            split_seed=config.split_seed,
-            split=config.split,
-            keep_apart=config.threshold is not None,
-        )
+        own = data_for(replace(config, problem_type=run.problem.name, objective=None))
         if own.labels != run.labels:  # the indices of other classes would be compared with what the run says
             raise FastpeftError(
                 f"the run in {str(folder)!r} learned the {run.problem.labels} {', '.join(run.labels)}, but its data "
@@ -103,9 +95,12 @@ def evaluate(
         frequent = most_frequent(own.train.labels, own.problem)
     if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
         learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
+        remedy = "Name the columns that are meant with --text-column."
+        if data is None:
+            remedy = "Restore that data, or name rows with --data."
         raise FastpeftError(
-            f"the run in {str(folder)!r} learned from {learned}, but "
-            f"{data!r} has {texts_in_words(dev)}. Name the columns that are meant with --text-column."
+            f"the run in {str(folder)!r} learned from {learned}, but {data or config.data!r} has {texts_in_words(dev)}"
+            f"{' now' if data is None else ''}. {remedy}"
         )
     measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens)
     threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}

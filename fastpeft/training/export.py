@@ -67,7 +67,7 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
     """
     if to not in FORMS:
         raise FastpeftError(f"a run is exported to {to!r}; allowed are {', '.join(FORMS)}. Choose one of these.")
-    output = Path(output).expanduser()
+    output = files.path_of(output)
     if os.path.lexists(output):
         raise FastpeftError(f"the output {str(output)!r} exists and is left alone. Give the name of a new folder.")
     source = RunFolder(folder)

@@ -24,7 +24,7 @@ from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
 from fastpeft.errors import FastpeftError
-from fastpeft.support.files import publish, saving
+from fastpeft.support.files import path_of, publish, saving
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.evaluation import Predictor
 from fastpeft.training.generation import Writer, says_words
@@ -272,7 +272,7 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     Raises:
         FastpeftError: it is of no kind that is written, or it is there and not to be replaced.
     """
-    path = Path(output).expanduser()
+    path = path_of(output)
     if path.suffix[1:].lower() not in _OPEN:
         raise FastpeftError(f"the output {str(path)!r} must end in one of {', '.join(f'.{kind}' for kind in _OPEN)}.")
     if path.is_dir():

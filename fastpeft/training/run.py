@@ -227,19 +227,19 @@ def _finish(
     config, data = task.config, task.data
     trainer.check_same()
     chosen = _take_best(trainer, task, folder)
-    curve = [(0, before[task.metric]), *trainer.points(f"eval_{task.metric}")]
+    # before anything is measured again, which is logged too
+    points = {name: [(0, before[name]), *trainer.points(f"eval_{name}")] for name in {task.metric: None, LOSS: None}}
     threshold = None
     if task.apart_rows:
         trainer.measure(task.apart_rows)
         threshold = best_threshold(data.problem, *trainer.answers())
     after = trainer.measure(task.dev_rows)
     if chosen is None:
-        curve.append((trainer.state.global_step, after[task.metric]))
+        for name, curve in points.items():
+            curve.append((trainer.state.global_step, after[name]))
     kind = config.own_loss or ("smoothed" if trainer.args.label_smoothing_factor else "")
     loss_title = f"{kind} training loss".strip()  # one of another kind is not to be compared
-    curves = {loss_title: trainer.points("loss"), f"dev {task.metric}": curve}
-    if task.metric != LOSS:
-        curves[f"dev {LOSS}"] = [(0, before[LOSS]), *trainer.points(f"eval_{LOSS}")]
+    curves = {loss_title: trainer.points("loss"), **{f"dev {name}": curve for name, curve in points.items()}}
     command = command or f"fastpeft train --config {folder.config_file}"
     outputs, labels = trainer.answers()
     if threshold is not None:
@@ -271,7 +271,7 @@ def _finish(
                 above, below = zip(*trainer.parts(task.dev_rows, threshold))
                 files.write_json(staged / ROW_SCORES, {"metric": data.problem.tested, "above": above, "below": below})
             title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
-            draw_curves(staged / "curves.png", title, trainer.points("loss"), curve, loss_title, shown)
+            draw_curves(staged / "curves.png", title, curves[loss_title], points[task.metric], loss_title, shown)
             folder.close(metrics, staged)
 
     trainer.ranks.first_does(write)
@@ -318,14 +318,14 @@ def _save(trainer: RunTrainer, task: Task, folder: Path) -> None:
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Run the block with deterministic kernels only, if `wanted`."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 def _metrics(

@@ -22,7 +22,6 @@ Anything else in the folder is a person's, and stays.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shlex
 import shutil
@@ -118,7 +117,7 @@ class RunFolder:
     """The files of one run below `path`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = files.path_of(path)
         self.config_file = self.path / "run.json"
         self.metrics_file = self.path / "metrics.json"
         self.checkpoints = self.path / "checkpoints"
@@ -420,7 +419,7 @@ def model_fingerprint(model: str) -> str | None:
 
     None for what is no folder, such as a name on the hub.
     """
-    folder = Path(os.path.expanduser(model))
+    folder = files.path_of(model)
     found = (sorted(file for file in folder.glob(kind) if file.is_file()) for kind in _WEIGHTS)
     weights = next(filter(None, found), [])
     digest = hashlib.sha256()

@@ -22,7 +22,7 @@ _ARGUMENTS = """
     gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
     torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context
-    per_device_eval_batch_size eval_steps eval_delay eval_accumulation_steps
+    per_device_eval_batch_size eval_steps eval_accumulation_steps
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_level log_level_replica
     log_on_each_node include_num_input_tokens_seen run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id
@@ -52,6 +52,7 @@ _INSTEAD = {
     "bf16_full_eval": "it would round the weights that train; use `bf16`",
     "fp16_full_eval": "it would round the weights that train; use fp16",
     "eval_strategy": "dev rows are measured a few times a run, or with `metric` at each checkpoint",
+    "eval_delay": "use `eval_steps`, which tells every how many steps dev rows are measured",
     "eval_on_start": "dev rows are always measured before the first step",
     "report_to": "use `report_to`",
     "label_names": "the model's labels are in the column labels",

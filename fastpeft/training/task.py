@@ -202,6 +202,8 @@ class Task:
                 raise ValueError(
                     f"neftune_noise_alpha is for embeddings in training mode, in which {self.method.title} has none."
                 )
+            if first.eval_steps and config.metric is not None:
+                raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
             if first.label_smoothing_factor and self.config.own_loss:
                 raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
             if config.optimizer_in_backward:

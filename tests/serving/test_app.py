@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,6 +237,33 @@ def test_a_body_that_does_not_come_is_not_waited_for(runs: Path) -> None:
         assert server.send(sent).startswith(b"HTTP/1.1 408")
     finally:
         server.stop()
+
+
+def test_who_leaves_before_the_body_has_come_is_no_fault_of_the_server(runs: Path) -> None:
+    server = Server(create_app(Tasks({"a": runs / "a"})))
+    try:
+        server.send(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{", listen=False)
+        end = time.monotonic() + 30
+        while 'status="499"' not in (counted := server.ask("GET", "/metrics")[1]) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert 'fastpeft_requests_total{status="499",task=""} 1.0' in counted
+        assert 'status="500"' not in counted
+    finally:
+        server.stop()
+
+
+def test_refusals_are_described_in_the_form_that_they_have(server: Server) -> None:
+    paths = server.ask("GET", "/openapi.json")[1]["paths"]
+    forms = {
+        path: {
+            status: answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            for status, answer in paths[path]["post"]["responses"].items()
+            if status[0] in "45"
+        }
+        for path in ("/predict", "/v1/chat/completions", "/v1/completions")
+    }
+    assert set(forms.pop("/predict").values()) == {"Refusal"}
+    assert all(each == {"4XX": "OpenAIRefusal", "503": "OpenAIRefusal"} for each in forms.values())
 
 
 def test_of_two_puts_of_one_name_one_loses(server: Server, tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:

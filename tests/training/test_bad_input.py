@@ -40,6 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_csv(place / "header.csv", [])
     write_csv(place / "new-class.csv", [("a", "negative"), ("b", "neutral")])
     (place / "empty.csv").write_text("")
+    (place / "no-text.json").write_text('{"output": "new", "data": 5}')
+    (place / "no-settings.json").write_text('{"settings": null}')
     (place / "ragged.csv").write_text("text,label\na,yes\nb,no,perhaps\n")
     (place / "quote.csv").write_text('text,label\n"a,yes\nb,no\n')
     (place / "nul.csv").write_bytes(b"text,label\na\0b,yes\nc,no\n")
@@ -458,6 +460,17 @@ CASES = [
     (["export", "--step", "1", "bad-journal", "new"], ["not a journal"]),
     (["export", "--step", "1", "mezo-of-another", "new"], ["does not have the weights", "base model"]),
     (["--method", "mezo", "--output", "bad-resume", "--resume", "--max-steps", "1"], ["not a journal"]),
+    (["--data", "~nobody-of-this-name/x.csv"], ["'~nobody-of-this-name/x.csv' cannot be a path"]),
+    (["--output", "~nobody-of-this-name/x"], ["'~nobody-of-this-name/x' cannot be a path"]),
+    (["--model", "m" * 300], [f"{'m' * 80}...", "cannot be a path (File name too long)"]),
+    (["train", "--config", "no-text.json"], ["data is 5"]),
+    (
+        ["train", "--config", "no-settings.json", "--set", "eval_delay=2"],
+        ["eval_delay cannot be set", "use eval_steps"],
+    ),
+    (["--set", "eval_steps=2", "--metric", "loss", "--save-steps", "2"], ["measured at each checkpoint: use"]),
+    (["eval", "~nobody-of-this-name"], ["cannot be a path"]),
+    (["predict", "run", "a", "--output", f"{'o' * 300}.csv"], ["cannot be a path (File name too long)"]),
     (["dance"], ["dance"]),
 ]
 

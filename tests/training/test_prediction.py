@@ -132,6 +132,14 @@ def test_standard_input(place: Path, given: str, kind: tuple[str, ...]) -> None:
 # -- what is left out --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
+def test_a_text_of_a_file_is_a_line_whatever_is_in_it(tmp_path: Path, end: str) -> None:
+    texts = ["good\x0cpart two", "next\x85line", "a\u2028b", "c\x1dd"]
+    (tmp_path / "x.txt").write_bytes(end.join([*texts, "", "end"]).encode())
+    _, _, rows = read_apart(str(tmp_path / "x.txt"))
+    assert [(number, row["text"]) for number, row in rows] == [*enumerate(texts, start=1), (6, "end")]
+
+
 BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "fields": ("classes", "x.csv", "text,n\na,1\nb,2,3\nc,1\n", ["a", "c"], ["row 2 of x.csv has 3 fields"]),
     "fields of tsv": ("classes", "x.tsv", 'text\tn\na\t1\nb\n"c\t1\n', ["a", '"c'], ["row 2 of x.tsv has 1 fields"]),

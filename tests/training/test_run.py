@@ -140,6 +140,47 @@ def test_a_run_is_not_measured_by_other_classes_than_it_learned(
         evaluate(folder)
 
 
+def test_a_run_on_single_texts_is_not_measured_on_pairs(config: TrainConfig, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", reviews(30))
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    write_csv(file, [(text, text, label) for text, label in reviews(30)], ("sentence1", "sentence2", "label"))
+    with pytest.raises(FastpeftError, match=r"rows.csv' has pairs of texts now. Restore that data, or name rows with"):
+        evaluate(folder)
+
+
+def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
+
+
+@pytest.mark.parametrize("given", [{"threshold": "auto"}, {"metric": "accuracy", "save_steps": 2}], ids=str)
+def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
+    result = train(replace(config, max_steps=4, **given))
+    for name in ("dev accuracy", "dev loss"):
+        steps = [step for step, _ in points_of(result, name)]
+        assert steps == sorted(set(steps)), name
+        assert steps[-1] == 4
+    if "metric" not in given:
+        assert points_of(result, "dev loss")[-1] == (4, result.metrics["loss"])
+
+
+@pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 6, 8]), (0.25, [0, 2, 4, 6, 8]), (0.3, [0, 3, 6, 8])])
+def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: float, steps: list[int]) -> None:
+    """A share is one of all steps, as the Trainer takes it."""
+    result = train(replace(config, method="head", max_steps=8, settings={"eval_steps": every}))
+    assert [step for step, _ in points_of(result, "dev loss")] == steps
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_run_leaves_the_callers_determinism(config: TrainConfig, strict: bool) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    try:
+        train(replace(config, method="head", max_steps=1))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is not strict
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
     """The uninterrupted two-epoch run of each method, each trained once."""
