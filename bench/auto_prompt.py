@@ -41,10 +41,10 @@ from fastpeft.prompts.template import Prompt
 from fastpeft.support import files
 from fastpeft.support.environment import cpu_name, versions
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH
 from fastpeft.training.evaluation import evaluate_zero_shot
 from fastpeft.training.prompt_search import draw_rows, find_prompt
 from fastpeft.training.run import train
-from fastpeft.training.task import DEFAULT_MAX_LENGTH
 
 FILE = DATA / "auto_prompt.csv"
 ROWS = 2_000

@@ -20,6 +20,15 @@ from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.errors import FastpeftError
 from fastpeft.support.launcher import launched
 from fastpeft.support.processes import Ranks
+from fastpeft.training.arguments import (
+    ADAMW,
+    ADAMW_8BIT,
+    compute_dtype,
+    recipe_used,
+    refusing,
+    total_steps,
+    training_arguments,
+)
 from fastpeft.training.callbacks import CURVE_POINTS, Clock
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.memory import (
@@ -33,7 +42,7 @@ from fastpeft.training.memory import (
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.settings import checkpointing_options
-from fastpeft.training.task import ADAMW, ADAMW_8BIT, Task, compute_dtype, recipe_used, total_steps
+from fastpeft.training.task import Task
 from fastpeft.training.trainer import CURVE_ROWS, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -123,7 +132,7 @@ def plan(config: TrainConfig, *, timed: bool = False, budget_mb: float | None = 
     """
     begin = time.perf_counter()
     task = Task.load(config)
-    arguments = task.training_arguments(config.output)
+    arguments = training_arguments(task, config.output)
     trainable, total = count_parameters(task.model)
     if timed and launched() == 1:
         taken = _estimate(task, arguments, begin, budget_mb)
@@ -152,7 +161,7 @@ def estimate(config: TrainConfig, budget_mb: float | None = None) -> Estimate:
     begin = time.perf_counter()
     try:
         task = Task.load(dataclasses.replace(config, init_from=None))
-        arguments = task.training_arguments(config.output)
+        arguments = training_arguments(task, config.output)
     except FastpeftError as error:
         return Estimate(error=error.args[0])
     return _estimate(task, arguments, begin, budget_mb)
@@ -179,8 +188,8 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
         try:
             task = dataclasses.replace(task, setup=dataclasses.replace(task.setup, config=short))
             clock = _LaterSteps()
-            arguments = task.training_arguments(elsewhere)
-            with task.refusing():
+            arguments = training_arguments(task, elsewhere)
+            with refusing(task):
                 trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
                 loaded = time.perf_counter()
                 trainer.measure(task.dev_rows[:_ROWS])

@@ -33,12 +33,13 @@ from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt, is_text
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, encode, warn_of_texts
 from fastpeft.training.generation import Writer, measure_said, says_words, write
 from fastpeft.training.loading import FinishedRun, Taken, best_device, load_run
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import check_texts
-from fastpeft.training.task import DEFAULT_MAX_LENGTH, LONGEST_SAID, collator, data_for, encode, warn_of_texts
+from fastpeft.training.task import data_for
 
 _BATCH_SIZE = 64
 

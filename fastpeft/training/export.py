@@ -27,12 +27,13 @@ from fastpeft.support import files
 from fastpeft.support.adapter_files import holds_adapter
 from fastpeft.support.model_card import ONNX_FILE, loading_snippet, model_card, onnx_snippet
 from fastpeft.support.stages import report
+from fastpeft.training.encoding import encode
 from fastpeft.training.loading import FinishedRun, assemble
 from fastpeft.training.onnx_model import check_onnx, write_onnx
 from fastpeft.training.results import answers_in_words, chosen_by, results
 from fastpeft.training.run_folder import RunFolder
 from fastpeft.training.setup import RunSetup, setup_of_run
-from fastpeft.training.task import draw_start, encode, prepare
+from fastpeft.training.task import draw_start, prepare
 
 logger = logging.getLogger(__name__)
 

@@ -44,13 +44,14 @@ from fastpeft.support.nonfinite import is_finite
 from fastpeft.support.processes import Ranks, noticing_losses
 from fastpeft.support.processor import has_bfloat16
 from fastpeft.support.stages import report
+from fastpeft.training.arguments import compute_dtype, recipe_used, refusing, training_arguments
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
 from fastpeft.training.run_folder import CHOICES, CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
-from fastpeft.training.task import Task, compute_dtype, recipe_used
+from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
 logger = logging.getLogger(__name__)
@@ -138,9 +139,9 @@ def train(
         if config.cache_features is not None:
             inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
         with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
-            arguments = task.training_arguments(elsewhere)
+            arguments = training_arguments(task, elsewhere)
             Ranks().check_same(config.values())
-            with task.refusing(), noticing_losses():
+            with refusing(task), noticing_losses():
                 trainer = trainer_class(task)(task, arguments, folder, callbacks)
                 trainer.create_optimizer()
                 before = trainer.measure(task.dev_rows)
@@ -154,7 +155,7 @@ def train(
         trainer.ranks.first_does(begin)
         arguments.output_dir = str(folder.staging)
         if config.report_to is not None:
-            with task.refusing():
+            with refusing(task):
                 trainer.begin_reports(config.report_to)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():

@@ -35,6 +35,7 @@ from fastpeft.mezo.trainer import MeZOTrainer
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.nonfinite import where_it_began
 from fastpeft.support.processes import Ranks, noticing_losses
+from fastpeft.training.arguments import loader_options, steps_per_epoch
 from fastpeft.training.callbacks import (
     Clock,
     CudaPeak,
@@ -48,10 +49,11 @@ from fastpeft.training.callbacks import (
     WholeCheckpoints,
     logged,
 )
+from fastpeft.training.encoding import collator
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run_folder import LOGS, RunFolder
-from fastpeft.training.task import Task, collator, loader_options, steps_per_epoch
+from fastpeft.training.task import Task
 
 logger = logging.getLogger(__name__)
 

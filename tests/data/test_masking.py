@@ -20,10 +20,11 @@ from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.masking import SHARE, MaskedRows, Masker
 from fastpeft.data.problems import MASKED_WORDS, UNLABELLED
 from fastpeft.ops.fused_head import FusedLinear
+from fastpeft.training.encoding import encode
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.loading import load_run
-from fastpeft.training.task import Task, encode
+from fastpeft.training.task import Task
 
 
 @pytest.fixture(scope="module")

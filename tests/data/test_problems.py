@@ -50,9 +50,9 @@ from fastpeft.data.problems import (
     most_frequent,
 )
 from fastpeft.data.scores import entities
+from fastpeft.training.encoding import encode
 from fastpeft.training.evaluation import evaluate, predict
 from fastpeft.training.loading import load_run
-from fastpeft.training.task import encode
 
 LABELS = ("negative", "positive", "mixed")
 ROWS: dict[str, Callable[[Path], Path]] = {

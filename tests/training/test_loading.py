@@ -19,10 +19,11 @@ from fastpeft import FastpeftError, LadderModel, PromptCollator, PromptModel, Tr
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.wrapping import merge
+from fastpeft.training.arguments import recipe_used, training_arguments
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run, load_start
 from fastpeft.training.setup import Head, resolve
-from fastpeft.training.task import Task, recipe_used
+from fastpeft.training.task import Task
 
 SUBSETS = [name for name in SMALL if not METHODS[name].optimization.zeroth_order]
 
@@ -189,7 +190,7 @@ def test_the_model_is_that_of_the_earlier_run(config: TrainConfig, caplog: pytes
 
 def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, method="k-lst", learning_rate=None, max_steps=None)
-    arguments = Task.load(config).training_arguments(str(tmp_path))
+    arguments = training_arguments(Task.load(config), str(tmp_path))
     steps = 5 * math.ceil(54 / 16)
     assert recipe_used(arguments) == {
         "learning_rate": 2e-4,
@@ -202,7 +203,7 @@ def test_a_recipe_gives_what_nobody_else_does(config: TrainConfig, tmp_path: Pat
     }
     own = {"lr_scheduler_type": "linear", "weight_decay": 0.5, "warmup_steps": 3}
     changed = replace(config, learning_rate=1e-6, epochs=1, settings=own)
-    assert recipe_used(Task.load(changed).training_arguments(str(tmp_path))) == {
+    assert recipe_used(training_arguments(Task.load(changed), str(tmp_path))) == {
         "learning_rate": 1e-6,
         "schedule": "linear",
         "warmup_steps": 3,

@@ -15,6 +15,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.errors import LostProcessError, NotFiniteError
 from fastpeft.methods.registry import get_method
 from fastpeft.mezo.trainer import MeZOConfig
+from fastpeft.training.arguments import training_arguments
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.settings import sort_settings
 from fastpeft.training.task import Task
@@ -58,7 +59,7 @@ def test_noise_on_embeddings_is_refused_where_it_would_do_nothing(task: Task, me
     given = {"method": method, "settings": {"neftune_noise_alpha": 5.0}}
     prompt = {"prompt": "{text} It was <mask>.", "label_words": "and,a"} if method == "mezo" else {}
     with pytest.raises(FastpeftError, match="neftune_noise_alpha is for embeddings in training mode"):
-        Task.load(replace(task.config, **given, **prompt)).training_arguments("nowhere")
+        training_arguments(Task.load(replace(task.config, **given, **prompt)), "nowhere")
 
 
 def test_the_loss_that_is_reported_is_not_smoothed(task: Task, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def refusal(task: Task, method: str, settings: dict[str, Any]) -> str | None:
     try:
         _, arguments = sort_settings(get_method(method), settings)
         setup = replace(task.setup, method=get_method(method), config=config, arguments=arguments)
-        replace(task, setup=setup).training_arguments("nowhere")
+        training_arguments(replace(task, setup=setup), "nowhere")
     except FastpeftError as error:
         return str(error)
     return None

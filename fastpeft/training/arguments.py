@@ -1,0 +1,234 @@
+"""The Trainer's arguments for a task: of the recipe, the run's configuration and its settings; and what they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments, get_scheduler
+from transformers.utils import is_liger_kernel_available
+
+from fastpeft.data.problems import MULTI_LABEL, NEXT_WORDS, REGRESSION
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.model import LadderModel
+from fastpeft.prompts.model import inside_prompt
+from fastpeft.support import processes
+from fastpeft.training.config import TrainConfig
+from fastpeft.training.settings import arguments_of, checkpointing_options
+from fastpeft.training.task import Task
+
+_EVAL_BATCH_SIZE = 64
+_LOGS = 50  # points of the loss curve
+
+# names of optimizers that treat each parameter by itself
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
+_STEP_IN_BACKWARD = (*ADAMW, *ADAMW_8BIT)
+
+
+def training_arguments(task: Task, output: str) -> TrainingArguments:
+    """The Trainer's arguments of a task, with checkpoints below `output`.
+
+    The batches are those of a step whatever the number of processes that a launcher started, which share each.
+
+    Raises:
+        FastpeftError: the settings go neither together nor with the task.
+    """
+    config, recipe = task.config, task.setup.recipe
+    if config.report_to is not None and find_spec(config.report_to) is None:
+        raise FastpeftError(
+            f"`report_to` is {config.report_to!r}, but that package is not installed. Run pip install "
+            f"{config.report_to}, or leave it out."
+        )
+    values = _values(task, output)
+    with refusing(task):
+        arguments_class = arguments_of(task.method)
+        if values["use_cpu"]:  # then the Trainer would take no notice of its timeout
+            processes.meet(values.get("ddp_timeout", TrainingArguments.ddp_timeout))
+        first = arguments_class(**values)
+        _check(first, task)
+        steps = total_steps(first, len(task.train_rows))
+        if "warmup_ratio" not in values:
+            values.setdefault("warmup_steps", round(recipe.warmup * steps))
+        values.setdefault("logging_steps", max(1, steps // _LOGS))
+        arguments = arguments_class(**values)
+        if arguments.world_size > 1:
+            _divide(arguments, config)
+        return arguments
+
+
+def _values(task: Task, output: str) -> dict[str, Any]:
+    """What the arguments are given: fixed by how runs are made, by the configuration, the recipe, or a setting."""
+    config, recipe, given, optimization = task.config, task.setup.recipe, task.setup.arguments, task.method.optimization
+    learning_rate = recipe.learning_rate if config.learning_rate is None else config.learning_rate
+    schedule: dict[str, Any] = {}
+    if "lr_scheduler_type" not in given:
+        settings = recipe.schedule_settings(learning_rate)
+        schedule = {"lr_scheduler_type": recipe.schedule, "lr_scheduler_kwargs": settings}
+    return {
+        "output_dir": output,
+        "per_device_train_batch_size": config.batch_size,
+        # outputs over the whole vocabulary fit where a batch to train on does
+        "per_device_eval_batch_size": _EVAL_BATCH_SIZE if task.data.problem.digest is None else config.batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": recipe.weight_decay,
+        **schedule,
+        "num_train_epochs": recipe.epochs if config.epochs is None else config.epochs,
+        "max_steps": -1 if config.max_steps is None else config.max_steps,
+        "seed": config.seed,
+        "bf16": config.bf16,
+        "save_strategy": "no" if config.save_steps is None else "steps",
+        "save_steps": config.save_steps or 1,
+        "eval_strategy": "no",  # the run's Trainer decides when
+        "logging_nan_inf_filter": False,  # the run's Trainer stops at such a loss
+        "use_cpu": not torch.accelerator.is_available(),  # the Trainer refuses bf16 on a CPU it found by itself
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": "none",  # the run's Trainer begins when its folder is there
+        "run_name": Path(config.output).name,
+        **({"journal": optimization.keeps_journal} if optimization.zeroth_order else {}),
+        **({"max_grad_norm": 0.0} if config.optimizer_in_backward else {}),
+        **given,
+    }
+
+
+def _check(first: TrainingArguments, task: Task) -> None:
+    """Raise almost any exception where arguments cannot do what they say, before anything is written."""
+    title, problem = task.method.title, task.data.problem
+    is_beside = isinstance(inside_prompt(task.model), LadderModel)
+    if first.gradient_accumulation_steps < 1:
+        raise ValueError("gradient_accumulation_steps must be at least 1.")
+    if first.gradient_checkpointing and not _supports_checkpointing(task.model):
+        raise ValueError(f"{title} does not go with gradient_checkpointing.")
+    if first.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
+    if first.eval_steps and task.config.metric is not None:
+        raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
+    if (first.neftune_noise_alpha or 0) < 0:
+        raise ValueError("neftune_noise_alpha must be at least 0.")
+    if first.neftune_noise_alpha and (is_beside or task.method.optimization.zeroth_order):
+        raise ValueError(f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.")
+    if first.label_smoothing_factor:
+        if problem in (REGRESSION, MULTI_LABEL):
+            raise ValueError(f"label_smoothing_factor is for classes, but the data has {problem.labels}.")
+        if is_beside and problem is NEXT_WORDS:
+            raise ValueError(  # the Trainer knows by the class's name whether labels are to be shifted
+                "with label_smoothing_factor it would teach a side network to say the word that it has just read."
+            )
+        if task.config.own_loss:
+            raise ValueError("label_smoothing_factor does not go with class_weights or focal_gamma.")
+    if task.config.optimizer_in_backward:
+        _check_steps_in_backward(first)
+    stand_in = torch.optim.SGD([torch.zeros(1)], first.learning_rate)
+    get_scheduler(first.lr_scheduler_type, stand_in, 0, 1, first.lr_scheduler_kwargs)
+    if first.gradient_checkpointing:
+        _, options = checkpointing_options(first)
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": False, **options})
+    DataLoader(task.dev_rows, first.eval_batch_size, **loader_options(first))  # type: ignore[arg-type]
+
+
+def _divide(arguments: TrainingArguments, config: TrainConfig) -> None:
+    """Let several processes share each batch in equal parts."""
+    size = arguments.world_size
+    if arguments.train_batch_size % size:
+        raise FastpeftError(
+            f"`batch_size` is {config.batch_size}, which {size} processes cannot share in equal parts. "
+            f"Give a multiple of {size}, or start another number of them."
+        )
+    if config.optimizer_in_backward:
+        raise FastpeftError(
+            f"`optimizer_in_backward` with {size} processes: a gradient is used before that of the others is "
+            "added. Leave it out, or start one process."
+        )
+    arguments.accelerator_config.split_batches = True
+    if arguments.ddp_broadcast_buffers is None:  # as SiVA's first factors, which never change
+        arguments.ddp_broadcast_buffers = False
+    arguments.per_device_eval_batch_size = math.ceil(arguments.eval_batch_size / size) * size
+
+
+@contextmanager
+def refusing(task: Task) -> Iterator[None]:
+    """Lay to the settings what the Trainer, or what it is made of, raises in the block.
+
+    Raises:
+        FastpeftError: with what was raised in words; one that is raised in the block stays as it is.
+    """
+    try:
+        yield
+    except FastpeftError:
+        raise
+    except Exception as error:  # transformers raises almost any type
+        reason = str(error).strip().rstrip(".")
+        if not isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):  # which speak for themselves
+            reason = f"{type(error).__name__}: {reason}"
+        raise FastpeftError(
+            f"the Trainer cannot take the settings {dict(task.setup.arguments) or 'of this run'}: {reason}. "
+            "Correct them, or leave them out."
+        ) from error
+
+
+def _check_steps_in_backward(arguments: TrainingArguments) -> None:
+    """Raise `ValueError` where an optimizer that steps in backward does not go with the rest."""
+    if arguments.optim not in _STEP_IN_BACKWARD:
+        raise ValueError(
+            f"optimizer_in_backward goes with optim={' or '.join(_STEP_IN_BACKWARD)}, not {arguments.optim.value}."
+        )
+    for name, off in ("max_grad_norm", 0), ("gradient_accumulation_steps", 1), ("fp16", False):
+        if (value := getattr(arguments, name)) != off:
+            raise ValueError(
+                f"{name}={value} needs all gradients at once, which optimizer_in_backward never has; it must be {off}."
+            )
+
+
+def _supports_checkpointing(model: Any) -> bool:
+    """Whether activations can be computed again in all of a model, whatever wraps what."""
+    return all(getattr(module, "supports_gradient_checkpointing", True) for module in model.modules())
+
+
+def recipe_used(arguments: TrainingArguments) -> dict[str, Any]:
+    """What of the Trainer's arguments a recipe decides where nobody else does, for people to read."""
+    used = {
+        "learning_rate": arguments.learning_rate,
+        "schedule": str(arguments.lr_scheduler_type.value),
+        **(arguments.lr_scheduler_kwargs or {}),
+        "warmup_steps": arguments.warmup_steps,
+        "weight_decay": arguments.weight_decay,
+    }
+    length = {"max_steps": arguments.max_steps} if arguments.max_steps > 0 else {"epochs": arguments.num_train_epochs}
+    return {**used, **length}
+
+
+def compute_dtype(arguments: TrainingArguments) -> str:
+    """What a step computes in, by autocast where it is not float32, in which weights that train are."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+
+
+def loader_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """What a DataLoader takes from the Trainer's arguments."""
+    return {
+        "num_workers": arguments.dataloader_num_workers,
+        "pin_memory": arguments.dataloader_pin_memory,
+        "persistent_workers": arguments.dataloader_persistent_workers,
+        "prefetch_factor": arguments.dataloader_prefetch_factor,
+        "multiprocessing_context": getattr(arguments, "dataloader_multiprocessing_context", None),  # not in the older
+    }
+
+
+def total_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a run over `rows` rows, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_per_epoch(arguments, rows))
+
+
+def steps_per_epoch(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of one pass over `rows` rows, as the Trainer counts them."""
+    batches = math.ceil(rows / arguments.train_batch_size)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))

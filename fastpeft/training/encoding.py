@@ -1,0 +1,114 @@
+"""Texts as rows of tokens with what is to be said of them, and rows as batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import DataCollatorForTokenClassification
+
+from fastpeft.data import next_words
+from fastpeft.data.examples import Examples, Row
+from fastpeft.data.packed_rows import PackedCollator
+from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, UNLABELLED, Problem
+from fastpeft.errors import FastpeftError
+from fastpeft.prompts.model import PromptCollator
+from fastpeft.prompts.template import Prompt
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 128  # tokens
+LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: prompts and turns are in it
+_CHUNK = 1_000  # texts that are encoded again at one time
+
+
+def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
+    """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
+
+    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
+    words are learned, rows have no labels yet but `special_tokens_mask`, and rows without a word are left out. Next
+    words are encoded by `next_words.encode`.
+
+    Raises:
+        FastpeftError: no row has a word that could be hidden.
+    """
+    if prompt is not None:
+        return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
+    if problem is NEXT_WORDS:
+        return next_words.encode(tokenizer, examples.texts, max_length)
+    texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
+    unlabelled = problem is MASKED_WORDS
+    encoded = tokenizer(
+        *map(list, texts),
+        truncation=True,
+        max_length=max_length,
+        is_split_into_words=problem.per_token and not unlabelled,
+        return_special_tokens_mask=unlabelled,
+    )
+    if unlabelled:
+        rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
+        rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+        if not rows:
+            raise FastpeftError(
+                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
+            )
+        return rows
+    labels = examples.labels
+    if problem.per_token:
+        labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
+    return [
+        {**{name: column[i] for name, column in encoded.items()}, "labels": label} for i, label in enumerate(labels)
+    ]
+
+
+def warn_of_texts(
+    examples: Examples, rows: Sequence[Row], tokenizer: Any, max_length: int, prompt: Prompt | None, problem: Problem
+) -> None:
+    """Warn of texts that are empty, and of what `encode` cut off these rows, which is neither learned nor measured."""
+    if problem.of_texts_alone:  # of which the empty ones are left out, and `next_words.encode` warns
+        return
+    if empty := sum(not any(map(str.strip, [text] if isinstance(text, str) else text)) for text in examples.texts):
+        logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(examples))
+    if not problem.per_token:
+        full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
+        cut = 0
+        for start in range(0, len(full), _CHUNK):
+            some = full[start : start + _CHUNK]
+            given = Examples([examples.texts[index] for index in some], [examples.labels[index] for index in some])
+            cut += sum(
+                len(row["input_ids"]) > max_length for row in encode(tokenizer, given, max_length + 1, prompt, problem)
+            )
+        if cut:
+            logger.warning(
+                "%d of %d texts are longer than the %d tokens that are read, and were cut; a larger max_length (of the "
+                "model at most) reads more",
+                cut,
+                len(examples),
+                max_length,
+            )
+        return
+    words = sum(map(len, examples.texts))
+    read = sum(label != UNLABELLED for row in rows for label in row["labels"])
+    if read < words:
+        logger.warning(
+            "%d of %d words have no token among the %d that are read of a row, and are left out; a larger max_length "
+            "(of the model at most) or shorter rows keep them",
+            words - read,
+            words,
+            max_length,
+        )
+
+
+def _first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """A label for each token, given the word that it is of: the word's tag where a word begins."""
+    before = [None, *words]
+    return [UNLABELLED if word is None or word == last else tags[word] for word, last in zip(words, before)]
+
+
+def collator(tokenizer: Any, problem: Problem, pad_to_multiple_of: int | None = None) -> Any:
+    """What makes a batch of rows of `encode`."""
+    if problem is NEXT_WORDS:
+        return PackedCollator(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+    kind = DataCollatorForTokenClassification if problem.per_token else PromptCollator
+    return kind(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
