@@ -32,7 +32,7 @@ import torch
 from bench.harness import DATA, Row, machine, put_row
 from fastpeft.data.examples import load_data
 from fastpeft.serving.tasks import parse_runs
-from fastpeft.training.evaluation import Predictor
+from fastpeft.training.prediction import Predictor
 
 FILE = DATA / "serve.csv"
 TEXTS = 200  # different ones

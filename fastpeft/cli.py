@@ -314,15 +314,15 @@ def predict(
 
     with shown(lines=False):
         from fastpeft import console
-        from fastpeft.training import prediction
+        from fastpeft.training import prediction_files
 
         console.show_messages(quiet=False)
-        target = None if output is None else prediction.check_output(output, overwrite)
-        found = prediction.Predictions(
+        target = None if output is None else prediction_files.check_output(output, overwrite)
+        found = prediction_files.Predictions(
             folder, texts or [], file, kind=kind, text_column=text_column, max_new_tokens=max_new_tokens
         )
     with ExitStack() as held:
-        write = None if target is None else held.enter_context(prediction.writing(target, found.columns))
+        write = None if target is None else held.enter_context(prediction_files.writing(target, found.columns))
         advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))
         count = 0
         for some, left_out in found:

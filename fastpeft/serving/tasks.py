@@ -24,9 +24,9 @@ from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.speech import Saying, say
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.evaluation import Predictor, Taken
 from fastpeft.training.generation import ends_of, says_words
-from fastpeft.training.loading import FinishedRun, load_run
+from fastpeft.training.loading import FinishedRun, Taken, load_run
+from fastpeft.training.prediction import Predictor
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
 _MAX_TOKENS = 256  # that are said, where a client names no number

@@ -1,375 +1,207 @@
-"""What a finished run says of many texts, of the rows of a file too: answered, shown and written as they come.
-
-A row that cannot be used is told by itself, and the others are answered.
-"""
+"""What a finished run says of texts: the class, the number, the tags or the words."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from fastpeft.data.columns import named_labels, pick_columns, prompt_columns
-from fastpeft.data.conversations import as_conversation, is_conversation
-from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
-from fastpeft.data.tables import Record, Table, read_apart
-from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
+from fastpeft.data.examples import Examples, Row
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
 from fastpeft.errors import FastpeftError
-from fastpeft.support.files import path_of, publish, saving
-from fastpeft.support.interrupts import uninterrupted
-from fastpeft.training.evaluation import Predictor
-from fastpeft.training.generation import Writer, says_words
-from fastpeft.training.loading import Taken, load_run
+from fastpeft.prompts.template import is_text
+from fastpeft.support.stages import report
+from fastpeft.training.encoding import collator, encode
+from fastpeft.training.generation import says_words, write
+from fastpeft.training.loading import FinishedRun, Taken, load_run
 
-_CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
-_TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
-
-Row = dict[str, str | int | float]
+_BATCH_SIZE = 64
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a run says of one text.
-
-    Attributes:
-        row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
-        text: a text, a pair of texts or a list of words.
-        scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
-            probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it says.
-    """
-
-    row: int
-    text: Any
-    scores: Any
-
-
-class Predictions:
-    """The predictions of a finished run, a few hundred rows at a time.
+class Predictor:
+    """A finished run in use: what it makes of one text is read and answered apart, so that one cannot stop another.
 
     Args:
         folder: folder of the run.
-        texts: as `fastpeft.training.evaluation.predict` takes them.
-        file: a csv, tsv, jsonl, parquet or txt file, whose rows come after the texts; `-` is the standard input.
-        kind: what the file is, where the end of its name does not tell.
-        text_column: name of the column of texts, or two names joined by a comma. None: those that the run was trained
-            with, else found by their names. Other columns, as that of labels, are not read.
-        max_new_tokens: the most tokens that a run on next words says to a text. None: as of `Writer`.
+        device: where to put its model. None: the best there is.
+        max_length: where to cut texts that the run would read further, in tokens.
 
     Attributes:
-        labels: names of the classes or tags, or of the number.
-        count: how many rows there are.
+        run: the run, with its model.
 
     Raises:
-        FastpeftError: the run or the file cannot be used; or one of `texts`, before any is answered.
-
-    Example:
-        >>> found = Predictions("runs/reviews", file="reviews.csv")  # doctest: +SKIP
-        >>> for some, left_out in found:  # predictions, and what is wrong with other rows  # doctest: +SKIP
-        ...     print([found.records(each) for each in some])
+        FastpeftError: as `load_run`; the run learned masked words, so that there is nothing to say of a text; or
+            `max_length` leaves no room for one.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        texts: Sequence[Any] = (),
-        file: str | None = None,
-        *,
-        kind: str | None = None,
-        text_column: str | None = None,
-        max_new_tokens: int | None = None,
-    ) -> None:
-        if text_column is not None and file is None:
-            raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
-        name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
-        self._predictor: Predictor | Writer
-        if says_words(folder):
-            self._predictor = Writer(load_run(folder), max_new_tokens)
-        elif max_new_tokens is not None:
+    def __init__(self, folder: str | Path, device: str | None = None, max_length: int | None = None) -> None:
+        self.run = load_run(folder, device)
+        if max_length is not None:
+            special = self.run.classifier.tokenizer.num_special_tokens_to_add(self.run.is_pair)
+            if max_length <= special:
+                raise FastpeftError(
+                    f"`max_length` is {max_length}, but the run in {str(folder)!r} reads {special} special tokens "
+                    f"around each text. Give {special + 1} or more."
+                )
+            self.run = replace(self.run, max_length=min(max_length, self.run.max_length))
+        if self.run.problem is NEXT_WORDS:
             raise FastpeftError(
-                f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} tells classes or numbers. Leave "
-                "it out."
+                f"the run in {str(folder)!r} learned next words and has no classes to tell. It goes on from texts: "
+                f"fastpeft predict {folder}."
             )
-        else:
-            self._predictor = Predictor(folder)
-        self.labels = self._predictor.run.labels
-        self._taken = [(number, self._predictor.take(text)) for number, text in enumerate(texts, start=1)]
-        self._name, self._rows = name, rows
-        self._says = isinstance(self._predictor, Writer)
-        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
-        self._read = self._read_line
-        if file is not None and kind != "txt":
-            self._names, self._read = self._pick(text_column), self._read_cells
-        self.count = len(self._taken) + len(rows)
-
-    def _pick(self, text_column: str | None) -> tuple[str, ...]:
-        """The columns of texts."""
-        run = self._predictor.run
-        first = next((row for _, row in self._rows if not isinstance(row, FastpeftError)), None)
-        if first is None:
-            raise FastpeftError(f"{self._name} has no row that can be read. {self._rows[0][1]}")
-        if text_column is None:
-            own = run.config.text_column
-            known = own is not None and {own, *map(str.strip, own.split(","))} & first.keys()
-            text_column = own if known else None
-            own_labels = named_labels(run.config.label_column or "", list(first))
-            first = {name: value for name, value in first.items() if name not in own_labels}
-        if self._says:
-            return prompt_columns(Table(self._name, [first]), text_column)
-        texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
-        if (len(texts) == 2) is not run.is_pair:
-            kinds = ("pairs of texts", "one text a row")
-            learned, here = kinds if run.is_pair else kinds[::-1]
+        if self.run.problem is MASKED_WORDS:
             raise FastpeftError(
-                f"the run learned from {learned}, but {self._name} has {here}, in {' and '.join(map(repr, texts))}. "
-                "Name the columns that are meant with --text-column."
+                f"the run in {str(folder)!r} learned masked words and has no classes to tell. Train another from it on "
+                f"labelled texts: --init-from {folder}."
             )
-        return texts
 
-    def _read_cells(self, row: Record, place: Place) -> Any:
-        values = [(name, row.get(name)) for name in self._names]
-        if self._says and is_conversation(values[0][1]):
-            return as_conversation(values[0][1], self._names[0], place, answered=False)
-        if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
-            return as_words(values[0][1], values[0][0], place)
-        texts = tuple(as_text(value, name, place) for name, value in values)
-        for name, text in zip(self._names, texts):
-            if not text.strip():
-                raise FastpeftError(f"{place} has an empty text in column {name!r}. Give one, or remove the row.")
-        return texts if len(texts) == 2 else texts[0]
-
-    def _read_line(self, row: Record, place: Place) -> Any:
-        return row["text"].strip()
-
-    def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
-        """Predictions, and what is wrong with the rows between them that were left out."""
-        before = len(self._taken)
-        rows: list[Any] = [*self._taken, *self._rows]
-        for start in range(0, len(rows), _CHUNK):
-            taken, left_out = [], []
-            for index, (number, row) in enumerate(rows[start : start + _CHUNK], start=start):
-                try:
-                    taken.append((number, row) if index < before else (before + number, self._take(number, row)))
-                except FastpeftError as error:
-                    left_out.append(error)
-            given = [each for _, each in taken]
-            scores: Sequence[Any]
-            if isinstance(self._predictor, Writer):
-                scores = self._predictor.write(given)
-            else:
-                scores = self._predictor.scores(given)
-            yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
-
-    def _take(self, number: int, row: Record | FastpeftError) -> Taken:
-        if isinstance(row, FastpeftError):
-            raise row
-        place = Place(self._name, number)
-        given = self._read(row, place)
-        try:
-            return self._predictor.take(given)
-        except FastpeftError as error:
-            raise FastpeftError(f"{place}: {error}") from None
-
-    # -- what is shown and written -------------------------------------------------------------------------------
-
-    def lines(self, prediction: Prediction, every: bool = False) -> Iterator[str]:
-        """A prediction as lines of text, tabs between class, probability and text; with `every`, all classes.
-
-        Of a run on tags there is a line for every word, and an empty one after each text. Of a run on several labels
-        `|` stands between those that are answered, and between their probabilities. Of a run on next words it is what
-        that says, and an empty line.
-        """
-        problem, text = self._predictor.run.problem, prediction.text
-        if self._says:
-            yield from prediction.scores.splitlines() or [""]
-            yield ""
-        elif problem.per_token:
-            for word, scores in zip(text, prediction.scores):
-                yield "\t".join([*self._said(scores, every), word])
-            yield ""
-        else:
-            texts = text if isinstance(text, tuple) else (text,)
-            shown = (" ".join(part.splitlines()) for part in texts)
-            yield "\t".join([*self._said(prediction.scores, every and problem is not REGRESSION), *shown])
-
-    def _said(self, scores: np.ndarray, every: bool) -> list[str]:
-        labels, answered = self._answer(scores)
-        return [
-            labels,
-            ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores))
-            if every
-            else SEPARATOR.join(f"{p:.3f}" for p in answered),
-        ]
-
-    def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
-        """The class, or the labels with `|` between them, and the probability of each."""
-        assert isinstance(self._predictor, Predictor)
-        answer = self._predictor.answer(scores)
-        several = answer if isinstance(answer, list) else [answer]
-        return SEPARATOR.join(name for name, _ in several), [p for _, p in several]
-
-    @cached_property
-    def columns(self) -> dict[str, type]:
-        """The names and types of what `records` gives.
+    def take(self, text: Any) -> Taken:
+        """A text, as `predict` takes one, made ready.
 
         Raises:
-            FastpeftError: a column of texts has the name of one that is made.
+            FastpeftError: it is not what the run reads.
         """
-        problem = self._predictor.run.problem
-        if self._says:
-            return {"row": int, "text": str, "said": str}
-        if problem.per_token:
-            return {"row": int, "word": str, "tag": str, "probability": float}
-        made: dict[str, type] = {"row": int}
-        if problem is REGRESSION:
-            said: dict[str, type] = {self.labels[0]: float}
-        else:
-            said = {"labels" if problem is MULTI_LABEL else "class": str}
-            said |= {f"p({label})": float for label in self.labels}
-        for name in self._names:
-            if name in made or name in said:
-                raise FastpeftError(
-                    f"the column of texts {name!r} of {self._name} has the name of a column of predictions. Rename it."
-                )
-        return {**made, **dict.fromkeys(self._names, str), **said}
+        run = self.run
+        given = _as_input(text, run)
+        # what the text would be labelled with; where words have tags, the labels show which tokens to read
+        none: list[Any] = [list(range(len(given))) if run.problem.per_token else 0]
+        (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
+        if run.problem.per_token:
+            _word_tokens(row, given, run.max_length)
+        return Taken(given, row)
 
-    def records(self, prediction: Prediction) -> list[Row]:
-        """A prediction as rows of a table: one, or one a word."""
-        problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
-        if self._says:
-            found: list[list[Any]] = [[prediction.row, str(text), scores]]
-        elif isinstance(self._predictor, Predictor) and problem.per_token:
-            best = [self._predictor.answer(each) for each in scores]
-            found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]
-        else:
-            said = [] if problem is REGRESSION else [self._answer(scores)[0]]
-            texts = text if isinstance(text, tuple) else (text,)
-            found = [[prediction.row, *texts, *said, *map(shortest, scores)]]
-        return [dict(zip(self.columns, values)) for values in found]
+    def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
+        """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
+        those of the tags, `(words, tags)`; float32."""
+        return self.scores_of(taken, outputs_of(self.run, [row for _, row in taken]))
+
+    def scores_of(self, taken: Sequence[Taken], outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """What `scores` gives, of the model's outputs for each text: `(outputs,)`, or `(T, outputs)` of its tokens.
+
+        Raises:
+            FastpeftError: an output is not finite.
+        """
+        problem = self.run.problem
+        _check_finite(outputs, self.run)
+        if problem.per_token:
+            outputs = [
+                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
+            ]
+        if problem is REGRESSION:
+            return outputs
+        if problem is MULTI_LABEL:
+            return [torch.from_numpy(output).sigmoid().numpy() for output in outputs]
+        return [torch.from_numpy(output).softmax(-1).numpy() for output in outputs]
+
+    def answer(self, scores: np.ndarray) -> Any:
+        """What `predict` returns for a text, or for one of its words, given the scores of that."""
+        run = self.run
+        if run.problem is MULTI_LABEL:
+            return [(name, float(p)) for name, p in zip(run.labels, scores) if p > (run.threshold or 0.5)]
+        best = int(scores.argmax() if run.threshold is None else scores[1] > run.threshold)
+        return run.labels[best], float(scores[best])
+
+
+def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
+    """What a finished run says of each text; of the rows of a file, see `fastpeft.training.prediction_files`.
+
+    Args:
+        folder: folder of the run.
+        texts: strings; for a run on pairs (first, second), or strings in which a tab separates the two; for a run on
+            words with tags lists of words, or strings in which spaces separate them.
+
+    Returns:
+        For each text its most likely class and the probability of that; for a run on numbers the name of the number
+        and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
+        a run on several labels a list of those that are answered, which may be empty, each with its probability; for a
+        run on next words what it says, see `fastpeft.training.generation.Writer`. Where the run has a threshold, it
+        decides between two classes, and which labels are answered.
+
+    Raises:
+        FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
+            them is not what the run reads.
+    """
+    if isinstance(texts, str):
+        raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+    if says_words(folder):
+        return write(folder, texts)
+    predictor = Predictor(folder)
+    found = predictor.scores([predictor.take(text) for text in texts])
+    if predictor.run.problem.per_token:
+        return [[predictor.answer(word) for word in scores] for scores in found]
+    return [predictor.answer(scores) for scores in found]
+
+
+def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
+    """The first token of every word, given that a row's labels number its words."""
+    tokens = [index for index, word in enumerate(row["labels"]) if word != UNLABELLED]
+    if len(tokens) < len(words):
+        if len(row["input_ids"]) < max_length:
+            missing = next(index for index in range(len(words)) if index not in set(row["labels"]))
+            raise FastpeftError(f"the model has no token for the word {words[missing]!r}. Leave it out.")
+        raise FastpeftError(
+            f"of the {len(words)} words that begin with {' '.join(words[:3])!r}, only {len(tokens)} fit into the "
+            f"{max_length} tokens that the run reads. Give shorter texts."
+        )
+    return tokens
+
+
+def _as_input(text: Any, run: FinishedRun) -> Any:
+    """One text as `Examples` holds it."""
+    expected = "one text"
+    if run.is_pair:
+        expected = "two texts, as a pair or separated by a tab"
+        parts = text.split("\t") if isinstance(text, str) else text
+        if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(map(is_text, parts)):
+            return parts[0].strip(), parts[1].strip()
+    elif run.problem.per_token:
+        expected = "words, as a list or separated by spaces"
+        words = text.split() if isinstance(text, str) else text
+        if isinstance(words, list) and words and all(is_text(word) and word.strip() for word in words):
+            return words
+    elif is_text(text):
+        return text
+    raise FastpeftError(f"the run reads {expected}; got {text!r}. Give it so, in UTF-8.")
+
+
+@torch.inference_mode()
+def outputs_of(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
+    collate = collator(run.classifier.tokenizer, run.problem)
+    model = run.classifier.model
+    found: dict[int, np.ndarray] = {}
+    size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
+    for start in range(0, len(rows), size):
+        report("answering", start, len(rows))
+        chosen = order[start : start + size]
+        batch = collate([rows[i] for i in chosen]).to(model.device)
+        labels = batch.pop("labels")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.config.bf16)):
+            logits = model(**batch).logits
+        if run.problem.digest is not None:
+            logits = run.problem.digest(logits, labels)
+        outputs = logits.float().cpu().numpy()
+        masks = batch["attention_mask"].bool().cpu().numpy()
+        found |= {
+            i: output[mask] if run.problem.per_token else output for i, output, mask in zip(chosen, outputs, masks)
+        }
+    _check_finite(found.values(), run)
+    return [found[i] for i in range(len(rows))]
+
+
+def _check_finite(outputs: Iterable[np.ndarray], run: FinishedRun) -> None:
+    if not all(np.isfinite(each).all() for each in outputs):
+        raise FastpeftError(
+            f"the model of the run in {run.config.output!r} gives outputs that are not finite: its weights or those of "
+            "its base are damaged. Restore them, or train anew."
+        )
 
 
 def shortest(value: float) -> float:
     """A float32 by the fewest digits that tell it."""
     return float(str(np.float32(value)))
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-Write = Callable[[list[Row]], None]
-
-
-def check_output(output: str | Path, overwrite: bool) -> Path:
-    """The file to write to.
-
-    Raises:
-        FastpeftError: it is of no kind that is written, or it is there and not to be replaced.
-    """
-    path = path_of(output)
-    if path.suffix[1:].lower() not in _OPEN:
-        raise FastpeftError(f"the output {str(path)!r} must end in one of {', '.join(f'.{kind}' for kind in _OPEN)}.")
-    if path.is_dir():
-        raise FastpeftError(f"the output {str(path)!r} is a folder. Give the name of a file.")
-    if path.exists() and not overwrite:
-        raise FastpeftError(f"the output {str(path)!r} exists. Give another name, or --overwrite to replace it.")
-    return path
-
-
-@contextmanager
-def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
-    """What appends rows to a file, which has its name once it is whole.
-
-    Before that it is a hidden one beside it, which a killed process leaves behind. What was written before an error or
-    an interrupt is kept as `NAME.unfinished.KIND`, in place of what had that name, and its message says so.
-
-    Args:
-        path: as `check_output` gives it. A file that is there is replaced.
-        columns: names and types (int, str or float) of what each row has.
-
-    Raises:
-        FastpeftError: the file cannot be written.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came.
-    """
-    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    kept = path.with_name(f"{path.stem}.unfinished{path.suffix}")
-    count = 0  # rows that are worth keeping
-
-    def guarded() -> Any:
-        return saving(str(path), lambda: "Give a file that can be written, on a disk with room.")
-
-    def append(rows: list[Row]) -> None:
-        nonlocal count
-        with guarded(), uninterrupted():
-            before, count = count, 0  # for a write that fails may leave half a row
-            write(rows)
-            count = before + len(rows)
-
-    with guarded():
-        write, close = _OPEN[path.suffix[1:].lower()](staged, columns)
-    try:
-        yield append
-        with guarded(), uninterrupted():
-            count = 0
-            close()
-            publish(staged, path)
-    except (FastpeftError, KeyboardInterrupt) as error:
-        if not count:
-            raise
-        with guarded(), uninterrupted():
-            close()
-            os.replace(staged, kept)
-        said = str(error) or "Interrupted."
-        raise type(error)(f"{said} The {count:,} rows that were written before are in {kept}.") from error
-    finally:
-        with suppress(Exception):
-            close()
-        staged.unlink(missing_ok=True)
-
-
-def _open_lines(file: Path, start: Callable[[Any], Callable[[Row], object]]) -> tuple[Write, Callable[[], None]]:
-    stream = file.open("x", encoding="utf-8", newline="")
-    put = start(stream)
-
-    def write(rows: list[Row]) -> None:
-        for row in rows:
-            put(row)
-        stream.flush()
-
-    return write, stream.close
-
-
-def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -> tuple[Write, Callable[[], None]]:
-    def start(stream: Any) -> Callable[[Row], object]:
-        table = csv.DictWriter(stream, list(columns), dialect=dialect)
-        table.writeheader()
-        return table.writerow
-
-    return _open_lines(file, start)
-
-
-def _open_tsv(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    return _open_csv(file, columns, "excel-tab")
-
-
-def _open_jsonl(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    return _open_lines(file, lambda stream: lambda row: stream.write(json.dumps(row, ensure_ascii=False) + "\n"))
-
-
-def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
-    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
-    table = parquet.ParquetWriter(file, schema)
-    return lambda rows: table.write_table(pyarrow.Table.from_pylist(rows, schema)), table.close
-
-
-_OPEN = {"csv": _open_csv, "tsv": _open_tsv, "jsonl": _open_jsonl, "parquet": _open_parquet}

@@ -22,8 +22,9 @@ from fastpeft.data.problems import MASKED_WORDS, UNLABELLED
 from fastpeft.ops.fused_head import FusedLinear
 from fastpeft.training.encoding import encode
 from fastpeft.training.estimates import plan
-from fastpeft.training.evaluation import evaluate, predict
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
+from fastpeft.training.prediction import predict
 from fastpeft.training.task import Task
 
 

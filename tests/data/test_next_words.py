@@ -31,10 +31,11 @@ from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data
 from fastpeft.data.next_words import completion, encode, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
-from fastpeft.training.evaluation import Predictor, evaluate, evaluate_words, predict
+from fastpeft.training.evaluation import evaluate, evaluate_words
 from fastpeft.training.generation import Writer, measure_said, write
 from fastpeft.training.loading import load_run
-from fastpeft.training.prediction import Predictions
+from fastpeft.training.prediction import Predictor, predict
+from fastpeft.training.prediction_files import Predictions
 
 
 @pytest.fixture(scope="module")

@@ -51,8 +51,9 @@ from fastpeft.data.problems import (
 )
 from fastpeft.data.scores import entities
 from fastpeft.training.encoding import encode
-from fastpeft.training.evaluation import evaluate, predict
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
+from fastpeft.training.prediction import predict
 
 LABELS = ("negative", "positive", "mixed")
 ROWS: dict[str, Callable[[Path], Path]] = {

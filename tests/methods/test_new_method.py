@@ -19,8 +19,9 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.methods.method import Method
 from fastpeft.methods.registry import METHODS
 from fastpeft.methods.side_network import SideNetworkMethod
-from fastpeft.training.evaluation import evaluate, predict
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
+from fastpeft.training.prediction import predict
 
 
 @pytest.fixture(params=NEW, ids=lambda method: method.name)

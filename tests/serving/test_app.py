@@ -16,7 +16,7 @@ from samples import reviews
 from served import Server
 
 from fastpeft.serving.tasks import RefusedError, Tasks
-from fastpeft.training.evaluation import Predictor
+from fastpeft.training.prediction import Predictor
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")

@@ -16,7 +16,7 @@ from samples import reviews
 from typer.testing import CliRunner
 
 from fastpeft.cli import app
-from fastpeft.training.evaluation import predict
+from fastpeft.training.prediction import predict
 
 TEXTS = [text for text, _ in reviews(4)]
 

@@ -15,7 +15,7 @@ from fastpeft import FastpeftError, LadderPool
 from fastpeft.serving.server import described
 from fastpeft.serving.tasks import Ready, RefusedError, Tasks, parse_runs
 from fastpeft.support.stages import listening
-from fastpeft.training.evaluation import Predictor
+from fastpeft.training.prediction import Predictor
 
 TEXTS = [text for text, _ in reviews(7)]
 PAIRS = [[text, "a dull film"] for text in TEXTS[:3]]

@@ -18,7 +18,8 @@ from fastpeft import TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.prompts.template import Prompt
 from fastpeft.training.estimates import plan
-from fastpeft.training.evaluation import evaluate, load_run
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.loading import load_run
 from fastpeft.training.setup import RunSetup, resolve
 from fastpeft.training.task import Task
 

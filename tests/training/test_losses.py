@@ -21,8 +21,9 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.examples import load_data
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, TAGGING, best_threshold
-from fastpeft.training.evaluation import evaluate, predict
+from fastpeft.training.evaluation import evaluate
 from fastpeft.training.losses import TrainingLoss, balanced, training_loss
+from fastpeft.training.prediction import predict
 from fastpeft.training.task import data_for
 
 GENERATOR = torch.Generator().manual_seed(0)

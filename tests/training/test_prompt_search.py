@@ -24,7 +24,8 @@ from fastpeft.data.examples import load_data
 from fastpeft.support import files
 from fastpeft.training import prompt_search
 from fastpeft.training.estimates import plan
-from fastpeft.training.evaluation import evaluate, evaluate_zero_shot, predict
+from fastpeft.training.evaluation import evaluate, evaluate_zero_shot
+from fastpeft.training.prediction import predict
 from fastpeft.training.prompt_search import best_words, find_prompt, score, templates, whole_words
 
 

@@ -20,8 +20,10 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.methods.registry import get_method
 from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.estimates import plan
-from fastpeft.training.evaluation import evaluate, load_run, predict
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.loading import load_run
 from fastpeft.training.optimizer_in_backward import StepsInBackward
+from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.run import TrainResult
 from fastpeft.training.setup import resolve

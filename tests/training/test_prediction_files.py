@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
 from fastpeft.data.tables import read_apart
-from fastpeft.training import prediction
-from fastpeft.training.evaluation import predict
-from fastpeft.training.prediction import Predictions, writing
+from fastpeft.training import prediction_files
+from fastpeft.training.prediction import predict
+from fastpeft.training.prediction_files import Predictions, writing
 
 TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
 NUMBERS = ("row", "text", "class", "p(negative)", "p(positive)")
@@ -243,7 +243,7 @@ def test_every_class_is_shown(place: Path) -> None:
 
 
 def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    monkeypatch.setattr(prediction_files, "_CHUNK", 2)
     (place / "x.txt").write_text("a\nb\nc\nd\ne\n")
     found = Predictions("classes", file="x.txt")
     counts = []
@@ -261,7 +261,7 @@ def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("kind", READERS)
 def test_an_interrupt_keeps_what_was_written(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(prediction, "_CHUNK", 2)
+    monkeypatch.setattr(prediction_files, "_CHUNK", 2)
     lines = Predictions.records
     monkeypatch.setattr(Predictions, "records", lambda self, each: _interrupt() if each.row == 4 else lines(self, each))
     (place / "x.txt").write_text("a\nb\nc\nd\ne\n")
@@ -284,7 +284,7 @@ def test_a_write_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.Monk
     def twice() -> None:
         with writing(Path("out.jsonl"), {"row": int}) as write:
             write([{"row": 1}])
-            monkeypatch.setattr(prediction.json, "dumps", full)
+            monkeypatch.setattr(prediction_files.json, "dumps", full)
             write([{"row": 2}])
 
     with pytest.raises(FastpeftError, match=r"cannot write out\.jsonl \(No space left on device\)"):

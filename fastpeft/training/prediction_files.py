@@ -1,0 +1,370 @@
+"""What a finished run says of many texts, of the rows of a file too: answered, shown and written as they come.
+
+A row that cannot be used is told by itself, and the others are answered.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastpeft.data.columns import named_labels, pick_columns, prompt_columns
+from fastpeft.data.conversations import as_conversation, is_conversation
+from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
+from fastpeft.data.tables import Record, Table, read_apart
+from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
+from fastpeft.errors import FastpeftError
+from fastpeft.support.files import path_of, publish, saving
+from fastpeft.support.interrupts import uninterrupted
+from fastpeft.training.generation import Writer, says_words
+from fastpeft.training.loading import Taken, load_run
+from fastpeft.training.prediction import Predictor, shortest
+
+_CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
+_TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of one text.
+
+    Attributes:
+        row: its number: of texts from 1, of a file as `read_apart` counts, after the texts where there are both.
+        text: a text, a pair of texts or a list of words.
+        scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
+            probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it says.
+    """
+
+    row: int
+    text: Any
+    scores: Any
+
+
+class Predictions:
+    """The predictions of a finished run, a few hundred rows at a time.
+
+    Args:
+        folder: folder of the run.
+        texts: as `fastpeft.training.prediction.predict` takes them.
+        file: a csv, tsv, jsonl, parquet or txt file, whose rows come after the texts; `-` is the standard input.
+        kind: what the file is, where the end of its name does not tell.
+        text_column: name of the column of texts, or two names joined by a comma. None: those that the run was trained
+            with, else found by their names. Other columns, as that of labels, are not read.
+        max_new_tokens: the most tokens that a run on next words says to a text. None: as of `Writer`.
+
+    Attributes:
+        labels: names of the classes or tags, or of the number.
+        count: how many rows there are.
+
+    Raises:
+        FastpeftError: the run or the file cannot be used; or one of `texts`, before any is answered.
+
+    Example:
+        >>> found = Predictions("runs/reviews", file="reviews.csv")  # doctest: +SKIP
+        >>> for some, left_out in found:  # predictions, and what is wrong with other rows  # doctest: +SKIP
+        ...     print([found.records(each) for each in some])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        texts: Sequence[Any] = (),
+        file: str | None = None,
+        *,
+        kind: str | None = None,
+        text_column: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        if text_column is not None and file is None:
+            raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
+        name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
+        self._predictor: Predictor | Writer
+        if says_words(folder):
+            self._predictor = Writer(load_run(folder), max_new_tokens)
+        elif max_new_tokens is not None:
+            raise FastpeftError(
+                f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} tells classes or numbers. Leave "
+                "it out."
+            )
+        else:
+            self._predictor = Predictor(folder)
+        self.labels = self._predictor.run.labels
+        self._taken = [(number, self._predictor.take(text)) for number, text in enumerate(texts, start=1)]
+        self._name, self._rows = name, rows
+        self._says = isinstance(self._predictor, Writer)
+        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
+        self._read = self._read_line
+        if file is not None and kind != "txt":
+            self._names, self._read = self._pick(text_column), self._read_cells
+        self.count = len(self._taken) + len(rows)
+
+    def _pick(self, text_column: str | None) -> tuple[str, ...]:
+        """The columns of texts."""
+        run = self._predictor.run
+        first = next((row for _, row in self._rows if not isinstance(row, FastpeftError)), None)
+        if first is None:
+            raise FastpeftError(f"{self._name} has no row that can be read. {self._rows[0][1]}")
+        if text_column is None:
+            own = run.config.text_column
+            known = own is not None and {own, *map(str.strip, own.split(","))} & first.keys()
+            text_column = own if known else None
+            own_labels = named_labels(run.config.label_column or "", list(first))
+            first = {name: value for name, value in first.items() if name not in own_labels}
+        if self._says:
+            return prompt_columns(Table(self._name, [first]), text_column)
+        texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
+        if (len(texts) == 2) is not run.is_pair:
+            kinds = ("pairs of texts", "one text a row")
+            learned, here = kinds if run.is_pair else kinds[::-1]
+            raise FastpeftError(
+                f"the run learned from {learned}, but {self._name} has {here}, in {' and '.join(map(repr, texts))}. "
+                "Name the columns that are meant with --text-column."
+            )
+        return texts
+
+    def _read_cells(self, row: Record, place: Place) -> Any:
+        values = [(name, row.get(name)) for name in self._names]
+        if self._says and is_conversation(values[0][1]):
+            return as_conversation(values[0][1], self._names[0], place, answered=False)
+        if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
+            return as_words(values[0][1], values[0][0], place)
+        texts = tuple(as_text(value, name, place) for name, value in values)
+        for name, text in zip(self._names, texts):
+            if not text.strip():
+                raise FastpeftError(f"{place} has an empty text in column {name!r}. Give one, or remove the row.")
+        return texts if len(texts) == 2 else texts[0]
+
+    def _read_line(self, row: Record, place: Place) -> Any:
+        return row["text"].strip()
+
+    def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
+        """Predictions, and what is wrong with the rows between them that were left out."""
+        before = len(self._taken)
+        rows: list[Any] = [*self._taken, *self._rows]
+        for start in range(0, len(rows), _CHUNK):
+            taken, left_out = [], []
+            for index, (number, row) in enumerate(rows[start : start + _CHUNK], start=start):
+                try:
+                    taken.append((number, row) if index < before else (before + number, self._take(number, row)))
+                except FastpeftError as error:
+                    left_out.append(error)
+            given = [each for _, each in taken]
+            scores: Sequence[Any]
+            if isinstance(self._predictor, Writer):
+                scores = self._predictor.write(given)
+            else:
+                scores = self._predictor.scores(given)
+            yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
+
+    def _take(self, number: int, row: Record | FastpeftError) -> Taken:
+        if isinstance(row, FastpeftError):
+            raise row
+        place = Place(self._name, number)
+        given = self._read(row, place)
+        try:
+            return self._predictor.take(given)
+        except FastpeftError as error:
+            raise FastpeftError(f"{place}: {error}") from None
+
+    # -- what is shown and written -------------------------------------------------------------------------------
+
+    def lines(self, prediction: Prediction, every: bool = False) -> Iterator[str]:
+        """A prediction as lines of text, tabs between class, probability and text; with `every`, all classes.
+
+        Of a run on tags there is a line for every word, and an empty one after each text. Of a run on several labels
+        `|` stands between those that are answered, and between their probabilities. Of a run on next words it is what
+        that says, and an empty line.
+        """
+        problem, text = self._predictor.run.problem, prediction.text
+        if self._says:
+            yield from prediction.scores.splitlines() or [""]
+            yield ""
+        elif problem.per_token:
+            for word, scores in zip(text, prediction.scores):
+                yield "\t".join([*self._said(scores, every), word])
+            yield ""
+        else:
+            texts = text if isinstance(text, tuple) else (text,)
+            shown = (" ".join(part.splitlines()) for part in texts)
+            yield "\t".join([*self._said(prediction.scores, every and problem is not REGRESSION), *shown])
+
+    def _said(self, scores: np.ndarray, every: bool) -> list[str]:
+        labels, answered = self._answer(scores)
+        return [
+            labels,
+            ", ".join(f"{name} {p:.3f}" for name, p in zip(self.labels, scores))
+            if every
+            else SEPARATOR.join(f"{p:.3f}" for p in answered),
+        ]
+
+    def _answer(self, scores: np.ndarray) -> tuple[str, list[float]]:
+        """The class, or the labels with `|` between them, and the probability of each."""
+        assert isinstance(self._predictor, Predictor)
+        answer = self._predictor.answer(scores)
+        several = answer if isinstance(answer, list) else [answer]
+        return SEPARATOR.join(name for name, _ in several), [p for _, p in several]
+
+    @cached_property
+    def columns(self) -> dict[str, type]:
+        """The names and types of what `records` gives.
+
+        Raises:
+            FastpeftError: a column of texts has the name of one that is made.
+        """
+        problem = self._predictor.run.problem
+        if self._says:
+            return {"row": int, "text": str, "said": str}
+        if problem.per_token:
+            return {"row": int, "word": str, "tag": str, "probability": float}
+        made: dict[str, type] = {"row": int}
+        if problem is REGRESSION:
+            said: dict[str, type] = {self.labels[0]: float}
+        else:
+            said = {"labels" if problem is MULTI_LABEL else "class": str}
+            said |= {f"p({label})": float for label in self.labels}
+        for name in self._names:
+            if name in made or name in said:
+                raise FastpeftError(
+                    f"the column of texts {name!r} of {self._name} has the name of a column of predictions. Rename it."
+                )
+        return {**made, **dict.fromkeys(self._names, str), **said}
+
+    def records(self, prediction: Prediction) -> list[Row]:
+        """A prediction as rows of a table: one, or one a word."""
+        problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
+        if self._says:
+            found: list[list[Any]] = [[prediction.row, str(text), scores]]
+        elif isinstance(self._predictor, Predictor) and problem.per_token:
+            best = [self._predictor.answer(each) for each in scores]
+            found = [[prediction.row, word, tag, shortest(p)] for word, (tag, p) in zip(text, best)]
+        else:
+            said = [] if problem is REGRESSION else [self._answer(scores)[0]]
+            texts = text if isinstance(text, tuple) else (text,)
+            found = [[prediction.row, *texts, *said, *map(shortest, scores)]]
+        return [dict(zip(self.columns, values)) for values in found]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+Write = Callable[[list[Row]], None]
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """The file to write to.
+
+    Raises:
+        FastpeftError: it is of no kind that is written, or it is there and not to be replaced.
+    """
+    path = path_of(output)
+    if path.suffix[1:].lower() not in _OPEN:
+        raise FastpeftError(f"the output {str(path)!r} must end in one of {', '.join(f'.{kind}' for kind in _OPEN)}.")
+    if path.is_dir():
+        raise FastpeftError(f"the output {str(path)!r} is a folder. Give the name of a file.")
+    if path.exists() and not overwrite:
+        raise FastpeftError(f"the output {str(path)!r} exists. Give another name, or --overwrite to replace it.")
+    return path
+
+
+@contextmanager
+def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
+    """What appends rows to a file, which has its name once it is whole.
+
+    Before that it is a hidden one beside it, which a killed process leaves behind. What was written before an error or
+    an interrupt is kept as `NAME.unfinished.KIND`, in place of what had that name, and its message says so.
+
+    Args:
+        path: as `check_output` gives it. A file that is there is replaced.
+        columns: names and types (int, str or float) of what each row has.
+
+    Raises:
+        FastpeftError: the file cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came.
+    """
+    staged = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    kept = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    count = 0  # rows that are worth keeping
+
+    def guarded() -> Any:
+        return saving(str(path), lambda: "Give a file that can be written, on a disk with room.")
+
+    def append(rows: list[Row]) -> None:
+        nonlocal count
+        with guarded(), uninterrupted():
+            before, count = count, 0  # for a write that fails may leave half a row
+            write(rows)
+            count = before + len(rows)
+
+    with guarded():
+        write, close = _OPEN[path.suffix[1:].lower()](staged, columns)
+    try:
+        yield append
+        with guarded(), uninterrupted():
+            count = 0
+            close()
+            publish(staged, path)
+    except (FastpeftError, KeyboardInterrupt) as error:
+        if not count:
+            raise
+        with guarded(), uninterrupted():
+            close()
+            os.replace(staged, kept)
+        said = str(error) or "Interrupted."
+        raise type(error)(f"{said} The {count:,} rows that were written before are in {kept}.") from error
+    finally:
+        with suppress(Exception):
+            close()
+        staged.unlink(missing_ok=True)
+
+
+def _open_lines(file: Path, start: Callable[[Any], Callable[[Row], object]]) -> tuple[Write, Callable[[], None]]:
+    stream = file.open("x", encoding="utf-8", newline="")
+    put = start(stream)
+
+    def write(rows: list[Row]) -> None:
+        for row in rows:
+            put(row)
+        stream.flush()
+
+    return write, stream.close
+
+
+def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -> tuple[Write, Callable[[], None]]:
+    def start(stream: Any) -> Callable[[Row], object]:
+        table = csv.DictWriter(stream, list(columns), dialect=dialect)
+        table.writeheader()
+        return table.writerow
+
+    return _open_lines(file, start)
+
+
+def _open_tsv(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
+    return _open_csv(file, columns, "excel-tab")
+
+
+def _open_jsonl(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
+    return _open_lines(file, lambda stream: lambda row: stream.write(json.dumps(row, ensure_ascii=False) + "\n"))
+
+
+def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
+    table = parquet.ParquetWriter(file, schema)
+    return lambda rows: table.write_table(pyarrow.Table.from_pylist(rows, schema)), table.close
+
+
+_OPEN = {"csv": _open_csv, "tsv": _open_tsv, "jsonl": _open_jsonl, "parquet": _open_parquet}
