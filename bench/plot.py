@@ -1,7 +1,7 @@
-"""`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
+"""`python -m bench.plot` draws the pictures that pages show of the tables in `bench/data`.
 
-Timings are drawn as ratios or over sizes, compiled tiles as registers, and what runs measured on their way as curves.
-The pictures of the README go to `docs/images`: memory against speed, and accuracy against memory.
+Those of one table lie beside it: timings as ratios, or over sizes. Two go to `docs/images`: memory against speed, and
+accuracy against memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
 WHERE = ("device", "card", "threads", "python", "fastpeft", "torch", "triton", "peft")
-REGISTERS = 255  # that a thread of an NVIDIA card can have
 IMAGES = DATA.parents[1] / "docs" / "images"
 OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
 
@@ -86,47 +85,6 @@ def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"time over that of {first} (median, 20th to 80th percentile)", fontsize=8)
-
-
-def plot_static(rows: list[Row], file: Path) -> None:
-    """Registers of every tile on every architecture, one panel for each kernel and dtype."""
-    panels = _grouped(rows, ("kernel", "dtype"))
-    figure, all_axes = plt.subplots(
-        len(panels), 1, figsize=(11, 2.6 * len(panels)), squeeze=False, layout="constrained"
-    )
-    architectures = list(dict.fromkeys(row["arch"] for row in rows))
-    for axes, (title, panel) in zip(all_axes[:, 0], panels.items()):
-        for tile, of_tile in _grouped(panel, ("tile",)).items():
-            places = [architectures.index(row["arch"]) for row in of_tile]
-            axes.plot(places, [int(row["registers"]) for row in of_tile], "o-", lw=0.4, ms=5, label=_short(tile[0]))
-        axes.axhline(REGISTERS, color="black", lw=1)
-        axes.set_xticks(range(len(architectures)), architectures)
-        axes.set_xlim(-0.5, len(architectures) - 0.5)
-        axes.set_ylim(0, 1.05 * REGISTERS)
-        axes.set_title(" ".join(title), fontsize=9, loc="left")
-        axes.set_ylabel("registers a thread")
-        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def plot_curves(rows: list[Row], file: Path) -> None:
-    """Accuracy and loss of the dev rows over the forward passes that were made for them, a curve for each run."""
-    figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, name in zip(all_axes, ("accuracy", "loss")):
-        for (estimator, directions, rate), run in _grouped(
-            rows, ("estimator", "num_estimates", "learning_rate")
-        ).items():
-            places = [int(row["forwards"]) for row in run]
-            style = "o-" if estimator == "spsa" else "s--"
-            label = f"{estimator}, directions {directions}, rate {rate}"
-            axes.plot(places, [float(row[name]) for row in run], style, ms=4, lw=1, label=label)
-        axes.set_xlabel("forward passes")
-        axes.set_ylabel(f"dev {name}")
-        axes.grid(alpha=0.3)
-    all_axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def plot_scaling(rows: list[Row], file: Path) -> None:
@@ -224,24 +182,18 @@ def _case(row: Row) -> str:
     return " ".join(f"{name} {value}" if value.isdigit() else value for name, value in columns.items())
 
 
-def _short(tile: str) -> str:
-    return tile.replace("BLOCK_", "").replace("num_", "")
+PICTURES = {  # tables that a page shows as a picture, and what draws it
+    "ladder": plot_timings,
+    "scaling": plot_scaling,
+    "siva_training": plot_timings,
+}
 
 
 def main() -> None:
-    if (DATA / "compare_demo.csv").exists():
-        plot_overview(OVERVIEW)
-        plot_evidence(PARETO)
-    for table in sorted(DATA.glob("*.csv")):
-        rows = read_rows(table)
-        if rows and "registers" in rows[0]:
-            plot_static(rows, table.with_suffix(".png"))
-        elif rows and "ratio_p50" in rows[0]:
-            plot_timings(rows, table.with_suffix(".png"))
-        elif rows and "estimator" in rows[0]:
-            plot_curves(rows, table.with_suffix(".png"))
-        elif rows and "exponent" in rows[0]:
-            plot_scaling(rows, table.with_suffix(".png"))
+    plot_overview(OVERVIEW)
+    plot_evidence(PARETO)
+    for name, draw in PICTURES.items():
+        draw(read_rows(DATA / f"{name}.csv"), DATA / f"{name}.png")
 
 
 if __name__ == "__main__":
