@@ -7,6 +7,7 @@ accuracy against memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
@@ -53,25 +54,26 @@ OURS = ("siva", "k-lst", "lst", "mezo")
 
 
 def plot_timings(rows: list[Row], file: Path) -> None:
-    """A line of panels for each machine and dtype, a panel for each kind of work: candidates against the first one."""
-    lines = _grouped(rows, ("card", "dtype"))
-    works = list(dict.fromkeys(row["work"] for row in rows))
-    shape = (len(lines), len(works))
-    figure, all_axes = plt.subplots(*shape, figsize=(6 * shape[1], 5 * shape[0]), squeeze=False, layout="constrained")
-    for line_axes, (title, line) in zip(all_axes, lines.items()):
-        for axes, work in zip(line_axes, works):
-            chosen = [row for row in line if row["work"] == work]
-            if not chosen:  # not every work is measured in every dtype
-                axes.axis("off")
-                continue
-            _plot_ratios(axes, chosen)
-            axes.set_title(", ".join((*title, work)), fontsize=9)
-    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
+    """A panel for each machine, dtype and kind of work: candidates, each in one colour, against the first one."""
+    panels = _grouped(rows, ("card", "dtype", "work"))
+    colors = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["candidate"] for row in rows))}
+    heights = [1 + 0.25 * len(panel) for panel in panels.values()]  # inches: as thick a bar in each
+    size = (7, 0.5 + sum(heights))
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axes, (title, panel) in zip(all_axes[:, 0], panels.items()):
+        _plot_ratios(axes, panel, colors)
+        axes.set_title(", ".join(title), fontsize=9)
+    drawn = {
+        label: bars for axes in all_axes[:, 0] for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
+def _plot_ratios(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None:
     """Bars of the candidates' times over that of the first, with the 20th and 80th percentile."""
     first, *others = dict.fromkeys(row["candidate"] for row in rows)
     cases = list(dict.fromkeys(_case(row) for row in rows))
@@ -80,7 +82,8 @@ def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
         low, middle, high = ([float(row[f"ratio_p{p}"]) for row in chosen] for p in (20, 50, 80))
         whiskers = [[m - a for a, m in zip(low, middle)], [b - m for m, b in zip(middle, high)]]
         heights = [cases.index(_case(row)) + 0.8 * ((place + 0.5) / len(others) - 0.5) for row in chosen]
-        axes.barh(heights, middle, 0.7 / len(others), xerr=whiskers, label=candidate, error_kw={"lw": 0.8})
+        style = {"color": colors[candidate], "label": candidate, "error_kw": {"lw": 0.8}}
+        axes.barh(heights, middle, 0.7 / len(others), xerr=whiskers, **style)
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
