@@ -6,12 +6,11 @@ accuracy against memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 
 from bench.harness import DATA, Row, read_rows
 from fastpeft.comparison.report.figures import Point, Scatter
+from fastpeft.comparison.significance import interval
 from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
@@ -152,8 +152,9 @@ def plot_overview(file: Path) -> None:
 def plot_evidence(file: Path) -> None:
     """Accuracy over peak memory, and the time of a step, of the paper's methods on a pretrained model of base size.
 
-    Accuracies are of the cells that `python -m bench.evidence sst2` has finished, with an interval that counts
-    sentences, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32 tokens, in float32.
+    Accuracies are of the cells that `python -m bench.evidence sst2` has finished, with the interval of reports, for
+    new sentences and seeds, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32 tokens, in
+    float32.
     """
     steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "base"}
     points = []
@@ -161,11 +162,13 @@ def plot_evidence(file: Path) -> None:
         cells = [read_json(cell) for cell in sorted((DATA / "evidence" / "sst2").glob(f"{variant}-seed*.json"))]
         if not cells:
             continue
-        accuracy = mean(cell["metrics"]["accuracy"] for cell in cells)
-        margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(cells[0]["predictions"]["labels"]))
-        ends = 100 * (accuracy - margin), 100 * (accuracy + margin)
+        answers = np.stack([np.equal(*map(cell["predictions"].get, ("labels", "predictions"))) for cell in cells])
+        found = interval(answers)
+        ends = None if found is None else (100 * found[0], 100 * found[1])
         step = float(steps[candidate]["ms_p50"]) / 1000 if candidate in steps else None
-        points.append(Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * accuracy, ends, step))
+        points.append(
+            Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * float(answers.mean()), ends, step)
+        )
     chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "s a step")
     write_text(file, chart.svg("Accuracy over peak memory of the methods on MPNet-base", file=True))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.comparison.cells import Cell
-from fastpeft.data.problems import TITLES, in_order
+from fastpeft.data.problems import in_order, title_of
 from fastpeft.support import files
 
 FOLDER = "method_comparison"
@@ -87,7 +87,7 @@ def _measured(curves: Curves) -> dict[int, dict[str, Any]]:
     for name, values in curves.items():
         if name.startswith("dev "):
             for step, value in values:
-                points.setdefault(step, {"step": step})[f"valid {_title(name.removeprefix('dev '))}"] = value
+                points.setdefault(step, {"step": step})[f"valid {title_of(name.removeprefix('dev '))}"] = value
     return {step: points[step] for step in sorted(points)}
 
 
@@ -97,14 +97,10 @@ def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     The loss is the one that training lowers, whichever kind it is: weighted, focal or smoothed as well.
     """
     curves = cell.curves() or {}
-    last = {f"valid {_title(name)}": metrics[name] for name in in_order(metrics)}
+    last = {f"valid {title_of(name)}": metrics[name] for name in in_order(metrics)}
     course = [*_measured(curves).values(), {"step": metrics.get("steps"), **last}]
     losses = next((values for name, values in curves.items() if name.endswith("training loss")), [])
     for point in course:
         before = [loss for step, loss in losses if point["step"] is None or step <= point["step"]]
         point["train loss"] = before[-1] if before else None
     return course
-
-
-def _title(metric: str) -> str:
-    return TITLES.get(metric, metric)
