@@ -1,16 +1,16 @@
-"""`python -m bench.plot` draws each table of `bench/data` beside it that has a picture.
+"""`python -m bench.plot` draws the pictures that pages show of the tables in `bench/data`.
 
-Timings are drawn as ratios or over sizes, compiled tiles as registers, and what runs measured on their way as curves.
-The pictures of the README go to `docs/images`: memory against speed, and accuracy against memory.
+Those of one table lie beside it: timings as ratios, or over sizes. Two go to `docs/images`: memory against speed, and
+accuracy against memory.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -18,11 +18,11 @@ from matplotlib.axes import Axes
 
 from bench.harness import DATA, Row, read_rows
 from fastpeft.comparison.report.figures import Point, Scatter
+from fastpeft.comparison.significance import interval
 from fastpeft.support.files import read_json, write_text
 
 MEASURED = ("ms_", "ratio_")
 WHERE = ("device", "card", "threads", "python", "fastpeft", "torch", "triton", "peft")
-REGISTERS = 255  # that a thread of an NVIDIA card can have
 IMAGES = DATA.parents[1] / "docs" / "images"
 OVERVIEW, PARETO = IMAGES / "memory-speed.png", IMAGES / "accuracy-memory.svg"
 
@@ -54,25 +54,26 @@ OURS = ("siva", "k-lst", "lst", "mezo")
 
 
 def plot_timings(rows: list[Row], file: Path) -> None:
-    """A line of panels for each machine and dtype, a panel for each kind of work: candidates against the first one."""
-    lines = _grouped(rows, ("card", "dtype"))
-    works = list(dict.fromkeys(row["work"] for row in rows))
-    shape = (len(lines), len(works))
-    figure, all_axes = plt.subplots(*shape, figsize=(6 * shape[1], 5 * shape[0]), squeeze=False, layout="constrained")
-    for line_axes, (title, line) in zip(all_axes, lines.items()):
-        for axes, work in zip(line_axes, works):
-            chosen = [row for row in line if row["work"] == work]
-            if not chosen:  # not every work is measured in every dtype
-                axes.axis("off")
-                continue
-            _plot_ratios(axes, chosen)
-            axes.set_title(", ".join((*title, work)), fontsize=9)
-    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
+    """A panel for each machine, dtype and kind of work: candidates, each in one colour, against the first one."""
+    panels = _grouped(rows, ("card", "dtype", "work"))
+    colors = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(row["candidate"] for row in rows))}
+    heights = [1 + 0.25 * len(panel) for panel in panels.values()]  # inches: as thick a bar in each
+    size = (7, 0.5 + sum(heights))
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axes, (title, panel) in zip(all_axes[:, 0], panels.items()):
+        _plot_ratios(axes, panel, colors)
+        axes.set_title(", ".join(title), fontsize=9)
+    drawn = {
+        label: bars for axes in all_axes[:, 0] for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(drawn.values()), list(drawn), loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
 
-def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
+def _plot_ratios(axes: Axes, rows: list[Row], colors: Mapping[str, str]) -> None:
     """Bars of the candidates' times over that of the first, with the 20th and 80th percentile."""
     first, *others = dict.fromkeys(row["candidate"] for row in rows)
     cases = list(dict.fromkeys(_case(row) for row in rows))
@@ -81,52 +82,12 @@ def _plot_ratios(axes: Axes, rows: list[Row]) -> None:
         low, middle, high = ([float(row[f"ratio_p{p}"]) for row in chosen] for p in (20, 50, 80))
         whiskers = [[m - a for a, m in zip(low, middle)], [b - m for m, b in zip(middle, high)]]
         heights = [cases.index(_case(row)) + 0.8 * ((place + 0.5) / len(others) - 0.5) for row in chosen]
-        axes.barh(heights, middle, 0.7 / len(others), xerr=whiskers, label=candidate, error_kw={"lw": 0.8})
+        style = {"color": colors[candidate], "label": candidate, "error_kw": {"lw": 0.8}}
+        axes.barh(heights, middle, 0.7 / len(others), xerr=whiskers, **style)
     axes.axvline(1, color="black", lw=1)
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"time over that of {first} (median, 20th to 80th percentile)", fontsize=8)
-
-
-def plot_static(rows: list[Row], file: Path) -> None:
-    """Registers of every tile on every architecture, one panel for each kernel and dtype."""
-    panels = _grouped(rows, ("kernel", "dtype"))
-    figure, all_axes = plt.subplots(
-        len(panels), 1, figsize=(11, 2.6 * len(panels)), squeeze=False, layout="constrained"
-    )
-    architectures = list(dict.fromkeys(row["arch"] for row in rows))
-    for axes, (title, panel) in zip(all_axes[:, 0], panels.items()):
-        for tile, of_tile in _grouped(panel, ("tile",)).items():
-            places = [architectures.index(row["arch"]) for row in of_tile]
-            axes.plot(places, [int(row["registers"]) for row in of_tile], "o-", lw=0.4, ms=5, label=_short(tile[0]))
-        axes.axhline(REGISTERS, color="black", lw=1)
-        axes.set_xticks(range(len(architectures)), architectures)
-        axes.set_xlim(-0.5, len(architectures) - 0.5)
-        axes.set_ylim(0, 1.05 * REGISTERS)
-        axes.set_title(" ".join(title), fontsize=9, loc="left")
-        axes.set_ylabel("registers a thread")
-        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-
-
-def plot_curves(rows: list[Row], file: Path) -> None:
-    """Accuracy and loss of the dev rows over the forward passes that were made for them, a curve for each run."""
-    figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, name in zip(all_axes, ("accuracy", "loss")):
-        for (estimator, directions, rate), run in _grouped(
-            rows, ("estimator", "num_estimates", "learning_rate")
-        ).items():
-            places = [int(row["forwards"]) for row in run]
-            style = "o-" if estimator == "spsa" else "s--"
-            label = f"{estimator}, directions {directions}, rate {rate}"
-            axes.plot(places, [float(row[name]) for row in run], style, ms=4, lw=1, label=label)
-        axes.set_xlabel("forward passes")
-        axes.set_ylabel(f"dev {name}")
-        axes.grid(alpha=0.3)
-    all_axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def plot_scaling(rows: list[Row], file: Path) -> None:
@@ -191,8 +152,9 @@ def plot_overview(file: Path) -> None:
 def plot_evidence(file: Path) -> None:
     """Accuracy over peak memory, and the time of a step, of the paper's methods on a pretrained model of base size.
 
-    Accuracies are of the cells that `python -m bench.evidence sst2` has finished, with an interval that counts
-    sentences, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32 tokens, in float32.
+    Accuracies are of the cells that `python -m bench.evidence sst2` has finished, with the interval of reports, for
+    new sentences and seeds, and memory is simulated for them. A step is of RoBERTa-base's shapes, 16 x 32 tokens, in
+    float32.
     """
     steps = {row["candidate"]: row for row in read_rows(DATA / "training.csv") if row["model"] == "base"}
     points = []
@@ -200,11 +162,13 @@ def plot_evidence(file: Path) -> None:
         cells = [read_json(cell) for cell in sorted((DATA / "evidence" / "sst2").glob(f"{variant}-seed*.json"))]
         if not cells:
             continue
-        accuracy = mean(cell["metrics"]["accuracy"] for cell in cells)
-        margin = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(cells[0]["predictions"]["labels"]))
-        ends = 100 * (accuracy - margin), 100 * (accuracy + margin)
+        answers = np.stack([np.equal(*map(cell["predictions"].get, ("labels", "predictions"))) for cell in cells])
+        found = interval(answers)
+        ends = None if found is None else (100 * found[0], 100 * found[1])
         step = float(steps[candidate]["ms_p50"]) / 1000 if candidate in steps else None
-        points.append(Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * accuracy, ends, step))
+        points.append(
+            Point(index, name, cells[0]["metrics"]["peak_memory_mb"], 100 * float(answers.mean()), ends, step)
+        )
     chart = Scatter(points, "peak memory of a training step, MB", "accuracy on SST-2, %", "s a step")
     write_text(file, chart.svg("Accuracy over peak memory of the methods on MPNet-base", file=True))
 
@@ -224,24 +188,18 @@ def _case(row: Row) -> str:
     return " ".join(f"{name} {value}" if value.isdigit() else value for name, value in columns.items())
 
 
-def _short(tile: str) -> str:
-    return tile.replace("BLOCK_", "").replace("num_", "")
+PICTURES = {  # tables that a page shows as a picture, and what draws it
+    "ladder": plot_timings,
+    "scaling": plot_scaling,
+    "siva_training": plot_timings,
+}
 
 
 def main() -> None:
-    if (DATA / "compare_demo.csv").exists():
-        plot_overview(OVERVIEW)
-        plot_evidence(PARETO)
-    for table in sorted(DATA.glob("*.csv")):
-        rows = read_rows(table)
-        if rows and "registers" in rows[0]:
-            plot_static(rows, table.with_suffix(".png"))
-        elif rows and "ratio_p50" in rows[0]:
-            plot_timings(rows, table.with_suffix(".png"))
-        elif rows and "estimator" in rows[0]:
-            plot_curves(rows, table.with_suffix(".png"))
-        elif rows and "exponent" in rows[0]:
-            plot_scaling(rows, table.with_suffix(".png"))
+    plot_overview(OVERVIEW)
+    plot_evidence(PARETO)
+    for name, draw in PICTURES.items():
+        draw(read_rows(DATA / f"{name}.csv"), DATA / f"{name}.png")
 
 
 if __name__ == "__main__":

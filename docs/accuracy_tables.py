@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,6 +12,9 @@ import numpy as np
 from table_rows import DATA, DOCS, NAMES, Row, read, rows, settings, table, whole
 
 from fastpeft.comparison.significance import compare_pair
+from fastpeft.comparison.suites import PaperRow, get_suite
+
+PAPER = get_suite("table2").rows  # which has all of the paper's, with the prompt for film reviews
 
 LAYERS = {"key+value": "key, value", "query+key": "query, key", "all-linear": "all linear"}
 OWN_LAYERS = {  # where none are given; of LoRA and its kin PEFT's
@@ -140,30 +143,23 @@ def targets() -> str:
     return table(["method", "layers", "demo data, %", "rate", "SST-2, %", "rate"], body)
 
 
-def _paper_rows() -> Iterator[tuple[dict[str, Any], str]]:
-    """Each row of the paper's tables, and its variant with the default prompt."""
-    wanted = json.loads((DOCS.parent / "fastpeft" / "comparison" / "suites.json").read_text(encoding="utf-8"))
-    for row in wanted["rows"].values():
-        yield row, row["variant"].replace("PROMPT", wanted["default_prompt"])
-
-
-def _given(row: dict[str, Any]) -> str:
+def _given(row: PaperRow) -> str:
     """The paper's accuracy; both where its tables have two."""
-    return " / ".join(f"{value:.2f}" for value in row["accuracy"])
+    return " / ".join(f"{value:.2f}" for value in row.accuracy)
 
 
 def suite(folder: str, *, speeds: bool = True) -> str:
     """The paper's rows beside what a comparison in docs/results measured; speeds only of runs that had the machine."""
     runs = comparison(folder)
     body = []
-    for row, variant in _paper_rows():
-        found = runs.get(variant)
+    for row in PAPER:
+        found = runs.get(row.variant)
         if found:
             cells = [_given(row), _percent(found)]
-            for key, column in (("memory_mb", "peak_memory_mb"), ("samples_per_second", "samples_per_second")):
+            for given, column in ((row.memory_mb, "peak_memory_mb"), (row.samples_per_second, "samples_per_second")):
                 measured = mean(float(run[column]) for run in found)
-                cells += ["-" if row.get(key) is None else f"{row[key]:,}", f"{measured:,.0f}"]
-            body.append([row["title"], *cells])
+                cells += ["-" if given is None else f"{given:,}", f"{measured:,.0f}"]
+            body.append([row.title, *cells])
     heads = ["", "accuracy, %: paper", "here", "memory, MB: paper", "here", "samples/s: paper", "here"]
     if not speeds:
         heads, body = heads[:-2], [cells[:-2] for cells in body]
@@ -188,9 +184,9 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
         is_papers: whether the paper has it too.
     """
     found = {}
-    for row, variant in _paper_rows():
-        if cells := cells_of(task, variant):
-            found[row["title"]] = row, cells
+    for row in PAPER:
+        if cells := cells_of(task, row.variant):
+            found[row.title] = row, cells
     body = []
     for title, (row, cells) in found.items():
         metrics = _metrics(cells)

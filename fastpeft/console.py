@@ -20,7 +20,7 @@ from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
 from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import pitfalls
-from fastpeft.data.problems import TITLES, in_order
+from fastpeft.data.problems import TITLES, in_order, title_of
 from fastpeft.progress import console, errors
 from fastpeft.support.logs import show_own_messages
 from fastpeft.support.stages import report
@@ -66,7 +66,7 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """
     rows = []
     for name in in_order(metrics):
-        title = TITLES.get(name, name)
+        title = title_of(name)
         before = metrics.get(f"{name}_before")
         if before is not None:
             rows.append((f"{title} before", f"{before:.3f}"))

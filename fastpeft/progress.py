@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from fastpeft.data.problems import TITLES
+from fastpeft.data.problems import title_of
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.support.stages import listening, report
 
@@ -36,7 +36,7 @@ _SHOWN = {
 
 def in_words(measured: Mapping[str, float]) -> str:
     """Measurements on one line."""
-    return "  ".join(_SHOWN.get(name, f"{TITLES.get(name, name)} {{:.3f}}").format(measured[name]) for name in measured)
+    return "  ".join(_SHOWN.get(name, f"{title_of(name)} {{:.3f}}").format(measured[name]) for name in measured)
 
 
 class _Pace:

@@ -134,7 +134,7 @@ class Local(Executor):
     def _environment(self, place: int) -> dict[str, str]:
         if self.jobs == 1:
             return {}
-        own = _environment(self.threads, self.jobs)
+        own = _threads_environment(self.threads, self.jobs)
         if len(self._cards) > 1:
             own["CUDA_VISIBLE_DEVICES"] = self._cards[place % len(self._cards)]
         return own
@@ -234,7 +234,7 @@ class Ray(Executor):
 
     def _begin(self, arguments: Sequence[str], log: Path, kept: Sequence[int]) -> Callable[[], Ended]:
         environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-        environment |= _environment(self.threads, self._beside)
+        environment |= _threads_environment(self.threads, self._beside)
         given = (list(arguments), str(Path.cwd()), str(log.absolute()), environment, _WATCH, _RETRIES)
         task = self._task.remote(*given)
         self._running.add(task)
@@ -279,7 +279,7 @@ def make(name: str, jobs: int | None, most: int) -> Executor:
     return Local(min(jobs or 1, max(1, most)))
 
 
-def _environment(threads: int, jobs: int) -> dict[str, str]:
+def _threads_environment(threads: int, jobs: int) -> dict[str, str]:
     """What a process is told that is one of several: threads that wait for work leave the CPU to the others."""
     policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy, JOBS: str(jobs)}

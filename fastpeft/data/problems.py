@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-_LESS_IS_BETTER = (LOSS, "mse", "perplexity")
+LESS_IS_BETTER = (LOSS, "mse", "perplexity")  # of what is measured
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
 _TINY = 1e-9  # the least probability that is a threshold
 
@@ -131,8 +131,13 @@ class Problem:
 
 def best_step(measured: Sequence[tuple[int, float]], metric: str) -> int:
     """The step, the earliest of several, at which `metric` was best, given steps and values."""
-    choose = min if metric in _LESS_IS_BETTER else max
+    choose = min if metric in LESS_IS_BETTER else max
     return choose(measured, key=lambda point: point[1])[0]
+
+
+def title_of(name: str) -> str:
+    """A measure of `metrics.json` in words; the loss, and what is not known, by the name itself."""
+    return TITLES.get(name, name)
 
 
 def in_order(metrics: Mapping[str, Any]) -> list[str]:

@@ -46,11 +46,13 @@ def score_labels(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
 
 def score_numbers(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Correlations of values and of ranks, and the mean squared error."""
+    from scipy.stats import rankdata
+
     guesses = outputs[:, 0].astype(np.float64)
     labels = labels.astype(np.float64)
     return {
         "pearson": _correlation(guesses, labels),
-        "spearman": _correlation(_ranks(guesses), _ranks(labels)),
+        "spearman": _correlation(rankdata(guesses), rankdata(labels)),
         "mse": squared_error(outputs, labels),
     }
 
@@ -72,13 +74,6 @@ def binary_cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 def squared_error(outputs: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean((outputs[:, 0].astype(np.float64) - labels.astype(np.float64)) ** 2))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, equal values sharing the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: np.ndarray = (counts.cumsum() - (counts - 1) / 2)[places]
-    return ranks
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,10 +11,9 @@ Subj. Data that only numbers its classes must number them in this order; LM-BFF'
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.prompts.template import HEADS, MASK, Prompt, plain
 
 AUTO = "auto"  # in place of a prompt: one is to be found, see `fastpeft.training.prompt_search`
@@ -73,11 +72,9 @@ def get_prompt(name: str) -> Prompt:
     """
     by_name = {plain(known): prompt for known, prompt in NAMED_PROMPTS.items()}
     if plain(name) not in by_name:
-        close = difflib.get_close_matches(plain(name), by_name, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
         raise FastpeftError(
             f"no prompt is named {name!r}; there are {', '.join(NAMED_PROMPTS)}. Choose one, or write a template such "
-            f"as '{_SENTIMENT.template}' with label words.{hint}"
+            f"as '{_SENTIMENT.template}' with label words.{did_you_mean(plain(name), by_name)}"
         )
     return by_name[plain(name)]
 

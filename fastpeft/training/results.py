@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastpeft.data.problems import MULTI_LABEL, TITLES, get_problem
+from fastpeft.data.problems import MULTI_LABEL, TITLES, get_problem, title_of
 
 _MOST_ROWS, _WORST = 10, 5  # classes that are all shown, and how many are of more
 SIMULATED = "simulated"  # as `metrics.json` calls where a peak comes from
@@ -72,7 +72,7 @@ def class_scores(metrics: Mapping[str, Any]) -> dict[str, str]:
 def chosen_by(metrics: Mapping[str, Any]) -> str | None:
     """The metric by which the checkpoint of a `metrics.json` was chosen, in words; None where it is the last."""
     name = metrics["metric"]
-    return None if metrics["best_step"] is None else TITLES.get(name, name)
+    return None if metrics["best_step"] is None else title_of(name)
 
 
 def found_settings(found: Mapping[str, Any]) -> dict[str, str]:

@@ -23,11 +23,11 @@ from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
     MASKED_WORDS,
-    TITLES,
     best_step,
     best_threshold,
     describe,
     most_frequent,
+    title_of,
 )
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
@@ -271,7 +271,7 @@ def _finish(
             elif data.problem.tested is not None:
                 above, below = zip(*trainer.parts(task.dev_rows, threshold))
                 files.write_json(staged / ROW_SCORES, {"metric": data.problem.tested, "above": above, "below": below})
-            title, shown = f"{task.method.title} on {config.data}", TITLES.get(task.metric, task.metric)
+            title, shown = f"{task.method.title} on {config.data}", title_of(task.metric)
             draw_curves(staged / "curves.png", title, curves[loss_title], points[task.metric], loss_title, shown)
             folder.close(metrics, staged)
 

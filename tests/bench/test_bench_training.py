@@ -9,7 +9,6 @@ import pytest
 import torch
 from backbones import tiny
 
-from bench import plot
 from bench.bench_training import CELLS, DTYPES, LIMIT, MODELS, Cell, adapters, candidates, training_step
 
 
@@ -68,9 +67,3 @@ def test_a_step_moves_the_trained_parameters(cell: Cell) -> None:
     moved = [name for name, p in model.named_parameters() if not p.equal(before[name])]
     assert moved
     gc.collect()
-
-
-def test_the_evidence_is_drawn(tmp_path):
-    plot.plot_evidence(tmp_path / "drawn.svg")
-    drawn = (tmp_path / "drawn.svg").read_text(encoding="utf-8")
-    assert all(f"<title>{name}</title>" in drawn for _, _, name in plot.EVIDENCE)

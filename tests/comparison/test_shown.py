@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.registry import get_method
+from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate
+from fastpeft.training.setup import resolve
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -122,6 +125,22 @@ def test_the_live_table(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = 4 * (1.0 + 3.0) / 2  # of four cells: to start, load, measure and end
     expected = (4 * 8 * 3 + epochs * 5000) / 8.0 + beside
     assert more.seconds_left() == pytest.approx(expected), "by the seconds of finished cells"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_live_table_resolves_each_cell_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = Comparison(config("head:max_steps=4", "head:max_steps=8"))
+    resolved: list[TrainConfig] = []
+    monkeypatch.setattr(run, "resolve", lambda config: resolved.append(config) or resolve(config))
+    first, second = comparison.plan.wanted
+    batch = first.config.batch_size
+    for _ in range(3):
+        assert [comparison.rows(cell) for cell in (first, second)] == [4 * batch, 8 * batch]
+    assert [config.max_steps for config in resolved] == [4, 8]
+
+    filled = replace(first, values={**first.values, "max_steps": 6})  # a cell of the same name, as it is filled in
+    assert [comparison.rows(filled) for _ in range(2)] == [6 * batch] * 2
+    assert [config.max_steps for config in resolved] == [4, 8, 6]
 
 
 def view(comparison: Comparison) -> str:

@@ -42,12 +42,12 @@ from fastpeft.data.problems import (
     PROBLEMS,
     REGRESSION,
     TAGGING,
-    TITLES,
     UNLABELLED,
     Problem,
     describe,
     in_order,
     most_frequent,
+    title_of,
 )
 from fastpeft.data.scores import entities
 from fastpeft.training.encoding import encode
@@ -363,7 +363,7 @@ def test_the_best_checkpoint_is_the_result(
     assert not all(torch.equal(tensor, last[name]) for name, tensor in saved.items())
     assert evaluate(result.folder)["dev_rows"] == 6
     assert result.metrics["metric"] == metric
-    assert f"the best by {TITLES.get(metric, metric)} on the dev rows" in (result.folder / "README.md").read_text()
+    assert f"the best by {title_of(metric)} on the dev rows" in (result.folder / "README.md").read_text()
 
 
 BEST_AND_LAST = ("checkpoint-4", "checkpoint-10")

@@ -152,6 +152,13 @@ class Links(HTMLParser):
             self.silent.append(str(given.get("src")))
 
 
+def test_the_table_of_files_has_every_one_and_each_once() -> None:
+    """A measurement that the table lacks has no command that a reader could repeat it by."""
+    page = (DOCS / "results" / "performance.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\(\.\./\.\./bench/data/([\w/]+\.csv)\)", page.partition("\n## Every file\n")[2])
+    assert sorted(listed) == sorted(file.name for file in (ROOT / "bench" / "data").glob("*.csv"))
+
+
 @pytest.mark.long
 @pytest.mark.docs
 def test_the_site_builds_and_needs_no_network(tmp_path: Path) -> None:

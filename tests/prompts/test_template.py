@@ -306,8 +306,10 @@ def test_every_task_has_its_prompt() -> None:
     classes = {name: len(get_prompt(name).labels) for name in names}
     assert classes == dict.fromkeys(names, 2) | {"SST-5": 5, "TREC": 6, "MNLI": 3, "SNLI": 3}
     assert get_prompt("sst2") is get_prompt("SST-2")
-    with pytest.raises(FastpeftError, match="'sst3'"):
+    with pytest.raises(FastpeftError, match=r"'sst3'.*Did you mean sst5 or sst2\?"):
         get_prompt("sst3")
+    with pytest.raises(FastpeftError, match=r"'MN'.*Did you mean mnli\?"):
+        get_prompt("MN")
 
 
 def test_prompts_as_written_on_a_command_line() -> None:

@@ -16,6 +16,11 @@ _PAGE = Path(__file__).with_name("page.html")  # beside it page.css and page.js,
 FIGURES = "figures"  # the folder beside the report
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 @dataclass(frozen=True)
 class Heading:
     text: str

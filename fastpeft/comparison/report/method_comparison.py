@@ -8,16 +8,17 @@ Source: the results and the README of github.com/huggingface/peft/tree/main/meth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fastpeft.comparison.cells import Cell
-from fastpeft.data.problems import TITLES, in_order
+from fastpeft.data.problems import in_order, title_of
 from fastpeft.support import files
 
 FOLDER = "method_comparison"
+Curves = Mapping[str, Sequence[tuple[int, float]]]  # (step, value), by name
 
 
 def result(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def result(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
             "accelerator_memory_max": None if peak is None else round(peak * 2**20),
             "accelerator_memory_reserved_99th": None,
             "train_time": metrics.get("train_seconds"),
-            "file_size": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            "file_size": sum(path.stat().st_size for path in _weights(folder)),
             "num_trainable_params": metrics.get("trainable_parameters"),
             "num_total_params": metrics.get("parameters"),
             "status": "success",
@@ -67,30 +68,39 @@ def _train_config(cell: Cell, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "max_seq_length": metrics.get("max_length"),
         "batch_size": run.get("batch_size"),
         "max_steps": metrics.get("steps"),
-        "eval_steps": run.get("save_steps"),
+        "eval_steps": next((step for step in _measured(cell.curves() or {}) if step), None),
         "seed": cell.seed,
         "optimizer_kwargs": {"lr": metrics.get("learning_rate"), "weight_decay": recipe.get("weight_decay")},
         "lr_scheduler": recipe.get("schedule"),
-        "use_amp": metrics.get("compute_dtype") == "bfloat16",
+        "use_amp": metrics.get("compute_dtype", "float32") != "float32",
     }
 
 
-def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was measured on the way, each with the last training loss before it; last what the final weights reach."""
-    curves = cell.curves() or {}
+def _weights(folder: Path) -> list[Path]:
+    """The files of a result's weights: a side network's, and beside it those of an adapter that trained with it."""
+    return [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]  # none of a checkpoint
+
+
+def _measured(curves: Curves) -> dict[int, dict[str, Any]]:
+    """What was measured of the dev rows on the way, by step: at the start, and then every so many steps."""
     points: dict[int, dict[str, Any]] = {}
     for name, values in curves.items():
         if name.startswith("dev "):
             for step, value in values:
-                points.setdefault(step, {"step": step})[f"valid {_title(name.removeprefix('dev '))}"] = value
-    last = {f"valid {_title(name)}": metrics[name] for name in in_order(metrics)}
-    course = [*(points[step] for step in sorted(points)), {"step": metrics.get("steps"), **last}]
-    losses = curves.get("training loss", [])
+                points.setdefault(step, {"step": step})[f"valid {title_of(name.removeprefix('dev '))}"] = value
+    return {step: points[step] for step in sorted(points)}
+
+
+def _course(cell: Cell, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was measured on the way, each with the last training loss before it; last what the final weights reach.
+
+    The loss is the one that training lowers, whichever kind it is: weighted, focal or smoothed as well.
+    """
+    curves = cell.curves() or {}
+    last = {f"valid {title_of(name)}": metrics[name] for name in in_order(metrics)}
+    course = [*_measured(curves).values(), {"step": metrics.get("steps"), **last}]
+    losses = next((values for name, values in curves.items() if name.endswith("training loss")), [])
     for point in course:
         before = [loss for step, loss in losses if point["step"] is None or step <= point["step"]]
         point["train loss"] = before[-1] if before else None
     return course
-
-
-def _title(metric: str) -> str:
-    return TITLES.get(metric, metric)

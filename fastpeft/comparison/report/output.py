@@ -11,14 +11,14 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import document, method_comparison, paired_tests, results, sections
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import TITLES, in_order
+from fastpeft.data.problems import in_order, title_of
 from fastpeft.support import files
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
     """The main metric of a finished cell, with its name."""
     names = in_order(metrics)
-    return f"{TITLES.get(names[0], names[0])} {metrics[names[0]]:.3f}" if names else ""
+    return f"{title_of(names[0])} {metrics[names[0]]:.3f}" if names else ""
 
 
 def summary(plan: Plan) -> tuple[list[str], document.Table, list[str]]:

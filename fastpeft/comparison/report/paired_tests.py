@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from fastpeft.comparison import significance
-from fastpeft.comparison.report.document import Block, Heading, Table, Text
+from fastpeft.comparison.report.document import Block, Heading, Table, Text, listed
 from fastpeft.comparison.report.results import Variant, main_metric
 from fastpeft.data.problems import ACCURACY, TITLES
 
@@ -115,7 +115,7 @@ def verdict(compared: Sequence[Variant], tested: Sequence[Pair]) -> str:
 def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[str, float], title: str = "") -> str:
     """The variants with the highest value, that value, and the memory of a single one."""
     shown = [*best[:_NAMED], *([f"{len(best) - _NAMED} more"] if len(best) > _NAMED else [])]
-    text = f"{_listed(shown)} {'has' if len(best) == 1 else 'share'} the highest{f' {title}' if title else ''}, "
+    text = f"{listed(shown)} {'has' if len(best) == 1 else 'share'} the highest{f' {title}' if title else ''}, "
     text += f"{scores[best[0]]:.3f}"
     memory = next(variant for variant in compared if variant.name == best[0]).values("peak_memory_mb")
     return f"{text}, at {plain.mean(memory):,.0f} MB peak memory" if memory and len(best) == 1 else text
@@ -124,12 +124,8 @@ def _highest(compared: Sequence[Variant], best: Sequence[str], scores: Mapping[s
 def _counted(names: Sequence[str], held: Sequence[Pair]) -> str:
     """A few names, or how many they are."""
     if len(names) <= _NAMED:
-        return _listed(names)
+        return listed(names)
     return f"all {len(names)} others" if len(names) == len(held) else f"{len(names)} of the other {len(held)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _other(pair: Pair, name: str) -> str:

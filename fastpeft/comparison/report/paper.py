@@ -9,7 +9,7 @@ from itertools import product
 from fastpeft.comparison import significance, suites
 from fastpeft.comparison.report.document import Block, Heading, Strong, Table, Text
 from fastpeft.comparison.report.results import Variant
-from fastpeft.data.problems import ACCURACY, LOSS
+from fastpeft.data.problems import ACCURACY, LESS_IS_BETTER
 
 # A share of the lower value: differences of equal variants reach it. The speeds of three runs each of 11 variants on a
 # machine with other work differed by 12 to 72 %, by 18 % in the median. Memory does not vary, but 1 MB is no order.
@@ -175,5 +175,5 @@ def lags(compared: Sequence[Variant]) -> Iterator[Block]:
 
 def _rising(name: str, points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """The curve, negated where lower is better."""
-    sign = -1 if name in (f"dev {LOSS}", "dev mse", "dev perplexity") else 1
+    sign = -1 if name.removeprefix("dev ") in LESS_IS_BETTER else 1
     return [(step, sign * value) for step, value in points]

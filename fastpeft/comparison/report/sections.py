@@ -11,7 +11,7 @@ from typing import Any
 from fastpeft.comparison import suites
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.plan import Plan
-from fastpeft.comparison.report import classes, figures, mistakes, paired_tests, paper
+from fastpeft.comparison.report import classes, document, figures, mistakes, paired_tests, paper
 from fastpeft.comparison.report.document import Block, Code, Figure, Heading, Items, PageOnly, Strong, Table, Text
 from fastpeft.comparison.report.results import (
     Variant,
@@ -34,7 +34,7 @@ def title(plan: Plan) -> str:
     data = _short(plan.results[0].values["data"])
     if plan.suites:
         return f"{'; '.join(suites.get_suite(name).title for name in plan.suites)}, on {data}"
-    return f"Comparison of {_listed(list(dict.fromkeys(_method(cell) for cell in plan.results)))} on {data}"
+    return f"Comparison of {_few(list(dict.fromkeys(_method(cell) for cell in plan.results)))} on {data}"
 
 
 def report(plan: Plan, *, pictures: bool) -> list[Block]:
@@ -72,9 +72,10 @@ def opening(compared: Sequence[Variant], tested: Sequence[paired_tests.Pair]) ->
     return list(filter(None, (paired_tests.verdict(compared, tested), paired_tests.limits(tested))))
 
 
-def _listed(names: Sequence[str]) -> str:
+def _few(names: Sequence[str]) -> str:
+    """The names, of many only the first."""
     shown = names if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+    return document.listed(shown)
 
 
 def _method(cell: Cell) -> str:
