@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.causality import predicts_next_tokens
 
+# what decoders call their cache, before transformers 5.24 and from then on
+_NAMES = "past_key_values", "cache"
+CACHE = _NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
 _LEAST_SPARE = 64
 
@@ -135,7 +138,7 @@ class LadderCache(DynamicCache):
 
     def __init__(self, backbone: Backbone, sides: int = 1) -> None:
         core = backbone.core
-        keeps = "past_key_values" in inspect.signature(core.forward).parameters
+        keeps = CACHE in inspect.signature(core.forward).parameters
         if not (keeps and core._supports_default_dynamic_cache()):
             raise FastpeftError(
                 f"a {type(core).__name__} keeps something else than keys and values of earlier tokens, beside which "
@@ -184,7 +187,8 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
             f"cache_implementation={kind!r}: the cache of a backbone and its side network grows with the text. Leave "
             "it out, or give 'dynamic'."
         )
-    if asked("use_cache") is False or arguments.get("past_key_values") is not None:
+    arguments = {CACHE if name in _NAMES else name: value for name, value in arguments.items()}
+    if asked("use_cache") is False or arguments.get(CACHE) is not None:
         return arguments
     without = {name: value for name, value in arguments.items() if name != "cache_implementation"}
-    return {**without, "past_key_values": make()}
+    return {**without, CACHE: make()}

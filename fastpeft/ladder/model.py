@@ -26,7 +26,7 @@ from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
-from fastpeft.ladder.generation import LadderCache, check_generates, generates, with_cache
+from fastpeft.ladder.generation import CACHE, LadderCache, check_generates, generates, with_cache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
@@ -216,6 +216,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
+        cache: LadderCache | None = None,
     ) -> Any:
         """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
@@ -230,8 +231,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
-            past_key_values: what an earlier pass returned under this name. The inputs are then the tokens that follow,
-                and the mask is of all tokens.
+            cache, past_key_values: what an earlier pass returned under that name, of which the first is transformers'
+                since 5.24. The inputs are then the tokens that follow, and the mask is of all tokens.
             use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
             cache_position, logits_to_keep: as the base takes them, where it knows them.
 
@@ -255,7 +256,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
                 "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
             )
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
@@ -272,7 +273,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             "start_positions": start_positions,
             "end_positions": end_positions,
             "output_hidden_states": False,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": None if cache is None else True,
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,
@@ -295,9 +296,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    def _cache(self, past_key_values: Any, use_cache: bool | None) -> LadderCache | None:
+    def _cache(self, given: Any, use_cache: bool | None) -> LadderCache | None:
         """The cache that a pass reads and extends; None for none."""
-        if past_key_values is None and not use_cache:
+        if given is None and not use_cache:
             return None
         check_generates(self.backbone)
         if self.training:
@@ -305,15 +306,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 "use_cache=True in training mode: the features that it drops would stay dropped for all later tokens. "
                 "Call model.eval() first, or give use_cache=False."
             )
-        if past_key_values is None:
+        if given is None:
             return LadderCache(self.backbone)
-        if not isinstance(past_key_values, LadderCache):
+        if not isinstance(given, LadderCache):
             raise FastpeftError(
-                f"past_key_values is a {type(past_key_values).__name__}, which holds nothing of the side network. Give "
+                f"{CACHE} is a {type(given).__name__}, which holds nothing of the side network. Give "
                 "what this model's forward(use_cache=True) returned, or a new fastpeft.ladder.LadderCache("
                 "model.backbone)."
             )
-        return past_key_values
+        return given
 
     def new_side_run(
         self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False

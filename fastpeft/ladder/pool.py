@@ -18,7 +18,7 @@ from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
 from fastpeft.ladder.conversion import convert, converted_to
-from fastpeft.ladder.generation import check_generates, with_cache
+from fastpeft.ladder.generation import CACHE, check_generates, with_cache
 from fastpeft.ladder.joint_training import (
     LABELS,
     Batch,
@@ -235,7 +235,7 @@ class LadderPool:
         configs = options.get("generation_config"), decoder.generation_config
         check_mode(options, *configs)
         options = with_cache(partial(PoolCache, self.backbone, tasks), options, *configs)
-        if "past_key_values" not in options:
+        if CACHE not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
         return decoder.generate(**batch, **options)
 

@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.generation import LadderCache
+from fastpeft.ladder.generation import CACHE, LadderCache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
@@ -131,6 +131,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: PoolCache | None = None,
+        cache: PoolCache | None = None,
         use_cache: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
@@ -138,10 +139,10 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As that of `LadderModel`, which has the arguments."""
         text: Any = input_ids if input_ids is not None else inputs_embeds
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if not isinstance(cache, PoolCache):
             raise FastpeftError(
-                f"past_key_values is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
+                f"{CACHE} is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
                 "this pool's generate returned, or leave it out."
             )
         arguments = {
@@ -150,7 +151,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,

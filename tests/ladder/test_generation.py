@@ -517,7 +517,7 @@ def test_other_bases_are_refused(model: LadderModel, kind: str) -> None:
 
 def test_other_caches_are_refused() -> None:
     model = ladder(causal_model("llama")).eval()
-    with pytest.raises(FastpeftError, match=r"past_key_values is a DynamicCache.*LadderCache\(model.backbone\)"):
+    with pytest.raises(FastpeftError, match=r"is a DynamicCache.*LadderCache\(model.backbone\)"):
         model(input_ids=WORDS, past_key_values=transformers.DynamicCache(config=model.base.config))
     with pytest.raises(FastpeftError, match=r"cache_implementation='static'.*'dynamic'"):
         written(model, cache_implementation="static")
