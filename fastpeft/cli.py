@@ -555,7 +555,9 @@ def serve(
 
 
 @app.command(cls=Command)
-def info() -> None:
+def info(
+    timings: bool = typer.Option(False, "--timings", help="Show the times too by which an implementation was chosen."),
+) -> None:
     """Show versions, devices, and what each op runs on and why."""
     from fastpeft.progress import shown
 
@@ -569,7 +571,10 @@ def info() -> None:
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
-    if timed := fastest.choices.known():
+    timed = fastest.choices.known()
+    if timed and not timings:
+        typer.echo(f"{len(timed):,} products were timed here; --timings shows them")
+    elif timed:
         rows = [(question, fastest.in_words(times)) for question, times in timed.items()]
         console.show_table(f"timed here; delete {fastest.choices.file} to have it timed again", rows)
 

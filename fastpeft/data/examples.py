@@ -393,7 +393,7 @@ def _classes(labels: Iterable[str]) -> list[str]:
     """The classes in order: numbers by size, words by alphabet."""
     found = set(labels)
     try:
-        return sorted(found, key=int)
+        return sorted(found, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(found)
 

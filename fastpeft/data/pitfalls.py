@@ -42,9 +42,10 @@ def of_dev_rows(
     """
     found = seen_rows(texts, trained_on)
     if len(texts) < _FEW_ROWS:
+        rows = "rows were" if len(texts) > 1 else "row was"
         found.append(
-            f"Only {len(texts)} rows were measured on, so the figures are rough; {_FEW_ROWS} are the least that tell "
-            "one result from another."
+            f"Only {len(texts)} {rows} measured on, so the figures are rough; {_FEW_ROWS} are the least that tell one "
+            "result from another."
         )
     if problem.has_classes:
         found += _never_told(problem, outputs, labels, names)
@@ -79,8 +80,8 @@ def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
         return []
     share = f"{100 * seen / len(texts):.0f} %" if 100 * seen >= len(texts) else "below 1 %"
     return [
-        f"{seen:,} of {len(texts):,} rows ({share}) were trained on: the figures show what the model remembers, not "
-        "how it does on new texts."
+        f"{seen:,} of {len(texts):,} rows ({share}) were trained on: of these the figures show what the model "
+        "remembers, not how it does on new texts."
     ]
 
 

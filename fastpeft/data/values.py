@@ -5,6 +5,7 @@ Every function raises a `FastpeftError` where the cell holds anything else.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from types import NoneType
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from fastpeft.errors import FastpeftError
 
 SEPARATOR = "|"  # between the labels of a text in one cell
+_CODE = re.compile(r"[+-]?0\d")  # 01 is another class than 1
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -99,7 +101,7 @@ def as_score(value: Any, column: str, place: Place) -> float:
 
 
 def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place) -> str:
-    """A class as a name: words as they are, whole numbers by `names` or without a decimal point."""
+    """A class as a name: words and codes as they are, whole numbers by `names` or without a decimal point."""
     if not isinstance(value, (str, int, float, NoneType)):
         raise FastpeftError(
             f"{place} has {value!r} in column {column!r}, but a class is one word or whole number. Give one; learn "
@@ -114,7 +116,7 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
             f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
             "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
         )
-    if number is None:
+    if number is None or (names is None and _CODE.match(text)):
         return text
     if names is None:
         return str(int(number))

@@ -221,7 +221,7 @@ class Prompt:
         Args:
             tokenizer: a fast tokenizer.
             texts: strings for `{text}`, pairs of strings for `{a}` and `{b}`.
-            labels: kept beside the tokens as `labels`.
+            labels: kept beside the tokens as `labels`; with label words numbers of classes, from 0 in their order.
             max_length: the longest row in tokens, special tokens included. None: the tokenizer's limit.
 
         Returns:
@@ -230,9 +230,11 @@ class Prompt:
             `labels`. Not padded.
 
         Raises:
-            FastpeftError: `max_length` leaves no room for the template, or a text is not what the template takes.
+            FastpeftError: `max_length` leaves no room for the template, a text is not what the template takes, or a
+                label no number of a class; or there are other labels than texts.
         """
         self._check_tokenizer(tokenizer)
+        self._check_rows(texts, labels)
         limit = max_length or tokenizer.model_max_length
         filled = [self._fill(tokenizer, text) for text in texts]
         if not filled:
@@ -254,6 +256,21 @@ class Prompt:
                 row["labels"] = labels[index]
             rows.append(row)
         return rows
+
+    def _check_rows(self, texts: Sequence[Text], labels: Sequence[Any] | None) -> None:
+        if isinstance(texts, str):
+            raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+        if labels is not None and len(labels) != len(texts):
+            raise FastpeftError(f"there are {len(texts)} texts and {len(labels)} labels. Give a label for each text.")
+        classes = len(self.label_words or ())
+        if labels is None or self.head != "label_words":
+            return
+        odd = [label for label in labels if label not in range(classes)]
+        if odd:
+            raise FastpeftError(
+                f"a label is {odd[0]!r}; the prompt {self.template!r} has {classes} classes, {', '.join(self.labels)}, "
+                f"which are numbered from 0 to {classes - 1}. Give their numbers."
+            )
 
     def _fill(self, tokenizer: Any, text: Text) -> tuple[str, dict[str, tuple[int, int]]]:
         """The template with its texts in place, and where in it every part stands."""

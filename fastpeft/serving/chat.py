@@ -95,6 +95,7 @@ class Asked(BaseModel):
     frequency_penalty: Neutral | None = 0
     presence_penalty: Neutral | None = 0
     seed: None = None
+    logprobs: Literal[False] | None = False
     user: str | None = Field(None, description="Is not read.")
 
 

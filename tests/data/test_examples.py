@@ -124,6 +124,17 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], expected: list[
     assert load_data(str(write_any(tmp_path / "rows.jsonl", rows))).labels == expected
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_codes_are_classes_as_they_are_written(tmp_path: Path, kind: str) -> None:
+    """A number that begins with 0 is a name, as of a place or a product; others are the same in any writing."""
+    labels = ["01", "1", "001", "1.0", "2", "02", "01"] * 4
+    file = write_any(tmp_path / f"rows.{kind}", [(f"text {number}", label) for number, label in enumerate(labels)])
+    loaded = load_data(str(file))
+    assert loaded.labels == ["001", "01", "1", "02", "2"]
+    part = load_rows(str(file), loaded.labels, loaded.problem)
+    assert [loaded.labels[label] for label in part.labels[:7]] == ["01", "1", "001", "1", "2", "02", "01"]
+
+
 @pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
 def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
     file = write_any(tmp_path / "rows.jsonl", [("a text", label), ("another", 1)] * 6)

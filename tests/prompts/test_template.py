@@ -87,6 +87,27 @@ def test_labels_stay_with_their_texts(word_piece: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["good", "bad"], [0], "2 texts and 1 labels"),
+        (["good"], [0, 1], "1 texts and 2 labels"),
+        (["good", "bad"], [0, 2], "a label is 2; .* has 2 classes, 0, 1, which are numbered from 0 to 1"),
+        (["good"], ["great"], "a label is 'great'"),
+        (["good"], [-1], "a label is -1"),
+        ("good", None, "texts is one text, 'good'"),
+    ],
+)
+def test_labels_that_are_none_are_refused(word_piece: Any, texts: Any, labels: Any, message: str) -> None:
+    with pytest.raises(FastpeftError, match=message):
+        SINGLE.encode(word_piece, texts, labels)
+
+
+def test_a_head_of_its_own_takes_any_label(word_piece: Any) -> None:
+    (row,) = Prompt("{text} it was", head="classifier").encode(word_piece, ["good"], [0.5])
+    assert row["labels"] == 0.5
+
+
+@pytest.mark.parametrize(
     ("limit", "expected"),
     [
         (13, "< the plot is very long ? M , this is bad >"),

@@ -275,6 +275,7 @@ def test_what_a_client_of_openais_sends(server: Server) -> None:
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
         "seed": None,
+        "logprobs": False,
         "response_format": {"type": "text"},
     }
     status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
