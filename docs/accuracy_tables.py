@@ -176,28 +176,36 @@ def _metrics(cells: Sequence[dict[str, Any]]) -> list[Row]:
     return [{name: str(value) for name, value in cell["metrics"].items()} for cell in cells]
 
 
+OTHERS = {  # that the paper does not have
+    "head": "head only",
+    "bitfit": "BitFit",
+    "pissa:rank=4:targets=query+key": "PiSSA",
+    "siva:residual_dtype=nf4": "SiVA in nf4",
+    "qlora": "QLoRA, all linear",
+}
+
+
 def evidence(task: str, *, is_papers: bool = True) -> str:
-    """The paper's rows on a pretrained model of base size, of those cells that have finished, each beside LoRA.
+    """Methods on a pretrained model of base size, of those cells that have finished, each beside LoRA.
 
     Args:
         task: of `bench.evidence`.
-        is_papers: whether the paper has it too.
+        is_papers: whether the paper has it too: then its rows, with what it reached.
     """
-    found = {}
-    for row in PAPER:
-        if cells := cells_of(task, row.variant):
-            found[row.title] = row, cells
+    titles = {row.variant: row.title for row in PAPER} | ({} if is_papers else OTHERS)
+    given = {row.variant: _given(row) for row in PAPER}
+    found = {title: (variant, cells) for variant, title in titles.items() if (cells := cells_of(task, variant))}
     body = []
-    for title, (row, cells) in found.items():
+    for title, (variant, cells) in found.items():
         metrics = _metrics(cells)
-        theirs, beside = found.get("LoRA", (row, []))[1], "-"
+        theirs, beside = found["LoRA"][1] if "LoRA" in found else [], "-"
         if title != "LoRA" and [cell["run"]["seed"] for cell in cells] == [cell["run"]["seed"] for cell in theirs]:
             difference = compare_pair(_answers(cells), _answers(theirs))
             beside = f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
         body.append(
             [
                 title,
-                _given(row),
+                *([given[variant]] if is_papers else []),
                 _percent(metrics),
                 beside,
                 whole(metrics[0]["peak_memory_mb"]),
@@ -205,10 +213,8 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
                 f"{len(cells)}",
             ]
         )
-    heads = ["", "accuracy, %: paper", "here", "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"]
-    if not is_papers:
-        heads, body = ["", "accuracy, %", *heads[3:]], [[row[0], *row[2:]] for row in body]
-    return table(heads, body)
+    accuracy = ["accuracy, %: paper", "here"] if is_papers else ["accuracy, %"]
+    return table(["", *accuracy, "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"], body)
 
 
 def base_rates() -> str:
