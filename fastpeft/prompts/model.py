@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file, find_adapter_config_file
 
+from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Row
 from fastpeft.data.models import Classifier, load_language_model, masked_word_layers, says_next_words
 from fastpeft.errors import FastpeftError, first_line
@@ -212,13 +213,11 @@ class PromptModel(PreTrainedModel):
         limit = max_length or Classifier(self.core, self.tokenizer, ()).max_length
         rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
         collate = PromptCollator(self.tokenizer)
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
         training = self.training
         self.eval()
         try:
-            for start in range(0, len(rows), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in by_length(rows, batch_size):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
         finally:
             self.train(training)

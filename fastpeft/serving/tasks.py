@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpeft.data.batches import by_length
 from fastpeft.data.conversations import USER, Conversation
 from fastpeft.data.next_words import prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
@@ -308,11 +309,8 @@ class Tasks:
     def _together(self, asked: Sequence[Ready]) -> list[list[np.ndarray]]:
         """The answers of requests that share a model."""
         rows = [(each.task, taken) for each in asked for taken in each.taken]
-        order = sorted(range(len(rows)), key=lambda place: len(rows[place][1].row["input_ids"]))  # pads little
         scores: dict[int, np.ndarray] = {}
-        size = self._most_rows(asked[0].task)
-        for start in range(0, len(rows), size):
-            places = order[start : start + size]
+        for places in by_length([taken.row for _, taken in rows], self._most_rows(asked[0].task)):
             chosen = [rows[place] for place in places]
             task = chosen[0][0]
             if task.shared is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastpeft.data.batches import by_length
 from fastpeft.data.conversations import USER, Conversation, as_conversation, is_conversation
 from fastpeft.data.next_words import completion, end_tokens, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
@@ -94,14 +95,12 @@ class Writer:
         """What the run says to each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
         ends = ends_of(self.run, chats=self.run.chats)
-        order = sorted(range(len(taken)), key=lambda index: len(taken[index].row["input_ids"]))  # pads little
+        rows = [each.row for each in taken]
         said: dict[int, str] = {}
-        for start in range(0, len(taken), _BATCH_SIZE):
-            report("answering", start, len(taken))
-            chosen = order[start : start + _BATCH_SIZE]
-            batch = tokenizer.pad([taken[index].row for index in chosen], padding_side="left", return_tensors="pt").to(
-                model.device
-            )
+        for chosen in by_length(rows, _BATCH_SIZE):
+            report("answering", len(said), len(rows))
+            given = [rows[index] for index in chosen]
+            batch = tokenizer.pad(given, padding_side="left", return_tensors="pt").to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)):
                 tokens = model.generate(
                     **batch,
@@ -115,7 +114,7 @@ class Writer:
             self.cut += int((~ended).sum())
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             said |= {index: text.strip() for index, text in zip(chosen, texts)}
-        return [said[index] for index in range(len(taken))]
+        return [said[index] for index in range(len(rows))]
 
 
 def write(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, Row
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
 from fastpeft.errors import FastpeftError
@@ -171,14 +172,12 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
 @torch.inference_mode()
 def outputs_of(run: FinishedRun, rows: Sequence[Row]) -> list[np.ndarray]:
     """The outputs to score of each row in float32: `(outputs,)`, or `(T, outputs)` where every token has some."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # pads little
     collate = collator(run.classifier.tokenizer, run.problem)
     model = run.classifier.model
     found: dict[int, np.ndarray] = {}
     size = _BATCH_SIZE if run.problem.digest is None else run.config.batch_size  # outputs over the vocabulary are large
-    for start in range(0, len(rows), size):
-        report("answering", start, len(rows))
-        chosen = order[start : start + size]
+    for chosen in by_length(rows, size):
+        report("answering", len(found), len(rows))
         batch = collate([rows[i] for i in chosen]).to(model.device)
         labels = batch.pop("labels")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(run.config.bf16)):
