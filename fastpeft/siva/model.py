@@ -161,6 +161,12 @@ class SivaModel(BaseTuner):
         self._number_made += 1
         report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
+            before = peft_config.base_fingerprints.get(current_key, layer.base_fingerprint)
+            if self._number_made == 1 and not fingerprints_agree(before, layer.base_fingerprint):
+                logger.warning(
+                    "this SivaConfig was given to a model of other weights before; what that model saves from now on "
+                    "names these, and is refused beside its own. Give each model a SivaConfig of its own"
+                )
             peft_config.base_fingerprints[current_key] = layer.base_fingerprint
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -215,6 +215,20 @@ def test_a_changed_base_is_refused_by_layer_name(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(base, tmp_path)
 
 
+def test_one_configuration_for_two_bases_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config, base = SivaConfig(task_type="SEQ_CLS"), tiny()
+    other = copy.deepcopy(base)
+    for parameter in other.parameters():
+        parameter.data += 0.1
+    with caplog.at_level("WARNING", "fastpeft"):
+        peft.get_peft_model(copy.deepcopy(base), config)
+        peft.get_peft_model(base, config)
+        assert not caplog.records
+        peft.get_peft_model(other, config)
+    (record,) = caplog.records
+    assert "was given to a model of other weights before" in record.message
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_base_may_be_cast(tmp_path: Path, dtype: torch.dtype) -> None:
     model = adapted(r=3)
