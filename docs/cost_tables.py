@@ -424,8 +424,9 @@ def mezo_pass() -> str:
         noise, _, variant = row["candidate"].partition(" ")
         if known and row["dtype"] == "float32" and noise in ("gaussian", "rademacher"):
             named = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}[variant]
-            body.append([noise, named, whole(row["ms_p50"]), f"{1 / float(row['ratio_p50']):.1f}"])
-    return table(["noise", "instructions", "ms", "times as fast as the loop"], body)
+            times = f"{1 / float(row['ratio_p50']):.1f}"
+            body.append([PROCESSORS[row["card"]].partition(",")[0], noise, named, whole(row["ms_p50"]), times])
+    return table(["processor", "noise", "instructions", "ms", "times as fast as the loop"], body)
 
 
 def mezo_step() -> str:

@@ -24,6 +24,7 @@ namespace {
 
 constexpr int kBlock = 256;                 // elements whose noise exists at one time
 constexpr int kCounters = kBlock / 4;       // of words: a counter is four elements
+constexpr int kAhead = 2 * kBlock;          // elements between those that change and those that are fetched
 constexpr int kSignCounters = kTile / 128;  // Rademacher: a counter is 128 elements
 
 typedef uint64_t Wide __attribute__((vector_size(FASTPEFT_VECTOR_BYTES)));
@@ -310,6 +311,14 @@ FASTPEFT_TARGET void store_block(const float* from, int count, BFloat16* to) {
 }
 #endif
 
+// Begin to bring a block into the cache. Making noise takes longer than the processor looks ahead, so that by itself it
+// would wait for memory after each block. There need be nothing at that address.
+template <typename T>
+FASTPEFT_TARGET inline void fetch(const T* block) {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int e = 0; e < kBlock; e += kLine) __builtin_prefetch(block + e, 1);
+}
+
 // The elements of the flat indices first .. end - 1, which lie in one tile.
 template <typename T, bool is_rademacher, bool is_stochastic>
 FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end, const Change& change) {
@@ -328,6 +337,7 @@ FASTPEFT_TARGET void perturb_tile(T* __restrict p, uint64_t first, uint64_t end,
         if constexpr (is_rademacher) noise.draw(counter, signs);
         for (int block = first_block; block <= last_block; ++block) {
             const uint64_t start = tile + kBlock * block;
+            fetch(p + (start + kAhead - first));
             if constexpr (is_rademacher) {
                 rademacher(signs, block, z);
             } else {
