@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from samples import add_adapter
 from tokenizers_for_prompts import make_tokenizer
 
 from fastpeft import LadderConfig, LadderModel, SivaConfig
@@ -48,6 +49,7 @@ def train(model: Any, folder: Path, steps: int) -> None:
     ).train()
 
 
+@add_adapter
 def test_an_added_adapter_trains_is_saved_and_loads(base: Path, tmp_path: Path) -> None:
     model = sentence_transformers.SentenceTransformer(str(base), device="cpu")
     before = model.encode(TEXTS)

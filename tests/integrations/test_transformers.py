@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from samples import tiny_classifier
+from samples import add_adapter, tiny_classifier
 from torch import Tensor
 
 from fastpeft import SivaConfig
@@ -22,6 +22,7 @@ def logits(model: Any) -> Tensor:
         return model.eval()(IDS).logits
 
 
+@add_adapter
 @pytest.mark.long(but="frozen")
 @pytest.mark.parametrize("residual", ["frozen", "implicit"])
 def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_an_added_adapter_trains_is_saved_and_loads(residual: Any, tmp_path: Pat
     assert torch.equal(logits(fresh), after)
 
 
+@add_adapter
 def test_an_adapter_can_be_deleted_and_another_takes_its_place() -> None:
     model = tiny_classifier()
     before = logits(model)
