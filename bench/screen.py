@@ -120,6 +120,9 @@ def main(arguments: list[str]) -> int:
     own = {name: parse_value(value) for name, _, value in (item.partition("=") for item in given.set)}
     common = {"bf16": False, **screen.common, "data": given.data, **own}
     methods = given.variants or screen.variants
+    for variant, name in product(methods, screen.key):
+        if name not in ("data", "model", "seed", "variant") and f":{name}=" not in variant:
+            parser.error(f"the table {given.table} tells its rows apart by {name}: write it in {variant!r}")
     result = compare(CompareConfig(output=given.folder, methods=methods, seeds=given.seeds, common=common))
     for found in read_rows(result.folder / "results.csv"):
         if found["state"] == "finished" or "error" in screen.figures:

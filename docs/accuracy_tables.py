@@ -217,6 +217,39 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
     return table(["", *accuracy, "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"], body)
 
 
+SPEAKING = {  # variants of E2E's evidence
+    "lst": "LST",
+    "k-lst:window=9": "**9-LST**",
+    "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
+    "lora:rank=8:targets=all-linear": "LoRA, all linear",
+    "last-n": "last 3 layers",
+    "full": "full fine-tuning",
+    "pissa:rank=8:targets=all-linear": "PiSSA, all linear",
+    "siva:rank=8:targets=all-linear:residual_dtype=nf4": "SiVA in nf4, all linear",
+    "qlora:rank=8:targets=all-linear": "QLoRA, all linear",
+    "mezo": "**MeZO**",
+}
+
+
+def speaking() -> str:
+    """What a decoder says after training, and what it still knows of other text, of those cells that have finished."""
+    body = []
+    for variant, title in SPEAKING.items():
+        cells = cells_of("e2e", variant)
+        if not cells:
+            continue
+        said, metrics = [cell["test"] for cell in cells], [cell["metrics"] for cell in cells]
+        values = [[each["bleu"] for each in said], [each["perplexity"] for each in metrics]]
+        values += [[each[name] for each in said] for name in ("general_loss_before", "general_loss")]
+        shown = [f"{mean(each):.{digits}f}" for each, digits in zip(values, (1, 2, 2, 2))]
+        rouge = f"{mean(each['rouge_l'] for each in said):.3f}"
+        first = metrics[0]
+        cost = [whole(str(first["peak_memory_mb"])), f"{first['learning_rate']:g}", f"{len(cells)}"]
+        body.append([title, shown[0], rouge, shown[1], f"{shown[2]} to {shown[3]}", *cost])
+    heads = ["", "BLEU", "ROUGE-L", "perplexity", "other text, nats a token", "memory, MB", "learning rate", "seeds"]
+    return table(heads, body)
+
+
 def base_rates() -> str:
     """What each rate reached on a slice, the recipe's first."""
     found: dict[str, list[str]] = {}

@@ -573,7 +573,7 @@ def info(
     console.show_table("ops", ops)
     timed = fastest.choices.known()
     if timed and not timings:
-        typer.echo(f"{len(timed):,} products were timed here; --timings shows them")
+        typer.echo(f"timed here: {len(timed):,}, in {fastest.choices.file}; --timings shows them")
     elif timed:
         rows = [(question, fastest.in_words(times)) for question, times in timed.items()]
         console.show_table(f"timed here; delete {fastest.choices.file} to have it timed again", rows)

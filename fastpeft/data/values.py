@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastpeft.errors import FastpeftError
 
 SEPARATOR = "|"  # between the labels of a text in one cell
-_CODE = re.compile(r"[+-]?0\d")  # 01 is another class than 1
+_CODE = re.compile(r"[+-]?0\d+")  # 01 is another class than 1
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -116,7 +116,7 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
             f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
             "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
         )
-    if number is None or (names is None and _CODE.match(text)):
+    if number is None or (names is None and _CODE.fullmatch(text)):
         return text
     if names is None:
         return str(int(number))

@@ -165,6 +165,17 @@ def check_generates(backbone: Backbone) -> None:
         )
 
 
+def given_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache that a call has, under whichever of its two names.
+
+    Raises:
+        FastpeftError: there is one under each.
+    """
+    if cache is not None and past_key_values is not None:
+        raise FastpeftError("cache and past_key_values are two names of one argument. Give one of them.")
+    return past_key_values if cache is None else cache
+
+
 def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
     """The arguments of a call of `generate`, with a cache of both networks instead of the one that it would make.
 
@@ -187,8 +198,11 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
             f"cache_implementation={kind!r}: the cache of a backbone and its side network grows with the text. Leave "
             "it out, or give 'dynamic'."
         )
-    arguments = {CACHE if name in _NAMES else name: value for name, value in arguments.items()}
-    if asked("use_cache") is False or arguments.get(CACHE) is not None:
-        return arguments
-    without = {name: value for name, value in arguments.items() if name != "cache_implementation"}
-    return {**without, CACHE: make()}
+    cache = given_cache(arguments.get("cache"), arguments.get("past_key_values"))
+    rest = {name: value for name, value in arguments.items() if name not in _NAMES}
+    if cache is not None:
+        return {**rest, CACHE: cache}
+    if asked("use_cache") is False:
+        return rest
+    rest.pop("cache_implementation", None)
+    return {**rest, CACHE: make()}

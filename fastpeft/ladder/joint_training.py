@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -84,7 +85,7 @@ def steps_of(
         yield batches
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put modules and their submodules into evaluation mode while the block runs, then restore each one's mode."""
     training = [part for module in modules if module.training for part in module.modules() if part.training]
@@ -95,6 +96,43 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+class Turns:
+    """Answers of several threads run at once, a step of training alone: it changes weights and torch's random state.
+
+    Args:
+        lock: a re-entrant one, held during a step.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self._changed = threading.Condition(lock)
+        self._answers = self._waiting_steps = 0
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Wait while a step waits or runs; then none does while the block runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting_steps)
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._answers -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Wait until each answer that has begun has ended; then none runs while the block does."""
+        with self._changed:
+            self._waiting_steps += 1
+            try:
+                self._changed.wait_for(lambda: not self._answers)
+                yield
+            finally:
+                self._waiting_steps -= 1
+                self._changed.notify_all()
 
 
 class RandomStream:

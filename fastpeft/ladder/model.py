@@ -26,7 +26,7 @@ from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
-from fastpeft.ladder.generation import CACHE, LadderCache, check_generates, generates, with_cache
+from fastpeft.ladder.generation import CACHE, LadderCache, check_generates, generates, given_cache, with_cache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
@@ -256,7 +256,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
                 "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
             )
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        cache = self._cache(given_cache(cache, past_key_values), use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))

@@ -26,6 +26,7 @@ from fastpeft.ladder.joint_training import (
     RandomStream,
     Stepping,
     Stop,
+    Turns,
     evaluating,
     join,
     source_of,
@@ -96,6 +97,7 @@ class LadderPool:
         self._changing = threading.Lock()
         # one at a time: a pass listens to the backbone's layers, a call changes modes, and fit exchanges random states
         self._passing = threading.RLock()
+        self._turns = Turns(self._passing)
         self._admission = Admission(self.backbone, dtype, feature_modules, self._passing)
 
     @property
@@ -206,7 +208,8 @@ class LadderPool:
         """Generate text for rows of different tasks, beside a decoder, as each task's `LadderModel.generate` does.
 
         Each new token takes one pass of the backbone over all rows, and one of each task's side network over its own.
-        Rows of a task that follow each other save copies. Calls and steps of `fit` run between two tokens.
+        Rows of a task that follow each other save copies. Calls run between two tokens, and members come and
+        go; steps of `fit` wait until the answer has ended.
 
         Args:
             batch: as a call takes it. Pad prompts on the left.
@@ -237,7 +240,8 @@ class LadderPool:
         options = with_cache(partial(PoolCache, self.backbone, tasks), options, *configs)
         if CACHE not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
-        return decoder.generate(**batch, **options)
+        with self._turns.answer():
+            return decoder.generate(**batch, **options)
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """The output of each task's side network for its rows, `(rows of the task, T, d)` in the backbone's dtype."""
@@ -341,7 +345,7 @@ class LadderPool:
             for batches in steps_of(data, tuple(learners), epochs, stopped):
                 for name, passed in self._features(batches).items():
                     learner = learners[name]
-                    with self._passing:  # no call runs during a step or draws from its stream
+                    with self._turns.step():  # no call runs during a step or draws from its stream
                         learner.step(partial(self._train_pass, learner.model, *passed))
                     if stop is not None and stop(name, len(learner.losses), learner.losses[-1]):
                         stopped.add(name)

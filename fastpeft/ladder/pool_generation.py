@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.generation import CACHE, LadderCache
+from fastpeft.ladder.generation import CACHE, LadderCache, given_cache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
@@ -139,7 +139,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As that of `LadderModel`, which has the arguments."""
         text: Any = input_ids if input_ids is not None else inputs_embeds
-        cache = past_key_values if cache is None else cache
+        cache = given_cache(cache, past_key_values)
         if not isinstance(cache, PoolCache):
             raise FastpeftError(
                 f"{CACHE} is a {type(cache).__name__}, which holds nothing of the side networks. Give what "

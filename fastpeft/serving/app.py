@@ -82,6 +82,7 @@ def create_app(
     words = Batcher(tasks.say, max_queue=limits.chats, seconds=limits.saying, **alike)
     batchers = batcher, words
     running = False
+    loading = ThreadPoolExecutor(4, "fastpeft-load")  # its own: loads must not take the threads that read requests
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -90,6 +91,7 @@ def create_app(
             running = True
             yield  # at its end the server has answered all requests
             running = False
+        loading.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="fastpeft serve",
@@ -153,13 +155,12 @@ def create_app(
     refusals = _refusals("4XX", 503, form=OpenAIRefusal)
     add_words(app, tasks, words, lambda name: metrics.texts.labels(name).inc(), refusals)
     if runs is not None:
-        _let_change(app, tasks, runs.resolve())
+        _let_change(app, tasks, runs.resolve(), loading)
     return app
 
 
-def _let_change(app: FastAPI, tasks: Tasks, runs: Path) -> None:
+def _let_change(app: FastAPI, tasks: Tasks, runs: Path, loading: ThreadPoolExecutor) -> None:
     """Let clients add and remove tasks."""
-    loading = ThreadPoolExecutor(4, "fastpeft-load")  # its own: loads must not take the threads that read requests
 
     @app.put("/tasks/{name}", status_code=201, responses=_refusals(400, 404, 408, 409, 413, 415, 422))
     async def add(name: Name, source: Source) -> TaskInfo:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import fastapi
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_conversation
 from fastpeft.errors import FastpeftError
@@ -32,7 +32,14 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _unwanted(wanted: bool) -> bool:
+    if wanted:
+        raise ValueError("there are none. Leave it out")
+    return wanted
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+Unwanted = Annotated[StrictBool, AfterValidator(_unwanted)]
 Neutral = Annotated[float, Field(ge=0, le=0, description="There is none.")]
 Stop = Annotated[Text, Field(min_length=1)]
 
@@ -95,7 +102,6 @@ class Asked(BaseModel):
     frequency_penalty: Neutral | None = 0
     presence_penalty: Neutral | None = 0
     seed: None = None
-    logprobs: Literal[False] | None = False
     user: str | None = Field(None, description="Is not read.")
 
 
@@ -104,6 +110,7 @@ class ChatRequest(Asked):
 
     messages: list[Message] = Field(min_length=1)
     response_format: ResponseFormat | None = None
+    logprobs: Unwanted | None = None
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
 
 

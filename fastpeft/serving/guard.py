@@ -67,7 +67,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.perf_counter(), 0
+        begin, status, left = time.perf_counter(), 0, False
 
         async def noting(message: Any) -> None:
             nonlocal status
@@ -75,11 +75,20 @@ class Guard:
             await send(message)
 
         state = scope.setdefault("state", {})
+
+        async def hearing() -> Any:
+            nonlocal left
+            message = await receive()
+            left = left or message["type"] == "http.disconnect"
+            return message
+
         try:
-            await self._guarded(scope, receive, noting)
-            status = status or _CLIENT_LEFT
+            await self._guarded(scope, hearing, noting)
+        except asyncio.CancelledError:  # the server ends
+            status = status or 503
+            raise
         finally:
-            status = status or 500  # the application failed
+            status = status or (_CLIENT_LEFT if left else 500)  # the application failed
             if scope["path"] in _COUNTED:
                 task = state.get("task", "")
                 self._metrics.requests.labels(task, str(status)).inc()

@@ -113,7 +113,7 @@ class SivaModel(BaseTuner):
             _check_target(peft_config, self._adding, name, modules[name], tied)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
-        self._number_of_targets, self._number_made = len(targets), 0
+        self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
 
     def _is_head(self, key: str) -> bool:
         return key.partition(".")[0] in self._heads or key in self._heads
@@ -162,7 +162,8 @@ class SivaModel(BaseTuner):
         report("adapting layers", self._number_made, self._number_of_targets)
         if peft_config.init_weights != "saved" and layer.base_fingerprint is not None:
             before = peft_config.base_fingerprints.get(current_key, layer.base_fingerprint)
-            if self._number_made == 1 and not fingerprints_agree(before, layer.base_fingerprint):
+            if not self._told_of_bases and not fingerprints_agree(before, layer.base_fingerprint):
+                self._told_of_bases = True
                 logger.warning(
                     "this SivaConfig was given to a model of other weights before; what that model saves from now on "
                     "names these, and is refused beside its own. Give each model a SivaConfig of its own"

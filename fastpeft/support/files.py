@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +40,8 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     """
     try:
         path = Path(name).expanduser()
-        path.exists()  # what cannot be asked for cannot be read or written either
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError, ValueError):  # who opens it says more
+            os.stat(path)
     except (RuntimeError, OSError) as error:
         shown = str(name) if len(str(name)) <= _SHOWN else f"{str(name)[:_SHOWN]}..."
         reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")

@@ -54,7 +54,9 @@ class CurvePoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
-        given = state.eval_steps if args.eval_steps else None  # in steps, also where a share of all was given
+        given = args.eval_steps or 0
+        if given < 1:  # a share of all steps
+            given = math.ceil(state.max_steps * given)
         every = given or max(math.ceil(state.max_steps / CURVE_POINTS), math.ceil(self.rows / rows_a_step))
         if state.global_step % every == 0 and state.global_step < state.max_steps:
             control.should_evaluate = True

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
 from fastpeft.ladder.direct_run import DirectRun
+from fastpeft.ladder.generation import CACHE
 from fastpeft.ladder.side_step import SideStep
 
 LST = {"window_size": 1, "fusion": "gated"}
@@ -515,9 +516,18 @@ def test_other_bases_are_refused(model: LadderModel, kind: str) -> None:
             call()
 
 
+def test_a_cache_has_either_name() -> None:
+    model = ladder(causal_model("llama")).eval()
+    caches = [model(input_ids=WORDS[:, :6], use_cache=True).past_key_values for _ in range(2)]
+    both = [model(input_ids=WORDS[:, 6:], **{name: c}).logits for name, c in zip(("cache", "past_key_values"), caches)]
+    assert both[0].equal(both[1])
+    with pytest.raises(FastpeftError, match="two names of one argument"):
+        model(input_ids=WORDS[:, 6:], cache=caches[0], past_key_values=caches[1])
+
+
 def test_other_caches_are_refused() -> None:
     model = ladder(causal_model("llama")).eval()
-    with pytest.raises(FastpeftError, match=r"is a DynamicCache.*LadderCache\(model.backbone\)"):
+    with pytest.raises(FastpeftError, match=rf"{CACHE} is a Dynamic.*LadderCache\(model.backbone\)"):
         model(input_ids=WORDS, past_key_values=transformers.DynamicCache(config=model.base.config))
     with pytest.raises(FastpeftError, match=r"cache_implementation='static'.*'dynamic'"):
         written(model, cache_implementation="static")

@@ -368,6 +368,7 @@ REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "five stops": ({**CHAT, "stop": ["a"] * 5}, 400, "body.stop", None, None),
     "an empty stop": ({**CHAT, "stop": ""}, 400, "body.stop", None, None),
     "two answers": ({**CHAT, "n": 2}, 400, "body.n", None, None),
+    "a log probability": ({**CHAT, "logprobs": 0}, 400, "body.logprobs", None, None),
     "a penalty": ({**CHAT, "frequency_penalty": 0.5}, 400, "body.frequency_penalty", None, None),
     "another": ({**CHAT, "presence_penalty": -1}, 400, "body.presence_penalty", None, None),
     "a seed": ({**CHAT, "seed": 1}, 400, "body.seed", None, None),

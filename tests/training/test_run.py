@@ -172,6 +172,13 @@ def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: f
     assert [step for step, _ in points_of(result, "dev loss")] == steps
 
 
+def test_a_run_by_mezo_is_measured_as_often_after_it_goes_on_from_its_journal(config: TrainConfig) -> None:
+    config = replace(config, method="mezo", max_steps=8, settings={"eval_steps": 0.5, "restore": "exact"})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(3)])
+    assert [step for step, _ in points_of(train(config, resume=True), "dev loss")] == [0, 4, 8]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_run_leaves_the_callers_determinism(config: TrainConfig, strict: bool) -> None:
     torch.use_deterministic_algorithms(True, warn_only=not strict)
