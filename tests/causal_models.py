@@ -40,7 +40,7 @@ _SIZES: dict[str, Any] = {
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 _LATENT = {"head_dim": None, "num_key_value_heads": 4, **_ONE_GROUP}
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "sarvam_mla"), _LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"), _LATENT),
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
