@@ -6,8 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
+def order_by_length(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of rows of tokens, from the shortest on: batches in this order pad little."""
+    return sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+
+
 def by_length(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[list[int]]:
-    """The places of rows of tokens, at most `size` at a time, from the shortest on: such batches pad little."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    """The places of `order_by_length`, at most `size` at a time."""
+    order = order_by_length(rows)
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Classifier:
     head: tuple[str, ...]
     head_is_new: bool = True
 
-    @property
+    @cached_property
     def max_length(self) -> int:
         """The longest input in tokens, with special tokens."""
         known: int = self.tokenizer.model_max_length

@@ -258,8 +258,7 @@ class Prompt:
         return rows
 
     def _check_rows(self, texts: Sequence[Text], labels: Sequence[Any] | None) -> None:
-        if isinstance(texts, str):
-            raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+        refuse_one_text(texts)
         if labels is not None and len(labels) != len(texts):
             raise FastpeftError(f"there are {len(texts)} texts and {len(labels)} labels. Give a label for each text.")
         classes = len(self.label_words or ())
@@ -382,6 +381,12 @@ def _by_class(words: Any) -> dict[str, str]:
             f"the label words are {problem}; there must be two or more, all different. Give one word for each class."
         )
     return by_class
+
+
+def refuse_one_text(texts: Any) -> None:
+    """Raise `FastpeftError` where a text stands for several: its characters would be taken for them."""
+    if isinstance(texts, str):
+        raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
 
 
 def is_text(value: Any) -> bool:

@@ -14,7 +14,7 @@ from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, Row
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
 from fastpeft.errors import FastpeftError
-from fastpeft.prompts.template import is_text
+from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.encoding import collator, encode
 from fastpeft.training.generation import says_words, write
@@ -126,8 +126,7 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
             them is not what the run reads.
     """
-    if isinstance(texts, str):
-        raise FastpeftError(f"texts is one text, {texts!r}; it must be a sequence of texts. Give [{texts!r}].")
+    refuse_one_text(texts)
     if says_words(folder):
         return write(folder, texts)
     predictor = Predictor(folder)

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
+from fastpeft.data.batches import order_by_length
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
 from fastpeft.data.packed_rows import texts_of
@@ -341,11 +342,10 @@ def _logits_alone(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 
 def _by_length(rows: list[Row]) -> list[Row]:
     """Rows in an order that pads little."""
-    return sorted(rows, key=lambda row: len(row["input_ids"]))
+    return [rows[place] for place in order_by_length(rows)]
 
 
 def _as_given(rows: list[Row], values: np.ndarray) -> list[Any]:
     """Values `(N, ...)` of rows in the order of `_by_length`, in that of the rows."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    found: list[Any] = values[np.argsort(order)].tolist()
+    found: list[Any] = values[np.argsort(order_by_length(rows))].tolist()
     return found
