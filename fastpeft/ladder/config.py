@@ -21,6 +21,7 @@ OutputMix = bool | Literal["add"]
 SHAPE = (
     "window_size",
     "reduction_factor",
+    "layers_per_block",
     "fusion",
     "num_heads",
     "residual",
@@ -50,6 +51,9 @@ class LadderConfig(PretrainedConfig):
     Args:
         window_size: number k of backbone features that each side block reads, centred at its own; odd, 1 to 15.
         reduction_factor: the backbone's width divided by the side network's; it must divide the former.
+        layers_per_block: layers of the backbone for each side block, counted from the last. With 3 there is a block at
+            every third layer, and the side network takes a third of its memory and time. A window is still of layers
+            that follow each other.
         feature_dropout: probability of dropping an element of a projected feature in training. None is 0.2 for windows
             of 9 or more and 0 below.
         fusion: `"cross_attention"` lets the side state attend to the window; `"gated"` is the original LST, which mixes
@@ -106,6 +110,7 @@ class LadderConfig(PretrainedConfig):
         self,
         window_size: int = 9,
         reduction_factor: int = 8,
+        layers_per_block: int = 1,
         feature_dropout: float | None = None,
         fusion: Fusion = "cross_attention",
         num_heads: int = 1,
@@ -130,6 +135,7 @@ class LadderConfig(PretrainedConfig):
     ) -> None:
         self.window_size = window_size
         self.reduction_factor = reduction_factor
+        self.layers_per_block = layers_per_block
         self.feature_dropout = feature_dropout
         self.fusion = fusion
         self.num_heads = num_heads
@@ -160,7 +166,7 @@ class LadderConfig(PretrainedConfig):
         return default if self.feature_dropout is None else self.feature_dropout
 
     def _check(self) -> None:
-        for name in ("window_size", "reduction_factor", "num_heads", "side_heads"):
+        for name in ("window_size", "reduction_factor", "layers_per_block", "num_heads", "side_heads"):
             value = getattr(self, name)
             if not (type(value) is int and value > 0) and (name, value) != ("side_heads", None):
                 raise FastpeftError(f"{name}={value!r}; give a whole number from 1.")

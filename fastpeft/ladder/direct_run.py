@@ -72,13 +72,14 @@ class DirectRun(SideRun):
 
     def _window(self, number: int) -> list[Tensor]:
         """The projection of each feature in the window of a block, `(B, T, D)` by slot."""
-        first = number - self.side.config.window_size // 2
-        nothing = torch.zeros_like(self._features[0])
+        first = self.side.places[number - 1] - self.side.config.window_size // 2
+        some = next(iter(self._projections))
+        nothing = torch.zeros_like(self._features[some])
         found = []
         for slot in range(self.side.config.window_size):
             layer = first + slot
             inside = 0 <= layer <= self.side.num_layers
-            own = self._projections[layer][number, slot] if inside else self._projections[0][self.side.readers[0][0]]
+            own = self._projections[layer][number, slot] if inside else next(iter(self._projections[some].values()))
             found.append(F.linear(self._features[layer] if inside else nothing, *own))
         return found
 

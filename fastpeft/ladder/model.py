@@ -228,7 +228,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             labels, start_positions, end_positions: as the base takes them. A module that is not a transformers model
                 takes integer classes (cross-entropy), or numbers in the shape of the logits (mean squared error, or
                 binary cross-entropy where the configuration's `problem_type` is `multi_label_classification`).
-            output_hidden_states: whether to return the side states `theta_0 .. theta_L`, each `(B, T, D)`, as
+            output_hidden_states: whether to return the side states `theta_0 .. theta_N`, each `(B, T, D)`, as
                 `hidden_states`.
             return_dict: False for a tuple.
             cache, past_key_values: what an earlier pass returned under that name, of which the first is transformers'

@@ -34,13 +34,14 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
     """Set the weights of `side` to the pruned weights of `backbone`.
 
     Every projection and `down` select the D channels that are kept, and `up` puts them back in place, unless it starts
-    at zero (`output_mix="add"`). Block j gets the weights of layer j. Its cross-attention gets the queries and keys of
-    that layer, and the product of its output matrix and its values. Norms, positions and gates are not changed.
+    at zero (`output_mix="add"`). A block gets the weights of the layer where it stands. Its cross-attention gets the
+    queries and keys of that layer, and the product of its output matrix and its values. Norms, positions and gates are
+    not changed.
 
     Raises:
         FastpeftError: a layer is not made of the six matrices of a plain encoder block, or they are quantised.
     """
-    layers = [_take_apart(layer, side) for layer in backbone.layers]
+    layers = [_take_apart(backbone.layers[place - 1], side) for place in side.places]
     channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
     selection = torch.eye(side.feature_sizes[0], device=channels.device)[channels]  # (D, d)
     shared = [] if side.shared_projection is None else [side.shared_projection]

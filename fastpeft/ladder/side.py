@@ -1,13 +1,12 @@
 """The side network: narrow blocks, each of which reads a window of the backbone's features.
 
-Dimension letters: B batch, T tokens, d width of the backbone, D width of the side network, L layers of the backbone and
+Dimension letters: B batch, T tokens, d width of the backbone, D width of the side network, L layers of the backbone, N
 blocks of the side network, k slots of a window, S of them real, w = (k - 1) / 2.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -197,16 +196,17 @@ class SideBlock(nn.Module):
 
 
 class SideNetwork(nn.Module):
-    r"""The network that trains beside a frozen backbone: `theta_0 = down(B_0)`, L side blocks, an up-projection.
+    r"""The network that trains beside a frozen backbone: `theta_0 = down(B_0)`, N side blocks, an up-projection.
 
-    Block j reads the k features centred at `B_j`, each by its own projection. The projections of one feature for all
-    blocks are the rows of one matrix, `projections[layer]`, so that each feature is read once. Shared projections are
-    the rows of `shared_projection`, the last slot's first: then those of one feature are next to each other. A slot
-    outside `B_0 .. B_L` has no projection.
+    With n `layers_per_block` there are `N = ceil(L / n)` blocks, and block j stands at layer `L - n (N - j)`. It reads
+    the k features centred there, each by its own projection. The projections of one feature for all blocks are the rows
+    of one matrix, `projections[layer]`, so that each feature is read once. Shared projections are the rows of
+    `shared_projection`, the last slots' first: so those of one feature are next to each other. A slot outside
+    `B_0 .. B_L` has no projection.
 
-    With `output_mix="add"` the output is `B_L + |B_L| up(theta_L)`, where `up` starts at zero and `|B_L|` is a token's
+    With `output_mix="add"` the output is `B_L + |B_L| up(theta_N)`, where `up` starts at zero and `|B_L|` is a token's
     root mean square. Its size is 33 in one decoder and 0.1 in an encoder, so without it no learning rate fits both.
-    With True it is `lambda B_L + (1 - lambda) up(theta_L)`, as in QST (arXiv 2401.07004). The trained weight is
+    With True it is `lambda B_L + (1 - lambda) up(theta_N)`, as in QST (arXiv 2401.07004). The trained weight is
     `side_share = 1 - lambda`, which starts at 0. In both weight decay pulls towards the backbone.
 
     Args:
@@ -216,8 +216,14 @@ class SideNetwork(nn.Module):
         activation: name of the feed-forward activation in transformers.
         causal: whether tokens see only those before them.
 
+    Attributes:
+        places: the layer of each block.
+        readers: of each layer that is read, the (block, slot) that read it, in the order of its matrix's rows.
+        completes: of a layer, the blocks of which it is the last to be read.
+
     Raises:
-        FastpeftError: the widths do not divide, or projections are to be shared by features of different widths.
+        FastpeftError: the widths do not divide, the backbone has fewer layers than `layers_per_block`, or projections
+            are to be shared by features of different widths.
 
     Example:
         >>> side = SideNetwork(LadderConfig(window_size=3), hidden_size=64, num_layers=2)
@@ -256,17 +262,25 @@ class SideNetwork(nn.Module):
                 "divide. Give side_heads."
             )
 
-        self.readers: dict[int, list[tuple[int, int]]] = {}  # layer -> (block, slot), in the order of its matrix's rows
+        step, reach = config.layers_per_block, config.window_size // 2
+        if step > num_layers:
+            raise FastpeftError(
+                f"layers_per_block={step}, but the backbone has {num_layers} layers. Give a number from 1 to that."
+            )
+        self.places = range(num_layers, 0, -step)[::-1]
+        self.readers: dict[int, list[tuple[int, int]]] = {}
+        self.completes: dict[int, list[int]] = {}
         windows: dict[int, list[int]] = {}  # block -> its slots inside the backbone
-        for block, slot in itertools.product(range(1, num_layers + 1), range(config.window_size)):
-            layer = block - config.window_size // 2 + slot
-            if 0 <= layer <= num_layers:
-                self.readers.setdefault(layer, []).append((block, slot))
-                windows.setdefault(block, []).append(slot)
+        for block, place in enumerate(self.places, 1):
+            self.completes.setdefault(min(place + reach, num_layers), []).append(block)
+            windows[block] = [slot for slot in range(config.window_size) if 0 <= place - reach + slot <= num_layers]
+            for slot in windows[block]:
+                self.readers.setdefault(place - reach + slot, []).append((block, slot))
 
         gated = config.fusion == "gated"  # a gate has no position vectors, so its projection keeps a bias
         self.down = nn.Linear(self.feature_sizes[0], self.width)
-        slots = sorted({slot for window in windows.values() for slot in window}, reverse=True)
+        # one layer is read by slots that are `step` apart
+        slots = sorted({slot for window in windows.values() for slot in window}, key=lambda slot: (slot % step, -slot))
         self._shared_rows = {slot: row * self.width for row, slot in enumerate(slots)}  # slot -> its first row
         self.shared_projection: nn.Linear | None = None
         self.projections = nn.ModuleDict()
@@ -284,7 +298,7 @@ class SideNetwork(nn.Module):
                 activation,
                 causal,
             )
-            for block in range(1, num_layers + 1)
+            for block in windows
         )
         self.up = nn.Linear(self.width, self.feature_sizes[-1])
         self.side_share = nn.Parameter(torch.zeros(1)) if config.output_mix is True else None
@@ -355,7 +369,7 @@ class SideRun:
     ) -> None:
         self.side, self.mask, self.seed, self.kept = side, mask, seed, kept
         self.past = kept[0].get_seq_length() if kept else 0  # the number of tokens that are kept
-        self.states: list[Tensor] = []  # theta_0 .. theta_L, if they are kept
+        self.states: list[Tensor] = []  # theta_0 .. theta_N, if they are kept
         self._keep_states = keep_states
         self._theta: Tensor  # the latest state
         self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
@@ -369,11 +383,13 @@ class SideRun:
         self._dropped: set[int] = set()
         if side.config.layer_drop and side.training and (number := int(seed if blocks_seed is None else blocks_seed)):
             draw = random.Random(number)
-            self._dropped = {block for block in range(1, side.num_layers + 1) if draw.random() < side.config.layer_drop}
+            self._dropped = {block for block, _ in enumerate(side.places, 1) if draw.random() < side.config.layer_drop}
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """Read `B_layer`, `(B, T, d)`; features come in order, from 0 to L."""
-        self._waiting.append((layer, self._accept(layer, feature)))
+        feature = self._accept(layer, feature)
+        if layer in self.side.readers:
+            self._waiting.append((layer, feature))
         if layer == self.side.num_layers or not torch.is_grad_enabled():
             with self._products():
                 for waiting in self._waiting:
@@ -383,11 +399,9 @@ class SideRun:
     def _read(self, layer: int, feature: Tensor) -> None:
         """Project a feature, and run the blocks whose windows it completes."""
         side = self.side
-        for (block, _), part in zip(side.readers.get(layer, []), side.project(layer, feature)):
+        for (block, _), part in zip(side.readers[layer], side.project(layer, feature)):
             self._windows.setdefault(block, []).append(part)
-        reach = side.config.window_size // 2
-        last = layer - reach if layer < side.num_layers else side.num_layers
-        for block in range(max(1, layer - reach), last + 1):
+        for block in side.completes.get(layer, []):
             parts = self._windows.pop(block)
             if block in self._dropped:
                 self._advance(self._theta)

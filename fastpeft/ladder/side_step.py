@@ -27,7 +27,7 @@ class Prepared:
         blocks: of each block its weights, and the numbers after `visible`.
         projections: of each layer weight and bias of its projections, and where they go.
         outside: `(L, k, D)`, the vectors p of all slots, which are the keys of those outside the backbone.
-        nothing: the weight, bias and places of a layer that no block reads.
+        nothing: the weight, bias and places where no feature is read.
     """
 
     def __init__(self, side: SideNetwork) -> None:
@@ -83,7 +83,7 @@ class SideStep(SideRun):
     def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool = False) -> None:
         super().__init__(side, mask, 0, keep_states, kept=cache.layers)
         self._prepared = cache.prepared = cache.prepared or Prepared(side)
-        self._layers, self._size = cache.layers, side.config.window_size
+        self._layers = cache.layers
         self._eps = TINY if side.config.normalise_features else 0.0
         self._dtype = side.up.weight.dtype
         self._parts: Tensor  # (B, L, k, D), the windows of all blocks
@@ -103,12 +103,12 @@ class SideStep(SideRun):
         batch = feature.shape[0]
         if layer == 0:
             self._parts = prepared.outside.repeat(batch, 1, 1, 1)
-        feature, reads = feature.view(batch, -1), prepared.projections.get(layer, prepared.nothing)
-        reach = self._size // 2
-        last = layer - reach if layer < side.num_layers else side.num_layers
-        for number in range(max(0, layer - reach - 1), last) or (-1,):
+        if layer not in prepared.projections:
+            return
+        feature, reads = feature.view(batch, -1), prepared.projections[layer]
+        for number in [block - 1 for block in side.completes.get(layer, [])] or [-1]:
             weights, numbers = prepared.blocks[number]
-            kept: Any = self._layers[number]
+            kept: Any = self._layers[max(number, 0)]  # of a first block where none is complete: only its shape is read
             window = kept.extend("values") if numbers[1] and number >= 0 else kept.values
             keys = kept.extend("keys") if number >= 0 else kept.keys
             theta = torch.ops.fastpeft.side_step_.default(

@@ -34,6 +34,8 @@ def output(run: SideRun, given: list[Tensor]) -> Tensor:
         {"window_size": 3, "output_mix": True},
         {"window_size": 1, "fusion": "gated"},
         {"window_size": 1, "fusion": "gated", "share_projections": True},
+        {"window_size": 3, "layers_per_block": 2},
+        {"window_size": 3, "layers_per_block": LAYERS},
     ],
     ids=str,
 )

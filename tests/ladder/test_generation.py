@@ -27,6 +27,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "3-LST": {},
     "9-LST": {"window_size": 9},
     "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "normalise_features": True, "share_projections": True},
+    "two blocks": {"layers_per_block": 2, "residual": True, "normalise_features": True},
+    "one block": {**LST, "layers_per_block": 3},
 }
 DECODERS = ("llama", "gpt2", "bloom", "mistral")
 WORDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))

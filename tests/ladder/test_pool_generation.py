@@ -25,12 +25,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "3-lst": {},
     "other": {},
     "9-lst": {"window_size": 9, "num_heads": 2, "residual": True, "normalise_features": True},
+    "one block": {"layers_per_block": 3},
 }
 GREEDY: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 MIXES = {
     "one task": ["lst"] * 5,
     "in order": ["lst", "lst", "3-lst", "other", "9-lst"],
     "mixed": ["other", "lst", "9-lst", "other", "lst"],
+    "other blocks": ["one block", "lst", "one block", "3-lst", "one block"],
 }
 
 
@@ -65,7 +67,7 @@ def test_every_row_says_what_its_model_says(kind: str, mix: list[str]) -> None:
     found = pool.generate(PROMPTS, mix, **GREEDY)
     assert found.shape == (5, 16)
     assert found.equal(own_words(pool, mix, **GREEDY))
-    same = {"input_ids": WORDS[:1].repeat(4, 1)}
+    same = {"input_ids": WORDS[:1].repeat(len(NETWORKS), 1)}
     assert len(set(map(tuple, pool.generate(same, [*NETWORKS], **GREEDY).tolist()))) > 1
 
 

@@ -93,7 +93,8 @@ def test_the_largest_channels_rows_and_neurons_stay(heads: int) -> None:
 
 
 @torch.no_grad()
-def test_at_full_width_a_side_block_is_the_backbones_layer() -> None:
+@pytest.mark.parametrize("step", [1, 2])
+def test_at_full_width_a_side_block_is_the_backbones_layer(step: int) -> None:
     """But for the norms, which start as new ones: those of a new backbone too."""
     base = tiny(intermediate_size=64)
     for layer in base.roberta.encoder.layer:
@@ -103,9 +104,10 @@ def test_at_full_width_a_side_block_is_the_backbones_layer() -> None:
                 module.bias.data.normal_()
             elif isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
-    model = ladder(base, reduction_factor=1, side_heads=2, init="pruned").eval()
+    model = ladder(base, reduction_factor=1, side_heads=2, init="pruned", layers_per_block=step).eval()
     x = torch.randn(3, 5, 16)
-    for block, layer in zip(model.side.blocks, base.roberta.encoder.layer):
+    layers = base.roberta.encoder.layer[-1::-step][::-1]
+    for block, layer in zip(model.side.blocks, layers, strict=True):
         block.fusion.forward = lambda theta, *_: theta
         expected = layer(x)
         expected = expected[0] if isinstance(expected, tuple) else expected

@@ -22,11 +22,18 @@ from fastpeft.training.memory import MemoryTracker
 from fastpeft.training.settings import sort_settings
 
 
+def place(side: SideNetwork, block: int) -> int:
+    """The layer of a block: the last one's is L, and others are n layers apart."""
+    return LAYERS - side.config.layers_per_block * (len(side.blocks) - block)
+
+
 def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
     """`D_{block, slot}`, `(NARROW, WIDTH)`, out of the matrix of the layer that it reads, or the shared one."""
-    layer = block - side.config.window_size // 2 + slot
+    step = side.config.layers_per_block
+    layer = place(side, block) - side.config.window_size // 2 + slot
     if side.config.share_projections:
-        slots = sorted({slot for readers in side.readers.values() for _, slot in readers}, reverse=True)
+        slots = {slot for readers in side.readers.values() for _, slot in readers}
+        slots = sorted(slots, key=lambda slot: (slot % step, -slot))
         row = slots.index(slot) * NARROW
         return side.shared_projection.weight[row : row + NARROW]
     row = side.readers[layer].index((block, slot)) * NARROW
@@ -63,13 +70,13 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         real = [t for t in range(tokens) if mask[b, t]]
         before = {t: [s for s in real if not side.causal or s <= t] for t in real}
         theta = side.down(layers[0][b, real])
-        for j in range(1, side.num_layers + 1):
+        for j in range(1, len(side.blocks) + 1):
             if j in dropped:
                 continue
             fusion = side.blocks[j - 1].fusion
             keys = []  # C~, the slots one after the other along the tokens
             for i in range(config.window_size):
-                layer = j - reach + i
+                layer = place(side, j) - reach + i
                 for t in real:
                     inside = 0 <= layer <= side.num_layers
                     c = projection(side, j, i) @ layers[layer][b, t] if inside else torch.zeros(NARROW).double()
@@ -109,8 +116,11 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         {"output_mix": True},
         {"output_mix": "add"},
         {"output_mix": "add", "residual": True, "normalise_features": True},
+        {"layers_per_block": 2},
+        {"layers_per_block": LAYERS, "residual": True},
+        {"layers_per_block": 2, "share_projections": True},
     ],
-    ids=["plain", "heads", "residual", "shared", "mix", "sum", "normalised"],
+    ids=["plain", "heads", "residual", "shared", "mix", "sum", "normalised", "every second", "one", "shared second"],
 )
 def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
     side = network(causal, window_size=window, **options)
