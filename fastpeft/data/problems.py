@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LESS_IS_BETTER = (LOSS, "mse", "perplexity")  # of what is measured
 _MOST_IN_MATRIX = 200  # classes of a confusion matrix
-_TINY = 1e-9  # the least probability that is a threshold
+_TINY = 1e-15  # the least probability that is a threshold
 
 ACCURACY = "accuracy"
 
@@ -219,17 +219,17 @@ def describe(
     import numpy as np
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-    several = problem is MULTI_LABEL
-    if not several:
-        labelled = labels != UNLABELLED
-        outputs, labels = outputs[labelled], labels[labelled]
-    answers, classes = problem.answers(outputs), np.arange(len(names))
+    several, classes = problem is MULTI_LABEL, np.arange(len(names))
     found: dict[str, Any] = {}
     if frequent is not None:
-        always = np.tile(np.where(np.isin(classes, frequent), 1.0, -1.0), (len(labels), 1))
+        always = np.broadcast_to(np.where(np.isin(classes, frequent), 1.0, -1.0), outputs.shape)
         said: dict[str, Any] = {"class": ", ".join(names[index] for index in frequent)}
         said |= {"classes": [names[index] for index in frequent]} if several else {}
         found["most_frequent_class"] = {**said, **problem.score(always, labels, names)}
+    if not several:
+        labelled = labels != UNLABELLED
+        outputs, labels = outputs[labelled], labels[labelled]
+    answers = problem.answers(outputs)
     figures = precision_recall_fscore_support(labels, answers, labels=classes, average=None, zero_division=0.0)
     found["per_class"] = {
         name: {"precision": float(p), "recall": float(r), "f1": float(f1), "support": int(rows)}

@@ -102,7 +102,7 @@ def score_tags(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) ->
 
 
 def _entity_f1(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) -> float:
-    """F1 over whole entities of all kinds, right where kind, first and last word are; rows are `(B, T)`, or one `(T,)`.
+    """F1 over whole entities of all kinds, right where kind, first and last word are; rows are `(B, T)`.
 
     It is that of the package seqeval, which installs on few machines because it has no wheel.
     """
@@ -113,7 +113,7 @@ def _entity_f1(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) ->
 def _of_entities(labels: np.ndarray, guesses: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Of each row twice its right entities, and those that it has and those that were told; `(B, 2)`."""
     found = []
-    for row, guess in zip(np.atleast_2d(labels), np.atleast_2d(guesses), strict=True):
+    for row, guess in zip(labels, guesses, strict=True):
         labelled = row != UNLABELLED
         expected, told = (entities([names[tag] for tag in tags[labelled]]) for tags in (row, guess))
         found.append((2 * len(expected & told), len(expected) + len(told)))

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fastpeft.data import pitfalls
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import load_for_next_words
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import (
     CLASSIFICATION,
     LOSS,
@@ -146,13 +149,19 @@ def _evaluate(
     warn_of_texts(dev, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
     if run.problem is MASKED_WORDS:
         rows = Masker(run.classifier.tokenizer).fixed(rows)
-    join = np.concatenate if run.problem.per_token else np.stack
+    join = _padded if run.problem.per_token else np.stack
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
     pitfalls.tell(measured["warnings"])
     return {**measured, "dev_rows": len(rows)}
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of tokens as one array, in which the shorter ones are filled up as transformers does."""
+    tokens = [torch.from_numpy(row) for row in rows]
+    return pad_sequence(tokens, batch_first=True, padding_value=UNLABELLED).numpy()
 
 
 def evaluate_zero_shot(

@@ -77,7 +77,7 @@ class Predictor:
 
     def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
         """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
-        those of the tags, `(words, tags)`; float32."""
+        those of the tags, `(words, tags)`."""
         return self.scores_of(taken, outputs_of(self.run, [row for _, row in taken]))
 
     def scores_of(self, taken: Sequence[Taken], outputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -94,9 +94,9 @@ class Predictor:
             ]
         if problem is REGRESSION:
             return outputs
-        if problem is MULTI_LABEL:
-            return [torch.from_numpy(output).sigmoid().numpy() for output in outputs]
-        return [torch.from_numpy(output).softmax(-1).numpy() for output in outputs]
+        # in float32 all that are near 1 would be 1, on whichever side of a threshold they are
+        logits = [torch.from_numpy(output).double() for output in outputs]
+        return [(each.sigmoid() if problem is MULTI_LABEL else each.softmax(-1)).numpy() for each in logits]
 
     def answer(self, scores: np.ndarray) -> Any:
         """What `predict` returns for a text, or for one of its words, given the scores of that."""

@@ -26,9 +26,10 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from fastpeft.data.batches import order_by_length
 from fastpeft.data.examples import Row
 from fastpeft.data.masking import MaskedRows
+from fastpeft.data.names import UNLABELLED
 from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import LOSS, MASKED_WORDS, NEXT_WORDS
-from fastpeft.errors import NotFiniteError
+from fastpeft.errors import FastpeftError, NotFiniteError
 from fastpeft.methods.method import Optimization
 from fastpeft.mezo.loop import MeZOLoop
 from fastpeft.mezo.sharding import digest
@@ -201,11 +202,16 @@ class RunTrainer(Trainer):
         return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        self._outputs, self._labels = outputs, _ = prediction.predictions, prediction.label_ids
-        scores = self.problem.score(outputs, prediction.label_ids, self.labels)
-        if self.ranks.size > 1 and self.problem.loss is not None:
-            # the Trainer lets the mean of a process stand for its rows as if each had a whole batch
-            scores[LOSS] = self.problem.loss(outputs, prediction.label_ids)
+        self._outputs, self._labels = outputs, labels = prediction.predictions, prediction.label_ids
+        if not np.isfinite(outputs[labels != UNLABELLED] if self.problem.per_token else outputs).all():
+            raise FastpeftError(
+                f"the model's outputs are not finite after step {self.state.global_step}, so the run ended. Lower the "
+                f"learning rate (its peak is {self.args.learning_rate:g}) or look for a fault in the data."
+            )
+        scores = self.problem.score(outputs, labels, self.labels)
+        if self.problem.loss is not None:
+            # the Trainer's is a mean over batches, which depends on what was batched together
+            scores[LOSS] = self.problem.loss(outputs, labels)
         return scores
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -218,14 +218,14 @@ def test_metrics_of_numbers_are_those_of_scipy() -> None:
 
 def test_metrics_of_tags_leave_out_what_is_outside() -> None:
     names = ["B-film", "O", "B-plot"]
-    labels, guesses = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 1, 1, 1])
+    labels, guesses = np.array([[0, 1, 1, 0, 1]]), np.array([[0, 1, 1, 1, 1]])
     found = TAGGING.score(np.eye(3)[guesses], labels, names)
     assert found == {
         "word_f1": pytest.approx(2 / 3),
         "entity_f1": pytest.approx(2 / 3),
         "accuracy": pytest.approx(0.8),
     }
-    nothing = TAGGING.score(np.eye(3)[[1, 1]], np.array([1, 1]), names)
+    nothing = TAGGING.score(np.eye(3)[[[1, 1]]], np.array([[1, 1]]), names)
     assert nothing == {"word_f1": 0, "entity_f1": 0, "accuracy": 1}
     numbered = TAGGING.score(np.eye(3)[guesses], labels, ["0", "1", "2"])
     assert numbered["word_f1"] == pytest.approx((2 / 3 + 6 / 7) / 2), "none of them is outside"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, TAGGING, best_threshold
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.losses import TrainingLoss, balanced, training_loss
-from fastpeft.training.prediction import predict
+from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.task import data_for
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -206,6 +207,18 @@ def test_the_best_threshold_lies_between_two_rows() -> None:
     assert best_threshold(CLASSIFICATION, outputs, np.ones(5)) == 0.5
     flat = best_threshold(MULTI_LABEL, logits[:, None], labels[:, None].astype(float))
     assert flat == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("logits", [[17.6, 18.2, 19.0, 20.0], [21.0, 22.0, 25.0, 26.0], [-26.0, -25.0, -22.0, -21.0]])
+def test_a_threshold_near_one_decides_between_the_same_rows_wherever_it_is_used(logits: list[float]) -> None:
+    outputs = np.stack([np.zeros(4), logits], axis=1).astype(np.float32)
+    labels = np.array([0, 0, 1, 1])
+    threshold = best_threshold(CLASSIFICATION, outputs, labels)
+    assert CLASSIFICATION.answers(CLASSIFICATION.decided(outputs, threshold)).tolist() == labels.tolist()
+    predictor = object.__new__(Predictor)
+    predictor.run = SimpleNamespace(problem=CLASSIFICATION, threshold=threshold, labels=["no", "yes"])
+    said = [predictor.answer(each)[0] for each in predictor.scores_of([], list(outputs))]
+    assert said == ["no", "no", "yes", "yes"]
 
 
 def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig) -> None:

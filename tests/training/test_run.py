@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
+from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv, write_jsonl
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -52,6 +52,26 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_last_step_destroys_the_weights_does_not_finish(config: TrainConfig) -> None:
+    with pytest.raises(FastpeftError, match=r"outputs are not finite after step 1.*peak is 1e\+30"):
+        train(replace(config, max_steps=1, learning_rate=1e30))
+    assert not Path(config.output, "metrics.json").exists()
+
+
+def test_tags_are_measured_row_by_row_by_every_command(tmp_path: Path, checkpoint: str) -> None:
+    """Where a row ends with a tag and the next begins with it, these are two entities."""
+    words = [line.split()[: 2 + number % 5] for number, (line, _) in enumerate(reviews(60))]
+    rows = [{"tokens": each, "tags": ["O", *["PER"] * (len(each) - 1)][:: 1 - 2 * (len(each) % 2)]} for each in words]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=str(file))
+    trained = train(replace(config, max_steps=3, batch_size=4, learning_rate=1e-2))
+    found = evaluate(trained.folder)
+    for name in ("entity_f1", "word_f1", "accuracy", "loss"):
+        assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
+    scores = json.loads((trained.folder / "row_scores.json").read_text())
+    assert found["entity_f1"] == pytest.approx(sum(scores["above"]) / sum(scores["below"]))
 
 
 @pytest.mark.long(but="head")
