@@ -38,27 +38,30 @@ def memory() -> str:
     return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
 
 
-# rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss and reduction
+# rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction and layers for
+# each side block
 LLAMA = {
-    ("mezo", "nf4", "fused", ""): "**MeZO** over QLoRA",
-    ("lst", "nf4-double", "fused", "16"): "LST, nf4-double",
-    ("lst", "nf4", "fused", "16"): "LST, nf4",
-    ("lst", "nf4", "fused", "8"): "LST, nf4, twice as wide",
-    ("k-lst", "nf4-double", "fused", "16"): "**9-LST**, nf4-double",
-    ("k-lst", "nf4", "fused", "16"): "**9-LST**, nf4",
-    ("k-lst", "nf4", "fused", "8"): "**9-LST**, nf4, twice as wide",
-    ("siva", "nf4-double", "fused", ""): "**SiVA**, nf4-double",
-    ("siva", "nf4", "fused", ""): "**SiVA**, nf4",
-    ("lora", "nf4", "fused", ""): "QLoRA",
-    ("lora", "nf4", "logits", ""): "QLoRA, with logits",
-    ("lst", "int8", "fused", "16"): "LST, int8",
-    ("k-lst", "int8", "fused", "16"): "**9-LST**, int8",
-    ("mezo", "bfloat16", "fused", ""): "**MeZO**",
-    ("lst", "bfloat16", "fused", "16"): "LST",
-    ("k-lst", "bfloat16", "fused", "16"): "**9-LST**",
-    ("siva", "bfloat16", "fused", ""): "**SiVA**",
-    ("lora", "bfloat16", "fused", ""): "LoRA",
-    ("full", "bfloat16", "logits", ""): "full fine-tuning",
+    ("mezo", "nf4", "fused", "", ""): "**MeZO** over QLoRA",
+    ("lst", "nf4-double", "fused", "16", ""): "LST, nf4-double",
+    ("lst", "nf4", "fused", "16", ""): "LST, nf4",
+    ("lst", "nf4", "fused", "8", ""): "LST, nf4, twice as wide",
+    ("lst", "nf4-double", "fused", "8", "4"): "LST, nf4-double, twice as wide, a block for four layers",
+    ("k-lst", "nf4-double", "fused", "16", ""): "**9-LST**, nf4-double",
+    ("k-lst", "nf4", "fused", "16", ""): "**9-LST**, nf4",
+    ("k-lst", "nf4", "fused", "8", ""): "**9-LST**, nf4, twice as wide",
+    ("k-lst", "nf4-double", "fused", "8", "4"): "**9-LST**, nf4-double, twice as wide, a block for four layers",
+    ("siva", "nf4-double", "fused", "", ""): "**SiVA**, nf4-double",
+    ("siva", "nf4", "fused", "", ""): "**SiVA**, nf4",
+    ("lora", "nf4", "fused", "", ""): "QLoRA",
+    ("lora", "nf4", "logits", "", ""): "QLoRA, with logits",
+    ("lst", "int8", "fused", "16", ""): "LST, int8",
+    ("k-lst", "int8", "fused", "16", ""): "**9-LST**, int8",
+    ("mezo", "bfloat16", "fused", "", ""): "**MeZO**",
+    ("lst", "bfloat16", "fused", "16", ""): "LST",
+    ("k-lst", "bfloat16", "fused", "16", ""): "**9-LST**",
+    ("siva", "bfloat16", "fused", "", ""): "**SiVA**",
+    ("lora", "bfloat16", "fused", "", ""): "LoRA",
+    ("full", "bfloat16", "logits", "", ""): "full fine-tuning",
 }
 _LLAMA_SIZES = (("1", "512"), ("4", "512"), ("1", "2048"), ("4", "2048"))  # rows, tokens
 
@@ -67,7 +70,7 @@ def _llama() -> Iterator[tuple[str, dict[tuple[str, ...], Row]]]:
     """Each named case with its rows by model, checkpointing, rows of a batch and tokens."""
     found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
     for row in rows("llama_memory.csv"):
-        case = row["method"], row["backbone"], row["head"], row["reduction"]
+        case = row["method"], row["backbone"], row["head"], row["reduction"], row["layers_per_block"]
         found.setdefault(case, {})[row["model"], row["checkpointing"], row["batch"], row["tokens"]] = row
     for case, name in LLAMA.items():
         if case in found:
