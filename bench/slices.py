@@ -5,6 +5,8 @@ Learning rates are chosen on a slice whose dev part is of training rows too, so 
     python -m bench.slices demo runs/slice --rows 2000 --dev-rows 1000  # to learn from, and others to choose by
     python -m bench.slices path/to/sst2 runs/sst2 --rows 10000  # to learn from, and SST-2's own dev rows
     python -m bench.slices path/to/e2e runs/e2e --rows 640 --dev-rows 160 --e2e  # of E2E's files, as distributed
+
+What reads scores there is to be given --problem-type regression: those of a slice may all be whole, as classes are.
 """
 
 from __future__ import annotations

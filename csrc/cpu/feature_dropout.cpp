@@ -1,10 +1,11 @@
 // fastpeft::feature_dropout_ on CPU tensors: each sentence's part of each slot is a stretch of that slot's noise.
+#include "feature_dropout.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -37,16 +38,8 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
     const int64_t batch = c.size(0), real = c.size(1), tokens = c.size(2), width = c.size(3), row = tokens * width;
     STD_TORCH_CHECK((width == 1 || c.stride(3) == 1) && (tokens == 1 || c.stride(2) == width),
                     "feature_dropout_ takes a tensor that is dense in its last two dimensions");
-    // numbers beyond these fit no counter, and their conversions below would have no defined result
-    STD_TORCH_CHECK(dropout >= 0 && dropout <= 1 && block >= 0 && block < int64_t{1} << 28,
-                    "feature_dropout_ takes a dropout from 0 to 1 and a block from 0 to 2^28 - 1");
-    for (const int64_t slot : slots)
-        STD_TORCH_CHECK(slot >= 0 && slot < 16, "feature_dropout_ takes slots from 0 to 15");
+    const Dropout dropped = parse_dropout("feature_dropout_", dropout, seed, block, slots);
     STD_TORCH_CHECK(are_apart(c, row), "feature_dropout_ takes a tensor no element of which is reached twice");
-    const double threshold = std::nearbyint(dropout * 4294967296.0);  // at most 2^32, where nothing is kept
-    const bool nothing = threshold > 4294967295.0;
-    const uint32_t first_kept = nothing ? 0 : static_cast<uint32_t>(threshold);
-    const double scale = nothing ? 0.0 : 1.0 / (1.0 - dropout);
 
     Drop* const drop = choose_variant().drop;
     const Format format = is_double ? Format::kFloat64 : Format::kFloat32;
@@ -57,8 +50,8 @@ void feature_dropout_(Tensor c, std::vector<int64_t> slots, double dropout, int6
         const DefaultArithmetic arithmetic;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / real, s = i % real;
-            const Dropout change = {static_cast<uint64_t>(seed), static_cast<uint32_t>(16 * block + slots[s]),
-                                    first_kept, scale};
+            Dropout change = dropped;
+            change.ordinal += static_cast<uint32_t>(slots[s]);
             drop(data + (b * stride_b + s * stride_s) * itemsize, format, b * row, row, change);
         }
     });

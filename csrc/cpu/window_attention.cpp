@@ -12,7 +12,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -20,6 +19,7 @@
 
 #include "by_aten.h"
 #include "choose.h"
+#include "feature_dropout.h"
 #include "mezo_perturb_pass.h"
 
 namespace fastpeft {
@@ -106,12 +106,8 @@ class Shared {
         window.drop = dropout > 0 ? choose_variant().drop : nullptr;
         STD_TORCH_CHECK(dropout == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1),
                         "window_attention takes a seed, one int64, where it drops elements");
-        window.seed = seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
-        window.ordinal = 16 * block;
-        const double threshold = std::nearbyint(dropout * 4294967296.0);
-        const bool nothing = threshold > 4294967295.0;  // is kept
-        window.threshold = nothing ? 0 : static_cast<uint32_t>(threshold);
-        window.scale = nothing ? 0.0 : 1.0 / (1.0 - dropout);
+        const int64_t number = seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
+        window.dropout = parse_dropout("window_attention", dropout, number, block, slots_);
     }
 
     Sentence<T> sentence(int64_t index) const {

@@ -24,11 +24,8 @@ struct Window {
     const int64_t* absent;  // k - S others
     const float* p;         // (k, D), widened
     bool causal;
-    Drop* drop;  // of feature dropout; null where there is none
-    uint64_t seed;
-    uint32_t ordinal;  // 16 * block
-    uint32_t threshold;
-    double scale;
+    Drop* drop;       // of feature dropout; null where there is none
+    Dropout dropout;  // of slot 0
 
     int64_t keys() const { return real * tokens + number - real; }
 };

@@ -51,9 +51,9 @@ FASTPEFT_TARGET inline Float exponential(Float x) {
 FASTPEFT_TARGET inline void drop(const Window& window, int64_t sentence, int64_t s, float* features) {
     if (window.drop == nullptr) return;
     const int64_t count = window.tokens * window.width;
-    const uint32_t ordinal = window.ordinal + static_cast<uint32_t>(window.slots[s]);
-    window.drop(features, Format::kFloat32, sentence * count, count,
-                {window.seed, ordinal, window.threshold, window.scale});
+    Dropout dropout = window.dropout;
+    dropout.ordinal += static_cast<uint32_t>(window.slots[s]);
+    window.drop(features, Format::kFloat32, sentence * count, count, dropout);
 }
 
 // The features of the s-th real slot (T, D), widened and dropped

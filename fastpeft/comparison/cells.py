@@ -138,7 +138,8 @@ class Cell:
     def filled_in(self, cells: Mapping[str, Cell]) -> Cell:
         """The cell with what the cells before it have found: the best learning rate, and the run to start from.
 
-        Once it has started, it keeps both. Before those cells have finished, it is returned as it is.
+        Once it has started, it keeps both, and what it was told of a slice's labels. Before those cells have finished,
+        it is returned as it is.
 
         Args:
             cells: those of the comparison, by name.
@@ -146,10 +147,12 @@ class Cell:
         Raises:
             FastpeftError: the cells before it have failed.
         """
-        if self.needs and self.folder.started:
+        if (self.needs or self.search) and self.folder.started:
             begun = self.folder.config()
             begun |= self.own_paths(begun)
-            return self._with({name: begun[name] for name in ("learning_rate", "init_from")})
+            kept = ["learning_rate", "init_from"] if self.needs else []
+            kept += ["problem_type"] if self.search else []
+            return self._with({name: begun.get(name) for name in kept})
         found = {}
         tried = [cells[name] for name in self.rates]
         if best := _best(tried, "whose learning rate it takes"):

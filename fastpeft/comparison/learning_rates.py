@@ -95,7 +95,10 @@ def _apart(
 
 
 def write_rows(data: TextData, folder: Path) -> None:
-    """Write `train.jsonl` and `dev.jsonl` into `folder`, which is made if need be, as `load_data` reads them."""
+    """Write `train.jsonl` and `dev.jsonl` into `folder`, which is made if need be, as `load_data` reads them.
+
+    Give it their `problem_type`: scores that are all whole would be taken for classes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", data.train), ("dev", data.dev)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in _records(part, data))

@@ -22,6 +22,7 @@ from fastpeft.comparison.variants import (
     told_of,
     with_prompts,
 )
+from fastpeft.data.problems import Problem
 from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS, get_method
@@ -337,9 +338,21 @@ class Plan:
             FastpeftError: the cells before it have failed.
         """
         filled = cell.filled_in({other.name: other for other in self.cells})
-        for cells in (self.cells, self.wanted):
-            cells[:] = [filled if other.name == cell.name else other for other in cells]
+        self._replace(filled)
         return filled
+
+    def tell_searches(self, problem: Problem) -> None:
+        """Tell the cells that try rates what the labels are: of a slice alone, scores may all be whole, as classes are.
+
+        Those that have started keep what they were told.
+        """
+        for cell in self.searches:
+            if cell.values["objective"] is None and not cell.folder.started:
+                self._replace(dataclasses.replace(cell, values={**cell.values, "problem_type": problem.name}))
+
+    def _replace(self, cell: Cell) -> None:
+        for cells in (self.cells, self.wanted):
+            cells[:] = [cell if other.name == cell.name else other for other in cells]
 
     def save(self) -> None:
         """Make the folder, and write `comparison.json` into it; runs of a folder that moved then name where it is."""

@@ -102,6 +102,7 @@ class Comparison:
                     "several. Give those without labels their learning_rate, or choose the protocol quick."
                 )
             self._slice = take_slice(data, *slice_sizes(len(data.train)))
+            self.plan.tell_searches(data.problem)
             kept = self._note_of_slice
             if kept.is_file() and kept.read_text(encoding="utf-8") != self._slice.fingerprint:
                 raise FastpeftError(

@@ -51,19 +51,9 @@ class CapturedStep:
     """
 
     def __init__(self, optimizer: MeZO, closure: Callable[[], Tensor]) -> None:
+        _check(optimizer)
         weights = optimizer._weights
         params = weights.params()
-        if (
-            (optimizer.estimator.kind, optimizer.restore, optimizer.on_nonfinite) != ("spsa", "in_place", "skip")
-            or optimizer.journal is not None
-            or optimizer._ranks.size > 1
-            or is_sharded(params)
-            or len({param.device for param in params}) > 1
-        ):
-            raise FastpeftError(
-                "CapturedStep takes a MeZO with estimator='spsa', restore='in_place' and on_nonfinite='skip', of one "
-                "process and device and without a journal: all else asks for numbers while a step runs. Use its step()."
-            )
         self._optimizer, self._weights, self._closure = optimizer, weights, closure
         self._device = params[0].device
         self._seeds = torch.zeros(optimizer.estimator.num_estimates, dtype=torch.int64, device=self._device)
@@ -80,9 +70,11 @@ class CapturedStep:
         """Make one step; returns `loss`.
 
         Raises:
-            FastpeftError: after the capture, learning rate times weight decay is not what it was.
+            FastpeftError: the optimizer has a journal now, or another setting that this class does not take; or after
+                the capture, learning rate times weight decay is not what it was.
         """
         optimizer = self._optimizer
+        _check(optimizer)
         optimizer.settle()
         groups = [group for group, _ in self._weights.groups()]
         rates = [float(group["lr"]) for group in groups]
@@ -175,3 +167,19 @@ class CapturedStep:
 
     def _constants(self, numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float64, device=self._device)
+
+
+def _check(optimizer: MeZO) -> None:
+    """Raise `FastpeftError` where a step of `optimizer` asks for numbers while it runs, as one with a journal does."""
+    params = optimizer._weights.params()
+    if (
+        (optimizer.estimator.kind, optimizer.restore, optimizer.on_nonfinite) != ("spsa", "in_place", "skip")
+        or optimizer.journal is not None
+        or optimizer._ranks.size > 1
+        or is_sharded(params)
+        or len({param.device for param in params}) > 1
+    ):
+        raise FastpeftError(
+            "CapturedStep takes a MeZO with estimator='spsa', restore='in_place' and on_nonfinite='skip', of one "
+            "process and device and without a journal: all else asks for numbers while a step runs. Use its step()."
+        )

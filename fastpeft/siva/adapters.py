@@ -22,8 +22,8 @@ from fastpeft.siva.quantise import ITERATIONS, decompose_quantised
 class AdaptedLinear(FrozenLinear):
     """A linear layer with any number of SiVA adapters on its frozen weight.
 
-    An adapter is added by `update_layer`. One that is made with `init_weights="saved"` waits: its factors are empty
-    until a saved adapter fills them.
+    An adapter is added by `update_layer`. One that is made with `init_weights="saved"` waits: its changes are empty
+    until a saved adapter, or a copy of another, fills them.
     """
 
     adapter_layer_names = ("siva_du", "siva_dv")
@@ -92,7 +92,7 @@ class AdaptedLinear(FrozenLinear):
         self.residual_dtype[adapter_name], self.step[adapter_name] = residual_dtype, step
         self.siva_s[adapter_name] = initial.s.clone()
         self.siva_u0[adapter_name], self.siva_v0[adapter_name] = initial.u.clone(), initial.v.clone()
-        start: Start = "empty" if waits and sibling is None else "zero" if init_weights else "random"
+        start: Start = "empty" if waits else "zero" if init_weights else "random"
         of_u, of_v = self._scales(adapter_name, initial.s)
         self.siva_du[adapter_name] = Change(initial.u, start, of_u)
         self.siva_dv[adapter_name] = Change(initial.v, start, of_v)

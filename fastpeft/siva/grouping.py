@@ -72,6 +72,7 @@ class SharedInput:
     def __init__(self, module: nn.Module, groups: list[tuple[str, ...]]) -> None:
         self.groups = groups
         self._strangers: set[str] = set()  # children that turned out to read another tensor than their group
+        self._again = 0  # runs that a checkpoint may repeat in backward
         self._handles = [
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),
@@ -86,9 +87,13 @@ class SharedInput:
         """Open the groups for one run of the module, which may be a replica of the one the hooks were put on."""
         if torch.compiler.is_compiling():
             return
-        # not within backward: a checkpointed block that runs again must save the same tensors as before
-        if self._strangers and torch._C._current_graph_task_id() == -1:
-            self._regroup()
+        # a checkpointed block that runs again, which is within backward, must save the same tensors as before
+        if torch._C._current_graph_task_id() != -1:
+            self._again = max(0, self._again - 1)
+        else:
+            if self._strangers and not self._again:
+                self._regroup()
+            self._again += torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         for names in self.groups:
             layers = [layer for _, layer in self._layers(module, names)]
             group = _Group(layers)

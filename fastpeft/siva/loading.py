@@ -54,6 +54,12 @@ class LoadableLinear(AdaptedLinear):
             keys = [f"{prefix}siva_{part}.{name}" for part in ("u0", "s", "v0")]
             if all(key in state_dict for key in keys):
                 loaded[name] = Factors(*(state_dict[key] for key in keys))
+            elif name in self._waiting and f"{prefix}siva_du.{name}.weight" in state_dict:
+                lacks = next(key for key in keys if key not in state_dict)
+                raise FastpeftError(
+                    f"{self.name}: what is being loaded for adapter {name!r} lacks {lacks.removeprefix(prefix)}, with "
+                    "which its change acts. Load all tensors that save_pretrained wrote."
+                )
         merged = self._merged_in(state_dict, prefix, loaded)
         if merged and sorted(merged) != sorted(self.merged_adapters):
             raise FastpeftError(
@@ -226,9 +232,10 @@ def _take_in_loaded(layer: LoadableLinear, _incompatible_keys: Any) -> None:
     for name in sorted(layer._waiting & layer._arriving):
         if any(change.is_empty() for change in layer._changes(name)):
             raise FastpeftError(
-                f"{layer.name}: what was loaded for adapter {name!r} lacks siva_du or siva_dv, or they do not fit or "
-                "are not finite. A file with siva_u and siva_v is of an earlier form: load it by "
-                "PeftModel.from_pretrained and save it again."
+                f"{layer.name}: adapter {name!r} was made with init_weights='saved' and lacks siva_du or siva_dv: "
+                "nothing was loaded for it, or a file without them or where they do not fit or are not finite. Load a "
+                "saved adapter into it, or create it with init_weights=True. A file with siva_u and siva_v is of an "
+                "earlier form: load it by PeftModel.from_pretrained and save it again."
             )
         if layer.d[name] is not None:
             layer._share_residual(name)

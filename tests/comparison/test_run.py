@@ -27,8 +27,9 @@ from fastpeft.comparison import run
 from fastpeft.comparison.executors import Local
 from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data
-from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, PROBLEMS, Problem
+from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS, PROBLEMS, REGRESSION, Problem
 from fastpeft.training.config import TrainConfig
+from fastpeft.training.task import data_for
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -148,6 +149,31 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_full_does_not_guess_again_what_the_labels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are whole but for one, which is not in the slice: alone they would be classes."""
+    rows = Examples([f"text {row}" for row in range(30)], [float(row % 5) for row in range(30)])
+    data = TextData(rows, Examples(["dev"], [2.5]), ["label"], "words", REGRESSION)
+    monkeypatch.setattr(run, "data_for", lambda config: data)
+    full = CompareConfig(output="out", methods=["head"], protocol="full", seeds=1)
+    comparison = Comparison(full)
+    assert comparison.run().failed == {}
+    assert load_data("out/slice").problem is CLASSIFICATION
+    found = {cell.name: json.loads(cell.config_file.read_text()) for cell in comparison.plan.wanted}
+    told = {name: values["problem_type"] for name, values in found.items()}
+    assert {told[cell.name] for cell in comparison.plan.searches} == {REGRESSION.name}
+    assert [told[cell.name] for cell in comparison.plan.results] == [None]
+    searched = TrainConfig.from_values(found[comparison.plan.searches[0].name])
+    assert data_for(searched).problem is REGRESSION
+    first, second, _ = comparison.plan.searches
+    for cell in (first, second, *comparison.plan.results):  # these go on
+        cell.folder.metrics_file.unlink()
+    values = json.loads(second.folder.config_file.read_text())
+    second.folder.config_file.write_text(json.dumps({**values, "problem_type": None}))  # as earlier versions told it
+    again = Comparison(full).plan.searches
+    assert [cell.values["problem_type"] for cell in again] == [REGRESSION.name, None, REGRESSION.name]
 
 
 @pytest.mark.parametrize(("f1", "taken"), [((0.8, 0.5), 0), ((0.5, 0.8), 1), ((0.8, 0.81), 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +85,17 @@ def test_what_asks_for_numbers_is_refused(settings: dict[str, Any]) -> None:
     optimizer = MeZO(network(), lr=1e-2, **{"on_nonfinite": "skip", **settings})
     with pytest.raises(FastpeftError, match="CapturedStep takes a MeZO with"):
         CapturedStep(optimizer, lambda: torch.zeros(()))
+
+
+def test_a_journal_that_begins_later_is_refused(tmp_path: Path) -> None:
+    """The step writes no records, so a replay of the journal would give other weights."""
+    model = network()
+    optimizer = optimizer_of(model)
+    step = CapturedStep(optimizer, lambda: model(X).square().mean())
+    step()
+    optimizer.record(tmp_path / "journal")
+    before = weights(model)
+    with pytest.raises(FastpeftError, match="without a journal"):
+        step()
+    assert equal(weights(model), before)
+    assert optimizer.steps_done == 1

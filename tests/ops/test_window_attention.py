@@ -326,6 +326,25 @@ def test_compiled_dropout_refuses_what_it_cannot_do(change: dict[str, object], m
         torch.ops.fastpeft.feature_dropout_(**(arguments | change))
 
 
+@pytest.mark.skipif(not supported(), reason="needs the compiled module")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dropout": math.nan}, "dropout from 0 to 1"),
+        ({"dropout": -0.1}, "dropout from 0 to 1"),
+        ({"dropout": 1.1}, "dropout from 0 to 1"),
+        ({"block": -1}, "block from 0"),
+        ({"block": 2**28}, "block from 0"),
+        ({"slots": [0, 1, 16]}, "slots from 0 to 15"),
+    ],
+)
+def test_compiled_attention_refuses_the_same_dropout(change: dict[str, object], message: str) -> None:
+    arguments = {"q": torch.ones(2, 1, 4, 5), "c": torch.ones(2, 3, 4, 5), "p": torch.ones(17, 5), "mask": None}
+    arguments |= {"slots": [0, 1, 2], "causal": False, "dropout": 0.5, "seed": torch.tensor(0), "block": 0}
+    with pytest.raises(RuntimeError, match=f"window_attention takes .*{message}"):
+        torch.ops.fastpeft.window_attention(**(arguments | change))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
 def test_dropout_keeps_its_share(p: float) -> None:
     count = 200_001

@@ -297,6 +297,28 @@ def test_checkpointing_saves_the_same_tensors_where_a_group_is_parted(sizes: lis
     assert sizes == [3, 3, 2, 2]
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_a_group_is_not_parted_before_all_checkpointed_runs_have_run_again(sizes: list[int], between: bool) -> None:
+    """A block that is used twice, and backward of the first use before or after another forward."""
+    model, _ = adapted()
+    other = inputs(1)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(model, x, other, use_reentrant=False).square().sum()
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        first, second = loss(model, x), loss(model, 2 * x)
+        if between:
+            first.backward()
+            first = loss(model, 3 * x)
+        return first + second
+
+    for _ in range(2):
+        assert_same(model, run)
+    runs = 3 if between else 2
+    assert sizes == [3] * 2 * runs + [2] * 2 * runs
+
+
 def test_disabled_and_merged_adapters(sizes: list[int]) -> None:
     model, _ = adapted()
     expected = alone(model)

@@ -235,6 +235,21 @@ def test_an_empty_adapter_says_so() -> None:
         layer(inputs())
 
 
+@RESIDUALS
+def test_an_empty_adapter_beside_another_says_so(residual: str) -> None:
+    layer = SivaLinear.from_linear(linear(), 4, residual=residual)
+    expected = move(layer)(inputs())
+    layer.update_layer("second", 4, None, residual, init_weights="saved")
+    assert layer(inputs()).equal(expected), "while it waits, the other acts"
+    layer.set_adapter("second")
+    for use in (lambda: layer(inputs()), lambda: layer.merge(adapter_names=["second"])):
+        with pytest.raises(FastpeftError, match="'second' was made with init_weights='saved' and lacks siva_du"):
+            use()
+    layer.set_adapter("default")
+    layer.delete_adapter("second")
+    assert layer(inputs()).equal(expected)
+
+
 @pytest.mark.parametrize("bad", [nn.Embedding(4, 3), nn.Conv2d(3, 4, 1)])
 def test_other_layers_are_refused(bad: nn.Module) -> None:
     with pytest.raises(FastpeftError, match=r"nn\.Linear and transformers' Conv1D"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from samples import logits
 from siva_adapters import CLOSE, RESIDUALS, move, tiny, token_ids, trained
 from torch import nn
@@ -180,8 +182,6 @@ def test_one_file_serves_both_residual_modes(tmp_path: Path, residual: str) -> N
 
 
 def test_the_file_holds_float32_factors_and_the_head(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     base = tiny().to(torch.bfloat16)
     model = peft.get_peft_model(base, SivaConfig(r=3, task_type="SEQ_CLS"), autocast_adapter_dtype=False)
     query = model.base_model.model.roberta.encoder.layer[0].attention.self.query
@@ -322,8 +322,6 @@ def test_several_adapters_with_different_targets(tmp_path: Path, residual: str) 
 
 
 def test_a_second_adapter_of_another_decomposition_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     adapted(r=3).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = {n: t + 1e-3 if n.endswith("siva_u0") else t for n, t in load_file(file).items()}
@@ -355,6 +353,19 @@ def test_an_adapter_loads_on_a_model_that_another_was_on(tmp_path: Path) -> None
         torch.testing.assert_close(logits(loaded), expected, **CLOSE)
     again = peft.PeftModel.from_pretrained(loaded.unload(), tmp_path).eval()
     torch.testing.assert_close(logits(again), expected, **CLOSE)
+
+
+@RESIDUALS
+@pytest.mark.parametrize("lacks", ["siva_du siva_dv", "siva_du", "siva_s"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_file_that_lacks_factors_is_refused(residual: str, lacks: str, beside: bool, tmp_path: Path) -> None:
+    adapted(residual=residual).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: each for key, each in load_file(file).items() if not any(part in key for part in lacks.split())}
+    save_file(tensors, file, metadata={"format": "pt"})
+    load = adapted(residual=residual).load_adapter if beside else partial(peft.PeftModel.from_pretrained, tiny())
+    with pytest.raises(FastpeftError, match=rf"adapter 'b' .*lacks {lacks.split()[0]}"):
+        load(tmp_path, "b")
 
 
 @pytest.mark.parametrize("fault", ["nan", "rank", "kind"])
