@@ -38,8 +38,8 @@ def memory() -> str:
     return table(["peak memory, MB", *(f"{length} tokens" for length in LENGTHS)], body)
 
 
-# rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction and layers for
-# each side block
+# rows of bench/data/llama_memory.csv by method, format of the frozen weights, form of the loss, reduction, and layers
+# for each side block
 LLAMA = {
     ("mezo", "nf4", "fused", "", ""): "**MeZO** over QLoRA",
     ("lst", "nf4-double", "fused", "16", ""): "LST, nf4-double",
