@@ -195,12 +195,13 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
     titles = {row.variant: row.title for row in PAPER} | ({} if is_papers else OTHERS)
     given = {row.variant: _given(row) for row in PAPER}
     found = {title: (variant, cells) for variant, title in titles.items() if (cells := cells_of(task, variant))}
+    lora = {cell["run"]["seed"]: cell for cell in found["LoRA"][1]} if "LoRA" in found else {}
     body = []
     for title, (variant, cells) in found.items():
         metrics = _metrics(cells)
-        theirs, beside = found["LoRA"][1] if "LoRA" in found else [], "-"
-        if title != "LoRA" and [cell["run"]["seed"] for cell in cells] == [cell["run"]["seed"] for cell in theirs]:
-            difference = compare_pair(_answers(cells), _answers(theirs))
+        others, beside = {} if title == "LoRA" else lora, "-"
+        if both := [(cell, others[seed]) for cell in cells if (seed := cell["run"]["seed"]) in others]:
+            difference = compare_pair(*(_answers(each) for each in zip(*both)))
             beside = f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
         body.append(
             [
@@ -219,6 +220,7 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
 
 SPEAKING = {  # variants of E2E's evidence
     "lst": "LST",
+    "lst:layers_per_block=5:normalise_features=true": "LST, a block for five layers, normalised",
     "k-lst:window=9": "**9-LST**",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
