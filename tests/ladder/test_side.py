@@ -131,6 +131,13 @@ def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, optio
     assert found.isfinite().all()
 
 
+def test_blocks_stand_at_every_nth_layer_from_the_last() -> None:
+    config = LadderConfig(window_size=1, layers_per_block=4)
+    assert list(SideNetwork(config, 8, 10).places) == [2, 6, 10]
+    with pytest.raises(FastpeftError, match="layers_per_block=4, but the backbone has 3 layers"):
+        SideNetwork(config, 8, 3)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_changes_nothing(causal: bool) -> None:
     side = network(causal, window_size=3)
