@@ -124,7 +124,7 @@ def _trained(place: Path, output: Path, **settings: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def learned(place: Path) -> Path:
     """A run that tells the classes apart; a random model that is frozen teaches others nothing."""
-    assert _trained(place, place / "learned", method="full", epochs=12)["accuracy"] >= 0.9
+    assert _trained(place, place / "learned", method="full", epochs=24, learning_rate=1e-2)["accuracy"] >= 0.9
     return place / "learned"
 
 
