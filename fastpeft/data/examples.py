@@ -418,7 +418,11 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
         return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}
     if not any(label.lstrip("-").isdecimal() for label in classes):
-        index |= {str(number): number for number in range(len(classes))}
+        numbers = {str(number): number for number in range(len(classes))}
+        if used := sorted({*_labels_of(part)} & {*numbers}, key=int):
+            read_as = ", ".join(f"{number} as {classes[numbers[number]]}" for number in used)
+            logger.warning("%s has numbers for classes, which are read by their places: %s", data, read_as)
+        index |= numbers
     unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
         label, count = unknown.most_common(1)[0]

@@ -107,11 +107,13 @@ def _turns(tokenizer: Any, conversation: Conversation) -> list[Piece]:
     """
     pieces: list[Piece] = []
     written = ""
-    for number, (role, _) in enumerate(conversation.turns):
+    for number, (role, said) in enumerate(conversation.turns):
         if role != ASSISTANT:
             continue
         before = _templated(tokenizer, Conversation(conversation.turns[:number]), ask=True) if number else ""
         after = _templated(tokenizer, Conversation(conversation.turns[: number + 1]), ask=False)
+        if not number:  # a template may write a system turn of its own before it, which no turns at all do not show
+            before = after[: max(0, after.rfind(said.strip()))]
         if not (before.startswith(written) and after.startswith(before)):
             raise FastpeftError(
                 "the tokenizer's chat template writes earlier turns otherwise once others follow, so where the "

@@ -328,6 +328,12 @@ def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
 
 
+def test_numbers_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write_csv(tmp_path / "rows.csv", [("a film", "1"), ("a plot", "0")])
+    assert load_rows(str(file), ["contradiction", "entailment"], CLASSIFICATION).labels == [1, 0]
+    assert "read by their places: 0 as contradiction, 1 as entailment" in caplog.text
+
+
 # -- data sets -------------------------------------------------------------------------------------------------------
 
 

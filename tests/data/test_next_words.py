@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -348,3 +349,16 @@ def test_the_card_says_how_to_load(config: TrainConfig) -> None:
     assert "| objective | causal |" in card
     assert "tokenizer = AutoTokenizer.from_pretrained" in card
     assert json.loads((Path(config.output) / "metrics.json").read_text())["problem_type"] == "next_words"
+
+
+def test_of_an_assistant_that_begins_its_own_words_alone_are_learned(tokenizer: Any) -> None:
+    """A template may write a system turn before it, which no template of no turns tells."""
+    ours = copy.deepcopy(tokenizer)
+    ours.chat_template = (
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}plot film {% endif %}{{ m.role }} "
+        "{{ m.content }} funny {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    (row,) = encode(ours, [Conversation((("assistant", "film"), ("user", "plot")))], 64)
+    learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != UNLABELLED]
+    assert learned == ours("film funny", add_special_tokens=False)["input_ids"]
+    assert len(row["input_ids"]) > len(learned)
