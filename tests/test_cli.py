@@ -446,6 +446,7 @@ def test_a_loss_that_is_not_finite_is_told(place: Path) -> None:
     result = CliRunner().invoke(app, [*TRAIN, "--method", "full", "--output", "out", "--learning-rate", "1e30"])
     assert result.exit_code == 2
     assert "not finite after step 1" in result.stderr
+    assert "No checkpoint was saved before" in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
 
 

@@ -105,7 +105,7 @@ class SideCache:
     """What one side network keeps of the tokens it has read.
 
     Args:
-        num_layers: the number of its blocks.
+        num_layers: L, the most blocks that it may have; the layers of those that it has not stay empty.
 
     Attributes:
         layers: of each block.

@@ -292,8 +292,7 @@ def _take_best(trainer: RunTrainer, task: Task, folder: RunFolder) -> int | None
 
 def _keep_last_good(trainer: RunTrainer, task: Task, folder: RunFolder) -> str:
     """Save the weights before a step that failed, and say where."""
-    checkpoint = folder.newest_checkpoint()
-    saved = f"The newest checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before."
+    saved = folder.newest_in_words()
     if not all(map(is_finite, trainer.model.parameters())):
         return f"The weights before that step were no longer finite. {saved}"
     staged, target = folder.staging / "last-good", folder.path / "last-good"

@@ -381,6 +381,11 @@ class RunFolder:
         """The checkpoint of the latest step."""
         return next(reversed(self.all_checkpoints()), None)
 
+    def newest_in_words(self) -> str:
+        """What there is to go back to."""
+        newest = self.newest_checkpoint()
+        return "No checkpoint was saved before." if newest is None else f"The newest checkpoint is {newest}."
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"checkpoint-{step}"

@@ -206,7 +206,8 @@ class RunTrainer(Trainer):
         if not np.isfinite(outputs[labels != UNLABELLED] if self.problem.per_token else outputs).all():
             raise FastpeftError(
                 f"the model's outputs are not finite after step {self.state.global_step}, so the run ended. Lower the "
-                f"learning rate (its peak is {self.args.learning_rate:g}) or look for a fault in the data."
+                f"learning rate (its peak is {self.args.learning_rate:g}) or look for a fault in the data. "
+                f"{self.folder.newest_in_words()}"
             )
         scores = self.problem.score(outputs, labels, self.labels)
         if self.problem.loss is not None:

@@ -55,7 +55,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_whose_last_step_destroys_the_weights_does_not_finish(config: TrainConfig) -> None:
-    with pytest.raises(FastpeftError, match=r"outputs are not finite after step 1.*peak is 1e\+30"):
+    with pytest.raises(FastpeftError, match=r"not finite after step 1.*peak is 1e\+30.*No checkpoint was saved before"):
         train(replace(config, max_steps=1, learning_rate=1e30))
     assert not Path(config.output, "metrics.json").exists()
 
