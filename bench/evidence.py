@@ -161,10 +161,11 @@ _METHODS = (  # what the goal compares comes first, what takes longest last
 _WIDE = ":rank=8:targets=all-linear"
 _SPEAKING = (
     "lst:layers_per_block=5:normalise_features=true",
+    f"lora{_WIDE}",
+    "k-lst:window=9:layers_per_block=5:normalise_features=true",
     "lst",
     "k-lst:window=9",
     f"siva{_WIDE}",
-    f"lora{_WIDE}",
     "last-n",
     "full",
     f"pissa{_WIDE}",
