@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from fastpeft.cli_options import COMPARISON, FIELDS, Command, panel_option, run_options, typed, without_types
 from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, told_of
 from fastpeft.data.names import DEMO
+from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
 from fastpeft.prompts.named import is_auto, parse_prompt
@@ -161,10 +162,17 @@ def train(
         quiet, progress = True, "none"
     if config is not None:
         values = {**read_config(config), **values}
+    given = [*values, *new_settings]
     if "output" not in values:
         values["output"] = f"runs/{values.get('method', 'siva')}-{_stem(str(values.get('data', 'demo')))}"
-    if config is None and resume and RunFolder(values["output"]).started:
-        values = {**RunFolder(values["output"]).config(), **values}
+    folder = RunFolder(values["output"])
+    if config is None and resume and folder.started:
+        values = {**folder.config(), **values}
+    elif resume and given == ["output"]:
+        raise FastpeftError(
+            f"there is no run in {str(folder.path)!r} to resume, and nothing says what to train there. Check the name, "
+            "or say more than --output."
+        )
     if new_settings:
         values["settings"] = {**(values.get("settings") or {}), **new_settings}
     run = TrainConfig.from_values(values)
@@ -195,7 +203,10 @@ def train(
 def evaluate(
     folder: Path | None = typer.Argument(None, metavar="[DIR]", help="Folder of a finished run."),
     data: str | None = typer.Option(
-        None, "--data", "-d", help="Other data: all rows of a file, or the dev file of a folder."
+        None,
+        "--data",
+        "-d",
+        help="Other data: all rows of a file (with --prompt auto those held out), or the dev file of a folder.",
     ),
     model: str | None = typer.Option(
         None, "--model", "-m", help="In place of DIR: a model with no training, by a prompt or as a decoder."
@@ -260,7 +271,8 @@ def evaluate(
             assert model
             assert prompt
             data = data or DEMO
-            texts = evaluation.load_classes(data, **columns)
+            # all rows of a file are measured, but where a prompt is found on nine tenths of them
+            texts = evaluation.load_classes(data, **columns, split=STRATIFIED if is_auto(prompt) else None)
             parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
             assert parsed is not None  # for none, there was an error
             metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)

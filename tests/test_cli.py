@@ -255,18 +255,18 @@ def test_mezo_needs_the_memory_of_a_forward_pass(place: Path) -> None:
 
 
 def test_zero_shot(place: Path) -> None:
-    run(*TRAIN, *PROMPT, "--method", "full", "--output", "out", "--quiet")
-    before = json.loads((place / "out" / "metrics.json").read_text())["accuracy_before"]
+    """All rows of a file are measured, as of a finished run."""
     zero_shot = ("eval", "--model", "model", "--data", "reviews.csv", "--label-column", "stars", *PROMPT)
-    shown = run(*zero_shot).stdout
-    assert "no training on" in shown
-    assert f"{before:.3f}" in shown
-    calibrated = run(*zero_shot, "--calibrate").stdout
-    assert "no training, calibrated on" in calibrated
-    texts = load_data("reviews.csv", label_column="stars")
-    prompt = Prompt(PROMPT[1], ["awful", "lovely"]).for_labels(texts.labels)
-    guesses = load_prompted("model", prompt).model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
-    assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in calibrated
+    texts = load_data("reviews.csv", label_column="stars", split=None)
+    model = load_prompted("model", Prompt(PROMPT[1], ["awful", "lovely"]).for_labels(texts.labels)).model
+    for added, title in (((), "no training on"), (("--calibrate",), "no training, calibrated on")):
+        if added:
+            model.calibrate()
+        guesses = model.predict_logits(texts.dev.texts).argmax(-1)
+        shown = run(*zero_shot, *added).stdout
+        assert title in shown
+        assert ["rows", "60"] in [re.findall(r"\w+", line) for line in shown.splitlines()]
+        assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in shown
 
 
 @pytest.mark.parametrize("prompt", [(), ("--prompt", "none"), ("--calibrate",)])
@@ -297,9 +297,7 @@ def test_pairs_are_separated_by_a_tab(place: Path) -> None:
         assert [line.split("\t")[2:] for line in lines] == [["it is funny", "and lovely"], ["a dull plot", "is awful"]]
         assert {line.split("\t")[0] for line in lines} <= {"same", "different"}
     # with no training
-    before = json.loads((place / "prompted" / "metrics.json").read_text())["accuracy_before"]
-    assert f"{before:.3f}" in run("eval", *options, *PAIR_PROMPT).stdout
-    texts = load_data("pairs.jsonl")
+    texts = load_data("pairs.jsonl", split=None)
     model = load_prompted("model", Prompt(PAIR_PROMPT[1], ["odd", "lovely"]).for_labels(texts.labels)).model
     guesses = model.calibrate().predict_logits(texts.dev.texts).argmax(-1)
     calibrated = run("eval", *options, *PAIR_PROMPT, "--calibrate").stdout
@@ -360,6 +358,13 @@ def test_resume_needs_the_folder_only_and_leaves_a_finished_run(place: Path) -> 
     before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
     assert "accuracy after" in run("train", "--output", "out", "--resume").stdout
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
+
+
+def test_resume_of_a_name_with_no_run_begins_none(place: Path) -> None:
+    shown = CliRunner().invoke(app, ["train", "--output", "typo", "--resume"])
+    assert shown.exit_code == 2
+    assert "there is no run in 'typo' to resume, and nothing says what to train there" in shown.stderr
+    assert not (place / "typo").exists()
 
 
 def test_resume_finds_the_default_output(place: Path) -> None:

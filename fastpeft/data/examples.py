@@ -104,7 +104,7 @@ def load_data(
     text_column: str | None = None,
     label_column: str | None = None,
     split_seed: int = 0,
-    split: str = STRATIFIED,
+    split: str | None = STRATIFIED,
     keep_apart: bool = False,
 ) -> TextData:
     """Load the rows of `data` to train on and to measure on.
@@ -124,7 +124,8 @@ def load_data(
             column of its own, of 0 and 1, and this is their names joined by commas.
         split_seed: decides which rows become the dev part where the data has none.
         split: how they are chosen: `stratified`, by class, by bins of the numbers or by tags, and equal texts on one
-            side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random.
+            side, see `fastpeft.data.splitting.stratified`; or `shuffled`, at random. None: all rows are both parts, for
+            what learns nothing.
         keep_apart: keep a tenth of the training rows, chosen in the same way, apart from both parts.
 
     Raises:
@@ -144,14 +145,16 @@ def load_data(
     else:
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]
-    if len(parts) == 1:
+    if len(parts) == 1 and split is None:
+        parts = [seen, seen]
+    elif len(parts) == 1:
         # the dev rows count too: a split by shuffling may leave a rare class to them alone
         parts = _split(seen, problem, split, split_seed)
         dev_rows = len(parts[1])
         description += f", {dev_rows:,} rows held out by seed {split_seed}"
         logger.info("no dev part: %d of %d rows held out (%s, seed %d)", dev_rows, len(seen), split, split_seed)
     if keep_apart:
-        rest, held = _split(parts[0], problem, split, split_seed)
+        rest, held = _split(parts[0], problem, split or STRATIFIED, split_seed)
         parts = [rest, parts[1], held]
         description += f", {len(held):,} more kept apart to choose a threshold by"
         logger.info("%d training rows are kept apart to choose a threshold by", len(held))

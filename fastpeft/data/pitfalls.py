@@ -85,6 +85,14 @@ def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
     ]
 
 
+def of_changed_rows(data: str) -> list[str]:
+    """What is to be said where a run is measured on its own rows, which are others now."""
+    return [
+        f"{data!r} holds other rows now than when the run was trained, so these figures are not those of its "
+        "metrics.json."
+    ]
+
+
 def of_training_loss(points: Sequence[tuple[int, float]], before: float) -> list[str]:
     """Whether the training loss ended above its start.
 

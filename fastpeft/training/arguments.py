@@ -30,6 +30,7 @@ _LOGS = 50  # points of the loss curve
 # names of optimizers that treat each parameter by itself
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit")
+_OF_SOME_LAYERS = ("galore", "apollo")  # how the names begin of those that are told layers
 _STEP_IN_BACKWARD = (*ADAMW, *ADAMW_8BIT)
 
 
@@ -109,6 +110,12 @@ def _check(first: TrainingArguments, task: Task) -> None:
         raise ValueError(f"{title} does not go with gradient_checkpointing.")
     if first.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
+    if first.fp16 and first.device.type == "cpu":
+        raise ValueError("fp16 is for GPUs, and on a CPU everything would be computed in float32; use `bf16` there.")
+    if first.optim_args and first.optim in (*ADAMW, *ADAMW_8BIT):
+        raise ValueError(f"optim_args says nothing to {first.optim.value}, which has adam_beta1 and the like.")
+    if first.optim_target_modules and not first.optim.startswith(_OF_SOME_LAYERS):
+        raise ValueError(f"optim_target_modules says nothing to {first.optim.value}; all that trains is optimised.")
     if first.eval_steps and task.config.metric is not None:
         raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
     if (first.neftune_noise_alpha or 0) < 0:

@@ -80,7 +80,7 @@ def evaluate(
     trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
-    config = run.config
+    config, doubts = run.config, []
     if data is not None:
         dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
     else:
@@ -91,6 +91,7 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
+        doubts = [] if RunFolder(folder).has_rows(own.fingerprint) else pitfalls.of_changed_rows(config.data)
         frequent = most_frequent(own.train.labels, own.problem)
     if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
         learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
@@ -101,7 +102,7 @@ def evaluate(
             f"the run in {str(folder)!r} learned from {learned}, but {data or config.data!r} has {texts_in_words(dev)}"
             f"{' now' if data is None else ''}. {remedy}"
         )
-    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens)
+    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, doubts)
     threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
     return {**measured, **(threshold if run.threshold is not None else {})}
 
@@ -143,8 +144,9 @@ def _evaluate(
     trained_on: Set[str],
     frequent: Sequence[int] | None,
     max_new_tokens: int | None,
+    doubts: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `evaluate` gives, but for the threshold."""
+    """What `evaluate` gives, but for the threshold, with `doubts` among the warnings."""
     rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
     warn_of_texts(dev, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
     if run.problem is MASKED_WORDS:
@@ -154,8 +156,9 @@ def _evaluate(
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
-    pitfalls.tell(measured["warnings"])
-    return {**measured, "dev_rows": len(rows)}
+    warnings = [*doubts, *measured["warnings"]]
+    pitfalls.tell(warnings)
+    return {**measured, "warnings": warnings, "dev_rows": len(rows)}
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -176,19 +179,18 @@ def evaluate_zero_shot(
     Args:
         model: `"demo"`, a folder or a hub id.
         prompt: template and label words.
-        data: rows with classes that are loaded, or what `load_data` takes; where that has no dev part, its rows are
-            those that a run holds out.
+        data: rows with classes that are loaded, or what `load_data` takes: all rows of a file, or the dev part.
         calibrate: subtract what the label words score for an empty text.
 
     Raises:
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
-    texts = data if isinstance(data, TextData) else load_classes(data)
+    texts = data if isinstance(data, TextData) else load_classes(data, split=None)
     return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
 
 
 def load_classes(
-    data: str, text_column: str | None = None, label_column: str | None = None, split: str = STRATIFIED
+    data: str, text_column: str | None = None, label_column: str | None = None, split: str | None = STRATIFIED
 ) -> TextData:
     """What a prompt without training is measured on: `load_data` of classes."""
     return load_data(

@@ -168,6 +168,11 @@ class RunTrainer(Trainer):
             )
         )
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # its loader draws from the stream that dropout draws from: how often a run is measured would change its weights
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
     def measure(self, rows: list[Row]) -> dict[str, float]:
         """Loss and metrics on `rows`, by their names in `metrics.json`."""
         measured = self.evaluate(_by_length(rows))

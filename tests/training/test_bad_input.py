@@ -315,6 +315,10 @@ CASES = [
         ["no learning rate of its own", "1e-6"],
     ),
     (["--method", "mezo", "--set", "noise=pink"], ["noise is 'pink'", "gaussian, rademacher"]),
+    # what would have no effect
+    (["--set", "fp16=true"], ["fp16 is for GPUs", "use --bf16 there"]),
+    (["--set", "optim_args=lr=3"], ["optim_args says nothing to adamw_torch_fused", "adam_beta1"]),
+    (["--set", 'optim_target_modules=["query"]'], ["optim_target_modules says nothing to adamw_torch_fused"]),
     # numbers
     (["--epochs", "-1"], ["--epochs is -1", "above 0"]),
     (["--epochs", "nan"], ["--epochs is nan"]),

@@ -1,4 +1,4 @@
-"""One run: what it leaves behind, how it is resumed, and how it stops."""
+"""One run: what it leaves behind, what it takes, and how it stops."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv, write_jsonl
-from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainerState
+from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.methods.registry import get_method
-from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
 from fastpeft.training.optimizer_in_backward import StepsInBackward
 from fastpeft.training.prediction import predict
 from fastpeft.training.row_order import LengthGroupedOrder
-from fastpeft.training.run import TrainResult
 from fastpeft.training.setup import resolve
 
 
@@ -58,20 +55,6 @@ def test_a_run_whose_last_step_destroys_the_weights_does_not_finish(config: Trai
     with pytest.raises(FastpeftError, match=r"not finite after step 1.*peak is 1e\+30.*No checkpoint was saved before"):
         train(replace(config, max_steps=1, learning_rate=1e30))
     assert not Path(config.output, "metrics.json").exists()
-
-
-def test_tags_are_measured_row_by_row_by_every_command(tmp_path: Path, checkpoint: str) -> None:
-    """Where a row ends with a tag and the next begins with it, these are two entities."""
-    words = [line.split()[: 2 + number % 5] for number, (line, _) in enumerate(reviews(60))]
-    rows = [{"tokens": each, "tags": ["O", *["PER"] * (len(each) - 1)][:: 1 - 2 * (len(each) % 2)]} for each in words]
-    file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    config = TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=str(file))
-    trained = train(replace(config, max_steps=3, batch_size=4, learning_rate=1e-2))
-    found = evaluate(trained.folder)
-    for name in ("entity_f1", "word_f1", "accuracy", "loss"):
-        assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
-    scores = json.loads((trained.folder / "row_scores.json").read_text())
-    assert found["entity_f1"] == pytest.approx(sum(scores["above"]) / sum(scores["below"]))
 
 
 @pytest.mark.long(but="head")
@@ -124,81 +107,6 @@ def test_training_learns_and_predictions_name_classes(config: TrainConfig) -> No
         predict(folder, "hello")
 
 
-@pytest.mark.long(but="full-settings0")
-@pytest.mark.parametrize(
-    ("method", "settings"), [("full", {}), ("k-lst", {"feature_modules": "transformer.decoder.block"})]
-)
-def test_a_model_that_gives_more_than_logits_is_measured(
-    config: TrainConfig, tmp_path: Path, method: str, settings: dict[str, Any]
-) -> None:
-    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 1}
-    model = str(save_tiny_model(tmp_path / "t5", "T5", "ForConditionalGeneration", **shape))
-    result = train(replace(config, model=model, method=method, settings=settings, max_steps=2))
-    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
-    assert len(predict(result.folder, ["a lovely film"])) == 1
-
-
-def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
-    labels = ("negative", "positive", "mixed")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write_csv(folder / "train.csv", reviews(30, labels))
-    write_csv(folder / "dev.csv", reviews(12, labels, seed=1))
-    result = train(replace(config, method="siva", data=str(folder), max_steps=3))
-    assert result.metrics["labels"] == ["mixed", "negative", "positive"]
-    assert evaluate(result.folder)["dev_rows"] == 12
-    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
-
-
-@pytest.mark.long(but="('a', 'b', 'c')")
-@pytest.mark.parametrize("now", [("a", "b"), ("a", "b", "c")], ids=str)
-def test_a_run_is_not_measured_by_other_classes_than_it_learned(
-    config: TrainConfig, tmp_path: Path, now: tuple[str, ...]
-) -> None:
-    file = write_csv(tmp_path / "rows.csv", [(f"a film {n}", "bc"[n % 2]) for n in range(30)])
-    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
-    write_csv(file, [(f"a film {n}", now[n % len(now)]) for n in range(30)])
-    with pytest.raises(FastpeftError, match=f"learned the classes b, c, but its data .* has {', '.join(now)} now"):
-        evaluate(folder)
-
-
-def test_a_run_on_single_texts_is_not_measured_on_pairs(config: TrainConfig, tmp_path: Path) -> None:
-    file = write_csv(tmp_path / "rows.csv", reviews(30))
-    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
-    write_csv(file, [(text, text, label) for text, label in reviews(30)], ("sentence1", "sentence2", "label"))
-    with pytest.raises(FastpeftError, match=r"rows.csv' has pairs of texts now. Restore that data, or name rows with"):
-        evaluate(folder)
-
-
-def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
-    return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
-
-
-@pytest.mark.parametrize("given", [{"threshold": "auto"}, {"metric": "accuracy", "save_steps": 2}], ids=str)
-def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
-    result = train(replace(config, max_steps=4, **given))
-    for name in ("dev accuracy", "dev loss"):
-        steps = [step for step, _ in points_of(result, name)]
-        assert steps == sorted(set(steps)), name
-        assert steps[-1] == 4
-    if "metric" not in given:
-        assert points_of(result, "dev loss")[-1] == (4, result.metrics["loss"])
-
-
-@pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 6, 8]), (0.25, [0, 2, 4, 6, 8]), (0.3, [0, 3, 6, 8])])
-def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: float, steps: list[int]) -> None:
-    """A share is one of all steps, as the Trainer takes it."""
-    result = train(replace(config, method="head", max_steps=8, settings={"eval_steps": every}))
-    assert [step for step, _ in points_of(result, "dev loss")] == steps
-
-
-def test_a_run_by_mezo_is_measured_as_often_after_it_goes_on_from_its_journal(config: TrainConfig) -> None:
-    config = replace(config, method="mezo", max_steps=8, settings={"eval_steps": 0.5, "restore": "exact"})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(3)])
-    assert [step for step, _ in points_of(train(config, resume=True), "dev loss")] == [0, 4, 8]
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_run_leaves_the_callers_determinism(config: TrainConfig, strict: bool) -> None:
     torch.use_deterministic_algorithms(True, warn_only=not strict)
@@ -208,184 +116,6 @@ def test_a_run_leaves_the_callers_determinism(config: TrainConfig, strict: bool)
         assert torch.is_deterministic_algorithms_warn_only_enabled() is not strict
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
-    """The uninterrupted two-epoch run of each method, each trained once."""
-
-    @functools.cache
-    def whole_run(method: str) -> TrainResult:
-        output = str(tmp_path_factory.mktemp(method) / "run")
-        return train(TrainConfig(output=output, method=method, model=checkpoint, data=data, **TWO_EPOCHS))
-
-    return whole_run
-
-
-TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # of 11 steps each
-
-
-@pytest.mark.long(but="siva-8-kept1")
-@pytest.mark.parametrize(
-    ("method", "interrupted_at", "kept"),
-    [
-        ("siva", 2, []),
-        ("siva", 8, [3, 6]),
-        ("siva", 11, [6, 9]),
-        ("siva", 17, [12, 15]),
-        ("lora", 17, [12, 15]),
-        ("full", 17, [12, 15]),
-        ("head", 8, [3, 6]),
-        ("k-lst", 17, [12, 15]),
-        ("mezo", 8, [3, 6]),
-    ],
-)
-def test_resumed_run_equals_the_uninterrupted_one(
-    config: TrainConfig, whole_runs: Any, method: str, interrupted_at: int, kept: list[int]
-) -> None:
-    config = replace(config, method=method, **TWO_EPOCHS)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(interrupted_at)])
-    assert {path.name for path in Path(config.output).glob("checkpoints/*")} == {f"checkpoint-{step}" for step in kept}
-    whole, resumed = whole_runs(method), train(config, resume=True)
-    before, after = weights(whole.folder), weights(resumed.folder)
-    assert before.keys() == after.keys()
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert resumed.metrics["accuracy"] == whole.metrics["accuracy"]
-    assert resumed.metrics["loss"] == whole.metrics["loss"]
-
-
-@pytest.mark.long(but="1-{}")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"gradient_accumulation_steps": 5, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
-        {"estimator": "fzoo", "num_estimates": 2, "noise": "rademacher", "over": "k-lst"},
-        {"over": "bitfit", "weight_decay": 0.1},  # of which nothing decays
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("interrupted_at", [1, 5])
-def test_a_run_by_mezo_goes_on_without_a_checkpoint(
-    config: TrainConfig, tmp_path: Path, settings: dict[str, Any], interrupted_at: int
-) -> None:
-    """In the first epoch and, where a step takes five batches of eleven, in the second."""
-    config = replace(config, method="mezo", max_steps=7, learning_rate=1e-3, settings=settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(interrupted_at)])
-    assert not (Path(config.output) / "checkpoints").exists()
-    resumed, whole = train(config, resume=True), train(replace(config, output=str(tmp_path / "whole")))
-    for name in ("model.safetensors", "mezo.journal"):
-        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-    assert resumed.metrics["loss"] == whole.metrics["loss"]
-    train(config, overwrite=True)  # which begins a journal anew
-    assert (resumed.folder / "mezo.journal").read_bytes() == (whole.folder / "mezo.journal").read_bytes()
-
-
-def test_a_journal_of_another_model_is_refused_and_kept(config: TrainConfig, tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model")
-    config = replace(config, method="mezo", model=str(model), max_steps=4)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(2)])
-    before = (Path(config.output) / "mezo.journal").read_bytes()
-    save_tiny_model(model, initializer_range=0.03)
-    with pytest.raises(FastpeftError, match="has other weights now than when the run"):
-        train(config, resume=True)
-    note = Path(config.output) / "run.json"
-    note.write_text(json.dumps({**json.loads(note.read_text()), "model_weights": None}))  # as of a name on the hub
-    with pytest.raises(FastpeftError, match=r"does not have the weights from which the run .* began\..*seed\.$"):
-        train(config, resume=True)
-    assert (Path(config.output) / "mezo.journal").read_bytes() == before
-    assert not (Path(config.output) / "last-good").exists()
-
-
-def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_runs: Any) -> None:
-    class InterruptAtTheEnd(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
-
-    config = replace(config, method="siva", **{**TWO_EPOCHS, "save_steps": 11})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[InterruptAtTheEnd()])
-    whole, resumed = whole_runs("siva"), train(config, resume=True)
-    assert all(torch.equal(tensor, weights(resumed.folder)[name]) for name, tensor in weights(whole.folder).items())
-    assert resumed.metrics["peak_memory_mb"] > 0
-
-
-def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: TrainConfig) -> None:
-    config = replace(config, max_steps=2)
-    first = train(config, resume=True)
-    before = tree(first.folder)
-    again = train(config, resume=True)
-    assert again == first
-    assert tree(first.folder) == before
-
-
-def test_a_run_is_resumed_with_its_own_values_only(config: TrainConfig) -> None:
-    config = replace(config, max_steps=2)
-    folder = train(config).folder
-    before = tree(folder)
-    with pytest.raises(FastpeftError, match=r"learning_rate None -> 0\.5"):
-        train(replace(config, learning_rate=0.5), resume=True)
-    assert tree(folder) == before
-
-
-def test_a_stop_before_the_first_measurement_keeps_its_checkpoint() -> None:
-    kept: list[tuple[str, int | None]] = []
-    folder: Any = SimpleNamespace(keep_checkpoint=lambda staged, best_step: kept.append((staged.name, best_step)))
-    ranks: Any = SimpleNamespace(wait=lambda: None, first_does=lambda act: act())
-    checkpoints, place = WholeCheckpoints(folder, "accuracy", ranks), SimpleNamespace(output_dir="staging")
-    measured = [{"step": 4, "eval_accuracy": 0.5}, {"step": 8, "eval_accuracy": 0.4}]
-    for step, history in ((2, []), (8, measured)):
-        checkpoints.on_save(place, TrainerState(global_step=step, log_history=history), None)
-    assert kept == [("checkpoint-2", None), ("checkpoint-8", 4)]
-
-
-def test_a_run_is_resumed_with_its_own_rows_only(config: TrainConfig) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        train(config, callbacks=[Interrupt(2)])
-    file, before = Path(config.data), tree(Path(config.output))
-    lines = file.read_text().splitlines(keepends=True)
-    changed = {
-        "fewer": lines[:-1],
-        "in another order": [lines[0], *reversed(lines[1:])],
-        "other labels": [line.replace("positive", "negative") if row % 3 else line for row, line in enumerate(lines)],
-    }
-    for rows in changed.values():
-        file.write_text("".join(rows))
-        with pytest.raises(FastpeftError, match=r"holds other rows now, or in another order.*Restore them"):
-            train(config, resume=True)
-        assert tree(Path(config.output)) == before
-    file.write_text("".join(lines))
-    assert train(config, resume=True).metrics["steps"] > 2
-
-
-@pytest.mark.long(but="None-lora")
-@pytest.mark.parametrize("method", ["lora", "mezo"])
-@pytest.mark.parametrize("interrupted_at", [None, 3, 7])
-def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, method: str, interrupted_at: int | None) -> None:
-    """At a rate that changes nothing the first checkpoint stays the best; also where the run was cut off in between."""
-    settings = {"restore": "exact"} if method == "mezo" else {}
-    config = replace(
-        config, method=method, learning_rate=1e-30, epochs=9, save_steps=2, metric="loss", patience=3, settings=settings
-    )
-    if interrupted_at is not None:
-        with pytest.raises(KeyboardInterrupt):
-            train(config, callbacks=[Interrupt(interrupted_at)])
-    metrics = train(config, resume=interrupted_at is not None).metrics
-    assert (metrics["steps"], metrics["best_step"]) == (8, 2)
-    assert "| patience | 3 |" in (Path(config.output) / "README.md").read_text()
-
-
-def test_a_run_that_gets_better_goes_on(config: TrainConfig, tmp_path: Path) -> None:
-    """Measured on the rows that it learns, in float32: its last steps are smaller than a rounding of the outputs."""
-    (tmp_path / "data").mkdir()
-    for part in ("train", "dev"):
-        write_csv(tmp_path / "data" / f"{part}.csv", reviews(40))
-    config = replace(config, method="full", data=str(tmp_path / "data"), learning_rate=1e-3)
-    metrics = train(replace(config, epochs=3, save_steps=5, metric="loss", patience=1, bf16=False)).metrics
-    assert metrics["steps"] == metrics["best_step"] == 15
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(config: TrainConfig, tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""How good a run is: on which rows, how often, and by which command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import reviews, save_tiny_model, write_csv, write_jsonl
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.prediction import predict
+from fastpeft.training.run import TrainResult
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
+    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
+
+
+def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
+
+
+def test_tags_are_measured_row_by_row_by_every_command(tmp_path: Path, checkpoint: str) -> None:
+    """Where a row ends with a tag and the next begins with it, these are two entities."""
+    words = [line.split()[: 2 + number % 5] for number, (line, _) in enumerate(reviews(60))]
+    rows = [{"tokens": each, "tags": ["O", *["PER"] * (len(each) - 1)][:: 1 - 2 * (len(each) % 2)]} for each in words]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=str(file))
+    trained = train(replace(config, max_steps=3, batch_size=4, learning_rate=1e-2))
+    found = evaluate(trained.folder)
+    for name in ("entity_f1", "word_f1", "accuracy", "loss"):
+        assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
+    scores = json.loads((trained.folder / "row_scores.json").read_text())
+    assert found["entity_f1"] == pytest.approx(sum(scores["above"]) / sum(scores["below"]))
+
+
+@pytest.mark.long(but="full-settings0")
+@pytest.mark.parametrize(
+    ("method", "settings"), [("full", {}), ("k-lst", {"feature_modules": "transformer.decoder.block"})]
+)
+def test_a_model_that_gives_more_than_logits_is_measured(
+    config: TrainConfig, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 1}
+    model = str(save_tiny_model(tmp_path / "t5", "T5", "ForConditionalGeneration", **shape))
+    result = train(replace(config, model=model, method=method, settings=settings, max_steps=2))
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    assert len(predict(result.folder, ["a lovely film"])) == 1
+
+
+def test_three_classes_from_files_with_a_dev_part(config: TrainConfig, tmp_path: Path) -> None:
+    labels = ("negative", "positive", "mixed")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_csv(folder / "train.csv", reviews(30, labels))
+    write_csv(folder / "dev.csv", reviews(12, labels, seed=1))
+    result = train(replace(config, method="siva", data=str(folder), max_steps=3))
+    assert result.metrics["labels"] == ["mixed", "negative", "positive"]
+    assert evaluate(result.folder)["dev_rows"] == 12
+    assert evaluate(result.folder, str(folder / "train.csv"))["dev_rows"] == 30
+
+
+@pytest.mark.long(but="('a', 'b', 'c')")
+@pytest.mark.parametrize("now", [("a", "b"), ("a", "b", "c")], ids=str)
+def test_a_run_is_not_measured_by_other_classes_than_it_learned(
+    config: TrainConfig, tmp_path: Path, now: tuple[str, ...]
+) -> None:
+    file = write_csv(tmp_path / "rows.csv", [(f"a film {n}", "bc"[n % 2]) for n in range(30)])
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    write_csv(file, [(f"a film {n}", now[n % len(now)]) for n in range(30)])
+    with pytest.raises(FastpeftError, match=f"learned the classes b, c, but its data .* has {', '.join(now)} now"):
+        evaluate(folder)
+
+
+def test_a_run_on_single_texts_is_not_measured_on_pairs(config: TrainConfig, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", reviews(30))
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    write_csv(file, [(text, text, label) for text, label in reviews(30)], ("sentence1", "sentence2", "label"))
+    with pytest.raises(FastpeftError, match=r"rows.csv' has pairs of texts now. Restore that data, or name rows with"):
+        evaluate(folder)
+
+
+@pytest.mark.parametrize("given", [{"threshold": "auto"}, {"metric": "accuracy", "save_steps": 2}], ids=str)
+def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
+    result = train(replace(config, max_steps=4, **given))
+    for name in ("dev accuracy", "dev loss"):
+        steps = [step for step, _ in points_of(result, name)]
+        assert steps == sorted(set(steps)), name
+        assert steps[-1] == 4
+    if "metric" not in given:
+        assert points_of(result, "dev loss")[-1] == (4, result.metrics["loss"])
+
+
+@pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 6, 8]), (0.25, [0, 2, 4, 6, 8]), (0.3, [0, 3, 6, 8])])
+def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: float, steps: list[int]) -> None:
+    """A share is one of all steps, as the Trainer takes it."""
+    result = train(replace(config, method="head", max_steps=8, settings={"eval_steps": every}))
+    assert [step for step, _ in points_of(result, "dev loss")] == steps
+
+
+def test_how_often_dev_rows_are_measured_changes_no_weight(config: TrainConfig, tmp_path: Path) -> None:
+    """Though dropout draws while it trains."""
+    model = str(save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.5))
+    config = replace(config, model=model, max_steps=6, learning_rate=1e-2)
+    rarely, often = (
+        train(replace(config, output=str(tmp_path / str(every)), settings={"eval_steps": every})) for every in (6, 1)
+    )
+    weights = [(each.folder / "adapter_model.safetensors").read_bytes() for each in (rarely, often)]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_whose_own_rows_changed_is_measured_with_a_word_on_it(config: TrainConfig, tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "rows.csv", reviews(30))
+    folder = train(replace(config, method="head", data=str(file), max_steps=1)).folder
+    told = f"{str(file)!r} holds other rows now than when the run was trained"
+    assert told not in " ".join(evaluate(folder)["warnings"])
+    write_csv(file, [(text, {"positive": "negative", "negative": "positive"}[label]) for text, label in reviews(30)])
+    assert told in evaluate(folder)["warnings"][0]
