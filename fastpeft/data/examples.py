@@ -145,8 +145,8 @@ def load_data(
     else:
         description = ", ".join(Path(table.name).name for table in tables)
     seen = parts[0]
-    if len(parts) == 1 and split is None:
-        parts = [seen, seen]
+    if split is None:
+        parts = [seen, parts[-1]]
     elif len(parts) == 1:
         # the dev rows count too: a split by shuffling may leave a rare class to them alone
         parts = _split(seen, problem, split, split_seed)
