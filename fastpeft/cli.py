@@ -333,6 +333,10 @@ def predict(
         found = prediction_files.Predictions(
             folder, texts or [], file, kind=kind, text_column=text_column, max_new_tokens=max_new_tokens
         )
+    if every and not found.labels:
+        raise FastpeftError(
+            "--all shows the probability of every class, tag or label, but the run has none. Leave it out."
+        )
     with ExitStack() as held:
         write = None if target is None else held.enter_context(prediction_files.writing(target, found.columns))
         advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))

@@ -236,6 +236,8 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
         return TAGGING
     if columns.flags or all(isinstance(row.get(columns.label), list) for row in table.rows):
         return MULTI_LABEL
-    numbers = [as_number(str(row.get(columns.label)).strip()) for row in table.rows]
+    # what is missing, as NaN, says nothing of the others; who reads them names its row
+    given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
+    numbers = [as_number(str(value).strip()) for value in given if str(value).strip()]
     whole = all(number is None or float(number).is_integer() for number in numbers)
     return CLASSIFICATION if whole or None in numbers else REGRESSION

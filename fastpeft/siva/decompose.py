@@ -119,7 +119,7 @@ def _leading_eigenvectors(gram: Tensor, count: int, name: str) -> Tensor:
         basis = _krylov_basis(gram, count)
         if basis is not None:
             return basis
-        logger.info(
+        logger.debug(  # of a decoder's weights half are so
             "%s: singular values %d and %d are too close for the fast decomposition, so all are computed",
             name,
             count,

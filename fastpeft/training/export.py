@@ -93,6 +93,11 @@ def export(folder: str | Path, output: str | Path, to: str = "merged", step: int
         model, tokenizer, prompt = run.classifier.model, run.classifier.tokenizer, run.prompt
         batches = _batches(run) if to == "onnx" else []
         card = _card_of_run(run, setup.method.title, source.metrics(), output, to, step)
+        if run.threshold is not None and step is None:
+            logger.warning(
+                "the exported model knows nothing of the threshold %.3f by which the run answers; its card tells it",
+                run.threshold,
+            )
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     remedy = "Give the name of a new folder where one can be made, with room in it."
     with (

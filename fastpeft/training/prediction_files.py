@@ -122,8 +122,11 @@ class Predictions:
             text_column = own if known else None
             own_labels = named_labels(run.config.label_column or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
-        if self._says:
-            return prompt_columns(Table(self._name, [first]), text_column)
+        if isinstance(self._predictor, Writer):
+            names = prompt_columns(Table(self._name, [first]), text_column)
+            if is_conversation(first.get(names[0])):
+                self._predictor.check_conversations()
+            return names
         texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
         if (len(texts) == 2) is not run.is_pair:
             kinds = ("pairs of texts", "one text a row")

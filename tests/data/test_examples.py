@@ -294,6 +294,9 @@ def test_numbers_that_are_not_all_whole_are_scores(tmp_path: Path) -> None:
     whole = str(write_any(tmp_path / "whole.csv", [("a", 1), ("b", 2)] * 4))
     assert load_data(whole).problem is CLASSIFICATION
     assert load_data(whole, problem_type="regression").train.labels[0] in (1.0, 2.0)
+    lacking = str(write_any(tmp_path / "lacking.jsonl", [*rows, ("d", float("nan")), ("e", 0.5)]))
+    with pytest.raises(FastpeftError, match=r"row 13 of .*lacking.jsonl has nan in column 'label', which must"):
+        load_data(lacking)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

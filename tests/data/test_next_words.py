@@ -313,6 +313,14 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
         Predictor(config.output)
     with pytest.raises(FastpeftError, match=r"learned from pairs of texts, but .* has conversations"):
         evaluate(config.output, str(place / "chats.jsonl"))
+    shown = CliRunner().invoke(app, ["predict", config.output, "film", "--all"])
+    assert "--all shows the probability of every class, tag or label, but the run has none" in shown.output
+    for refused in (
+        lambda: Writer(run).take([{"role": "user", "content": "film"}]),
+        lambda: Predictions(config.output, file=str(place / "chats.jsonl")),
+    ):
+        with pytest.raises(FastpeftError, match="learned from texts, not from conversations"):
+            refused()
 
 
 def test_models_that_say_no_next_words_are_refused(tmp_path: Path, config: TrainConfig) -> None:

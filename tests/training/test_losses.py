@@ -245,4 +245,9 @@ def test_a_threshold_is_chosen_on_rows_apart_and_used_after(config: TrainConfig)
     shown = CliRunner().invoke(app, ["eval", str(result.folder)])
     assert f"chosen on {len(data.apart)} training rows" in " ".join(shown.output.replace("│", " ").split())
     card = (result.folder / "README.md").read_text()
-    assert f"positive where its probability is above {metrics['threshold']:.3f}, chosen on" in card
+    answered = f"positive where its probability is above {metrics['threshold']:.3f}, chosen on"
+    assert answered in card
+    (result.folder / "metrics.json").write_text(json.dumps(kept))
+    shown = CliRunner().invoke(app, ["export", str(result.folder), str(result.folder.parent / "exported")])
+    assert f"knows nothing of the threshold {metrics['threshold']:.3f}" in " ".join(shown.output.split())
+    assert answered in (result.folder.parent / "exported" / "README.md").read_text()

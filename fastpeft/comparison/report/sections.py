@@ -23,7 +23,7 @@ from fastpeft.comparison.report.results import (
     warnings,
 )
 from fastpeft.comparison.variants import ZERO_SHOT
-from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem
+from fastpeft.data.problems import CLASSIFICATION, TITLES, get_problem, title_of
 from fastpeft.methods.registry import get_method
 
 _NAMED = 4  # the most methods in a title
@@ -163,14 +163,16 @@ def _training_curves(compared: Sequence[Variant]) -> Iterator[Block]:
             else f"Of one seed.{joined * (longest > figures.MOST_POINTS)}"
         )
     for name, curves in drawn.items():
+        part, _, measure = name.rpartition(" ")
+        title = f"{part} {title_of(measure)}".strip()
         ends = sorted((curve.steps[-1].mean, curve.name) for curve in curves)
         low, high = (f"{value:.3f} ({variant})" for value, variant in (ends[0], ends[-1]))
         last = f"from {low} to {high}" if ends[0][0] < ends[-1][0] else f"all {ends[0][0]:.3f}"
         yield Figure(
             name.replace(" ", "-"),
-            f"{_sentence(name)} over the steps: {len(curves)} curve{'s' * (len(curves) > 1)}.",
+            f"{_sentence(title)} over the steps: {len(curves)} curve{'s' * (len(curves) > 1)}.",
             f"Last values: {low if len(ends) == 1 else last}.",
-            figures.Curves(curves, name),
+            figures.Curves(curves, title),
         )
 
 
