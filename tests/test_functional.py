@@ -263,7 +263,7 @@ def test_a_second_derivative_is_refused(op: str) -> None:
         out = siva_linear_mixed(x, weight, [u], [s], [v], [2])
     elif op == "a quantised layer":
         rest = QuantisedWeight(weight, "int8")
-        out = SivaLinearQuantised.apply(x, rest.codes, rest.scales, None, u, s, v, None)
+        out = SivaLinearQuantised.apply(x, rest.codes, rest.scales, None, u, s, v, None, 1)
     else:
         out = functional.window_attention(x.view(1, 1, 2, 6), x.view(1, 1, 2, 6), x[:1])
     with pytest.raises(FastpeftError, match=r"no second derivative.*create_graph"):

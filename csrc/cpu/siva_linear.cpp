@@ -67,22 +67,22 @@ std::tuple<Tensors, Tensor> siva_linear_group(Tensor x, Tensors weights, Tensors
 using LayerGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 LayerGradients layer_backward(const Tensor& dh, const Tensor& x, const Weight& weight, const Tensor& u, const Tensor& s,
-                              const Tensor& v, const Tensor& p, bool need_dx, bool need_du, bool need_dv,
-                              bool need_dbias) {
+                              const Tensor& v, const Tensor& p, int64_t trained, bool need_dx, bool need_du,
+                              bool need_dv, bool need_dbias) {
     std::optional<Matrix> projected;
     if (need_du) projected.emplace(p);
-    check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), s.numel()));
+    check(!need_du || is_matrix(projected->tensor(), Matrix(dh).rows(), trained));
     const Alone all(dh, {u}, {s}, {v});
     const View of_p = need_du ? by_columns(projected->tensor()) : View{};
-    Gradients found =
-        backward({dh}, x, {weight}, all.adapters, all.tiles, {of_p}, {need_dx, {{need_du}}, {need_dv}, {need_dbias}});
+    Gradients found = backward({dh}, x, {weight}, all.adapters, all.tiles, {of_p},
+                               {need_dx, {{need_du}}, {need_dv}, {need_dbias}, trained});
     return {found.dx, found.du[0][0], found.dv[0], found.dbias[0]};
 }
 
 LayerGradients siva_linear_backward(Tensor dh, Tensor x, Tensor weight, Tensor u, Tensor s, Tensor v, Tensor p,
                                     bool need_dx, bool need_du, bool need_dv, bool need_dbias) {
     if (is_for_here(dh, {s})) {
-        return layer_backward(dh, x, {weight}, u, s, v, p, need_dx, need_du, need_dv, need_dbias);
+        return layer_backward(dh, x, {weight}, u, s, v, p, s.numel(), need_dx, need_du, need_dv, need_dbias);
     }
     const Tensors found = by_aten("fastpeft::siva_linear_backward_aten", dh, x, weight, u, s, v, p, need_dx, need_du,
                                   need_dv, need_dbias);
@@ -93,7 +93,9 @@ LayerGradients siva_linear_quantised_backward(Tensor dh, Tensor x, Tensor codes,
                                               Tensor v, Tensor p, bool need_dx, bool need_du, bool need_dv,
                                               bool need_dbias) {
     if (is_for_here(dh, {s})) {
-        return layer_backward(dh, x, quantised(codes, scales), u, s, v, p, need_dx, need_du, need_dv, need_dbias);
+        const int64_t trained = need_du || need_dv ? p.size(p.dim() - 1) : s.numel();
+        return layer_backward(dh, x, quantised(codes, scales), u, s, v, p, trained, need_dx, need_du, need_dv,
+                              need_dbias);
     }
     const Tensors found = by_aten("fastpeft::siva_linear_quantised_backward_aten", dh, x, codes, scales, u, s, v, p,
                                   need_dx, need_du, need_dv, need_dbias);

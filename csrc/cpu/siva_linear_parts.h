@@ -293,13 +293,15 @@ inline View by_columns(const Tensor& t) { return {data_of(t), t.stride(1), t.str
 // The ranks of all layers of a group, one after the other; each layer's are padded to blocks.
 struct Ranks {
     explicit Ranks(const Tensors& ss) {
-        for (const Tensor& s : ss) {
-            start.push_back(total);
-            first.push_back(sum);
-            count.push_back(s.numel());
-            total += padded(s.numel());
-            sum += s.numel();
-        }
+        for (const Tensor& s : ss) add(s.numel());
+    }
+
+    void add(int64_t ranks) {
+        start.push_back(total);
+        first.push_back(sum);
+        count.push_back(ranks);
+        total += padded(ranks);
+        sum += ranks;
     }
 
     int64_t padded_count(size_t layer) const { return padded(count[layer]); }

@@ -141,6 +141,16 @@ struct Needs {
     std::vector<Flags> du;  // of each adapter's layers
     Flags dv;               // of each adapter
     Flags dbias;            // of each layer
+    // of a layer alone: dU and dV are of so many of its triplets, the first ones; else of all
+    std::optional<int64_t> trained = std::nullopt;
+
+    Ranks of(const Packed& adapter) const {
+        if (!trained.has_value()) return adapter.ranks;
+        check(adapter.layers() == 1 && *trained <= adapter.ranks.sum);
+        Ranks first{Tensors{}};
+        first.add(*trained);
+        return first;
+    }
 };
 
 struct Gradients {
@@ -257,7 +267,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     for (const Chunk& chunk : chunks) ++counts[chunk.adapter];
     std::vector<Sums> sums;
     for (size_t a = 0; a < adapters.size(); ++a) {
-        const Ranks& ranks = adapters[a].ranks;
+        const Ranks ranks = needs.of(adapters[a]);
         sums.push_back({{}, Partial(needs.dv[a], counts[a], ranks.total, k)});
         for (size_t i = 0; i < dh.size(); ++i) {
             sums[a].of_u.emplace_back(needs.du[a][i], counts[a], ranks.padded_count(i), dh[i].columns());
@@ -267,6 +277,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     const auto run_chunk = [&](const Chunk& chunk, float* buffer) {
         const Packed& packed = adapters[chunk.adapter];
         const Ranks& ranks = packed.ranks;
+        const Ranks trained = needs.of(packed);
         const auto& [of_u, of_v] = sums[chunk.adapter];
         for (const Partial& partial : of_u) partial.clear(chunk.number);
         of_v.clear(chunk.number);
@@ -278,12 +289,12 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
                 const Rows own = of_layer(coefficients, ranks, i);
                 for (int64_t row = 0; row < count; ++row) {
                     float* to = own.data + row * own.stride;
-                    for (int64_t r = 0; r < ranks.count[i]; ++r) {
-                        to[r] = *ps[adapter].at(ranks.first[i] + r, place + row);
+                    for (int64_t r = 0; r < trained.count[i]; ++r) {
+                        to[r] = *ps[adapter].at(trained.first[i] + r, place + row);
                     }
-                    std::fill(to + ranks.count[i], to + ranks.padded_count(i), 0.0f);
+                    std::fill(to + trained.count[i], to + trained.padded_count(i), 0.0f);
                 }
-                run.reduce(own, dh[i].some<T>(numbers, count), ranks.padded_count(i), dh[i].columns(),
+                run.reduce(own, dh[i].some<T>(numbers, count), trained.padded_count(i), dh[i].columns(),
                            of_u[i].at(chunk.number));
             }
             if (!needs.dx && !of_v.needed()) continue;
@@ -292,7 +303,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
             }
             if (needs.dx) run.expand(coefficients, packed.v(), dx->some<T>(numbers, count));
             if (of_v.needed()) {
-                run.reduce(coefficients, rows->some<T>(numbers, count), ranks.total, k, of_v.at(chunk.number));
+                run.reduce(coefficients, rows->some<T>(numbers, count), trained.total, k, of_v.at(chunk.number));
             }
         }
     };
@@ -308,7 +319,7 @@ Gradients backward_of(const Tensors& dhs, const Tensor& x, const Weights& weight
     for (const Matrix& each : dh) longest = std::max(longest, each.columns());
     const Buffer sum = new_buffer(longest);
     for (size_t a = 0; a < adapters.size(); ++a) {
-        const Ranks& ranks = adapters[a].ranks;
+        const Ranks ranks = needs.of(adapters[a]);
         const auto& [of_u, of_v] = sums[a];
         out.dv.push_back(matrix(of_v.needed(), ranks.sum, k));
         out.du.emplace_back();

@@ -89,12 +89,21 @@ def siva_linear_quantised_backward_reference(
     need_dv: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`siva_linear_backward` with W~ `(N, K)`, on what that runs on."""
+    """`siva_linear_backward` with W~ `(N, K)`, on what that runs on; dU and dV of the first triplets, as many as p has.
+
+    The others act and do not train, as those that an implicit residual subtracts.
+    """
     shape = (len(u), v.shape[1])
     weight = dequantise(codes, scales, shape, dh.dtype) if need_dx else dh.new_empty(1, 1).expand(shape)
-    dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_backward(
-        dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias
-    )
+    backward, trained = torch.ops.fastpeft.siva_linear_backward, p.shape[-1]
+    if trained == len(s) or not (need_du or need_dv):
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = backward(
+            dh, x, weight, u, s, v, p, need_dx, need_du, need_dv, need_dbias
+        )
+        return found
+    dx, _, _, dbias = backward(dh, x, weight, u, s, v, p, need_dx, False, False, need_dbias)
+    u, s, v = u[:, :trained], s[:trained], v[:trained]
+    _, du, dv, _ = backward(dh, x, weight, u, s, v, p, False, need_du, need_dv, False)
     return dx, du, dv, dbias
 
 
@@ -115,9 +124,10 @@ def _siva_linear_quantised_shapes(
 
 
 def _siva_linear_quantised_backward_shapes(
-    dh: Tensor, x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, *rest: Any
+    dh: Tensor, x: Tensor, codes: Tensor, scales: Tensor, u: Tensor, s: Tensor, v: Tensor, p: Tensor, *needs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return siva_linear_backward_shapes(dh, x, u, u, *rest)
+    trained = p.shape[-1]
+    return siva_linear_backward_shapes(dh, x, u, u[:, :trained], s, v[:trained], p, *needs)
 
 
 # h (*, N)
@@ -150,7 +160,7 @@ define(
 )
 
 
-# dx (*, K), du (N, R), dv (R, K), dbias (N,), as siva_linear_backward
+# dx (*, K), du (N, T), dv (T, K), dbias (N,), as siva_linear_backward, for p (*, T) of the first T of R triplets
 define(
     "siva_linear_quantised_backward",
     "(Tensor dh, Tensor x, Tensor codes, Tensor scales, Tensor u, Tensor s, Tensor v, Tensor p, bool need_dx, "
@@ -192,9 +202,10 @@ class QuantisedProduct(torch.autograd.Function):
 
 
 class SivaLinearQuantised(torch.autograd.Function):
-    """That of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, nested, u, s, v, bias)`.
+    """That of `fastpeft::siva_linear_quantised`: `apply(x, codes, scales, nested, u, s, v, bias, trained)`.
 
-    Saved for backward: as by `SivaLinear`, with codes and scales, as they are stored, instead of the weight.
+    The first `trained` triplets train: of the others dU and dV are 0. Saved for backward: as by `SivaLinear`, with
+    codes and scales, as they are stored, instead of the weight.
     """
 
     @staticmethod
@@ -208,10 +219,11 @@ class SivaLinearQuantised(torch.autograd.Function):
         s: Tensor,
         v: Tensor,
         bias: Tensor | None,
+        trained: int,
     ) -> Tensor:
         h, p = torch.ops.fastpeft.siva_linear_quantised(x, codes, unnested(scales, nested), u, s, v, bias)
-        _, _, _, _, need_du, _, need_dv, _ = ctx.needs_input_grad
-        kept = x if need_dv else None, p if need_du else None
+        _, _, _, _, need_du, _, need_dv, *_ = ctx.needs_input_grad
+        kept = x if need_dv else None, p[..., :trained] if need_du or need_dv else None
         ctx.save_for_backward(*kept, codes, u, s, v, scales, *(nested or ()))
         return h
 
@@ -219,20 +231,22 @@ class SivaLinearQuantised(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative("siva_linear_quantised")
         x, p, codes, u, s, v, scales, *nested = ctx.saved_tensors
-        need_dx, _, _, _, need_du, _, need_dv, need_dbias = ctx.needs_input_grad
+        need_dx, _, _, _, need_du, _, need_dv, need_dbias, _ = ctx.needs_input_grad
         x, p = (dh.new_empty(0) if saved is None else saved for saved in (x, p))
         if need_dx:
             scales = unnested(scales, tuple(nested) or None)
         dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_quantised_backward(
             dh, x, codes, scales, u, s, v, p, need_dx, need_du, need_dv, need_dbias
         )
+        others = len(s) - p.shape[-1]
         return (
             dx if need_dx else None,
             None,
             None,
             None,
-            du if need_du else None,
+            F.pad(du, (0, others)) if need_du else None,
             None,
-            dv if need_dv else None,
+            F.pad(dv, (0, 0, 0, others)) if need_dv else None,
             dbias if need_dbias else None,
+            None,
         )

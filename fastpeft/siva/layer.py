@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ class SivaLinear(LoadableLinear):
             return base(x, *args, **kwargs)
         few_bits = self._few_bits
         if few_bits is not None:
-            return self._in_few_bits(x, few_bits, factors)
+            return self._in_few_bits(x, few_bits, factors, self.active_adapters)
         operands = (self.stored, *factors, base.bias, self.packs)
         if says_token(x, operands):
             h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
@@ -109,14 +110,25 @@ class SivaLinear(LoadableLinear):
         factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
         few_bits = self._few_bits
         if few_bits is not None:  # one adapter after another: each product makes numbers of the weight
-            return rows.each(x, [partial(self._in_few_bits, few_bits=few_bits, factors=each) for each in factors])
+            return rows.each(
+                x,
+                [
+                    partial(self._in_few_bits, few_bits=few_bits, factors=each, names=[name])
+                    for name, each in zip(rows.sizes, factors, strict=True)
+                ],
+            )
         us, ss, vs = zip(*factors, strict=True)
         order = None if rows.order is None else rows.order.to(x.device)
         bias, sizes = self.base_layer.bias, list(rows.sizes.values())
         return siva_linear_mixed(x, self.stored, us, ss, vs, sizes, order, bias, self.packs)
 
-    def _in_few_bits(self, x: Tensor, few_bits: QuantisedWeight | WeightIn4Bits, factors: Factors) -> Tensor:
-        h = quantised_siva_linear(x, few_bits, *factors, bias=self.base_layer.bias, dtype=self._compute_dtype(x))
+    def _in_few_bits(
+        self, x: Tensor, few_bits: QuantisedWeight | WeightIn4Bits, factors: Factors, names: Sequence[str]
+    ) -> Tensor:
+        """Compute with the factors of `_low_rank`, of which those of the adapters `names` come first and train."""
+        trained = sum(self.siva_s[name].numel() for name in names if name in self.siva_du)
+        dtype = self._compute_dtype(x)
+        h = quantised_siva_linear(x, few_bits, *factors, bias=self.base_layer.bias, dtype=dtype, trained=trained)
         return h if self.in_4_bits is None or torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
 
     def operands(self) -> Operands | None:
