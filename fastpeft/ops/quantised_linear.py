@@ -238,15 +238,17 @@ class SivaLinearQuantised(torch.autograd.Function):
         dx, du, dv, dbias = torch.ops.fastpeft.siva_linear_quantised_backward(
             dh, x, codes, scales, u, s, v, p, need_dx, need_du, need_dv, need_dbias
         )
-        others = len(s) - p.shape[-1]
+        if others := len(s) - p.shape[-1]:
+            du = F.pad(du, (0, others)) if need_du else du
+            dv = F.pad(dv, (0, 0, 0, others)) if need_dv else dv
         return (
             dx if need_dx else None,
             None,
             None,
             None,
-            F.pad(du, (0, others)) if need_du else None,
+            du if need_du else None,
             None,
-            F.pad(dv, (0, 0, 0, others)) if need_dv else None,
+            dv if need_dv else None,
             dbias if need_dbias else None,
             None,
         )

@@ -98,7 +98,8 @@ class SivaLinear(LoadableLinear):
             return base(x, *args, **kwargs)
         few_bits = self._few_bits
         if few_bits is not None:
-            return self._in_few_bits(x, few_bits, factors, self.active_adapters)
+            active: Any = self.active_adapters
+            return self._in_few_bits(x, few_bits, factors, active)
         operands = (self.stored, *factors, base.bias, self.packs)
         if says_token(x, operands):
             h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
