@@ -16,32 +16,16 @@ from fastpeft.training.prediction import predict
 from fastpeft.training.run import TrainResult
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
-
-
-@pytest.fixture
-def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
-    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
-
-
 def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
     return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
 
 
-def test_tags_are_measured_row_by_row_by_every_command(tmp_path: Path, checkpoint: str) -> None:
+def test_tags_are_measured_row_by_row_by_every_command(config: TrainConfig, tmp_path: Path) -> None:
     """Where a row ends with a tag and the next begins with it, these are two entities."""
     words = [line.split()[: 2 + number % 5] for number, (line, _) in enumerate(reviews(60))]
     rows = [{"tokens": each, "tags": ["O", *["PER"] * (len(each) - 1)][:: 1 - 2 * (len(each) % 2)]} for each in words]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    config = TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=str(file))
-    trained = train(replace(config, max_steps=3, batch_size=4, learning_rate=1e-2))
+    trained = train(replace(config, data=str(file), batch_size=4))
     found = evaluate(trained.folder)
     for name in ("entity_f1", "word_f1", "accuracy", "loss"):
         assert found[name] == pytest.approx(trained.metrics[name], abs=1e-5), name
@@ -116,7 +100,7 @@ def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: f
 def test_how_often_dev_rows_are_measured_changes_no_weight(config: TrainConfig, tmp_path: Path) -> None:
     """Though dropout draws while it trains."""
     model = str(save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.5))
-    config = replace(config, model=model, max_steps=6, learning_rate=1e-2)
+    config = replace(config, method="lora", model=model, max_steps=6)
     rarely, often = (
         train(replace(config, output=str(tmp_path / str(every)), settings={"eval_steps": every})) for every in (6, 1)
     )

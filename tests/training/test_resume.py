@@ -20,19 +20,12 @@ from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.run import TrainResult
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
-
-
 @pytest.fixture
-def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
-    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
+def config(tmp_path: Path, place: Path) -> TrainConfig:
+    data = write_csv(tmp_path / "reviews.csv", reviews(90))  # 11 steps an epoch
+    return TrainConfig(
+        output=str(tmp_path / "run"), method="lora", model=str(place / "model"), data=str(data), batch_size=8
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,13 +50,14 @@ def test_a_run_by_mezo_is_measured_as_often_after_it_goes_on_from_its_journal(co
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory, checkpoint: str, data: str) -> Any:
+def whole_runs(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Any:
     """The uninterrupted two-epoch run of each method, each trained once."""
+    data = str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
 
     @functools.cache
     def whole_run(method: str) -> TrainResult:
         output = str(tmp_path_factory.mktemp(method) / "run")
-        return train(TrainConfig(output=output, method=method, model=checkpoint, data=data, **TWO_EPOCHS))
+        return train(TrainConfig(output=output, method=method, model=str(place / "model"), data=data, **TWO_EPOCHS))
 
     return whole_run
 

@@ -26,19 +26,12 @@ from fastpeft.training.row_order import LengthGroupedOrder
 from fastpeft.training.setup import resolve
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
-
-
 @pytest.fixture
-def config(tmp_path: Path, checkpoint: str, data: str) -> TrainConfig:
-    return TrainConfig(output=str(tmp_path / "run"), method="lora", model=checkpoint, data=data, batch_size=8)
+def config(tmp_path: Path, place: Path) -> TrainConfig:
+    data = write_csv(tmp_path / "reviews.csv", reviews(90))  # 11 steps an epoch
+    return TrainConfig(
+        output=str(tmp_path / "run"), method="lora", model=str(place / "model"), data=str(data), batch_size=8
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
