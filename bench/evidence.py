@@ -161,6 +161,7 @@ _METHODS = (  # what the goal compares comes first, what takes longest last
 _WIDE = ":rank=8:targets=all-linear"
 _SPEAKING = (
     "lst:layers_per_block=5:normalise_features=true",
+    "lst:layers_per_block=5:normalise_features=true:examples=8",
     f"lora{_WIDE}",
     "k-lst:window=9:layers_per_block=5:normalise_features=true",
     "lst",

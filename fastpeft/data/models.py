@@ -43,8 +43,9 @@ class Classifier:
 
     @cached_property
     def max_length(self) -> int:
-        """The longest input in tokens, with special tokens."""
-        known: int = self.tokenizer.model_max_length
+        """The longest input in tokens, with special tokens, after the context of a side network that has one."""
+        context = len(getattr(self.model.config, "context", None) or ())
+        known: int = self.tokenizer.model_max_length - context
         positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
         if positions is None:
             return known

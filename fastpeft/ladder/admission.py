@@ -68,6 +68,8 @@ class Admission:
         config = copy.copy(config)
         config.feature_modules = config.feature_modules or self._feature_modules
         config.backbone_dtype = config.backbone_dtype or self._dtype
+        if config.context is None and self._backbone.context is not None:
+            config.context = list(self._backbone.context.tokens)
         self._check_features(config)
         own, asked = self._backbone.core.config.id2label, config.id2label
         if asked not in (own, LadderConfig().id2label):
@@ -96,6 +98,12 @@ class Admission:
             raise FastpeftError(
                 "the side network trained together with an adapter inside the backbone, so its features are its own. "
                 "Use it by itself, or train one without train_adapters (siva_layers)."
+            )
+        before = None if self._backbone.context is None else list(self._backbone.context.tokens)
+        if before != config.context:
+            raise FastpeftError(
+                f"the side network reads its texts after {_length(config.context)}, the pool after {_length(before)}, "
+                "and features differ. Add it to a LadderPool(base, context=...) with the same tokens."
             )
         own, other = self._dtype, config.backbone_dtype
         if own != other:
@@ -160,6 +168,11 @@ def _relabel(core: Any, fields: Mapping[str, Any]) -> None:
         if shapes.get(name, parameter.shape) != parameter.shape:
             module, _, key = name.rpartition(".")
             setattr(core.get_submodule(module), key, nn.Parameter(parameter.new_empty(shapes[name])))
+
+
+def _length(context: Sequence[int] | None) -> str:
+    """A context in words."""
+    return "no context" if context is None else f"a context of {len(context)} tokens of its own"
 
 
 def _layer_names(backbone: Backbone) -> list[str]:

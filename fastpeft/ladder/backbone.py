@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -25,6 +25,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fastpeft.errors import FastpeftError
+
+if TYPE_CHECKING:
+    from fastpeft.ladder.context import Context
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
@@ -56,6 +59,7 @@ class Backbone:
         plain: whether the core is not a transformers model.
         headless: whether the core is a transformers model without a head, which answers with hidden states.
         body: a transformers model without its head; for another module, the whole module.
+        context: tokens that stand in front of every text, a `fastpeft.ladder.context.Context`; None for none.
         layers: the L modules whose outputs are the features `B_1 .. B_L`. The first layer's input is `B_0`.
 
     Raises:
@@ -83,6 +87,7 @@ class Backbone:
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
+        self.context: Context | None = None
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)
@@ -256,6 +261,13 @@ class Backbone:
             if value is not None and (name not in _OPTIONAL or name in accepted)
         }
         return {"use_cache": False, **chosen} if "use_cache" in accepted else chosen
+
+    def after_context(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass over texts, those of the same texts after the context, if there is one.
+
+        Call it before layers are listened to: the context may have to be read first.
+        """
+        return arguments if self.context is None else self.context.in_front(arguments)
 
     def inputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments to call the body of a text model with: those of `given` that decide the features."""

@@ -74,5 +74,6 @@ class Body:
         inputs = ladder.backbone.inputs(given)
         run = ladder.new_side_run(attention_mask, keep_states=False)
         read = LadderPass(ladder.backbone, run, inputs, ladder.gradients_from)
+        called = ladder.backbone.after_context(inputs)
         with read.around_base(choose_source(ladder.feature_cache, inputs)):
-            return ladder.backbone.body(**inputs, return_dict=True)
+            return ladder.backbone.body(**called, return_dict=True)

@@ -281,6 +281,7 @@ def _identity(backbone: Backbone) -> str:
         "transformers": transformers.__version__,  # whose code the backbone is
         "class": type(backbone.body).__name__,
         "layers": [names[layer] for layer in backbone.layers],
+        **({} if backbone.context is None else {"context": backbone.context.tokens}),
         "config": {name: value for name, value in config.items() if name not in _NOT_OF_FEATURES},
         "adapters": [switch for name, module in modules for switch in _switches(name, module)],
     }

@@ -32,6 +32,7 @@ SHAPE = (
     "feature_modules",
     "feature_sizes",
     "causal",
+    "context",
 )
 
 _WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
@@ -82,6 +83,8 @@ class LadderConfig(PretrainedConfig):
         causal: whether tokens see only those before them. None does as the backbone does, found by a pass over four
             tokens. False is refused for a model that predicts next tokens. A module that is not a transformers model
             and answers for each token, `(B, T, classes)`, needs it.
+        context: token ids that a decoder reads once, in front of every text, such as those of a few examples; see
+            `fastpeft.ladder.context`. The side network reads the text alone. None is none.
         train_adapters: whether the active adapter of a base that PEFT wraps trains with the side network, through the
             features that it changes. The layers before the first that it adapts still run without gradients, so an
             adapter in the last layers costs little memory.
@@ -124,6 +127,7 @@ class LadderConfig(PretrainedConfig):
         feature_modules: Sequence[str] | str | None = None,
         feature_sizes: Sequence[int] | None = None,
         causal: bool | None = None,
+        context: Sequence[int] | None = None,
         train_adapters: bool = False,
         backbone_dtype: BackboneDtype | None = None,
         pack_weights: bool = True,
@@ -149,6 +153,7 @@ class LadderConfig(PretrainedConfig):
         self.feature_modules = [feature_modules] if isinstance(feature_modules, str) else feature_modules
         self.feature_sizes = list(feature_sizes) if isinstance(feature_sizes, Sequence) else feature_sizes
         self.causal = causal
+        self.context = list(context) if isinstance(context, Sequence) else context
         self.train_adapters = train_adapters
         self.backbone_dtype = backbone_dtype
         self.pack_weights = pack_weights
@@ -198,5 +203,8 @@ class LadderConfig(PretrainedConfig):
         sizes = self.feature_sizes
         if sizes is not None and not (isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)):
             raise FastpeftError(f"feature_sizes={sizes!r}; give a list of whole numbers from 1, or None.")
+        tokens = self.context
+        if tokens is not None and not (isinstance(tokens, list) and tokens and all(type(n) is int for n in tokens)):
+            raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
         if self.feature_modules is not None and not self.feature_modules:
             raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")

@@ -138,16 +138,43 @@ class LadderCache(DynamicCache):
 
     def __init__(self, backbone: Backbone, sides: int = 1) -> None:
         core = backbone.core
-        keeps = CACHE in inspect.signature(core.forward).parameters
-        if not (keeps and core._supports_default_dynamic_cache()):
+        if not keeps_keys(backbone):
             raise FastpeftError(
                 f"a {type(core).__name__} keeps something else than keys and values of earlier tokens, beside which "
                 "nothing can be kept. Give use_cache=False: each token then takes a pass over all tokens."
             )
         super().__init__(config=core.config)
+        self._context = 0  # tokens of it
+        if backbone.context is not None:
+            self.layers[:] = backbone.context.layers(keep=True)
+            self._context = len(backbone.context.tokens)
+        self._own = len(self.layers)
         self.sides = [SideCache(len(backbone.layers)) for _ in range(sides)]
         for side in self.sides:
             self.layers.extend(side.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many tokens of the texts were read; those of a context are none of them."""
+        return int(super().get_seq_length(layer_idx)) - self._context
+
+    def given_back(self, outputs: Any) -> Any:
+        """The outputs of a pass, with this cache in place of the part that the backbone has of it."""
+        for name in _NAMES:
+            if outputs.get(name) is not None:
+                outputs[name] = self
+        return outputs
+
+    def of_backbone(self) -> DynamicCache:
+        """What the backbone keeps, with its context: the same layers."""
+        own = DynamicCache()
+        own.layers = self.layers[: self._own]
+        return own
+
+
+def keeps_keys(backbone: Backbone) -> bool:
+    """Whether a backbone is a transformers model that keeps the keys and values of earlier tokens, as its cache."""
+    known = not backbone.plain and CACHE in inspect.signature(backbone.core.forward).parameters
+    return known and backbone.core._supports_default_dynamic_cache()
 
 
 def generates(backbone: Backbone) -> bool:

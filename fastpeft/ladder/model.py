@@ -24,6 +24,7 @@ from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
 from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
 from fastpeft.ladder.generation import CACHE, LadderCache, check_generates, generates, given_cache, with_cache
@@ -111,6 +112,13 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 f"the head of the {type(backbone.core).__name__} is quantised ({saving.some(quantised)}), and it "
                 f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
             )
+        if config.context is not None:
+            if adapters:
+                raise FastpeftError(
+                    "context with train_adapters=True (siva_layers): the context is read once, and an adapter in the "
+                    "backbone would change what it is. Leave out either."
+                )
+            backbone.context = Context(backbone, config.context)
         if config.init == "pruned":
             prune(side, backbone)
         convert(backbone, config.backbone_dtype)
@@ -285,8 +293,11 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         arguments = {} if plain else self.backbone.arguments(given)
         # features of tokens that follow others are those of no row
         source = self._source or choose_source(self.feature_cache if cache is None else None, arguments)
+        called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
-            outputs = self.base(inputs) if plain else self.base(**arguments, return_dict=True)
+            outputs = self.base(inputs) if plain else self.base(**called, return_dict=True)
+        if cache is not None:
+            outputs = cache.given_back(outputs)
         if plain:
             check_told(self.config.causal, self.base, outputs)
             outputs = _with_loss(outputs, labels, self.config.problem_type)

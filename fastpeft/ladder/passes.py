@@ -132,8 +132,9 @@ def run_body(
     replace: Callable[[Tensor], Tensor] = lambda feature: feature,
 ) -> None:
     """A pass over text without the head; `feed` and `replace` as in `listen`."""
+    inputs = backbone.after_context(backbone.inputs(given))
     with listen(backbone, feed, replace, tokens_of(given)):
-        backbone.body(**backbone.inputs(given))
+        backbone.body(**inputs)
 
 
 def features_of(backbone: Backbone, given: Mapping[str, Any]) -> list[Tensor]:

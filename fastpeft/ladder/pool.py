@@ -17,6 +17,7 @@ from fastpeft.ladder.backbone import INPUTS, Backbone
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import decide_causal
 from fastpeft.ladder.config import BackboneDtype, LadderConfig, check_backbone_dtype
+from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, converted_to
 from fastpeft.ladder.generation import CACHE, check_generates, with_cache
 from fastpeft.ladder.joint_training import (
@@ -52,7 +53,7 @@ class LadderPool:
     Args:
         base: a transformers model of text with a head, or PEFT's wrapper of one. It is not copied; its backbone is
             frozen.
-        feature_modules, backbone_dtype: as in `LadderConfig`; the side networks of one pool share them.
+        feature_modules, backbone_dtype, context: as in `LadderConfig`; the side networks of one pool share them.
 
     Raises:
         FastpeftError: as by `LadderModel`, or the base does not read text.
@@ -77,6 +78,7 @@ class LadderPool:
         base: nn.Module,
         feature_modules: Sequence[str] | None = None,
         backbone_dtype: BackboneDtype | None = None,
+        context: Sequence[int] | None = None,
     ) -> None:
         check_backbone_dtype(backbone_dtype)
         self.backbone = Backbone(base, feature_modules)
@@ -89,6 +91,8 @@ class LadderPool:
         decide_causal(self.backbone, True)
         dtype = backbone_dtype or converted_to(self.backbone.core)
         convert(self.backbone, dtype)
+        if context is not None:
+            self.backbone.context = Context(self.backbone, context)
         self.base = base
         self.feature_cache: FeatureCache | None = None
         base.requires_grad_(False)
@@ -144,6 +148,7 @@ class LadderPool:
                     )
             if member is side:
                 share_backbone(ladder_of(member), self.backbone)
+            ladder_of(member).backbone.context = self.backbone.context
             member.eval()
             self._members = self._members.changed({**self._members.models, name: member}, member)
         return member

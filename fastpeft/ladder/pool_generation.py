@@ -174,8 +174,9 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
                 kept.prepared = None  # weights may have changed
                 runs.append((rows, SideRun(side, own, 0, kept=kept.layers)))
         run: Any = PoolRun(runs)
+        called = self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
-            return self.base(**arguments, return_dict=True)
+            return cache.given_back(self.base(**called, return_dict=True))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments of a pass, as the base prepares them for its own."""

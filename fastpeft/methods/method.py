@@ -103,6 +103,10 @@ class Method(ABC):
         """How many tokens of what the model reads it takes for itself."""
         return 0
 
+    def examples(self, preparation: Preparation) -> int:
+        """How many rows to train on become examples instead, which stand in front of every text."""
+        return 0
+
     @abstractmethod
     def prepare(self, model: Any, preparation: Preparation) -> Any:
         """Make a loaded model ready: set what trains, and return the module to train."""

@@ -28,6 +28,7 @@ class Preparation:
         reduction: how many times narrower than the backbone a side network is; None takes the method's own.
         task_type: what PEFT calls the problem.
         by_words: whether the head predicts words.
+        context: token ids that stand in front of every text, where the method asked for examples; else None.
     """
 
     head: Sequence[str]
@@ -39,6 +40,7 @@ class Preparation:
     reduction: int | None = None
     task_type: str | None = "SEQ_CLS"
     by_words: bool = False
+    context: Sequence[int] | None = None
 
 
 def parse_targets(text: str | None) -> Targets:

@@ -12,10 +12,14 @@ from fastpeft.methods.method import EarlierRun, Method, name_after
 from fastpeft.methods.preparation import Preparation
 
 SIVA_LAYERS = "siva_layers"  # the setting of a side network beside which SiVA trains
+EXAMPLES = "examples"  # that of one whose decoder reads some training rows in front of every text
 GATED: Mapping[str, Any] = {"window_size": 1, "fusion": "gated"}  # the original LST
 
-# arguments of a LadderConfig that follow from the model or have an option of their own
-_NOT_SETTINGS = ("causal", "train_adapters", "kwargs", "return", "window_size", "reduction_factor", "pack_weights")
+# arguments of a LadderConfig that follow from the model or the data, or have an option of their own
+_NOT_SETTINGS = (
+    *("causal", "context", "train_adapters", "kwargs", "return"),
+    *("window_size", "reduction_factor", "pack_weights"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +42,27 @@ class SideNetworkMethod(Method):
 
         hints = get_type_hints(LadderConfig.__init__)
         own = {name: hint for name, hint in hints.items() if not name.startswith("base_") and name not in _NOT_SETTINGS}
-        return {**own, SIVA_LAYERS: int}
+        return {**own, SIVA_LAYERS: int, EXAMPLES: int}
 
     def check(self, preparation: Preparation) -> None:
         self._config(preparation)
+        count = preparation.settings.get(EXAMPLES)
+        if count is not None and count < 1:
+            raise FastpeftError(f"{EXAMPLES} is {count}; it must be a whole number from 1. Or leave it out.")
+
+    def examples(self, preparation: Preparation) -> int:
+        count: int = preparation.settings.get(EXAMPLES, 0)
+        return count
 
     def _config(self, preparation: Preparation) -> Any:
         from fastpeft.ladder import LadderConfig
 
         given = {"window_size": preparation.window, "reduction_factor": preparation.reduction}
         given = {name: value for name, value in given.items() if value is not None}
-        own = {name: value for name, value in preparation.settings.items() if name != SIVA_LAYERS}
-        return LadderConfig(**{**self.fields, **given, **own}, train_adapters=SIVA_LAYERS in preparation.settings)
+        own = {
+            name: value for name, value in preparation.settings.items() if name not in (SIVA_LAYERS, EXAMPLES)
+        } | {"context": preparation.context, "train_adapters": SIVA_LAYERS in preparation.settings}
+        return LadderConfig(**{**self.fields, **given, **own})
 
     def prepare(self, model: Any, preparation: Preparation) -> Any:
         """A side network beside the model; of a prompted one, beside the masked language model in it.

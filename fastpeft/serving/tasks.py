@@ -227,7 +227,8 @@ class Tasks:
             except FastpeftError as error:  # it names what differs
                 reason = str(error).partition(". ")[0]
         try:
-            pool = LadderPool(ladder.base, ladder.config.feature_modules, ladder.config.backbone_dtype)
+            config = ladder.config
+            pool = LadderPool(ladder.base, config.feature_modules, config.backbone_dtype, config.context)
             pool.add(member, run.classifier.model)
         except FastpeftError as error:  # as of an adapter that trained inside the backbone
             return Task(name, run, predictor, None, str(error).partition(". ")[0])

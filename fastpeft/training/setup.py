@@ -117,6 +117,11 @@ class Setup:
             data.problem.check_metric(self.config.metric)
         setup = self.with_head(Head.of(self.config, data.labels, data.problem))
         check_texts(setup.head.prompt, data.train)
+        if (count := setup.method.examples(setup.preparation)) and data.problem is not NEXT_WORDS:
+            raise FastpeftError(
+                f"examples is {count}, which is of a decoder that learns next words, but the data has "
+                f"{data.problem.labels}. Leave it out, or add --objective causal."
+            )
         setup.method.check(setup.preparation)
         return setup
 
@@ -130,6 +135,10 @@ class RunSetup(Setup):
     """
 
     head: Head
+
+    def after(self, context: Sequence[int]) -> RunSetup:
+        """It, where every text comes after these tokens."""
+        return dataclasses.replace(self, preparation=dataclasses.replace(self.preparation, context=context))
 
     @property
     def problem(self) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,17 @@ class Task:
             [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
             for part in (data.train, data.dev, data.apart)
         )
+        if count := setup.method.examples(setup.preparation):
+            context, train_rows = _take_examples(train_rows, count, config.seed)
+            longest = max(len(row["input_ids"]) for row in (*train_rows, *dev_rows))
+            if len(context) + longest > classifier.max_length:
+                raise FastpeftError(
+                    f"the {count} examples have {len(context):,} tokens, and texts up to {longest:,} after them, but "
+                    f"the model {config.model!r} reads {classifier.max_length:,}. Give fewer, or a smaller "
+                    "`max_length`."
+                )
+            max_length = min(max_length, classifier.max_length - len(context))
+            setup = setup.after(context)
         for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
             warn_of_texts(part, rows, classifier.tokenizer, max_length, prompt, data.problem)
         if data.problem is MASKED_WORDS:
@@ -105,6 +117,15 @@ class Task:
     def metric(self) -> str:
         """The metric to look at while training, and to choose by where that is wanted."""
         return self.config.metric or self.data.problem.primary
+
+
+def _take_examples(rows: list[Row], count: int, seed: int) -> tuple[list[int], list[Row]]:
+    """The tokens of some rows, drawn by `seed`, one row after the other; and the rows that are left."""
+    if count >= len(rows):
+        raise FastpeftError(f"examples is {count}, but there are {len(rows)} rows to train on. Give fewer.")
+    chosen = random.Random(seed).sample(range(len(rows)), count)
+    left = set(range(len(rows))).difference(chosen)
+    return [token for row in chosen for token in rows[row]["input_ids"]], [rows[row] for row in sorted(left)]
 
 
 def data_for(config: TrainConfig) -> TextData:

@@ -1,0 +1,126 @@
+"""A context: tokens that a frozen decoder reads once, and that stand in front of every text.
+
+Of each layer their keys and values are kept, `(1, heads, C, head width)`. So a pass over a text costs what it costs
+without them, but for C keys more in the backbone's attention, and the side network reads the text alone. As examples of
+a task they show the backbone, whose weights stay as they are, where to look (Brown et al. 2020, arXiv:2005.14165).
+
+The backbone sees a text's tokens after those of the context, at the positions that follow.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.generation import CACHE, keeps_keys
+
+if TYPE_CHECKING:
+    from fastpeft.ladder.backbone import Backbone
+
+
+class ContextLayer(DynamicLayer):
+    """A layer of a cache that begins with the keys and values of a context, the same for all rows.
+
+    Args:
+        keys, values: of the context, `(1, heads, C, head width)`.
+        keeps: whether it keeps those of the tokens that it is given. One pass over whole texts needs them once.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, keeps: bool) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self._keeps = keys, values, keeps
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens, `(B, heads, T, head width)`; see `DynamicLayer.update`."""
+        rows = len(key_states)
+        keys, values = (each.to(key_states).expand(rows, -1, -1, -1) for each in (self.keys, self.values))
+        found = torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
+        if self._keeps:
+            self.keys, self.values = found
+        return found
+
+
+class Context:
+    """The tokens in front of every text of a backbone, and what each layer keeps of them.
+
+    Args:
+        backbone: a decoder.
+        tokens: C token ids.
+
+    Attributes:
+        tokens: as given.
+
+    Raises:
+        FastpeftError: the backbone keeps something else than the keys and values of all tokens, or does not know a
+            token.
+    """
+
+    def __init__(self, backbone: Backbone, tokens: Sequence[int]) -> None:
+        core = backbone.core
+        kinds = {type(layer) for layer in DynamicCache(config=core.config).layers}
+        if not keeps_keys(backbone) or kinds - {DynamicLayer}:
+            raise FastpeftError(
+                f"a context goes before the texts of a decoder that keeps the keys and values of all tokens, which a "
+                f"{type(core).__name__} does not. Leave it out."
+            )
+        words = core.get_input_embeddings().num_embeddings
+        if unknown := [token for token in tokens if not 0 <= token < words]:
+            raise FastpeftError(
+                f"the context has the token {unknown[0]}, but the {type(core).__name__} knows those from 0 to "
+                f"{words - 1}. Make it by the tokenizer of that model."
+            )
+        self.tokens = tuple(tokens)
+        self._backbone = backbone
+        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
+        self._states: list[tuple[Tensor, Tensor]] = []
+
+    def layers(self, *, keep: bool) -> list[ContextLayer]:
+        """New layers of a cache, one for each of the backbone's, that begin with the context."""
+        return [ContextLayer(keys, values, keep) for keys, values in self._read()]
+
+    def in_front(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass in which the texts come after the context.
+
+        Args:
+            arguments: of a pass over texts alone, with a `LadderCache` or without.
+        """
+        text: Tensor = arguments["input_ids"] if "input_ids" in arguments else arguments["inputs_embeds"]
+        length, found = len(self.tokens), dict(arguments)
+        cache, mask = found.get(CACHE), found.get("attention_mask")
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is None:
+            found[CACHE] = DynamicCache()
+            found[CACHE].layers = self.layers(keep=False)
+        else:
+            found[CACHE] = cache.of_backbone()
+        if mask is not None:
+            found["attention_mask"] = torch.cat((mask.new_ones(len(mask), length), mask), dim=1)
+        if found.get("position_ids") is None and self._takes_positions:
+            found["position_ids"] = torch.arange(past, past + text.shape[1], device=text.device)[None]
+        for name in ("position_ids", "cache_position"):
+            if name in found:
+                found[name] = found[name] + length
+        return found
+
+    def _read(self) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values of each layer, in the backbone's own dtype."""
+        weight = self._backbone.core.get_input_embeddings().weight
+        if self._states and (self._states[0][0].device, self._states[0][0].dtype) == (weight.device, weight.dtype):
+            return self._states
+        tokens = torch.tensor([self.tokens], device=weight.device)
+        # not under inference mode, whose tensors later passes with gradients could not read
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            output = self._backbone.body(input_ids=tokens, use_cache=True, return_dict=True)
+        cache = next(value for value in output.values() if isinstance(value, DynamicCache))
+        states = [(layer.keys, layer.values) for layer in cache.layers]
+        if type(states[0][0]) is Tensor:  # a fake one is of its simulation alone
+            self._states = states
+        return states
