@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,9 +25,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fastpeft.errors import FastpeftError
-
-if TYPE_CHECKING:
-    from fastpeft.ladder.context import Context
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
@@ -87,7 +84,7 @@ class Backbone:
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
-        self.context: Context | None = None
+        self.context: Any = None
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
         self.layers = self._find_layers() if feature_modules is None else self._named_layers(feature_modules)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.generation import CACHE, keeps_keys
-
-if TYPE_CHECKING:
-    from fastpeft.ladder.backbone import Backbone
 
 
 class ContextLayer(DynamicLayer):

@@ -157,18 +157,20 @@ class LadderCache(DynamicCache):
         """How many tokens of the texts were read; those of a context are none of them."""
         return int(super().get_seq_length(layer_idx)) - self._context
 
-    def given_back(self, outputs: Any) -> Any:
-        """The outputs of a pass, with this cache in place of the part that the backbone has of it."""
-        for name in _NAMES:
-            if outputs.get(name) is not None:
-                outputs[name] = self
-        return outputs
-
     def of_backbone(self) -> DynamicCache:
         """What the backbone keeps, with its context: the same layers."""
         own = DynamicCache()
         own.layers = self.layers[: self._own]
         return own
+
+
+def with_own_cache(outputs: Any, cache: LadderCache | None) -> Any:
+    """The outputs of a pass, with its own cache, or none, in place of the one that the backbone was given."""
+    of_backbone = [name for name in _NAMES if outputs.get(name) is not None]
+    if not of_backbone or outputs[of_backbone[0]] is cache:
+        return outputs
+    rest = {name: value for name, value in outputs.items() if name not in _NAMES}
+    return type(outputs)(**rest, **({} if cache is None else {of_backbone[0]: cache}))
 
 
 def keeps_keys(backbone: Backbone) -> bool:

@@ -27,7 +27,15 @@ from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
-from fastpeft.ladder.generation import CACHE, LadderCache, check_generates, generates, given_cache, with_cache
+from fastpeft.ladder.generation import (
+    CACHE,
+    LadderCache,
+    check_generates,
+    generates,
+    given_cache,
+    with_cache,
+    with_own_cache,
+)
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
@@ -296,8 +304,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
             outputs = self.base(inputs) if plain else self.base(**called, return_dict=True)
-        if cache is not None:
-            outputs = cache.given_back(outputs)
+        if self.backbone.context is not None:
+            outputs = with_own_cache(outputs, cache)
         if plain:
             check_told(self.config.causal, self.base, outputs)
             outputs = _with_loss(outputs, labels, self.config.problem_type)

@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
-from fastpeft.ladder.generation import CACHE, LadderCache, given_cache
+from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, with_own_cache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
@@ -176,7 +176,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         run: Any = PoolRun(runs)
         called = self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
-            return cache.given_back(self.base(**called, return_dict=True))
+            return with_own_cache(self.base(**called, return_dict=True), cache)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """The arguments of a pass, as the base prepares them for its own."""

@@ -59,9 +59,10 @@ class SideNetworkMethod(Method):
 
         given = {"window_size": preparation.window, "reduction_factor": preparation.reduction}
         given = {name: value for name, value in given.items() if value is not None}
-        own = {
-            name: value for name, value in preparation.settings.items() if name not in (SIVA_LAYERS, EXAMPLES)
-        } | {"context": preparation.context, "train_adapters": SIVA_LAYERS in preparation.settings}
+        own = {name: value for name, value in preparation.settings.items() if name not in (SIVA_LAYERS, EXAMPLES)} | {
+            "context": preparation.context,
+            "train_adapters": SIVA_LAYERS in preparation.settings,
+        }
         return LadderConfig(**{**self.fields, **given, **own})
 
     def prepare(self, model: Any, preparation: Preparation) -> Any:

@@ -245,8 +245,6 @@ def _replay(folder: RunFolder, setup: RunSetup, step: int) -> FinishedRun:
         raise FastpeftError(f"step is {step}; the run in {str(folder.path)!r} made {journal.steps}. Give 0 to that.")
     folder.check_start()
     start = draw_start(setup)
-    if setup.method.examples(setup.preparation):
-        setup = setup.after(files.read_json(folder.path / "config.json")["context"])
     model: Any = prepare(start, setup)
     journal.replay(model, stop=step)
     return FinishedRun.of(setup, folder.metrics(), Classifier(model.eval(), start.tokenizer, start.head))

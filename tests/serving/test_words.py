@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,23 @@ def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch:
     assert isinstance(first, RuntimeError)
     assert isinstance(second, Saying)
     assert second.ended is not None
+
+
+def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: Path, tmp_path: Path) -> None:
+    config = load_run(place / "e2e").config
+    for name, seed in (("one", 3), ("other", 5)):  # other examples
+        train(replace(config, output=str(tmp_path / name), seed=seed, settings={"examples": 1}))
+    tasks = Tasks(
+        {"none": place / "e2e", "one": tmp_path / "one", "again": tmp_path / "one", "other": tmp_path / "other"}
+    )
+    shared = [tasks[name].shared for name in ("none", "one", "again", "other")]
+    assert shared[1] is shared[2]
+    assert len({id(each) for each in shared}) == 3
+    for name in ("one", "again", "other"):
+        writer = Writer(load_run(tmp_path / name.replace("again", "one")), 3)
+        answers = tasks.say([(name, [tasks.saying(name, text, 3)]) for text in ASKED])
+        texts = [answer.text.strip() for answer in answers if isinstance(answer, Saying)]
+        assert texts == writer.write([writer.take(text) for text in ASKED])
 
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:

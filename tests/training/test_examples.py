@@ -1,0 +1,93 @@
+"""Runs of side networks whose decoder reads some training rows in front of every text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import PROMPT, Interrupt, reviews, save_tiny_model, write_csv, write_jsonl
+from transformers import AutoTokenizer
+
+from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.data.next_words import encode
+from fastpeft.training.evaluation import evaluate
+from fastpeft.training.generation import write
+from fastpeft.training.task import data_for
+
+COUNT = 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_model(folder / "model", "Llama", "ForCausalLM")
+    pairs = [{"prompt": text.split()[0], "completion": " ".join(text.split()[1:4])} for text, _ in reviews(60)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, place: Path) -> TrainConfig:
+    return TrainConfig(
+        output=str(tmp_path / "run"),
+        method="lst",
+        objective="causal",
+        model=str(place / "model"),
+        data=str(place / "pairs.jsonl"),
+        batch_size=8,
+        max_steps=4,
+        learning_rate=1e-2,
+        settings={"examples": COUNT},
+    )
+
+
+def test_rows_become_examples_and_the_run_is_used_with_them(config: TrainConfig) -> None:
+    result = train(config)
+    context = json.loads((result.folder / "config.json").read_text())["context"]
+    data, tokenizer = data_for(config), AutoTokenizer.from_pretrained(config.model)
+    rows = [row["input_ids"] for row in encode(tokenizer, data.train.texts, 38)]
+    assert any(context == [*one, *other] for one in rows for other in rows if one is not other)
+    assert result.metrics["train_rows"] == len(data.train) - COUNT
+    assert result.metrics["max_length"] == 38 - len(context)
+    assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+    assert len(write(result.folder, ["film"], 3)) == 1
+    with pytest.raises(FastpeftError, match=f"must be from 1 to {37 - len(context)}"):
+        write(result.folder, ["film"], 38 - len(context))
+
+
+@pytest.mark.parametrize("settings", [{}, {"over": "lst"}], ids=["lst", "mezo"])
+def test_resumed_to_the_same_bits(config: TrainConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
+    method = "mezo" if settings else "lst"
+    config = replace(config, method=method, save_steps=2, settings={**config.settings, **settings})
+    whole = train(replace(config, output=str(tmp_path / "whole")))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(3)])
+    resumed = train(config, resume=True)
+    for name in ("model.safetensors", "config.json"):
+        assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"settings": {"examples": 0}}, "examples is 0; it must be a whole number from 1"),
+        ({"settings": {"examples": 54}}, "examples is 54, but there are 54 rows to train on"),
+        ({"settings": {"examples": 20}}, r"the 20 examples have \d+ tokens, and texts up to \d+ after them, but the"),
+        ({"method": "siva"}, "unknown setting 'examples'"),
+    ],
+)
+def test_what_is_refused(config: TrainConfig, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(FastpeftError, match=told):
+        train(replace(config, **changes))
+    assert not Path(config.output).exists()
+
+
+def test_they_are_of_next_words(config: TrainConfig, tmp_path: Path) -> None:
+    model, data = save_tiny_model(tmp_path / "encoder"), write_csv(tmp_path / "reviews.csv", reviews(20))
+    labelled = replace(config, objective=None, model=str(model), data=str(data))
+    for prompt in ({}, PROMPT):
+        with pytest.raises(FastpeftError, match=r"examples is 2, which is of a decoder .* but the data has classes"):
+            train(replace(labelled, **prompt))
