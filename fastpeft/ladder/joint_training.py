@@ -77,6 +77,8 @@ def steps_of(
         return
     if missing := [name for name in names if name not in data]:
         raise FastpeftError(f"there are no batches for {', '.join(map(repr, missing))}. Give some for every optimizer.")
+    if extra := [name for name in data if name not in names]:
+        raise FastpeftError(f"there are batches for {', '.join(map(repr, extra))}, but no optimizer. Leave them out.")
     left = {name: itertools.chain.from_iterable(itertools.repeat(data[name], epochs)) for name in names}
     while True:
         batches = {name: batch for name in names if name not in stopped for batch in itertools.islice(left[name], 1)}

@@ -467,7 +467,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if not self.config.base_fingerprints:
             self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
         if kwargs.get("is_main_process", True):
-            saving.write_card(self.config, Path(save_directory))
+            saving.write_card_of(self.config, Path(save_directory))
             if self.adapters:
                 self.base.save_pretrained(Path(save_directory) / saving.ADAPTER_FOLDER)  # type: ignore[operator]
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -337,6 +337,8 @@ class LadderPool:
             bit; on batches of its own to rounding, since the backbone gets all batches padded to one length.
         """
         members = self._members
+        if isinstance(seed, Mapping) and (extra := [name for name in seed if name not in optimizers]):
+            raise FastpeftError(f"there is a seed for {', '.join(map(repr, extra))}, but no optimizer. Leave it out.")
         learners = {}
         for name, stepping in optimizers.items():
             own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed

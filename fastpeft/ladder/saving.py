@@ -17,7 +17,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.config import SHAPE, LadderConfig
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.hub import model_options
-from fastpeft.support.model_card import model_card
+from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
@@ -186,12 +186,9 @@ def without_wrapper(name: str) -> str:
     return name.replace("base.base_model.model.", "base.", 1)
 
 
-def write_card(config: LadderConfig, folder: Path) -> None:
-    """Write a model card, unless there is one."""
+def write_card_of(config: LadderConfig, folder: Path) -> None:
+    """Write a model card, as `fastpeft.support.model_card.write_card` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    card = folder / "README.md"
-    if card.exists():
-        return
     text = model_card(
         base_model=config.base_model_name_or_path or "the base model",
         method="LST" if config.fusion == "gated" else f"{config.window_size}-LST",
@@ -199,4 +196,4 @@ def write_card(config: LadderConfig, folder: Path) -> None:
         library="transformers",
         settings={name: getattr(config, name) for name in _ON_THE_CARD} | {"feature_dropout": config.dropout},
     )
-    card.write_text(text, encoding="utf-8")
+    write_card(folder, text)

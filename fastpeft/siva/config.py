@@ -18,15 +18,12 @@ from fastpeft.ops.quantise import Format
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.quantise import ITERATIONS, check_format
 from fastpeft.siva.rows import BASE
-from fastpeft.support.model_card import loading_snippet, model_card
+from fastpeft.support.model_card import loading_snippet, model_card, write_card
 
 Residual = Literal["frozen", "implicit"]
 Bias = Literal["none", "all", "siva_only"]
 Scaling = Literal["spectral", "plain"]
 InitWeights = bool | Literal["saved"]
-
-_OWN_CARD = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
-_BLANK_CARD = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
 
 
 def check_name(adapter_name: str) -> None:
@@ -259,10 +256,6 @@ class SivaConfig(PeftConfig):
         self._write_card(Path(save_directory))
 
     def _write_card(self, folder: Path) -> None:
-        """Write a card in place of PEFT's blank one, or of an earlier one of ours; any other is kept."""
-        card = folder / "README.md"
-        if card.exists() and not any(mark in card.read_text(encoding="utf-8") for mark in (_OWN_CARD, _BLANK_CARD)):
-            return
         base = self.base_model_name_or_path or "the base model"
         settings = {"r": self.r, "d": self.d or "full", "residual": self.residual}
         if self.residual_dtype is not None:
@@ -273,4 +266,4 @@ class SivaConfig(PeftConfig):
             snippet=loading_snippet(folder.name, base_model=base, task_type=self.task_type),
             settings=settings | {"target_modules": ", ".join(self.to_dict()["target_modules"] or [])},
         )
-        card.write_text(f"{text}\n{_OWN_CARD}\n", encoding="utf-8")
+        write_card(folder, text)

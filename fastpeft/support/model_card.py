@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fastpeft.version import __version__
 
 ONNX_FILE = "model.onnx"
+
+_OWN = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
+_BLANK = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
 
 _HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
     "SEQ_CLS": "SequenceClassification",
@@ -187,3 +191,10 @@ def model_card(
 def _in_line(value: object) -> str:
     """A value as one line of Markdown shows it: not as a cell's end, a line's end or a tag of HTML."""
     return html.escape(" ".join(str(value).split()), quote=False).replace("|", "&#124;")
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write a card in place of an earlier one of ours, or of PEFT's blank one; any other is kept."""
+    card = folder / "README.md"
+    if not card.exists() or any(mark in card.read_text(encoding="utf-8") for mark in (_OWN, _BLANK)):
+        card.write_text(f"{text}\n{_OWN}\n", encoding="utf-8")

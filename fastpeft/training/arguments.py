@@ -118,8 +118,9 @@ def _check(first: TrainingArguments, task: Task) -> None:
         raise ValueError(f"optim_target_modules says nothing to {first.optim.value}; all that trains is optimised.")
     if first.eval_steps and task.config.metric is not None:
         raise ValueError("with `metric`, dev rows are measured at each checkpoint: use `save_steps`.")
-    if (first.neftune_noise_alpha or 0) < 0:
-        raise ValueError("neftune_noise_alpha must be at least 0.")
+    for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps"):
+        if (getattr(first, name) or 0) < 0:
+            raise ValueError(f"{name} must be at least 0.")
     if first.neftune_noise_alpha and (is_beside or task.method.optimization.zeroth_order):
         raise ValueError(f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.")
     if first.label_smoothing_factor:

@@ -90,6 +90,8 @@ class Predictions:
         if text_column is not None and file is None:
             raise FastpeftError(f"`text_column` is {text_column!r}, but there is no file. Name one, or leave it out.")
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
+        if text_column is not None and kind == "txt":
+            raise FastpeftError(f"`text_column` is {text_column!r}, but {name} is text without columns. Leave it out.")
         self._predictor: Predictor | Writer
         if says_words(folder):
             self._predictor = Writer(load_run(folder), max_new_tokens)
@@ -317,14 +319,17 @@ def writing(path: Path, columns: Mapping[str, type]) -> Iterator[Write]:
             count = 0
             close()
             publish(staged, path)
-    except (FastpeftError, KeyboardInterrupt) as error:
+    except BaseException as error:
         if not count:
             raise
         with guarded(), uninterrupted():
             close()
             os.replace(staged, kept)
-        said = str(error) or "Interrupted."
-        raise type(error)(f"{said} The {count:,} rows that were written before are in {kept}.") from error
+        where = f"The {count:,} rows that were written before are in {kept}."
+        if isinstance(error, (FastpeftError, KeyboardInterrupt)):
+            raise type(error)(f"{str(error) or 'Interrupted.'} {where}") from error
+        error.add_note(where)
+        raise
     finally:
         with suppress(Exception):
             close()

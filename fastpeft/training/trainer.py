@@ -201,7 +201,7 @@ class RunTrainer(Trainer):
             if not self.problem.has_classes:
                 return math.inf  # unknown
             outputs, labels = torch.from_numpy(self._outputs), torch.from_numpy(self._labels)
-            return float(cross_entropy(outputs, labels, label_smoothing=smoothing))
+            return float(cross_entropy(outputs.flatten(0, -2), labels.flatten(), label_smoothing=smoothing))
         if self.own_loss is None:
             return measured
         return float(self.own_loss(torch.from_numpy(self._outputs), torch.from_numpy(self._labels)))

@@ -244,6 +244,11 @@ def test_joint_training_refuses_what_does_not_go_together() -> None:
     optimizers = {name: optimizer_of(pool[name], name) for name in ("slow", "fast")}
     with pytest.raises(FastpeftError, match="no batches for 'fast'"):
         pool.fit({"slow": batches()}, optimizers)
+    given = {"slow": batches(), "fast": batches()}
+    with pytest.raises(FastpeftError, match="batches for 'typo', but no optimizer"):
+        pool.fit({**given, "typo": batches()}, optimizers)
+    with pytest.raises(FastpeftError, match="a seed for 'Slow', but no optimizer"):
+        pool.fit(given, optimizers, seed={"Slow": 5})
     embedded = [{"inputs_embeds": torch.randn(2, 4, 16), "labels": torch.tensor([0, 1])}]
     with pytest.raises(FastpeftError, match="some of the batches have"):
         pool.fit({"slow": batches(), "fast": embedded}, optimizers)

@@ -244,7 +244,11 @@ def test_save_and_load_to_the_bit(tmp_path: Path, checkpoint: Path, config: dict
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == trainable(model).keys()
-    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("LadderModel.from_pretrained") == 1
+    card = tmp_path / "README.md"
+    assert card.read_text(encoding="utf-8").count("LadderModel.from_pretrained") == 1
+    ladder(classifier(checkpoint), window_size=1).save_pretrained(tmp_path)
+    assert "1-LST" in card.read_text(encoding="utf-8"), "of what is there now"
+    model.save_pretrained(tmp_path)
 
     loaded = LadderModel.from_pretrained(tmp_path)
     assert not loaded.training

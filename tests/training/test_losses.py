@@ -164,6 +164,13 @@ def test_tags_take_weights(config: TrainConfig, place: Path) -> None:
     assert result.metrics["loss"] == pytest.approx(evaluate(result.folder)["loss"], abs=1e-4)
 
 
+def test_tags_are_smoothed(config: TrainConfig, place: Path) -> None:
+    tags = replace(config, data=str(place / "tagged.jsonl"), method="lora", settings={"label_smoothing_factor": 0.1})
+    result = train(tags)
+    assert "smoothed training loss" in json.loads((result.folder / "curves.json").read_text())
+    assert result.metrics["loss"] == pytest.approx(evaluate(result.folder)["loss"], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

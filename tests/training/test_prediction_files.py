@@ -259,6 +259,25 @@ def test_results_come_some_rows_at_a_time(place: Path, monkeypatch: pytest.Monke
     assert found.count == 5
 
 
+def test_any_error_keeps_what_was_written(place: Path) -> None:
+    def write_some() -> None:
+        with prediction_files.writing(place / "out.csv", {"row": int}) as write:
+            write([{"row": 1}, {"row": 2}])
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as error:
+        write_some()
+    (note,) = error.value.__notes__
+    assert note == f"The 2 rows that were written before are in {place / 'out.unfinished.csv'}."
+    assert len(READERS["csv"](place / "out.unfinished.csv")) == 2
+
+
+def test_a_text_file_has_no_column(place: Path) -> None:
+    (place / "x.txt").write_text("a\nb\n")
+    with pytest.raises(FastpeftError, match=r"text_column is 'review', but x\.txt is text without columns"):
+        Predictions("classes", file="x.txt", text_column="review")
+
+
 @pytest.mark.parametrize("kind", READERS)
 def test_an_interrupt_keeps_what_was_written(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(prediction_files, "_CHUNK", 2)

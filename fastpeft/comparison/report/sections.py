@@ -180,6 +180,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
     """The learning rates that were tried, and which of the best are the lowest or the highest of them."""
     results = {variant.cells[0].variant: variant for variant in variants(plan.results)}
     searched, rows, at_the_edge = variants(plan.searches), [], []
+    is_tested = True
     for variant in searched:
         taken = set(results[variant.cells[0].variant].values("learning_rate"))
         tried = [cell.values["learning_rate"] for cell in variant.cells]
@@ -187,6 +188,7 @@ def _rates(plan: Plan) -> Iterator[Block]:
         for cell in variant.cells:
             metrics, rate = cell.metrics(), cell.values["learning_rate"]
             problem = get_problem((metrics or {}).get("problem_type", CLASSIFICATION.name))
+            is_tested = is_tested and problem.tested is not None
             shown = cell.state if metrics is None else f"{metrics[problem.chosen_by]:.3f}"
             rows.append([cell.variant, f"{rate:g}", shown, edges.get(rate, "taken") if rate in taken else ""])
         if taken & edges.keys():
@@ -195,8 +197,12 @@ def _rates(plan: Plan) -> Iterator[Block]:
         yield Heading("Learning rates")
         yield Text(
             "Trained on a slice of the training rows, and measured on another slice of them. The dev rows had no part. "
-            "The best rate is taken where it beats the recipe's, the first, by a paired test (p corrected for the "
-            "number of other rates); else the recipe's."
+            + (
+                "The best rate is taken where it beats the recipe's, the first, by a paired test (p corrected for the "
+                "number of other rates); else the recipe's."
+                if is_tested
+                else "The best rate is taken, untested: numbers have no paired test."
+            )
         )
         if at_the_edge:
             yield Strong(
