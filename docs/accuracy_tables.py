@@ -221,7 +221,9 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
 SPEAKING = {  # variants of E2E's evidence
     "lst": "LST",
     "lst:layers_per_block=5:normalise_features=true": "LST, a block for five layers, normalised",
+    "lst:layers_per_block=5:normalise_features=true:examples=8": "the same after 8 examples",
     "k-lst:window=9": "**9-LST**",
+    "k-lst:window=9:layers_per_block=5:normalise_features=true": "**9-LST**, a block for five layers",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "last-n": "last 3 layers",
