@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,8 @@ def check_shape(saved: LadderConfig, own: LadderConfig, source: str) -> None:
     """Raise `FastpeftError` unless `saved`, the configuration in `source`, gives the same weights as `own`."""
     different = [item for item in SHAPE if getattr(saved, item) != getattr(own, item)]
     if different:
-        there = ", ".join(f"{item} is {getattr(saved, item)!r}" for item in different)
-        here = ", ".join(repr(getattr(own, item)) for item in different)
+        there = ", ".join(f"{item} is {reprlib.repr(getattr(saved, item))}" for item in different)
+        here = ", ".join(reprlib.repr(getattr(own, item)) for item in different)
         raise FastpeftError(
             f"the side network in {source!r} has another shape: its {there}, here {here}. Give the same values."
         )

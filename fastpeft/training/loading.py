@@ -18,6 +18,7 @@ from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.environment import best_device
+from fastpeft.support.files import read_json
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.run_folder import RunFolder, earlier_run
@@ -144,6 +145,14 @@ def continue_earlier(model: Any, setup: RunSetup) -> None:
         given = "a prompt, this one has none" if setup.prompt is None else "no prompt, this one has"
         logger.info("the run in %s had %s", setup.config.init_from, given)
     earlier.method.continue_later(model, run)
+
+
+def earlier_context(config: TrainConfig) -> list[int] | None:
+    """The context of the side network that a run starts from, which it keeps; None where there is none."""
+    if config.init_from is None or not (file := earlier_run(config.init_from).path / "config.json").is_file():
+        return None
+    context: list[int] | None = read_json(file).get("context")
+    return context
 
 
 def _earlier(setup: RunSetup) -> tuple[RunSetup, EarlierRun]:

@@ -23,7 +23,7 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode, warn_of_texts
-from fastpeft.training.loading import continue_earlier, load_start
+from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
 from fastpeft.training.setup import RunSetup, resolve
 
@@ -78,14 +78,15 @@ class Task:
             [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
             for part in (data.train, data.dev, data.apart)
         )
-        if count := setup.method.examples(setup.preparation):
+        context, count = earlier_context(config), setup.method.examples(setup.preparation)
+        if context is None and count:
             context, train_rows = _take_examples(train_rows, count, config.seed)
+        if context is not None:
             longest = max(len(row["input_ids"]) for row in (*train_rows, *dev_rows))
             if len(context) + longest > classifier.max_length:
                 raise FastpeftError(
-                    f"the {count} examples have {len(context):,} tokens, and texts up to {longest:,} after them, but "
-                    f"the model {config.model!r} reads {classifier.max_length:,}. Give fewer, or a smaller "
-                    "`max_length`."
+                    f"the examples have {len(context):,} tokens, and texts up to {longest:,} after them, but the model "
+                    f"{config.model!r} reads {classifier.max_length:,}. Give fewer, or a smaller `max_length`."
                 )
             max_length = min(max_length, classifier.max_length - len(context))
             setup = setup.after(context)

@@ -70,12 +70,23 @@ def test_resumed_to_the_same_bits(config: TrainConfig, tmp_path: Path, settings:
         assert (resumed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
+def test_a_later_run_keeps_the_examples_of_the_one_that_it_starts_from(config: TrainConfig, tmp_path: Path) -> None:
+    first = train(config)
+    for settings in ({}, {"examples": 1}):
+        later = replace(config, output=str(tmp_path / f"later-{len(settings)}"), init_from=str(first.folder), seed=3)
+        context = [
+            json.loads((folder / "config.json").read_text())["context"]
+            for folder in (first.folder, train(replace(later, settings=settings)).folder)
+        ]
+        assert context[0] == context[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"settings": {"examples": 0}}, "examples is 0; it must be a whole number from 1"),
         ({"settings": {"examples": 54}}, "examples is 54, but there are 54 rows to train on"),
-        ({"settings": {"examples": 20}}, r"the 20 examples have \d+ tokens, and texts up to \d+ after them, but the"),
+        ({"settings": {"examples": 20}}, r"the examples have \d+ tokens, and texts up to \d+ after them, but the"),
         ({"method": "siva"}, "unknown setting 'examples'"),
     ],
 )
