@@ -237,6 +237,7 @@ Tensor side_step_(Tensor feature, Tensor theta, Tensor parts, Tensor weight, Ten
                 }
                 all.value.run(products, attended.data(), x.data());
                 for (int64_t i = 0; own >= 0 && i < width; ++i) x[i] += part[own * width + i];
+                for (int64_t i = 0; gate != 0.0 && i < width; ++i) x[i] += static_cast<float>(gate) * state[i];
             }
             all.qkv.run(products, x.data(), states.data());
             float* const kept = writable(keys) + b * keys.stride(0);

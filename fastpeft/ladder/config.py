@@ -16,6 +16,8 @@ Fusion = Literal["cross_attention", "gated"]
 Init = Literal["random", "pruned"]
 BackboneDtype = Literal["bfloat16", Format]
 OutputMix = bool | Literal["add"]
+Residual = bool | Literal["state"]
+STATE: Literal["state"] = "state"
 
 # the fields that decide which weights there are and what they mean
 SHAPE = (
@@ -61,8 +63,9 @@ class LadderConfig(PretrainedConfig):
             the state with the one feature of a window of 1 by a trained gate.
         num_heads: heads of the cross-attention; above 1 it has an output projection.
         residual: whether a token's own feature, that of the window's middle, is added to the cross-attention's output.
-            Without it, as in the paper, all tokens begin with nearly the same state. None is True where each token is
-            answered for, by the class of a transformers model (words, tags, questions, or no head at all), else False.
+            Without it, as in the paper, all tokens begin with nearly the same state. `"state"` adds the side state too,
+            which carries what earlier blocks found. None is `"state"` where each token is answered for, by the class of
+            a transformers model (tags, questions, or no head at all), True beside a head of words, else False.
         normalise_features: whether a feature is divided by its root mean square, token by token, before it is
             projected. In a decoder a few tokens have features a hundred times as large as others, and drown them in the
             attention. None is True for cross-attention to a causal backbone, and with `residual`; else False.
@@ -117,7 +120,7 @@ class LadderConfig(PretrainedConfig):
         feature_dropout: float | None = None,
         fusion: Fusion = "cross_attention",
         num_heads: int = 1,
-        residual: bool | None = None,
+        residual: Residual | None = None,
         normalise_features: bool | None = None,
         side_heads: int | None = None,
         init: Init = "random",
@@ -194,6 +197,8 @@ class LadderConfig(PretrainedConfig):
             )
         if self.output_mix is not None and not (self.output_mix == "add" or isinstance(self.output_mix, bool)):
             raise FastpeftError(f"output_mix={self.output_mix!r}; allowed are 'add', True and False, or None.")
+        if self.residual is not None and not (self.residual == STATE or isinstance(self.residual, bool)):
+            raise FastpeftError(f"residual={self.residual!r}; allowed are 'state', True and False, or None.")
         check_backbone_dtype(self.backbone_dtype)
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(

@@ -102,4 +102,4 @@ class DirectRun(SideRun):
         if visible is not None:
             visible = visible.repeat(1, 1, 1, len(window))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
-        return fusion.finish(window[fusion.middle], attended)
+        return fusion.finish(theta, window[fusion.middle], attended)

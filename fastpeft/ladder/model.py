@@ -23,7 +23,7 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
-from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.config import STATE, LadderConfig, Residual
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
@@ -564,11 +564,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 def _decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
     """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
     attends = config.fusion == "cross_attention"
-    residual = attends and backbone.answers_tokens if config.residual is None else config.residual
+    residual: Residual | None = config.residual
+    if residual is None:
+        residual = attends and backbone.answers_tokens
+        # of words adding the state was worse, of tags far better
+        residual = STATE if residual and backbone.decoder is None else residual
     defaults = {
         "output_mix": "add" if backbone.decoder is not None else False,
         "residual": residual,
-        "normalise_features": residual or (attends and bool(config.causal)),
+        "normalise_features": bool(residual) or (attends and bool(config.causal)),
     }
     decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
     for field, value in decided.items():

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import window_attention
-from fastpeft.ladder.config import LadderConfig
+from fastpeft.ladder.config import STATE, LadderConfig
 from fastpeft.ladder.generation import SideLayer
 from fastpeft.support.processor import has_bfloat16
 
@@ -36,7 +36,7 @@ class WindowFusion(nn.Module):
 
     Keys and values are never made: queries are `theta (Wq Wk^T)`, with one small matrix for each head, and Wv is
     applied to the result. Several heads are followed by an output projection. With `residual` the token's own
-    `C_i + p_i` of the middle slot is added, without dropout.
+    `C_i + p_i` of the middle slot is added, without dropout, and with `residual="state"` theta too.
 
     Args:
         config: the side network's configuration.
@@ -90,9 +90,9 @@ class WindowFusion(nn.Module):
             )
         own = window[:, self.slots.index(self.middle)]
         if self.output is None:
-            return self.finish(own, self.value(attended[:, 0]))
+            return self.finish(theta, own, self.value(attended[:, 0]))
         value = self.value.weight.view(heads, head_dim, width)
-        return self.finish(own, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
+        return self.finish(theta, own, (attended @ value.mT).transpose(1, 2).reshape(batch, tokens, width))
 
     def folded(self) -> Tensor:
         """The matrix of the queries with that of the keys in it, `Wk^T Wq`, scaled, head after head: `(H D, D)`."""
@@ -119,13 +119,13 @@ class WindowFusion(nn.Module):
             visible = visible[..., None].expand(*visible.shape, number).flatten(-2)
         return F.scaled_dot_product_attention(q, keys, keys, attn_mask=visible, scale=1.0)
 
-    def finish(self, own: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention: the middle slot's C and the values of all heads, `(B, T, D)` -> `(B, T, D)`."""
+    def finish(self, theta: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        """What follows the attention, of the values of all heads: `(B, T, D)`, as theta and the middle slot's C."""
         if self.output is not None:
             x = self.output(x)
         if self.config.residual:
             x = x + own + self.positions[self.middle].to(x.dtype)
-        return x
+        return x + theta if self.config.residual == STATE else x
 
 
 class GatedFusion(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.ladder.config import STATE
 from fastpeft.ladder.generation import SideCache
 from fastpeft.ladder.side import TINY, GatedFusion, SideBlock, SideNetwork, SideRun
 from fastpeft.ops.side_step import ACTIVATIONS, weights_of
@@ -63,6 +64,7 @@ def _prepared(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, ...
             value, bias = torch.cat([out @ part for out, part in pairs], dim=1), fusion.output.bias
         matrices = [fusion.folded(), value, bias]
         own = fusion.middle if fusion.config.residual else -1
+        gate = float(fusion.config.residual == STATE)
     linears = block.qkv, block.attention_output, block.feed_forward_in, block.feed_forward_out
     norms = block.attention_norm, block.feed_forward_norm
     weights = weights_of(matrices, [each for module in (*linears, *norms) for each in (module.weight, module.bias)])

@@ -2,7 +2,7 @@
 
     C   = B W^T + b                    for each block that reads the feature B, which may come over its root mean square
     a   = softmax(theta Q^T K^T) K     of each head; K are the window's C of all tokens, T k rows of D
-    x   = V a + c + C_own              with a gate in place of it: x = C + gate (theta - C)
+    x   = V a + c + C_own + gate theta    with a gate in place of attention: x = C + gate (theta - C)
     y   = norm_1(x + W_o SelfAttention(W x + b) + b_o)
     out = norm_2(y + W_2 activation(W_1 y + b_1) + b_2)
 
@@ -68,7 +68,7 @@ def side_step_reference(
         hidden: the width of the feed-forward part.
         fused_heads: of the cross-attention; 0 is a gate.
         own: the slot whose projection is added, -1 where none is.
-        gate: how far x is from the feature to the state.
+        gate: how far x is from the feature to the state; beside attention, how often the state is added.
         heads: of the self-attention.
         eps_1, eps_2: of the norms.
         activation: a value of `ACTIVATIONS`.
@@ -96,6 +96,7 @@ def side_step_reference(
         attended = F.scaled_dot_product_attention(q, rows.to(q.dtype), rows.to(q.dtype), attn_mask=seen, scale=1.0)
         x = F.linear(attended.reshape(batch, fused), value, out_bias)
         x = x if own < 0 else x + own_parts[:, own]
+        x = x + gate * theta
     else:
         x = torch.lerp(own_parts[:, 0].to(theta.dtype), theta, gate)
     q, states = F.linear(x, *encoder[:2]).split((width, 2 * width), dim=1)

@@ -30,6 +30,7 @@ def output(run: SideRun, given: list[Tensor]) -> Tensor:
         {"window_size": 9},
         {"window_size": 3, "num_heads": 2},
         {"window_size": 3, "residual": True, "normalise_features": True},
+        {"window_size": 3, "residual": "state", "num_heads": 2},
         {"window_size": 5, "share_projections": True},
         {"window_size": 3, "output_mix": True},
         {"window_size": 1, "fusion": "gated"},

@@ -27,7 +27,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "3-LST": {},
     "9-LST": {"window_size": 9},
     "heads": {"num_heads": 2, "side_heads": 2, "residual": True, "normalise_features": True, "share_projections": True},
-    "two blocks": {"layers_per_block": 2, "residual": True, "normalise_features": True},
+    "two blocks": {"layers_per_block": 2, "residual": "state", "normalise_features": True},
     "one block": {**LST, "layers_per_block": 3},
     "a context": {"window_size": 9, "context": [7, 9, 11]},
 }
@@ -103,11 +103,18 @@ def test_one_token_of_large_features_does_not_drown_the_others() -> None:
     assert spread(ladder(base, window_size=9)) > 0.4
 
 
-@pytest.mark.parametrize("residual", [True, False])
-def test_features_are_normalised_with_the_residual(residual: bool) -> None:
-    assert ladder(tiny(), residual=residual).config.normalise_features is residual
+@pytest.mark.parametrize("residual", ["state", True, False])
+def test_features_are_normalised_with_the_residual(residual: Any) -> None:
+    assert ladder(tiny(), residual=residual).config.normalise_features is bool(residual)
     assert ladder(tiny(), residual=residual, normalise_features=True).config.normalise_features
-    assert ladder(tiny()).config.residual is False
+    for head, expected in (
+        ("ForSequenceClassification", False),
+        ("ForMaskedLM", True),
+        ("ForTokenClassification", "state"),
+        ("ForQuestionAnswering", "state"),
+        ("Model", "state"),
+    ):
+        assert ladder(tiny(head=head)).config.residual == expected
     gated = ladder(causal_model("llama"), **LST).config  # a gate mixes a token's own feature anyway
     assert (gated.residual, gated.normalise_features) == (False, False)
     classes = ladder(tiny("GPT2")).config

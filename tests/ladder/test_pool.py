@@ -28,7 +28,7 @@ SHAPES = (
     {"window_size": 9, "num_heads": 2},
     {"window_size": 1, "fusion": "gated"},
     {"window_size": 1, "fusion": "gated"},
-    {"residual": True, "normalise_features": True},
+    {"residual": "state", "normalise_features": True},
 )
 MIXES = {
     "one task": [0] * 6,

@@ -94,6 +94,8 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
                 x = fusion.output(x)
             if config.residual:
                 x = x + stacked[reach * len(real) :][: len(real)]
+            if config.residual == "state":
+                x = x + theta
             theta = encoder_block(side.blocks[j - 1], x, [[index[s] for s in before[t]] for t in real])
         output[b, real] = side.up(theta)
     if side.side_share is not None:
@@ -112,6 +114,7 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         {},
         {"num_heads": 2, "side_heads": 4},
         {"residual": True},
+        {"residual": "state", "num_heads": 2},
         {"share_projections": True},
         {"output_mix": True},
         {"output_mix": "add"},
@@ -120,7 +123,19 @@ def from_the_equations(side: SideNetwork, layers: list[Tensor], mask: Tensor, dr
         {"layers_per_block": LAYERS, "residual": True},
         {"layers_per_block": 2, "share_projections": True},
     ],
-    ids=["plain", "heads", "residual", "shared", "mix", "sum", "normalised", "every second", "one", "shared second"],
+    ids=[
+        "plain",
+        "heads",
+        "residual",
+        "state",
+        "shared",
+        "mix",
+        "sum",
+        "normalised",
+        "every second",
+        "one",
+        "shared second",
+    ],
 )
 def test_equals_the_equations_masked_and_ragged(window: int, causal: bool, options: dict[str, object]) -> None:
     side = network(causal, window_size=window, **options)
@@ -360,6 +375,7 @@ def test_features_out_of_order_are_refused(kind: type[SideRun]) -> None:
         ({"side_heads": -1}, "side_heads=-1"),
         ({"layer_drop": 1.0}, r"layer_drop=1\.0; give a probability from 0 to below 1\."),
         ({"output_mix": "yes"}, "output_mix='yes'; allowed are 'add', True and False, or None"),
+        ({"residual": "theta"}, "residual='theta'; allowed are 'state', True and False, or None"),
         ({"init": "zero"}, "init='zero'; allowed are 'random' and 'pruned'"),
         ({"feature_dropout": 1.0}, r"feature_dropout=1\.0; give a probability"),
         ({"fusion": "sum"}, "fusion='sum'; allowed are 'cross_attention' and 'gated'"),
@@ -396,7 +412,11 @@ def test_a_width_that_its_default_heads_do_not_divide_is_refused() -> None:
 @pytest.mark.long(but="gated")
 @pytest.mark.parametrize(
     "options",
-    [{"window_size": 3}, {"window_size": 3, "residual": True, "num_heads": 2}, {"window_size": 1, "fusion": "gated"}],
+    [
+        {"window_size": 3},
+        {"window_size": 3, "residual": "state", "num_heads": 2},
+        {"window_size": 1, "fusion": "gated"},
+    ],
     ids=["window", "residual, heads", "gated"],
 )
 def test_compiled_it_is_the_same(options: dict[str, object]) -> None:
@@ -420,6 +440,7 @@ HALVES = [
     {"window_size": 3},
     {"window_size": 9},
     {"window_size": 3, "num_heads": 2, "residual": True, "normalise_features": True},
+    {"window_size": 3, "residual": "state"},
     {"window_size": 5, "share_projections": True},
     {"window_size": 3, "output_mix": True},
 ]
