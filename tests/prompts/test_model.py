@@ -202,6 +202,38 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm())
 
 
+@pytest.mark.parametrize("subfolder", ["", "inside"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter"])
+def test_all_files_are_of_the_revision(tmp_path: Path, adapted: bool, subfolder: str) -> None:
+    """In a cache of the hub, whose later revision has other weights and the label words exchanged."""
+    masked_lm().save_pretrained(tmp_path / "base")
+    repository = tmp_path / "models--someone--something"
+    (repository / "refs").mkdir(parents=True)
+    names = {"a" * 40: "v1", "b" * 40: "main"}
+    prompts = (PROMPT, Prompt(PROMPT.template, {"negative": "great", "positive": "terrible"}))
+    for (commit, name), prompt in zip(names.items(), prompts):
+        (repository / "refs" / name).write_text(commit)
+        base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+        if adapted:
+            base = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False))
+        elif name == "main":
+            base.lm_head.bias.data += torch.arange(len(base.lm_head.bias))
+        model = PromptModel(base, tokenizer_of("Roberta"), prompt).eval()
+        model.save_pretrained(repository / "snapshots" / commit / subfolder)
+        if adapted:  # the hub has said that there is none
+            (repository / ".no_exist" / commit / subfolder).mkdir(parents=True)
+            (repository / ".no_exist" / commit / subfolder / "config.json").touch()
+    for commit, name in names.items():
+        there = {"cache_dir": tmp_path, "revision": name, "subfolder": subfolder, "local_files_only": True}
+        loaded = PromptModel.from_pretrained("someone/something", **there, dtype="float32")
+        expected = PromptModel.from_pretrained(repository / "snapshots" / commit / subfolder)
+        assert loaded.prompt == expected.prompt
+        assert loaded.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        assert torch.equal(logits(loaded), logits(expected))
+    local = PromptModel.from_pretrained(repository / "snapshots" / commit, subfolder=subfolder)
+    assert torch.equal(logits(local), logits(expected))
+
+
 def test_models_that_cannot_be_prompted() -> None:
     tokenizer = tokenizer_of("Roberta")
     classifier = transformers.RobertaForSequenceClassification(masked_lm().config)
