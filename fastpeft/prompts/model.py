@@ -283,12 +283,17 @@ class PromptModel(PreTrainedModel):
                 `AutoModelForMaskedLM` or `AutoModelForCausalLM`.
 
         Raises:
-            FastpeftError: there is no prompt, or the model cannot be loaded.
+            FastpeftError: there is no prompt, the model cannot be loaded, or a `masked_lm` and arguments for loading
+                one are given.
         """
         from transformers import AutoTokenizer
 
         source = os.fspath(pretrained_model_name_or_path)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if masked_lm is not None and kwargs:
+            raise FastpeftError(
+                f"from_pretrained got a masked_lm and {', '.join(kwargs)}, which are for loading one. Leave out either."
+            )
         try:
             options = _options(source, hub)
             hub["local_files_only"] = options["local_files_only"]

@@ -193,6 +193,8 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match=r"that PromptModel\.save_pretrained wrote"):
         PromptModel.from_pretrained(tmp_path)
     prompted().save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match="got a masked_lm and dtype, nonsense, which are for loading one"):
+        PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm(), dtype=torch.bfloat16, nonsense=3)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(FastpeftError, match="cannot load a prompted model"):
