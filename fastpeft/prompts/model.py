@@ -245,6 +245,13 @@ class PromptModel(PreTrainedModel):
         embeddings: nn.Module = self.core.get_output_embeddings()
         return embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary of the model inside, as it does itself."""
+        resize = getattr(self.masked_lm, "resize_token_embeddings", self.core.resize_token_embeddings)
+        resized: nn.Module = resize(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.core.config.get_text_config().vocab_size
+        return resized
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         self.core.tie_weights(*args, **kwargs)
 

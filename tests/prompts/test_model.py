@@ -16,7 +16,7 @@ from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
-from fastpeft import FastpeftError, Prompt, PromptCollator, PromptModel, SivaConfig
+from fastpeft import FastpeftError, LadderConfig, LadderModel, Prompt, PromptCollator, PromptModel, SivaConfig
 from fastpeft.data.models import resolve_model
 from fastpeft.prompts.named import get_prompt
 from fastpeft.training.memory import simulate_training_step
@@ -62,6 +62,10 @@ def masked_lm(kind: str = "Roberta") -> Any:
 
 def prompted(kind: str = "Roberta", **settings: Any) -> PromptModel:
     return PromptModel(masked_lm(kind), tokenizer_of(kind), PROMPT, **settings).eval()
+
+
+def adapter_inside(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
 
 
 def batch(kind: str = "Roberta", labels: bool = True) -> Any:
@@ -149,6 +153,25 @@ def test_gradients_are_those_of_the_full_logits() -> None:
     nn.functional.cross_entropy(picked, inputs["labels"]).backward()
     for name, parameter in model.masked_lm.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, **CLOSE)
+
+
+def beside_a_ladder(model: Any) -> LadderModel:
+    return LadderModel(model, LadderConfig(window_size=1, reduction_factor=4))
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert"])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Beside(model), adapter_inside, beside_a_ladder])
+def test_the_vocabulary_grows(kind: str, wrap: Any) -> None:
+    model = PromptModel(wrap(masked_lm(kind)), tokenizer_of(kind), PROMPT).eval()
+    words, trains = model.config.vocab_size, model.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        before = model(**batch(kind)).logits
+        resized = model.resize_token_embeddings(words + 5, mean_resizing=False)
+        assert resized is model.get_input_embeddings()
+        assert model.config.vocab_size == model.core.config.vocab_size == words + 5
+        assert len(model.get_output_embeddings().weight) == words + 5
+        torch.testing.assert_close(model(**batch(kind)).logits, before, **CLOSE)
+    assert resized.weight.requires_grad is trains
 
 
 def test_predicted_logits_keep_the_order_of_texts() -> None:
