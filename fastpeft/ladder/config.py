@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
 from fastpeft.data.models import SIDE_NETWORK
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.functional import MAX_WINDOW
 from fastpeft.ops.quantise import Format, check_library
 
@@ -38,6 +39,8 @@ SHAPE = (
 )
 
 _WIDE_WINDOW, _WIDE_WINDOW_DROPOUT = 9, 0.2  # the paper drops features from 9 slots on
+# other names of fields: of the command line's options, and of what a field comes to
+_OTHER_NAMES = {"window": "window_size", "reduction": "reduction_factor", "dropout": "feature_dropout"}
 
 
 def check_backbone_dtype(dtype: str | None) -> None:
@@ -103,7 +106,7 @@ class LadderConfig(PretrainedConfig):
         base_fingerprints: filled in when saving: fingerprints of the backbone's weights.
 
     Raises:
-        FastpeftError: an argument is out of its range.
+        FastpeftError: an argument is out of its range, or its name is nearly that of another.
 
     Example:
         >>> LadderConfig(window_size=5).window_size
@@ -140,6 +143,7 @@ class LadderConfig(PretrainedConfig):
         base_fingerprints: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
+        _refuse_misspelt(kwargs)
         self.window_size = window_size
         self.reduction_factor = reduction_factor
         self.layers_per_block = layers_per_block
@@ -213,3 +217,16 @@ class LadderConfig(PretrainedConfig):
             raise FastpeftError(f"context={tokens!r}; give a list of token ids, at least one, or None.")
         if self.feature_modules is not None and not self.feature_modules:
             raise FastpeftError("feature_modules is empty; name the backbone's layers, or give None to find them.")
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Raise `FastpeftError` where a name is nearly that of a field.
+
+    All others are kept, as any configuration of transformers does: saved files have fields of other versions.
+    """
+    fields = list(inspect.signature(LadderConfig.__init__).parameters)[1:-1]
+    for name in names:
+        meant = _OTHER_NAMES.get(name, name)
+        advice = did_you_mean(meant, fields, cutoff=0.8)  # no field of transformers' own configurations is so near
+        if advice and not hasattr(PretrainedConfig, name):
+            raise FastpeftError(f"LadderConfig has no field {name!r}.{advice} Fields are {', '.join(fields)}.")

@@ -43,6 +43,7 @@ from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import SideStep
 from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, check_positions, choose_source
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.support.hub import HUB_ARGUMENTS
 from fastpeft.support.processes import agreed
 
 
@@ -498,7 +499,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             FastpeftError: there is no side network, or it was trained on another base.
         """
         source = str(pretrained_model_name_or_path)
-        hub = {name: kwargs.pop(name) for name in saving.HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if config is None:
             config = saving.read_config(source, hub)
         weights = saving.read_weights(source, hub)

@@ -22,8 +22,6 @@ from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
 
 ADAPTER_FOLDER = "adapter"  # holds an adapter that trained too, in PEFT's format
-# the arguments of `from_pretrained` that say where files are
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # fields of a base's configuration that other libraries read from a model's, as sentence-transformers and `generate` do
 _SIZES = ("hidden_size", "max_position_embeddings", "vocab_size")
 _ON_THE_CARD = (

@@ -27,8 +27,8 @@ from fastpeft.data.models import Classifier, load_language_model, masked_word_la
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
-from fastpeft.support.adapter_files import check_file
-from fastpeft.support.hub import source_options
+from fastpeft.support.adapter_files import WEIGHTS, check_file
+from fastpeft.support.hub import HUB_ARGUMENTS, source_options
 
 
 @dataclass
@@ -245,6 +245,13 @@ class PromptModel(PreTrainedModel):
         embeddings: nn.Module = self.core.get_output_embeddings()
         return embeddings
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the vocabulary of the model inside, as it does itself."""
+        resize = getattr(self.masked_lm, "resize_token_embeddings", self.core.resize_token_embeddings)
+        resized: nn.Module = resize(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.core.config.get_text_config().vocab_size
+        return resized
+
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         self.core.tie_weights(*args, **kwargs)
 
@@ -278,21 +285,34 @@ class PromptModel(PreTrainedModel):
             pretrained_model_name_or_path: a folder or a hub id.
             masked_lm: the model inside. None: what is there, a plain model, or a PEFT adapter or a side network, whose
                 base model is loaded too.
-            kwargs: passed to `from_pretrained` of `AutoModelForMaskedLM` or `AutoModelForCausalLM`, as `dtype`.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` say where the
+                files are, of an adapter not its base's; all others, such as `dtype`, go to `from_pretrained` of
+                `AutoModelForMaskedLM` or `AutoModelForCausalLM`.
 
         Raises:
-            FastpeftError: there is no prompt, or the model cannot be loaded.
+            FastpeftError: there is no prompt, the model cannot be loaded, or a `masked_lm` and arguments for loading
+                one are given.
         """
         from transformers import AutoTokenizer
 
         source = os.fspath(pretrained_model_name_or_path)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if masked_lm is not None and kwargs:
+            raise FastpeftError(
+                f"from_pretrained got a masked_lm and {', '.join(kwargs)}, which are for loading one. Leave out either."
+            )
         try:
-            values = files.read_json(Path(cached_file(source, PROMPT_FILE)))
-            options = source_options(source)
+            options = _options(source, hub)
+            hub["local_files_only"] = options["local_files_only"]
+            values = files.read_json(Path(cached_file(source, PROMPT_FILE, **hub)))
             if masked_lm is None:
-                adapted = find_adapter_config_file(source, local_files_only=options["local_files_only"]) is not None
-                load = _load_adapter if adapted else _load_plain
-                masked_lm = load(source, **kwargs)
+                adapter = find_adapter_config_file(source, **hub)
+                if adapter is None:
+                    masked_lm = _load_plain(source, hub, **kwargs)
+                else:
+                    if not Path(source).is_dir():
+                        cached_file(source, WEIGHTS, **hub)  # beside it in the cache
+                    masked_lm = _load_adapter(Path(adapter).parent, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = cls(masked_lm, tokenizer, Prompt.from_values(values))
             if values.get("calibration"):
@@ -420,21 +440,26 @@ def _take_plain_names(module: nn.Module, state_dict: dict[str, Any], prefix: str
         state_dict[inner + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
-def _load_plain(source: str, **kwargs: Any) -> Any:
+def _options(source: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a `from_pretrained` for `source`; `hub` holds some of `HUB_ARGUMENTS`."""
+    return {**source_options(os.path.join(source, hub.get("subfolder") or "")), **hub}
+
+
+def _load_plain(source: str, hub: Mapping[str, Any], **kwargs: Any) -> Any:
     """A language model alone."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    options = source_options(source)
+    options = _options(source, hub)
     decoder = says_next_words(AutoConfig.from_pretrained(source, **options))
     auto_class: Any = AutoModelForCausalLM if decoder else AutoModelForMaskedLM
     return auto_class.from_pretrained(source, **{**options, "use_safetensors": True, **kwargs})
 
 
-def _load_adapter(source: str, **kwargs: Any) -> Any:
-    """A PEFT adapter on its base model."""
+def _load_adapter(folder: Path, **kwargs: Any) -> Any:
+    """A PEFT adapter in a local folder on its base model, of the revision that the adapter names."""
     from peft import PeftConfig, PeftModel
 
-    if Path(source).is_dir():
-        check_file(Path(source))
-    base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    return PeftModel.from_pretrained(_load_plain(base, **kwargs), source)
+    check_file(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    base = _load_plain(config.base_model_name_or_path, {"revision": config.revision or "main"}, **kwargs)
+    return PeftModel.from_pretrained(base, str(folder))

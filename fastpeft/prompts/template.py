@@ -106,21 +106,23 @@ class Prompt:
     def for_labels(self, labels: Sequence[str]) -> Prompt:
         """This prompt with its words in the order of a data set's classes.
 
-        Classes are matched by name, whatever their case, spaces and underscores. Where one side only numbers them from
-        0, they are matched by position. With head="classifier" no word is read, and words of other classes stay as they
-        are.
+        Classes are matched by name, whatever their case, spaces and signs, unless that makes two of them one, as of
+        -1 and 1. Where one side only numbers them from 0, they are matched by position. With head="classifier" no word
+        is read, and words of other classes stay as they are.
 
         Raises:
             FastpeftError: a class has no word, or a word no class, and the head reads them.
         """
         if self.label_words is None:
             return self
-        own = {plain(label): word for label, word in self.label_words.items()}
+        one_to_one = all(len(set(map(plain, names))) == len(names) for names in (labels, self.labels))
+        key = plain if one_to_one else str
+        own = {key(label): word for label, word in self.label_words.items()}
         numbered = [str(index) for index in range(len(own))]
         if len(labels) == len(own) and numbered in (list(labels), self.labels):
             return replace(self, label_words=dict(zip(labels, own.values())))
-        missing = [label for label in labels if plain(label) not in own]
-        strange = [label for label in self.labels if plain(label) not in map(plain, labels)]
+        missing = [label for label in labels if key(label) not in own]
+        strange = [label for label in self.labels if key(label) not in map(key, labels)]
         if (missing or strange) and self.head == "classifier":
             return self
         if missing or strange:
@@ -129,7 +131,7 @@ class Prompt:
                 f"the prompt {self.template!r} has {problem}; the classes are {', '.join(labels)}. Give one label word "
                 "for each of them."
             )
-        return replace(self, label_words={label: own[plain(label)] for label in labels})
+        return replace(self, label_words={label: own[key(label)] for label in labels})
 
     def label_ids(self, tokenizer: Any) -> list[int]:
         """The token of each label word, as the model would predict it at the mask.

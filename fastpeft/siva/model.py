@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, cast_adapter_dtype
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    cast_adapter_dtype,
+    check_target_module_exists,
+)
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name
 from fastpeft.siva.decompose import check_decomposable
@@ -40,6 +47,13 @@ _FEWEST_LAYERS = 12  # the fewest measured; models with fewer layers take no lar
 QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
+
+# What PEFT adds to `modules_to_save` for a task, whether the model has it or not.
+_ADDED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class SivaModel(BaseTuner):
@@ -90,19 +104,21 @@ class SivaModel(BaseTuner):
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         modules = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
         targets = [name for name in modules if name and self._check_target_module_exists(peft_config, name)]
+        linear = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
+        ]
         if not targets:
             wanted = peft_config.target_modules
             shown = sorted(wanted) if isinstance(wanted, set) else repr(wanted)
-            endings = {
-                name.rpartition(".")[2]
-                for name, module in modules.items()
-                if isinstance(module, (nn.Linear, Conv1D, SivaLinear)) and not self._is_head(name)
-            }
             raise FastpeftError(
                 f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
                 f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
-                f'here end in {", ".join(sorted(endings))}; name some of them in a list, or pass "all-linear".'
+                f'here end in {", ".join(_endings(linear))}; name some of them in a list, or pass "all-linear".'
             )
+        if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
+            _check_matches(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
         if all_linear:
             _limit_ranks(peft_config, {name: modules[name] for name in targets})
         _check_tokens(peft_config, model)
@@ -334,6 +350,77 @@ def _rank(peft_config: SivaConfig, key: str) -> int:
     """The rank of the layer `key`."""
     pattern = get_pattern_key(list(peft_config.rank_pattern), key)
     return peft_config.rank_pattern.get(pattern, peft_config.r)
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _check_matches(
+    peft_config: SivaConfig, wanted: Iterable[str], linear: list[str], targets: list[str], model: nn.Module
+) -> None:
+    """Raise `FastpeftError` where a name or number that was given matches nothing, so that less would train.
+
+    Args:
+        peft_config: the configuration.
+        wanted: the names of its targets; none where they are a regular expression.
+        linear: the names of the linear layers that it may adapt.
+        targets: the names of those that it adapts.
+        model: the model.
+    """
+    # without what PEFT wraps a module in that another adapter saves whole
+    names = [name.replace(".original_module", "") for name, _ in model.named_modules(remove_duplicate=False)]
+    added = _ADDED_BY_PEFT.get(peft_config.task_type, ())
+    saved = [name for name in peft_config.modules_to_save or () if name not in added]
+    chosen = peft_config.layers_to_transform
+    layers = [chosen] if isinstance(chosen, int) else chosen or []
+    blocks = _blocks(peft_config, names) if layers else []
+    unmatched: dict[str, tuple[list[Any], list[str], str]] = {
+        "target_modules": (
+            [name for name in wanted if not any(f".{each}".endswith(f".{name}") for each in names)],
+            _endings(linear),
+            f"Linear layers here end in {', '.join(_endings(linear))}",
+        ),
+        "rank_pattern": (
+            [
+                key
+                for key in peft_config.rank_pattern
+                if not any(get_pattern_key([key], name) == key for name in targets)
+            ],
+            _endings(targets),
+            f"Adapted layers end in {', '.join(_endings(targets))}",
+        ),
+        "modules_to_save": (
+            [name for name in saved if not any(each.endswith(name) for each in names)],
+            _endings(names),
+            f"The model consists of {', '.join(name for name, _ in model.named_children())}, and what is in them",
+        ),
+        "layers_to_transform": (
+            [index for index in layers if index not in blocks],
+            [],
+            f"Blocks here are {', '.join(map(str, blocks))}",
+        ),
+    }
+    for field, (strange, near, there) in unmatched.items():
+        if strange:
+            shown = ", ".join(sorted(map(repr, strange)))
+            raise FastpeftError(
+                f"{field}: nothing matches {shown}.{did_you_mean(str(strange[0]), near)} {there}. Correct it or leave "
+                "it out."
+            )
+
+
+def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:
+    """The numbers of the blocks that `layers_to_transform` can choose, by PEFT's own rule for a layer's name."""
+    probe = copy.copy(peft_config)
+    probe.exclude_modules = probe.modules_to_save = None
+    probe.target_modules = set(_endings(names))
+    blocks = []
+    for index in sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()}):
+        probe.layers_to_transform = index
+        if any(f".{index}." in name and check_target_module_exists(probe, name) for name in names):
+            blocks.append(index)
+    return blocks
 
 
 def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:

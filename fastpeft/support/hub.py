@@ -15,6 +15,8 @@ from fastpeft.support.safe_paths import check_named_files
 
 logger = logging.getLogger(__name__)
 
+# the arguments of `from_pretrained` that say where files are
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _PATIENCE = 5.0  # seconds
 
 

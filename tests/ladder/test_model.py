@@ -309,6 +309,49 @@ def test_layers_between_are_recognised_by_some_entries(tmp_path: Path, change: s
         LadderModel.from_pretrained(tmp_path, base=base)
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("window", "window_size"),
+        ("reduction", "reduction_factor"),
+        ("dropout", "feature_dropout"),
+        ("normalize_features", "normalise_features"),
+        ("num_head", "num_heads"),
+        ("layer_dropout", "layer_drop"),
+    ],
+)
+def test_names_that_are_nearly_those_of_fields_are_refused(name: str, field: str) -> None:
+    with pytest.raises(FastpeftError, match=rf"no field '{name}'\. Did you mean {field}\? Fields are window_size, "):
+        LadderConfig(**{name: 0.5})
+
+
+def test_fields_of_transformers_and_of_other_versions_are_kept(tmp_path: Path) -> None:
+    """Of a saved file; `pack_backbone` is an earlier name of `pack_weights`."""
+    given = {
+        "window_size": 5,
+        "id2label": {0: "bad", 1: "good"},
+        "dtype": "float32",
+        "architectures": ["LadderModel"],
+        "transformers_version": "5.0.0",
+        "hidden_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 66,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pack_backbone": True,
+        "num_beams": 2,
+        "pruned_heads": {},
+    }
+    config = LadderConfig(**given, output_hidden_states=True, attn_implementation="eager", name_or_path="side")
+    assert LadderConfig(num_labels=3, torch_dtype="float32").num_labels == 3
+    config.save_pretrained(tmp_path)
+    loaded = LadderConfig.from_pretrained(tmp_path, window_size=3)
+    assert loaded.window_size == 3
+    assert (loaded.hidden_size, loaded.pack_backbone, loaded.id2label) == (32, True, {0: "bad", 1: "good"})
+    assert LadderConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert LadderConfig(**config.to_diff_dict()).to_diff_dict() == config.to_diff_dict()
+
+
 def test_a_quantised_backbone_is_taken_with_a_warning(
     tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,7 @@ from tokenizers_for_prompts import make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
-from fastpeft import FastpeftError, Prompt, PromptCollator, PromptModel, SivaConfig
+from fastpeft import FastpeftError, LadderConfig, LadderModel, Prompt, PromptCollator, PromptModel, SivaConfig
 from fastpeft.data.models import resolve_model
 from fastpeft.prompts.named import get_prompt
 from fastpeft.training.memory import simulate_training_step
@@ -62,6 +62,10 @@ def masked_lm(kind: str = "Roberta") -> Any:
 
 def prompted(kind: str = "Roberta", **settings: Any) -> PromptModel:
     return PromptModel(masked_lm(kind), tokenizer_of(kind), PROMPT, **settings).eval()
+
+
+def adapter_inside(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
 
 
 def batch(kind: str = "Roberta", labels: bool = True) -> Any:
@@ -151,6 +155,25 @@ def test_gradients_are_those_of_the_full_logits() -> None:
         torch.testing.assert_close(found[name], parameter.grad, **CLOSE)
 
 
+def beside_a_ladder(model: Any) -> LadderModel:
+    return LadderModel(model, LadderConfig(window_size=1, reduction_factor=4))
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert"])
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: Beside(model), adapter_inside, beside_a_ladder])
+def test_the_vocabulary_grows(kind: str, wrap: Any) -> None:
+    model = PromptModel(wrap(masked_lm(kind)), tokenizer_of(kind), PROMPT).eval()
+    words, trains = model.config.vocab_size, model.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        before = model(**batch(kind)).logits
+        resized = model.resize_token_embeddings(words + 5, mean_resizing=False)
+        assert resized is model.get_input_embeddings()
+        assert model.config.vocab_size == model.core.config.vocab_size == words + 5
+        assert len(model.get_output_embeddings().weight) == words + 5
+        torch.testing.assert_close(model(**batch(kind)).logits, before, **CLOSE)
+    assert resized.weight.requires_grad is trains
+
+
 def test_predicted_logits_keep_the_order_of_texts() -> None:
     model = prompted().train()
     found = model.predict_logits(TEXTS, batch_size=3)
@@ -193,6 +216,8 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(FastpeftError, match=r"that PromptModel\.save_pretrained wrote"):
         PromptModel.from_pretrained(tmp_path)
     prompted().save_pretrained(tmp_path)
+    with pytest.raises(FastpeftError, match="got a masked_lm and dtype, nonsense, which are for loading one"):
+        PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm(), dtype=torch.bfloat16, nonsense=3)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(FastpeftError, match="cannot load a prompted model"):
@@ -200,6 +225,38 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "prompt.json").write_text('{"template": "{text}"}')
     with pytest.raises(FastpeftError, match="is no prompt"):
         PromptModel.from_pretrained(tmp_path, masked_lm=masked_lm())
+
+
+@pytest.mark.parametrize("subfolder", ["", "inside"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter"])
+def test_all_files_are_of_the_revision(tmp_path: Path, adapted: bool, subfolder: str) -> None:
+    """In a cache of the hub, whose later revision has other weights and the label words exchanged."""
+    masked_lm().save_pretrained(tmp_path / "base")
+    repository = tmp_path / "models--someone--something"
+    (repository / "refs").mkdir(parents=True)
+    names = {"a" * 40: "v1", "b" * 40: "main"}
+    prompts = (PROMPT, Prompt(PROMPT.template, {"negative": "great", "positive": "terrible"}))
+    for (commit, name), prompt in zip(names.items(), prompts):
+        (repository / "refs" / name).write_text(commit)
+        base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+        if adapted:
+            base = peft.get_peft_model(base, peft.LoraConfig(r=2, init_lora_weights=False))
+        elif name == "main":
+            base.lm_head.bias.data += torch.arange(len(base.lm_head.bias))
+        model = PromptModel(base, tokenizer_of("Roberta"), prompt).eval()
+        model.save_pretrained(repository / "snapshots" / commit / subfolder)
+        if adapted:  # the hub has said that there is none
+            (repository / ".no_exist" / commit / subfolder).mkdir(parents=True)
+            (repository / ".no_exist" / commit / subfolder / "config.json").touch()
+    for commit, name in names.items():
+        there = {"cache_dir": tmp_path, "revision": name, "subfolder": subfolder, "local_files_only": True}
+        loaded = PromptModel.from_pretrained("someone/something", **there, dtype="float32")
+        expected = PromptModel.from_pretrained(repository / "snapshots" / commit / subfolder)
+        assert loaded.prompt == expected.prompt
+        assert loaded.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+        assert torch.equal(logits(loaded), logits(expected))
+    local = PromptModel.from_pretrained(repository / "snapshots" / commit, subfolder=subfolder)
+    assert torch.equal(logits(local), logits(expected))
 
 
 def test_models_that_cannot_be_prompted() -> None:

@@ -251,6 +251,13 @@ def test_words_follow_the_classes_of_the_data() -> None:
     assert template.for_labels(["mixed", "0", "1"]) == template
     assert template.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
     assert template.for_labels(["Negative", "Positive"]).label_words == {"Negative": "bad", "Positive": "good"}
+    for names in (["-1", "1"], ["C", "C++"], ["-", "+"]):  # which differ in signs alone
+        signed = Prompt(SINGLE.template, dict(zip(names, ["bad", "good"])))
+        assert signed.for_labels(names) == signed
+        assert signed.for_labels(names[::-1]).label_words == {names[1]: "good", names[0]: "bad"}
+        assert signed.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
+        with pytest.raises(FastpeftError, match=f"no word for {names[0]}x"):
+            signed.for_labels([f"{names[0]}x", names[1]])
     with pytest.raises(FastpeftError, match="no word for mixed"):
         prompt.for_labels(["negative", "positive", "mixed"])
     with pytest.raises(FastpeftError, match="words for unknown negative"):

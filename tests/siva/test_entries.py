@@ -155,6 +155,46 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_modules": ["query", "kee"]}, r"target_modules: nothing matches 'kee'\. Did you mean key\? Linear"),
+        (
+            {"target_modules": ["query", SELF.format(2, "key")]},
+            r"nothing matches '.*layer\.2\..*layers here end in .*key",
+        ),
+        (
+            {"rank_pattern": {"qurey": 4}},
+            r"rank_pattern: nothing matches 'qurey'\. Did you mean query\? Adapted layers",
+        ),
+        ({"rank_pattern": {"value": 4, "key": 1}}, r"nothing matches 'value'\. Adapted layers end in key, query\."),
+        ({"rank_pattern": {r"layer\.2\..*": 1}}, "rank_pattern: nothing matches 'layer"),
+        ({"layers_to_transform": [0, 7, -1]}, r"layers_to_transform: nothing matches -1, 7\. Blocks here are 0, 1\."),
+        ({"layers_to_transform": [1, 2], "layers_pattern": "layer"}, r"nothing matches 2\. Blocks here are 0, 1\."),
+        (
+            {"modules_to_save": ["clasifier"]},
+            r"nothing matches 'clasifier'\. Did you mean classifier\?.* classifier, and",
+        ),
+        ({"modules_to_save": ["score"], "task_type": None}, "modules_to_save: nothing matches 'score'"),
+    ],
+    ids=str,
+)
+def test_names_that_match_nothing_are_told(given: dict[str, Any], message: str) -> None:
+    base = tiny_classifier()
+    with pytest.raises(FastpeftError, match=message):
+        peft.get_peft_model(base, config(**given))
+    assert not any(isinstance(module, SivaLinear) for module in base.modules())
+
+
+def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Earlier versions took names that match nothing."""
+    model = adapted(target_modules=["query", "key"])
+    model.peft_config["default"].rank_pattern = {"qurey": 4}
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+    assert logits(loaded).equal(logits(model))
+
+
+@pytest.mark.parametrize(
     "given",
     [
         {"layers_to_transform": 7},
