@@ -118,7 +118,7 @@ class SivaModel(BaseTuner):
                 f'here end in {", ".join(_endings(linear))}; name some of them in a list, or pass "all-linear".'
             )
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
-            _check_matches(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
+            _tell_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
         if all_linear:
             _limit_ranks(peft_config, {name: modules[name] for name in targets})
         _check_tokens(peft_config, model)
@@ -356,10 +356,12 @@ def _endings(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def _check_matches(
+def _tell_of_strangers(
     peft_config: SivaConfig, wanted: Iterable[str], linear: list[str], targets: list[str], model: nn.Module
 ) -> None:
-    """Raise `FastpeftError` where a name or number that was given matches nothing, so that less would train.
+    """Warn of names and numbers that were given and match nothing, so that less trains than they say.
+
+    No error, since PEFT takes them, and one list may serve several models.
 
     Args:
         peft_config: the configuration.
@@ -403,11 +405,8 @@ def _check_matches(
     }
     for field, (strange, near, there) in unmatched.items():
         if strange:
-            shown = ", ".join(sorted(map(repr, strange)))
-            raise FastpeftError(
-                f"{field}: nothing matches {shown}.{did_you_mean(str(strange[0]), near)} {there}. Correct it or leave "
-                "it out."
-            )
+            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
+            logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
 
 
 def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:

@@ -166,10 +166,10 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
             {"rank_pattern": {"qurey": 4}},
             r"rank_pattern: nothing matches 'qurey'\. Did you mean query\? Adapted layers",
         ),
-        ({"rank_pattern": {"value": 4, "key": 1}}, r"nothing matches 'value'\. Adapted layers end in key, query\."),
+        ({"rank_pattern": {"value": 4, "key": 1}}, r"nothing matches 'value'\. Adapted layers end in key, query"),
         ({"rank_pattern": {r"layer\.2\..*": 1}}, "rank_pattern: nothing matches 'layer"),
-        ({"layers_to_transform": [0, 7, -1]}, r"layers_to_transform: nothing matches -1, 7\. Blocks here are 0, 1\."),
-        ({"layers_to_transform": [1, 2], "layers_pattern": "layer"}, r"nothing matches 2\. Blocks here are 0, 1\."),
+        ({"layers_to_transform": [0, 7, -1]}, r"layers_to_transform: nothing matches -1, 7\. Blocks here are 0, 1"),
+        ({"layers_to_transform": [1, 2], "layers_pattern": "layer"}, r"nothing matches 2\. Blocks here are 0, 1"),
         (
             {"modules_to_save": ["clasifier"]},
             r"nothing matches 'clasifier'\. Did you mean classifier\?.* classifier, and",
@@ -178,11 +178,12 @@ def test_ranks_by_pattern_are_saved_and_loaded(tmp_path: Path, given: dict[str, 
     ],
     ids=str,
 )
-def test_names_that_match_nothing_are_told(given: dict[str, Any], message: str) -> None:
-    base = tiny_classifier()
-    with pytest.raises(FastpeftError, match=message):
-        peft.get_peft_model(base, config(**given))
-    assert not any(isinstance(module, SivaLinear) for module in base.modules())
+def test_names_that_match_nothing_are_told(
+    caplog: pytest.LogCaptureFixture, given: dict[str, Any], message: str
+) -> None:
+    model = peft.get_peft_model(tiny_classifier(), config(**given))
+    assert re.search(message, caplog.text)
+    assert any(isinstance(module, SivaLinear) for module in model.modules())
 
 
 def test_names_of_a_saved_adapter_are_taken_as_they_are(tmp_path: Path) -> None:
