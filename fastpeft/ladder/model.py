@@ -567,9 +567,8 @@ def _decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
     attends = config.fusion == "cross_attention"
     residual: Residual | None = config.residual
     if residual is None:
-        residual = attends and backbone.answers_tokens
-        # of words adding the state was worse, of tags far better
-        residual = STATE if residual and backbone.decoder is None else residual
+        # with the state tags are far better, and words were worse
+        residual = attends and (STATE if backbone.tags else backbone.answers_tokens)
     defaults = {
         "output_mix": "add" if backbone.decoder is not None else False,
         "residual": residual,

@@ -111,8 +111,8 @@ def test_features_are_normalised_with_the_residual(residual: Any) -> None:
         ("ForSequenceClassification", False),
         ("ForMaskedLM", True),
         ("ForTokenClassification", "state"),
-        ("ForQuestionAnswering", "state"),
-        ("Model", "state"),
+        ("ForQuestionAnswering", True),
+        ("Model", True),
     ):
         assert ladder(tiny(head=head)).config.residual == expected
     gated = ladder(causal_model("llama"), **LST).config  # a gate mixes a token's own feature anyway
