@@ -20,10 +20,10 @@ from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.generation import CACHE, keeps_keys
+from fastpeft.ladder.generation import CACHE, GrowingLayer, keeps_keys
 
 
-class ContextLayer(DynamicLayer):
+class ContextLayer(GrowingLayer):
     """A layer of a cache that begins with the keys and values of a context, the same for all rows.
 
     Args:
@@ -39,11 +39,11 @@ class ContextLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens, `(B, heads, T, head width)`; see `DynamicLayer.update`."""
         rows = len(key_states)
-        keys, values = (each.to(key_states).expand(rows, -1, -1, -1) for each in (self.keys, self.values))
-        found = torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
+        if len(self.keys) != rows or self.keys.dtype != key_states.dtype:
+            self.keys, self.values = (each.to(key_states).expand(rows, -1, -1, -1) for each in (self.keys, self.values))
         if self._keeps:
-            self.keys, self.values = found
-        return found
+            return self.append("keys", key_states), self.append("values", value_states)
+        return torch.cat((self.keys, key_states), dim=-2), torch.cat((self.values, value_states), dim=-2)
 
 
 class Context:

@@ -33,38 +33,22 @@ _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, a
 _LEAST_SPARE = 64
 
 
-class SideLayer(DynamicLayer):
-    """What a side block keeps, as a layer of transformers' caches, which reorder, select, repeat and crop it.
-
-    Attributes:
-        keys: `(B, 1, T, 2 D)`, the keys and values of the self-attention.
-        values: `(B, 1, T, k D)`, those of the window; `(B, 1, T, 0)` with a gate.
-    """
+class GrowingLayer(DynamicLayer):
+    """A layer of a cache to which tokens are added in place: most steps copy none of those that are there."""
 
     def __init__(self) -> None:
         super().__init__()
         self._rooms: dict[str, Tensor] = {}
-
-    def add_window(self, window: Tensor) -> Tensor:
-        """Append the window's keys of new tokens, `(B, N, k D)`, and return those of all, `(B, T, k D)`."""
-        return self.append("values", window[:, None])[:, 0]
-
-    def add_states(self, states: Tensor) -> Tensor:
-        """Append the keys and values of new tokens, `(B, N, 2 D)`, and return those of all, `(B, T, 2 D)`."""
-        self.is_initialized = True
-        if getattr(self, "values", None) is None:  # a gate has no window
-            self.values = states.new_empty(len(states), 1, 0, 0)
-        return self.append("keys", states[:, None])[:, 0]
 
     def append(self, name: str, new: Tensor) -> Tensor:
         """Append tokens in place while there is room; a copy with the old ones in it makes more.
 
         Args:
             name: `"keys"` or `"values"`.
-            new: `(B, 1, N, ...)`, of the attribute of that name.
+            new: `(B, H, N, ...)`, of the attribute of that name.
 
         Returns:
-            The attribute, `(B, 1, T, ...)`.
+            The attribute, `(B, H, T, ...)`.
         """
         old: Tensor | None = getattr(self, name)
         if old is None:
@@ -79,7 +63,7 @@ class SideLayer(DynamicLayer):
         return both
 
     def extend(self, name: str) -> Tensor:
-        """The attribute with one token more, `(B, 1, T + 1, ...)`, which the caller fills, without gradients."""
+        """The attribute with one token more, `(B, H, T + 1, ...)`, which the caller fills, without gradients."""
         both = self._with_room(name, getattr(self, name), 1)
         setattr(self, name, both)
         return both
@@ -99,6 +83,26 @@ class SideLayer(DynamicLayer):
             room = self._rooms[name] = old.new_empty(*old.shape[:-2], size, old.shape[-1])
             room.narrow(-2, 0, before).copy_(old)
         return room.narrow(-2, 0, tokens)
+
+
+class SideLayer(GrowingLayer):
+    """What a side block keeps, as a layer of transformers' caches, which reorder, select, repeat and crop it.
+
+    Attributes:
+        keys: `(B, 1, T, 2 D)`, the keys and values of the self-attention.
+        values: `(B, 1, T, k D)`, those of the window; `(B, 1, T, 0)` with a gate.
+    """
+
+    def add_window(self, window: Tensor) -> Tensor:
+        """Append the window's keys of new tokens, `(B, N, k D)`, and return those of all, `(B, T, k D)`."""
+        return self.append("values", window[:, None])[:, 0]
+
+    def add_states(self, states: Tensor) -> Tensor:
+        """Append the keys and values of new tokens, `(B, N, 2 D)`, and return those of all, `(B, T, 2 D)`."""
+        self.is_initialized = True
+        if getattr(self, "values", None) is None:  # a gate has no window
+            self.values = states.new_empty(len(states), 1, 0, 0)
+        return self.append("keys", states[:, None])[:, 0]
 
 
 class SideCache:
