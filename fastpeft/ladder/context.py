@@ -1,8 +1,8 @@
 """A context: tokens that a frozen decoder reads once, and that stand in front of every text.
 
-Of each layer their keys and values are kept, `(1, heads, C, head width)`. So a pass over a text costs what it costs
-without them, but for C keys more in the backbone's attention, and the side network reads the text alone. As examples of
-a task they show the backbone, whose weights stay as they are, where to look (Brown et al. 2020, arXiv:2005.14165).
+Of each layer their keys and values are kept, `(1, heads, C, head width)`. So a pass over a text has C keys more in the
+backbone's attention and nothing else, and the side network reads the text alone. As examples of a task they show the
+backbone, whose weights stay as they are, where to look (Brown et al. 2020, arXiv:2005.14165).
 
 The backbone sees a text's tokens after those of the context, at the positions that follow.
 """
