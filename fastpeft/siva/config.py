@@ -107,7 +107,7 @@ class SivaConfig(PeftConfig):
     Raises:
         FastpeftError: r below 1, an unknown residual, residual_dtype or bias, d or residual_dtype with
             `residual="implicit"`, d with residual_dtype, nf4 without bitsandbytes, layers_to_transform without names
-            or layers_pattern without layers_to_transform. When the model is made: a name or number matches nothing.
+            or layers_pattern without layers_to_transform.
 
     Example:
         >>> import fastpeft, peft
