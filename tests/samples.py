@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from fastpeft import TrainConfig
 from fastpeft.methods.registry import METHODS
 from fastpeft.prompts.template import HEADS
 
@@ -239,3 +240,27 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(ids).logits
     return found
+
+
+def eleven_steps(folder: Path, place: Path) -> TrainConfig:
+    """A run of LoRA on what is in `place`, with eleven steps an epoch, into `folder`."""
+    data = write_csv(folder / "reviews.csv", reviews(90))
+    return TrainConfig(
+        output=str(folder / "run"), method="lora", model=str(place / "model"), data=str(data), batch_size=8
+    )
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The weights in the one file of a folder that has some."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def points_of(folder: Path, name: str) -> list[tuple[int, float]]:
+    """The values of a run's curve, with their steps."""
+    return [(step, value) for step, value in json.loads((folder / "curves.json").read_text())[name]]

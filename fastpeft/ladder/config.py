@@ -199,10 +199,10 @@ class LadderConfig(PretrainedConfig):
                 f"residual={self.residual}: a gate mixes one feature, without attention. Give window_size=1 and leave "
                 "num_heads and residual out, or use fusion='cross_attention'."
             )
-        if self.output_mix is not None and not (self.output_mix == "add" or isinstance(self.output_mix, bool)):
-            raise FastpeftError(f"output_mix={self.output_mix!r}; allowed are 'add', True and False, or None.")
-        if self.residual is not None and not (self.residual == STATE or isinstance(self.residual, bool)):
-            raise FastpeftError(f"residual={self.residual!r}; allowed are 'state', True and False, or None.")
+        for name, word in (("output_mix", "add"), ("residual", STATE)):
+            value = getattr(self, name)
+            if value is not None and not (value == word or isinstance(value, bool)):
+                raise FastpeftError(f"{name}={value!r}; allowed are {word!r}, True and False, or None.")
         check_backbone_dtype(self.backbone_dtype)
         if self.backbone_dtype is not None and self.train_adapters:
             raise FastpeftError(

@@ -23,10 +23,11 @@ from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
-from fastpeft.ladder.config import STATE, LadderConfig, Residual
+from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
+from fastpeft.ladder.form import decide_form
 from fastpeft.ladder.generation import (
     CACHE,
     LadderCache,
@@ -109,7 +110,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         backbone = Backbone(base, config.feature_modules, config.feature_sizes)
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         config.causal = decide_causal(backbone, config.causal)
-        self._decided = _decide_form(config, backbone)
+        self._decided = decide_form(config, backbone)
         if config.base_fingerprints:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         causal = bool(config.causal)
@@ -560,24 +561,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
-
-
-def _decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
-    """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
-    attends = config.fusion == "cross_attention"
-    residual: Residual | None = config.residual
-    if residual is None:
-        # with the state tags are far better, and words were worse
-        residual = attends and (STATE if backbone.tags else backbone.answers_tokens)
-    defaults = {
-        "output_mix": "add" if backbone.decoder is not None else False,
-        "residual": residual,
-        "normalise_features": bool(residual) or (attends and bool(config.causal)),
-    }
-    decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
-    for field, value in decided.items():
-        setattr(config, field, value)
-    return set(decided)
 
 
 def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:

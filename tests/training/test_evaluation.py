@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import reviews, save_tiny_model, write_csv, write_jsonl
+from samples import points_of, reviews, save_tiny_model, write_csv, write_jsonl
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.prediction import predict
-from fastpeft.training.run import TrainResult
-
-
-def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
-    return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
 
 
 def test_tags_are_measured_row_by_row_by_every_command(config: TrainConfig, tmp_path: Path) -> None:
@@ -83,18 +78,18 @@ def test_a_run_on_single_texts_is_not_measured_on_pairs(config: TrainConfig, tmp
 def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
     result = train(replace(config, max_steps=4, **given))
     for name in ("dev accuracy", "dev loss"):
-        steps = [step for step, _ in points_of(result, name)]
+        steps = [step for step, _ in points_of(result.folder, name)]
         assert steps == sorted(set(steps)), name
         assert steps[-1] == 4
     if "metric" not in given:
-        assert points_of(result, "dev loss")[-1] == (4, result.metrics["loss"])
+        assert points_of(result.folder, "dev loss")[-1] == (4, result.metrics["loss"])
 
 
 @pytest.mark.parametrize(("every", "steps"), [(3, [0, 3, 6, 8]), (0.25, [0, 2, 4, 6, 8]), (0.3, [0, 3, 6, 8])])
 def test_dev_rows_are_measured_as_often_as_is_said(config: TrainConfig, every: float, steps: list[int]) -> None:
     """A share is one of all steps, as the Trainer takes it."""
     result = train(replace(config, method="head", max_steps=8, settings={"eval_steps": every}))
-    assert [step for step, _ in points_of(result, "dev loss")] == steps
+    assert [step for step, _ in points_of(result.folder, "dev loss")] == steps
 
 
 def test_how_often_dev_rows_are_measured_changes_no_weight(config: TrainConfig, tmp_path: Path) -> None:

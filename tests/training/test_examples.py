@@ -30,18 +30,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(tmp_path: Path, place: Path) -> TrainConfig:
-    return TrainConfig(
-        output=str(tmp_path / "run"),
-        method="lst",
-        objective="causal",
-        model=str(place / "model"),
-        data=str(place / "pairs.jsonl"),
-        batch_size=8,
-        max_steps=4,
-        learning_rate=1e-2,
-        settings={"examples": COUNT},
-    )
+def config(config: TrainConfig, place: Path) -> TrainConfig:
+    data, settings = str(place / "pairs.jsonl"), {"examples": COUNT}
+    return replace(config, method="lst", objective="causal", data=data, batch_size=8, max_steps=4, settings=settings)
 
 
 def test_rows_become_examples_and_the_run_is_used_with_them(config: TrainConfig) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from samples import Interrupt, reviews, save_tiny_model, write_csv
+from samples import Interrupt, eleven_steps, points_of, reviews, save_tiny_model, tree, weights_of, write_csv
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -22,47 +21,28 @@ from fastpeft.training.run import TrainResult
 
 @pytest.fixture
 def config(tmp_path: Path, place: Path) -> TrainConfig:
-    data = write_csv(tmp_path / "reviews.csv", reviews(90))  # 11 steps an epoch
-    return TrainConfig(
-        output=str(tmp_path / "run"), method="lora", model=str(place / "model"), data=str(data), batch_size=8
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def points_of(result: TrainResult, name: str) -> list[tuple[int, float]]:
-    return [(step, value) for step, value in json.loads((result.folder / "curves.json").read_text())[name]]
+    return eleven_steps(tmp_path, place)
 
 
 def test_a_run_by_mezo_is_measured_as_often_after_it_goes_on_from_its_journal(config: TrainConfig) -> None:
     config = replace(config, method="mezo", max_steps=8, settings={"eval_steps": 0.5, "restore": "exact"})
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[Interrupt(3)])
-    assert [step for step, _ in points_of(train(config, resume=True), "dev loss")] == [0, 4, 8]
+    assert [step for step, _ in points_of(train(config, resume=True).folder, "dev loss")] == [0, 4, 8]
 
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Any:
     """The uninterrupted two-epoch run of each method, each trained once."""
-    data = str(write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", reviews(90)))
 
     @functools.cache
     def whole_run(method: str) -> TrainResult:
-        output = str(tmp_path_factory.mktemp(method) / "run")
-        return train(TrainConfig(output=output, method=method, model=str(place / "model"), data=data, **TWO_EPOCHS))
+        return train(replace(eleven_steps(tmp_path_factory.mktemp(method), place), method=method, **TWO_EPOCHS))
 
     return whole_run
 
 
-TWO_EPOCHS: dict[str, Any] = {"batch_size": 8, "epochs": 2, "save_steps": 3}  # of 11 steps each
+TWO_EPOCHS: dict[str, Any] = {"epochs": 2, "save_steps": 3}
 
 
 @pytest.mark.long(but="siva-8-kept1")
@@ -88,7 +68,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
         train(config, callbacks=[Interrupt(interrupted_at)])
     assert {path.name for path in Path(config.output).glob("checkpoints/*")} == {f"checkpoint-{step}" for step in kept}
     whole, resumed = whole_runs(method), train(config, resume=True)
-    before, after = weights(whole.folder), weights(resumed.folder)
+    before, after = weights_of(whole.folder), weights_of(resumed.folder)
     assert before.keys() == after.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert resumed.metrics["accuracy"] == whole.metrics["accuracy"]
@@ -149,7 +129,9 @@ def test_resume_after_the_last_step_finishes_the_run(config: TrainConfig, whole_
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[InterruptAtTheEnd()])
     whole, resumed = whole_runs("siva"), train(config, resume=True)
-    assert all(torch.equal(tensor, weights(resumed.folder)[name]) for name, tensor in weights(whole.folder).items())
+    assert all(
+        torch.equal(tensor, weights_of(resumed.folder)[name]) for name, tensor in weights_of(whole.folder).items()
+    )
     assert resumed.metrics["peak_memory_mb"] > 0
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from samples import SMALL, Interrupt, reviews, save_tiny_model, write_csv
+from samples import SMALL, Interrupt, eleven_steps, reviews, save_tiny_model, tree, weights_of, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -28,20 +27,7 @@ from fastpeft.training.setup import resolve
 
 @pytest.fixture
 def config(tmp_path: Path, place: Path) -> TrainConfig:
-    data = write_csv(tmp_path / "reviews.csv", reviews(90))  # 11 steps an epoch
-    return TrainConfig(
-        output=str(tmp_path / "run"), method="lora", model=str(place / "model"), data=str(data), batch_size=8
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = folder.glob("*.safetensors")
-    return load_file(file)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return eleven_steps(tmp_path, place)
 
 
 def test_a_run_whose_last_step_destroys_the_weights_does_not_finish(config: TrainConfig) -> None:
@@ -147,7 +133,7 @@ def test_equal_runs_are_equal_to_the_bit(config: TrainConfig, tmp_path: Path) ->
     first = train(config)
     again = train(replace(config, output=str(tmp_path / "again")))
     other = train(replace(config, output=str(tmp_path / "other"), seed=1))
-    one, same, different = (weights(run.folder) for run in (first, again, other))
+    one, same, different = (weights_of(run.folder) for run in (first, again, other))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], different[name]) for name in one)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -198,7 +184,7 @@ def test_an_optimizer_in_backward_trains_and_resumes_to_the_same_bits(config: Tr
     with pytest.raises(KeyboardInterrupt):
         train(within, callbacks=[Interrupt(3)])
     resumed = train(within, resume=True)
-    expected, found = weights(after.folder), weights(resumed.folder)
+    expected, found = weights_of(after.folder), weights_of(resumed.folder)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
@@ -251,7 +237,7 @@ def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> 
 
 def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
     result = train(replace(config, method="full", bf16=True, max_steps=2))
-    assert {tensor.dtype for tensor in weights(result.folder).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights_of(result.folder).values()} == {torch.float32}
     assert math.isfinite(result.metrics["loss"])
 
 
@@ -321,7 +307,7 @@ def test_accumulated_batches_are_one_of_all_their_rows(tmp_path: Path) -> None:
             **given, max_steps=3, batch_size=batch_size, learning_rate=0.5, bf16=False, settings=settings
         )
         result = train(config)
-        found.append(weights(result.folder))
+        found.append(weights_of(result.folder))
     for name, tensor in found[0].items():
         for other in found[1:]:
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,24 @@
+"""What a side network is like where nobody says it: that depends on the head which it serves."""
+
+from __future__ import annotations
+
+from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.config import STATE, LadderConfig, Residual
+
+
+def decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
+    """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
+    attends = config.fusion == "cross_attention"
+    residual: Residual | None = config.residual
+    if residual is None:
+        # with the state tags are far better, and words were worse
+        residual = attends and (STATE if backbone.tags else backbone.answers_tokens)
+    defaults = {
+        "output_mix": "add" if backbone.decoder is not None else False,
+        "residual": residual,
+        "normalise_features": bool(residual) or (attends and bool(config.causal)),
+    }
+    decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
+    for field, value in decided.items():
+        setattr(config, field, value)
+    return set(decided)
