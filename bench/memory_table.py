@@ -46,7 +46,8 @@ TARGETS: dict[str, Any] = {
 class Case:
     """A method, what it adapts, dtypes of what it trains beside the model and of the frozen rest, and the optimizer.
 
-    The rest is SiVA's residual or a side network's backbone; none is given where it is in bfloat16 as the model.
+    The rest is SiVA's residual or a side network's backbone; none is given where it is in bfloat16 as the model. A side
+    network has six blocks where no `layers_per_block` is given, as it is by default; the paper's form is 1.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Case:
     adapter_dtype: str = ""
     residual_dtype: str = ""
     optimizer: str = ""
+    layers_per_block: str = ""
 
 
 CASES = [
@@ -63,6 +65,7 @@ CASES = [
     Case("k-lst", adapter_dtype="float32"),
     *(Case("k-lst", adapter_dtype="float32", residual_dtype=q) for q in ("int8", "nf4")),
     Case("lst", adapter_dtype="float32"),
+    *(Case(method, adapter_dtype="float32", layers_per_block="1") for method in ("k-lst", "lst")),
     Case("mezo"),
     Case("full", optimizer="AdamW in backward"),
     *(
@@ -89,6 +92,7 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
         return model
     if case.method in ("k-lst", "lst"):
         shape: dict[str, Any] = {"window_size": 1, "fusion": "gated"} if case.method == "lst" else {}
+        shape |= {"layers_per_block": int(case.layers_per_block)} if case.layers_per_block else {}
         backbone_dtype: Any = case.residual_dtype or None
         return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype, pack_weights=False))
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}
@@ -134,7 +138,7 @@ def main() -> None:
     only = parser.parse_args().only
     cases = [case for case in CASES if only in (None, case.method, case.residual_dtype, case.optimizer)]
     for row in rows(cases, LARGE, LENGTHS):
-        put_row(FILE, row, key=("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "tokens"))
+        put_row(FILE, row, key=(*Case.__dataclass_fields__, "tokens"))
         print(", ".join(row.values()), flush=True)
 
 

@@ -6,19 +6,23 @@ from collections.abc import Callable, Iterable, Iterator
 
 from table_rows import NAMES, Row, rows, table, whole
 
-# rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer
+# rows of bench/data/memory.csv by what identifies a case: method, targets, adapter and residual dtype, optimizer, and
+# layers for each side block
 LARGE = {
-    ("mezo", "", "", "", ""): "**MeZO**",
-    ("lst", "", "float32", "", ""): "LST",
-    ("k-lst", "", "float32", "", "8-bit AdamW"): "**9-LST**, 8-bit AdamW",
-    ("k-lst", "", "float32", "", ""): "**9-LST**",
-    ("siva", "all linear", "float32", "nf4", ""): "**SiVA**, all linear, nf4",
-    ("siva", "query+key", "float32", "", ""): "**SiVA**, query and key",
-    ("lora", "query+key", "float32", "", ""): "LoRA or PiSSA, query and key",
-    ("siva", "all linear", "float32", "", ""): "**SiVA**, all linear",
-    ("lora", "all linear", "float32", "", ""): "LoRA or PiSSA, all linear",
-    ("full", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
+    ("mezo", "", "", "", "", ""): "**MeZO**",
+    ("lst", "", "float32", "", "", ""): "LST",
+    ("lst", "", "float32", "", "", "1"): "LST, a block for each layer",
+    ("k-lst", "", "float32", "", "8-bit AdamW", ""): "**9-LST**, 8-bit AdamW",
+    ("k-lst", "", "float32", "", "", ""): "**9-LST**",
+    ("k-lst", "", "float32", "", "", "1"): "**9-LST**, a block for each layer",
+    ("siva", "all linear", "float32", "nf4", "", ""): "**SiVA**, all linear, nf4",
+    ("siva", "query+key", "float32", "", "", ""): "**SiVA**, query and key",
+    ("lora", "query+key", "float32", "", "", ""): "LoRA or PiSSA, query and key",
+    ("siva", "all linear", "float32", "", "", ""): "**SiVA**, all linear",
+    ("lora", "all linear", "float32", "", "", ""): "LoRA or PiSSA, all linear",
+    ("full", "", "", "", "", ""): "full fine-tuning, bfloat16 throughout",
 }
+_CASE = ("method", "targets", "adapter_dtype", "residual_dtype", "optimizer", "layers_per_block")
 LENGTHS = ("64", "128", "512")
 
 
@@ -26,7 +30,7 @@ def peaks() -> dict[str, dict[str, float]]:
     """Peak memory of a RoBERTa-large, MB, by method and length."""
     found: dict[str, dict[str, float]] = {name: {} for name in LARGE.values()}
     for row in rows("memory.csv"):
-        case = row["method"], row["targets"], row["adapter_dtype"], row["residual_dtype"], row["optimizer"]
+        case = tuple(row[name] for name in _CASE)
         if case in LARGE:
             found[LARGE[case]][row["tokens"]] = float(row["peak_mb"])
     return found
@@ -42,23 +46,23 @@ def memory() -> str:
 # for each side block
 LLAMA = {
     ("mezo", "nf4", "fused", "", ""): "**MeZO** over QLoRA",
-    ("lst", "nf4-double", "fused", "16", ""): "LST, nf4-double",
-    ("lst", "nf4", "fused", "16", ""): "LST, nf4",
-    ("lst", "nf4", "fused", "8", ""): "LST, nf4, twice as wide",
-    ("lst", "nf4-double", "fused", "8", "4"): "LST, nf4-double, twice as wide, a block for four layers",
-    ("k-lst", "nf4-double", "fused", "16", ""): "**9-LST**, nf4-double",
-    ("k-lst", "nf4", "fused", "16", ""): "**9-LST**, nf4",
-    ("k-lst", "nf4", "fused", "8", ""): "**9-LST**, nf4, twice as wide",
-    ("k-lst", "nf4-double", "fused", "8", "4"): "**9-LST**, nf4-double, twice as wide, a block for four layers",
+    ("lst", "nf4-double", "fused", "8", ""): "LST, nf4-double",
+    ("lst", "nf4", "fused", "8", ""): "LST, nf4",
+    ("lst", "nf4-double", "fused", "16", "1"): "LST, nf4-double, half as wide, a block for each layer",
+    ("lst", "nf4-double", "fused", "8", "1"): "LST, nf4-double, a block for each layer",
+    ("k-lst", "nf4-double", "fused", "8", ""): "**9-LST**, nf4-double",
+    ("k-lst", "nf4", "fused", "8", ""): "**9-LST**, nf4",
+    ("k-lst", "nf4-double", "fused", "16", "1"): "**9-LST**, nf4-double, half as wide, a block for each layer",
+    ("k-lst", "nf4-double", "fused", "8", "1"): "**9-LST**, nf4-double, a block for each layer",
     ("siva", "nf4-double", "fused", "", ""): "**SiVA**, nf4-double",
     ("siva", "nf4", "fused", "", ""): "**SiVA**, nf4",
     ("lora", "nf4", "fused", "", ""): "QLoRA",
     ("lora", "nf4", "logits", "", ""): "QLoRA, with logits",
-    ("lst", "int8", "fused", "16", ""): "LST, int8",
-    ("k-lst", "int8", "fused", "16", ""): "**9-LST**, int8",
+    ("lst", "int8", "fused", "8", ""): "LST, int8",
+    ("k-lst", "int8", "fused", "8", ""): "**9-LST**, int8",
     ("mezo", "bfloat16", "fused", "", ""): "**MeZO**",
-    ("lst", "bfloat16", "fused", "16", ""): "LST",
-    ("k-lst", "bfloat16", "fused", "16", ""): "**9-LST**",
+    ("lst", "bfloat16", "fused", "8", ""): "LST",
+    ("k-lst", "bfloat16", "fused", "8", ""): "**9-LST**",
     ("siva", "bfloat16", "fused", "", ""): "**SiVA**",
     ("lora", "bfloat16", "fused", "", ""): "LoRA",
     ("full", "bfloat16", "logits", "", ""): "full fine-tuning",

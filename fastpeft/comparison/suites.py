@@ -69,7 +69,7 @@ def get_suite(name: str, prompt: str | None = None) -> Suite:
 
     Example:
         >>> [row.variant for row in get_suite("figure5").rows]
-        ['full', 'lora:rank=4:targets=query+key', 'siva', 'k-lst:window=9']
+        ['full', 'lora:rank=4:targets=query+key', 'siva', 'k-lst:window=9:layers_per_block=1']
     """
     if name not in suite_names():
         raise FastpeftError(
@@ -92,7 +92,7 @@ def prompt_of(key: str, variant: str) -> str | None:
     """The prompt, as written, with which `variant` was made of the row `key`; None where that has none.
 
     Example:
-        >>> prompt_of("lst+mezo", "lst:init_from=mezo:prompt=MR:label_words=bad+good")
+        >>> prompt_of("lst+mezo", "lst:layers_per_block=1:init_from=mezo:prompt=MR:label_words=bad+good")
         'MR:label_words=bad+good'
     """
     template = _PAPER["rows"][key]["variant"]

@@ -1,4 +1,4 @@
-"""What a side network is like where nobody says it: that depends on the head which it serves."""
+"""What a side network is like where nobody says it: that depends on the model beside which it stands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from fastpeft.ladder.config import STATE, LadderConfig, Residual
 
 
 def decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
-    """Fill in the fields whose default depends on the head; returns their names. None of the values adds a weight."""
+    """Fill in the fields whose default depends on the backbone or its head.
+
+    Returns:
+        The names of those that depend on the head and were filled in. None of their values adds a weight.
+    """
+    config.layers_per_block = config.step(len(backbone.layers))
     attends = config.fusion == "cross_attention"
     residual: Residual | None = config.residual
     if residual is None:

@@ -262,7 +262,7 @@ class SideNetwork(nn.Module):
                 "divide. Give side_heads."
             )
 
-        step, reach = config.layers_per_block, config.window_size // 2
+        step, reach = config.step(num_layers), config.window_size // 2
         if step > num_layers:
             raise FastpeftError(
                 f"layers_per_block={step}, but the backbone has {num_layers} layers. Give a number from 1 to that."

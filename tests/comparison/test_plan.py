@@ -224,7 +224,7 @@ def test_a_chain_comes_after_its_start(tmp_path: Path) -> None:
         ({"protocol": "fast"}, "protocol is 'fast'; it must be one of quick, full"),
         ({"suite": "table9"}, "unknown suite 'table9'; allowed are table1, table2, figure5"),
         ({"suite": "table1", "prompts": ["none", "sst2"]}, "table1 has rows with a prompt and rows without"),
-        ({"suite": "table1", "methods": ["lst"]}, "the variants 'lst' and 'lst' are one"),
+        ({"suite": "table1", "methods": ["siva"]}, "the variants 'siva' and 'siva' are one"),
     ],
 )
 def test_what_cannot_be_compared(changes: dict[str, Any], message: str) -> None:

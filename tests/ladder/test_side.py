@@ -24,12 +24,12 @@ from fastpeft.training.settings import sort_settings
 
 def place(side: SideNetwork, block: int) -> int:
     """The layer of a block: the last one's is L, and others are n layers apart."""
-    return LAYERS - side.config.layers_per_block * (len(side.blocks) - block)
+    return LAYERS - side.config.step(LAYERS) * (len(side.blocks) - block)
 
 
 def projection(side: SideNetwork, block: int, slot: int) -> Tensor:
     """`D_{block, slot}`, `(NARROW, WIDTH)`, out of the matrix of the layer that it reads, or the shared one."""
-    step = side.config.layers_per_block
+    step = side.config.step(LAYERS)
     layer = place(side, block) - side.config.window_size // 2 + slot
     if side.config.share_projections:
         slots = {slot for readers in side.readers.values() for _, slot in readers}
@@ -151,6 +151,11 @@ def test_blocks_stand_at_every_nth_layer_from_the_last() -> None:
     assert list(SideNetwork(config, 8, 10).places) == [2, 6, 10]
     with pytest.raises(FastpeftError, match="layers_per_block=4, but the backbone has 3 layers"):
         SideNetwork(config, 8, 3)
+
+
+def test_there_are_six_blocks_at_most_where_nobody_says_it() -> None:
+    places = {layers: list(SideNetwork(LadderConfig(window_size=1), 8, layers).places) for layers in (6, 7, 12)}
+    assert places == {6: [1, 2, 3, 4, 5, 6], 7: [1, 3, 5, 7], 12: [2, 4, 6, 8, 10, 12]}
 
 
 @pytest.mark.parametrize("causal", [False, True])
