@@ -82,8 +82,9 @@ SCREENS = {
     ),
     "words_rates": Screen(
         (
-            *(f"lst:learning_rate={rate}" for rate in ("0.001", "0.003", "0.01")),
-            *(f"k-lst:window=9:learning_rate={rate}" for rate in ("0.001", "0.003")),
+            *(f"lst:layers_per_block=1:learning_rate={rate}" for rate in ("0.001", "0.003", "0.01")),
+            *(f"k-lst:window=9:layers_per_block=1:learning_rate={rate}" for rate in ("0.001", "0.003")),
+            *("lst", "lst:normalise_features=false", "k-lst:window=9", "k-lst:window=9:residual=state"),
         ),
         ("variant", "seed"),
         (
