@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGR
 from fastpeft.data.tables import Table
 from fastpeft.data.values import SEPARATOR, as_number
 from fastpeft.errors import FastpeftError
+
+logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
 PAIR_COLUMNS = (
@@ -133,6 +136,19 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
     if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
         raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")
     return Columns(texts, "", flags)
+
+
+def own_columns(given: str | None, own: str | None, table: Table, option: str) -> str | None:
+    """The columns that a person names, else those that a run was trained with, where `table` has some of them."""
+    if given is not None or own is None or {own, *map(str.strip, own.split(","))} & {*table.columns}:
+        return given or own
+    logger.warning(
+        "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with %s.",
+        table.name,
+        own,
+        option,
+    )
+    return None
 
 
 def named_labels(given: str, columns: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.columns import Columns, check_separated, class_names, pick_columns, tell_problem
+from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem, get_problem
@@ -198,6 +198,7 @@ def load_rows(
     *,
     text_column: str | None = None,
     label_column: str | None = None,
+    trained_with: tuple[str | None, str | None] = (None, None),
 ) -> Examples:
     """Load rows to measure a trained model on: all of a file, or the dev part of other data.
 
@@ -206,6 +207,7 @@ def load_rows(
         labels: the model's classes, in its order. Where they are words, rows may give their indices.
         problem: what the model learned.
         text_column, label_column: as `load_data` takes them.
+        trained_with: the columns that the model learned from, which are taken where none is named.
 
     Raises:
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
@@ -217,8 +219,11 @@ def load_rows(
             "file that is meant."
         )
     known = labels if problem is MULTI_LABEL else ()
-    columns = pick_columns(tables[-1], problem, text_column, label_column, known)
-    part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
+    table = tables[-1]
+    text_column = own_columns(text_column, trained_with[0], table, "--text-column")
+    label_column = own_columns(label_column, trained_with[1], table, "--label-column")
+    columns = pick_columns(table, problem, text_column, label_column, known)
+    part = _read_part(table, columns, problem, class_names(table, columns.label))
     return _to_examples(part, list(labels), problem, data)
 
 

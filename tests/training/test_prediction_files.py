@@ -120,6 +120,17 @@ def test_columns_are_picked(place: Path, header: tuple[str, ...], options: tuple
     assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:]]
 
 
+def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: Path, runs: Path) -> None:
+    given = {"method": "head", "max_steps": 1, "text_column": "review", "label_column": "stars"}
+    train(TrainConfig(output="named", model=str(runs / "model"), data=str(runs / "reviews.csv"), **given))
+    write_csv(place / "rows.csv", [(TEXTS[0], "a comment")], ("review", "text"))
+    write_csv(place / "usual.csv", [(TEXTS[0],)], ("text",))
+    own, usual = (run("named", "--file", file) for file in ("rows.csv", "usual.csv"))
+    assert own.stdout == usual.stdout
+    assert own.stderr == ""
+    assert "usual.csv has no column 'review', which the run was trained with" in " ".join(usual.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("given", "kind"),
     [("a lovely film\n\nthe end\n", ()), ('{"text": "a lovely film"}\n{"text": "the end"}\n', ("--format", "jsonl"))],
