@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ LABEL_COLUMNS = (
 )
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+_DECIMAL = re.compile(r"[+-]?\d+([.,]\d+)?")
 _LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
 
 
@@ -254,6 +256,13 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
         return MULTI_LABEL
     # what is missing, as NaN, says nothing of the others; who reads them names its row
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
-    numbers = [as_number(str(value).strip()) for value in given if str(value).strip()]
+    cells = [cell for value in given if (cell := str(value).strip())]
+    with_comma = [cell for cell in cells if "," in cell]
+    if with_comma and all(map(_DECIMAL.fullmatch, cells)):
+        raise FastpeftError(
+            f"column {columns.label!r} of {table.name} has numbers with a comma, as {with_comma[0]!r}. Write them with "
+            "a decimal point, as 1.5; or, if they are classes, add --problem-type classification."
+        )
+    numbers = [as_number(cell) for cell in cells]
     whole = all(number is None or float(number).is_integer() for number in numbers)
     return CLASSIFICATION if whole or None in numbers else REGRESSION

@@ -94,8 +94,8 @@ def as_score(value: Any, column: str, place: Place) -> float:
     number = as_number(str(value).strip())
     if number is None or abs(number) == float("inf"):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a number for regression. Correct it or name "
-            "another column with --label-column."
+            f"{place} has {value!r} in column {column!r}, which must be a number for regression, with a decimal "
+            "point, as 1.5, and no comma. Correct it or name another column with --label-column."
         )
     return float(number)
 

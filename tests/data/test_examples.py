@@ -300,6 +300,21 @@ def test_numbers_that_are_not_all_whole_are_scores(tmp_path: Path) -> None:
         load_data(lacking)
 
 
+def test_decimal_commas_are_refused(tmp_path: Path) -> None:
+    """As spreadsheets write numbers where `;` stands between columns."""
+    file = tmp_path / "rows.csv"
+    file.write_text("text;score\n" + "".join(f"text {n};{n % 4}{',5' * (n % 2)}\n" for n in range(20)))
+    with pytest.raises(
+        FastpeftError, match=r"column 'score' of .* has numbers with a comma, as '1,5'\. Write them with"
+    ):
+        load_data(str(file))
+    with pytest.raises(FastpeftError, match=r"row 2 of .* has '1,5' .* with a decimal point, as 1\.5, and no comma"):
+        load_data(str(file), problem_type="regression")
+    assert load_data(str(file), problem_type="classification").labels == ["0", "1,5", "2", "3,5"]
+    file.write_text("text;label\n" + "".join(f"text {n};{('1,5', 'none')[n % 2]}\n" for n in range(20)))
+    assert load_data(str(file)).labels == ["1,5", "none"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("tags", ["names", "numbers"])
 def test_tags_are_names_or_numbers(tmp_path: Path, suffix: str, tags: str) -> None:
