@@ -19,7 +19,7 @@ from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
 from fastpeft.data.tables import read_apart
 from fastpeft.training import prediction_files
-from fastpeft.training.prediction import predict
+from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions, writing
 
 TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
@@ -241,6 +241,18 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     assert [(row["word"], row["tag"], row["probability"]) for row in rows if row["row"] == 2] == [
         (word, tag, pytest.approx(p, abs=1e-6)) for word, (tag, p) in zip(tagged(2)[1]["tokens"], said)
     ]
+
+
+def test_a_pair_is_read_as_in_training(place: Path) -> None:
+    """With its spaces, which many tokenizers see; those around a tab in one string are none of its texts."""
+    predictor = Predictor("pairs")
+    pair = (" a lovely film", "the end ")
+    for given in (pair, list(pair)):
+        assert predictor.take(given).text == pair
+    assert predictor.take(" a lovely film\t the end ").text == ("a lovely film", "the end")
+    write_csv(place / "rows.csv", [pair], ("text1", "text2"))
+    ((found, _),) = Predictions("pairs", file="rows.csv")
+    assert found[0].text == pair
 
 
 def test_every_class_is_shown(place: Path) -> None:
