@@ -170,7 +170,7 @@ def load_data(
             )
     else:
         labels = names[0] or _classes(_labels_of(seen))
-        _check_classes(labels, len(seen) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(seen)), data)
+        _check_classes(labels, seen, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
@@ -407,14 +407,17 @@ def _classes(labels: Iterable[str]) -> list[str]:
         return sorted(found)
 
 
-def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
+def _check_classes(classes: Sequence[str], part: Labelled, problem: Problem, data: str) -> None:
+    rows = len(part) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(part))
     if len(classes) < 2:
         only = f"one class only ({classes[0]!r})" if classes else "no label in any row"
         raise FastpeftError(f"{data!r} has {only}; a classifier needs at least two. Check the label column.")
     if len(classes) > max(_SURELY_CLASSES, rows // 2):
+        numbers = problem is CLASSIFICATION and all(label.lstrip("-").isdecimal() for label in classes)
+        remedy = ", or learn numbers by --problem-type regression" if numbers else ""
         raise FastpeftError(
             f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
-            "label column."
+            f"label column{remedy}."
         )
 
 

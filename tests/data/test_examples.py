@@ -136,6 +136,15 @@ def test_codes_are_classes_as_they_are_written(tmp_path: Path, kind: str) -> Non
     assert [loaded.labels[label] for label in part.labels[:7]] == ["01", "1", "001", "1", "2", "02", "2"]
 
 
+@pytest.mark.parametrize(
+    ("label", "remedy"), [("-{}", ", or learn numbers by --problem-type regression"), ("id {}", "")]
+)
+def test_too_many_classes_may_be_numbers(tmp_path: Path, label: str, remedy: str) -> None:
+    file = write_csv(tmp_path / "rows.csv", [(f"text {n}", label.format(n)) for n in range(50)])
+    with pytest.raises(FastpeftError, match=rf"50 different classes in 50 rows.* Check the label column{remedy}\."):
+        load_data(str(file), split=None)
+
+
 @pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
 def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
     file = write_any(tmp_path / "rows.jsonl", [("a text", label), ("another", 1)] * 6)
