@@ -38,6 +38,7 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "category", "target", "sentiment"),
     *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
 )
+_ROW_NUMBERS = ("id", "idx", "index", "row")  # which would do as classes
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
 _DECIMAL = re.compile(r"[+-]?\d+([.,]\d+)?")
@@ -67,7 +68,8 @@ def pick_columns(
     label_column: str | None,
     known: Sequence[str] = (),
 ) -> Columns:
-    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left.
+    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left,
+    unless it numbers the rows.
 
     Args:
         table: where to look.
@@ -96,7 +98,7 @@ def pick_columns(
     label = next(iter(flags), None) or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
     texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
     left = _left(columns, texts)
-    if label is None and texts and len(left) == 1:
+    if label is None and texts and len(left) == 1 and left.keys().isdisjoint(_ROW_NUMBERS):
         (label,) = left.values()
     for found, option in (
         (texts, "--text-column (for pairs two, joined by a comma)"),

@@ -186,6 +186,18 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert load_data(str(two)).labels == ["no", "yes"]
 
 
+@pytest.mark.parametrize("name", ["id", "Index"])
+def test_numbers_of_rows_are_no_labels(tmp_path: Path, name: str) -> None:
+    """Though no other column is left, and they would do as indices of classes."""
+    file = str(write_csv(tmp_path / "rows.csv", [("0", "a film"), ("1", "a plot")], (name, "text")))
+    refused = pytest.raises(FastpeftError, match=r"cannot tell which column of .* Name it with --label-column")
+    with refused:
+        load_rows(file, ["negative", "positive"], CLASSIFICATION)
+    with refused:
+        load_data(file)
+    assert load_data(file, label_column=name).labels == ["0", "1"]
+
+
 def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "0")])
     assert load_rows(str(file), ["negative", "positive"], CLASSIFICATION).labels == [1, 0]
