@@ -110,8 +110,8 @@ def load_data(
     """Load the rows of `data` to train on and to measure on.
 
     Args:
-        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*` or
-            `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
+        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*`, `validation.*`,
+            `val.*` or `valid.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
             `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
         problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, texts with lists, or
             with several label columns, have several labels, numbers that are not all whole are scores, all else is
@@ -215,8 +215,8 @@ def load_rows(
     tables = _find_tables(data, problem)
     if len(tables) == 1 and not path_of(data).is_file():
         raise FastpeftError(
-            f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
-            "file that is meant."
+            f"{data!r} has no dev.*, validation.*, val.* or valid.* part to measure on, only {tables[0].name}. Add "
+            "one, or give the file that is meant."
         )
     known = labels if problem is MULTI_LABEL else ()
     table = tables[-1]

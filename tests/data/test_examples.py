@@ -153,7 +153,7 @@ def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
 
 
 def test_dev_file_of_a_folder_is_used(tmp_path: Path) -> None:
-    for name in ("dev.jsonl", "validation.csv"):
+    for name in ("dev.jsonl", "validation.csv", "val.csv", "valid.tsv"):
         folder = tmp_path / name
         folder.mkdir()
         write_any(folder / "train.csv", reviews(8))
