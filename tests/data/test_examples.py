@@ -127,13 +127,17 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], expected: list[
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_codes_are_classes_as_they_are_written(tmp_path: Path, kind: str) -> None:
-    """A number that begins with 0 is a name, as of a place or a product; others are the same in any writing."""
+    """A number that begins with 0 is a name, as of a place or a product, and so is one with an exponent; others are the
+    same in any writing."""
     labels = ["01", "1", "001", "1.0", "2", "02", "02.0"] * 4
     file = write_any(tmp_path / f"rows.{kind}", [(f"text {number}", label) for number, label in enumerate(labels)])
     loaded = load_data(str(file))
     assert loaded.labels == ["001", "01", "1", "02", "2"]
     part = load_rows(str(file), loaded.labels, loaded.problem)
     assert [loaded.labels[label] for label in part.labels[:7]] == ["01", "1", "001", "1", "2", "02", "2"]
+    labels = ["0e12", "00", "0", "A1", "1e1", "10", "5E3", "9e999"]
+    file = write_any(tmp_path / f"rows.{kind}", [(f"text {number}", label) for number, label in enumerate(labels * 4)])
+    assert load_data(str(file)).labels == sorted(labels)
 
 
 @pytest.mark.parametrize(
