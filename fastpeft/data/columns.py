@@ -258,6 +258,11 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
         return MULTI_LABEL
     # what is missing, as NaN, says nothing of the others; who reads them names its row
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
+    if {bool} < {type(value) for value in given if isinstance(value, (bool, int, float))}:
+        raise FastpeftError(
+            f"column {columns.label!r} of {table.name} has numbers beside true or false, which would be other "
+            "classes. Write all in one way, as 1 and 0 or as true and false."
+        )
     cells = [cell for value in given if (cell := str(value).strip())]
     with_comma = [cell for cell in cells if "," in cell]
     if with_comma and all(map(_DECIMAL.fullmatch, cells)):

@@ -149,6 +149,12 @@ def test_too_many_classes_may_be_numbers(tmp_path: Path, label: str, remedy: str
         load_data(str(file), split=None)
 
 
+def test_true_and_1_are_not_mixed(tmp_path: Path) -> None:
+    file = write_any(tmp_path / "rows.jsonl", [("a", 1), ("b", True), ("c", 0)] * 6)
+    with pytest.raises(FastpeftError, match=r"column 'label' of .*rows.jsonl has numbers beside true or false"):
+        load_data(str(file))
+
+
 @pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
 def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
     file = write_any(tmp_path / "rows.jsonl", [("a text", label), ("another", 1)] * 6)
