@@ -61,9 +61,10 @@ def row_scores(above: Sequence[int], below: Sequence[int]) -> np.ndarray:
 def interval(scores: np.ndarray) -> tuple[float, float] | None:
     """The interval of a metric for new rows and, with several seeds, for new seeds.
 
-    Of an accuracy with one seed Wilson's. Else, with S seeds and N rows, the mean plus or minus t standard errors,
-    whose square is `var(seeds) / S + var(rows) / N` (variances of the means over the other; one seed has none), with
-    Welch's degrees of freedom. None of fractions that are all equal, as those of an F1 of 0 or 1: they tell no spread.
+    Of an accuracy with one seed, or with several where nothing varies, Wilson's. Else, with S seeds and N rows, the
+    mean plus or minus t standard errors, whose square is `var(seeds) / S + var(rows) / N` (variances of the means over
+    the other; one seed has none), with Welch's degrees of freedom. None of fractions that are all equal, as those of an
+    F1 of 0 or 1: they tell no spread.
 
     Args:
         scores: `(seeds, rows)`.
@@ -73,14 +74,11 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
         >>> f"{low:.3f} {high:.3f}"
         '0.490 0.943'
     """
-    from scipy.stats import binomtest
-
     seeds, rows = scores.shape
-    if seeds == 1 and _are_answers(scores):
-        wilson = binomtest(int(scores.sum()), rows).proportion_ci(1 - LEVEL, method="wilson")
-        return float(wilson.low), float(wilson.high)
     error, freedom = _error(scores)
-    if error == 0 and not _are_answers(scores):
+    if _are_answers(scores) and (seeds == 1 or error == 0):
+        return _wilson(int(scores[0].sum()), rows)
+    if error == 0:
         return None
     centre, half = float(scores.mean()), _half_width(error, freedom)
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -89,9 +87,10 @@ def interval(scores: np.ndarray) -> tuple[float, float] | None:
 def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     """How far `first` is above `second`, on the same rows and the same seeds.
 
-    With one seed of an accuracy McNemar's exact test: of the rows that only one answers rightly, half should be each
-    method's. Else the t test of the mean difference, whose standard error is that of `interval`; fractions without any
-    spread have p = 1.
+    With one seed of an accuracy, or several where nothing varies, McNemar's exact test: of the rows that only one
+    answers rightly, half should be each method's. Else the t test of the mean difference, whose standard error is that
+    of `interval`; fractions without any spread have p = 1. Where that error is 0 for an accuracy, the interval extends
+    as far as Wilson's of as many rows, all of them right.
 
     Args:
         first, second: `(seeds, rows)`.
@@ -101,15 +100,26 @@ def compare_pair(first: np.ndarray, second: np.ndarray) -> Difference:
     differences = first.astype(np.float64) - second
     mean = float(differences.mean())
     error, freedom = _error(differences)
+    seeds, rows = differences.shape
     half = _half_width(error, freedom)
-    if len(differences) == 1 and _are_answers(first) and _are_answers(second):
-        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-        return Difference(mean, mean - half, mean + half, float(p), "McNemar's exact test")
-    statistic = abs(mean) / error if error else (math.inf if mean and _are_answers(first) else 0.0)
-    p = 2 * float(t.sf(statistic, freedom))
-    over = "rows" if len(differences) == 1 else "seeds and rows"
-    return Difference(mean, mean - half, mean + half, p, f"t test over {over}")
+    if _are_answers(first) and _are_answers(second) and (seeds == 1 or error == 0):
+        half = half or 1 - _wilson(rows, rows)[0]
+        # by the first seed: where nothing varies the others have the same mean
+        better, worse = int((differences[0] > 0).sum()), int((differences[0] < 0).sum())
+        p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        test = "McNemar's exact test"
+    else:
+        p = 2 * float(t.sf(abs(mean) / error if error else 0.0, freedom))
+        test = f"t test over {'rows' if seeds == 1 else 'seeds and rows'}"
+    return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), p, test)
+
+
+def _wilson(right: int, rows: int) -> tuple[float, float]:
+    """Wilson's interval of the share of rows that are right."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, rows).proportion_ci(1 - LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def _are_answers(scores: np.ndarray) -> bool:
@@ -119,9 +129,9 @@ def _are_answers(scores: np.ndarray) -> bool:
 
 def _error(values: np.ndarray) -> tuple[float, float]:
     """The standard error of the mean of `values` `(seeds, rows)`, and its degrees of freedom."""
-    parts = [
-        (values.mean(axis).var(ddof=1) / n, n - 1) for axis, n in ((0, values.shape[1]), (1, len(values))) if n > 1
-    ]
+    means = (values.mean(0), values.mean(1))
+    # of equal means rounding would make a variance that is not 0
+    parts = [(each.var(ddof=1) / len(each), len(each) - 1) for each in means if np.ptp(each)]
     square = sum(part for part, _ in parts)
     if square == 0:
         return 0.0, math.inf

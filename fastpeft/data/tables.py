@@ -28,7 +28,7 @@ STDIN = Path("standard input")  # stands for it, and is what messages call it
 
 # the stems of files and the names of parts, GLUE's own for MNLI among them
 _TRAIN = ("train",)
-_DEV = ("dev", "validation", "dev_matched", "validation_matched")
+_DEV = ("dev", "validation", "val", "valid", "dev_matched", "validation_matched")
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # owner/name:configuration
 _GLUE = "nyu-mll/glue"
 _OTHER_FILES = ("txt", "json", "xlsx", "gz", "zip")  # what ends so is meant to be a file, though none that can be read

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from fastpeft.errors import FastpeftError
 
 SEPARATOR = "|"  # between the labels of a text in one cell
-_CODE = re.compile(r"[+-]?0\d+")  # 01 is another class than 1
+_CODE = re.compile(r"[+-]?0\d+|\d+[eE]\d+")  # 01 is another class than 1, and 1e1 than 10
 _FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 
 
@@ -94,8 +94,8 @@ def as_score(value: Any, column: str, place: Place) -> float:
     number = as_number(str(value).strip())
     if number is None or abs(number) == float("inf"):
         raise FastpeftError(
-            f"{place} has {value!r} in column {column!r}, which must be a number for regression. Correct it or name "
-            "another column with --label-column."
+            f"{place} has {value!r} in column {column!r}, which must be a number for regression, with a decimal "
+            "point, as 1.5, and no comma. Correct it or name another column with --label-column."
         )
     return float(number)
 
@@ -109,14 +109,14 @@ def as_class(value: Any, column: str, names: Sequence[str] | None, place: Place)
         )
     absent = value is None or value != value  # NaN, as some writers mark what is missing
     text = "" if absent else str(value).strip()
-    number = as_number(text)
+    number = None if names is None and _CODE.fullmatch(text) else as_number(text)
     if not text or (isinstance(number, float) and not number.is_integer()):
         what = f"the class {text!r}" if text else "no class"
         raise FastpeftError(
             f"{place} has {what} in column {column!r}; classes are words or whole numbers. Correct it, name another "
             "column with --label-column, or learn numbers (fastpeft train --problem-type regression)."
         )
-    if number is None or (names is None and _CODE.fullmatch(text)):
+    if number is None:
         return text
     if names is None:
         return str(int(number))

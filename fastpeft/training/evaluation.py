@@ -59,7 +59,8 @@ def evaluate(
     Args:
         folder: folder of the run.
         data: other data: all rows of a file, or the dev part of anything else.
-        text_column, label_column: columns of `data`; without it none. None: found by their names.
+        text_column, label_column: columns of `data`; without it none. None: those that the run was trained with, else
+            found by their names.
         max_new_tokens: the most tokens that a run on next words says to a prompt, see `Writer`; 0 lets it say
             nothing.
 
@@ -82,7 +83,14 @@ def evaluate(
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
     config, doubts = run.config, []
     if data is not None:
-        dev = load_rows(data, run.labels, run.problem, text_column=text_column, label_column=label_column)
+        dev = load_rows(
+            data,
+            run.labels,
+            run.problem,
+            text_column=text_column,
+            label_column=label_column,
+            trained_with=(config.text_column, config.label_column),
+        )
     else:
         own = data_for(config if config.objective else replace(config, problem_type=run.problem.name))
         if own.labels != run.labels:  # the indices of other classes would be compared with what the run says

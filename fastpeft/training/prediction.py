@@ -155,9 +155,10 @@ def _as_input(text: Any, run: FinishedRun) -> Any:
     expected = "one text"
     if run.is_pair:
         expected = "two texts, as a pair or separated by a tab"
-        parts = text.split("\t") if isinstance(text, str) else text
+        # a pair that comes as one is read as in training, with its spaces
+        parts = [part.strip() for part in text.split("\t")] if isinstance(text, str) else text
         if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(map(is_text, parts)):
-            return parts[0].strip(), parts[1].strip()
+            return tuple(parts)
     elif run.problem.per_token:
         expected = "words, as a list or separated by spaces"
         words = text.split() if isinstance(text, str) else text

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.data.columns import named_labels, pick_columns, prompt_columns
+from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
@@ -119,9 +119,7 @@ class Predictions:
         if first is None:
             raise FastpeftError(f"{self._name} has no row that can be read. {self._rows[0][1]}")
         if text_column is None:
-            own = run.config.text_column
-            known = own is not None and {own, *map(str.strip, own.split(","))} & first.keys()
-            text_column = own if known else None
+            text_column = own_columns(None, run.config.text_column, Table(self._name, [first]), "--text-column")
             own_labels = named_labels(run.config.label_column or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
         if isinstance(self._predictor, Writer):

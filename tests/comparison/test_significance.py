@@ -171,5 +171,34 @@ def test_fractions_without_spread_tell_nothing() -> None:
     assert interval(found[None]) is None
     assert interval(missed[None]) is None
     assert compare_pair(row_scores([5], [10])[None], row_scores([6], [10])[None]).p == 1.0
-    right = np.ones((3, 20), dtype=bool)  # of an accuracy, it is
-    assert compare_pair(right, ~right).p == 0.0
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_more_seeds_that_do_not_vary_tell_no_more_of_the_rows(seeds: int) -> None:
+    right = np.ones((seeds, 20), dtype=bool)
+    low = 20 / (20 + 1.959964**2)  # Wilson's
+    assert interval(right) == pytest.approx((low, 1.0))
+    assert interval(~right) == pytest.approx((0.0, 1 - low))
+    found = compare_pair(right, ~right)
+    assert (found.mean, found.low, found.high) == pytest.approx((1.0, low, 1.0))
+    assert (found.p, found.test) == (pytest.approx(2 / 2**20), "McNemar's exact test")
+    assert compare_pair(right[:, :2], ~right[:, :2]).p == pytest.approx(0.5)
+    same = compare_pair(right, right)
+    assert (same.mean, same.low, same.high, same.p) == pytest.approx((0.0, low - 1, 1 - low, 1.0))
+
+
+def test_seeds_and_rows_with_equal_means_are_no_proof() -> None:
+    """Each seed finds another row in three that the other method misses."""
+    first = np.array([np.arange(12) % 3 == seed for seed in range(3)])
+    found = compare_pair(first, np.zeros_like(first))
+    assert found.mean == pytest.approx(1 / 3)
+    assert found.p == pytest.approx(2 / 2**4)
+    assert found.low < 1 / 3 < found.high
+
+
+def test_the_interval_of_a_difference_ends_at_one() -> None:
+    first = np.ones((2, 4), dtype=bool)
+    first[0, 0] = False
+    found = compare_pair(first, np.zeros_like(first))
+    assert found.low < found.high == 1.0
+    assert (-found).low == -1.0

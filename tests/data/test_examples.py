@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,32 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], expected: list[
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_codes_are_classes_as_they_are_written(tmp_path: Path, kind: str) -> None:
-    """A number that begins with 0 is a name, as of a place or a product; others are the same in any writing."""
+    """A number that begins with 0 is a name, as of a place or a product, and so is one with an exponent; others are the
+    same in any writing."""
     labels = ["01", "1", "001", "1.0", "2", "02", "02.0"] * 4
     file = write_any(tmp_path / f"rows.{kind}", [(f"text {number}", label) for number, label in enumerate(labels)])
     loaded = load_data(str(file))
     assert loaded.labels == ["001", "01", "1", "02", "2"]
     part = load_rows(str(file), loaded.labels, loaded.problem)
     assert [loaded.labels[label] for label in part.labels[:7]] == ["01", "1", "001", "1", "2", "02", "2"]
+    labels = ["0e12", "00", "0", "A1", "1e1", "10", "5E3", "9e999"]
+    file = write_any(tmp_path / f"rows.{kind}", [(f"text {number}", label) for number, label in enumerate(labels * 4)])
+    assert load_data(str(file)).labels == sorted(labels)
+
+
+@pytest.mark.parametrize(
+    ("label", "remedy"), [("-{}", ", or learn numbers by --problem-type regression"), ("id {}", "")]
+)
+def test_too_many_classes_may_be_numbers(tmp_path: Path, label: str, remedy: str) -> None:
+    file = write_csv(tmp_path / "rows.csv", [(f"text {n}", label.format(n)) for n in range(50)])
+    with pytest.raises(FastpeftError, match=rf"50 different classes in 50 rows.* Check the label column{remedy}\."):
+        load_data(str(file), split=None)
+
+
+def test_true_and_1_are_not_mixed(tmp_path: Path) -> None:
+    file = write_any(tmp_path / "rows.jsonl", [("a", 1), ("b", True), ("c", 0)] * 6)
+    with pytest.raises(FastpeftError, match=r"column 'label' of .*rows.jsonl has numbers beside true or false"):
+        load_data(str(file))
 
 
 @pytest.mark.parametrize("label", [[0, 1], ["a"], {"a": 0}], ids=str)
@@ -143,7 +163,7 @@ def test_a_row_has_one_class(tmp_path: Path, label: Any) -> None:
 
 
 def test_dev_file_of_a_folder_is_used(tmp_path: Path) -> None:
-    for name in ("dev.jsonl", "validation.csv"):
+    for name in ("dev.jsonl", "validation.csv", "val.csv", "valid.tsv"):
         folder = tmp_path / name
         folder.mkdir()
         write_any(folder / "train.csv", reviews(8))
@@ -174,6 +194,18 @@ def test_columns_are_found_named_and_told(tmp_path: Path, caplog: pytest.LogCapt
     assert named.labels == ["1", "2"]
     two = write_csv(tmp_path / "two.csv", [("good", "yes"), ("bad", "no")], ("remark", "label"))
     assert load_data(str(two)).labels == ["no", "yes"]
+
+
+@pytest.mark.parametrize("name", ["id", "Index"])
+def test_numbers_of_rows_are_no_labels(tmp_path: Path, name: str) -> None:
+    """Though no other column is left, and they would do as indices of classes."""
+    file = str(write_csv(tmp_path / "rows.csv", [("0", "a film"), ("1", "a plot")], (name, "text")))
+    refused = pytest.raises(FastpeftError, match=r"cannot tell which column of .* Name it with --label-column")
+    with refused:
+        load_rows(file, ["negative", "positive"], CLASSIFICATION)
+    with refused:
+        load_data(file)
+    assert load_data(file, label_column=name).labels == ["0", "1"]
 
 
 def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
@@ -299,6 +331,21 @@ def test_numbers_that_are_not_all_whole_are_scores(tmp_path: Path) -> None:
         load_data(lacking)
 
 
+def test_decimal_commas_are_refused(tmp_path: Path) -> None:
+    """As spreadsheets write numbers where `;` stands between columns."""
+    file = tmp_path / "rows.csv"
+    file.write_text("text;score\n" + "".join(f"text {n};{n % 4}{',5' * (n % 2)}\n" for n in range(20)))
+    with pytest.raises(
+        FastpeftError, match=r"column 'score' of .* has numbers with a comma, as '1,5'\. Write them with"
+    ):
+        load_data(str(file))
+    with pytest.raises(FastpeftError, match=r"row 2 of .* has '1,5' .* with a decimal point, as 1\.5, and no comma"):
+        load_data(str(file), problem_type="regression")
+    assert load_data(str(file), problem_type="classification").labels == ["0", "1,5", "2", "3,5"]
+    file.write_text("text;label\n" + "".join(f"text {n};{('1,5', 'none')[n % 2]}\n" for n in range(20)))
+    assert load_data(str(file)).labels == ["1,5", "none"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("tags", ["names", "numbers"])
 def test_tags_are_names_or_numbers(tmp_path: Path, suffix: str, tags: str) -> None:
@@ -329,6 +376,34 @@ def test_names_of_classes_stand_beside_their_numbers(tmp_path: Path) -> None:
     del rows[7]["label"]
     with pytest.raises(FastpeftError, match="label"):
         load_data(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+
+
+def save_encoded(folder: Path, **parts: list[str]) -> str:
+    """A data set of two parts whose classes were encoded one part at a time."""
+    made = {name: datasets.Dataset.from_dict({"text": labels, "label": labels}) for name, labels in parts.items()}
+    datasets.DatasetDict({name: part.class_encode_column("label") for name, part in made.items()}).save_to_disk(folder)
+    return str(folder)
+
+
+def write_encoded(folder: Path, **parts: list[str]) -> str:
+    """The same as files with the names beside the numbers."""
+    folder.mkdir()
+    for name, labels in parts.items():
+        numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+        rows = [{"text": label, "label": numbers[label], "label_text": label} for label in labels]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return str(folder)
+
+
+@pytest.mark.parametrize("write", [save_encoded, write_encoded])
+def test_every_part_numbers_its_classes_by_itself(tmp_path: Path, write: Callable[..., str]) -> None:
+    train = ["anger", "joy", "sad"] * 4
+    folder = write(tmp_path / "data", train=train, validation=["joy", "sad"])
+    data = load_data(folder)
+    assert (data.labels, data.dev.texts, data.dev.labels) == (["anger", "joy", "sad"], ["joy", "sad"], [1, 2])
+    assert load_rows(folder, data.labels, CLASSIFICATION) == data.dev
+    with pytest.raises(FastpeftError, match="'new', which is not among the trained ones: anger, joy, sad"):
+        load_data(write(tmp_path / "new", train=train, validation=["joy", "new"]))
 
 
 def test_numbers_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

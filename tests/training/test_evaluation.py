@@ -74,6 +74,25 @@ def test_a_run_on_single_texts_is_not_measured_on_pairs(config: TrainConfig, tmp
         evaluate(folder)
 
 
+def test_other_data_is_read_by_the_columns_of_the_run(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it has others with usual names, unless it has none of the run's own."""
+    rows = [(f"text {n}", "zzz", text, label) for n, (text, label) in enumerate(reviews(30))]
+    file = str(write_csv(tmp_path / "rows.csv", rows, ("text", "label", "summary", "verdict")))
+    usual = str(write_csv(tmp_path / "usual.csv", reviews(30)))
+    config = replace(config, method="head", data=file, max_steps=1, text_column="summary", label_column="verdict")
+    folder = train(config).folder
+    expected = evaluate(folder, usual)
+    assert "usual.csv has no column 'summary', which the run was trained with" in caplog.text
+    assert "usual.csv has no column 'verdict', which the run was trained with" in caplog.text
+    caplog.clear()
+    assert evaluate(folder, file) == expected
+    assert "trained with" not in caplog.text
+    with pytest.raises(FastpeftError, match="'zzz', which is not among the trained ones: negative, positive"):
+        evaluate(folder, file, label_column="label")
+
+
 @pytest.mark.parametrize("given", [{"threshold": "auto"}, {"metric": "accuracy", "save_steps": 2}], ids=str)
 def test_curves_are_of_dev_rows_alone_and_of_steps_in_order(config: TrainConfig, given: dict[str, Any]) -> None:
     result = train(replace(config, max_steps=4, **given))

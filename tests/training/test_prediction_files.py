@@ -19,7 +19,7 @@ from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
 from fastpeft.data.tables import read_apart
 from fastpeft.training import prediction_files
-from fastpeft.training.prediction import predict
+from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions, writing
 
 TEXTS = ["a lovely film", "the plot, is\nvery dull", 'the "end" is funny']
@@ -118,6 +118,17 @@ def test_columns_are_picked(place: Path, header: tuple[str, ...], options: tuple
     assert run("classes", "--file", "rows.csv", *options).stdout.endswith(f"\t{TEXTS[0]}\n")
     run("classes", "--file", "rows.csv", *options, "--output", "out.csv")
     assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:]]
+
+
+def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: Path, runs: Path) -> None:
+    given = {"method": "head", "max_steps": 1, "text_column": "review", "label_column": "stars"}
+    train(TrainConfig(output="named", model=str(runs / "model"), data=str(runs / "reviews.csv"), **given))
+    write_csv(place / "rows.csv", [(TEXTS[0], "a comment")], ("review", "text"))
+    write_csv(place / "usual.csv", [(TEXTS[0],)], ("text",))
+    own, usual = (run("named", "--file", file) for file in ("rows.csv", "usual.csv"))
+    assert own.stdout == usual.stdout
+    assert own.stderr == ""
+    assert "usual.csv has no column 'review', which the run was trained with" in " ".join(usual.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,18 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     assert [(row["word"], row["tag"], row["probability"]) for row in rows if row["row"] == 2] == [
         (word, tag, pytest.approx(p, abs=1e-6)) for word, (tag, p) in zip(tagged(2)[1]["tokens"], said)
     ]
+
+
+def test_a_pair_is_read_as_in_training(place: Path) -> None:
+    """With its spaces, which many tokenizers see; those around a tab in one string are none of its texts."""
+    predictor = Predictor("pairs")
+    pair = (" a lovely film", "the end ")
+    for given in (pair, list(pair)):
+        assert predictor.take(given).text == pair
+    assert predictor.take(" a lovely film\t the end ").text == ("a lovely film", "the end")
+    write_csv(place / "rows.csv", [pair], ("text1", "text2"))
+    ((found, _),) = Predictions("pairs", file="rows.csv")
+    assert found[0].text == pair
 
 
 def test_every_class_is_shown(place: Path) -> None:
