@@ -6,7 +6,7 @@ Of a token the backbone keeps its keys and values, as transformers caches them. 
 - the keys of its window, `C_i + p_i` for the k slots, k D numbers, which are the values too. A slot outside the
   backbone keeps `p_i`, so that all blocks read k T keys. A gate reads a token's own feature only, and keeps nothing.
 
-So a token takes (2 + k) D L numbers more, for LST 2 D L. None is computed twice.
+So a token takes (2 + k) D numbers more for each block, for LST 2 D. None is computed twice.
 
 Dimension letters as in `side.py`; T counts all tokens so far, N those of this pass.
 """

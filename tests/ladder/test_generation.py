@@ -195,6 +195,17 @@ def test_a_form_from_before_it_had_a_name(tmp_path: Path) -> None:
     assert model.config.normalise_features is False
 
 
+def test_what_was_saved_before_there_was_a_number_of_blocks_has_one_for_each_layer(tmp_path: Path) -> None:
+    base = tiny(num_hidden_layers=8)
+    ladder(base, layers_per_block=1).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values.pop("layers_per_block") == 1
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert len(LadderModel.from_pretrained(tmp_path, base=base).side.blocks) == 8
+    assert ladder(base).config.layers_per_block == 2, "the number that None is, is kept"
+
+
 def test_a_member_that_takes_over_another_form_leaves_its_pool(tmp_path: Path) -> None:
     moved(tiny(head="ForTokenClassification"), residual=False).save_pretrained(tmp_path)
     pool = LadderPool(tiny(head="ForTokenClassification"))
