@@ -160,12 +160,13 @@ _METHODS = (  # what the goal compares comes first, what takes longest last
 )
 _WIDE = ":rank=8:targets=all-linear"
 _SPEAKING = (
-    "lst:layers_per_block=5:normalise_features=true",
-    "lst:layers_per_block=5:normalise_features=true:examples=8",
+    "lst",
+    "k-lst:window=9",
+    "lst:examples=8",
+    "k-lst:window=9:residual=true",
     f"lora{_WIDE}",
-    "k-lst:window=9:layers_per_block=5:normalise_features=true",
-    "lst:layers_per_block=1",
-    "k-lst:window=9:layers_per_block=1",
+    "lst:layers_per_block=1:normalise_features=false",
+    "k-lst:window=9:layers_per_block=1:residual=true",
     f"siva{_WIDE}",
     "last-n",
     "full",

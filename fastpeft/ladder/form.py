@@ -16,12 +16,11 @@ def decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
     attends = config.fusion == "cross_attention"
     residual: Residual | None = config.residual
     if residual is None:
-        # with the state tags are far better, and words were worse
-        residual = attends and (STATE if backbone.tags else backbone.answers_tokens)
+        residual = STATE if attends and backbone.answers_tokens else False
     defaults = {
         "output_mix": "add" if backbone.decoder is not None else False,
         "residual": residual,
-        "normalise_features": bool(residual) or (attends and bool(config.causal)),
+        "normalise_features": bool(residual) or bool(config.causal),
     }
     decided = {field: value for field, value in defaults.items() if getattr(config, field) is None}
     for field, value in decided.items():
