@@ -176,7 +176,12 @@ _SPEAKING = (
     "mezo",
 )
 TASKS = {
-    "sst2": Evidence(sst2, {"suite": "table1", "methods": ("k-lst:window=9", "lst")}, {"epochs": 1, "bf16": False}),
+    "sst2": Evidence(
+        sst2,
+        {"suite": "table1", "methods": ("k-lst:window=9", "lst")},
+        # packs are made where a processor gains by them: without them memory is the same on all
+        {"epochs": 1, "bf16": False, "pack_weights": False},
+    ),
     "trec": Evidence(trec, {"methods": _METHODS}, {"epochs": 3}),
     "wnut17": Evidence(wnut17, {"methods": _METHODS}, {"epochs": 3}),
     "e2e": Evidence(e2e, {"methods": _SPEAKING}, {"objective": "causal", "epochs": 1}, said),
