@@ -314,10 +314,11 @@ class Prompt:
         excess = len(offsets) - limit
         if excess <= 0:
             return list(range(len(offsets)))
-        texts = [
-            [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
-            for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0]))
-        ]
+        texts = []
+        for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0])):
+            inside = [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
+            # to the last one: some tokenizers say of a space between words that it has no width
+            texts.append(list(range(inside[0], inside[-1] + 1)) if inside else [])
         if excess > sum(map(len, texts)):
             raise FastpeftError(
                 f"`max_length` {limit} leaves no room for the template {self.template!r}, which alone takes "

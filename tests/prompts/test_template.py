@@ -121,6 +121,15 @@ def test_the_longer_text_is_cut_first(word_piece: Any, limit: int, expected: str
     assert tokens(word_piece, row) == expected.split()
 
 
+@pytest.mark.parametrize("line", ["it was.  ", "a      b     c\n", "    x = 1\n", "good ☕ "])
+def test_spaces_of_a_text_are_cut_with_it(tokenizer: Any, line: str) -> None:
+    """Some tokenizers make tokens of a space alone, which have no width."""
+    (whole,) = SINGLE.encode(tokenizer, [line * 20])
+    (row,) = SINGLE.encode(tokenizer, [line * 20], max_length=16)
+    rest = len(SINGLE.encode(tokenizer, [""])[0]["input_ids"]) - 1  # without the token at the start
+    assert row["input_ids"] == whole["input_ids"][: 16 - rest] + whole["input_ids"][-rest:]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_cutting_keeps_template_mask_and_starts_of_texts(data: st.DataObject) -> None:
