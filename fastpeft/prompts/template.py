@@ -288,7 +288,7 @@ class Prompt:
         line, spans = "", {}
         for part in self._parts:
             if part == MASK:
-                line = line.rstrip()  # the label word brings its own space; a space alone would be a token to some
+                line = line.rstrip(" ")  # the label word brings its own space; a space alone would be a token to some
                 piece = tokenizer.mask_token or ""
             else:
                 piece = values[part].strip() if part in values else part

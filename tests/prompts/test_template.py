@@ -236,6 +236,22 @@ def test_leading_space_follows_the_template() -> None:
         assert tokenizer.convert_ids_to_tokens(ids) == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "end"), [("{text}\n<mask>", "Ċ"), ("{text}:\t <mask>", "ĉ"), ("{text}: <mask>", ":")]
+)
+def test_a_decoder_reads_the_line_break_that_its_words_follow(template: str, end: str) -> None:
+    tokenizer = copy.deepcopy(make_tokenizer("byte-level"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.mask_token = None
+    prompt = Prompt(template, ["in", "re"])
+    (row,) = prompt.encode(tokenizer, ["a film"])
+    words = [row["input_ids"] + [word] for word in prompt.label_ids(tokenizer)]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"])[-1] == end
+    assert [tokenizer.decode(line, skip_special_tokens=True) for line in words] == [
+        template.replace("{text}", "a film").replace("<mask>", word) for word in ("in", "re")
+    ]
+
+
 @pytest.mark.parametrize("word", ["terribleness", "very good", "zz", "☕"])
 def test_a_word_of_several_tokens_is_told_with_neighbours(tokenizer: Any, word: str) -> None:
     with pytest.raises(FastpeftError, match="each label word must be one token") as caught:
