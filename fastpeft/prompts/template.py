@@ -107,8 +107,8 @@ class Prompt:
         """This prompt with its words in the order of a data set's classes.
 
         Classes are matched by name, whatever their case, spaces and signs, unless that makes two of them one, as of
-        -1 and 1. Where one side only numbers them from 0, they are matched by position. With head="classifier" no word
-        is read, and words of other classes stay as they are.
+        -1 and 1. Where one side only numbers them from 0 and the other has other names, they are matched by position.
+        With head="classifier" no word is read, and words of other classes stay as they are.
 
         Raises:
             FastpeftError: a class has no word, or a word no class, and the head reads them.
@@ -119,7 +119,8 @@ class Prompt:
         key = plain if one_to_one else str
         own = {key(label): word for label, word in self.label_words.items()}
         numbered = [str(index) for index in range(len(own))]
-        if len(labels) == len(own) and numbered in (list(labels), self.labels):
+        others = own.keys() != set(map(key, labels))
+        if others and len(labels) == len(own) and numbered in (list(labels), self.labels):
             return replace(self, label_words=dict(zip(labels, own.values())))
         missing = [label for label in labels if key(label) not in own]
         strange = [label for label in self.labels if key(label) not in map(key, labels)]
@@ -366,7 +367,8 @@ def _by_class(words: Any) -> dict[str, str]:
     """Label words as given, by the names of their classes in order."""
     if not isinstance(words, Mapping):
         words = dict(enumerate([words] if isinstance(words, str) else words))
-    if all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words):
+    numbers = all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words)
+    if numbers and 0 in map(int, words):  # else they are names, as of stars from 1 to 5
         words = {int(label): word for label, word in words.items()}
         left_out = next((label for label in range(len(words)) if label not in words), None)
         if left_out is not None:

@@ -283,6 +283,10 @@ def test_words_follow_the_classes_of_the_data() -> None:
         assert signed.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
         with pytest.raises(FastpeftError, match=f"no word for {names[0]}x"):
             signed.for_labels([f"{names[0]}x", names[1]])
+    numbered = Prompt(SINGLE.template, {"1": "great", "0": "terrible"})
+    assert numbered.for_labels(["1", "0"]).label_words == {"1": "great", "0": "terrible"}
+    stars = Prompt(SINGLE.template, {2: "good", 1: "bad"})
+    assert stars.for_labels(["1", "2"]).label_words == {"1": "bad", "2": "good"}
     with pytest.raises(FastpeftError, match="no word for mixed"):
         prompt.for_labels(["negative", "positive", "mixed"])
     with pytest.raises(FastpeftError, match="words for unknown negative"):
