@@ -121,6 +121,15 @@ def test_a_model_that_hides_its_encoder_is_read_in_full(monkeypatch: pytest.Monk
     torch.testing.assert_close(logits(model), expected, **CLOSE)
 
 
+def test_vectors_before_the_words_move_the_masks() -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="FEATURE_EXTRACTION")
+    model = PromptModel(peft.get_peft_model(masked_lm(), config), tokenizer_of("Roberta"), PROMPT).eval()
+    inputs = batch(labels=False)
+    masks = inputs.pop("mask_positions") + 5
+    full = model.masked_lm(**inputs).logits[range(len(TEXTS)), masks][:, model.label_ids]
+    torch.testing.assert_close(logits(model), full, **CLOSE)
+
+
 def test_masks_are_found_where_their_positions_are_not_given() -> None:
     model = prompted()
     torch.testing.assert_close(logits(model, mask_positions=None), logits(model), rtol=0, atol=0)
