@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.mezo.closure import check_repeated, dropout_off, loss_of
+from fastpeft.mezo.closure import check_repeated, loss_of
 from fastpeft.mezo.estimator import CHOICES, HOME, Estimator, Point, is_number
 from fastpeft.mezo.journal import Journal
 from fastpeft.mezo.journal_format import Kind, Record
@@ -24,6 +24,7 @@ from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
 from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
 from fastpeft.ops.noise import NAMES
+from fastpeft.support.dropout import dropout_off
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 

@@ -28,6 +28,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
+from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS, source_options
 
 
@@ -102,6 +103,7 @@ class PromptModel(PreTrainedModel):
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
         super().__init__(config)
         self.masked_lm: Any = masked_lm  # its name is in checkpoints
+        self.training = masked_lm.training  # not train(), which would change the modules in it
         self.tokenizer = tokenizer
         self.prompt = prompt
         label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
@@ -217,13 +219,9 @@ class PromptModel(PreTrainedModel):
         rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
-        training = self.training
-        self.eval()
-        try:
+        with dropout_off(self):
             for chosen in by_length(rows, batch_size):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
-        finally:
-            self.train(training)
         return logits
 
     def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:

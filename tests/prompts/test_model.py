@@ -209,6 +209,17 @@ def test_memory_of_a_step_can_be_simulated() -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_asking_for_logits_leaves_each_module_in_its_mode(mode: bool) -> None:
+    model = masked_lm().train(mode)
+    model.roberta.embeddings.eval()
+    before = {module: module.training for module in model.modules()}
+    prompted = PromptModel(model, tokenizer_of("Roberta"), PROMPT, calibrate=True)
+    prompted.predict_logits(TEXTS)
+    assert prompted.training is mode
+    assert {module: module.training for module in model.modules()} == before
+
+
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_round_trip(tmp_path: Path, calibrate: bool) -> None:
     model = prompted(calibrate=calibrate)
