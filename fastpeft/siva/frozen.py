@@ -152,7 +152,9 @@ def check_kind(base_layer: nn.Module, name: str) -> None:
     forward = kind.forward if hasattr(base_layer, "_hf_hook") else getattr(base_layer.forward, "__func__", None)
     plain = forward in (nn.Linear.forward, Conv1D.forward, Packed.forward) or kind.__name__ in _PLAIN
     problem = None
-    if not (plain or is_in_4_bits(base_layer)):
+    if "weight" not in base_layer._parameters:  # it would come out of its parts again, whatever is stored in it
+        problem = "has a weight that is computed from others, as by weight_norm"
+    elif not (plain or is_in_4_bits(base_layer)):
         problem = f"is a {kind.__name__} with a forward of its own"
     elif base_layer._forward_pre_hooks or base_layer._forward_hooks:
         problem = "has hooks on its forward"

@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from siva_adapters import CLOSE, RESIDUALS, move
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -71,6 +72,18 @@ def _hooked(layer: nn.Linear, where: str) -> nn.Linear:
     [
         (lambda: Twice(20, 12), "the layer is a Twice with a forward of its own"),
         (lambda: _patched(nn.Linear(20, 12)), "the layer is a Linear with a forward of its own"),
+        (
+            lambda: weight_norm(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
+        (
+            lambda: orthogonal(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
+        (
+            lambda: nn.utils.weight_norm(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
         (lambda: _hooked(nn.Linear(20, 12), "forward_hook"), "the layer has hooks on its forward"),
         (lambda: _hooked(nn.Linear(20, 12), "forward_pre_hook"), "the layer has hooks on its forward"),
     ],
