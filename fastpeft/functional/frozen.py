@@ -18,7 +18,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Te
     smallest value to its largest, 0 among them.
 
     Args:
-        x: `(*, in_features)`, a floating dtype.
+        x: `(*, in_features)`, a floating dtype; a CPU computes others than float32 and bfloat16 in float32.
         codes: int8 `(out_features, in_features)`; `codes * scales` is the weight.
         scales: float32 `(out_features,)` or `(out_features, 1)`.
         sums: int32 `(out_features,)`, the sums of the rows of codes.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional import mezo_perturb_
-from fastpeft.mezo.closure import dropout_off
 from fastpeft.mezo.estimator import HOME, Number, Term, moves, update
 from fastpeft.mezo.optimizer import MeZO
 from fastpeft.mezo.sharding import is_sharded
+from fastpeft.support.dropout import dropout_off
 
 _LARGEST = torch.finfo(torch.float32).max
 

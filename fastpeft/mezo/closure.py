@@ -1,16 +1,14 @@
-"""What a closure that computes a loss must do: return one number, the same for the same weights, without dropout."""
+"""What a closure that computes a loss must do: return one number, the same for the same weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 
 
@@ -38,17 +36,3 @@ def check_repeated(first: Sequence[float], second: Sequence[float], ranks: Ranks
                 "every call see the same batch, and use deterministic kernels "
                 "(torch.use_deterministic_algorithms(True))."
             )
-
-
-@contextmanager
-def dropout_off(model: nn.Module | None) -> Iterator[None]:
-    """Put the model, if one is given, in eval mode; afterwards each module is as it was."""
-    training = [] if model is None else [module for module in model.modules() if module.training]
-    try:
-        if model is not None:
-            model.eval()
-        yield
-    finally:
-        with uninterrupted():
-            for module in training:
-                module.training = True  # not train(), which would change the modules below it as well

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.errors import FastpeftError, NotFiniteError
-from fastpeft.mezo.closure import check_repeated, dropout_off, loss_of
+from fastpeft.mezo.closure import check_repeated, loss_of
 from fastpeft.mezo.estimator import CHOICES, HOME, Estimator, Point, is_number
 from fastpeft.mezo.journal import Journal
 from fastpeft.mezo.journal_format import Kind, Record
@@ -24,12 +24,13 @@ from fastpeft.mezo.replay import describe_groups
 from fastpeft.mezo.saved_state import SavedState
 from fastpeft.mezo.sharding import check_sharding, digest, fingerprints, reshard
 from fastpeft.ops.noise import NAMES
+from fastpeft.support.dropout import dropout_off
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.support.processes import Ranks
 
 logger = logging.getLogger(__name__)
 
-_WATCH_EVERY = 100  # steps; while each op is looked at, nothing that torch.compile made runs
+_WATCH_EVERY = 100  # steps; to look at each op takes long
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -73,7 +74,8 @@ class MeZO(torch.optim.Optimizer):
             buffer of the size of the largest module, which is filled when the forward reaches a module (for embeddings,
             with the rows looked up); the stored weights change only by the update. Every trained parameter must be read
             in the forward of its own module. Other reads are refused by name at the first step, at each hundredth, and
-            after a step with g = 0; at other steps such a read sees theta itself.
+            after a step with g = 0; at other steps such a read sees theta itself. A model of `torch.compile` runs
+            uncompiled.
         rounding: of the update with "exact", whose terms are added in float32: "stochastic" (unbiased, by counters of
             the step's seed) or "nearest", which loses updates smaller than half of a weight's spacing.
         model: the model that has the parameters or groups, where these are given.

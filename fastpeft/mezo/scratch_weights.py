@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ class ScratchWeights:
         self._depths: list[int] = []  # how many of these each running module has
         self._filling = False
         self._handles: list[Any] = []  # of the hooks that do all this
-        self._watch: _Watch | None = None
+        self._within = ExitStack()  # what is in force from `begin` to `end`
         # for each storage the bytes (begin, end) of the trained parameters in it, and their names
         self._names: dict[int, list[tuple[int, int, str]]] = {}
         # for each module its trained parameters: the module that holds one, its name there and the parameter
@@ -94,20 +96,20 @@ class ScratchWeights:
         for module in self._owned:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; what is compiled would run without the hooks
+            self._within.enter_context(torch.compiler.set_stance("force_eager"))
         if check:
-            self._watch = _Watch(self)
-            self._watch.__enter__()
+            self._within.enter_context(_Watch(self))
 
     @uninterrupted()
     def end(self) -> None:
         """Take all hooks off and put each parameter back, wherever an exception ended a forward."""
-        if self._watch is not None:
-            self._watch.__exit__(None, None, None)
+        self._within.close()
         for handle in self._handles:
             handle.remove()
         for holder, name, param in reversed(self._borrowed):
             holder._parameters[name] = param  # type: ignore[assignment]
-        self._handles, self._borrowed, self._depths, self._watch = [], [], [], None
+        self._handles, self._borrowed, self._depths = [], [], []
 
     def refuse_bare(self, tensors: Any) -> None:
         """Raise if an argument of an op is a trained parameter itself, while the forward should see a perturbed one."""

@@ -65,7 +65,8 @@ class MeZOConfig(TrainingArguments):
             the method's recipe: 1e-6, constant, 16.
 
     Raises:
-        FastpeftError: `fp16` is set; or `save_weights` is False without `journal`, or with `load_best_model_at_end`.
+        FastpeftError: `fp16` or `neftune_noise_alpha` is set; or `save_weights` is False without `journal`, or with
+            `load_best_model_at_end`.
     """
 
     eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
@@ -87,6 +88,11 @@ class MeZOConfig(TrainingArguments):
             raise FastpeftError(
                 "MeZOConfig: fp16=True scales losses for a backward pass, and MeZO makes none. Load the model in half "
                 "precision instead (dtype=torch.float16), or use bf16=True."
+            )
+        if self.neftune_noise_alpha:
+            raise FastpeftError(
+                "MeZOConfig: neftune_noise_alpha is for embeddings in training mode, in which MeZO has none; it is "
+                f"{self.neftune_noise_alpha}. Leave it out."
             )
         if not self.save_weights and (not self.journal or self.load_best_model_at_end):
             raise FastpeftError(

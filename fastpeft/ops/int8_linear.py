@@ -14,6 +14,7 @@ from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.products import as_matrix
 from fastpeft.support.processor import has_int8
 
+_DTYPES = (torch.float32, torch.bfloat16)  # of x, on a CPU
 _STEPS = 255  # between the smallest and the largest code
 _LEAST = 1e-30  # a range below which a row is taken for zeros
 
@@ -83,15 +84,17 @@ define(
 
 
 def can_multiply_int8(x: Tensor) -> bool:
-    """Whether the processor multiplies in int8 faster than it dequantises: x is float32 or bfloat16 on such a CPU.
+    """Whether the processor multiplies in int8 faster than it dequantises: in float32 or bfloat16 on such a CPU.
 
     A fake tensor simulates a card.
     """
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not isinstance(x, FakeTensor)
+    fits = x.device.type == "cpu" and compute_dtype(x, x) in _DTYPES and not isinstance(x, FakeTensor)
     return fits and has_int8()
 
 
 def multiply(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
-    """The op, under autocast in its dtype, outside of autograd."""
-    h: Tensor = torch.ops.fastpeft.int8_linear(x.to(compute_dtype(x, x)), codes, scales, sums, bias)
-    return h
+    """The op, under autocast in its dtype, outside of autograd; on a CPU other dtypes are computed in float32."""
+    dtype = compute_dtype(x, x)
+    inside = torch.float32 if x.device.type == "cpu" and dtype not in _DTYPES else dtype
+    h: Tensor = torch.ops.fastpeft.int8_linear(x.to(inside), codes, scales, sums, bias)
+    return h.to(dtype)

@@ -6,9 +6,9 @@
 - `nf4-double`: the same, with the magnitudes in 8 bits, in blocks of 256 with a scale of their own, as QLoRA has them
   (double quantisation). 0.516 bytes a weight.
 
-Where nothing needs a gradient and the processor has instructions for it, int8 codes are multiplied as they are, with
-activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product makes numbers of them, in the dtype of its
-input (`fastpeft/ops/quantised_linear.py`).
+In a side network's backbone, where nothing needs a gradient and the processor has instructions for it, int8 codes are
+multiplied as they are, with activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product makes numbers of
+them, in the dtype of its input (`fastpeft/ops/quantised_linear.py`).
 """
 
 from __future__ import annotations

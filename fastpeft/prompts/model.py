@@ -28,6 +28,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file
+from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS, source_options
 
 
@@ -68,7 +69,8 @@ class PromptModel(PreTrainedModel):
         Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
         and the Trainer do with checkpoints, but saves the adapter alone (`prompt.save` keeps the prompt).
         `PromptModel(get_peft_model(masked_lm, SivaConfig()), ...)` saves both, as an adapter that fits the plain masked
-        model, but cannot resume from the Trainer's checkpoints.
+        model, but cannot resume from the Trainer's checkpoints. Vectors before the tokens, as of prompt tuning, go
+        inside it: around it PEFT would not move `mask_positions` with the tokens.
 
     Example:
         >>> prompt = Prompt("{text} It was <mask>.", {0: "terrible", 1: "great"})
@@ -101,6 +103,7 @@ class PromptModel(PreTrainedModel):
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
         super().__init__(config)
         self.masked_lm: Any = masked_lm  # its name is in checkpoints
+        self.training = masked_lm.training  # not train(), which would change the modules in it
         self.tokenizer = tokenizer
         self.prompt = prompt
         label_ids = torch.tensor(prompt.label_ids(tokenizer), device=self.device)
@@ -157,13 +160,15 @@ class PromptModel(PreTrainedModel):
             "output_hidden_states": output_hidden_states,
             "use_cache": False if is_of_decoder(self.tokenizer) else None,
         }
-        with _only_masks(self.core, mask_positions):
+        given = inputs_embeds if input_ids is None else input_ids
+        length = 0 if given is None else given.shape[1]  # of nothing the model inside says that it needs something
+        with _only_masks(self.core, mask_positions, length):
             output = self.masked_lm(
                 **{name: value for name, value in arguments.items() if value is not None}, return_dict=True
             )
         scores = output.logits
         # a model that hides its encoder has computed all positions
-        scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions)[:, 0]
+        scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions, length)[:, 0]
         logits = scores.index_select(-1, self.label_ids).float() - self.calibration
         loss = None if labels is None else F.cross_entropy(logits, labels)
         result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
@@ -214,13 +219,9 @@ class PromptModel(PreTrainedModel):
         rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
-        training = self.training
-        self.eval()
-        try:
+        with dropout_off(self):
             for chosen in by_length(rows, batch_size):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
-        finally:
-            self.train(training)
         return logits
 
     def around(self, wrap: Callable[[nn.Module], nn.Module]) -> PromptModel:
@@ -399,14 +400,21 @@ def _check_tokenizer(model: Any, tokenizer: Any) -> None:
     )
 
 
-def _at(states: Tensor, positions: Tensor) -> Tensor:
-    """Of `states` `(B, T, ...)`, each row's at its position: `(B, 1, ...)`."""
-    return states[torch.arange(len(states), device=states.device), positions.to(states.device)].unsqueeze(1)
+def _at(states: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Of `states` `(B, T, ...)`, each row's at its position: `(B, 1, ...)`.
+
+    Args:
+        states: of `length` tokens, after those of vectors that PEFT put before them, as prompt tuning does.
+        positions: `(B,)`, among the tokens.
+        length: how many tokens a row has.
+    """
+    positions = positions.to(states.device) + (states.shape[1] - length)
+    return states[torch.arange(len(states), device=states.device), positions].unsqueeze(1)
 
 
 @contextmanager
-def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
-    """Within, the head of `model` gets its encoder's output at `positions` only.
+def _only_masks(model: Any, positions: Tensor, length: int) -> Iterator[None]:
+    """Within, the head of `model` gets its encoder's output at `positions` among `length` tokens only.
 
     Heads for words work position by position, so the result at a mask is the same. An encoder's output that is not
     `(B, T, d)`, as of an encoder that packs sequences, is left as it is.
@@ -420,7 +428,7 @@ def _only_masks(model: Any, positions: Tensor) -> Iterator[None]:
         # replicas of nn.DataParallel share their hooks: each obeys its own
         if module is not encoder or output[0].dim() != 3 or len(output[0]) != len(positions):
             return output
-        kept = _at(output[0], positions)
+        kept = _at(output[0], positions, length)
         if isinstance(output, tuple):
             return (kept, *output[1:])
         output[next(iter(output))] = kept

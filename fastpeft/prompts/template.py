@@ -107,8 +107,8 @@ class Prompt:
         """This prompt with its words in the order of a data set's classes.
 
         Classes are matched by name, whatever their case, spaces and signs, unless that makes two of them one, as of
-        -1 and 1. Where one side only numbers them from 0, they are matched by position. With head="classifier" no word
-        is read, and words of other classes stay as they are.
+        -1 and 1. Where one side only numbers them from 0 and the other has other names, they are matched by position.
+        With head="classifier" no word is read, and words of other classes stay as they are.
 
         Raises:
             FastpeftError: a class has no word, or a word no class, and the head reads them.
@@ -119,7 +119,8 @@ class Prompt:
         key = plain if one_to_one else str
         own = {key(label): word for label, word in self.label_words.items()}
         numbered = [str(index) for index in range(len(own))]
-        if len(labels) == len(own) and numbered in (list(labels), self.labels):
+        others = own.keys() != set(map(key, labels))
+        if others and len(labels) == len(own) and numbered in (list(labels), self.labels):
             return replace(self, label_words=dict(zip(labels, own.values())))
         missing = [label for label in labels if key(label) not in own]
         strange = [label for label in self.labels if key(label) not in map(key, labels)]
@@ -288,7 +289,7 @@ class Prompt:
         line, spans = "", {}
         for part in self._parts:
             if part == MASK:
-                line = line.rstrip()  # the label word brings its own space; a space alone would be a token to some
+                line = line.rstrip(" ")  # the label word brings its own space; a space alone would be a token to some
                 piece = tokenizer.mask_token or ""
             else:
                 piece = values[part].strip() if part in values else part
@@ -314,10 +315,11 @@ class Prompt:
         excess = len(offsets) - limit
         if excess <= 0:
             return list(range(len(offsets)))
-        texts = [
-            [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
-            for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0]))
-        ]
+        texts = []
+        for start, end in (spans[name] for name in (_SLOTS[1] if self.is_pair else _SLOTS[0])):
+            inside = [i for i, (left, right) in enumerate(offsets) if start <= left < right <= end]
+            # to the last one: some tokenizers say of a space between words that it has no width
+            texts.append(list(range(inside[0], inside[-1] + 1)) if inside else [])
         if excess > sum(map(len, texts)):
             raise FastpeftError(
                 f"`max_length` {limit} leaves no room for the template {self.template!r}, which alone takes "
@@ -365,7 +367,8 @@ def _by_class(words: Any) -> dict[str, str]:
     """Label words as given, by the names of their classes in order."""
     if not isinstance(words, Mapping):
         words = dict(enumerate([words] if isinstance(words, str) else words))
-    if all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words):
+    numbers = all(isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) for label in words)
+    if numbers and 0 in map(int, words):  # else they are names, as of stars from 1 to 5
         words = {int(label): word for label, word in words.items()}
         left_out = next((label for label in range(len(words)) if label not in words), None)
         if left_out is not None:

@@ -11,12 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.dtypes import compute_dtype
+from fastpeft.ops.frozen_linear import Packed
 from fastpeft.ops.packing import Packs, is_token
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract
 from fastpeft.siva.four_bits import WeightIn4Bits, is_in_4_bits
 from fastpeft.support.fingerprints import fingerprint
 
+_PLAIN = ("FalconLinear",)  # layers that compute x W^T + b in a forward of their own
 # weight, u, s, v, bias and packs, as `siva_linear` takes them
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Packs | None]
 
@@ -139,11 +141,27 @@ def says_token(x: Tensor, operands: Operands) -> bool:
 
 
 def check_kind(base_layer: nn.Module, name: str) -> None:
-    """Raise `FastpeftError` unless SiVA knows the kind of layer."""
+    """Raise `FastpeftError` unless SiVA knows the kind of layer, and all that its call computes."""
+    kind = type(base_layer)
     if not isinstance(base_layer, (nn.Linear, Conv1D)):
         raise FastpeftError(
-            f"{name} is a {type(base_layer).__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it "
-            "out of target_modules."
+            f"{name} is a {kind.__name__}; SiVA adapts nn.Linear and transformers' Conv1D. Leave it out of "
+            "target_modules."
+        )
+    # accelerate's hooks replace the forward of an instance; they move x and the weight alone
+    forward = kind.forward if hasattr(base_layer, "_hf_hook") else getattr(base_layer.forward, "__func__", None)
+    plain = forward in (nn.Linear.forward, Conv1D.forward, Packed.forward) or kind.__name__ in _PLAIN
+    problem = None
+    if "weight" not in base_layer._parameters:  # it would come out of its parts again, whatever is stored in it
+        problem = "has a weight that is computed from others, as by weight_norm"
+    elif not (plain or is_in_4_bits(base_layer)):
+        problem = f"is a {kind.__name__} with a forward of its own"
+    elif base_layer._forward_pre_hooks or base_layer._forward_hooks:
+        problem = "has hooks on its forward"
+    if problem is not None:
+        raise FastpeftError(
+            f"{name} {problem}; SiVA computes x W^T + b in its place, and what it does beside would be lost. Leave the "
+            "layer out with exclude_modules, or put a plain nn.Linear there."
         )
 
 

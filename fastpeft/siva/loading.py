@@ -177,7 +177,7 @@ class LoadableLinear(AdaptedLinear):
     def _take_in(self, name: str) -> None:
         """Split the weight for an adapter whose tensors were set one by one, as by transformers' loader."""
         initial = self._initial(name)
-        if not initial.s.any():
+        if not initial.u.any():  # s is 0 of a weight of zeros too
             raise FastpeftError(
                 f"{self.name}: adapter {name!r} was made with init_weights='saved' and holds nothing yet. Load a "
                 "saved adapter into it, or create it with init_weights=True."

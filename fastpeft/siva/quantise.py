@@ -13,7 +13,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastpeft import functional  # noqa: F401  (registers the ops)
 from fastpeft.errors import FastpeftError
@@ -84,12 +83,10 @@ def quantised_siva_linear(
 
     Notes:
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product makes numbers of
-        them again: on a CPU of some rows of the weight at a time, on a card of all. Without gradients int8 codes are
-        multiplied as they are, where the processor can: see `QuantisedWeight.multiply`.
+        them again: on a CPU of some rows of the weight at a time, on a card of all. int8 codes are never multiplied as
+        they are, as in a side network's backbone, since activations in 8 bits make other outputs: what is evaluated is
+        what trained.
     """
-    if isinstance(rest, QuantisedWeight) and not torch.is_grad_enabled() and x.dtype == dtype and rest.can_multiply(x):
-        u, s, v = (factor.to(dtype) for factor in (u, s, v))
-        return rest.multiply(x, bias).add_(F.linear(F.linear(x, v) * s, u))
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)
     trained = len(s) if trained is None else trained

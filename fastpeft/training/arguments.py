@@ -121,7 +121,7 @@ def _check(first: TrainingArguments, task: Task) -> None:
     for name in ("neftune_noise_alpha", "label_smoothing_factor", "weight_decay", "eval_steps"):
         if (getattr(first, name) or 0) < 0:
             raise ValueError(f"{name} must be at least 0.")
-    if first.neftune_noise_alpha and (is_beside or task.method.optimization.zeroth_order):
+    if first.neftune_noise_alpha and is_beside:
         raise ValueError(f"neftune_noise_alpha is for embeddings in training mode, in which {title} has none.")
     if first.label_smoothing_factor:
         if problem in (REGRESSION, MULTI_LABEL):

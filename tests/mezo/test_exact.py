@@ -102,6 +102,23 @@ def test_siva_factors_of_a_peft_model() -> None:
     assert equal(weights(model), before)
 
 
+def test_a_compiled_model_that_ran_before_takes_the_same_steps() -> None:
+    """Its code has no hooks, and would see theta itself."""
+    slopes = []
+    for compiled in (False, True):
+        model: Any = network(torch.float32)
+        if compiled:
+            model = torch.compile(model, backend="eager")
+            with torch.no_grad():
+                fit(model)()
+        optimizer = MeZO(model, lr=1e-2, eps=EPS, restore="exact")
+        slopes.append([(optimizer.step(fit(model, step)), optimizer.projected_grad) for step in range(4)])
+    assert slopes[0] == slopes[1]
+    assert all(slope for _, slope in slopes[0])
+    compute = torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")
+    assert compute(), "the compiler is on again"
+
+
 def test_stochastic_rounding_keeps_what_nearest_loses() -> None:
     """Updates of a hundredth of the spacing of bfloat16 at 1."""
 

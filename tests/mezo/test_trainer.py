@@ -358,6 +358,8 @@ def test_the_recipe_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FastpeftError, match="fp16=True"):
         config(tmp_path, fp16=True)
+    with pytest.raises(FastpeftError, match="neftune_noise_alpha is for embeddings in training mode"):
+        config(tmp_path, neftune_noise_alpha=5.0)
     with pytest.raises(FastpeftError, match="got a TrainingArguments"):
         MeZOTrainer(language_model(), TrainingArguments(str(tmp_path)))
     model = language_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instructions import supported
 from poison import poisoned_memory
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpeft import freeze, functional
 from fastpeft.ops import aten, reference
 from fastpeft.ops.packing import quantise_rows
+from fastpeft.ops.quantise import QuantisedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 int8_linear = torch.ops.fastpeft.int8_linear
@@ -92,6 +95,23 @@ def test_reads_any_layout() -> None:
     expected = int8_linear(x, *others)
     assert torch.equal(int8_linear(x.t().contiguous().t(), *others), expected)
     assert torch.equal(int8_linear(F.pad(x, (3, 3))[:, 3:-3], *others), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, *others = operands((6,), 20, 9, torch.float32)
+    expected = int8_linear(x.to(dtype).float(), *others).to(dtype)
+    torch.testing.assert_close(functional.int8_linear(x.to(dtype), *others), expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda layer: freeze(layer, "int8"), lambda layer: QuantisedLinear(layer, "int8")])
+def test_layers_in_int8_compute_under_float16_autocast(wrap: Callable[[nn.Linear], nn.Module]) -> None:
+    layer, x = nn.Linear(32, 16).requires_grad_(False), torch.randn(4, 32)
+    expected = layer(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        found = wrap(layer)(x)
+    assert found.dtype is torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

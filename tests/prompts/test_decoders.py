@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import get_peft_model
@@ -95,6 +96,18 @@ def test_the_head_computes_the_last_token_alone(place: Path, task_type: str | No
     adapted = get_peft_model(model, SivaConfig(r=2, target_modules=["q_proj"], task_type=task_type))
     PromptModel(adapted, tokenizer, PROMPT)(**PromptCollator(tokenizer)(PROMPT.encode(tokenizer, TEXTS)))
     assert shapes == [(len(TEXTS), 1, model.config.vocab_size)]
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_vectors_before_the_words_move_what_is_read(place: Path, kind: str) -> None:
+    model, tokenizer = own(place / "Llama")
+    config = getattr(peft, kind)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, config).eval()
+    found = PromptModel(tuned, tokenizer, PROMPT).eval().predict_logits(TEXTS)
+    words = tokenizer.convert_tokens_to_ids([*WORD.values()])
+    for logits, row in zip(found, PROMPT.encode(tokenizer, TEXTS)):
+        ids = torch.tensor([row["input_ids"]])
+        torch.testing.assert_close(logits, tuned(ids, attention_mask=torch.ones_like(ids)).logits[0, -1, words])
 
 
 def _wraps() -> dict[str, Any]:

@@ -121,6 +121,15 @@ def test_a_model_that_hides_its_encoder_is_read_in_full(monkeypatch: pytest.Monk
     torch.testing.assert_close(logits(model), expected, **CLOSE)
 
 
+def test_vectors_before_the_words_move_the_masks() -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="FEATURE_EXTRACTION")
+    model = PromptModel(peft.get_peft_model(masked_lm(), config), tokenizer_of("Roberta"), PROMPT).eval()
+    inputs = batch(labels=False)
+    masks = inputs.pop("mask_positions") + 5
+    full = model.masked_lm(**inputs).logits[range(len(TEXTS)), masks][:, model.label_ids]
+    torch.testing.assert_close(logits(model), full, **CLOSE)
+
+
 def test_masks_are_found_where_their_positions_are_not_given() -> None:
     model = prompted()
     torch.testing.assert_close(logits(model, mask_positions=None), logits(model), rtol=0, atol=0)
@@ -198,6 +207,17 @@ def test_memory_of_a_step_can_be_simulated() -> None:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_asking_for_logits_leaves_each_module_in_its_mode(mode: bool) -> None:
+    model = masked_lm().train(mode)
+    model.roberta.embeddings.eval()
+    before = {module: module.training for module in model.modules()}
+    prompted = PromptModel(model, tokenizer_of("Roberta"), PROMPT, calibrate=True)
+    prompted.predict_logits(TEXTS)
+    assert prompted.training is mode
+    assert {module: module.training for module in model.modules()} == before
 
 
 @pytest.mark.parametrize("calibrate", [False, True])

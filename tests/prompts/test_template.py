@@ -121,6 +121,15 @@ def test_the_longer_text_is_cut_first(word_piece: Any, limit: int, expected: str
     assert tokens(word_piece, row) == expected.split()
 
 
+@pytest.mark.parametrize("line", ["it was.  ", "a      b     c\n", "    x = 1\n", "good ☕ "])
+def test_spaces_of_a_text_are_cut_with_it(tokenizer: Any, line: str) -> None:
+    """Some tokenizers make tokens of a space alone, which have no width."""
+    (whole,) = SINGLE.encode(tokenizer, [line * 20])
+    (row,) = SINGLE.encode(tokenizer, [line * 20], max_length=16)
+    rest = len(SINGLE.encode(tokenizer, [""])[0]["input_ids"]) - 1  # without the token at the start
+    assert row["input_ids"] == whole["input_ids"][: 16 - rest] + whole["input_ids"][-rest:]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_cutting_keeps_template_mask_and_starts_of_texts(data: st.DataObject) -> None:
@@ -227,6 +236,22 @@ def test_leading_space_follows_the_template() -> None:
         assert tokenizer.convert_ids_to_tokens(ids) == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "end"), [("{text}\n<mask>", "Ċ"), ("{text}:\t <mask>", "ĉ"), ("{text}: <mask>", ":")]
+)
+def test_a_decoder_reads_the_line_break_that_its_words_follow(template: str, end: str) -> None:
+    tokenizer = copy.deepcopy(make_tokenizer("byte-level"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.mask_token = None
+    prompt = Prompt(template, ["in", "re"])
+    (row,) = prompt.encode(tokenizer, ["a film"])
+    words = [row["input_ids"] + [word] for word in prompt.label_ids(tokenizer)]
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"])[-1] == end
+    assert [tokenizer.decode(line, skip_special_tokens=True) for line in words] == [
+        template.replace("{text}", "a film").replace("<mask>", word) for word in ("in", "re")
+    ]
+
+
 @pytest.mark.parametrize("word", ["terribleness", "very good", "zz", "☕"])
 def test_a_word_of_several_tokens_is_told_with_neighbours(tokenizer: Any, word: str) -> None:
     with pytest.raises(FastpeftError, match="each label word must be one token") as caught:
@@ -258,6 +283,10 @@ def test_words_follow_the_classes_of_the_data() -> None:
         assert signed.for_labels(["0", "1"]).label_words == {"0": "bad", "1": "good"}
         with pytest.raises(FastpeftError, match=f"no word for {names[0]}x"):
             signed.for_labels([f"{names[0]}x", names[1]])
+    numbered = Prompt(SINGLE.template, {"1": "great", "0": "terrible"})
+    assert numbered.for_labels(["1", "0"]).label_words == {"1": "great", "0": "terrible"}
+    stars = Prompt(SINGLE.template, {2: "good", 1: "bad"})
+    assert stars.for_labels(["1", "2"]).label_words == {"1": "bad", "2": "good"}
     with pytest.raises(FastpeftError, match="no word for mixed"):
         prompt.for_labels(["negative", "positive", "mixed"])
     with pytest.raises(FastpeftError, match="words for unknown negative"):

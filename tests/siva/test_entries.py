@@ -397,6 +397,19 @@ def test_transformers_loads_a_saved_adapter(tmp_path: Path, checkpoint: Path, ki
 
 
 @pytest.mark.usefixtures("loader")
+def test_transformers_loads_an_adapter_of_a_weight_of_zeros(tmp_path: Path, checkpoint: Path) -> None:
+    """Its singular values are 0, as those of an adapter to which nothing was loaded."""
+    models = []
+    for _ in range(2):
+        models.append(load(checkpoint).eval())
+        nn.init.zeros_(next(m for name, m in models[-1].named_modules() if name.endswith("query")).weight)
+    model = move(peft.get_peft_model(models[0], config(target_modules=["query"])).eval())
+    model.save_pretrained(tmp_path)
+    models[1].load_adapter(str(tmp_path))
+    assert logits(models[1]).equal(logits(model))
+
+
+@pytest.mark.usefixtures("loader")
 def test_transformers_refuses_an_adapter_of_another_model(tmp_path: Path, checkpoint: Path) -> None:
     adapted().save_pretrained(tmp_path)
     with pytest.raises(FastpeftError, match="another weight"):

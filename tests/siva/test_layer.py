@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from siva_adapters import CLOSE, RESIDUALS, move
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import FastpeftError, SivaLinear
+from fastpeft import FastpeftError, SivaLinear, freeze
 
 
 def linear(kind: str = "linear", bias: bool = True) -> nn.Module:
@@ -41,6 +46,67 @@ def test_frozen_replaces_the_weight_and_implicit_does_not() -> None:
     assert implicit.base_layer.weight.equal(weight)
     u, s, v = (getattr(frozen, f"siva_{name}")["default"] for name in ("u0", "s", "v0"))
     torch.testing.assert_close(frozen.base_layer.weight, weight - u @ torch.diag(s) @ v, **CLOSE)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """As `nn.Linear` but for its name."""
+
+
+def _patched(layer: nn.Linear) -> nn.Linear:
+    layer.forward = Twice.forward.__get__(layer)  # type: ignore[method-assign]
+    return layer
+
+
+def _hooked(layer: nn.Linear, where: str) -> nn.Linear:
+    getattr(layer, f"register_{where}")(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Twice(20, 12), "the layer is a Twice with a forward of its own"),
+        (lambda: _patched(nn.Linear(20, 12)), "the layer is a Linear with a forward of its own"),
+        (
+            lambda: weight_norm(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
+        (
+            lambda: orthogonal(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
+        (
+            lambda: nn.utils.weight_norm(nn.Linear(20, 12)),
+            "the layer has a weight that is computed from others, as by weight_norm",
+        ),
+        (lambda: _hooked(nn.Linear(20, 12), "forward_hook"), "the layer has hooks on its forward"),
+        (lambda: _hooked(nn.Linear(20, 12), "forward_pre_hook"), "the layer has hooks on its forward"),
+    ],
+)
+def test_a_layer_that_computes_more_is_refused(make: Callable[[], nn.Linear], words: str) -> None:
+    base = make()
+    weight = base.weight.clone()
+    with pytest.raises(FastpeftError, match=rf"{words}; .* Leave the layer out with exclude_modules"):
+        SivaLinear(base)
+    assert base.weight.equal(weight)
+
+
+@pytest.mark.parametrize("kind", [Named, FalconLinear, "freeze", "accelerate", "accelerate no more"])
+def test_a_layer_that_computes_the_same_is_taken(kind: Any) -> None:
+    base: Any = nn.Linear(20, 12).requires_grad_(False) if isinstance(kind, str) else kind(20, 12)
+    if kind == "freeze":
+        freeze(base)
+    elif isinstance(kind, str):
+        add_hook_to_module(base, AlignDevicesHook("cpu"))
+        if kind != "accelerate":
+            remove_hook_from_module(base)
+    expected = base(inputs())
+    torch.testing.assert_close(SivaLinear(base)(inputs()), expected, **CLOSE)
 
 
 @RESIDUALS

@@ -173,6 +173,16 @@ def test_gradients_are_those_of_the_dequantised_layer(kind: Any) -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_evaluated_is_what_trains(kind: Any, dtype: torch.dtype) -> None:
+    """Also where the processor would multiply int8 codes as they are, with activations in 8 bits."""
+    layer = move(quantised(kind), size=0.1).to(dtype)
+    trained = layer(inputs().to(dtype).requires_grad_())
+    with torch.no_grad():
+        assert layer(inputs().to(dtype)).equal(trained)
+
+
+@KINDS
 def test_backward_keeps_no_dequantised_weight(kind: Any) -> None:
     layer, saved = quantised(kind), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
