@@ -85,7 +85,8 @@ def prepared(base: nn.Module, method: str) -> nn.Module:
     base.requires_grad_(False)
     if method == "LST":
         torch.manual_seed(0)
-        return LadderModel(base, LadderConfig(window_size=1, fusion="gated")).eval()  # without dropout: same losses
+        form = LadderConfig(window_size=1, fusion="gated", layers_per_block=1, normalise_features=False)  # the paper's
+        return LadderModel(base, form).eval()  # without dropout: same losses
     if method == "SiVA":
         return get_peft_model(base, SivaConfig(r=4, target_modules=["q_proj", "k_proj"])).eval()
     return base.requires_grad_().eval()

@@ -212,6 +212,7 @@ GENERATION = {
 
 PROCESSORS = {  # by what the CSV calls them
     "AMD EPYC": "AMD EPYC, AVX512-BF16",
+    "AMD EPYC, AVX512": "AMD EPYC, AVX512-BF16",
     "AMD EPYC, AVX2": "AMD EPYC, AVX2",
     "Intel(R) Xeon(R) Processor, AVX512": "Intel Xeon, AMX",
 }
