@@ -62,6 +62,7 @@ def extensions() -> tuple[list, dict]:
         os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     try:
+        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         for module in wanted:
@@ -89,6 +90,8 @@ def extensions() -> tuple[list, dict]:
     if "fastpeft._C_cuda" in wanted:
         if not cuda_sources or not cuda_home:
             left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if cuda_sources else "there is no CUDA source")
+        elif torch.version.cuda is None:  # it could not name its CUDA libraries
+            left_out("fastpeft._C_cuda", f"torch {torch.__version__} has no CUDA; install one that has")
         else:
             # the stream and error shims, of libtorch's CUDA part
             cuda = {**common, "define_macros": [*macros, ("USE_CUDA", None)]}

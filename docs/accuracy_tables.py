@@ -221,12 +221,12 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
 
 
 SPEAKING = {  # variants of E2E's evidence
-    "lst:layers_per_block=1:normalise_features=false": "LST in the paper's form",
+    "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
     "lst:examples=8": "LST after 8 examples",
-    "k-lst:window=9:layers_per_block=1:residual=true": "9-LST, a block for each layer, without the state",
-    "k-lst:window=9:residual=true": "9-LST without the state",
+    "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
+    "k-lst:window=9:residual=state": "9-LST with the state",
     "siva:rank=8:targets=all-linear": "**SiVA**, all linear",
     "lora:rank=8:targets=all-linear": "LoRA, all linear",
     "last-n": "last 3 layers",

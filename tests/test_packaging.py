@@ -135,6 +135,14 @@ def test_the_cuda_module_is_built_and_left_alone_without_a_card(source: Path, tm
     assert _succeed([python, "-c", USE + watched], tmp_path).startswith("cpp")
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_beside_a_torch_without_cuda_builds_nothing_for_cards() -> None:
+    setup = "import runpy, sys, torch\ntorch.version.cuda = None\nsys.argv = ['setup.py', '--name']\n"
+    said = _succeed([sys.executable, "-c", setup + "runpy.run_path('setup.py')"], ROOT, FASTPEFT_BUILD_CUDA="auto")
+    assert "fastpeft._C_cuda is not built: torch" in said
+    assert "has no CUDA" in said
+
+
 @pytest.mark.long
 def test_a_pure_wheel_where_torch_is_not_there_at_build_time(source: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('there is no torch')\n")

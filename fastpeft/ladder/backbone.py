@@ -29,9 +29,10 @@ from fastpeft.errors import FastpeftError
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")  # names in configurations
 POOLER = "pooler"  # a module of this name inside the body runs after the layers, and trains
 
+_OF_TAGS = set(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
 _OF_TOKENS = {
     *MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
-    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+    *_OF_TAGS,
     *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
 }
 
@@ -203,8 +204,16 @@ class Backbone:
     @property
     def answers_tokens(self) -> bool:
         """Whether there is an answer for each token: a word, a tag, whether an answer begins or ends, or a state."""
-        kinds = {kind.__name__ for kind in type(self.core).__mro__}
-        return self.headless or self.decoder is not None or bool(kinds & _OF_TOKENS)
+        return self.headless or self.decoder is not None or bool(self._kinds & _OF_TOKENS)
+
+    @property
+    def tags(self) -> bool:
+        """Whether there is a tag for each token."""
+        return bool(self._kinds & _OF_TAGS)
+
+    @property
+    def _kinds(self) -> set[str]:
+        return {kind.__name__ for kind in type(self.core).__mro__}
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head, without a decoder to the vocabulary, by the model's names: these train."""

@@ -70,8 +70,8 @@ class LadderConfig(PretrainedConfig):
         num_heads: heads of the cross-attention; above 1 it has an output projection.
         residual: whether a token's own feature, that of the window's middle, is added to the cross-attention's output.
             Without it, as in the paper, all tokens begin with nearly the same state. `"state"` adds the side state too,
-            which carries what earlier blocks found. None is `"state"` where each token is answered for, by the class of
-            a transformers model (words, tags, questions, or no head at all), else False.
+            which carries what earlier blocks found. None is `"state"` beside a head of tags, True where else each token
+            is answered for, by the class of a transformers model (words, questions, or no head at all), else False.
         normalise_features: whether a feature is divided by its root mean square, token by token, before it is
             projected. In a decoder a few tokens have features a hundred times as large as others, and drown them in the
             attention. None is True beside a causal backbone, and with `residual`; else False.

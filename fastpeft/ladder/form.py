@@ -16,7 +16,8 @@ def decide_form(config: LadderConfig, backbone: Backbone) -> set[str]:
     attends = config.fusion == "cross_attention"
     residual: Residual | None = config.residual
     if residual is None:
-        residual = STATE if attends and backbone.answers_tokens else False
+        # with the state tags are far better, and words a little worse
+        residual = attends and (STATE if backbone.tags else backbone.answers_tokens)
     defaults = {
         "output_mix": "add" if backbone.decoder is not None else False,
         "residual": residual,

@@ -107,9 +107,14 @@ def test_one_token_of_large_features_does_not_drown_the_others() -> None:
 def test_features_are_normalised_with_the_residual(residual: Any) -> None:
     assert ladder(tiny(), residual=residual).config.normalise_features is bool(residual)
     assert ladder(tiny(), residual=residual, normalise_features=True).config.normalise_features
-    assert ladder(tiny(head="ForSequenceClassification")).config.residual is False
-    for head in ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "Model"):
-        assert ladder(tiny(head=head)).config.residual == "state"
+    for head, expected in (
+        ("ForSequenceClassification", False),
+        ("ForMaskedLM", True),
+        ("ForTokenClassification", "state"),
+        ("ForQuestionAnswering", True),
+        ("Model", True),
+    ):
+        assert ladder(tiny(head=head)).config.residual == expected
     gated = ladder(causal_model("llama"), **LST).config  # a gate mixes a token's own feature anyway
     assert (gated.residual, gated.normalise_features) == (False, True)
     classes = ladder(tiny("GPT2")).config
@@ -162,7 +167,7 @@ def test_a_later_task_takes_over_the_form(tmp_path: Path) -> None:
     model = ladder(tiny())
     model.take_over(tmp_path, head=False)
     form = model.config
-    assert (form.output_mix, form.residual, form.normalise_features) == ("add", "state", True)
+    assert (form.output_mix, form.residual, form.normalise_features) == ("add", True, True)
     with torch.no_grad():
         states = [one(input_ids=WORDS % 50, output_hidden_states=True).hidden_states for one in (words, model)]
     assert all(one.equal(other) for one, other in zip(*states))
