@@ -106,7 +106,8 @@ def _check(first: TrainingArguments, task: Task) -> None:
     is_beside = isinstance(inside_prompt(task.model), LadderModel)
     if first.gradient_accumulation_steps < 1:
         raise ValueError("gradient_accumulation_steps must be at least 1.")
-    if first.gradient_checkpointing and not _supports_checkpointing(task.model):
+    # of a side network its own blocks are computed again, whatever the frozen model can do
+    if first.gradient_checkpointing and not (is_beside or _supports_checkpointing(task.model)):
         raise ValueError(f"{title} does not go with gradient_checkpointing.")
     if first.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from samples import SMALL, Interrupt, eleven_steps, reviews, save_tiny_model, tree, weights_of, write_csv
 from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers.models.roberta.modeling_roberta import RobertaPreTrainedModel
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.methods.registry import get_method
@@ -233,6 +234,16 @@ def test_activations_can_be_computed_again(config: TrainConfig, method: str) -> 
     assert result.metrics["steps"] == 2
     assert result.metrics["estimated_memory_mb"] == told.peak_memory_mb
     assert told.peak_memory_mb is not None
+
+
+def test_side_blocks_are_computed_again_beside_a_model_that_computes_nothing_again(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RobertaPreTrainedModel, "supports_gradient_checkpointing", False)  # as MPNet's
+    config = replace(config, max_steps=2, settings={"gradient_checkpointing": True})
+    assert train(replace(config, method="lst")).metrics["steps"] == 2
+    with pytest.raises(FastpeftError, match="SiVA does not go with gradient_checkpointing"):
+        train(replace(config, method="siva", output=f"{config.output}-siva"))
 
 
 def test_bf16_trains_float32_weights(config: TrainConfig) -> None:
