@@ -16,6 +16,7 @@ from transformers import DataCollatorForTokenClassification
 
 from fastpeft.data.names import UNLABELLED
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.support.dropout import dropout_off
 
 POSITIONS = "position_ids"
 _TOKENS = 8  # of each of the two texts that are tried
@@ -110,23 +111,21 @@ def keep_apart(model: Any, rows: Sequence[Mapping[str, list[int]]], name: str) -
     model.config.use_cache = False
     first, second = (row["input_ids"][:_TOKENS] for row in (*rows, *rows)[:2])
     other = [token + 1 if token == min(first) else token - 1 for token in first]  # all of them tokens
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
 
     def logits(tokens: list[int], **given: Any) -> Tensor:
         found: Tensor = model(input_ids=torch.tensor([tokens], device=device), **given).logits
         return found[0, -len(second) :].float()
 
     try:
-        positions = {POSITIONS: torch.tensor([[*range(len(first)), *range(len(second))]], device=device)}
-        apart, after_other = (logits(before + second, **positions) for before in (first, other))
-        alone, seeing = logits(second), logits(first + second)
+        with dropout_off(model):
+            positions = {POSITIONS: torch.tensor([[*range(len(first)), *range(len(second))]], device=device)}
+            apart, after_other = (logits(before + second, **positions) for before in (first, other))
+            alone, seeing = logits(second), logits(first + second)
     except Exception as error:  # a model that takes no positions raises almost any type
         raise FastpeftError(
             f"`packing` is on, but the model {name!r} cannot read joined texts: {first_line(error)} Leave it out."
         ) from error
-    finally:
-        model.train(training)
     seen = (apart - after_other).abs().max() > _UNSEEN * apart.abs().max()
     if seen or (apart - alone).abs().max() > _AT_ITS_PLACE * (seeing - alone).abs().max():
         raise FastpeftError(

@@ -69,6 +69,14 @@ def test_a_model_that_does_not_keep_texts_apart_is_refused(kind: str) -> None:
         keep_apart(_model(kind), _rows([9, 9]), kind)
 
 
+def test_each_module_is_left_in_its_mode() -> None:
+    model = _model("Llama").train()
+    model.model.embed_tokens.eval()
+    modes = [module.training for module in model.modules()]
+    keep_apart(model, _rows([9, 9]), "Llama")
+    assert [module.training for module in model.modules()] == modes
+
+
 def _model(kind: str) -> Any:
     torch.manual_seed(0)
     more = {"Gemma2": {"head_dim": 8, "num_key_value_heads": 2}, "Qwen2": {"num_key_value_heads": 2}}.get(kind, {})
