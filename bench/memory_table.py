@@ -92,7 +92,7 @@ def prepared(case: Case, config: RobertaConfig) -> nn.Module:
         return model
     if case.method in ("k-lst", "lst"):
         shape: dict[str, Any] = {"window_size": 1, "fusion": "gated"} if case.method == "lst" else {}
-        shape |= {"layers_per_block": int(case.layers_per_block)} if case.layers_per_block else {}
+        shape["layers_per_block"] = int(case.layers_per_block) if case.layers_per_block else None
         backbone_dtype: Any = case.residual_dtype or None
         return LadderModel(model, LadderConfig(**shape, backbone_dtype=backbone_dtype, pack_weights=False))
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": RANK, "target_modules": TARGETS[case.targets]}

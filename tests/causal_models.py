@@ -54,6 +54,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "mamba_ngroups": 1, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
+# texts of three lengths, padded on the left
+WORDS = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+PADDED = torch.ones(3, 12, dtype=torch.long)
+PADDED[1, :2] = PADDED[2, :4] = 0
 
 
 def causal_model(kind: str, **changes: Any) -> Any:
