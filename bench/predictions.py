@@ -33,7 +33,7 @@ from fastpeft.support.files import read_json
 
 FILE = DATA / "predictions.csv"
 CARDS = ("sm_80", "sm_90", "sm_89")  # A100, H100, RTX 4090
-LAYERS = ((768, 768), (1024, 4096), (2048, 2048), (4096, 4096))  # in_features, out_features
+LAYERS = ((768, 768), (1024, 4096), (4096, 1024), (4096, 4096))  # in_features, out_features
 ROWS = (64, 256, 512, 2048, 8192, 16384)
 RANK = 16
 _BYTES = 2  # of an element
@@ -74,21 +74,24 @@ def loop_instructions(code: str) -> int:
 
 
 @cache
-def compiled(arch: str, tile: tiles.Tile, project: bool) -> Loop:
+def compiled(arch: str, tile: tiles.Tile, project: bool, is_split_k: bool) -> Loop:
     """The forward of one layer by this tile."""
-    wanted = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "TMA": tile.tma}
-    wanted |= {"PROJECT": project} | ({"BLOCK_R": tiles.rank_block(RANK)} if project else {})
+    wanted = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    wanted |= {"BLOCK_R": tiles.rank_block(RANK)} if project else {}
+    wanted |= {} if is_split_k else {"PROJECT": project, "TMA": tile.tma}
+    kernel = "siva_linear_split_k_ranges" if is_split_k else "siva_linear_fwd"
     for variant in static.siva_linear_variants(arch):
-        if variant.kernel == "siva_linear_fwd" and wanted.items() <= variant.constants.items():
+        if variant.kernel == kernel and wanted.items() <= variant.constants.items():
             made = static.compile_variant(variant)
             registers, _stack, code = static._read_cubin(made.asm)
             return Loop(loop_instructions(code), registers, made.metadata.shared)
     raise LookupError(f"{wanted} is not compiled for {arch}")
 
 
-def by_kernel(arch: str, m: int, k: int, n: int, tile: tiles.Tile, project: bool) -> Time:
-    """One launch of the forward, with p computed inside or read."""
-    sheet, loop = tiles.SHEETS[arch], compiled(arch, tile, project)
+def by_kernel(arch: str, m: int, k: int, n: int, choice: tiles.Choice) -> Time:
+    """The forward, with p computed inside or read; ranges of K are added up by one launch more."""
+    tile, project, ranges = choice
+    sheet, loop = tiles.SHEETS[arch], compiled(arch, tile, project, ranges > 1)
     block_r = tiles.rank_block(RANK) if project else 0
     of_model = tiles.siva_linear_clocks(tile, block_r, arch)
     clocks = {
@@ -98,12 +101,14 @@ def by_kernel(arch: str, m: int, k: int, n: int, tile: tiles.Tile, project: bool
         "instructions": loop.instructions * tile.num_warps / _ISSUED,
     }
     bound = max(clocks, key=lambda name: clocks[name])
-    programs = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n)
+    programs = math.ceil(m / tile.block_m) * math.ceil(n / tile.block_n) * ranges
     together = min(_REGISTERS // (loop.registers * 32 * tile.num_warps), _SHARED[arch] * 1024 // max(loop.shared, 1))
     together = max(1, min(together, math.ceil(programs / sheet.multiprocessors)))
     waves = math.ceil(programs / (sheet.multiprocessors * together))
-    seconds = waves * together * math.ceil(k / tile.block_k) * clocks[bound] / (sheet.megahertz * 1e6)
-    return _bounded(arch, seconds, bound, m * k + k * n + m * n)
+    seconds = waves * together * math.ceil(k / tile.block_k / ranges) * clocks[bound] / (sheet.megahertz * 1e6)
+    time = _bounded(arch, seconds, bound, m * k + k * n + m * n)
+    join = tiles.LAUNCH + 8 * ranges * m * (n + RANK) / (sheet.memory * 1e9) if ranges > 1 else 0
+    return time._replace(seconds=time.seconds + join)
 
 
 def by_product(arch: str, m: int, k: int, n: int, added: bool = False) -> Time:
@@ -127,16 +132,12 @@ def _bounded(arch: str, seconds: float, bound: str, elements: int) -> Time:
 def ways(arch: str, m: int, k: int, n: int) -> Iterator[tuple[str, Time]]:
     """Each way with its time: of the kernels by the tile that is the fastest."""
     p = by_product(arch, m, k, RANK)
+    choices = list(tiles.siva_linear_choices(k, RANK, arch))
     for way in tiles.WAYS:
-        times = [
-            by_kernel(arch, m, k, n, tile, project)
-            for tile in tiles.siva_linear_tiles(arch)
-            for project in (True, False)
-            if tiles.siva_linear_way(tile, project) == way and (not project or tile.max_rank >= RANK)
-        ]
+        times = [by_kernel(arch, m, k, n, each) for each in choices if each.way == way]
         if times:
             seconds, bound = min(times)
-            yield way, Time(seconds + (p.seconds + tiles.LAUNCH if way.startswith("split") else 0), bound)
+            yield way, Time(seconds + (p.seconds + tiles.LAUNCH if way in ("split", "split tma") else 0), bound)
     parts = p, by_product(arch, m, k, n), by_product(arch, m, RANK, n, added=True)
     yield "aten", Time(sum(part.seconds for part in parts) + 2 * tiles.LAUNCH, parts[1].bound)
 

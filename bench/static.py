@@ -38,6 +38,7 @@ from fastpeft.kernels import (
     siva_linear,
     siva_linear_backward,
     siva_linear_mixed,
+    siva_linear_split_k,
     siva_linear_sums,
     tiles,
     window_attention,
@@ -57,6 +58,8 @@ KERNELS = {
     "siva_linear_bwd_sum": siva_linear_sums._siva_linear_bwd_sum_kernel,
     "siva_linear_group_fwd": siva_linear._siva_linear_fwd_kernel,
     "siva_linear_group_bwd_dx": siva_linear_backward._siva_linear_bwd_dx_kernel,
+    "siva_linear_split_k_ranges": siva_linear_split_k._siva_linear_split_k_ranges_kernel,
+    "siva_linear_split_k_join": siva_linear_split_k._siva_linear_split_k_join_kernel,
     "siva_linear_mixed_fwd": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_dx": siva_linear_mixed._siva_linear_mixed_kernel,
     "siva_linear_mixed_bwd_partials": siva_linear_mixed._siva_linear_mixed_bwd_partials_kernel,
@@ -84,6 +87,8 @@ ARGUMENT_TYPES = {  # of what is neither a pointer to operands in the row's dtyp
     **dict.fromkeys(("siva_linear_bwd_partials", "siva_linear_bwd_sum"), _SUMS),
     **dict.fromkeys(("siva_linear_mixed_fwd", "siva_linear_mixed_bwd_dx"), _MIXED),
     "siva_linear_mixed_bwd_partials": {**ROW_TYPES, **_SUMS},
+    "siva_linear_split_k_ranges": dict.fromkeys(("sums_ptr", "p_sums_ptr"), "*fp32"),
+    "siva_linear_split_k_join": dict.fromkeys(("sums_ptr", "p_sums_ptr", "u_ptr", "s_ptr", "p_ptr"), "*fp32"),
     "mezo_perturb": {
         **{"table_ptr": "*i64", "tensor_ptr": "*i32", "seeds_ptr": "*i64", "scales_ptr": "*fp64", "keep_bits": "i64"}
     },
@@ -103,6 +108,7 @@ ANY = (  # but not counts, rows of R and what does not specialise
         "M",
         "R",
         "splits",
+        "ranges",
         "stride_pm",
         "stride_pr",
         "stride_un",
@@ -177,6 +183,10 @@ SIVA_LINEAR_MIXED = {
         **{"HAS_BIAS": False, "HAS_ORDER": True},
     },
 }
+SIVA_LINEAR_SPLIT_K = {  # of h
+    "siva_linear_split_k_ranges": {"stride_xk": 1, "stride_wk": 1},
+    "siva_linear_split_k_join": {"stride_ur": 1, "stride_pr": 1, "HAS_BIAS": True},
+}
 SIVA_LINEAR_SUMS = {
     "siva_linear_bwd_partials": {  # of one dU and of dV
         **dict.fromkeys(("wide_ptrs", "narrow_ptrs", "s_ptrs", "columns", "ranks", "strides_wm"), (None, None)),
@@ -188,31 +198,27 @@ SIVA_LINEAR_SUMS = {
 
 
 def siva_linear_variants(arch: str) -> Iterator[Variant]:
-    """SiVA's kernels: the products of one layer, of three, and of mixed rows, and the sums that make dU and dV.
+    """SiVA's kernels: the products of one layer, also by ranges of K, of three, and of mixed rows; the sums of rows.
 
     Of operands of 16 bits bfloat16 stands for both.
     """
     if arch not in SIVA_LINEAR_ARCHS:
         return
-    card = tiles.Card(arch, MULTIPROCESSORS)
     for tile in tiles.siva_linear_tiles(arch):
         for project, rank in ((False, 1), *((True, r) for r in RANK_BLOCKS)):
-            way = tiles.siva_linear_constants(tile, project, rank, card)
-            for option in ("num_warps", "num_stages", "enable_fp_fusion"):
-                way.pop(option)
             kernels: dict[str, Any] = {}
             if not project or rank <= tile.max_rank:
                 kernels |= siva_linear_constants(1, tile.tma)
             if arch in SHARED_ARCHS and not tile.tma and (not project or rank <= tile.shared_rank):
                 kernels |= siva_linear_constants(3) | (SIVA_LINEAR_MIXED if project else {})
             for kernel, constants in kernels.items():
-                if kernel not in SIVA_LINEAR_MIXED:
-                    constants = {**constants, "PROJECT": project, "TMA": tile.tma}
                 if tile.tma and not project:
                     constants = {**constants, **dict.fromkeys(("v_desc", "u_desc"))}
-                taken = inspect.signature(KERNELS[kernel].fn).parameters
-                constants = {name: value for name, value in {**way, **constants}.items() if name in taken}
-                yield Variant(kernel, arch, "bf16", constants, tile.num_warps, tile.num_stages)
+                yield siva_linear_variant(kernel, arch, tile, project, rank, constants)
+    for tile, rank in itertools.product(tiles.SPLIT_K, RANK_BLOCKS):
+        if rank <= tile.max_rank:
+            for kernel, constants in SIVA_LINEAR_SPLIT_K.items():
+                yield siva_linear_variant(kernel, arch, tile, True, rank, constants)
     if arch not in SHARED_ARCHS:
         return
     sums = tiles.SIVA_LINEAR_SUMS
@@ -220,6 +226,17 @@ def siva_linear_variants(arch: str) -> Iterator[Variant]:
         shape = {"BLOCK_M": sums.block_m, "BLOCK_C": sums.block_c, "BLOCK_R": block_r, **constants}
         yield Variant(kernel, arch, "bf16", shape, sums.num_warps, sums.num_stages)
     yield Variant("siva_linear_bwd_sum", arch, "bf16", {"BLOCK_E": tiles.SUM_BLOCK}, tiles.SUM_WARPS, num_stages=1)
+
+
+def siva_linear_variant(
+    kernel: str, arch: str, tile: tiles.Tile, project: bool, rank: int, constants: dict[str, Any]
+) -> Variant:
+    """One of them with what it is launched with, beside the constants of its operands."""
+    way = tiles.siva_linear_constants(tile, project, rank, tiles.Card(arch, MULTIPROCESSORS))
+    constants = {**way, "PROJECT": project, "TMA": tile.tma, **constants}
+    taken = inspect.signature(KERNELS[kernel].fn).parameters
+    constants = {name: value for name, value in constants.items() if name in taken}
+    return Variant(kernel, arch, "bf16", constants, tile.num_warps, tile.num_stages)
 
 
 MEZO_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "i16": tl.int16, "fp16": tl.float16}  # bfloat16 goes as its bits

@@ -27,6 +27,8 @@ and of 128 x 256, that is for each program
 is a small product for p, which reads x once more and costs a launch. Which of them is the shorter depends on the card:
 `fastpeft.kernels.tiles` estimates it for each launch from the data sheets.
 
+Of few rows there are fewer tiles than multiprocessors; `fastpeft.kernels.siva_linear_split_k` then cuts K into ranges.
+
 **TMA.** On sm_90 and sm_100 the kernels of one layer can read x, W and V by descriptors, in place of an address for
 every 16 bytes. Rows must then be aligned and dense; what is not takes addresses. The descriptors are made on the host:
 made by the programs, they would cost each of them two or three writes to memory and a fence before its first load, and
@@ -72,6 +74,7 @@ from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_plan import Plan, dense, like, plan_of, sizes, strides_of
+from fastpeft.kernels.siva_linear_split_k import split_k
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
 
@@ -283,6 +286,10 @@ def _outputs(
         return [_outputs(rows, [w], [u], [s], [v], [bias], part, plan)[0] for w, u, s, v, bias, part in layers]
     tile, (m, k), columns = plan.tile, rows.shape, sizes(weights)
     hs = [rows.new_empty(m, n) for n in columns]
+    if plan.ranges > 1:
+        bias = None if biases[0] is None else biases[0].contiguous()
+        split_k(rows, weights[0], us[0], ss[0].contiguous(), vs[0], bias, hs[0], p, plan)
+        return hs
     programs = triton.cdiv(m, tile.block_m) * sum(max(triton.cdiv(n, tile.block_n), 1) for n in columns)
     if programs > 0:
         with device_of(rows):

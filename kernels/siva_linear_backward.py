@@ -11,6 +11,7 @@ from fastpeft.kernels import tiles
 from fastpeft.kernels.launch import device_of, is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_plan import dense, like, plan_of, sizes, strides_of
+from fastpeft.kernels.siva_linear_split_k import split_k
 from fastpeft.kernels.siva_linear_sums import Term, factors
 from fastpeft.ops import aten
 from fastpeft.ops.products import as_matrix
@@ -198,7 +199,9 @@ def siva_linear_group_backward(
                 part.copy_(u @ dh.t())
     if need_dx:
         dx = dx.new_empty(*dhs[0].shape[:-1], k)
-        if dx.numel() > 0:
+        if plan.ranges > 1:
+            split_k(rows[0], weights[0].t(), vs[0].t(), ss[0].contiguous(), turned[0], None, dx.view(m, k), q.t(), plan)
+        elif dx.numel() > 0:
             tile = plan.tile
             with device_of(dx):
                 _siva_linear_bwd_dx_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(k, tile.block_n),)](

@@ -361,7 +361,7 @@ def _linear(
     p = v.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
     v = v.to(x.dtype)  # which is read anew at each step along K
     card = tiles.card(x.device)
-    tile, _ = tiles.siva_linear(rows, k, (n,), max(ranks), card, ("fused",), shared=True)
+    tile = tiles.siva_linear(rows, k, (n,), max(ranks), card, ("fused",), shared=True).tile
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:
         return h, p

@@ -11,10 +11,11 @@ from fastpeft.kernels import tiles
 
 
 class Plan(NamedTuple):
-    """How a launch is cut into programs, and whether they compute p."""
+    """How a launch is cut into programs, whether they compute p, and into how many ranges K is cut."""
 
     tile: tiles.Tile
     project: bool
+    ranges: int
     constants: dict[str, int]  # of the kernels of h and of dx
 
     def descriptors(
@@ -48,9 +49,9 @@ def plan_of(
     if not (has_tma and all(map(_is_describable, (*operands, *weights, *vs)))):
         ways = tuple(dict.fromkeys(way.removesuffix(" tma") for way in ways))
     k = sum(each.shape[1] for each in operands)
-    tile, project = tiles.siva_linear((len(operands[0]),), k, columns, max(ranks), card, ways, len(ranks) > 1)
-    constants = tiles.siva_linear_constants(tile, project, max(ranks), card)
-    return Plan(tile, project, {"PROJECT": project, "TMA": tile.tma, **constants})
+    choice = tiles.siva_linear((len(operands[0]),), k, columns, max(ranks), card, ways, len(ranks) > 1)
+    constants = tiles.siva_linear_constants(choice.tile, choice.project, max(ranks), card)
+    return Plan(*choice, {"PROJECT": choice.project, "TMA": choice.tile.tma, **constants})
 
 
 def _is_describable(matrix: Tensor) -> bool:

@@ -9,8 +9,9 @@ float32 outside them. SiVA's tiles are for the first; Triton's interpreter runs 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ _ROWS_AT_ONCE = {"sm_90": 64, "sm_100": 128}
 _MULTIPROCESSORS_A_DIE = {"gfx942": 38}  # MI300X has 8 dies of these, MI300A 6
 
 MAX_RANK = 64  # of SiVA's kernels; a wider tile of p spills beside the tile of h
-WAYS = ("fused", "split", "fused tma", "split tma")  # p inside, or by a product before; then how x and W are loaded
+# p inside, or by a product before; then how x and W are loaded, or that the sum over K is cut into ranges
+WAYS = ("fused", "split", "fused tma", "split tma", "split-k")
 
 _SMALL = Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3, max_rank=16, shared_rank=16)
 _LARGE = Tile(128, 128, 64, 8, 3, shared_rank=16), Tile(128, 256, 64, 8, 4, max_rank=16, shared_rank=0)
@@ -94,12 +96,31 @@ SIVA_LINEAR = {  # architecture -> tiles of the forward and of dx; ANY where an 
     ),
     "sm_100": (_SMALL[0], _SMALL[1]._replace(shared_rank=0), *_TMA, *_LARGE),
 }
+# of its ranges of K; as much is loaded ahead as by three stages of 64, which spill here
+SPLIT_K = Tile(32, 64, 128, 4, 2), Tile(64, 64, 128, 4, 2, max_rank=16)
 RANK_STEP = 16  # columns of p a step where it is not computed inside; the least that a matrix instruction takes
 GROUP_M = 8  # row blocks that share the tiles of W in cache
 
 SIVA_LINEAR_SUMS = SumTile(32, 64, 4, 3)  # of the partial sums of dU and dV
 SUM_BLOCK, SUM_WARPS = 256, 4  # elements of a program that adds partial sums
 _MOST_SPLITS = 32
+_MOST_RANGES = 16  # of K
+_LEAST_RANGE = 256  # elements along K: two steps, of which the first finds no tile loaded
+
+
+class Choice(NamedTuple):
+    """How `siva_linear` is launched: whether programs compute p too, else a product before; and ranges of K."""
+
+    tile: Tile
+    project: bool
+    ranges: int = 1
+
+    @property
+    def way(self) -> str:
+        """Which of `WAYS` it is."""
+        if self.ranges > 1:
+            return "split-k"
+        return ("fused" if self.project else "split") + (" tma" if self.tile.tma else "")
 
 
 class Clocks(NamedTuple):
@@ -141,42 +162,51 @@ def siva_linear(
     card: Card,
     ways: Collection[str] = WAYS,
     shared: bool = False,
-) -> tuple[Tile, bool]:
-    """The tile for h from x `(M, k)`, and whether its programs also compute p (else a product before them).
+) -> Choice:
+    """How to make h from x `(M, k)`.
 
     Tiles do not reach across `rows`, which M is the sum of, nor across `columns`, which the width of h is the sum of.
-    The time of a program is that of its `Clocks`; the programs run in waves of one a multiprocessor; p by a product of
-    its own costs one more reading of x from memory and one more launch. By TMA the layers are launched one by one.
+    The time of a program is that of its `Clocks`; the programs run in waves of one a multiprocessor, and no faster than
+    W comes from memory; p by a product of its own costs one more reading of x from memory and one more launch. By TMA
+    the layers are launched one by one. Ranges of K have programs each; their sums are written and read again, in one
+    more launch.
 
     Args:
-        ways: which of `WAYS` to pick from.
-        shared: in the kernels of several layers or adapters.
+        ways: which of `WAYS` to pick from; "fused" stands for "split-k" where there are no ranges.
+        shared: in the kernels of several layers or adapters, which have none.
     """
     sheet = _sheet(card.architecture)
 
-    def time(choice: tuple[Tile, bool]) -> float:
-        tile, project = choice
+    def time(choice: Choice) -> float:
+        tile, project, ranges = choice
         blocks_m = sum(math.ceil(m / tile.block_m) for m in rows)
         blocks_n = [math.ceil(n / tile.block_n) for n in columns]
         launches = blocks_n if tile.tma else [sum(blocks_n)]
-        waves = sum(math.ceil(blocks_m * n / card.multiprocessors) for n in launches)
+        waves = sum(math.ceil(blocks_m * n * ranges / card.multiprocessors) for n in launches)
         clocks = siva_linear_clocks(tile, rank_block(rank) if project else 0, card.architecture).together
-        apart = 0 if project else 2 * sum(rows) * k / (sheet.memory * 1e9) + LAUNCH
-        return waves * k * clocks / (sheet.megahertz * 1e6) + apart + (len(launches) - 1) * LAUNCH
+        weight = 2 * k * sum(columns) / (sheet.memory * 1e9)
+        seconds = max(waves * k / ranges * clocks / (sheet.megahertz * 1e6), weight) + (len(launches) - 1) * LAUNCH
+        if not project:
+            seconds += 2 * sum(rows) * k / (sheet.memory * 1e9) + LAUNCH
+        if ranges > 1:
+            seconds += 8 * ranges * sum(rows) * (sum(columns) + rank) / (sheet.memory * 1e9) + LAUNCH
+        return seconds
 
-    choices = [
-        (tile, project)
-        for tile in siva_linear_tiles(card.architecture)
-        for project in (True, False)
-        if siva_linear_way(tile, project) in ways
-        and (not project or rank <= (tile.shared_rank if shared and not tile.tma else tile.max_rank))
-    ]
-    return min(choices, key=time)
+    choices = list(siva_linear_choices(k, rank, card.architecture, shared))
+    found = [each for each in choices if each.way in ways]
+    return min(found or [each for each in choices if each.way == "fused"], key=time)
 
 
-def siva_linear_way(tile: Tile, project: bool) -> str:
-    """Which of `WAYS` a choice of `siva_linear` is."""
-    return ("fused" if project else "split") + (" tma" if tile.tma else "")
+def siva_linear_choices(k: int, rank: int, architecture: str, shared: bool = False) -> Iterator[Choice]:
+    """What `siva_linear` picks from."""
+    for tile in siva_linear_tiles(architecture):
+        yield Choice(tile, project=False)
+        if rank <= (tile.shared_rank if shared and not tile.tma else tile.max_rank):
+            yield Choice(tile, project=True)
+    most = 1 if shared else min(_MOST_RANGES, k // _LEAST_RANGE)
+    for tile, power in itertools.product(SPLIT_K, range(1, most.bit_length())):
+        if rank <= tile.max_rank:
+            yield Choice(tile, True, 1 << power)
 
 
 def siva_linear_constants(tile: Tile, project: bool, rank: int, card: Card) -> dict[str, int]:

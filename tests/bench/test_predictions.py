@@ -34,7 +34,7 @@ def test_every_way_of_24_shapes_is_predicted_for_each_card() -> None:
     rows = read_rows(predictions.FILE)
     for arch in predictions.CARDS:
         of_card = [row for row in rows if row["arch"] == arch]
-        ways = {"fused", "split", "aten"} | ({"fused tma", "split tma"} if arch == "sm_90" else set())
+        ways = {"fused", "split", "split-k", "aten"} | ({"fused tma", "split tma"} if arch == "sm_90" else set())
         assert len(of_card) == 24 * len(ways)
         assert {row["way"] for row in of_card} == ways
         assert all(float(row["microseconds"]) > 0 for row in of_card)

@@ -66,11 +66,11 @@ def check(*args: Tensor | None, step: int = 1) -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], None]:
-    """Makes every launch use this tile, and compute p inside or not."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes every launch use this tile, compute p inside or not, and cut K into ranges."""
 
-    def launched(tile: tiles.Tile, project: bool) -> None:
-        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, project))
+    def launched(tile: tiles.Tile, project: bool, ranges: int = 1) -> None:
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, project, ranges))
 
     return launched
 
@@ -176,6 +176,41 @@ def test_aligned_operands_have_descriptors(m, k, n, r, device, with_tma):
     assert with_tma
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", tiles.SPLIT_K, ids=["32", "64"])
+def test_ranges_of_k(tile, dtype, device, launched):
+    launched(tile, True, ranges=3)
+    rank = tile.max_rank // 3
+    check(*map(in_nan, operands(tile.block_m + 1, 2 * tile.block_k + 9, 3 * tile.block_k, rank, dtype, device)))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"), [(1, 1, 1, 1), (33, 300, 64, 64), (70, 64, 230, 17), (0, 5, 7, 2), (3, 0, 7, 2), (3, 7, 0, 2)]
+)
+@pytest.mark.parametrize("ranges", [2, 16])
+def test_ranges_of_a_sum_that_is_short_or_empty(ranges, m, k, n, r, device, launched):
+    launched(tiles.SPLIT_K[0], True, ranges)
+    check(*operands(m, k, n, r, torch.float32, device))
+
+
+def test_ranges_honour_strides_and_go_without_bias(device, launched):
+    launched(tiles.SPLIT_K[0], True, ranges=2)
+    x, weight, u, s, v, _ = operands(24, 233, 198, 4, torch.float16, device, bias=False)
+    s = s.repeat_interleave(2)[::2]
+    check(x.t().contiguous().t(), weight.t().contiguous().t(), u.t().contiguous().t(), s, v.t().contiguous().t(), None)
+
+
+def test_k_is_cut_where_rows_fill_no_card():
+    few, many, short = (
+        tiles.siva_linear((m,), k, (1024,), 16, H100) for m, k in ((32, 4096), (4096, 4096), (32, 1024))
+    )
+    assert (few.way, few.tile.block_m) == ("split-k", 32)
+    assert few.ranges * 1024 // few.tile.block_n <= H100.multiprocessors
+    assert many.ranges == short.ranges == 1
+    assert tiles.siva_linear((32,), 4096, (1024, 1024), 16, H100, shared=True).ranges == 1
+    assert tiles.siva_linear((32,), 256, (1024,), 16, H100, ("split-k",)).way == "fused"
+
+
 @pytest.mark.parametrize("way", tiles.WAYS)
 def test_a_caller_names_the_way(way, device, monkeypatch):
     found = []
@@ -184,10 +219,10 @@ def test_a_caller_names_the_way(way, device, monkeypatch):
         monkeypatch.setattr(module, "plan_of", lambda *args: found.append(plan(*args)) or found[-1])
     if device == "cpu":
         monkeypatch.setattr(tiles, "card", lambda _: H100)
-    x, weight, u, s, v, _ = operands(40, 24, 32, 3, torch.bfloat16, device, bias=False)
+    x, weight, u, s, v, _ = operands(40, 512, 512, 3, torch.bfloat16, device, bias=False)
     h, p = kernel.siva_linear(x, weight, u, s, v, None, ways=(way,))
     kernel_backward.siva_linear_backward(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
-    assert [(each.project, each.tile.tma) for each in found] == [("fused" in way, "tma" in way)] * 2
+    assert [tiles.Choice(*each[:3]).way for each in found] == [way] * 2
     torch.testing.assert_close(
         h.float(), reference.siva_linear(x, weight, u, s, v, None)[0].float(), rtol=0.02, atol=0.1
     )
@@ -406,7 +441,7 @@ def test_few_rows_take_small_tiles_and_many_take_large_ones(architecture):
 def test_on_an_h100_the_forward_waits_for_memories_hardly_longer_than_a_bare_product(ways):
     """4096 x 4096 x 4096 at rank 16: reads of shared memory, and loads through the second-level cache."""
     size, rank, sheet = 4096, 16, tiles.SHEETS["sm_90"]
-    tile, project = tiles.siva_linear((size,), size, (size,), rank, H100, ways)
+    tile, project, _ = tiles.siva_linear((size,), size, (size,), rank, H100, ways)
     ours, bare = (tiles.siva_linear_clocks(tile, block_r, "sm_90") for block_r in (rank * project, 0))
     programs = size / tile.block_m * size / tile.block_n / H100.multiprocessors
     x = 0 if project else 2 * size**2  # bytes that a product for p reads before
@@ -425,9 +460,9 @@ def test_an_architecture_without_a_line_takes_the_tiles_of_any():
 def test_p_is_computed_inside_only_where_it_fits():
     for rank in range(1, tiles.MAX_RANK + 1):
         for way in ("fused", "fused tma"):
-            tile, inside = tiles.siva_linear((17,), 64, (64,), rank, H100, (way,))
-            assert inside
-            assert rank <= tile.max_rank
+            choice = tiles.siva_linear((17,), 64, (64,), rank, H100, (way,))
+            assert choice.project
+            assert rank <= choice.tile.max_rank
 
 
 @pytest.mark.parametrize("block_r", [16, 64])

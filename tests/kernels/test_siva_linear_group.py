@@ -78,7 +78,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[tiles.Tile, bool], No
     """Makes every launch use this tile, and compute p inside or not."""
 
     def launched(tile: tiles.Tile, project: bool) -> None:
-        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: (tile, project))
+        monkeypatch.setattr(tiles, "siva_linear", lambda *_, **__: tiles.Choice(tile, project))
 
     return launched
 
