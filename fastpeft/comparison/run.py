@@ -276,7 +276,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _check(plan: Plan, option: str) -> TextData | None:
-    """The rows that unfinished cells train on; where some have labels those, None where several objectives have none.
+    """The rows of unfinished variants; where some have labels those, None where several objectives have none.
 
     Args:
         plan: of the comparison.
@@ -288,8 +288,9 @@ def _check(plan: Plan, option: str) -> TextData | None:
     """
     loaded: dict[Any, TextData] = {}
     models: set[str] = set()
+    unfinished = {cell.variant for cell in plan.wanted if cell.state != "finished"}
     for cell in plan.wanted:
-        if cell.search or cell.state == "finished":  # cells that try rates are like those that take them
+        if cell.search or cell.variant not in unfinished:  # cells that try rates are like those that take them
             continue
         config, rows = cell.config, _rows(cell)
         if rows not in loaded:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -149,6 +150,9 @@ def test_full_searches_on_a_slice_of_the_training_rows(monkeypatch: pytest.Monke
     assert "| head | 0.900 | 0.250 | 8 | 1,234 | 1,234 | 0.001 | 3 |" in report
     assert compare(full).failed == {}
     assert len(started()) == 6, "nothing is repeated"
+    shutil.rmtree(Comparison(full).plan.searches[0].folder.path)
+    assert compare(full).failed == {}
+    assert len(started()) == 7, "a search alone is not finished"
 
 
 @pytest.mark.usefixtures("stand_in")
