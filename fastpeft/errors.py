@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterable
+from importlib import metadata
 
 
 class FastpeftError(ValueError):
@@ -44,5 +46,10 @@ def did_you_mean(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str
 
 
 def install(extra: str) -> str:
-    """How to install an extra, for a message: fastpeft is on no package index."""
-    return f'pip install --no-build-isolation ".[{extra}]" from a clone'
+    """How to install what an extra brings, for a message: its packages alone, for a build of this one takes minutes."""
+    try:
+        required = metadata.requires("fastpeft") or ()
+    except metadata.PackageNotFoundError:  # run from its sources
+        required = ()
+    packages = [each.partition(";")[0].strip() for each in required if f'extra == "{extra}"' in each]
+    return f"pip install {shlex.join(packages)}" if packages else f'pip install ".[{extra}]" from a clone'

@@ -42,7 +42,7 @@ def check_onnx() -> None:
     """Raise `FastpeftError` where a library that writes or runs ONNX is not installed."""
     if missing := [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]:
         raise FastpeftError(
-            f"an export to onnx needs {' and '.join(missing)}, which is not installed. Run {install('onnx')}."
+            f"an export to onnx needs {' and '.join(missing)}, not installed here. Run {install('onnx')}."
         )
 
 
