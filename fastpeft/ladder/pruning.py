@@ -19,7 +19,7 @@ from fastpeft.ladder.side import SideBlock, SideNetwork, WindowFusion
 
 
 class _Layer(NamedTuple):
-    """The linear layers of one block of the backbone, in the order in which transformers' encoders hold them."""
+    """The linear layers of one block of the backbone. All but the first three are told apart by their order."""
 
     query: nn.Linear  # (N, d), as key and value
     key: nn.Linear
@@ -39,7 +39,8 @@ def prune(side: SideNetwork, backbone: Backbone) -> None:
     not changed.
 
     Raises:
-        FastpeftError: a layer is not made of the six matrices of a plain encoder block, or they are quantised.
+        FastpeftError: a layer is not made of the six matrices of a plain encoder block, their names do not tell query,
+            key and value apart, or they are quantised.
     """
     layers = [_take_apart(backbone.layers[place - 1], side) for place in side.places]
     channels = _largest(torch.stack([_stream_importance(layer) for layer in layers]).sum(0), side.width)
@@ -98,18 +99,26 @@ def _take_apart(layer: nn.Module, side: SideNetwork) -> _Layer:
             "init='pruned' reads the layers' weights, but PEFT has an adapter in them, which holds a part of these. "
             "Merge it first, or give init='random'."
         )
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    named = [(name.rpartition(".")[2], each) for name, each in layer.named_modules() if isinstance(each, nn.Linear)]
+    names, linears = [name for name, _ in named], [linear for _, linear in named]
     shapes = [tuple(linear.weight.shape) for linear in linears]
     if len(linears) == len(_Layer._fields):
         (rows, width), (neurons, _) = shapes[0], shapes[4]
         expected = [*3 * [(rows, width)], (width, rows), (neurons, width), (width, neurons)]
         fits = shapes == expected and rows >= side.width and set(side.feature_sizes) == {width}
+        # architectures differ in the order of the three, and in their names but for one letter
+        letters = ["".join({*"qkv"} & {*name}) for name in names[:3]]
+        fits = fits and {*letters} == {*"qkv"}
         if fits and all(linear.weight.is_floating_point() for linear in linears):
-            return _Layer(*linears)
-    found = ", ".join(f"{linear.weight.dtype} {shape}".removeprefix("torch.") for linear, shape in zip(linears, shapes))
+            return _Layer(*(linears[letters.index(letter)] for letter in "qkv"), *linears[3:])
+    found = ", ".join(
+        f"{name} {str(linear.weight.dtype).removeprefix('torch.')} {shape}".strip()
+        for name, linear, shape in zip(names, linears, shapes)
+    )
     raise FastpeftError(
         "init='pruned' takes over layers of six linear ones, query, key, value, output and the two of the feed-forward "
-        f"part, of one width and not quantised; a {type(layer).__name__} has {found or 'none'}. Give init='random'."
+        "part, with q, k or v in the names of the first three, of one width and not quantised; a "
+        f"{type(layer).__name__} has {found or 'none'}. Give init='random'."
     )
 
 

@@ -114,6 +114,17 @@ def test_at_full_width_a_side_block_is_the_backbones_layer(step: int) -> None:
         torch.testing.assert_close(block(x, x[:, None], None, None, 0), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_query_key_and_value_are_told_by_their_names() -> None:
+    """OPT has the key first, then the value, then the query."""
+    base = tiny("OPT", ffn_dim=32, word_embed_proj_dim=16)
+    layer = base.model.decoder.layers[0].self_attn
+    for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+        projection.weight.data.normal_()
+    block = ladder(base, init="pruned", reduction_factor=1).side.blocks[0]
+    assert block.qkv.weight.equal(torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight]))
+
+
 def test_gated_and_shared_projections_select_too() -> None:
     gated = ladder(uneven(), init="pruned", window_size=1, fusion="gated", share_projections=True)
     assert gated.side.shared_projection.weight.equal(torch.eye(16)[KEPT])
@@ -158,8 +169,13 @@ def test_what_is_loaded_is_not_pruned_again(tmp_path: Path, checkpoint: Path) ->
     ("base", "config", "message"),
     [
         (lambda: tiny("GPT2"), {}, "a GPT2Block has none"),
-        (lambda: tiny("ModernBert"), {}, r"a ModernBertEncoderLayer has float32 \(48, 16\)"),
+        (lambda: tiny("ModernBert"), {}, r"a ModernBertEncoderLayer has Wqkv float32 \(48, 16\)"),
         (lambda: nn.Sequential(nn.Linear(16, 16)), {"feature_modules": ["0"]}, r"a Linear has float32 \(16, 16\)"),
+        (
+            lambda: nn.Sequential(nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))),
+            {"feature_modules": ["0"], "feature_sizes": [16, 16]},
+            r"q, k or v in the names of .*; a Sequential has 0 float32 \(16, 16\)",
+        ),
     ],
 )
 def test_layers_of_another_make_are_refused(base: Any, config: dict[str, Any], message: str) -> None:
