@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ops import decompositions
+from fastpeft.ops.quantise import QuantisedWeight
 
 Batch = Mapping[str, Tensor]
 
@@ -59,12 +60,17 @@ def trace(model: nn.Module, batch: Batch) -> ExportedProgram:
         A program: `trace(model, batch).module()(other_batch)` is a dictionary with the model's outputs.
 
     Raises:
-        FastpeftError: `torch.export` cannot trace the model.
+        FastpeftError: the model holds weights in 8 or 4 bits, or `torch.export` cannot trace it.
 
     Example:
         >>> program = trace(model, tokenizer(texts, padding=True, return_tensors="pt"))  # doctest: +SKIP
         >>> torch.export.save(program, "model.pt2")  # doctest: +SKIP
     """
+    if held := next((module for module in model.modules() if isinstance(module, QuantisedWeight)), None):
+        raise FastpeftError(
+            f"the {type(model).__name__} holds weights in {held.kind}, which have no form in a graph without this "
+            "library. Train without backbone_dtype or residual_dtype, or load it by PyTorch instead."
+        )
     try:
         with torch.no_grad(), evaluating([model]):
             program = torch.export.export(

@@ -126,6 +126,8 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
     with pytest.raises(FastpeftError, match=r"the Asks cannot be traced by torch\.export: .* Merge its adapter"):
         trace(Asks(), {"input_ids": torch.ones(2, 3, dtype=torch.long)})
+    with pytest.raises(FastpeftError, match=r"the LadderModel holds weights in int8, .* without backbone_dtype"):
+        trace(ladder(small(), backbone_dtype="int8"), batch(2, 3))
     monkeypatch.setattr(onnx_model, "_LIBRARIES", ("torch", "onnx_of_nobody"))
     with pytest.raises(FastpeftError, match=r"needs onnx_of_nobody, .* pip install onnx "):
         write_onnx(small(), [], tmp_path / "model.onnx")
