@@ -463,8 +463,16 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
         Args:
             save_directory: a folder, made if need be.
-            args, kwargs: as for `PreTrainedModel.save_pretrained`.
+            args, kwargs: as for `PreTrainedModel.save_pretrained`, without `variant`.
+
+        Raises:
+            FastpeftError: there is a `variant`.
         """
+        if (variant := kwargs.get("variant")) is not None:
+            raise FastpeftError(
+                f"variant={variant!r} would give the file of weights a name under which from_pretrained does not look: "
+                "a side network has one form. Leave it out."
+            )
         saving.describe_base(self.config, self.backbone.core)
         if not self.config.base_fingerprints:
             self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -12,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.config import SHAPE, LadderConfig
@@ -56,10 +58,22 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
 
 def read_weights(source: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        weights: dict[str, Tensor] = load_file(cached_file(source, SAFE_WEIGHTS_NAME, **hub))
+        parts = [load_file(file) for file in _weight_files(source, hub)]
     except Exception as error:  # a broken file surfaces as almost any type
         raise FastpeftError(f"cannot read the side network in {source!r}: {first_line(error)}") from error
-    return weights
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _weight_files(source: str, hub: dict[str, Any]) -> list[str]:
+    """The file of weights, or where there is none the parts that `save_pretrained(max_shard_size=...)` made."""
+    try:
+        return [cached_file(source, SAFE_WEIGHTS_NAME, **hub)]
+    except OSError:
+        with contextlib.suppress(OSError):
+            index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **hub)
+            parts: list[str] = get_checkpoint_shard_files(source, index, **hub)[0]
+            return parts
+        raise
 
 
 def read_generation_config(source: str, hub: dict[str, Any]) -> GenerationConfig | None:
@@ -80,6 +94,8 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
             f"the side network was trained on {name or 'a base without a name'} of class {kind}, which cannot be "
             "loaded by name. Pass it: LadderModel.from_pretrained(..., base=model)."
         )
+    if "torch_dtype" in arguments:  # the name that transformers had before
+        arguments["dtype"] = arguments.pop("torch_dtype")
     if arguments.get("dtype", "auto") == "auto":
         arguments["dtype"] = config.dtype or "auto"  # the dtype it was trained in, not that of the file
     arguments = {

@@ -276,6 +276,18 @@ def test_auto_classes_and_pipelines(tmp_path: Path, checkpoint: Path) -> None:
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert isinstance(loaded, LadderModel)
     text = "a lovely film"
+    by_old_name = LadderModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert by_old_name.base.dtype == torch.bfloat16
+
+
+def test_parts_of_the_weights_are_read_and_another_name_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    model = ladder(classifier(checkpoint)).eval()
+    model.save_pretrained(tmp_path / "parts", max_shard_size="5KB")
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert logits(LadderModel.from_pretrained(tmp_path / "parts")).equal(logits(model))
+    with pytest.raises(FastpeftError, match=r"variant='fp16' would give .* Leave it out"):
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
+    assert not (tmp_path / "variant").exists()
     with torch.no_grad():
         expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].tolist()
     for source in (model, str(tmp_path)):
