@@ -27,6 +27,7 @@ OWN_SHAPE = {
     "ModernBert": {**TINY, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2},
     "GPT2": {**TINY, **SPECIAL},
     "Electra": {**TINY, "embedding_size": 12},
+    "MobileBert": {**TINY, "embedding_size": 12, "intra_bottleneck_size": 8},
 }
 IDS = torch.randint(3, 30, (3, 9), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(3, 9, dtype=torch.long)

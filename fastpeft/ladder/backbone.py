@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
@@ -38,6 +39,7 @@ _OF_TOKENS = {
 
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+_TOKENS_FIRST = ("xlnet", "fsmt")  # architectures whose features are (T, B, d)
 _OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position")  # left out where a model does not know them
 
 
@@ -61,7 +63,8 @@ class Backbone:
         layers: the L modules whose outputs are the features `B_1 .. B_L`. The first layer's input is `B_0`.
 
     Raises:
-        FastpeftError: the head cannot be told from the body, or the layers are not found.
+        FastpeftError: the head cannot be told from the body, the layers are not found, or the model reads or makes what
+            is not of the form `(B, T)`.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Backbone:
             raise FastpeftError(
                 f"{type(core).__name__} has no head separate from its body. {_model_with_a_head(core.config)}"
             )
+        if not self.plain:
+            _check_reads_rows(core)
         self.context: Any = None
         self._given_sizes = feature_sizes
         self.tuple_size: int | None = None  # length of the tuple that a layer returns, 0 for a tensor; None: unknown
@@ -92,7 +97,7 @@ class Backbone:
 
     def _find_layers(self) -> list[nn.Module]:
         """The largest list of modules of one class: a transformer's blocks."""
-        kind, config = type(self.core).__name__, self.core.config
+        kind, config = type(self.core).__name__, self.text_config
         lists = self._module_lists()
         if getattr(config, "is_encoder_decoder", False):
             stacks = [name for name in lists if not any(map(str.isdigit, name.split(".")))]
@@ -150,8 +155,8 @@ class Backbone:
                     "the output of each layer. Give one width for each, or None."
                 )
             return list(given)
-        if not self.plain and hasattr(self.core.config, "hidden_size"):
-            return count * [self.core.config.hidden_size]
+        if not self.plain and hasattr(self.text_config, "hidden_size"):
+            return count * [self.text_config.hidden_size]
         matrices = [[p.shape for p in layer.parameters() if p.ndim > 1] for layer in self.layers]
         if not matrices[0]:
             raise FastpeftError(
@@ -174,11 +179,14 @@ class Backbone:
         return name
 
     @property
-    def activation(self) -> str:
-        """The name of the activation function; GELU if the configuration names none that transformers knows."""
-        config = getattr(self.core, "config", None)
-        named = (getattr(config, name, None) for name in _ACTIVATIONS)
-        return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
+    def text_config(self) -> Any:
+        """The configuration of what reads or writes text: a part of that of a model that sees or hears too.
+
+        An encoder-decoder has its own, since both its stacks have to do with text; None for a module without one.
+        """
+        config: Any = getattr(self.core, "config", None)
+        text = not self.plain and (self.input_name == "input_ids" or self.core.can_generate())
+        return config.get_text_config() if text and not getattr(config, "is_encoder_decoder", False) else config
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -198,7 +206,7 @@ class Backbone:
     def decoder(self) -> nn.Linear | None:
         """The layer of the head that scores the words of the vocabulary, if there is one."""
         decoder = None if self.plain else self.core.get_output_embeddings()
-        words = getattr(getattr(self.core, "config", None), "vocab_size", None)
+        words = getattr(self.text_config, "vocab_size", None)
         return decoder if isinstance(decoder, nn.Linear) and decoder.out_features == words else None
 
     @property
@@ -217,9 +225,25 @@ class Backbone:
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the head, without a decoder to the vocabulary, by the model's names: these train."""
+        decoder = self.decoder_parameters()
+        return {name: parameter for name, parameter in self._after_layers().items() if name not in decoder}
+
+    def decoder_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the head's decoder to the vocabulary, by the model's names, but for those of embeddings.
+
+        Another matrix with a side of all words is a part of it, such as that of MobileBERT beside its embeddings.
+        """
+        if self.decoder is None:
+            return {}
+        own, words = {id(parameter) for parameter in self.decoder.parameters()}, self.decoder.out_features
+        return {
+            name: parameter
+            for name, parameter in self._after_layers().items()
+            if id(parameter) in own or (parameter.ndim == 2 and [*parameter.shape].count(words) == 1)
+        }
+
+    def _after_layers(self) -> dict[str, nn.Parameter]:
         frozen = {id(parameter) for module in self.frozen for parameter in module.parameters(recurse=False)}
-        if self.decoder is not None:
-            frozen |= {id(parameter) for parameter in self.decoder.parameters()}
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -284,6 +308,33 @@ class Backbone:
 def _parameters_of(kind: Any) -> frozenset[str]:
     """The names that the forward of a class takes."""
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def activation_of(config: Any) -> str:
+    """The name of the activation function; GELU if the configuration names none that transformers knows."""
+    named = (getattr(config, name, None) for name in _ACTIVATIONS)
+    return next((name for name in named if isinstance(name, str) and name in ACT2FN), "gelu")
+
+
+def _check_reads_rows(core: PreTrainedModel) -> None:
+    """Raise `FastpeftError` where a model does not make features `(B, T, d)` of inputs that a `LadderModel` takes."""
+    kind, input_name = type(core).__name__, core.main_input_name
+    if input_name not in ("input_ids", "pixel_values"):
+        raise FastpeftError(
+            f"the base, a {kind}, reads {input_name}; beside a side network a transformers model reads input_ids or "
+            "pixel_values. Put it into an nn.Module of your own that takes this one input and returns logits, and "
+            "name its layers in feature_modules."
+        )
+    if kind in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+        raise FastpeftError(
+            f"the base, a {kind}, reads several texts a row, (B, choices, T); a side network reads one, (B, T). Load "
+            "it with AutoModelForSequenceClassification and one label, and score each choice by itself."
+        )
+    if core.config.model_type in _TOKENS_FIRST:
+        raise FastpeftError(
+            f"the features of the base, a {kind}, are (T, B, d), and a side network reads (B, T, d): it would mix the "
+            "rows up. Load a model of another architecture."
+        )
 
 
 def _has_one_stack(core: PreTrainedModel) -> bool:

@@ -105,7 +105,8 @@ class LadderConfig(PretrainedConfig):
         pack_weights: whether the backbone's linear layers keep a packed copy of their weight on a CPU, see
             `fastpeft.freeze`, which is faster and takes as many bytes again. With `backbone_dtype="bfloat16"` the copy
             takes the place of the weight. On a card they keep a cast copy, under autocast.
-        base_model_name_or_path, base_revision, base_class: filled in: what the side network was trained on.
+        base_model_name_or_path, base_revision, base_class, base_activation: filled in: what the side network was
+            trained on, and the activation function that it took from it.
         base_fingerprints: filled in when saving: fingerprints of the backbone's weights.
 
     Raises:
@@ -143,6 +144,7 @@ class LadderConfig(PretrainedConfig):
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
         base_class: str | None = None,
+        base_activation: str | None = None,
         base_fingerprints: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -170,6 +172,7 @@ class LadderConfig(PretrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_revision = base_revision
         self.base_class = base_class
+        self.base_activation = base_activation
         self.base_fingerprints = dict(base_fingerprints or {})
         self._check()
         super().__init__(**kwargs)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import saving
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
@@ -113,8 +113,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         self._decided = decide_form(config, backbone)
         if config.base_fingerprints:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
+        if config.base_activation is None:
+            # what was saved before there was the field has the activation that the whole configuration names
+            saved = config.base_class is not None and not backbone.plain
+            config.base_activation = activation_of(backbone.core.config if saved else backbone.text_config)
         causal = bool(config.causal)
-        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), backbone.activation, causal)
+        side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
         head = backbone.head_parameters()
         if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
             modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
@@ -156,7 +160,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             parameter.requires_grad_(True)
         self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
-        saving.describe_base(self.config, backbone.core)
+        saving.describe_base(self.config, backbone)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -473,7 +477,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 f"variant={variant!r} would give the file of weights a name under which from_pretrained does not look: "
                 "a side network has one form. Leave it out."
             )
-        saving.describe_base(self.config, self.backbone.core)
+        saving.describe_base(self.config, self.backbone)
         if not self.config.base_fingerprints:
             self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
         if kwargs.get("is_main_process", True):
@@ -567,6 +571,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, which must be exactly those that train."""
+        # some decoders to words trained in earlier versions: what became of them stays theirs
+        self._trained |= weights.keys() & {f"base.{name}" for name in self.backbone.decoder_parameters()}
+        self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
 

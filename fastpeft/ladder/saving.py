@@ -12,11 +12,12 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import SHAPE, LadderConfig
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.hub import model_options
@@ -116,12 +117,13 @@ def load_base(config: LadderConfig, arguments: dict[str, Any]) -> nn.Module:
     return base
 
 
-def describe_base(config: LadderConfig, core: Any) -> None:
+def describe_base(config: LadderConfig, backbone: Backbone) -> None:
     """Copy the name, revision, class and task of a base into the configuration of its side network."""
+    core, text = backbone.core, backbone.text_config
     config.base_class = type(core).__name__
-    if not isinstance(core, PreTrainedModel):
+    if backbone.plain:
         return
-    sizes = {name: getattr(core.config, name) for name in _SIZES if hasattr(core.config, name)}
+    sizes = {name: getattr(text, name) for name in _SIZES if hasattr(text, name)}
     for name, value in {**sizes, **task_fields(core.config)}.items():
         setattr(config, name, value)
     config.base_model_name_or_path = core.config.name_or_path or config.base_model_name_or_path

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import ladder, moved, tiny, trainable
+import transformers
+from backbones import TINY, ladder, moved, tiny, trainable
 from causal_models import PADDED, WORDS, causal_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
@@ -88,6 +90,44 @@ def test_beside_a_head_of_words_it_starts_as_its_model(kind: str, network: dict[
     losses(model, inputs["input_ids"], 3)
     still = [name for name, parameter in trainable(model).items() if parameter.equal(before[name])]
     assert not [name for name in still if name.endswith(".weight")]
+
+
+def sees_images() -> Any:
+    """A decoder beside a model of images, whose own configuration is a part of theirs."""
+    text = {**TINY, "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    seen = {"embed_dim": 16, "hidden_size": 16, "num_heads": 2, "depth": 2, "mlp_ratio": 2}
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=seen)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def test_a_decoder_that_sees_images_too_is_taken_for_a_decoder() -> None:
+    base = sees_images()
+    with torch.no_grad():
+        expected = base(input_ids=WORDS % 49).logits
+    model = ladder(base)
+    assert model.config.output_mix == "add"
+    assert model.config.residual is True
+    assert model.config.base_activation == "silu"
+    assert (model.config.vocab_size, model.config.hidden_size) == (50, 16)
+    assert all(name.startswith("side.") for name in trainable(model)), "not the decoder to words"
+    torch.testing.assert_close(model(input_ids=WORDS % 49).logits, expected)
+
+
+def test_a_decoder_to_words_that_trained_once_keeps_what_it_learnt(tmp_path: Path) -> None:
+    """Such as that of a model of images too, before it was taken for one, whose side network had GELU."""
+    ladder(sees_images(), output_mix=False).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values.pop("base_activation") == "silu"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    learnt = {"base.lm_head.weight": torch.ones(50, 16)}
+    save_file({**load_file(tmp_path / "model.safetensors"), **learnt}, tmp_path / "model.safetensors")
+    for folder in (tmp_path, tmp_path / "again"):
+        model = LadderModel.from_pretrained(folder, base=sees_images())
+        assert model.config.base_activation == "gelu"
+        assert model.base.lm_head.weight.equal(learnt["base.lm_head.weight"])
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_pruned_weights_start_as_the_model_too() -> None:

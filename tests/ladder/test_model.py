@@ -55,6 +55,7 @@ def trained_head(model: LadderModel) -> list[str]:
         ("Electra", "ForMaskedLM", ["generator_predictions.LayerNorm", "generator_predictions.dense"]),
         ("DebertaV2", "ForSequenceClassification", ["pooler.dense", "classifier"]),
         ("DebertaV2", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
+        ("MobileBert", "ForMaskedLM", ["cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"]),
         ("DistilBert", "ForSequenceClassification", ["pre_classifier", "classifier"]),
         ("DistilBert", "ForMaskedLM", ["vocab_transform", "vocab_layer_norm"]),
         ("ModernBert", "ForSequenceClassification", ["head.dense", "head.norm", "classifier"]),
@@ -266,16 +267,6 @@ def test_the_same_backbone_in_another_dtype_passes(tmp_path: Path, checkpoint: P
         loaded = LadderModel.from_pretrained(tmp_path, dtype=dtype)
         assert loaded.base.roberta.dtype == dtype
         assert loaded.side.up.weight.dtype == torch.float32
-
-
-def test_auto_classes_and_pipelines(tmp_path: Path, checkpoint: Path) -> None:
-    model = train_a_little(ladder(classifier(checkpoint)))
-    model.save_pretrained(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert isinstance(loaded, LadderModel)
-    text = "a lovely film"
     by_old_name = LadderModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert by_old_name.base.dtype == torch.bfloat16
 
@@ -288,6 +279,16 @@ def test_parts_of_the_weights_are_read_and_another_name_is_refused(tmp_path: Pat
     with pytest.raises(FastpeftError, match=r"variant='fp16' would give .* Leave it out"):
         model.save_pretrained(tmp_path / "variant", variant="fp16")
     assert not (tmp_path / "variant").exists()
+
+
+def test_auto_classes_and_pipelines(tmp_path: Path, checkpoint: Path) -> None:
+    model = train_a_little(ladder(classifier(checkpoint)))
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert isinstance(loaded, LadderModel)
+    text = "a lovely film"
     with torch.no_grad():
         expected = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].tolist()
     for source in (model, str(tmp_path)):
@@ -461,6 +462,9 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
+WAVES = {"conv_dim": (16,), "conv_stride": (5,), "conv_kernel": (5,), "num_feat_extract_layers": 1}
+
+
 @pytest.mark.parametrize(
     ("base", "config", "message"),
     [
@@ -468,6 +472,13 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
         (lambda: tiny("Albert"), {}, r"layers of AlbertForSequenceClassification .*says 3 layers.*as ALBERT's"),
         (tiny, {"feature_modules": ["encoder.layer"]}, r"'encoder\.layer', which .* roberta\.encoder\.layer \(3\)"),
         (tiny, {"reduction_factor": 5}, "does not divide the backbone's width, 16"),
+        (
+            lambda: transformers.XLNetModel(transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2)),
+            {},
+            r"features of .* a XLNetModel, are \(T, B, d\)",
+        ),
+        (lambda: tiny("Bert", "ForMultipleChoice"), {}, r"reads several texts a row, .* AutoModelForSequenceClass"),
+        (lambda: tiny("Wav2Vec2", **WAVES), {}, r"reads input_values; .* input_ids or pixel_values\. Put it into"),
     ],
 )
 def test_bases_that_do_not_fit_are_refused(base: Any, config: dict[str, Any], message: str) -> None:
