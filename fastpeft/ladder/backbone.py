@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -280,6 +281,12 @@ class Backbone:
                 "saved as 'default'. Give it that name, which is the default of get_peft_model."
             )
         return found
+
+    def adapter_modules(self) -> set[nn.Module]:
+        """The modules that PEFT's adapters are made of, such as their dropout, in the layers that they go onto."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        of_base = {module for layer in layers for module in layer.get_base_layer().modules()}
+        return {module for layer in layers for module in layer.modules()} - of_base
 
     def arguments(self, given: Mapping[str, Any], part: nn.Module | None = None) -> dict[str, Any]:
         """Arguments for the model or a part of it: no None, and of the optional ones those that it knows."""

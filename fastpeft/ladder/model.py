@@ -52,8 +52,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
     The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
-    The side network trains, and so does the model's own head except for a decoder to the vocabulary, in float32.
-    `save_pretrained` writes what trains, and names the backbone.
+    The side network trains, in float32, and so does the model's own head except for a decoder to the vocabulary, in
+    float32 or float64. `save_pretrained` writes what trains, and names the backbone.
 
     A base of `AutoModel` has no head: the output is its own, and `last_hidden_state` is what the side network made, in
     the backbone's width and dtype. So it makes embeddings, and the side network alone trains.
@@ -66,7 +66,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
     cannot be loaded by name: pass it as `from_pretrained(..., base=module)`.
 
     With `train_adapters`, an adapter that PEFT put into the base trains too, through the features of its layers. It is
-    saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it.
+    saved with the side network, and once more in the folder `adapter`, as PEFT saves and reads it. Its own dropout
+    acts in training.
 
     Beside a decoder it generates text, see `generate`.
 
@@ -156,7 +157,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         self.adapters = {f"base.{name}": parameter for name, parameter in adapters.items()}
         self.gradients_from = backbone.layer_of(adapters.values())  # see `LadderPass`
         for parameter in (*head.values(), *adapters.values()):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             parameter.requires_grad_(True)
         self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
@@ -197,6 +198,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 module.requires_grad_(False)
         if can_fuse_head(self.base):
             fuse_head(self.base)
+        saving.describe_base(self.config, self.backbone)
         return resized
 
     def get_input_embeddings(self) -> nn.Module:
@@ -206,10 +208,11 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         return embeddings
 
     def train(self, mode: bool = True) -> LadderModel:
-        """Set the side network and the head to training mode; the backbone stays in evaluation mode."""
+        """Set the side network, the head and an adapter that trains to this mode; the backbone stays in evaluation."""
         super().train(mode)
+        adapter = self.backbone.adapter_modules() if self.adapters else set()
         for module in self.backbone.frozen:
-            module.training = False  # its children may belong to the head
+            module.training = mode and module in adapter  # its children may belong to the head
         return self
 
     def print_trainable_parameters(self) -> None:
@@ -300,6 +303,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,
         }
+        padding = getattr(self.config, "pad_token_id", None)
+        if not plain and padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) is None:
+            self.backbone.text_config.pad_token_id = padding  # the Trainer knows our configuration, a head its own
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         step = past > 0 and text is not None and text.shape[1] == 1

@@ -12,7 +12,7 @@ import torch
 from backbones import IDS, MASK, classifier, ladder, logits, tiny, train_a_little, trainable
 from safetensors.torch import load_file
 from samples import Interrupt, pickle_adapter, reviews, write_csv
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig, TrainConfig, train
 from fastpeft.training.estimates import plan
@@ -45,6 +45,20 @@ def test_the_adapter_trains_and_the_backbone_does_not() -> None:
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert model.adapters.keys() <= changed
     assert changed <= trainable(model).keys()
+
+
+def test_the_adapter_drops_while_it_trains_and_the_backbone_does_not() -> None:
+    lora = peft.LoraConfig(target_modules=["query"], lora_dropout=0.5)
+    model = ladder(peft.get_peft_model(tiny(), lora), train_adapters=True).train()
+    drops = {name: module for name, module in model.base.named_modules() if isinstance(module, nn.Dropout)}
+    dropping = {name for name, module in drops.items() if module.training}
+    assert {name.rpartition(".lora_dropout")[0][-5:] for name in dropping if "lora_dropout" in name} == {"query"}
+    assert all("lora_dropout" in name or "classifier" in name for name in dropping)
+    train_a_little(model)
+    assert not any(module.training for module in model.modules())
+    assert logits(model).equal(logits(model))
+    without = ladder(peft.get_peft_model(tiny(), lora)).train()
+    assert not any(module.training for name, module in without.base.named_modules() if "lora_dropout" in name)
 
 
 def test_features_that_change_as_it_trains_are_not_cached(tmp_path: Path) -> None:

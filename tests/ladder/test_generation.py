@@ -427,7 +427,7 @@ def test_what_is_asked_of_the_words_goes_to_the_base() -> None:
     before, words = model(WORDS).logits, base.config.vocab_size
     model.resize_token_embeddings(words + 5)
     assert model.get_input_embeddings() is base.get_input_embeddings()
-    assert base.config.vocab_size == words + 5
+    assert model.config.vocab_size == base.config.vocab_size == words + 5
     after = model(WORDS, labels=WORDS)
     torch.testing.assert_close(after.logits[..., :words], before)
     assert not any(p.requires_grad for p in (base.lm_head.weight, base.get_input_embeddings().weight))

@@ -174,6 +174,15 @@ def test_half_precision_backbone(kind: str, head: str, dtype: torch.dtype) -> No
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_a_head_in_float64_stays_so() -> None:
+    base = tiny("Bert").double()
+    model = train_a_little(ladder(base))
+    assert {name: p.dtype for name, p in trainable(model).items() if p.dtype != torch.float32} == dict.fromkeys(
+        (f"base.{name}" for name in trained_head(model)), torch.float64
+    )
+    assert logits(model).dtype == torch.float64
+
+
 def test_autocast() -> None:
     model = ladder().train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -457,6 +466,22 @@ def test_trainer_loads_the_best_model_and_no_optimizer_holds_the_backbone(
     optimized = {id(p) for group in best.optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for p in model.base.roberta.parameters()}
     assert logits(LadderModel.from_pretrained(best.state.best_model_checkpoint)).isfinite().all()
+
+
+def test_the_padding_that_a_trainer_tells_reaches_the_head(tmp_path: Path, checkpoint: Path) -> None:
+    """The head of a decoder looks for the last token that is no padding."""
+    base = tiny("GPT2", pad_token_id=None)
+    model, expected = ladder(base), ladder(tiny("GPT2")).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    assert tokenizer.pad_token_id == 1
+    rows = [{"input_ids": ids, "labels": 0} for ids in ([5, 6, 7], [8, 9])]
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=0.0, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    transformers.Trainer(model, settings, train_dataset=rows, processing_class=tokenizer).train()
+    padded = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    expected.base.config.pad_token_id = 1
+    assert model.eval()(padded).logits.equal(expected(padded).logits)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
