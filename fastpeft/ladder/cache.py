@@ -39,7 +39,7 @@ from fastpeft.support.record_store import KEY_BYTES, Record, RecordStore, bytes_
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when the same backbone and row give another record
+_FORMAT = 2  # raise it when the same backbone and row give another record
 _GIB = 2**30
 
 # the fields of a model's configuration that do not change its features: one body under any head shares them

@@ -4,7 +4,7 @@ Of each layer their keys and values are kept, `(1, heads, C, head width)`. So a 
 backbone's attention and nothing else, and the side network reads the text alone. As examples of a task they show the
 backbone, whose weights stay as they are, where to look (Brown et al. 2020, arXiv:2005.14165).
 
-The backbone sees a text's tokens after those of the context, at the positions that follow.
+The backbone sees a text's tokens after those of the context, at the positions that follow. Padding takes none.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Context:
         if mask is not None:
             found["attention_mask"] = torch.cat((mask.new_ones(len(mask), length), mask), dim=1)
         if found.get("position_ids") is None and self._takes_positions:
-            found["position_ids"] = torch.arange(past, past + text.shape[1], device=text.device)[None]
+            seen = text.new_ones(1, past + text.shape[1], dtype=torch.long) if mask is None else mask
+            found["position_ids"] = (seen.long().cumsum(1) - 1).clamp(min=0)[:, past:]
         for name in ("position_ids", "cache_position"):
             if name in found:
                 found[name] = found[name] + length

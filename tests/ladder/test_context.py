@@ -14,6 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool, SivaConfig
+from fastpeft.ladder.generation import CACHE
 
 CONTEXT = [7, 9, 11, 20]
 WORDS = torch.randint(5, 60, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -42,6 +43,21 @@ def test_a_ladder_starts_as_its_base_after_the_context(kind: str) -> None:
         joined = torch.tensor([[*CONTEXT, *words[mask].tolist()]])
         expected = base(input_ids=joined).logits[0, len(CONTEXT) :]
         torch.testing.assert_close(found[row, mask], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_padding_changes_nothing_where_no_positions_are_given(kind: str) -> None:
+    model = moved(causal_model(kind), context=CONTEXT).eval()
+    output = model(input_ids=WORDS, attention_mask=MASK, use_cache=True)
+    torch.testing.assert_close(output.logits[MASK.bool()], logits(model)[MASK.bool()], rtol=1e-4, atol=1e-5)
+    for row, (words, mask) in enumerate(zip(WORDS, MASK.bool())):
+        alone = model(input_ids=words[mask][None]).logits[0]
+        torch.testing.assert_close(output.logits[row, mask], alone, rtol=1e-4, atol=1e-5)
+    more, mask = WORDS[:, :2], torch.cat((MASK, MASK.new_ones(3, 2)), dim=1)
+    after = model(input_ids=more, attention_mask=mask, past_key_values=output.get(CACHE)).logits
+    whole = model(input_ids=torch.cat((WORDS, more), dim=1), attention_mask=mask).logits[:, -2:]
+    torch.testing.assert_close(after, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_read_once_and_costs_no_step_of_the_side_network() -> None:
