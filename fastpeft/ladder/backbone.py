@@ -41,6 +41,7 @@ _OF_TOKENS = {
 # the inputs of a text model that decide its features
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 _TOKENS_FIRST = ("xlnet", "fsmt")  # architectures whose features are (T, B, d)
+CACHES = ("past_key_values", "cache")  # what decoders call their cache, before transformers 5.24 and from then on
 _OPTIONAL = ("token_type_ids", "logits_to_keep", "cache_position")  # left out where a model does not know them
 
 
@@ -297,7 +298,8 @@ class Backbone:
             for name, value in given.items()
             if value is not None and (name not in _OPTIONAL or name in accepted)
         }
-        return {"use_cache": False, **chosen} if "use_cache" in accepted else chosen
+        # a model may have a cache and take `use_cache` without naming it, to hand it on
+        return chosen if accepted.isdisjoint(("use_cache", *CACHES)) else {"use_cache": False, **chosen}
 
     def after_context(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a pass over texts, those of the same texts after the context, if there is one.

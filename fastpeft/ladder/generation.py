@@ -23,12 +23,10 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder.backbone import Backbone
+from fastpeft.ladder.backbone import CACHES, Backbone
 from fastpeft.ladder.causality import predicts_next_tokens
 
-# what decoders call their cache, before transformers 5.24 and from then on
-_NAMES = "past_key_values", "cache"
-CACHE = _NAMES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
+CACHE = CACHES["cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters]
 _SPARE = 8  # where a tensor of T tokens is full, room is made for T / 8 more, and at least 64
 _LEAST_SPARE = 64
 
@@ -170,10 +168,10 @@ class LadderCache(DynamicCache):
 
 def with_own_cache(outputs: Any, cache: LadderCache | None) -> Any:
     """The outputs of a pass, with its own cache, or none, in place of the one that the backbone was given."""
-    of_backbone = [name for name in _NAMES if outputs.get(name) is not None]
+    of_backbone = [name for name in CACHES if outputs.get(name) is not None]
     if not of_backbone or outputs[of_backbone[0]] is cache:
         return outputs
-    rest = {name: value for name, value in outputs.items() if name not in _NAMES}
+    rest = {name: value for name, value in outputs.items() if name not in CACHES}
     return type(outputs)(**rest, **({} if cache is None else {of_backbone[0]: cache}))
 
 
@@ -232,7 +230,7 @@ def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defa
             "it out, or give 'dynamic'."
         )
     cache = given_cache(arguments.get("cache"), arguments.get("past_key_values"))
-    rest = {name: value for name, value in arguments.items() if name not in _NAMES}
+    rest = {name: value for name, value in arguments.items() if name not in CACHES}
     if cache is not None:
         return {**rest, CACHE: cache}
     if asked("use_cache") is False:

@@ -316,9 +316,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
             outputs = self.base(inputs) if plain else self.base(**called, return_dict=True)
-        if self.backbone.context is not None:
+        if not plain:
             outputs = with_own_cache(outputs, cache)
-        if plain:
+        else:
             check_told(self.config.causal, self.base, outputs)
             outputs = _with_loss(outputs, labels, self.config.problem_type)
         if run.states:

@@ -390,6 +390,11 @@ def test_other_caches_are_refused() -> None:
         model(input_ids=WORDS[:, 6:], attention_mask=PADDED[:, :6], past_key_values=cached(model, 6))
 
 
+def test_a_base_that_takes_use_cache_among_others_generates_without_one() -> None:
+    model = moved(causal_model("granitemoe"))
+    assert written(model, use_cache=False).equal(written(model))
+
+
 def test_what_keeps_no_keys_and_values_generates_without_a_cache() -> None:
     model = moved(causal_model("rwkv", attention_hidden_size=32))
     with pytest.raises(FastpeftError, match=r"RwkvForCausalLM keeps something else.*use_cache=False"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, moved, tiny
+from backbones import IDS, MASK, ladder, moved, tiny
 from causal_models import causal_model
 from torch import Tensor, nn
 
@@ -83,6 +83,17 @@ def test_features_must_have_the_shape_of_the_input() -> None:
     ):
         model(IDS)
     assert not seen
+
+
+@pytest.mark.parametrize("kind", ["causal", "questions"])
+def test_no_cache_is_made_that_nobody_asked_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a model takes `use_cache` among other arguments, without a name for it."""
+    base = causal_model("granitemoe") if kind == "causal" else tiny("Llama", "ForQuestionAnswering")
+    model, kept = ladder(base).train(), []
+    monkeypatch.setattr(transformers.DynamicCache, "update", lambda *args, **_: kept.append(args) or args[1:3])
+    output = model(IDS, attention_mask=MASK)
+    assert not kept
+    assert output.get("past_key_values") is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
