@@ -148,15 +148,16 @@ def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
 
 
 def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Raise `FastpeftError` where positions begin anew within a row without a mask: texts that were joined.
+    """Raise `FastpeftError` where positions do not follow each other and there is no mask: texts that were joined.
 
-    A causal backbone would keep these apart, and the side network, whose masks are of tokens alone, would not. What
-    `torch.compile` traces is not checked.
+    Transformers takes such rows for joined texts, which a causal backbone keeps apart. The side network, whose masks
+    are of tokens alone, would not. What `torch.compile` traces is not checked.
     """
     if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
         return
-    if ((position_ids[..., 1:] == 0) & (position_ids[..., :-1] > 0)).any():
+    if (position_ids.diff(dim=-1) != 1).any():
         raise FastpeftError(
-            "position_ids begin anew within a row and there is no attention_mask: these are joined texts, which a side "
-            "network cannot tell apart. Give each a row of its own (packing=False)."
+            "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined "
+            "texts, which a side network cannot tell apart. Give each a row of its own (packing=False), or an "
+            "attention_mask to rows of one text."
         )

@@ -164,8 +164,10 @@ def test_joined_texts_are_refused_beside_a_side_network(tmp_path: Path, changes:
         sft(beside(base()), tmp_path, **changes).train()
     with pytest.raises(FastpeftError, match="position_ids begin anew within a row"):
         beside(base())(input_ids=torch.tensor([[3, 4, 5, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
-    padded = torch.tensor([[0, 0, 0, 1]])  # as of a text that is padded on the left
-    assert beside(base())(input_ids=torch.tensor([[1, 1, 5, 6]]), position_ids=padded).logits.shape == (1, 4, 64)
+    padded = {"input_ids": torch.tensor([[1, 1, 5, 6]]), "position_ids": torch.tensor([[0, 0, 0, 1]])}
+    with pytest.raises(FastpeftError, match="or an attention_mask to rows of one text"):  # or texts of one token
+        beside(base())(**padded)
+    assert beside(base())(**padded, attention_mask=torch.tensor([[0, 0, 1, 1]])).logits.shape == (1, 4, 64)
 
 
 def test_a_head_that_changes_its_logits_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,15 @@ def assert_no_later_token_is_seen(model: LadderModel) -> None:
     assert max(before) < 1e-6  # the measured error is 0, beside experts up to 9e-8
 
 
+@pytest.mark.parametrize("lengths", [(1, 6), (6, 1), (3, 4), (1, 1, 5)])
+def test_joined_texts_are_refused(lengths: tuple[int, ...]) -> None:
+    model = ladder(causal_model("llama"))
+    joined = torch.cat([torch.arange(length) for length in lengths])[None]
+    with pytest.raises(FastpeftError, match="position_ids begin anew within a row"):
+        model(IDS, position_ids=joined)
+    assert model(IDS, position_ids=torch.arange(2, 9)[None]).logits.isfinite().all()
+
+
 def train_a_step(model: LadderModel) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-3)
     before = {name: parameter.detach().clone() for name, parameter in model.side.named_parameters()}
