@@ -156,8 +156,8 @@ class LadderCache(DynamicCache):
             self.layers.extend(side.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens of the texts were read; those of a context are none of them."""
-        return int(super().get_seq_length(layer_idx)) - self._context
+        """How many tokens of the texts a layer has; those of a context, which side networks do not read, are none."""
+        return int(super().get_seq_length(layer_idx)) - (self._context if layer_idx < self._own else 0)
 
     def of_backbone(self) -> DynamicCache:
         """What the backbone keeps, with its context: the same layers."""

@@ -54,8 +54,10 @@ def test_padding_changes_nothing_where_no_positions_are_given(kind: str) -> None
     for row, (words, mask) in enumerate(zip(WORDS, MASK.bool())):
         alone = model(input_ids=words[mask][None]).logits[0]
         torch.testing.assert_close(output.logits[row, mask], alone, rtol=1e-4, atol=1e-5)
+    cache = output.get(CACHE)
+    assert {cache.get_seq_length(layer) for layer in range(len(cache.layers))} == {8}
     more, mask = WORDS[:, :2], torch.cat((MASK, MASK.new_ones(3, 2)), dim=1)
-    after = model(input_ids=more, attention_mask=mask, past_key_values=output.get(CACHE)).logits
+    after = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
     whole = model(input_ids=torch.cat((WORDS, more), dim=1), attention_mask=mask).logits[:, -2:]
     torch.testing.assert_close(after, whole, rtol=1e-4, atol=1e-5)
 
