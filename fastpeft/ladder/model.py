@@ -363,7 +363,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if self.training and (self.config.dropout or self.config.layer_drop):
             # on a card it is drawn there, so that a CUDA graph draws anew at each replay
             seed = torch.randint(2**63 - 1, (), device=device if device.type == "cuda" else "cpu").to(device)
-        if isinstance(seed, Tensor) and self.config.layer_drop:
+        if self.training and self.config.layer_drop:
             blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
@@ -564,9 +564,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         own, taken = self.state_dict(), {}
         weights = {saving.without_wrapper(item): tensor for item, tensor in saving.read_weights(name, {}).items()}
         for item in self._trained:
-            wanted = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
+            takes = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
             found = weights.pop(saving.without_wrapper(item), None)
-            if not wanted:
+            if not takes:
                 taken[item] = own[item]
             elif found is not None:
                 taken[item] = found
