@@ -403,19 +403,23 @@ class LadderPool:
         return batch
 
     def _check_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch on the backbone's device."""
+        """The batch on the backbone's device; an input `(1, T)` is that of each row."""
         unknown = batch.keys() - {*INPUTS, *LABELS, _MASKS}
         if unknown or not ("input_ids" in batch or "inputs_embeds" in batch):
             raise FastpeftError(
                 f"the batch has {', '.join(batch) or 'no entries'}; a pool takes input_ids or inputs_embeds, and "
                 f"beside them {', '.join((*INPUTS[1:4], _MASKS))}, and to train {', '.join(LABELS)}."
             )
-        mask, shape = batch.get("attention_mask"), source_of(batch).shape[:2]
-        if mask is not None and mask.shape != shape:
-            raise FastpeftError(
-                f"attention_mask has the shape {tuple(mask.shape)}; a pool takes (B, T), here {tuple(shape)}, 1 for "
-                "tokens and 0 for padding."
-            )
+        batch, shape = dict(batch), source_of(batch).shape[:2]
+        for name in ("attention_mask", "token_type_ids", "position_ids"):
+            if (given := batch.get(name)) is None:
+                continue
+            if given.shape not in (shape, (1, shape[1])):
+                raise FastpeftError(
+                    f"{name} has the shape {tuple(given.shape)}; a pool takes (B, T), here {tuple(shape)}, or (1, T) "
+                    "for all rows. In a mask 1 is for tokens and 0 for padding."
+                )
+            batch[name] = given.expand(shape)
         return {name: value.to(self.backbone.core.device) for name, value in batch.items()}
 
 

@@ -51,6 +51,15 @@ def test_every_row_gets_its_models_answer(mix: list[int], masked: bool) -> None:
     assert_answers_are_the_models(pool, batch, [str(task) for task in mix])
 
 
+def test_inputs_of_one_row_are_those_of_all() -> None:
+    """As the models take them."""
+    pool = pool_of(tiny(), {}, {"window_size": 9})
+    one = {"position_ids": torch.arange(9)[None].flip(-1), "token_type_ids": torch.zeros_like(IDS[:1])}
+    each = {name: value.repeat(3, 1) for name, value in one.items()}
+    found, expected = (pool({**BATCH, **given}, ["0", "1", "0"]) for given in (one, each))
+    assert all(a.logits.equal(b.logits) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize(
     ("kind", "head"),
     [
@@ -160,6 +169,7 @@ def test_what_a_pool_refuses(tmp_path: Path) -> None:
         "a pool takes input_ids": ({**BATCH, "texts": MASK}, ["a"] * 3),
         "has no entries": ({}, []),
         "attention_mask has the shape": ({**BATCH, "attention_mask": MASK[:, :4]}, ["a"] * 3),
+        "position_ids has the shape": ({**BATCH, "position_ids": IDS[:2]}, ["a"] * 3),
     }.items():
         with pytest.raises(FastpeftError, match=message.replace("'", ".")):
             pool(batch, tasks)
