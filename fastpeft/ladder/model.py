@@ -41,8 +41,15 @@ from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
-from fastpeft.ladder.side_step import SideStep
-from fastpeft.ladder.sources import FeatureSource, LadderPass, check_mask, check_positions, choose_source
+from fastpeft.ladder.side_step import run_of
+from fastpeft.ladder.sources import (
+    FeatureSource,
+    LadderPass,
+    check_attentions,
+    check_mask,
+    check_positions,
+    choose_source,
+)
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.hub import HUB_ARGUMENTS
 from fastpeft.support.processes import agreed
@@ -242,6 +249,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
         cache: LadderCache | None = None,
+        output_attentions: bool | None = None,
     ) -> Any:
         """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
@@ -260,12 +268,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 since 5.24. The inputs are then the tokens that follow, and the mask is of all tokens.
             use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
             cache_position, logits_to_keep: as the base takes them, where it knows them.
+            output_attentions: refused if true.
 
         Raises:
             FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
                 head and labels are given, it is not a transformers model and answers for each token while the
-                configuration's `causal` is None, or a cache is asked for that it cannot have.
+                configuration's `causal` is None, texts are joined in a row, or attentions or a cache are asked for that
+                it cannot have.
         """
+        check_attentions(output_attentions)
         plain = self.backbone.plain
         if self.backbone.model is not self.base:
             raise FastpeftError(
@@ -353,11 +364,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """A new pass of the side network, with what it drops drawn from torch's random state."""
         device = self.side.up.weight.device
         mask = None if attention_mask is None else attention_mask.to(device).bool()
-        kept = None if cache is None else cache.sides[0]
-        if step and kept is not None and self.side_run is SideRun and SideStep.takes(self.side):
-            return SideStep(self.side, mask, kept, keep_states)
-        if kept is not None:
-            kept.prepared = None  # weights may have changed
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
@@ -367,7 +373,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
-        return self.side_run(self.side, mask, seed, keep_states, blocks_seed, None if kept is None else kept.layers)
+        kept = None if cache is None else cache.sides[0]
+        return run_of(self.side, mask, kept, step, keep_states, seed, blocks_seed, self.side_run)
 
     @contextlib.contextmanager
     def reading_from(self, source: FeatureSource) -> Iterator[None]:
@@ -384,16 +391,17 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Whether the base is a decoder with a head of words, beside which `generate` works."""
         return self._generates
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate text beside a decoder, as `generate` of transformers does: greedy, by sampling or by beam search.
 
         It runs in evaluation mode, whatever the mode is. Backbone and side network keep what they need of earlier
         tokens, so each new token is one pass over itself: see `fastpeft.ladder.LadderCache`.
 
         Args:
-            args, kwargs: as for `GenerationMixin.generate`, such as `input_ids`, `attention_mask`, `max_new_tokens`,
-                `do_sample`, `num_beams` and `streamer`. `generation_config` is at first that of the base. Pad several
-                prompts on the left.
+            inputs: token ids `(B, T)`, as `input_ids`; or give `inputs_embeds` `(B, T, d)`.
+            generation_config: None is at first that of the base.
+            args, kwargs: as for `GenerationMixin.generate`, such as `attention_mask`, `max_new_tokens`, `do_sample`,
+                `num_beams` and `streamer`. Pad several prompts on the left.
 
         Returns:
             Token ids `(B, T)`, the prompt first, or what `return_dict_in_generate` asks for.
@@ -407,15 +415,15 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         check_generates(self.backbone)
         if self.side_run is not SideRun:  # one that keeps nothing
             kwargs.setdefault("use_cache", False)
-        kwargs = with_cache(
-            partial(LadderCache, self.backbone), kwargs, kwargs.get("generation_config"), self.generation_config
-        )
+        kwargs = with_cache(partial(LadderCache, self.backbone), kwargs, generation_config, self.generation_config)
         with evaluating([self]):
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments of a pass, as the base prepares them for its own."""
-        return self.backbone.core.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The arguments of a pass, as the base prepares them for its own; transformers looks for `inputs_embeds`."""
+        return self.backbone.core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.

@@ -34,7 +34,7 @@ from fastpeft.ladder.joint_training import (
     steps_of,
 )
 from fastpeft.ladder.passes import features_of, run_body
-from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_head, check_mode
+from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
 from fastpeft.ladder.pool_members import Members, ladder_of
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
@@ -226,8 +226,8 @@ class LadderPool:
             Token ids `(B, T)`, the prompt first, or what `return_dict_in_generate` asks for.
 
         Raises:
-            FastpeftError: as by a call; the base does not generate text; a task has a head of its own; or another cache
-                or another way to generate is asked for.
+            FastpeftError: as by a call; the base does not generate text; a task has a head of its own; the cache is of
+                other tasks; or another kind of cache or another way to generate is asked for.
 
         Example:
             >>> batch = tokenizer(["The sea", "Dear Sir"], padding=True, return_tensors="pt")  # doctest: +SKIP
@@ -245,6 +245,7 @@ class LadderPool:
         options = with_cache(partial(PoolCache, self.backbone, tasks), options, *configs)
         if CACHE not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
+        check_cache(options[CACHE], tasks)
         with self._turns.answer():
             return decoder.generate(**batch, **options)
 

@@ -22,8 +22,8 @@ from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, with_own_cache
 from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
-from fastpeft.ladder.side_step import SideStep
-from fastpeft.ladder.sources import LadderPass, RunningBackbone, check_mask
+from fastpeft.ladder.side_step import run_of
+from fastpeft.ladder.sources import LadderPass, RunningBackbone, check_attentions, check_mask
 
 Rows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
 
@@ -34,20 +34,23 @@ class PoolCache(LadderCache):
     Args:
         backbone: the decoder.
         tasks: the task of each prompt; side networks are in the order in which they come here.
+
+    Attributes:
+        tasks: as given.
     """
 
     def __init__(self, backbone: Backbone, tasks: Sequence[str]) -> None:
         super().__init__(backbone, len(set(tasks)))
-        self._tasks = tasks
+        self.tasks = tuple(tasks)
         self.rows: list[Rows] = []
 
     def begin(self, batch: int, device: torch.device) -> None:
         """Find the rows of each task; a prompt has several that follow each other, as beams or several samples."""
-        each = batch // len(self._tasks)
-        numbered = [task for task in self._tasks for _ in range(each)]
+        each = batch // len(self.tasks)
+        numbered = [task for task in self.tasks for _ in range(each)]
         self.rows = [
             rows_at([row for row, own in enumerate(numbered) if own == task], device)
-            for task in dict.fromkeys(self._tasks)
+            for task in dict.fromkeys(self.tasks)
         ]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -136,15 +139,12 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> Any:
         """As that of `LadderModel`, which has the arguments."""
+        check_attentions(output_attentions)
         text: Any = input_ids if input_ids is not None else inputs_embeds
         cache = given_cache(cache, past_key_values)
-        if not isinstance(cache, PoolCache):
-            raise FastpeftError(
-                f"{CACHE} is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
-                "this pool's generate returned, or leave it out."
-            )
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -159,28 +159,42 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         with self._lock, evaluating((self.backbone.body, *self._sides)):
             return self._pass(text, attention_mask, cache, self.backbone.arguments(arguments))
 
-    def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: PoolCache, arguments: dict[str, Any]) -> Any:
+    def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]) -> Any:
         if not cache.rows:
             cache.begin(len(text), text.device)
         past = cache.get_seq_length()
         check_mask(attention_mask, (len(text), past + text.shape[1]))
         mask = None if attention_mask is None else attention_mask.bool()
         runs: list[tuple[Rows, SideRun]] = []
-        for rows, side, kept in zip(cache.rows, self._sides, cache.sides):
+        step = past > 0 and text.shape[1] == 1
+        for rows, side, kept in zip(cache.rows, self._sides, cache.sides, strict=True):
             own = None if mask is None else mask[rows]
-            if past > 0 and text.shape[1] == 1 and SideStep.takes(side):
-                runs.append((rows, SideStep(side, own, kept)))
-            else:
-                kept.prepared = None  # weights may have changed
-                runs.append((rows, SideRun(side, own, 0, kept=kept.layers)))
+            runs.append((rows, run_of(side, own, kept, step)))
         run: Any = PoolRun(runs)
         called = self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):
             return with_own_cache(self.base(**called, return_dict=True), cache)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """The arguments of a pass, as the base prepares them for its own."""
-        return self.backbone.core.prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As that of `LadderModel`."""
+        return self.backbone.core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def check_cache(cache: Any, tasks: Sequence[str]) -> None:
+    """Raise `FastpeftError` unless a cache is of a pool, and of rows of these tasks."""
+    if not isinstance(cache, PoolCache):
+        raise FastpeftError(
+            f"{CACHE} is a {type(cache).__name__}, which holds nothing of the side networks. Give what "
+            "this pool's generate returned, or leave it out."
+        )
+    if cache.tasks != tuple(tasks):
+        own, other = (", ".join(map(repr, each)) for each in (cache.tasks, tasks))
+        raise FastpeftError(
+            f"{CACHE} was read for the tasks {own}, and the rows are of {other}: a side network cannot continue from "
+            "what another one has kept. Give the rows the tasks of the cache, or leave it out."
+        )
 
 
 def check_head(task: str, head: Backbone, backbone: Backbone) -> None:
@@ -194,15 +208,19 @@ def check_head(task: str, head: Backbone, backbone: Backbone) -> None:
         )
 
 
-# what runs passes over other rows than those of the batch, or an other model beside it
-_MODES = ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "penalty_alpha", "dola_layers")
+# what runs passes over other rows than those of the batch or an other model beside it, or returns for all rows what
+# each side network has in a shape of its own
+_MODES = (
+    *("assistant_model", "prompt_lookup_num_tokens", "guidance_scale", "penalty_alpha", "dola_layers"),
+    "output_hidden_states",
+)
 
 
 def check_mode(options: Mapping[str, Any], *configs: Any) -> None:
     """Raise `FastpeftError` unless a call of `generate` is greedy, samples or has beams."""
     for name in _MODES:
         values = (options.get(name), *(getattr(config, name, None) for config in configs))
-        if (value := next((value for value in values if value is not None), None)) is not None:
+        if (value := next((value for value in values if value is not None), False)) is not False:
             raise FastpeftError(
                 f"{name}={value!r}: a pool generates greedily, by sampling and with beams. Leave it out, or call "
                 "generate of one task's model."

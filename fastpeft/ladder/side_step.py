@@ -72,6 +72,33 @@ def _prepared(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, ...
     return weights, (hidden, heads, own, gate, block.num_heads, *(norm.eps for norm in norms), activation)
 
 
+def run_of(
+    side: SideNetwork,
+    mask: Tensor | None,
+    kept: SideCache | None,
+    step: bool,
+    keep_states: bool = False,
+    seed: int | Tensor = 0,
+    blocks_seed: int = 0,
+    kind: type[SideRun] = SideRun,
+) -> SideRun:
+    """A pass of a side network: a `SideStep` where it can be one.
+
+    Args:
+        side: the side network.
+        mask: bool `(B, T)` of all tokens, or None.
+        kept: of the tokens so far; None for a pass over whole texts.
+        step: whether the pass is over one token of each text, and others came before.
+        keep_states, seed, blocks_seed: as of `SideRun`.
+        kind: the class of other passes; one that is not `SideRun` makes all of them.
+    """
+    if step and kept is not None and kind is SideRun and SideStep.takes(side):
+        return SideStep(side, mask, kept, keep_states)
+    if kept is not None:
+        kept.prepared = None  # weights may have changed
+    return kind(side, mask, seed, keep_states, blocks_seed, None if kept is None else kept.layers)
+
+
 class SideStep(SideRun):
     """A `SideRun` over one token of each text, of a network that it takes.
 

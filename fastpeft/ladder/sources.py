@@ -147,6 +147,15 @@ def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
         )
 
 
+def check_attentions(asked: bool | None) -> None:
+    """Raise `FastpeftError` if the probabilities of attentions are asked for."""
+    if asked:
+        raise FastpeftError(
+            "output_attentions=True, but a side network keeps no probabilities of its attention. Leave it out; the "
+            "base alone returns those of its own."
+        )
+
+
 def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
     """Raise `FastpeftError` where positions do not follow each other and there is no mask: texts that were joined.
 

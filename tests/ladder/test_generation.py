@@ -337,6 +337,24 @@ def test_it_is_saved_and_loaded_as_a_decoder(tmp_path: Path) -> None:
     assert loaded.generate(WORDS[:, :6], do_sample=False).equal(model.generate(WORDS[:, :6], do_sample=False))
 
 
+def test_a_configuration_may_stand_in_its_place() -> None:
+    model = moved(causal_model("llama"))
+    full = transformers.GenerationConfig(max_new_tokens=12, do_sample=False, use_cache=False, pad_token_id=0)
+    expected = model.generate(WORDS, generation_config=full)
+    lengths = []
+    model.backbone.layers[0].register_forward_hook(lambda _, given, __: lengths.append(given[0].shape[1]))
+    assert model.generate(WORDS, full).equal(expected)
+    assert lengths == [*range(12, 24)]
+
+
+def test_a_prompt_may_be_embeddings() -> None:
+    model = moved(causal_model("llama"))
+    embedded = model.get_input_embeddings()(WORDS[:, :6])
+    options = {"max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    found = model.generate(inputs_embeds=embedded, attention_mask=PADDED[:, :6], **options)
+    assert found.equal(written(model)[:, 6:])
+
+
 def test_it_generates_in_evaluation_mode() -> None:
     model = moved(causal_model("llama"), feature_dropout=0.5, layer_drop=0.5).train()
     text = written(model)
@@ -386,6 +404,8 @@ def test_other_caches_are_refused() -> None:
     with pytest.raises(FastpeftError, match=r"cache_implementation='static'.*'dynamic'"):
         written(model, cache_implementation="static")
     assert written(model, cache_implementation="dynamic").shape == (3, 18)
+    with pytest.raises(FastpeftError, match="output_attentions=True"):
+        written(model, output_attentions=True)
     with pytest.raises(FastpeftError, match=r"attention_mask has the shape \(3, 6\).*\(3, 12\)"):
         model(input_ids=WORDS[:, 6:], attention_mask=PADDED[:, :6], past_key_values=cached(model, 6))
 

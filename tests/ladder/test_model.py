@@ -585,6 +585,7 @@ def test_layers_named_out_of_order_are_refused() -> None:
         ({}, "got no input_ids, inputs_embeds or pixel_values"),
         ({"input_ids": IDS, "attention_mask": MASK[:, None, None]}, r"attention_mask has the shape \(3, 1, 1, 9\)"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, r"attention_mask has the shape \(3, 8\)"),
+        ({"input_ids": IDS, "output_attentions": True}, "output_attentions=True, but a side network keeps no"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: dict[str, Tensor], message: str) -> None:

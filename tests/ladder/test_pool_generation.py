@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
 from fastpeft.ladder import LadderCache
+from fastpeft.ladder.generation import CACHE
 
 WORDS = torch.randint(5, 60, (5, 7), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(5, 7, dtype=torch.long)
@@ -168,6 +169,28 @@ def test_what_is_said_meanwhile_does_not_change_what_is_learned() -> None:
     assert losses(speaks=True) == losses(speaks=False)
 
 
+def test_prompts_may_be_embeddings() -> None:
+    pool = pool_beside(causal_model("llama"))
+    embedded = {"inputs_embeds": pool.base.get_input_embeddings()(WORDS), "attention_mask": MASK}
+    expected = pool.generate(PROMPTS, MIXES["mixed"], **GREEDY)
+    assert pool.generate(embedded, MIXES["mixed"], **GREEDY).equal(expected[:, 7:])
+
+
+def test_a_cache_continues_with_the_tasks_that_it_has_read() -> None:
+    pool, tasks = pool_beside(causal_model("llama")), MIXES["mixed"]
+    output = pool.generate({"input_ids": WORDS}, tasks, return_dict_in_generate=True, **GREEDY)
+    following = {"input_ids": torch.cat((output.sequences, WORDS), dim=1)}
+
+    def continued(tasks: list[str]) -> Tensor:
+        found: Tensor = pool.generate(following, tasks, **{CACHE: copy.deepcopy(output[CACHE])}, **GREEDY)
+        return found
+
+    assert continued(tasks).equal(pool.generate(following, tasks, **GREEDY))
+    for others in (["lst"] * 5, tasks[::-1]):
+        with pytest.raises(FastpeftError, match="read for the tasks 'other', 'lst', '9-lst', 'other', 'lst'"):
+            continued(others)
+
+
 def test_half_precision() -> None:
     pool = pool_beside(causal_model("llama").to(torch.bfloat16))
     assert pool.generate(PROMPTS, MIXES["mixed"], **GREEDY).shape == (5, 16)
@@ -188,6 +211,8 @@ def test_what_is_refused() -> None:
             "prompt_lookup_num_tokens=3: a pool",
         ),
         (PROMPTS, ["lst"] * 5, {"past_key_values": LadderCache(pool.backbone)}, "is a LadderCache"),
+        (PROMPTS, ["lst"] * 5, {"output_attentions": True}, "output_attentions=True"),
+        (PROMPTS, ["lst"] * 5, {"output_hidden_states": True}, "output_hidden_states=True: a pool"),
     ):
         with pytest.raises(FastpeftError, match=message):
             pool.generate(batch, tasks, **{**GREEDY, **options})
