@@ -118,7 +118,7 @@ def keep_apart(model: Any, rows: Sequence[Mapping[str, list[int]]], name: str) -
         return found[0, -len(second) :].float()
 
     try:
-        with dropout_off(model):
+        with dropout_off(model.modules()):
             positions = {POSITIONS: torch.tensor([[*range(len(first)), *range(len(second))]], device=device)}
             apart, after_other = (logits(before + second, **positions) for before in (first, other))
             alone, seeing = logits(second), logits(first + second)

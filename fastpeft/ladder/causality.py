@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import features_of
+from fastpeft.support.dropout import dropout_off
 
 _TOKENS = 4
 _CHANGED = 2  # the token, from 0, that is changed
@@ -134,7 +134,7 @@ def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
     sparse = [(module, module.attention_type) for module in core.modules() if hasattr(module, "set_attention_type")]
     with torch.random.fork_rng(devices):
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(core.modules()):
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), dropout_off(core.modules()):
                 yield
         finally:
             for module, attention in sparse:  # on a short text BigBird changes to full attention for good

@@ -87,19 +87,6 @@ def steps_of(
         yield batches
 
 
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put modules and their submodules into evaluation mode while the block runs, then restore each one's mode."""
-    training = [part for module in modules if module.training for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
 class Turns:
     """Answers of several threads run at once, a step of training alone: it changes weights and torch's random state.
 

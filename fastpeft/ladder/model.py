@@ -37,7 +37,6 @@ from fastpeft.ladder.generation import (
     with_cache,
     with_own_cache,
 )
-from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
@@ -51,6 +50,7 @@ from fastpeft.ladder.sources import (
     choose_source,
 )
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
+from fastpeft.support.dropout import dropout_off
 from fastpeft.support.hub import HUB_ARGUMENTS
 from fastpeft.support.processes import agreed
 
@@ -416,7 +416,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if self.side_run is not SideRun:  # one that keeps nothing
             kwargs.setdefault("use_cache", False)
         kwargs = with_cache(partial(LadderCache, self.backbone), kwargs, generation_config, self.generation_config)
-        with evaluating([self]):
+        with dropout_off(self.modules()):
             return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(

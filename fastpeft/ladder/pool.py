@@ -28,7 +28,6 @@ from fastpeft.ladder.joint_training import (
     Stepping,
     Stop,
     Turns,
-    evaluating,
     join,
     source_of,
     steps_of,
@@ -38,6 +37,7 @@ from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache,
 from fastpeft.ladder.pool_members import Members, ladder_of
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
+from fastpeft.support.dropout import dropout_off
 
 _MASKS = "mask_positions"  # an input of members with a prompt only
 
@@ -198,7 +198,9 @@ class LadderPool:
         asked = {name: members[name] for name in rows}
         ladders = [ladder_of(member) for member in asked.values()]
         parts = (self.backbone.body, *(part for ladder in ladders for part in (ladder, ladder.side, ladder.base)))
-        with self._passing, evaluating(parts):
+        # one in training says so itself: to ask every module of every member would take a tenth of a small call
+        modules = (module for part in parts if part.training for module in part.modules())
+        with self._passing, dropout_off(modules):
             encoded = self._encode(members, batch, rows)
             answers: list[Any] = [None] * len(tasks)
             for name, output in encoded.items():

@@ -13,17 +13,17 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.generation import CACHE, LadderCache, given_cache, with_own_cache
-from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ladder.side import SideNetwork, SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.ladder.sources import LadderPass, RunningBackbone, check_attentions, check_mask
+from fastpeft.support.dropout import dropout_off
 
 Rows: TypeAlias = slice | Tensor  # of a batch, those of one task: a slice where they follow each other
 
@@ -119,6 +119,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         self.backbone = backbone
         self.base: Any = backbone.model
         self._sides, self._lock = sides, lock
+        self._parts = [*nn.ModuleList([backbone.body, *sides]).modules()]  # found once: each token asks for their mode
         self.generation_config = copy.deepcopy(backbone.core.generation_config)
         self.generation_config.cache_implementation = None  # a `PoolCache` takes its place
 
@@ -156,7 +157,7 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,
         }
-        with self._lock, evaluating((self.backbone.body, *self._sides)):
+        with self._lock, dropout_off(self._parts):
             return self._pass(text, attention_mask, cache, self.backbone.arguments(arguments))
 
     def _pass(self, text: Tensor, attention_mask: Tensor | None, cache: Any, arguments: dict[str, Any]) -> Any:

@@ -116,7 +116,7 @@ class CapturedStep:
         weights, estimator = self._weights, self._optimizer.estimator
         epses = weights.epses()
         losses: list[Tensor] = []
-        with dropout_off(weights.model):
+        with dropout_off(weights.modules()):
             for point in estimator.points:
                 terms = moves(weights.point, point)
                 each = [[(draw, scale * eps) for draw, scale in terms] for eps in epses]

@@ -254,7 +254,7 @@ class MeZO(torch.optim.Optimizer):
             self.check_same()
         try:
             watch = not self._checked or self.steps_done % _WATCH_EVERY == 0 or not any(self._slopes or ())
-            with dropout_off(self._weights.model):
+            with dropout_off(self._weights.modules()):
                 self._weights.show(watch)
                 for point in self.estimator.points:
                     self._go(point)

@@ -56,6 +56,10 @@ class PerturbedWeights:
     def scratch_bytes(self) -> int:
         return 0 if self._scratch is None else self._scratch.nbytes
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Those of the model, where it is known."""
+        return iter(()) if self.model is None else self.model.modules()
+
     def groups(self) -> Iterator[tuple[Mapping[str, Any], list[int]]]:
         """Each group with parameters, and the offset of each of them in the noise."""
         offset = 0

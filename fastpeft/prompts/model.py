@@ -219,7 +219,7 @@ class PromptModel(PreTrainedModel):
         rows = self.prompt.encode(self.tokenizer, texts, max_length=limit)
         collate = PromptCollator(self.tokenizer)
         logits = torch.empty(len(rows), len(self.label_ids), device=self.device)
-        with dropout_off(self):
+        with dropout_off(self.modules()):
             for chosen in by_length(rows, batch_size):
                 logits[chosen] = self(**collate([rows[index] for index in chosen]).to(self.device)).logits
         return logits

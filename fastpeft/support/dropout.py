@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,14 +11,18 @@ from fastpeft.support.interrupts import uninterrupted
 
 
 @contextmanager
-def dropout_off(model: nn.Module | None) -> Iterator[None]:
-    """Put the model, if one is given, in eval mode; afterwards each module is as it was."""
-    training = [] if model is None else [module for module in model.modules() if module.training]
+def dropout_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put each of these modules, not those inside it, in eval mode; afterwards each is as it was.
+
+    Args:
+        modules: of a whole model `model.modules()`.
+    """
+    training = [module for module in modules if module.training]
     try:
-        if model is not None:
-            model.eval()
+        for module in training:
+            module.training = False  # not eval(), which would change the modules below it as well
         yield
     finally:
         with uninterrupted():
             for module in training:
-                module.training = True  # not train(), which would change the modules below it as well
+                module.training = True

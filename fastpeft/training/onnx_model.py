@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fastpeft.errors import FastpeftError, first_line, install
-from fastpeft.ladder.joint_training import evaluating
 from fastpeft.ops import decompositions
 from fastpeft.ops.quantise import QuantisedWeight
+from fastpeft.support.dropout import dropout_off
 
 Batch = Mapping[str, Tensor]
 
@@ -72,7 +72,7 @@ def trace(model: nn.Module, batch: Batch) -> ExportedProgram:
             "library. Train without backbone_dtype or residual_dtype, or load it by PyTorch instead."
         )
     try:
-        with torch.no_grad(), evaluating([model]):
+        with torch.no_grad(), dropout_off(model.modules()):
             program = torch.export.export(
                 _Outputs(model),
                 (dict(batch),),
@@ -118,7 +118,7 @@ def write_onnx(model: nn.Module, batches: Sequence[Batch], file: str | Path) -> 
             f"the {type(model).__name__} cannot become an ONNX model: {first_line(error)} Load it by PyTorch instead."
         ) from error
     differences = []
-    with torch.no_grad(), evaluating([model]):
+    with torch.no_grad(), dropout_off(model.modules()):
         for batch, outputs in zip(batches, found):
             for name, expected in _Outputs(model)(dict(batch)).items():
                 largest = (torch.from_numpy(outputs[name]) - expected).abs().max()
