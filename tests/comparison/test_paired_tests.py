@@ -158,6 +158,20 @@ def test_few_rows_and_several_seeds(tmp_path: Path) -> None:
     assert first_lines(plan)[1:] == ["30 dev rows are few: the test can miss a difference that more rows would show."]
 
 
+def test_two_seeds_are_the_limit_and_not_the_rows(tmp_path: Path) -> None:
+    """For each seed alone the rows make the difference certain."""
+    plan = Plan.make(CompareConfig(output=str(tmp_path / "out"), methods=["siva", "head"], seeds=2), "command")
+    plan.save()
+    for cell, wrong in zip(sorted(plan.results, key=lambda cell: cell.variant), (111, 111, 60, 90)):
+        finish(cell, without(*range(wrong), rows=150), 200.0, 100.0)
+    first, *rest = first_lines(plan)
+    assert first.startswith("No significant difference in accuracy between siva and head on 150 dev rows")
+    assert rest == [
+        "With two seeds the test knows little of how results vary from seed to seed: it can miss even a large "
+        "difference. Run --seeds 3 or more."
+    ]
+
+
 @pytest.mark.parametrize("number", [1, 3, 15, 153])
 def test_the_least_difference_is_that_of_the_test(number: int) -> None:
     def corrected(rows: int) -> float:

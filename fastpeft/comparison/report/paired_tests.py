@@ -138,7 +138,7 @@ def pairs_of(tested: Sequence[Pair], name: str) -> list[Pair]:
 
 
 def limits(tested: Sequence[Pair]) -> str:
-    """What the tests cannot show because of one seed or few rows; empty where there are enough of both."""
+    """What the tests cannot show because of one or two seeds, or few rows; empty where there are enough of both."""
     told = []
     tested = [pair for pair in tested if pair.metric == tested[0].metric]
     answers = bool(tested) and tested[0].metric == ACCURACY
@@ -147,7 +147,13 @@ def limits(tested: Sequence[Pair]) -> str:
             "With one seed the test counts dev rows alone: it cannot show what another seed would change. Run --seeds "
             "3 or more."
         )
-    if tested and (rows := _rows(tested)) < _FEW_ROWS:
+    if any(pair.seeds == 2 for pair in tested):
+        # Welch's t test then has hardly more than one degree of freedom, which hides more than few rows do
+        told.append(
+            "With two seeds the test knows little of how results vary from seed to seed: it can miss even a large "
+            "difference. Run --seeds 3 or more."
+        )
+    elif tested and (rows := _rows(tested)) < _FEW_ROWS:
         if answers and all(pair.seeds <= 1 for pair in tested) and not any(pair.significant for pair in tested):
             least = _least_rows(len(tested)) / rows
             size = f" below {math.floor(100 * least) / 100:.2f}" if least <= 1 else ""
