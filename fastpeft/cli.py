@@ -354,6 +354,8 @@ def predict(
             count += len(left_out)
     if count > _SHOWN_LEFT_OUT:
         typer.echo(f"Left out: {count - _SHOWN_LEFT_OUT:,} more of the {found.count:,} rows", err=True)
+    for doubt in found.doubts:
+        typer.echo(f"Warning: {doubt}", err=True)
     if target is not None:
         typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
     raise typer.Exit(1 if count else 0)

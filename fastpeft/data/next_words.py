@@ -20,7 +20,14 @@ Piece = tuple[list[int], bool]  # tokens, and whether they are learned
 
 
 def encode(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[dict[str, Any]]:
-    """Texts as rows of `input_ids`, `attention_mask` and `labels`, cut at `max_length` tokens and not padded.
+    """The rows of `encode_counted`."""
+    return encode_counted(tokenizer, texts, max_length)[0]
+
+
+def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tuple[list[dict[str, Any]], int]:
+    """Texts as rows of `input_ids`, `attention_mask` and `labels`, and how many were cut at `max_length` tokens.
+
+    They are not padded. A row with nothing to learn is left out.
 
     A label is its token's own id where that is learned, else -100: models shift labels themselves. The first token has
     none, as nothing comes before it.
@@ -34,7 +41,7 @@ def encode(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[dict[s
         FastpeftError: the tokenizer has no chat template for conversations, or one that does not fit them; or no row
             has a token to learn.
     """
-    rows, cut, lost = [], 0, 0
+    rows, cut = [], 0
     for text in texts:
         pieces = _pieces(tokenizer, text)
         tokens = [token for piece, _ in pieces for token in piece]
@@ -42,25 +49,14 @@ def encode(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[dict[s
         labels[:1] = [UNLABELLED] * len(labels[:1])
         cut += len(tokens) > max_length
         tokens, labels = tokens[:max_length], labels[:max_length]
-        if all(label == UNLABELLED for label in labels):
-            lost += 1
-            continue
-        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
+        if any(label != UNLABELLED for label in labels):
+            rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels})
     if not rows:
         raise FastpeftError(
             f"no row has anything to learn within its first {max_length} tokens. Give a larger `max_length`, or "
             "shorter prompts."
         )
-    if cut:
-        logger.warning(
-            "%d of %d rows are longer than the %d tokens that are read, and were cut%s; a larger max_length (of the "
-            "model at most) keeps them",
-            cut,
-            len(texts),
-            max_length,
-            f", {lost} of them left out, as nothing to learn was left" if lost else "",
-        )
-    return rows
+    return rows, cut
 
 
 def prompt_tokens(tokenizer: Any, text: Any) -> list[int]:

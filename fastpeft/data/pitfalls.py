@@ -73,15 +73,36 @@ def of_train_rows(problem: Problem, counts: Sequence[tuple[int, int]], names: Se
     return [f"No training row has these {problem.labels}, so nothing is learned of them: {_some(missing)}."]
 
 
+def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: int | None = None) -> list[str]:
+    """How many texts were cut, where any was.
+
+    Args:
+        cut: how many.
+        texts: of how many.
+        lost: how many of all were left out, as nothing to learn was left.
+        max_length: where they were cut, in tokens.
+        model_reads: the most that could be read in place of that; None where it is decided, as of a finished run.
+    """
+    if not cut:
+        return []
+    left_out = f", {lost:,} of them left out, as nothing to learn was left" if lost else ""
+    remedy = ""
+    if model_reads is not None and model_reads > max_length:
+        remedy = f" The model can read {model_reads:,}: give more by --max-length."
+    return [
+        f"{cut:,} of {texts:,} texts ({_share(cut, texts)}) are longer than the {max_length:,} tokens that are read, "
+        f"and were cut{left_out}.{remedy}"
+    ]
+
+
 def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
     """How many of the rows that are measured on were trained on, where any was."""
     seen = sum(digest(text) in trained_on for text in texts) if trained_on else 0
     if not seen:
         return []
-    share = f"{100 * seen / len(texts):.0f} %" if 100 * seen >= len(texts) else "below 1 %"
     return [
-        f"{seen:,} of {len(texts):,} rows ({share}) were trained on: of these the figures show what the model "
-        "remembers, not how it does on new texts."
+        f"{seen:,} of {len(texts):,} rows ({_share(seen, len(texts))}) were trained on: of these the figures show "
+        "what the model remembers, not how it does on new texts."
     ]
 
 
@@ -151,6 +172,10 @@ def _never_told(problem: Problem, outputs: np.ndarray, labels: np.ndarray, names
     if not never or len(answers) < 2:
         return []
     return [f"These {problem.labels} were never answered, though some rows have them: {_some(never)}."]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if 100 * part >= whole else "below 1 %"
 
 
 def _some(names: Sequence[str]) -> str:

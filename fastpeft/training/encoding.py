@@ -33,10 +33,43 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
     Raises:
         FastpeftError: no row has a word that could be hidden.
     """
+    if prompt is None and problem is NEXT_WORDS:
+        return next_words.encode(tokenizer, examples.texts, max_length)
+    return _worth_learning(_encode_all(tokenizer, examples, max_length, prompt, problem), max_length, problem)
+
+
+def encode_counted(
+    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
+) -> tuple[list[Row], int]:
+    """What `encode` gives, and how many texts it cut."""
+    if prompt is None and problem is NEXT_WORDS:
+        return next_words.encode_counted(tokenizer, examples.texts, max_length)
+    rows = _encode_all(tokenizer, examples, max_length, prompt, problem)
+    cut = count_cut(examples, rows, tokenizer, max_length, prompt, problem)
+    return _worth_learning(rows, max_length, problem), cut
+
+
+def count_cut(
+    examples: Examples, rows: Sequence[Row], tokenizer: Any, max_length: int, prompt: Prompt | None, problem: Problem
+) -> int:
+    """How many texts were cut at `max_length` tokens, given a row of each; of next words see `encode_counted`."""
+    full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
+    cut = 0
+    for start in range(0, len(full), _CHUNK):
+        some = full[start : start + _CHUNK]
+        labels = [examples.labels[index] for index in some] if examples.labels else []
+        given = Examples([examples.texts[index] for index in some], labels)
+        longer = _encode_all(tokenizer, given, max_length + 1, prompt, problem)
+        cut += sum(len(row["input_ids"]) > max_length for row in longer)
+    return cut
+
+
+def _encode_all(
+    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
+) -> list[Row]:
+    """A row of each text."""
     if prompt is not None:
         return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
-    if problem is NEXT_WORDS:
-        return next_words.encode(tokenizer, examples.texts, max_length)
     texts = zip(*examples.texts) if examples.is_pair else [examples.texts]
     unlabelled = problem is MASKED_WORDS
     encoded = tokenizer(
@@ -46,47 +79,34 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt |
         is_split_into_words=problem.per_token and not unlabelled,
         return_special_tokens_mask=unlabelled,
     )
+    rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
     if unlabelled:
-        rows = [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
-        rows = [row for row in rows if 0 in row["special_tokens_mask"]]
-        if not rows:
-            raise FastpeftError(
-                f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
-            )
         return rows
     labels = examples.labels
     if problem.per_token:
         labels = [_first_tokens(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
-    return [
-        {**{name: column[i] for name, column in encoded.items()}, "labels": label} for i, label in enumerate(labels)
-    ]
+    return [{**row, "labels": label} for row, label in zip(rows, labels)]
 
 
-def warn_of_texts(
-    examples: Examples, rows: Sequence[Row], tokenizer: Any, max_length: int, prompt: Prompt | None, problem: Problem
-) -> None:
-    """Warn of texts that are empty, and of what `encode` cut off these rows, which is neither learned nor measured."""
-    if problem.of_texts_alone:  # of which the empty ones are left out, and `next_words.encode` warns
+def _worth_learning(rows: list[Row], max_length: int, problem: Problem) -> list[Row]:
+    """Of masked words the rows that have a word to hide; else all."""
+    if problem is not MASKED_WORDS:
+        return rows
+    rows = [row for row in rows if 0 in row["special_tokens_mask"]]
+    if not rows:
+        raise FastpeftError(
+            f"no text has a word among its first {max_length} tokens. Give longer texts or a larger `max_length`."
+        )
+    return rows
+
+
+def warn_of_texts(examples: Examples, rows: Sequence[Row], max_length: int, problem: Problem) -> None:
+    """Warn of texts that are empty, and of words without a token in these rows, which are not learned or measured."""
+    if problem.of_texts_alone:  # of which the empty ones are left out
         return
     if empty := sum(not any(map(str.strip, [text] if isinstance(text, str) else text)) for text in examples.texts):
         logger.warning("%d of %d texts are empty; they are learned and measured as the others", empty, len(examples))
     if not problem.per_token:
-        full = [index for index, row in enumerate(rows) if len(row["input_ids"]) == max_length]
-        cut = 0
-        for start in range(0, len(full), _CHUNK):
-            some = full[start : start + _CHUNK]
-            given = Examples([examples.texts[index] for index in some], [examples.labels[index] for index in some])
-            cut += sum(
-                len(row["input_ids"]) > max_length for row in encode(tokenizer, given, max_length + 1, prompt, problem)
-            )
-        if cut:
-            logger.warning(
-                "%d of %d texts are longer than the %d tokens that are read, and were cut; a larger max_length (of the "
-                "model at most) reads more",
-                cut,
-                len(examples),
-                max_length,
-            )
         return
     words = sum(map(len, examples.texts))
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])

@@ -32,7 +32,7 @@ from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode, warn_of_texts
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
 from fastpeft.training.generation import Writer, measure_said
 from fastpeft.training.loading import FinishedRun, best_device, load_run
 from fastpeft.training.prediction import outputs_of
@@ -155,8 +155,9 @@ def _evaluate(
     doubts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `evaluate` gives, but for the threshold, with `doubts` among the warnings."""
-    rows = encode(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
-    warn_of_texts(dev, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
+    rows, cut = encode_counted(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
+    warn_of_texts(dev, rows, run.max_length, run.problem)
+    cut_texts = pitfalls.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
     if run.problem is MASKED_WORDS:
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
@@ -164,7 +165,7 @@ def _evaluate(
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
-    warnings = [*doubts, *measured["warnings"]]
+    warnings = [*doubts, *measured["warnings"], *cut_texts]
     pitfalls.tell(warnings)
     return {**measured, "warnings": warnings, "dev_rows": len(rows)}
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpeft.data import pitfalls
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, Row
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
-from fastpeft.training.encoding import collator, encode
+from fastpeft.training.encoding import collator, count_cut, encode
 from fastpeft.training.generation import says_words, write
 from fastpeft.training.loading import FinishedRun, Taken, load_run
 
@@ -75,6 +76,15 @@ class Predictor:
             _word_tokens(row, given, run.max_length)
         return Taken(given, row)
 
+    def count_cut(self, taken: Sequence[Taken]) -> int:
+        """How many of these texts go on after what the run reads of them; of words with tags `take` refuses such."""
+        run = self.run
+        if run.problem.per_token:
+            return 0
+        texts = Examples([text for text, _ in taken], [0] * len(taken))
+        rows = [row for _, row in taken]
+        return count_cut(texts, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
+
     def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
         """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
         those of the tags, `(words, tags)`."""
@@ -120,7 +130,8 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
         a run on several labels a list of those that are answered, which may be empty, each with its probability; for a
         run on next words what it says, see `fastpeft.training.generation.Writer`. Where the run has a threshold, it
-        decides between two classes, and which labels are answered.
+        decides between two classes, and which labels are answered. How many texts were longer than the run reads is
+        logged.
 
     Raises:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
@@ -130,7 +141,9 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     if says_words(folder):
         return write(folder, texts)
     predictor = Predictor(folder)
-    found = predictor.scores([predictor.take(text) for text in texts])
+    taken = [predictor.take(text) for text in texts]
+    pitfalls.tell(pitfalls.of_cut_texts(predictor.count_cut(taken), len(taken), 0, predictor.run.max_length))
+    found = predictor.scores(taken)
     if predictor.run.problem.per_token:
         return [[predictor.answer(word) for word in scores] for scores in found]
     return [predictor.answer(scores) for scores in found]

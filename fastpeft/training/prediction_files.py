@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastpeft.data import pitfalls
 from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
@@ -67,6 +68,7 @@ class Predictions:
     Attributes:
         labels: names of the classes or tags, or of the number.
         count: how many rows there are.
+        cut: how many of those answered so far are longer than the run reads.
 
     Raises:
         FastpeftError: the run or the file cannot be used; or one of `texts`, before any is answered.
@@ -111,6 +113,7 @@ class Predictions:
         if file is not None and kind != "txt":
             self._names, self._read = self._pick(text_column), self._read_cells
         self.count = len(self._taken) + len(rows)
+        self.cut = 0
 
     def _pick(self, text_column: str | None) -> tuple[str, ...]:
         """The columns of texts."""
@@ -169,6 +172,7 @@ class Predictions:
                 scores = self._predictor.write(given)
             else:
                 scores = self._predictor.scores(given)
+                self.cut += self._predictor.count_cut(given)
             yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
 
     def _take(self, number: int, row: Record | FastpeftError) -> Taken:
@@ -180,6 +184,11 @@ class Predictions:
             return self._predictor.take(given)
         except FastpeftError as error:
             raise FastpeftError(f"{place}: {error}") from None
+
+    @property
+    def doubts(self) -> list[str]:
+        """What is to be said of the rows that were answered so far."""
+        return pitfalls.of_cut_texts(self.cut, self.count, 0, self._predictor.run.max_length)
 
     # -- what is shown and written -------------------------------------------------------------------------------
 

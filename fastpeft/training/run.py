@@ -252,6 +252,7 @@ def _finish(
         "warnings": [
             *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
             *_missing(task),
+            *task.doubts,
             *pitfalls.of_threshold(len(task.apart_rows)),
             *pitfalls.of_training_loss(trainer.points("loss"), before_lowered),
         ],

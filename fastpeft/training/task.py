@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from fastpeft.data import packed_rows
+from fastpeft.data import packed_rows, pitfalls
 from fastpeft.data.examples import Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.models import Classifier
@@ -22,7 +22,7 @@ from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
-from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode, warn_of_texts
+from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
 from fastpeft.training.loading import continue_earlier, earlier_context, load_start
 from fastpeft.training.prompt_search import search_prompt
 from fastpeft.training.setup import RunSetup, resolve
@@ -43,6 +43,7 @@ class Task:
             dev rows and not yet in the others; with `packing` those to train on are joined.
         apart_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
+        doubts: what is to be said of these texts among the `warnings` of the run.
     """
 
     setup: RunSetup
@@ -53,6 +54,7 @@ class Task:
     dev_rows: list[Row]
     apart_rows: list[Row]
     max_length: int
+    doubts: list[str]
 
     @classmethod
     def load(cls, config: TrainConfig) -> Task:
@@ -72,12 +74,19 @@ class Task:
         report("loading the model")
         classifier = draw_start(setup)
         usual = LONGEST_SAID if data.problem is NEXT_WORDS else DEFAULT_MAX_LENGTH
-        max_length = _max_length(config, usual, classifier.max_length, setup.method.own_tokens(setup.preparation))
+        own_tokens = setup.method.own_tokens(setup.preparation)
+        max_length = _max_length(config, usual, classifier.max_length, own_tokens)
         report("encoding texts")
-        train_rows, dev_rows, apart_rows = (
-            [] if part is None else encode(classifier.tokenizer, part, max_length, prompt, data.problem)
-            for part in (data.train, data.dev, data.apart)
-        )
+        parts = [part for part in (data.train, data.dev, data.apart) if part is not None]
+        encoded = [encode_counted(classifier.tokenizer, part, max_length, prompt, data.problem) for part in parts]
+        train_rows, dev_rows, *kept = [rows for rows, _ in encoded]
+        for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
+            warn_of_texts(part, rows, max_length, data.problem)
+        texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
+        lost = texts - sum(len(rows) for rows, _ in encoded)
+        doubts = pitfalls.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
+        for doubt in doubts:  # while there is time to stop
+            logger.warning("%s", doubt)
         context, count = earlier_context(config), setup.method.examples(setup.preparation)
         if context is None and count:
             context, train_rows = _take_examples(train_rows, count, config.seed)
@@ -90,8 +99,6 @@ class Task:
                 )
             max_length = min(max_length, classifier.max_length - len(context))
             setup = setup.after(context)
-        for part, rows in ((data.train, train_rows), (data.dev, dev_rows)):
-            warn_of_texts(part, rows, classifier.tokenizer, max_length, prompt, data.problem)
         if data.problem is MASKED_WORDS:
             dev_rows = Masker(classifier.tokenizer).fixed(dev_rows)
         report("preparing the model")
@@ -103,7 +110,8 @@ class Task:
             fuse_head(model)
         if best_device() == "cpu" or not config.pack_weights:
             pack_frozen(model, config.pack_weights)
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length)
+        apart_rows = kept[0] if kept else []
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length, doubts)
 
     @property
     def config(self) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from samples import reviews, save_tiny_model, tagged, write_csv, write_jsonl
+from samples import reviews, save_tiny_decoder, save_tiny_model, tagged, write_csv, write_jsonl
 from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
@@ -208,6 +208,29 @@ def test_the_last_lines_of_a_command_are_its_warnings(config: TrainConfig, tmp_p
     assert measured.stdout.splitlines()[-3:] == [seen, *others]
     assert "most frequent class" in measured.stdout
     assert "were trained on" not in measured.stderr
+
+
+@pytest.mark.parametrize("learned", ["classes", "mlm", "causal"])
+def test_cut_texts_are_told_at_the_end(tmp_path: Path, config: TrainConfig, learned: str) -> None:
+    """By the files that a quiet run leaves too: nothing else says that it read the beginnings alone."""
+    long = " ".join(["a lovely film"] * 9)
+    rows = [(f"{long if n % 2 else 'short'} {n}", label) for n, (_, label) in enumerate(unlike(40))]
+    file = str(write_csv(tmp_path / "long.csv", rows))
+    objective = None if learned == "classes" else learned
+    model = str(save_tiny_decoder(tmp_path / "decoder")) if learned == "causal" else config.model
+    method = "head" if objective is None else "full"
+    given = replace(config, data=file, model=model, method=method, objective=objective, max_length=12)
+    folder = train(given).folder
+    told = "20 of 40 texts (50 %) are longer than the 12 tokens that are read, and were cut"
+    (kept,) = [text for text in json.loads((folder / "metrics.json").read_text())["warnings"] if "were cut" in text]
+    assert kept.startswith(f"{told}. The model can read ")
+    assert kept.endswith(": give more by --max-length.")
+    assert f"{told}." in evaluate(folder, file)["warnings"]
+    if learned == "classes":
+        predict = ["predict", str(folder), "--file", file, "--output", str(tmp_path / "said.csv")]
+        said = CliRunner().invoke(app, predict)
+        assert said.stderr == f"Warning: {told}.\n"
+        assert "were cut" not in CliRunner().invoke(app, ["predict", str(folder), "short"]).stderr
 
 
 def test_tags_have_a_most_frequent_one_and_numbers_have_none(config: TrainConfig, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_texts_that_are_cut_or_empty_are_told_of(
     caplog.clear()
     evaluate(folder, data)
     longest = "8" if prompt is None else "11"
-    assert f"6 of 24 texts are longer than the {longest} tokens that are read, and were cut" in caplog.text
+    assert f"6 of 24 texts (25 %) are longer than the {longest} tokens that are read, and were cut" in caplog.text
     assert "6 of 24 texts are empty" in caplog.text
 
 
