@@ -156,12 +156,8 @@ class MeZOTrainer(Trainer):
         self._settle_for_callbacks()
         if can_fuse_head(self.model):  # whose loss asks for no gradient, even where the decoder trains
             fuse_head(self.model)
-        if not _predicts_words(self.model):
-            logger.warning(
-                "MeZO trains %s, which predicts no words: without a prompt, or a head that was trained before, it "
-                "learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel).",
-                type(self.model).__name__,
-            )
+        for doubt in doubts_of_head(self.model):
+            logger.warning("%s", doubt)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep the model out of DistributedDataParallel, which has buffers for gradients and sends at each forward.
@@ -462,8 +458,13 @@ def _may_look(callback: TrainerCallback, event: str) -> bool:
     return handles and package != "fastpeft" and f"{package}.{name}" not in _NOT_LOOKING
 
 
-def _predicts_words(model: nn.Module) -> bool:
-    """Whether `model` is a language model, or contains one."""
-    return any(
+def doubts_of_head(model: nn.Module) -> list[str]:
+    """What is to be said where `model` is no language model, and contains none."""
+    if any(
         isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None for module in model.modules()
-    )
+    ):
+        return []
+    return [
+        f"MeZO trains {type(model).__name__}, which predicts no words: without a prompt, or a head that was trained "
+        "before, it learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel)."
+    ]

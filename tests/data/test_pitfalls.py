@@ -233,6 +233,20 @@ def test_cut_texts_are_told_at_the_end(tmp_path: Path, config: TrainConfig, lear
         assert "were cut" not in CliRunner().invoke(app, ["predict", str(folder), "short"]).stderr
 
 
+@pytest.mark.parametrize("method", ["mezo", "mezo-loop"])
+def test_mezo_without_a_prompt_is_told_at_the_end(config: TrainConfig, method: str) -> None:
+    def said(**changes: Any) -> list[str]:
+        metrics = train(replace(config, **{"method": method, "max_steps": 1, **changes})).metrics
+        return [text for text in metrics["warnings"] if "prompt" in text]
+
+    (told,) = said()
+    assert told.startswith("MeZO trains RobertaForSequenceClassification, which predicts no words")
+    words = {"prompt": "{text} it is <mask>", "label_words": "dull,lovely"}
+    assert said(output=f"{config.output}-prompted", **words) == []
+    assert said(output=f"{config.output}-head", method="head") == []
+    assert said(output=f"{config.output}-later", init_from=f"{config.output}-head") == []
+
+
 def test_tags_have_a_most_frequent_one_and_numbers_have_none(config: TrainConfig, tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "tagged.jsonl", tagged(40)))
     metrics = train(replace(config, method="lora", data=data)).metrics
