@@ -8,11 +8,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from fastpeft.data import pitfalls
 from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
@@ -49,10 +50,12 @@ class Examples:
             strings, of pairs of a prompt and its completion, or of conversations.
         labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags; where
             it may have several labels, of each of `TextData.labels` 1.0 or 0.0; none where the texts alone are learned.
+        doubts: what is to be said of how these were read among the `warnings` of what is measured.
     """
 
     texts: list[Any]
     labels: list[Any]
+    doubts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -429,11 +432,12 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
     if problem is REGRESSION:
         return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}
+    doubts = []
     if not any(label.lstrip("-").isdecimal() for label in classes):
         numbers = {str(number): number for number in range(len(classes))}
         if used := sorted({*_labels_of(part)} & {*numbers}, key=int):
             read_as = ", ".join(f"{number} as {classes[numbers[number]]}" for number in used)
-            logger.warning("%s has numbers for classes, which are read by their places: %s", data, read_as)
+            doubts = pitfalls.of_numbers(data, problem, read_as)
         index |= numbers
     unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
@@ -445,5 +449,7 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
         )
     if problem is MULTI_LABEL:
         given = [{index[label] for label in row} for _, row in part]
-        return Examples(texts, [[float(number in row) for number in range(len(classes))] for row in given])
-    return Examples(texts, [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part])
+        labels: list[Any] = [[float(number in row) for number in range(len(classes))] for row in given]
+    else:
+        labels = [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part]
+    return Examples(texts, labels, doubts)

@@ -95,6 +95,14 @@ def of_cut_texts(cut: int, texts: int, lost: int, max_length: int, model_reads: 
     ]
 
 
+def of_numbers(data: str, problem: Problem, read_as: str) -> list[str]:
+    """What is to be said where rows have numbers in place of the names of classes, tags or labels."""
+    return [
+        f"{data!r} has numbers for {problem.labels}, which are read by their places: {read_as}. If they mean others, "
+        "the figures are wrong; write the names in their place."
+    ]
+
+
 def seen_rows(texts: Sequence[Any], trained_on: Set[str]) -> list[str]:
     """How many of the rows that are measured on were trained on, where any was."""
     seen = sum(digest(text) in trained_on for text in texts) if trained_on else 0

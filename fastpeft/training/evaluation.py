@@ -263,6 +263,6 @@ def _measure(
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(raw, labels)
-    warnings = pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)
+    warnings = [*dev.doubts, *pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
     described = describe(problem, outputs, labels, names, frequent)
     return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}

@@ -84,7 +84,8 @@ class Task:
             warn_of_texts(part, rows, max_length, data.problem)
         texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
         lost = texts - sum(len(rows) for rows, _ in encoded)
-        doubts = pitfalls.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
+        doubts = list(dict.fromkeys(doubt for part in parts for doubt in part.doubts))
+        doubts += pitfalls.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
         for doubt in doubts:  # while there is time to stop
             logger.warning("%s", doubt)
         context, count = earlier_context(config), setup.method.examples(setup.preparation)

@@ -406,10 +406,13 @@ def test_every_part_numbers_its_classes_by_itself(tmp_path: Path, write: Callabl
         load_data(write(tmp_path / "new", train=train, validation=["joy", "new"]))
 
 
-def test_numbers_in_place_of_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_in_place_of_names_are_told(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a film", "1"), ("a plot", "0")])
-    assert load_rows(str(file), ["contradiction", "entailment"], CLASSIFICATION).labels == [1, 0]
-    assert "read by their places: 0 as contradiction, 1 as entailment" in caplog.text
+    rows = load_rows(str(file), ["contradiction", "entailment"], CLASSIFICATION)
+    assert rows.labels == [1, 0]
+    (said,) = rows.doubts
+    assert "has numbers for classes, which are read by their places: 0 as contradiction, 1 as entailment." in said
+    assert load_rows(str(file), ["0", "1"], CLASSIFICATION).doubts == []
 
 
 # -- data sets -------------------------------------------------------------------------------------------------------

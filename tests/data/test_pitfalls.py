@@ -233,6 +233,21 @@ def test_cut_texts_are_told_at_the_end(tmp_path: Path, config: TrainConfig, lear
         assert "were cut" not in CliRunner().invoke(app, ["predict", str(folder), "short"]).stderr
 
 
+def test_numbers_that_stand_for_classes_are_told_at_the_end(config: TrainConfig, tmp_path: Path) -> None:
+    """In the opposite sense they give figures that look right and are not."""
+    numbers = [(text, int(label == "negative")) for text, label in unlike(40, seed=1)]
+    file = str(write_csv(tmp_path / "numbers.csv", numbers))
+    told = "which are read by their places: 0 as negative, 1 as positive. If they mean others, the figures are wrong"
+    said = CliRunner().invoke(app, ["eval", str(train(config).folder), "--data", file]).stdout
+    assert f"Warning: {file!r} has numbers for classes, {told}" in said
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write_csv(folder / "train.csv", unlike(40))
+    write_csv(folder / "dev.csv", numbers)
+    warnings = train(replace(config, output=f"{config.output}-own", data=str(folder))).metrics["warnings"]
+    assert [told in text for text in warnings].count(True) == 1
+
+
 @pytest.mark.parametrize("method", ["mezo", "mezo-loop"])
 def test_mezo_without_a_prompt_is_told_at_the_end(config: TrainConfig, method: str) -> None:
     def said(**changes: Any) -> list[str]:
