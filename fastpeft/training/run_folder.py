@@ -21,10 +21,13 @@ Anything else in the folder is a person's, and stays.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -200,12 +203,14 @@ class RunFolder:
         return found
 
     def check(self, config: Mapping[str, Any], *, resume: bool, overwrite: bool, moved: Collection[str] = ()) -> None:
-        """Raise `FastpeftError` unless a run with `config` may write here. Changes nothing.
+        """Raise `FastpeftError` unless a run with `config` may and can write here. Changes nothing.
 
         `moved` are names of paths in `config` that run.json may have otherwise: they moved along with the folder.
         """
         if resume and overwrite:
             raise FastpeftError("resume and overwrite exclude each other: the one keeps what the other deletes.")
+        if not (resume and self.finished):
+            self._check_place()
         if self.path.exists() and not self.path.is_dir():
             raise FastpeftError(f"the output {str(self.path)!r} is a file. Give the name of a new or empty folder.")
         if not self.path.exists() or not any(map(_counts, self.path.iterdir())):
@@ -241,6 +246,18 @@ class RunFolder:
                 from fastpeft.mezo.journal import Journal
 
                 Journal.open(self.journal)  # refuses one that cannot be read
+
+    def _check_place(self) -> None:
+        """Raise `FastpeftError` where the folder, if it is not there, cannot be made, or can hold no files."""
+        with files.saving(f"to the output folder {str(self.path)!r}", lambda: "Give one that can be written."):
+            if not os.path.exists(self.path):
+                # permissions alone do not tell, as of /proc; a folder of another name is in nobody's way
+                above = next(folder for folder in self.path.parents if os.path.exists(folder))
+                tempfile.TemporaryDirectory(prefix=".fastpeft-", dir=above).cleanup()
+            elif self.path.is_dir() and not os.access(
+                self.path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+            ):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def _check_outside(self, config: Mapping[str, Any]) -> None:
         """Raise `FastpeftError` where a run with `config` needs what it would delete here."""

@@ -12,8 +12,9 @@ import pytest
 from samples import pairs, reviews, save_tiny_model, snapshot, tagged, write_csv, write_jsonl
 from transformers import AutoModelForMaskedLM, TrainingArguments
 from typer.testing import CliRunner
+from unprivileged import bound_by_modes
 
-from fastpeft import TrainConfig, train
+from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 
 
@@ -522,6 +523,20 @@ def test_a_comparison_in_several_processes(place: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 2
     assert "a comparison has one process, but a launcher started 2" in re.sub(r"\s+", " ", result.stderr)
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("output", ["good.csv/run", "bound", "bound/deep/run", "/proc/run"])
+def test_an_output_that_cannot_be_written_is_refused_before_all_else(
+    place: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Nothing is read first: neither data nor model is there."""
+    monkeypatch.chdir(place)
+    if output.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("needs Linux's /proc")
+    (place / "bound").mkdir(mode=0o555, exist_ok=True)
+    config = TrainConfig(output=output, method="head", model="no-model", data="no-data.csv")
+    with bound_by_modes(), pytest.raises(FastpeftError, match=f"cannot write to the output folder '{output}'"):
+        train(config)
 
 
 def test_the_demo_data_that_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
