@@ -17,7 +17,7 @@ from fastpeft.data import pitfalls
 from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
-from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, Problem, get_problem
+from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, NEXT_WORDS, REGRESSION, TAGGING, Problem, get_problem
 from fastpeft.data.splitting import SHUFFLED, STRATIFIED, bins, prompt_key, shuffled, stratified, text_key
 from fastpeft.data.tables import READERS, TEXT_READERS, Table, find_tables
 from fastpeft.data.values import SEPARATOR, Place, as_class, as_flag, as_labels, as_score, as_tags, as_text, as_words
@@ -133,7 +133,8 @@ def load_data(
 
     Raises:
         FastpeftError: data is missing, empty or broken, a column is missing, a text (an empty one is one) or a
-            label is missing, there is only one class, number or text, or a dev row has a class that training never saw.
+            label is missing, there is only one class, number or text, or a dev row has a class or label that training
+            never saw; a tag may be that of dev rows alone.
     """
     given = None if problem_type is None else get_problem(problem_type)
     tables = _find_tables(data, given)
@@ -173,6 +174,11 @@ def load_data(
             )
     else:
         labels = names[0] or _classes(_labels_of(seen))
+        if problem.per_token and not names[0]:
+            # a slice of entities often lacks a rare tag: its words are missed and count so; but a new class is rather
+            # a mistake, and numbers may stand for names
+            numbers = all(map(_is_number, labels))
+            labels = _classes([*labels, *(tag for tag in _labels_of(parts[1]) if _is_number(tag) is numbers)])
         _check_classes(labels, seen, problem, data)
     if problem is CLASSIFICATION and given is None and (joined := _joined(labels)):
         logger.warning(
@@ -410,13 +416,17 @@ def _classes(labels: Iterable[str]) -> list[str]:
         return sorted(found)
 
 
+def _is_number(label: str) -> bool:
+    return label.lstrip("-").isdecimal()
+
+
 def _check_classes(classes: Sequence[str], part: Labelled, problem: Problem, data: str) -> None:
     rows = len(part) if problem is MULTI_LABEL else sum(1 for _ in _labels_of(part))
     if len(classes) < 2:
         only = f"one class only ({classes[0]!r})" if classes else "no label in any row"
         raise FastpeftError(f"{data!r} has {only}; a classifier needs at least two. Check the label column.")
     if len(classes) > max(_SURELY_CLASSES, rows // 2):
-        numbers = problem is CLASSIFICATION and all(label.lstrip("-").isdecimal() for label in classes)
+        numbers = problem is CLASSIFICATION and all(map(_is_number, classes))
         remedy = ", or learn numbers by --problem-type regression" if numbers else ""
         raise FastpeftError(
             f"{data!r} has {len(classes):,} different classes in {rows:,} rows, which cannot be learned. Check the "
@@ -433,7 +443,7 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
         return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}
     doubts = []
-    if not any(label.lstrip("-").isdecimal() for label in classes):
+    if not any(map(_is_number, classes)):
         numbers = {str(number): number for number in range(len(classes))}
         if used := sorted({*_labels_of(part)} & {*numbers}, key=int):
             read_as = ", ".join(f"{number} as {classes[numbers[number]]}" for number in used)
@@ -442,10 +452,14 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
     unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
         label, count = unknown.most_common(1)[0]
+        what = {TAGGING: "tag", MULTI_LABEL: "label"}.get(problem, "class")
+        where = "word" if problem.per_token else "row"
+        have = "s have" if count > 1 else " has"
         separated = f" Between the labels of a text stands {SEPARATOR}." if problem is MULTI_LABEL else ""
         raise FastpeftError(
-            f"{count} rows of {data!r} have the class {label!r}, which is not among the trained ones: "
-            f"{', '.join(classes)}. Correct the classes, or train on data that has them all.{separated}"
+            f"{count} {where}{have} the {what} {label!r} in {data!r}, which is not among the trained ones: "
+            f"{', '.join(classes)}. Correct it, remove the rows that have it, or train on rows that have it too."
+            f"{separated}"
         )
     if problem is MULTI_LABEL:
         given = [{index[label] for label in row} for _, row in part]

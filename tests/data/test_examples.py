@@ -212,7 +212,7 @@ def test_rows_to_measure_on_take_names_or_indices(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a", "1"), ("b", "0")])
     assert load_rows(str(file), ["negative", "positive"], CLASSIFICATION).labels == [1, 0]
     assert load_rows(str(file), ["0", "1"], CLASSIFICATION).labels == [1, 0]
-    with pytest.raises(FastpeftError, match="'0', which is not among the trained ones: 1, 2"):
+    with pytest.raises(FastpeftError, match=r"'0' in .*, which is not among the trained ones: 1, 2"):
         load_rows(str(file), ["1", "2"], CLASSIFICATION)
 
 
@@ -402,8 +402,15 @@ def test_every_part_numbers_its_classes_by_itself(tmp_path: Path, write: Callabl
     data = load_data(folder)
     assert (data.labels, data.dev.texts, data.dev.labels) == (["anger", "joy", "sad"], ["joy", "sad"], [1, 2])
     assert load_rows(folder, data.labels, CLASSIFICATION) == data.dev
-    with pytest.raises(FastpeftError, match="'new', which is not among the trained ones: anger, joy, sad"):
+    refused = r"1 row has the class 'new' in .*, which is not among the trained ones: anger, joy, sad. Correct it"
+    with pytest.raises(FastpeftError, match=refused):
         load_data(write(tmp_path / "new", train=train, validation=["joy", "new"]))
+
+
+def test_a_tag_that_is_not_known_is_that_of_words(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"tokens": ["a", "b"], "tags": ["B-new", "B-new"]}])
+    with pytest.raises(FastpeftError, match=r"2 words have the tag 'B-new' in .*, which is not among the trained ones"):
+        load_rows(str(file), ["O", "B-film"], TAGGING)
 
 
 def test_numbers_in_place_of_names_are_told(tmp_path: Path) -> None:

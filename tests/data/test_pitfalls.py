@@ -262,6 +262,21 @@ def test_mezo_without_a_prompt_is_told_at_the_end(config: TrainConfig, method: s
     assert said(output=f"{config.output}-later", init_from=f"{config.output}-head") == []
 
 
+def test_a_tag_that_only_dev_rows_have_is_told_and_missed(config: TrainConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "tags"
+    folder.mkdir()
+    rows = tagged(40)
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "dev.jsonl", [*rows[:9], {"tokens": ["film", "plot"], "ner_tags": ["B-new", "O"]}])
+    metrics = train(replace(config, data=str(folder), method="full")).metrics
+    assert "B-new" in metrics["labels"]
+    assert metrics["per_class"]["B-new"]["support"] == 1
+    assert any(
+        text == "No training row has these tags, so nothing is learned of them: 'B-new'."
+        for text in metrics["warnings"]
+    )
+
+
 def test_tags_have_a_most_frequent_one_and_numbers_have_none(config: TrainConfig, tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "tagged.jsonl", tagged(40)))
     metrics = train(replace(config, method="lora", data=data)).metrics
