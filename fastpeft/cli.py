@@ -316,7 +316,7 @@ def predict(
     A run on numbers prints the number's name, its value and the text; one on tags prints tag, probability and word, a
     word a line, and an empty line after each text. A run on next words prints what it says, and an empty line.
 
-    Exit code 1: rows of the file were left out, each named on standard error.
+    Exit code 1: empty texts or rows of the file were left out, each named on standard error.
     """
     if not texts and file is None:
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")

@@ -25,6 +25,10 @@ class FastpeftError(ValueError):
         return re.sub(r"`(\w+)`", lambda found: named(found[1]), super().__str__())
 
 
+class EmptyTextError(FastpeftError):
+    """Raised where there should be a text and nothing is."""
+
+
 class NotFiniteError(FastpeftError):
     """Raised when a step came upon a NaN or an infinity, and was not made."""
 

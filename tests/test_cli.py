@@ -79,7 +79,7 @@ def test_train_eval_predict(place: Path, method: str) -> None:
     assert "texts from column 'review'" in trained.stderr
     assert "4/4" in trained.stderr
     assert f"{metrics['accuracy']:.3f}" in run("eval", "out").stdout
-    (place / "texts.txt").write_text("a dull plot\n\nwhat a lovely film\n")
+    (place / "texts.txt").write_text("a dull plot\nwhat a lovely film\n\n")
     lines = run("predict", "out", "it is funny", "--file", "texts.txt").stdout.splitlines()
     assert [line.split("\t")[2] for line in lines] == ["it is funny", "a dull plot", "what a lovely film"]
     assert {line.split("\t")[0] for line in lines} <= {"negative", "positive"}

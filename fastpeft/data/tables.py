@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastpeft.errors import FastpeftError, first_line
+from fastpeft.errors import EmptyTextError, FastpeftError, first_line
 from fastpeft.support.files import parse_json, path_of
 from fastpeft.support.hub import reachable
 from fastpeft.support.safe_paths import check_named_files
@@ -169,7 +169,7 @@ def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbe
 
     Returns:
         What messages call the file, its kind, and its rows with their numbers from 1: of csv, tsv and parquet those of
-        rows, of jsonl and txt those of lines, the blank ones counted and left out.
+        rows, of jsonl and txt those of lines. A blank line is a row, with an `EmptyTextError`, unless no row follows.
 
     Raises:
         FastpeftError: the file cannot be read at all, or it has no rows.
@@ -183,6 +183,8 @@ def read_apart(file: str, kind: str | None = None) -> tuple[str, str, list[Numbe
             "--format."
         )
     rows = _APART[kind](path)
+    while rows and isinstance(rows[-1][1], EmptyTextError):
+        rows.pop()
     if not rows:
         raise FastpeftError(f"{path} holds no text. Give a file with one text a row, or of the kind txt a line.")
     return str(path), kind, rows
@@ -225,7 +227,7 @@ def _read_tsv(file: Path) -> list[Numbered]:
     fields, as quoted ones."""
     text = read_text(file)
     lines = _parse(file, text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    if lines and all(map(_is_cola, lines)):
+    if lines and all(map(_is_cola, filter(None, lines))):
         return _table(file, [_COLA, *lines])
     begun = [field for fields in lines for field in fields if field.startswith('"')]
     plain = _table(file, lines)
@@ -239,7 +241,7 @@ def _read_tsv(file: Path) -> list[Numbered]:
 
 
 def _count_errors(rows: list[Numbered]) -> int:
-    return sum(isinstance(row, FastpeftError) for _, row in rows)
+    return sum(isinstance(row, FastpeftError) and not isinstance(row, EmptyTextError) for _, row in rows)
 
 
 def _is_cola(fields: list[str] | FastpeftError) -> bool:
@@ -253,7 +255,8 @@ _LONGEST_FIELD = 2**31 - 1  # characters; all that a C long holds everywhere
 
 
 def _parse(file: Path, text: str, **dialect: Any) -> list[Any]:
-    """The fields of each row, or an error; after one that begins in a line the next line begins anew."""
+    """The fields of each row from the first that has some, or an error; after one that begins in a line the next line
+    begins anew."""
     lines, start = list(io.StringIO(text, newline="")), 0
     found: list[Any] = []
     limit = csv.field_size_limit(_LONGEST_FIELD)
@@ -263,7 +266,7 @@ def _parse(file: Path, text: str, **dialect: Any) -> list[Any]:
             try:
                 for fields in reader:
                     done = reader.line_num
-                    if fields:
+                    if fields or found:
                         found.append(fields)
                 break
             except csv.Error as error:
@@ -287,6 +290,8 @@ def _table(file: Path, lines: list[Any]) -> list[Numbered]:
     for number, fields in enumerate(lines[1:], start=1):
         if isinstance(fields, FastpeftError):
             rows.append((number, FastpeftError(f"row {number}: {fields}")))
+        elif not fields:
+            rows.append((number, _blank(f"row {number}", file)))
         elif len(fields) != len(header):
             error = FastpeftError(
                 f"row {number} of {file} has {len(fields)} fields, its header has {len(header)} ({', '.join(header)}). "
@@ -302,6 +307,7 @@ def _read_jsonl(file: Path) -> list[Numbered]:
     rows: list[Numbered] = []
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
+            rows.append((number, _blank(f"line {number}", file)))
             continue
         try:
             row = parse_json(line)
@@ -330,15 +336,24 @@ def _read_parquet(file: Path) -> list[Numbered]:
 
 def _read_txt(file: Path) -> list[Numbered]:
     lines = io.StringIO(read_text(file), newline=None)  # splitlines would also cut at form feeds and the like
-    return [(number, {"text": line.rstrip("\n")}) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [
+        (number, {"text": line.rstrip("\n")} if line.strip() else _blank(f"line {number}", file))
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _blank(place: str, file: Path) -> EmptyTextError:
+    return EmptyTextError(f"{place} of {file} is empty. Give a text, or remove it.")
 
 
 def _whole(read: Callable[[Path], list[Numbered]]) -> Reader:
-    """A reader that raises the first error of a row."""
+    """A reader that raises the first error of a row. It leaves out blank lines: texts to train on may stand apart."""
 
     def whole(file: Path) -> list[Record]:
         rows = []
         for _, row in read(file):
+            if isinstance(row, EmptyTextError):
+                continue
             if isinstance(row, FastpeftError):
                 raise row from None
             rows.append(row)

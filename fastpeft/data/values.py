@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any, NamedTuple
 
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import EmptyTextError, FastpeftError
 
 SEPARATOR = "|"  # between the labels of a text in one cell
 _CODE = re.compile(r"[+-]?0\d+|\d+[eE]\d+")  # 01 is another class than 1, and 1e1 than 10
@@ -36,6 +36,12 @@ def as_text(value: Any, column: str, place: Place) -> str:
             "column with --text-column."
         )
     return value
+
+
+def refuse_empty(*texts: str) -> None:
+    """Raise `EmptyTextError` where a text to answer, or one of a pair, has no sign but white space."""
+    if not all(text.strip() for text in texts):
+        raise EmptyTextError("the text is empty. Give one, or leave it out.")
 
 
 def as_words(value: Any, column: str, place: Place) -> list[str]:

@@ -16,7 +16,7 @@ from fastpeft.data.conversations import USER, Conversation, as_conversation, is_
 from fastpeft.data.next_words import completion, end_tokens, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.data.splitting import prompt_key
-from fastpeft.data.values import Place
+from fastpeft.data.values import Place, refuse_empty
 from fastpeft.errors import FastpeftError, install
 from fastpeft.prompts.template import is_text
 from fastpeft.support.stages import report
@@ -68,6 +68,7 @@ class Writer:
         """A text, made ready: a string, or a conversation as a list of turns, of which a string is one of the user.
 
         Raises:
+            EmptyTextError: it is empty.
             FastpeftError: it is not what the run reads, or longer than the model reads.
         """
         given = self._as_prompt(text)
@@ -87,7 +88,8 @@ class Writer:
         if is_conversation(text):
             self.check_conversations()
             return as_conversation(text, "messages", Place("the given texts", 1), answered=False)
-        if is_text(text) and text.strip():
+        if is_text(text):
+            refuse_empty(text)
             return Conversation(((USER, text),)) if self.run.chats else text
         raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
 

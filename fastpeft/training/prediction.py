@@ -14,6 +14,7 @@ from fastpeft.data import pitfalls
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, Row
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
+from fastpeft.data.values import refuse_empty
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
@@ -65,6 +66,7 @@ class Predictor:
         """A text, as `predict` takes one, made ready.
 
         Raises:
+            EmptyTextError: it is empty, or one of a pair is.
             FastpeftError: it is not what the run reads.
         """
         run = self.run
@@ -165,12 +167,15 @@ def _word_tokens(row: Row, words: Sequence[str], max_length: int) -> list[int]:
 
 def _as_input(text: Any, run: FinishedRun) -> Any:
     """One text as `Examples` holds it."""
+    if isinstance(text, str):
+        refuse_empty(text)
     expected = "one text"
     if run.is_pair:
         expected = "two texts, as a pair or separated by a tab"
         # a pair that comes as one is read as in training, with its spaces
         parts = [part.strip() for part in text.split("\t")] if isinstance(text, str) else text
         if isinstance(parts, (tuple, list)) and len(parts) == 2 and all(map(is_text, parts)):
+            refuse_empty(*parts)
             return tuple(parts)
     elif run.problem.per_token:
         expected = "words, as a list or separated by spaces"

@@ -24,7 +24,7 @@ from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
 from fastpeft.data.tables import Record, Table, read_apart
 from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
-from fastpeft.errors import FastpeftError
+from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.support.files import path_of, publish, saving
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.generation import Writer, says_words
@@ -71,7 +71,7 @@ class Predictions:
         cut: how many of those answered so far are longer than the run reads.
 
     Raises:
-        FastpeftError: the run or the file cannot be used; or one of `texts`, before any is answered.
+        FastpeftError: the run or the file cannot be used; or one of `texts`, but for an empty one, which is left out.
 
     Example:
         >>> found = Predictions("runs/reviews", file="reviews.csv")  # doctest: +SKIP
@@ -105,14 +105,14 @@ class Predictions:
         else:
             self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
-        self._taken = [(number, self._predictor.take(text)) for number, text in enumerate(texts, start=1)]
+        self._given = [(number, self._take_given(number, text)) for number, text in enumerate(texts, start=1)]
         self._name, self._rows = name, rows
         self._says = isinstance(self._predictor, Writer)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
         self._read = self._read_line
         if file is not None and kind != "txt":
             self._names, self._read = self._pick(text_column), self._read_cells
-        self.count = len(self._taken) + len(rows)
+        self.count = len(self._given) + len(rows)
         self.cut = 0
 
     def _pick(self, text_column: str | None) -> tuple[str, ...]:
@@ -157,12 +157,14 @@ class Predictions:
 
     def __iter__(self) -> Iterator[tuple[list[Prediction], list[FastpeftError]]]:
         """Predictions, and what is wrong with the rows between them that were left out."""
-        before = len(self._taken)
-        rows: list[Any] = [*self._taken, *self._rows]
+        before = len(self._given)
+        rows: list[Any] = [*self._given, *self._rows]
         for start in range(0, len(rows), _CHUNK):
             taken, left_out = [], []
             for index, (number, row) in enumerate(rows[start : start + _CHUNK], start=start):
                 try:
+                    if isinstance(row, FastpeftError):
+                        raise row
                     taken.append((number, row) if index < before else (before + number, self._take(number, row)))
                 except FastpeftError as error:
                     left_out.append(error)
@@ -175,9 +177,14 @@ class Predictions:
                 self.cut += self._predictor.count_cut(given)
             yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
 
-    def _take(self, number: int, row: Record | FastpeftError) -> Taken:
-        if isinstance(row, FastpeftError):
-            raise row
+    def _take_given(self, number: int, text: Any) -> Taken | EmptyTextError:
+        """A text; an empty one is left out as a row of a file is."""
+        try:
+            return self._predictor.take(text)
+        except EmptyTextError as error:
+            return EmptyTextError(f"text {number}: {error}")
+
+    def _take(self, number: int, row: Record) -> Taken:
         place = Place(self._name, number)
         given = self._read(row, place)
         try:

@@ -416,7 +416,6 @@ CASES = [
     (["eval", "--model", "model", "--data", "pairs.jsonl", *PROMPT], ["the data has pairs of texts"]),
     (["eval", "--model", "model", "--data", "measures.csv", *PROMPT], ["'0.25'", "whole numbers"]),
     (["predict", "pair-run", "a text"], ["two texts, as a pair or separated by a tab; got 'a text'"]),
-    (["predict", "tag-run", " "], ["words, as a list or separated by spaces; got ' '"]),
     (["predict", "tag-run", "the " * 50], ["of the 50 words that begin with 'the the the', only 36 fit into the 38"]),
     (["predict", "run", "a \udcff film"], ["one text; got 'a \\udcff film'", "UTF-8"]),  # as a byte that is none comes
     (["predict", "run"], ["nothing to classify"]),

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fastpeft import FastpeftError, TrainConfig, console, train
 from fastpeft.cli import app
 from fastpeft.data.tables import read_apart
+from fastpeft.errors import EmptyTextError
 from fastpeft.training import prediction_files
 from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions, writing
@@ -133,7 +134,10 @@ def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: P
 
 @pytest.mark.parametrize(
     ("given", "kind"),
-    [("a lovely film\n\nthe end\n", ()), ('{"text": "a lovely film"}\n{"text": "the end"}\n', ("--format", "jsonl"))],
+    [
+        ("a lovely film\nthe end\n\n \n", ()),
+        ('{"text": "a lovely film"}\n{"text": "the end"}\n', ("--format", "jsonl")),
+    ],
 )
 def test_standard_input(place: Path, given: str, kind: tuple[str, ...]) -> None:
     lines = run("classes", "--file", "-", *kind, given=given).stdout.splitlines()
@@ -146,11 +150,12 @@ def test_standard_input(place: Path, given: str, kind: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
 def test_a_text_of_a_file_is_a_line_whatever_is_in_it(tmp_path: Path, end: str) -> None:
     texts = ["good\x0cpart two", "next\x85line", "a\u2028b", "c\x1dd"]
-    (tmp_path / "x.txt").write_bytes(end.join([*texts, "", "end"]).encode())
+    (tmp_path / "x.txt").write_bytes(end.join([*texts, "end", "", ""]).encode())
     _, _, rows = read_apart(str(tmp_path / "x.txt"))
-    assert [(number, row["text"]) for number, row in rows] == [*enumerate(texts, start=1), (6, "end")]
+    assert [(number, row["text"]) for number, row in rows] == [*enumerate([*texts, "end"], start=1)]
 
 
+BLANK = ["line 2 of x.jsonl is empty. Give a text"]
 BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "fields": ("classes", "x.csv", "text,n\na,1\nb,2,3\nc,1\n", ["a", "c"], ["row 2 of x.csv has 3 fields"]),
     "fields of tsv": ("classes", "x.tsv", 'text\tn\na\t1\nb\n"c\t1\n', ["a", '"c'], ["row 2 of x.tsv has 1 fields"]),
@@ -159,11 +164,20 @@ BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
         ["row 2: x.csv is broken at line 3: ", "row 5: x.csv is broken at line 6: "],
     ),
     "an empty text": ("classes", "x.csv", "text,n\n,1\nb,2\n  ,3\n", ["b"], ["row 1 of x.csv has an em", "row 3 of"]),
-    "json": ("classes", "x.jsonl", '{"text": "a"}\n\n{"te\n[]\n{"text": "b"}\n', ["a", "b"], ["line 3 of x", "line 4"]),
+    "json": (
+        "classes",
+        "x.jsonl",
+        '{"text": "a"}\n\n{"te\n[]\n{"text": "b"}\n',
+        ["a", "b"],
+        [*BLANK, "line 3 of x", "line 4"],
+    ),
     "a missing text": (
         *("classes", "x.jsonl", '{"text": "a"}\n{"text": null}\n{"n": 1}\n{"text": "b"}', ["a", "b"]),
         ["row 2 of x.jsonl has None in column 'text'", "row 3 of x.jsonl has None"],
     ),
+    "a blank line": ("classes", "x.txt", "a\n \nb\n\n", ["a", "b"], ["line 2 of x.txt is empty. Give a text"]),
+    "a blank line of csv": ("classes", "x.csv", "\ntext,n\na,1\n\nb,2\n\n", ["a", "b"], ["row 2 of x.csv is empty. "]),
+    "a blank line of tsv": ("classes", "x.tsv", "text\tn\na\t1\n\nb\t2\n", ["a", "b"], ["row 2 of x.tsv is empty. "]),
     "a broken pair": ("pairs", "x.txt", "a\tb\nc\nd\te\tf\ng\th", ["a\tb", "g\th"], ["row 2 of x.txt: ", "row 3 of"]),
     "half a pair": (
         "pairs",
@@ -188,6 +202,29 @@ def test_a_bad_row_is_named_and_the_rest_is_answered(place: Path, case: str) -> 
         assert line.startswith(f"Left out: {message}")
     run(name, "--file", file, "--output", "out.jsonl", code=1)
     assert len((place / "out.jsonl").read_text().splitlines()) == len(answered)
+
+
+@pytest.mark.parametrize("name", ["classes", "pairs", "numbers", "tags"])
+def test_an_empty_text_that_is_typed_is_left_out_as_that_of_a_file_is(place: Path, name: str) -> None:
+    text = "a film\tthe end" if name == "pairs" else "film"
+    result = run(name, "", text, " ", "--output", "out.jsonl", code=1)
+    assert result.stderr.splitlines() == [
+        f"Left out: text {number}: the text is empty. Give one, or leave it out." for number in (1, 3)
+    ]
+    assert [row["row"] for row in READERS["jsonl"](place / "out.jsonl")] == [2]
+    with pytest.raises(EmptyTextError):
+        predict(name, [text, ""])
+
+
+def test_rows_stay_beside_the_lines_of_the_input(place: Path) -> None:
+    for kind, content in (
+        ("txt", "a\n\nb\n"),
+        ("csv", "text\na\n\nb\n"),
+        ("jsonl", '{"text": "a"}\n\n{"text": "b"}\n'),
+    ):
+        (place / f"x.{kind}").write_text(content)
+        assert "2 of 3 rows" in run("classes", "--file", f"x.{kind}", "-o", f"{kind}.jsonl", code=1).stdout
+        assert [row["row"] for row in READERS["jsonl"](place / f"{kind}.jsonl")] == [1, 3]
 
 
 def test_many_bad_rows_are_counted(place: Path) -> None:
