@@ -304,7 +304,7 @@ def predict(
         None,
         "--output",
         "-o",
-        help="Write texts, classes and all probabilities to this csv, tsv, jsonl or parquet file.",
+        help="Write texts, classes, probabilities and other columns of --file to this csv, tsv, jsonl or parquet file.",
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file that is the output."),
     max_new_tokens: int | None = typer.Option(

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fastpeft.training.prediction import Predictor, shortest
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
 _TEXT, _PAIR = ("text",), ("text_a", "text_b")  # columns of texts that have no names
 
-Row = dict[str, str | int | float]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Prediction:
         text: a text, a pair of texts or a list of words.
         scores: the probability of every class or label, `(classes,)`; the number, `(1,)`; or of every word the
             probabilities of the tags, `(words, tags)`; float32. Of a run on next words what it says.
+        others: the row's other columns, which go to the output as they are.
     """
 
     row: int
     text: Any
     scores: Any
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Predictions:
@@ -110,8 +112,11 @@ class Predictions:
         self._says = isinstance(self._predictor, Writer)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
         self._read = self._read_line
+        self._records: dict[int, Record] = {}  # of the rows that have columns, by their numbers
         if file is not None and kind != "txt":
             self._names, self._read = self._pick(text_column), self._read_cells
+            before = len(self._given)
+            self._records = {before + number: row for number, row in rows if not isinstance(row, FastpeftError)}
         self.count = len(self._given) + len(rows)
         self.cut = 0
 
@@ -175,7 +180,14 @@ class Predictions:
             else:
                 scores = self._predictor.scores(given)
                 self.cut += self._predictor.count_cut(given)
-            yield [Prediction(number, each.text, found) for (number, each), found in zip(taken, scores)], left_out
+            answered = zip(taken, scores)
+            yield (
+                [
+                    Prediction(number, each.text, found, self._records.get(number, {}))
+                    for (number, each), found in answered
+                ],
+                left_out,
+            )
 
     def _take_given(self, number: int, text: Any) -> Taken | EmptyTextError:
         """A text; an empty one is left out as a row of a file is."""
@@ -237,11 +249,22 @@ class Predictions:
 
     @cached_property
     def columns(self) -> dict[str, type]:
-        """The names and types of what `records` gives.
+        """The names and types of what `records` gives: what is made, then the other columns of the file.
 
         Raises:
             FastpeftError: a column of texts has the name of one that is made.
         """
+        made = self._made
+        others: dict[str, list[Any]] = {}
+        for row in self._records.values():
+            for name, value in row.items():
+                if name not in made and name not in self._names:
+                    others.setdefault(name, []).append(value)
+        return made | {name: _kind_of(values) for name, values in others.items()}
+
+    @cached_property
+    def _made(self) -> dict[str, type]:
+        """The names and types of the columns of predictions, and of those of texts."""
         problem = self._predictor.run.problem
         if self._says:
             return {"row": int, "text": str, "said": str}
@@ -272,7 +295,21 @@ class Predictions:
             said = [] if problem is REGRESSION else [self._answer(scores)[0]]
             texts = text if isinstance(text, tuple) else (text,)
             found = [[prediction.row, *texts, *said, *map(shortest, scores)]]
-        return [dict(zip(self.columns, values)) for values in found]
+        others = {name: prediction.others.get(name) for name in self.columns if name not in self._made}
+        return [dict(zip(self._made, values)) | others for values in found]
+
+
+def _kind_of(values: Sequence[Any]) -> type:
+    """What a column of a file holds: int, float or str, if all its values are that, else their text."""
+    kinds = {type(value) for value in values if value is not None}
+    fits = all(abs(value) < 2**63 for value in values if type(value) is int)
+    return kinds.pop() if len(kinds) == 1 and kinds <= {int, float, str} and fits else str
+
+
+def _as_cell(value: Any, kind: type = str) -> Any:
+    """A value in a file whose columns have one type each: what is neither text nor of that type, as JSON has it."""
+    plain = value is None or isinstance(value, str) or type(value) is kind
+    return value if plain else json.dumps(value, ensure_ascii=False, default=str)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -366,7 +403,7 @@ def _open_csv(file: Path, columns: Mapping[str, type], dialect: str = "excel") -
     def start(stream: Any) -> Callable[[Row], object]:
         table = csv.DictWriter(stream, list(columns), dialect=dialect)
         table.writeheader()
-        return table.writerow
+        return lambda row: table.writerow({name: _as_cell(value) for name, value in row.items()})
 
     return _open_lines(file, start)
 
@@ -376,7 +413,9 @@ def _open_tsv(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[
 
 
 def _open_jsonl(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
-    return _open_lines(file, lambda stream: lambda row: stream.write(json.dumps(row, ensure_ascii=False) + "\n"))
+    return _open_lines(
+        file, lambda stream: lambda row: stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    )
 
 
 def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Callable[[], None]]:
@@ -386,7 +425,12 @@ def _open_parquet(file: Path, columns: Mapping[str, type]) -> tuple[Write, Calla
     types = {int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
     schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
     table = parquet.ParquetWriter(file, schema)
-    return lambda rows: table.write_table(pyarrow.Table.from_pylist(rows, schema)), table.close
+
+    def write(rows: list[Row]) -> None:
+        cells = [{name: _as_cell(row[name], kind) for name, kind in columns.items()} for row in rows]
+        table.write_table(pyarrow.Table.from_pylist(cells, schema))
+
+    return write, table.close
 
 
 _OPEN = {"csv": _open_csv, "tsv": _open_tsv, "jsonl": _open_jsonl, "parquet": _open_parquet}

@@ -95,7 +95,7 @@ def test_files_are_read_as_for_training_and_written(place: Path, kind: str) -> N
     ]
     assert "saved in out" in run("classes", "--file", f"rows.{kind}", "--output", f"out.{kind}").stdout
     rows = READERS[kind](place / f"out.{kind}")
-    assert [tuple(row) for row in rows] == [NUMBERS] * 3
+    assert [(*row, row["label"]) for row in rows] == [(*NUMBERS, "label", "negative")] * 3
     assert [(int(row["row"]), row["text"], row["class"]) for row in rows] == [
         (number, text, label) for number, (text, (label, _)) in enumerate(zip(TEXTS, expected), start=1)
     ]
@@ -118,7 +118,8 @@ def test_columns_are_picked(place: Path, header: tuple[str, ...], options: tuple
     write_csv(place / "rows.csv", [[TEXTS[0] if name == "opinion" else "0" for name in header]], header)
     assert run("classes", "--file", "rows.csv", *options).stdout.endswith(f"\t{TEXTS[0]}\n")
     run("classes", "--file", "rows.csv", *options, "--output", "out.csv")
-    assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:]]
+    others = [name for name in header if name != "opinion"]
+    assert list(READERS["csv"](place / "out.csv")[0]) == ["row", "opinion", *NUMBERS[2:], *others]
 
 
 def test_a_file_without_the_column_of_the_run_is_read_with_a_word_on_it(place: Path, runs: Path) -> None:
@@ -264,13 +265,14 @@ def test_pairs_numbers_and_tags_are_written(place: Path) -> None:
     write_jsonl(place / "pairs.jsonl", pairs(3))
     run("pairs", "--file", "pairs.jsonl", "--output", "pairs.csv")
     row = READERS["csv"](place / "pairs.csv")[1]
-    assert list(row) == ["row", "sentence1", "sentence2", "class", "p(different)", "p(same)"]
+    assert list(row) == ["row", "sentence1", "sentence2", "class", "p(different)", "p(same)", "label"]
     assert [row["sentence1"], row["sentence2"]] == [pairs(3)[1]["sentence1"], pairs(3)[1]["sentence2"]]
     write_jsonl(place / "scores.jsonl", scores(3))
     run("numbers", "--file", "scores.jsonl", "--output", "numbers.parquet")
     (row, *_) = READERS["parquet"](place / "numbers.parquet")
     (said,) = predict("numbers", [scores(3)[0]["text"]])
-    assert row == {"row": 1, "text": scores(3)[0]["text"], "score": pytest.approx(said[1], abs=1e-6)}
+    expected = {"row": 1, "text": scores(3)[0]["text"], "score": pytest.approx(said[1], abs=1e-6)}
+    assert row == expected  # the number's name is that of the input's column, which is left out
     write_jsonl(place / "tagged.jsonl", tagged(2))
     run("tags", "--file", "tagged.jsonl", "--output", "tags.jsonl")
     rows = READERS["jsonl"](place / "tags.jsonl")
@@ -290,6 +292,31 @@ def test_a_pair_is_read_as_in_training(place: Path) -> None:
     write_csv(place / "rows.csv", [pair], ("text1", "text2"))
     ((found, _),) = Predictions("pairs", file="rows.csv")
     assert found[0].text == pair
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_other_columns_go_along(place: Path, kind: str) -> None:
+    ids, notes = [7, 2**70, None], ["a", ["b", 1], True]
+    rows = [{"id": ids[at], "text": "a film", "n": at, "class": "mine", "note": notes[at]} for at in range(3)]
+    write_jsonl(place / "x.jsonl", [*rows[:2], {"text": " ", "n": 5, "late": "x"}, *rows[2:]])
+    assert "4 of 6 rows" in run("classes", "typed", "", "--file", "x.jsonl", "-o", f"out.{kind}", code=1).stdout
+    found = READERS[kind](place / f"out.{kind}")
+    assert list(found[0]) == [*NUMBERS, "id", "n", "note", "late"]
+    assert {row["class"] for row in found} <= {"negative", "positive"}  # not the input's column of that name
+    text = {"jsonl": rows[1]["note"], "csv": '["b", 1]', "tsv": '["b", 1]', "parquet": '["b", 1]'}[kind]
+    true, none = (True, None) if kind == "jsonl" else ("true", None if kind == "parquet" else "")
+    large = 2**70 if kind == "jsonl" else str(2**70)
+    assert [row["id"] for row in found][2:] == [large, none]
+    assert [int(row["n"]) for row in found[1:]] == [0, 1, 2]
+    assert [row["note"] for row in found] == [none, "a", text, true]
+
+
+def test_other_columns_of_a_text_stand_beside_each_of_its_words(place: Path) -> None:
+    write_jsonl(place / "x.jsonl", [{"words": ["a", "film"], "id": 5}])
+    run("tags", "--file", "x.jsonl", "--text-column", "words", "--output", "out.jsonl")
+    found = READERS["jsonl"](place / "out.jsonl")
+    assert [(row["word"], row["id"]) for row in found] == [("a", 5), ("film", 5)]
+    assert list(found[0]) == ["row", "word", "tag", "probability", "id"]
 
 
 def test_every_class_is_shown(place: Path) -> None:
