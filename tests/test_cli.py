@@ -415,6 +415,16 @@ def test_a_resume_of_nothing_says_that_it_starts_anew(place: Path) -> None:
     assert "there is no run in out to resume; it starts from the beginning" in " ".join(shown.stderr.split())
 
 
+def test_a_resume_says_what_it_starts_from(place: Path) -> None:
+    for extra, told in (
+        (("--save-steps", "1"), "continuing from out/checkpoints/checkpoint-4"),
+        (("--overwrite",), "the run in out has no checkpoint yet; it starts from the beginning"),
+    ):
+        run(*TRAIN, "--method", "head", "--output", "out", *extra)
+        (place / "out" / "metrics.json").unlink()
+        assert told in " ".join(run("train", "--output", "out", "--resume").stderr.split())
+
+
 def test_quiet_says_nothing(place: Path) -> None:
     assert run(*TRAIN, "--method", "head", "--quiet").output == ""
     assert (place / "runs" / "head-reviews" / "metrics.json").is_file(), "the default output"

@@ -116,6 +116,8 @@ def train(
     elif resume:
         missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
         config = dataclasses.replace(config, **missing)
+        if folder.newest_checkpoint() is None and not folder.journal.exists():
+            logger.info("the run in %s has no checkpoint yet; it starts from the beginning", folder.path)
     choices.begin(folder.choices() if resume and (folder.path / CHOICES).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
