@@ -46,6 +46,7 @@ _OWN_FIELDS = (
     "num_attention_heads",
     "num_layers",
 )
+_REFUSED = {"SivaConfig": ("target_parameters", "layer_replication")}  # fields that are there to say why not
 _ROLES = ("query", "key", "value")
 _BLOCK = 64  # weights in 4 bits that share a scale
 
@@ -65,7 +66,8 @@ def _config_class(name: str) -> Any:
 
 def settings(config: str) -> dict[str, Any]:
     """What `--set` may put into a configuration of PEFT, or of SiVA, with the type of each."""
-    return {name: hint for name, hint in get_type_hints(_config_class(config)).items() if name not in _OWN_FIELDS}
+    left_out = (*_OWN_FIELDS, *_REFUSED.get(config, ()))
+    return {name: hint for name, hint in get_type_hints(_config_class(config)).items() if name not in left_out}
 
 
 def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[str, Any]) -> nn.Module:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.method import Method
+from fastpeft.methods.registry import METHODS
 from fastpeft.mezo.trainer import MeZOConfig
 
 # fields of TrainingArguments that settings may have; in the last line those of MeZOConfig alone
@@ -30,12 +31,16 @@ _ARGUMENTS = """
     eps estimator num_estimates noise max_projected_grad on_nonfinite restore rounding
 """
 
+_WELL_KNOWN = ("lr_scheduler_type", "warmup_steps", "weight_decay")
+
 # what to do instead of setting some others
 _INSTEAD = {
     **{name: f"use `{name}`" for name in ("learning_rate", "max_steps", "seed", "bf16", "save_steps")},
     "r": "use `rank`",
     "pack_weights": "use the option of that name",
     "target_modules": "use `targets`",
+    "target_parameters": "name layers by `targets`, or use LoRA, which takes parameters",
+    "layer_replication": "replicate the layers in the base model, or use LoRA",
     "window_size": "use `window`",
     "reduction_factor": "use `reduction`",
     "output_dir": "use `output`",
@@ -83,12 +88,13 @@ def sort_settings(method: Method, settings: Mapping[str, Any]) -> tuple[dict[str
         if name not in hints and name in _INSTEAD:
             raise FastpeftError(f"{name} cannot be set as a setting; {_INSTEAD[name]}.")
         if name not in hints:
-            close = did_you_mean(name, hints)
-            advice = f".{close}" if close else f": {', '.join(fields)}."
+            takers = [other.name for other in METHODS.values() if name in other.settings()]
+            advice = f" The name is one of {' and '.join(takers)}." if takers else ""
             kind = "fastpeft.MeZOConfig" if method.optimization.zeroth_order else "transformers.TrainingArguments"
             raise FastpeftError(
                 f"unknown setting {name!r}; allowed for the method {method.name!r} are "
-                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}{advice}"
+                f"{', '.join(of_method) or 'none of its own'}, and {len(fields)} fields of {kind}, as "
+                f"{', '.join(_WELL_KNOWN)}. Choose one of these.{did_you_mean(name, hints)}{advice}"
             )
         hint = hints[name]
         if not _fits(value, hint):

@@ -18,6 +18,7 @@ from fastpeft.mezo.trainer import MeZOConfig
 from fastpeft.training.arguments import training_arguments
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.settings import sort_settings
+from fastpeft.training.setup import resolve
 from fastpeft.training.task import Task
 
 
@@ -54,6 +55,28 @@ def test_what_would_break_a_promise_is_refused(method: str, name: str, reason: s
         sort_settings(get_method(method), {name: True})
 
 
+@pytest.mark.parametrize("name", ["target_parameters", "layer_replication"])
+def test_what_siva_always_refuses_is_not_offered(name: str) -> None:
+    offered = get_method("siva").settings()
+    assert name not in offered
+    assert name in get_method("lora").settings()
+    with pytest.raises(FastpeftError, match=rf"{name} cannot be set as a setting; .*LoRA"):
+        sort_settings(get_method("siva"), {name: [[0, 1]]})
+    with pytest.raises(FastpeftError) as refused:
+        resolve(TrainConfig(output="run", method="siva", window=5))
+    assert str(refused.value).endswith(f"targets, rank, {', '.join(offered)}.")
+
+
+def test_a_setting_of_another_method_is_said_to_be_of_that(task: Task) -> None:
+    with pytest.raises(FastpeftError) as refused:
+        sort_settings(get_method("siva"), {"lora_alpha": 5})
+    told = str(refused.value)
+    assert "The name is one of lora and " in told
+    assert len(told) < 600, "no list of all fields"
+    with pytest.raises(FastpeftError, match=r"Did you mean weight_decay\?$"):
+        sort_settings(get_method("siva"), {"weigth_decay": 5})
+
+
 @pytest.mark.parametrize("method", ["k-lst", "mezo"])
 def test_noise_on_embeddings_is_refused_where_it_would_do_nothing(task: Task, method: str) -> None:
     given = {"method": method, "settings": {"neftune_noise_alpha": 5.0}}
@@ -76,7 +99,7 @@ def test_what_a_later_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fastpeft.training.settings.arguments_of", lambda method: Later)
     assert sort_settings(get_method("lora"), {"optim": "sgd"}) == ({}, {"optim": "sgd"})
     with pytest.raises(
-        FastpeftError, match=r"unknown setting 'learning_wave'; .* transformers\.TrainingArguments: lr_scheduler_type, "
+        FastpeftError, match=r"unknown setting 'learning_wave'; .*\.TrainingArguments, as lr_scheduler_type, "
     ):
         sort_settings(get_method("lora"), {"learning_wave": 0.5})
 
