@@ -124,7 +124,7 @@ def show_run_plan(config: TrainConfig, what: TrainPlan, budget_mb: float | None)
         rows.append((f"fits into {budget_mb:,.0f} MB", _fits(known, budget_mb)))
     rows += [
         ("estimated time", known.error or _time(known, seconds, budget_mb)),
-        ("steps", f"{what.steps:,}"),
+        ("steps of the run", f"{what.steps:,}"),
         ("rows", f"{what.train_rows:,} to train on, {what.dev_rows:,} to measure on"),
         ("longest row", f"{what.longest_row} tokens"),
         ("computes in", what.compute_dtype),

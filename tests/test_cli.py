@@ -392,7 +392,11 @@ def test_a_run_works_from_another_folder(place: Path, monkeypatch: pytest.Monkey
 
 def test_a_dry_run_writes_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    shown = run(*TRAIN, "--method", "lora", "--dry-run").stdout
+    result = run(*TRAIN, "--method", "lora", "--dry-run")
+    shown = result.stdout
+    assert "trial steps 7/7" in result.stderr
+    assert "training" not in result.stderr, "what a dry run says that it does not do"
+    assert re.search(r"steps of the run +│ 4 ", shown)
     assert "trained parameters" in shown
     assert re.search(r"estimated peak memory of a step │ \d+ MB \(simulated: tensors only\)", shown)
     assert re.search(r"peak resident memory +│ [\d,]+ MB \(the whole process\)", shown)

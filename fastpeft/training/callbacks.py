@@ -175,25 +175,25 @@ class Reports(TrainerCallback):
         self.metric = metric
         self.zeroth_order = zeroth_order
         self.latest: dict[str, float] = {}
-        self.measuring = "measuring before training"
+        self.training, self.measuring = "training", "measuring before training"  # what the stages are called
         self.batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measuring = "measuring"
-        report("training", state.global_step, state.max_steps)
+        report(self.training, state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         speed = {"steps_per_second": self.clock.steps / self.clock.seconds}
         if not self.zeroth_order:
             rows = args.train_batch_size * args.gradient_accumulation_steps
             speed = {"samples_per_second": rows * speed["steps_per_second"]}
-        report("training", state.global_step, state.max_steps, **self.latest, **speed)
+        report(self.training, state.global_step, state.max_steps, **self.latest, **speed)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
         names = {"loss": LOSS, "projected_grad": "projected_grad", f"eval_{self.metric}": self.metric}
         self.latest |= {told: logs[name] for name, told in names.items() if name in logs}
         if self.measuring == "measuring":  # what was logged after the last step
-            report("training", state.global_step, state.max_steps, **self.latest)
+            report(self.training, state.global_step, state.max_steps, **self.latest)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.batches += 1

@@ -191,6 +191,8 @@ def _estimate(task: Task, arguments: TrainingArguments, begin: float, budget_mb:
             arguments = training_arguments(task, elsewhere)
             with refusing(task):
                 trainer = trainer_class(task)(task, arguments, RunFolder(elsewhere), [clock])
+                trainer.reports.training = "trial steps"  # for a plan trains nothing
+                trainer.reports.measuring = "measuring"
                 loaded = time.perf_counter()
                 trainer.measure(task.dev_rows[:_ROWS])
             measured = (time.perf_counter() - loaded) / len(task.dev_rows[:_ROWS])

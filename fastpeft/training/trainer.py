@@ -105,6 +105,7 @@ class RunTrainer(Trainer):
         curve_rows = task.dev_rows
         if self.chosen_by is None:
             curve_rows = random.Random(0).sample(curve_rows, min(len(curve_rows), CURVE_ROWS))
+        self.reports = Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order)
         multiple = 8 if arguments.device.type == "cuda" else None  # the tile of matrix units
         super().__init__(
             model=task.model,
@@ -123,7 +124,7 @@ class RunTrainer(Trainer):
                 self.stopping,
                 self.clock,
                 self.cuda_peak,
-                Reports(self.clock, self.problem.primary, task.method.optimization.zeroth_order),
+                self.reports,
                 *callbacks,
             ],
         )
