@@ -53,7 +53,8 @@ def _names(known: Option) -> str:
     return flag(known.name) + refused
 
 
-_TYPED = {*FIELDS, "jobs", "executor", "protocol", "seeds", "memory_budget"}  # what messages name, and is typed
+# what messages name, and is typed
+_TYPED = {*FIELDS, "jobs", "executor", "protocol", "seeds", "memory_budget", "max_new_tokens"}
 
 
 def typed(name: str) -> str:

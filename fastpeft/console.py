@@ -15,12 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fastpeft.cli_options import typed
 from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
 from fastpeft.comparison.schedule import seconds_of_all
 from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order, title_of
+from fastpeft.errors import FastpeftError
 from fastpeft.progress import console, errors
 from fastpeft.support.logs import show_own_messages
 from fastpeft.support.stages import report
@@ -30,9 +32,17 @@ from fastpeft.training.memory import peak_rss_mb
 from fastpeft.training.results import class_scores, memory, threshold_in_words
 
 
+class _Typed(logging.Formatter):
+    """Messages that name options as the command line has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return FastpeftError(super().format(record)).told(typed)
+
+
 def show_messages(quiet: bool) -> None:
     """Show this library's own messages, unless `quiet`, and nothing that others say on the way."""
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
+    handler.setFormatter(_Typed())
     show_own_messages(handler, quiet)
     pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
 

@@ -20,7 +20,7 @@ from samples import SMALL, pairs, prompted, reviews, sampled, save_tiny_model, s
 from typer.testing import CliRunner, Result
 
 import fastpeft
-from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig
+from fastpeft import FastpeftError, Prompt, PromptCollator, TrainConfig, console
 from fastpeft.cli import app
 from fastpeft.comparison.variants import DECIDED, PROMPTED
 from fastpeft.data.examples import load_data
@@ -427,6 +427,12 @@ def test_a_resume_says_what_it_starts_from(place: Path) -> None:
         run(*TRAIN, "--method", "head", "--output", "out", *extra)
         (place / "out" / "metrics.json").unlink()
         assert told in " ".join(run("train", "--output", "out", "--resume").stderr.split())
+
+
+def test_a_message_names_options_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_messages(quiet=False)
+    logging.getLogger("fastpeft.training").warning("answers were cut; give more `max_new_tokens`, or set `d`")
+    assert capsys.readouterr().err.rstrip() == "answers were cut; give more --max-new-tokens, or set d"
 
 
 def test_quiet_says_nothing(place: Path) -> None:

@@ -112,6 +112,7 @@ MISTAKES = [
     ("eval run --text-column review", "--data"),
     ("predict run", "nothing to classify"),
     ("predict absent 'a film'", "absent"),
+    ("predict run 'a film' --max-new-tokens 4", "--max-new-tokens is 4"),
     ("predict run --file absent.csv", "absent.csv"),
     ("predict run --format csv", "--file"),
     ("predict run 'a film' --output found.docx", "docx"),

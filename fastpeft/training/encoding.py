@@ -112,7 +112,7 @@ def warn_of_texts(examples: Examples, rows: Sequence[Row], max_length: int, prob
     read = sum(label != UNLABELLED for row in rows for label in row["labels"])
     if read < words:
         logger.warning(
-            "%d of %d words have no token among the %d that are read of a row, and are left out; a larger max_length "
+            "%d of %d words have no token among the %d that are read of a row, and are left out; a larger `max_length` "
             "(of the model at most) or shorter rows keep them",
             words - read,
             words,

@@ -168,7 +168,7 @@ def measure_said(writer: Writer, texts: Sequence[Any]) -> dict[str, float]:
     said = writer.write(list(taken.values()))
     for count, what in (
         (len(prompts) - len(taken), "cannot be gone on from within what the model reads, and are left out"),
-        (writer.cut, f"have answers that were cut after {writer.max_new_tokens} tokens; give more max_new_tokens"),
+        (writer.cut, f"have answers that were cut after {writer.max_new_tokens} tokens; give more `max_new_tokens`"),
     ):
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)

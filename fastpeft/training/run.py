@@ -125,7 +125,10 @@ def train(
         if resume and folder.started:
             folder.check_rows(rows)
         if config.bf16 is None and task.config.bf16:
-            logger.info("computing in bfloat16, for which this CPU has instructions; bf16=False (--no-bf16) refuses it")
+            logger.info(
+                "computing in bfloat16, for which this CPU has instructions; --no-bf16, in Python bf16=False, refuses "
+                "it"
+            )
         config = task.config
         in_bfloat16 = config.bf16 or config.settings.get("backbone_dtype") == "bfloat16"
         if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
