@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Sequence, Set
 from itertools import pairwise
 from statistics import mean, median
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from fastpeft.data.problems import MULTI_LABEL, UNLABELLED, Problem
 from fastpeft.data.splitting import digest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ def tell(warnings: Iterable[str]) -> None:
 
 def _never_told(problem: Problem, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[str]:
     """Whether the same was told of all rows or words, two at least; else which classes or labels were told of none."""
+    import numpy as np
+
     if problem is MULTI_LABEL:
         answers = problem.answers(outputs)
     else:  # a column for each class, as of labels

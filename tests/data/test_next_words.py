@@ -149,7 +149,8 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     found = Predictions(config.output, ["plot"], str(file), max_new_tokens=3)
     ((some, left_out),) = found
     assert not left_out
-    assert [found.records(each)[0].keys() for each in some] == [{"row": 0, "text": 0, "said": 0}.keys()] * 3
+    assert [[*found.records(each)[0]] for each in some] == [["row", "text", "said", "id"]] * 3
+    assert [found.records(each)[0]["id"] for each in some] == [None, 1, 2]
     assert [each.scores for each in some] == write(config.output, ["plot", "film plot", "film"], 3)
     assert list(found.lines(some[0]))[-1] == ""
     train(replace(config, data=str(place / "chats.jsonl"), output=str(tmp_path / "chat")))
