@@ -334,8 +334,8 @@ class Tasks:
             options: of `Saying`.
 
         Raises:
-            RefusedError: there is no task of that name, it says no words, its model has no chat template, or the model
-                does not read so many tokens.
+            RefusedError: there is no task of that name, it says no words, it is asked a conversation and learned from
+                texts, or the model does not read so many tokens.
         """
         return self._saying(self.of_words(name), asked, max_tokens, **options)
 
@@ -359,10 +359,10 @@ class Tasks:
     def _saying(self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any) -> Saying:
         chats, tokenizer = isinstance(asked, Conversation), task.run.classifier.tokenizer
         param = "messages" if chats else "prompt"
-        if chats and getattr(tokenizer, "chat_template", None) is None:
+        if chats and not task.run.chats:
             raise RefusedError(
-                f"the model of the task {task.name!r} has no chat template, by which messages are written. Send it a "
-                "prompt, by POST /v1/completions.",
+                f"the task {task.name!r} learned from texts, not from conversations, whose turns it never saw. Send it "
+                "a prompt, by POST /v1/completions.",
                 400,
                 param,
             )

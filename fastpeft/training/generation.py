@@ -86,20 +86,12 @@ class Writer:
         if isinstance(text, Conversation) or (isinstance(text, tuple) and len(text) == 2):
             return text
         if is_conversation(text):
-            self.check_conversations()
+            self.run.check_conversations()
             return as_conversation(text, "messages", Place("the given texts", 1), answered=False)
         if is_text(text):
             refuse_empty(text)
             return Conversation(((USER, text),)) if self.run.chats else text
         raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
-
-    def check_conversations(self) -> None:
-        """Raise `FastpeftError` where the run learned from texts, to which a chat template was never put."""
-        if not self.run.chats:
-            raise FastpeftError(
-                f"the run in {self.run.config.output!r} learned from texts, not from conversations, whose turns it "
-                "never saw. Give texts, or train it on messages."
-            )
 
     @torch.inference_mode()
     def write(self, taken: Sequence[Taken]) -> list[str]:

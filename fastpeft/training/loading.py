@@ -69,6 +69,14 @@ class FinishedRun:
             threshold=metrics.get("threshold"),
         )
 
+    def check_conversations(self) -> None:
+        """Raise `FastpeftError` where the run learned from texts, to which a chat template was never put."""
+        if not self.chats:
+            raise FastpeftError(
+                f"the run in {self.config.output!r} learned from texts, not from conversations, whose turns it never "
+                "saw. Give texts, or train it on messages."
+            )
+
 
 class Taken(NamedTuple):
     """What a finished run is given, and its tokens."""

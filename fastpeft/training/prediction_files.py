@@ -133,7 +133,7 @@ class Predictions:
         if isinstance(self._predictor, Writer):
             names = prompt_columns(Table(self._name, [first]), text_column)
             if is_conversation(first.get(names[0])):
-                self._predictor.check_conversations()
+                run.check_conversations()
             return names
         texts = pick_columns(Table(self._name, [first]), MASKED_WORDS, text_column, None).texts
         if (len(texts) == 2) is not run.is_pair:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import chats, completions, reviews, save_tiny_decoder, save_tiny_model, write_csv, write_jsonl
+from samples import chats, completions, reviews, save_tiny_decoder, write_csv, write_jsonl
 from served import Server
 
 from fastpeft import LadderPool, TrainConfig, train
@@ -34,11 +34,9 @@ SHARED = ("chat", "wide", "e2e")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs beside one decoder, one run with a model of its own, one on a decoder without a chat template, one on
-    classes."""
+    """Runs beside one decoder, one run with a model of its own, one on classes."""
     place = tmp_path_factory.mktemp("words")
     model = str(save_tiny_decoder(place / "model", initializer_range=0.5))
-    plain = save_tiny_model(place / "untemplated", "Llama", "ForCausalLM")
     conversations = str(write_jsonl(place / "chats.jsonl", chats(60)))
     prompts = str(write_jsonl(place / "completions.jsonl", completions(60)))
     for name, method, data, given in (
@@ -46,7 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wide", "k-lst", conversations, {"seed": 1}),
         ("e2e", "lst", prompts, {}),
         ("own", "siva", conversations, {}),
-        ("plain", "lst", prompts, {"model": str(plain)}),
     ):
         values = {"model": model, "max_steps": 4, "learning_rate": 0.1, "max_length": 32, "bf16": False, **given}
         train(TrainConfig(output=str(place / name), method=method, objective="causal", data=data, **values))
@@ -59,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(place: Path) -> Tasks:
-    return Tasks({name: place / name for name in (*SHARED, "own", "plain", "classes")})
+    return Tasks({name: place / name for name in (*SHARED, "own", "classes")})
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def turns(text: str) -> list[dict[str, Any]]:
 def request(model: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
     """Address and body."""
     body = {"model": model, "temperature": 0, "max_tokens": 8, **options}
-    if model in ("e2e", "plain"):
+    if model == "e2e":
         return "/v1/completions", {"prompt": text, **body}
     return "/v1/chat/completions", {"messages": turns(text), **body}
 
@@ -317,7 +314,7 @@ def test_next_to_no_temperature_says_the_most_likely_words(
 def test_what_there_is(server: Server, tasks: Tasks) -> None:
     listed = server.ask("GET", "/v1/models")[1]
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == [*SHARED, "own", "plain"]
+    assert [model["id"] for model in listed["data"]] == [*SHARED, "own"]
     assert server.ask("GET", "/v1/models/chat")[1] == listed["data"][0]
     described = {task["name"]: task for task in server.ask("GET", "/tasks")[1]}
     assert (described["chat"]["reads"], described["chat"]["labels"]) == ("messages", [])
@@ -340,7 +337,7 @@ CHAT = {"model": "chat", "messages": turns("film"), "max_tokens": 2}
 REFUSED: dict[str, tuple[Any, int, str, str | None, str | None]] = {
     "no such task": ({**CHAT, "model": "x"}, 404, "there is no task 'x'", "model", "model_not_found"),
     "a task of classes": ({**CHAT, "model": "classes"}, 404, "says no words", "model", "model_not_found"),
-    "no template": ({**CHAT, "model": "plain"}, 400, "has no chat template", "messages", None),
+    "a task of texts": ({**CHAT, "model": "e2e"}, 400, "learned from texts, not from conv", "messages", None),
     "a role": (
         {**CHAT, "messages": [{"role": "narrator", "content": "a"}]},
         400,
@@ -428,8 +425,8 @@ def test_a_template_that_does_not_tell_where_a_turn_begins_is_refused(
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<think>{% endif %}"
     )
-    monkeypatch.setattr(tasks["e2e"].run.classifier.tokenizer, "chat_template", template)
-    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "model": "e2e"})
+    monkeypatch.setattr(tasks["own"].run.classifier.tokenizer, "chat_template", template)
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, "model": "own"})
     assert (status, answer["error"]["param"]) == (400, "messages"), answer
 
 
