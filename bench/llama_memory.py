@@ -70,9 +70,9 @@ from fastpeft.ops.quantise import Format, QuantisedLinear
 from fastpeft.support.environment import versions
 from fastpeft.training.memory import (
     MEBIBYTE,
+    BlockwiseAdamW,
     MemoryEstimate,
     MemoryTracker,
-    adamw_8bit,
     embeddings_in_float,
     simulate_training_step,
 )
@@ -254,7 +254,7 @@ def simulated(
     case: Case, model: Any, rows: int, tokens: int, dtype: torch.dtype | None, estimate_inside: bool
 ) -> MemoryEstimate:
     """Of a prepared model; `dtype` is that of autocast."""
-    adamw = partial(adamw_8bit, in_float=embeddings_in_float(model))
+    adamw = partial(BlockwiseAdamW, in_float=embeddings_in_float(model))
     batch = batch_of(model, rows, tokens)
     optimizer = None if case.method == "mezo" else adamw
     return simulate_training_step(model, batch, optimizer, dtype, estimate_inside=estimate_inside)

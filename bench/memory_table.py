@@ -30,7 +30,7 @@ from bench.backbones import LARGE
 from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel, SivaConfig
 from fastpeft.support.environment import versions
-from fastpeft.training.memory import MEBIBYTE, MemoryEstimate, adamw_8bit, fused_adamw, simulate_training_step
+from fastpeft.training.memory import MEBIBYTE, BlockwiseAdamW, MemoryEstimate, fused_adamw, simulate_training_step
 
 FILE = DATA / "memory.csv"
 RANK, BATCH = 4, 16
@@ -114,7 +114,7 @@ def estimate(case: Case, model: nn.Module, tokens: int) -> MemoryEstimate:
     ids = torch.zeros(BATCH, tokens, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
     adamw: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-    adamw = adamw_8bit if case.optimizer.startswith("8-bit") else fused_adamw
+    adamw = BlockwiseAdamW if case.optimizer.startswith("8-bit") else fused_adamw
     in_backward = case.optimizer.endswith("in backward")
     return simulate_training_step(model, batch, None if case.method == "mezo" else adamw, torch.bfloat16, in_backward)
 

@@ -1,4 +1,4 @@
-"""Makes docs/tutorial.ipynb of docs/tutorial.md: `python docs/tutorial_notebook.py`."""
+"""Makes examples/tutorial.ipynb of docs/tutorial.md: `python docs/tutorial_notebook.py`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from fastpeft.data import pitfalls
 from fastpeft.data.problems import TITLES, in_order, title_of
 from fastpeft.errors import FastpeftError
 from fastpeft.progress import console, errors
-from fastpeft.support.logs import show_own_messages
+from fastpeft.support.logs import at_least, show_own_messages
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
@@ -91,8 +91,8 @@ def measured(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def show_warnings(metrics: Mapping[str, Any]) -> None:
-    """Print what makes the figures doubtful, a line each; of runs of earlier versions nothing is known."""
-    for warning in metrics.get("warnings", []):
+    """Print what makes the figures doubtful, a line each."""
+    for warning in metrics["warnings"]:
         console.print(f"Warning: {warning}", soft_wrap=True)
 
 
@@ -105,7 +105,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
             *measured(metrics),
             ("samples/s", "-" if speed is None else f"{speed:.1f}"),
             *memory(metrics).items(),
-            ("computed in", metrics.get("compute_dtype", "-")),  # earlier versions did not say it
+            ("computed in", metrics["compute_dtype"]),
             ("trained parameters", f"{metrics['trainable_parameters']:,} of {metrics['parameters']:,}"),
             ("saved in", str(folder)),
         ],
@@ -116,7 +116,7 @@ def show_metrics(folder: Any, metrics: Mapping[str, Any]) -> None:
 def run_plan(config: TrainConfig, budget_mb: float | None) -> TrainPlan:
     """What a run would do and take, its time by a few steps that really run."""
     report("running a few steps")
-    with _warnings_alone():
+    with at_least("fastpeft", logging.WARNING):
         return plan(config, timed=True, budget_mb=budget_mb)
 
 
@@ -157,7 +157,7 @@ def _time(known: Estimate, seconds: float | None, budget_mb: float | None) -> st
 def estimates(comparison: Comparison, budget_mb: float | None) -> dict[str, Estimate]:
     """What a run of each variant would take, by a few steps that really run."""
     report("running a few steps of each variant")
-    with _warnings_alone():
+    with at_least("fastpeft", logging.WARNING):
         return comparison.estimates(budget_mb)
 
 
@@ -222,20 +222,8 @@ def live_comparison(comparison: Comparison, quiet: bool) -> Iterator[None]:
         yield
         return
     table = Live(get_renderable=lambda: _cells_view(comparison), console=errors, refresh_per_second=2)
-    with _warnings_alone(), table:
+    with at_least("fastpeft", logging.WARNING), table:  # which says the rest, that each variant would say again
         yield
-
-
-@contextmanager
-def _warnings_alone() -> Iterator[None]:
-    """Where a table says the rest, which each variant would say again."""
-    logger = logging.getLogger("fastpeft")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 _STATES = ("running", "failed", "finished", "waiting")

@@ -23,7 +23,6 @@ from fastpeft.comparison.variants import (
     with_prompts,
 )
 from fastpeft.data.problems import Problem
-from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.methods.registry import METHODS, get_method
 from fastpeft.support import files
@@ -285,9 +284,6 @@ class Plan:
         """
         folder = files.path_of(config.output)
         earlier = _read(folder)
-        if earlier.cells and "split" not in config.common:  # cells are added to those of before run.json said it
-            split = earlier.cells[0].values["split"]
-            config = dataclasses.replace(config, common={**config.common, "split": split})
         asked = [_in_one_precision(cell, earlier.cells) for cell in config.cells()]
         by_name = {cell.name: cell for cell in (*earlier.cells, *asked)}
         unsearched = {cell.name for cell in earlier.cells if not cell.rates and cell.folder.started}
@@ -439,7 +435,6 @@ def _read(folder: Path) -> Plan:
         for cell in cells:  # the folder may have moved
             if Path(cell.name).name != cell.name or cell.name in ("", ".."):  # another's folder
                 raise TypeError(f"a cell is named {cell.name!r}")
-            cell.values.setdefault("split", SHUFFLED)  # as in `read_config`
             cell.values["output"] = str(_cells_folder(folder) / cell.name)
             cell.values.update(cell.own_paths(cell.values))
         return Plan(folder, cells, [], list(saved["commands"]), list(saved["suites"]))

@@ -1,5 +1,1 @@
 """Rows and labels, what makes their scores, and base models."""
-
-from fastpeft.data.examples import load_data
-
-__all__ = ["load_data"]

@@ -19,11 +19,6 @@ logger = logging.getLogger(__name__)
 Piece = tuple[list[int], bool]  # tokens, and whether they are learned
 
 
-def encode(tokenizer: Any, texts: Sequence[Any], max_length: int) -> list[dict[str, Any]]:
-    """The rows of `encode_counted`."""
-    return encode_counted(tokenizer, texts, max_length)[0]
-
-
 def encode_counted(tokenizer: Any, texts: Sequence[Any], max_length: int) -> tuple[list[dict[str, Any]], int]:
     """Texts as rows of `input_ids`, `attention_mask` and `labels`, and how many were cut at `max_length` tokens.
 

@@ -59,17 +59,19 @@ def score_numbers(outputs: np.ndarray, labels: np.ndarray, names: Sequence[str])
 
 def cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
     """The mean over what has a label."""
-    labelled = labels != UNLABELLED
-    logits, classes = outputs[labelled].astype(np.float64), labels[labelled]
-    logits -= logits.max(-1, keepdims=True)
-    of_labels = np.take_along_axis(logits, classes[:, None], -1)[:, 0]
-    return float(np.mean(np.log(np.exp(logits).sum(-1)) - of_labels))
+    import torch.nn.functional as F
+    from torch import from_numpy
+
+    logits = from_numpy(outputs).double().flatten(0, -2)
+    return float(F.cross_entropy(logits, from_numpy(labels).long().flatten(), ignore_index=UNLABELLED))
 
 
 def binary_cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
     """The mean over rows and labels, of logits."""
-    logits = outputs.astype(np.float64)
-    return float(np.mean(np.logaddexp(0.0, logits) - labels * logits))
+    import torch.nn.functional as F
+    from torch import from_numpy
+
+    return float(F.binary_cross_entropy_with_logits(from_numpy(outputs).double(), from_numpy(labels).double()))
 
 
 def squared_error(outputs: np.ndarray, labels: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from fastpeft.data.conversations import Conversation
 from fastpeft.errors import FastpeftError
 
 STRATIFIED, SHUFFLED = "stratified", "shuffled"
-SPLITS = (STRATIFIED, SHUFFLED)  # the second is what runs had whose run.json names none
+SPLITS = (STRATIFIED, SHUFFLED)
 _BINS = 10  # of numbers, at most
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpeft.errors import FastpeftError
 from fastpeft.functional.checks import FLOATS
-from fastpeft.ops.noise import NOISE
+from fastpeft.ops.noise import NOISE, ROUNDINGS
 
 
 def mezo_perturb_(
@@ -97,9 +97,6 @@ def mezo_perturb(
         return torch.ops.fastpeft.mezo_perturb(param, offset, list(seeds), list(scales), decay, noise, rounding)
 
 
-_ROUNDINGS = ("nearest", "stochastic")
-
-
 def _check_perturbation(
     params: Sequence[Tensor],
     offsets: Sequence[int],
@@ -136,8 +133,8 @@ def _check_perturbation(
         )
     if noise not in NOISE:
         raise FastpeftError(f"mezo_perturb: noise is {noise!r}; allowed are {', '.join(NOISE)}.")
-    if rounding not in _ROUNDINGS:
-        raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(_ROUNDINGS)}.")
+    if rounding not in ROUNDINGS:
+        raise FastpeftError(f"mezo_perturb: rounding is {rounding!r}; allowed are {', '.join(ROUNDINGS)}.")
 
 
 def _check_terms_on_device(params: Sequence[Tensor], seeds: object, scales: object) -> None:

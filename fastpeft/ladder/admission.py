@@ -16,10 +16,9 @@ from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import BackboneDtype, LadderConfig
 from fastpeft.ladder.model import LadderModel
-from fastpeft.ladder.pool_members import ladder_of
 from fastpeft.ladder.saving import read_config, task_fields
 from fastpeft.ops.frozen_linear import bring_back
-from fastpeft.prompts.model import PromptModel, holds_label_words
+from fastpeft.prompts.model import PromptModel, holds_label_words, inside_prompt
 
 
 class Admission:
@@ -42,19 +41,19 @@ class Admission:
 
     def member(self, side: Any) -> Any:
         """A member made of `side`, as in `LadderPool.add`: a model as it is, all else beside a twin of the base."""
-        if isinstance(ladder_of(side), LadderModel):
+        if isinstance(inside_prompt(side), LadderModel):
             member = side
         elif isinstance(side, LadderConfig):
             member = self._new(side)
         elif isinstance(side, str | os.PathLike):
             member = self._loaded(os.fspath(side))
         else:
-            around = "" if (inside := ladder_of(side)) is side else f" around a {type(inside).__name__}"
+            around = "" if (inside := inside_prompt(side)) is side else f" around a {type(inside).__name__}"
             raise FastpeftError(
                 "a pool takes a folder, a LadderModel, a PromptModel around one, or a LadderConfig, not a "
                 f"{type(side).__name__}{around}. Give one of these."
             )
-        model: LadderModel = ladder_of(member)
+        model: LadderModel = inside_prompt(member)
         self._check_features(model.config)
         own, others = _layer_names(self._backbone), _layer_names(model.backbone)
         if own != others:

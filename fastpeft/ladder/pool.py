@@ -34,9 +34,10 @@ from fastpeft.ladder.joint_training import (
 )
 from fastpeft.ladder.passes import features_of, run_body
 from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
-from fastpeft.ladder.pool_members import Members, ladder_of
+from fastpeft.ladder.pool_members import Members
 from fastpeft.ladder.side import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
+from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.dropout import dropout_off
 
 _MASKS = "mask_positions"  # an input of members with a prompt only
@@ -147,8 +148,8 @@ class LadderPool:
                         "or a LadderConfig, for which the pool makes a head, or make it on a base of its own."
                     )
             if member is side:
-                share_backbone(ladder_of(member), self.backbone)
-            ladder_of(member).backbone.context = self.backbone.context
+                share_backbone(inside_prompt(member), self.backbone)
+            inside_prompt(member).backbone.context = self.backbone.context
             member.eval()
             self._members = self._members.changed({**self._members.models, name: member}, member)
         return member
@@ -167,7 +168,7 @@ class LadderPool:
             member = self._members[name]
             left = {task: model for task, model in self._members.models.items() if task != name}
             self._members = self._members.changed(left, member)
-            for parameter in ladder_of(member).side.parameters():
+            for parameter in inside_prompt(member).side.parameters():
                 parameter.data = parameter.data.clone()  # it was a slice of a stack
         return member
 
@@ -196,7 +197,7 @@ class LadderPool:
         for row, name in enumerate(tasks):
             rows.setdefault(name, []).append(row)
         asked = {name: members[name] for name in rows}
-        ladders = [ladder_of(member) for member in asked.values()]
+        ladders = [inside_prompt(member) for member in asked.values()]
         parts = (self.backbone.body, *(part for ladder in ladders for part in (ladder, ladder.side, ladder.base)))
         # one in training says so itself: to ask every module of every member would take a tenth of a small call
         modules = (module for part in parts if part.training for module in part.modules())
@@ -238,7 +239,7 @@ class LadderPool:
         check_generates(self.backbone)
         members = self._members
         batch = self._check_rows(batch, tasks)
-        ladders = {name: ladder_of(members[name]) for name in tasks}
+        ladders = {name: inside_prompt(members[name]) for name in tasks}
         for name, ladder in ladders.items():
             check_head(name, ladder.backbone, self.backbone)
         decoder = PoolDecoder(self.backbone, [ladder.side for ladder in ladders.values()], self._passing)
@@ -429,7 +430,7 @@ class LadderPool:
 def _run(member: Any, batch: Batch, source: FeatureSource) -> Any:
     """The output of a member for a batch, which may hold positions of masks for the prompts of other members."""
     own = batch if hasattr(member, "prompt") else {name: value for name, value in batch.items() if name != _MASKS}
-    with ladder_of(member).reading_from(source):
+    with inside_prompt(member).reading_from(source):
         return member(**own, return_dict=True)
 
 

@@ -8,11 +8,7 @@ from typing import Any
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.side_stack import SideStack, shape_of
-
-
-def ladder_of(member: Any) -> Any:
-    """The `LadderModel` that a member is, or that is inside a member with a prompt."""
-    return getattr(member, "masked_lm", member)
+from fastpeft.prompts.model import inside_prompt
 
 
 @dataclass(frozen=True)
@@ -35,9 +31,9 @@ class Members:
 
     def changed(self, models: Mapping[str, Any], member: Any) -> Members:
         """Members with `models`; `member` was added or removed, so only the stack of its shape is made again."""
-        shape = shape_of(ladder_of(member).side)
+        shape = shape_of(inside_prompt(member).side)
         stacks = [(names, stack) for names, stack in self.stacks if shape_of(stack.sides[0]) != shape]
-        sides = {name: ladder_of(model).side for name, model in models.items()}
+        sides = {name: inside_prompt(model).side for name, model in models.items()}
         alike = {name: side for name, side in sides.items() if shape_of(side) == shape}
         if alike:
             stacks.append((tuple(alike), SideStack(list(alike.values()))))

@@ -20,17 +20,13 @@ from fastpeft.siva.loading import current_keys
 from fastpeft.support import files
 from fastpeft.support.adapter_files import CONFIG, WEIGHTS, check_file
 from fastpeft.support.hub import source_options
+from fastpeft.support.model_card import HEADS
 
 logger = logging.getLogger(__name__)
 
-_LOADERS = {
+_LOADERS: dict[str | None, Any] = {
     None: peft.AutoPeftModel,  # the folder then names the class of its base model
-    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-    "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
-    "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
-    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
+    **{task: getattr(peft, f"AutoPeftModelFor{head}") for task, head in HEADS.items()},
 }
 _LAST_LAYER = re.compile(r"\.(classifier|score)(\.out_proj)?\.weight")
 

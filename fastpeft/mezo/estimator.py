@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.noise import NOISE
+from fastpeft.ops.noise import NOISE, ROUNDINGS
 
 Number = Any  # a float, or a tensor that has one
 Point = tuple[int, int]
@@ -28,7 +28,7 @@ CHOICES = {
     "noise": tuple(NOISE),
     "on_nonfinite": ("stop", "skip"),
     "restore": ("in_place", "exact"),
-    "rounding": ("stochastic", "nearest"),
+    "rounding": ROUNDINGS,
 }
 _MASK = 2**64 - 1
 

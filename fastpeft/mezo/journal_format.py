@@ -26,7 +26,6 @@ from fastpeft.mezo.estimator import CHOICES, Estimator
 from fastpeft.ops.noise import NAMES
 from fastpeft.support import files
 
-FORMER_NAMES = {"gaussian": "philox10-box-muller", "rademacher": "philox10-bits"}  # in headers that tell none
 MAGIC = b"MeZOjrn\x01"
 Position = tuple[int, int]  # in a run: steps made, and estimates dropped since the last of them
 
@@ -88,7 +87,7 @@ def unpack_header(content: bytes, path: Path) -> tuple[dict[str, Any], int]:
             "it away and resume from a checkpoint with weights."
         )
     kind = header["noise"]
-    if (drawn_by := header.get("drawn_by", FORMER_NAMES[kind])) != NAMES[kind]:
+    if (drawn_by := header["drawn_by"]) != NAMES[kind]:
         raise FastpeftError(
             f"the journal {path} is of a run whose {kind} noise was drawn by {drawn_by!r}; this version draws it by "
             f"{NAMES[kind]!r}, so it cannot repeat those steps. Use the version of fastpeft that wrote the journal, or "
@@ -105,7 +104,7 @@ def _read_header(text: bytes) -> dict[str, Any] | None:
         numbers = header["seed"], header["first_step"], header.get("dropped", 0)
         fits = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         fits &= all(header[name] in CHOICES[name] for name in ("noise", "restore", "rounding"))
-        fits &= isinstance(header["weights"], str) and len(header["groups"]) > 0
+        fits &= isinstance(header["weights"], str) and "drawn_by" in header and len(header["groups"]) > 0
         for group in header["groups"]:
             fits &= math.isfinite(group["eps"]) and math.isfinite(group["weight_decay"])
             for each in group["parameters"]:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastpeft.errors import FastpeftError
-from fastpeft.mezo.journal_format import FORMER_NAMES, Position
+from fastpeft.mezo.journal_format import Position
 from fastpeft.ops.noise import NAMES
 
-_REQUIRED = {"seed", "steps_done", "noise", "estimator", "num_estimates"}
+_REQUIRED = {"seed", "steps_done", "noise", "drawn_by", "estimator", "num_estimates"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SavedState:
     estimator: str
     num_estimates: int
     drawn_by: str
-    dropped: int = 0  # estimates since the last step; early versions did not count them
+    dropped: int = 0  # estimates since the last step
 
     @classmethod
     def read(cls, state_dict: Mapping[str, Any]) -> SavedState:
@@ -37,8 +37,7 @@ class SavedState:
                 f"MeZO: the state has {', '.join(map(str, state_dict))} but not {', '.join(sorted(_REQUIRED))}, so "
                 "another optimizer wrote it. Load the state of a MeZO optimizer, or begin anew."
             )
-        noise = state_dict["noise"]
-        drawn_by = state_dict.get("drawn_by", FORMER_NAMES.get(noise))
+        noise, drawn_by = state_dict["noise"], state_dict["drawn_by"]
         if drawn_by != NAMES.get(noise):
             raise FastpeftError(
                 f"MeZO: the state is of a run whose {noise} noise was drawn by {drawn_by!r}; this version draws it by "
@@ -46,7 +45,7 @@ class SavedState:
                 "or load the weights alone and begin anew."
             )
         kept = {name: state_dict[name] for name in (*_REQUIRED, "dropped") if name in state_dict}
-        return cls(**kept, drawn_by=drawn_by)
+        return cls(**kept)
 
     @property
     def settings(self) -> dict[str, Any]:

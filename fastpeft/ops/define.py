@@ -26,7 +26,7 @@ class Op:
         schema: its arguments and results, in the language of `torch.library`.
         reference: it in plain PyTorch: the oracle of the tests, the fallback where nothing faster runs, and the
             baseline of the benches.
-        aten: it as the fewest fused ATen calls, for a CPU, with no temporary of the output's size. Where the reference
+        aten: it as the fewest fused ATen calls, with no temporary of the output's size. Where the reference
             is that, it is given again if a compiled module leaves some dtypes to it, else None.
     """
 

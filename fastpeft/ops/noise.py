@@ -111,6 +111,7 @@ def rademacher(first: int, count: int, seed: int, device: torch.device | str = "
 
 
 NOISE = {"gaussian": gaussian, "rademacher": rademacher}
+ROUNDINGS = "stochastic", "nearest"  # of weights in fewer bits
 
 
 def kept(

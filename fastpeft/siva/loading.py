@@ -144,7 +144,7 @@ class LoadableLinear(AdaptedLinear):
         return None
 
     def _convert_whole_factors(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Replace whole factors, U and V, which earlier versions saved, by changes."""
+        """Replace whole factors, U and V, by changes: those of PiSSA's files, and of SiVA's that hold them."""
         for name in self.siva_du:
             keys = {part: f"{prefix}siva_{part}.{name}" for part in ("u", "v", "s", "u0", "v0")}
             if not all(key in state_dict for key in keys.values()):

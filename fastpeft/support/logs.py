@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
@@ -17,3 +19,15 @@ def show_own_messages(handler: logging.Handler, quiet: bool) -> None:
     logger = logging.getLogger("fastpeft")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+@contextmanager
+def at_least(name: str, level: int) -> Iterator[None]:
+    """Show no messages of a package below this level."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -13,7 +13,7 @@ ONNX_FILE = "model.onnx"
 _OWN = "<!-- fastpeft writes this card at every save; remove this line to keep your own words -->"
 _BLANK = "<!-- Provide a quick summary of what the model is/does. -->"  # of PEFT's template
 
-_HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
+HEADS = {  # PEFT's task types, as its and transformers' Auto classes name them
     "SEQ_CLS": "SequenceClassification",
     "TOKEN_CLS": "TokenClassification",
     "QUESTION_ANS": "QuestionAnswering",
@@ -59,7 +59,7 @@ def loading_snippet(
         return _chained_snippet(folder, prompt_head)
     if prompt_head == "label_words":
         return _prompted_snippet(folder, base_model, adapter, decoder)
-    head = "MaskedLM" if masked_words else _HEADS.get(task_type or "")
+    head = "MaskedLM" if masked_words else HEADS.get(task_type or "")
     registers = f"import fastpeft  # registers its methods with {'PEFT' if adapter else 'transformers'}"
     lines = [registers] if (adapter and registered) or ladder else []
     if head is None:

@@ -23,28 +23,19 @@ LONGEST_SAID = 512  # tokens, by default, of what a decoder learns to say: promp
 _CHUNK = 1_000  # texts that are encoded again at one time
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
-    """Examples as rows of token ids and what is to be said of them, cut at `max_length` tokens and not padded.
-
-    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
-    words are learned, rows have no labels yet but `special_tokens_mask`, and rows without a word are left out. Next
-    words are encoded by `next_words.encode`.
-
-    Raises:
-        FastpeftError: no row has a word that could be hidden.
-    """
-    if prompt is None and problem is NEXT_WORDS:
-        return next_words.encode(tokenizer, examples.texts, max_length)
-    return _worth_learning(_encode_all(tokenizer, examples, max_length, prompt, problem), max_length, problem)
-
-
 def encode_counted(
     tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
 ) -> tuple[list[Row], int]:
-    """What `encode` gives, and how many texts it cut."""
+    """Examples as rows that are learned or measured, as `encode` makes them, and how many texts were cut.
+
+    Of masked words, rows without a word are left out. Next words are encoded by `next_words.encode_counted`.
+
+    Raises:
+        FastpeftError: no row has a word that could be hidden, or a token to learn.
+    """
     if prompt is None and problem is NEXT_WORDS:
         return next_words.encode_counted(tokenizer, examples.texts, max_length)
-    rows = _encode_all(tokenizer, examples, max_length, prompt, problem)
+    rows = encode(tokenizer, examples, max_length, prompt, problem)
     cut = count_cut(examples, rows, tokenizer, max_length, prompt, problem)
     return _worth_learning(rows, max_length, problem), cut
 
@@ -59,15 +50,17 @@ def count_cut(
         some = full[start : start + _CHUNK]
         labels = [examples.labels[index] for index in some] if examples.labels else []
         given = Examples([examples.texts[index] for index in some], labels)
-        longer = _encode_all(tokenizer, given, max_length + 1, prompt, problem)
+        longer = encode(tokenizer, given, max_length + 1, prompt, problem)
         cut += sum(len(row["input_ids"]) > max_length for row in longer)
     return cut
 
 
-def _encode_all(
-    tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem
-) -> list[Row]:
-    """A row of each text."""
+def encode(tokenizer: Any, examples: Examples, max_length: int, prompt: Prompt | None, problem: Problem) -> list[Row]:
+    """Each example as a row of token ids and what is to be said of it, cut at `max_length` tokens and not padded.
+
+    Of two texts the longer is cut first. Where words have tags, the first token of each word is labelled. Where masked
+    words are learned, rows have no labels yet but `special_tokens_mask`.
+    """
     if prompt is not None:
         return prompt.encode(tokenizer, examples.texts, examples.labels, max_length)
     texts = zip(*examples.texts) if examples.is_pair else [examples.texts]

@@ -33,8 +33,8 @@ from fastpeft.training.callbacks import CURVE_POINTS, Clock
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.memory import (
     MEBIBYTE,
+    BlockwiseAdamW,
     OptimizerFactory,
-    adamw_8bit,
     embeddings_in_float,
     fused_adamw,
     simulate_training_step,
@@ -261,7 +261,7 @@ def _optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> Optimize
     if name in ADAMW:
         return fused_adamw
     if name in ADAMW_8BIT:
-        return partial(adamw_8bit, in_float=embeddings_in_float(model))
+        return partial(BlockwiseAdamW, in_float=embeddings_in_float(model))
     if name == "sgd" and not arguments.optim_args:  # as momentum
         together = arguments.device.type == "cuda"  # as torch steps there
         return partial(torch.optim.SGD, weight_decay=arguments.weight_decay, foreach=together)

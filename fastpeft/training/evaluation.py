@@ -30,11 +30,12 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt
+from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
 from fastpeft.training.generation import Writer, measure_said
-from fastpeft.training.loading import FinishedRun, best_device, load_run
+from fastpeft.training.loading import FinishedRun, load_run
 from fastpeft.training.prediction import outputs_of
 from fastpeft.training.prompt_search import find_prompt
 from fastpeft.training.run_folder import RunFolder

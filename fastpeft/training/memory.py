@@ -195,12 +195,17 @@ def fused_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, fused=True)
 
 
-class _BlockwiseAdamW(torch.optim.Optimizer):
-    """The state of bitsandbytes' 8-bit AdamW, for a simulation: it computes nothing."""
+class BlockwiseAdamW(torch.optim.Optimizer):
+    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
+
+    Args:
+        params: what trains.
+        in_float: indices of those whose state stays in float32.
+    """
 
     _BLOCK, _LEAST = 256, 4096  # values that share a scale; values of the smallest tensor in 8 bits
 
-    def __init__(self, params: list[Tensor], in_float: Collection[int]) -> None:
+    def __init__(self, params: list[Tensor], in_float: Collection[int] = ()) -> None:
         super().__init__(params, {})
         self._in_float = {params[index] for index in in_float}
         self._maps = [torch.empty(256) for _ in range(2)]  # what the codes stand for
@@ -216,21 +221,11 @@ class _BlockwiseAdamW(torch.optim.Optimizer):
             self.state[parameter] = {"moments": moments, "scales": scales}
 
 
-def adamw_8bit(params: list[Tensor], in_float: Collection[int] = ()) -> torch.optim.Optimizer:
-    """8-bit AdamW as bitsandbytes keeps it, for `simulate_training_step`; it does not train.
-
-    Args:
-        params: what trains.
-        in_float: indices of those whose state stays in float32.
-    """
-    return _BlockwiseAdamW(params, in_float)
-
-
 def embeddings_in_float(model: nn.Module) -> list[int]:
     """Which of the trained parameters of `model` belong to embeddings, whose state `transformers.Trainer` keeps whole.
 
     Returns:
-        Indices, as `adamw_8bit` takes them.
+        Indices, as `BlockwiseAdamW` takes them.
     """
     embedded = {weight for layer in model.modules() if isinstance(layer, nn.Embedding) for weight in layer.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

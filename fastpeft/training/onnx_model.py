@@ -19,6 +19,7 @@ from fastpeft.errors import FastpeftError, first_line, install
 from fastpeft.ops import decompositions
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.support.dropout import dropout_off
+from fastpeft.support.logs import at_least
 
 Batch = Mapping[str, Tensor]
 
@@ -133,22 +134,16 @@ def write_onnx(model: nn.Module, batches: Sequence[Batch], file: str | Path) -> 
 
 
 def _written(program: ExportedProgram, batch: Batch, file: str | Path) -> Path:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # the optimizer of the graph prints what it skips, and two inputs that share an axis make a warning
-        with redirect_stdout(StringIO()), warnings.catch_warnings(action="ignore"):
-            written = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                output_names=list(program.call_spec.out_spec.context),
-                input_names=list(batch),
-                dynamic_shapes=({name: dict(enumerate(_SHAPE)) for name in batch},),
-            )
-    finally:
-        logger.setLevel(level)
+    # the optimizer of the graph prints what it skips, and two inputs that share an axis make a warning
+    with at_least("torch.onnx", logging.ERROR), redirect_stdout(StringIO()), warnings.catch_warnings(action="ignore"):
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            output_names=list(program.call_spec.out_spec.context),
+            input_names=list(batch),
+            dynamic_shapes=({name: dict(enumerate(_SHAPE)) for name in batch},),
+        )
     assert written is not None  # with dynamo
     written.save(file)
     return Path(file)

@@ -33,7 +33,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data.splitting import SHUFFLED
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.version import __version__
@@ -186,7 +185,7 @@ class RunFolder:
     def trained_on(self) -> set[str]:
         """Digests, as `fastpeft.data.splitting.digest` makes them, of the texts that the result was trained on.
 
-        None of a run that kept none, as earlier versions did not.
+        None where the file is missing.
 
         Raises:
             FastpeftError: the file holds anything else.
@@ -431,8 +430,6 @@ class RunFolder:
 def read_config(file: Path) -> dict[str, Any]:
     """The values of a `run.json`; what a person wrote, which has no notes, may lack any."""
     values = files.read_json(file)
-    if _VERSION_KEY in values:
-        values.setdefault("split", SHUFFLED)  # how rows were split before run.json said it
     return {name: value for name, value in values.items() if name not in _NOTES}
 
 

@@ -16,7 +16,7 @@ from fastpeft.comparison import significance
 from fastpeft.comparison.plan import Plan
 from fastpeft.comparison.report import document, paired_tests, results, sections
 from fastpeft.comparison.report import output as report
-from fastpeft.comparison.report.document import Items, Table
+from fastpeft.comparison.report.document import Table
 from fastpeft.comparison.run import Comparison
 
 
@@ -351,13 +351,6 @@ def test_a_warning_of_some_seeds_names_them(tmp_path: Path) -> None:
         metrics = {**json.loads(cell.folder.metrics_file.read_text()), "warnings": warned}
         cell.folder.metrics_file.write_text(json.dumps(metrics))
     assert results.warnings(results.variants(plan.results)) == [f"head † (seeds 0 and 2): {CONSTANT}"]
-
-
-def test_an_older_run_that_predicts_one_class_is_told_too(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"siva": 50, "head": without(*range(0, 200, 2), rows=200)})
-    (items,) = [part for part in sections.report(plan, pictures=False) if isinstance(part, Items)][:1]
-    assert items.items == ["head †: It predicts the same class for every dev row."]
-    assert first_lines(plan)[0].startswith("head † has the highest accuracy, 0.500, ")
 
 
 def test_the_most_frequent_class_has_a_row(tmp_path: Path) -> None:

@@ -474,25 +474,6 @@ def test_another_plan_adds_cells_and_changes_none(tmp_path: Path) -> None:
     assert [cell.values["max_steps"] for cell in changed.cells] == [None, 5], "what has not started may change"
 
 
-def test_a_folder_of_an_earlier_version_keeps_its_split(tmp_path: Path) -> None:
-    output = str(tmp_path / "out")
-    plan = Plan.make(config("siva", "zero-shot:prompt=sst2", output=output), "first")
-    assert {cell.values["split"] for cell in plan.cells} == {"stratified"}
-    plan.save()
-    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    for values in (cell["values"] for cell in saved["cells"]):
-        del values["split"]
-    (tmp_path / "out" / "comparison.json").write_text(json.dumps(saved))
-    run = plan.cells[0].folder.path
-    run.mkdir()
-    (run / "run.json").write_text(json.dumps({"fastpeft_version": "0", **saved["cells"][0]["values"]}))
-
-    more = Plan.make(config("siva", "lora", "zero-shot:prompt=sst2", output=output), "second")
-    assert [cell.values["split"] for cell in more.cells] == ["shuffled"] * 3
-    with pytest.raises(FastpeftError, match="split 'shuffled' -> 'stratified'"):
-        Plan.make(config("siva", output=output, common={"split": "stratified"}), "third")
-
-
 def _precisions(plan: Plan) -> dict[str, bool | None]:
     return {cell.name: cell.values["bf16"] for cell in plan.cells}
 

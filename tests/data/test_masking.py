@@ -20,7 +20,7 @@ from fastpeft.data.examples import Examples, load_data
 from fastpeft.data.masking import SHARE, MaskedRows, Masker
 from fastpeft.data.problems import MASKED_WORDS, UNLABELLED
 from fastpeft.ops.fused_head import FusedLinear
-from fastpeft.training.encoding import encode
+from fastpeft.training.encoding import encode_counted
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
@@ -131,10 +131,10 @@ def test_texts_are_found_in_any_data_and_labels_are_not_read(tmp_path: Path, pla
 
 
 def test_rows_without_a_word_are_left_out(tokenizer: Any) -> None:
-    rows = encode(tokenizer, Examples(["the film", " "], []), 8, None, MASKED_WORDS)
+    rows, _ = encode_counted(tokenizer, Examples(["the film", " "], []), 8, None, MASKED_WORDS)
     assert [row["input_ids"] for row in rows] == [tokenizer("the film")["input_ids"]]
     with pytest.raises(FastpeftError, match="no text has a word among its first 2 tokens"):
-        encode(tokenizer, Examples(["the film"], []), 2, None, MASKED_WORDS)
+        encode_counted(tokenizer, Examples(["the film"], []), 2, None, MASKED_WORDS)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------

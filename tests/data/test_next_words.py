@@ -30,7 +30,7 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data
-from fastpeft.data.next_words import completion, encode, encode_counted, prompt_tokens
+from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
 from fastpeft.training.evaluation import evaluate, evaluate_words
 from fastpeft.training.generation import Writer, measure_said, write
@@ -79,7 +79,7 @@ def learned(tokenizer: Any, row: dict[str, Any]) -> str:
 def test_what_is_learned_of_each_form(tokenizer: Any) -> None:
     good = FIRST["positive"]
     chat = Conversation((("user", "film"), ("assistant", good), ("user", "plot"), ("assistant", "film")))
-    text, pair, turns = encode(tokenizer, [f"film {good}", ("film plot", good), chat], 38)
+    (text, pair, turns), _ = encode_counted(tokenizer, [f"film {good}", ("film plot", good), chat], 38)
     assert tokenizer.decode(text["input_ids"]) == f"<s> film {good} </s>"
     assert learned(tokenizer, text) == f"film {good} </s>", "all but the first, which nothing comes before"
     assert tokenizer.decode(pair["input_ids"]) == f"<s> film plot {good} </s>", "one end, after all"
@@ -97,7 +97,7 @@ def test_rows_are_cut_and_those_with_nothing_to_learn_left_out(tokenizer: Any) -
     assert [len(row["input_ids"]) for row in rows] == [6, 4]
     assert cut == 2
     with pytest.raises(FastpeftError, match="no row has anything to learn within its first 2 tokens"):
-        encode(tokenizer, [("film plot", "plot")], 2)
+        encode_counted(tokenizer, [("film plot", "plot")], 2)
 
 
 @pytest.mark.parametrize("form", ["texts.txt", "completions.jsonl", "chats.jsonl"])
@@ -105,7 +105,9 @@ def test_a_run_measures_the_mean_loss_of_what_is_said(place: Path, config: Train
     """By hand: the loss of each learned token by the logits of the token before it."""
     metrics = train(replace(config, data=str(place / form))).metrics
     run = load_run(config.output)
-    rows = encode(run.classifier.tokenizer, load_data(str(place / form), problem_type="next_words").dev.texts, 38)
+    rows, _ = encode_counted(
+        run.classifier.tokenizer, load_data(str(place / form), problem_type="next_words").dev.texts, 38
+    )
     losses = []
     for row in rows:
         logits = run.classifier.model(torch.tensor([row["input_ids"]])).logits[0, :-1]
@@ -290,13 +292,13 @@ def test_chat_templates_that_cannot_be_used(tokenizer: Any, place: Path) -> None
     plain = AutoTokenizer.from_pretrained(place / "model")
     plain.chat_template = None
     with pytest.raises(FastpeftError, match="has no chat template, which conversations need"):
-        encode(plain, chat, 38)
+        encode_counted(plain, chat, 38)
     plain.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(FastpeftError, match=r"refuses a conversation: roles must alternate\. Its turns are user\."):
-        encode(plain, chat, 38)
+        encode_counted(plain, chat, 38)
     plain.chat_template = "{{ messages | length }} {{ messages[-1].content }}"
     with pytest.raises(FastpeftError, match="writes earlier turns otherwise once others follow"):
-        encode(plain, chat, 38)
+        encode_counted(plain, chat, 38)
 
 
 def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) -> None:
@@ -365,7 +367,7 @@ def test_of_an_assistant_that_begins_its_own_words_alone_are_learned(tokenizer: 
         "{% for m in messages %}{% if loop.first and m.role != 'system' %}plot film {% endif %}{{ m.role }} "
         "{{ m.content }} funny {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
     )
-    (row,) = encode(ours, [Conversation((("assistant", "film"), ("user", "plot")))], 64)
+    ((row,), _) = encode_counted(ours, [Conversation((("assistant", "film"), ("user", "plot")))], 64)
     learned = [token for token, label in zip(row["input_ids"], row["labels"]) if label != UNLABELLED]
     assert learned == ours("film funny", add_special_tokens=False)["input_ids"]
     assert len(row["input_ids"]) > len(learned)

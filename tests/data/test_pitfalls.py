@@ -155,29 +155,6 @@ def test_what_the_run_before_was_trained_on_counts(config: TrainConfig, tmp_path
     assert all(text.startswith("54 of 60 rows (90 %) were trained on: ") for text in said)
 
 
-def test_a_run_of_an_earlier_version_is_measured_as_before(config: TrainConfig) -> None:
-    folder = train(replace(config, split="shuffled")).folder
-    whole = evaluate(folder)
-    (folder / "trained_on.txt").unlink()
-    for file, gone in (
-        ("metrics.json", ("most_frequent_class", "per_class", "confusion_matrix", "warnings")),
-        ("run.json", ("split",)),
-    ):
-        values = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({name: value for name, value in values.items() if name not in gone}))
-    assert evaluate(folder) == whole, "on the rows of the old split"
-    other = evaluate(folder, config.data)
-    assert "most_frequent_class" not in other, "what it was trained on is not known"
-    assert not any("trained on" in text for text in other["warnings"])
-    shown = CliRunner().invoke(app, ["train", "--output", str(folder), "--resume"])
-    assert (shown.exit_code, "Warning" in shown.output) == (0, False)
-    again = TrainConfig.from_file(folder / "run.json")
-    assert again.split == "shuffled"
-    assert TrainConfig(output="new").split == "stratified"
-    with pytest.raises(FastpeftError, match="split 'shuffled' -> 'stratified'"):
-        train(replace(again, split="stratified"), resume=True)
-
-
 def test_damaged_files_are_told(config: TrainConfig) -> None:
     folder = train(config).folder
     (folder / "trained_on.txt").write_text("no digest\n")

@@ -50,7 +50,7 @@ from fastpeft.data.problems import (
     title_of,
 )
 from fastpeft.data.scores import entities
-from fastpeft.training.encoding import encode
+from fastpeft.training.encoding import encode, encode_counted
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import predict
@@ -447,6 +447,6 @@ def test_a_run_keeps_what_each_dev_row_scored_in_their_order(config: TrainConfig
     if kind == "next_words":
         run = load_run(tmp_path / "run")
         dev = load_data(str(tmp_path / "rows.jsonl"), problem_type="next_words").dev
-        rows = encode(run.classifier.tokenizer, dev, 512, None, NEXT_WORDS)
+        rows, _ = encode_counted(run.classifier.tokenizer, dev, 512, None, NEXT_WORDS)
         assert kept["below"] == [sum(label != UNLABELLED for label in row["labels"]) for row in rows]
         assert len({*kept["below"]}) > 1

@@ -22,7 +22,7 @@ from torch import nn
 
 from fastpeft import FastpeftError, MeZO
 from fastpeft.mezo import Journal, Kind, replay
-from fastpeft.mezo.journal_format import FORMER_NAMES, pack_header
+from fastpeft.mezo.journal_format import pack_header
 from fastpeft.ops.noise import NAMES
 
 SETTINGS = [
@@ -379,18 +379,15 @@ def test_what_is_no_journal(tmp_path: Path, content: bytes | None) -> None:
         Journal.open(file)
 
 
-@pytest.mark.parametrize("kind", FORMER_NAMES)
-@pytest.mark.parametrize("named", [False, True])
-def test_a_journal_of_other_noise_is_refused_by_its_name(tmp_path: Path, kind: str, named: bool) -> None:
-    """Those of early versions do not tell it."""
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_journal_of_other_noise_is_refused_by_its_name(tmp_path: Path, kind: str) -> None:
     optimizer = optimizer_of(network(), noise=kind)
     optimizer.record(tmp_path / "run")
     header = dict(Journal.open(tmp_path / "run").header)
-    assert header.pop("drawn_by") == NAMES[kind] != FORMER_NAMES[kind]
-    former = "another" if named else FORMER_NAMES[kind]
-    (tmp_path / "run").write_bytes(pack_header(header | ({"drawn_by": former} if named else {})))
+    assert header["drawn_by"] == NAMES[kind]
+    (tmp_path / "run").write_bytes(pack_header(header | {"drawn_by": "another"}))
     for read in (lambda: Journal.open(tmp_path / "run"), lambda: optimizer_of(network()).resume(tmp_path / "run")):
-        with pytest.raises(FastpeftError, match=rf"{kind} noise was drawn by '{former}'; .* by '{NAMES[kind]}'"):
+        with pytest.raises(FastpeftError, match=rf"{kind} noise was drawn by 'another'; .* by '{NAMES[kind]}'"):
             read()
 
 

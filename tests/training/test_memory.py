@@ -23,11 +23,11 @@ from fastpeft import functional
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.frozen_head_cross_entropy import bytes_of_chunk
 from fastpeft.training.memory import (
+    BlockwiseAdamW,
     MemoryTracker,
     _FusedForms,
     _loss,
     _run_backward,
-    adamw_8bit,
     embeddings_in_float,
     fused_adamw,
     peak_rss_mb,
@@ -333,7 +333,7 @@ def test_eight_bit_state_is_what_bitsandbytes_keeps():
     optim = pytest.importorskip("bitsandbytes.optim")
     for shape in (64, 100), (10, 10), (70_001,):
         weight = nn.Parameter(torch.randn(shape))
-        optimizers = adamw_8bit([weight]), optim.AdamW8bit([weight])
+        optimizers = BlockwiseAdamW([weight]), optim.AdamW8bit([weight])
         weight.grad = torch.randn(shape)
         found = []
         for optimizer in optimizers:
@@ -349,7 +349,7 @@ def test_eight_bit_state_of_embeddings_is_whole_in_the_trainer(tmp_path):
     models = [RobertaForSequenceClassification(RobertaConfig(**large)) for _ in range(2)]
     arguments = TrainingArguments(tmp_path, optim="adamw_8bit", use_cpu=True, report_to="none")
     real = Trainer(models[0], arguments).create_optimizer()
-    counted = adamw_8bit(list(models[1].parameters()), embeddings_in_float(models[1]))
+    counted = BlockwiseAdamW(list(models[1].parameters()), embeddings_in_float(models[1]))
     found = []
     for model, optimizer in zip(models, (real, counted)):
         for parameter in model.parameters():

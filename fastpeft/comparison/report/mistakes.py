@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 
 from fastpeft.comparison.report.document import Block, Heading, Matrix, Table, Text
 from fastpeft.comparison.report.results import Variant
 from fastpeft.errors import FastpeftError
+from fastpeft.support.logs import at_least
 
 _CLASSES = 10  # the most classes of a matrix that is shown whole
 _ROWS = 20  # the most dev rows, and pairs of classes, that are shown
@@ -87,21 +88,10 @@ def _texts(variant: Variant, labels: np.ndarray) -> list[str]:
     """The dev texts of a comparison, shortened; none where they cannot be loaded, or have other labels by now."""
     from fastpeft.training.task import data_for
 
-    with suppress(FastpeftError, OSError), _silent("fastpeft.data"):  # the runs have told what they load
+    # the runs have told what they load
+    with suppress(FastpeftError, OSError), at_least("fastpeft.data", logging.ERROR):
         dev = data_for(variant.cells[0].config).dev
         if np.array_equal(dev.labels, labels):
             texts = [text if isinstance(text, str) else " / ".join(text) for text in dev.texts]
             return [text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…" for text in texts]
     return []
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Without the messages of a package."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

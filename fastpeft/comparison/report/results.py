@@ -190,7 +190,7 @@ def _of_all(compared: Sequence[Variant]) -> set[str]:
 
 
 def _warnings(cell: Cell) -> list[str]:
-    """The warnings of a finished run, and of its speed; before they were kept, whether it predicts one class."""
+    """The warnings of a finished run, and of its speed."""
     metrics = cell.metrics() or {}
     beside = []
     if (jobs := metrics.get("jobs", 1)) > 1:
@@ -198,10 +198,7 @@ def _warnings(cell: Cell) -> list[str]:
             f"It ran on a machine with up to {jobs} cells at once. Compare its speed and seconds with no cell that ran "
             "otherwise."
         ]
-    if "warnings" in metrics:
-        return [*metrics["warnings"], *beside]
-    predicted = set((cell.predictions() or {}).get("predictions", ()))
-    return ["It predicts the same class for every dev row."] * (len(predicted) == 1) + beside
+    return [*metrics.get("warnings", ()), *beside]
 
 
 def table(compared: Sequence[Variant]) -> Table:
