@@ -39,7 +39,8 @@ from fastpeft.data.tables import READERS
 from fastpeft.prompts.named import AUTO
 from fastpeft.prompts.template import Prompt
 from fastpeft.support import files
-from fastpeft.support.environment import cpu_name, versions
+from fastpeft.support.environment import versions
+from fastpeft.support.processor import cpu_name
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH
 from fastpeft.training.evaluation import evaluate_zero_shot

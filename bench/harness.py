@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from bench.timers import WARM_UP, captured, elapsed, elapsed_cold, peak_mb
-from fastpeft.support.environment import cpu_name
 from fastpeft.support.files import write_text
+from fastpeft.support.processor import cpu_name
 
 DATA = Path(__file__).parent / "data"
 CARDS = DATA / "gpu"

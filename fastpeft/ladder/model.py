@@ -122,9 +122,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if config.base_fingerprints:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         if config.base_activation is None:
-            # what was saved before there was the field has the activation that the whole configuration names
-            saved = config.base_class is not None and not backbone.plain
-            config.base_activation = activation_of(backbone.core.config if saved else backbone.text_config)
+            config.base_activation = activation_of(backbone.text_config)
         causal = bool(config.causal)
         side = SideNetwork(config, backbone.feature_sizes, len(backbone.layers), config.base_activation, causal)
         head = backbone.head_parameters()
@@ -585,9 +583,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         """Load saved weights, which must be exactly those that train."""
-        # some decoders to words trained in earlier versions: what became of them stays theirs
-        self._trained |= weights.keys() & {f"base.{name}" for name in self.backbone.decoder_parameters()}
-        self._keys_to_ignore_on_save = self.state_dict().keys() - self._trained
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
 

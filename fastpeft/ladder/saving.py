@@ -45,9 +45,6 @@ def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
         raise FastpeftError(
             f"{source!r} holds {found}, not a side network. Give a folder that LadderModel.save_pretrained wrote."
         )
-    # before there were the fields
-    values.setdefault("normalise_features", values.get("residual"))
-    values.setdefault("layers_per_block", 1)
     try:
         config: LadderConfig = LadderConfig.from_dict(values)
     except FastpeftError:

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpeft.errors import FastpeftError
 from fastpeft.support import files
-from fastpeft.support.environment import cpu_name
-from fastpeft.support.processor import has_bfloat16
+from fastpeft.support.processor import cpu_name, has_bfloat16
 from fastpeft.version import __version__
 
 VARIABLE = "FASTPEFT_MEASURE"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-from fastpeft.support.processor import has_bfloat16
+from fastpeft.support.processor import cpu_name, has_bfloat16
 from fastpeft.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -30,16 +29,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name() if device.type == "cpu" else device.type
-
-
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def devices() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the processor multiplies fast, by the flags that the system tells.
+"""What the processor is called, and what it multiplies fast by the flags that the system tells.
 
 By flags and never by a timing, so that the answer is the same in every process on it. None where the system tells none.
 """
@@ -6,24 +6,33 @@ By flags and never by a timing, so that the answer is the same in every process 
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
 from pathlib import Path
 
 _INFO = Path("/proc/cpuinfo")
-_LISTS = ("flags", "Features")  # their names on x86 and on ARM
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last on ARM
 _INT8 = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @cache
-def _flags() -> frozenset[str]:
-    """Those of the first core."""
+def _told(*names: str) -> str:
+    """What the system tells of the first core under one of these names."""
     try:
         lines = _INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        return ""
     listed = (line.partition(":") for line in lines)
-    return frozenset(next((values.split() for name, _, values in listed if name.strip() in _LISTS), []))
+    return next((value.strip() for name, _, value in listed if name.strip() in names), "")
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+def _flags() -> frozenset[str]:
+    return frozenset(_told("flags", "Features").split())  # their names on x86 and on ARM
 
 
 def has_bfloat16() -> bool:

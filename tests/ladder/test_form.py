@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import transformers
 from backbones import TINY, ladder, moved, tiny, trainable
 from causal_models import PADDED, WORDS, causal_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, LadderPool
@@ -114,22 +112,6 @@ def test_a_decoder_that_sees_images_too_is_taken_for_a_decoder() -> None:
     torch.testing.assert_close(model(input_ids=WORDS % 49).logits, expected)
 
 
-def test_a_decoder_to_words_that_trained_once_keeps_what_it_learnt(tmp_path: Path) -> None:
-    """Such as that of a model of images too, before it was taken for one, whose side network had GELU."""
-    ladder(sees_images(), output_mix=False).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    assert values.pop("base_activation") == "silu"
-    file.write_text(json.dumps(values), encoding="utf-8")
-    learnt = {"base.lm_head.weight": torch.ones(50, 16)}
-    save_file({**load_file(tmp_path / "model.safetensors"), **learnt}, tmp_path / "model.safetensors")
-    for folder in (tmp_path, tmp_path / "again"):
-        model = LadderModel.from_pretrained(folder, base=sees_images())
-        assert model.config.base_activation == "gelu"
-        assert model.base.lm_head.weight.equal(learnt["base.lm_head.weight"])
-        model.save_pretrained(tmp_path / "again")
-
-
 def test_pruned_weights_start_as_the_model_too() -> None:
     base = tiny(head="ForMaskedLM")
     ids = WORDS % 50
@@ -177,24 +159,9 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     assert model.config.to_dict() == before
 
 
-def test_a_form_from_before_it_had_a_name(tmp_path: Path) -> None:
-    ladder(tiny()).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    assert values.pop("normalise_features") is False
-    file.write_text(json.dumps(values), encoding="utf-8")
-    model = ladder(tiny(), residual=False)
-    model.take_over(tmp_path, head=False)
-    assert model.config.normalise_features is False
-
-
-def test_what_was_saved_before_there_was_a_number_of_blocks_has_one_for_each_layer(tmp_path: Path) -> None:
+def test_the_number_of_blocks_is_kept(tmp_path: Path) -> None:
     base = tiny(num_hidden_layers=8)
     ladder(base, layers_per_block=1).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    assert values.pop("layers_per_block") == 1
-    file.write_text(json.dumps(values), encoding="utf-8")
     assert len(LadderModel.from_pretrained(tmp_path, base=base).side.blocks) == 8
     assert ladder(base).config.layers_per_block == 2, "the number that None is, is kept"
 

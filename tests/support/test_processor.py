@@ -12,9 +12,9 @@ from fastpeft.support import processor
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    processor._flags.cache_clear()
+    processor._told.cache_clear()
     yield
-    processor._flags.cache_clear()
+    processor._told.cache_clear()
 
 
 @pytest.mark.parametrize(
