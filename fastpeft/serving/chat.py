@@ -146,103 +146,128 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
         return model(tasks.of_words(name))
 
     async def answer(
-        asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, form: type[_Completion]
+        asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, shape: _Completion
     ) -> Response:
         request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
-        # what is said; None at its end, which comes before that of others in its batch; `said` where it failed, and
-        # `gone` where the client left
-        parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        saying = await asyncio.to_thread(
-            tasks.saying,
-            asked.model,
-            what,
-            most,
-            stop=stop,
-            sampling=(
-                1.0 if asked.temperature is None else asked.temperature,
-                1.0 if asked.top_p is None else asked.top_p,
-            ),
-            deliver=lambda part: loop.call_soon_threadsafe(parts.put_nowait, part),
-        )
-        shape = form(asked.model)
-        said = asyncio.ensure_future(batcher.answer(asked.model, [saying]))
-        gone = asyncio.ensure_future(_disconnected(request))
-        for each in said, gone:
-            each.add_done_callback(parts.put_nowait)
-
-        async def heard() -> str | None:
-            part = await parts.get()
-            if part is gone:
-                raise RefusedError("the client has gone.", 499)
-            if isinstance(part, asyncio.Future):
-                await part
-                return None
-            return part
-
-        def leave() -> None:
-            saying.abandoned = True
-            said.cancel()
-            gone.cancel()
-
-        try:
-            first = part = await heard()  # until then a refusal has a status of its own
-            while part is not None and not asked.stream:
-                part = await heard()
-        except BaseException:
-            leave()
-            raise
-        if not asked.stream:
-            leave()
-            count(asked.model)
-            return JSONResponse(shape.whole(saying))
-
-        async def events() -> AsyncIterator[str]:
-            part = first
-            try:
-                for beginning in shape.beginning:
-                    yield _event(beginning)
-                while part is not None:
-                    yield _event(shape.part(part))
-                    part = await heard()
-                count(asked.model)
-                yield _event(shape.end(saying))
-                if asked.stream_options is not None and asked.stream_options.include_usage:
-                    yield _event(shape.counted(saying))
-                yield "data: [DONE]\n\n"
-            except FastpeftError as error:
-                yield _event(error_form(str(error), getattr(error, "status", 500)))
-            except Exception:
-                logger.exception("an answer failed after its first words")
-                yield _event(error_form("the server failed; its log says why.", 500))
-            finally:  # also where the client has gone
-                leave()
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        answer = _Answer(asked, shape, count)
+        await answer.begin(tasks, batcher, request, what, most)
+        return await answer.response()
 
     @app.post("/v1/chat/completions", response_model=None, responses=refusals)
     async def chat(asked: ChatRequest, request: fastapi.Request) -> Response:
         """Say the assistant's next turn of a conversation, as OpenAI's chat completions."""
         tasks.of_words(asked.model)
-        conversation = check_conversation([message.turn for message in asked.messages], _refuse_messages)
-        if conversation.turns[-1][0] == ASSISTANT:
-            raise _refuse_messages(
-                "the assistant's turn at its end", "What is said next is the assistant's: ask first."
-            )
         most = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
-        return await answer(asked, request, conversation, most, _Chat)
+        return await answer(asked, request, _conversation(asked), most, _Chat(asked.model))
 
     @app.post("/v1/completions", response_model=None, responses=refusals)
     async def complete(asked: CompletionRequest, request: fastapi.Request) -> Response:
         """Go on from a prompt, as it is and without a chat template, as OpenAI's completions."""
-        return await answer(asked, request, asked.prompt, asked.max_tokens, _Completion)
+        return await answer(asked, request, asked.prompt, asked.max_tokens, _Completion(asked.model))
+
+
+class _Answer:
+    """One answer, while it is said.
+
+    Args:
+        asked: what was asked.
+        shape: its JSON.
+        count: is told the task where the answer was whole.
+    """
+
+    def __init__(self, asked: Asked, shape: _Completion, count: Callable[[str], object]) -> None:
+        self._asked, self._shape, self._count = asked, shape, count
+        # what is said; None at its end, which comes before that of others in its batch; `_said` where it failed, and
+        # `_gone` where the client left
+        self._parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
+
+    async def begin(
+        self, tasks: Tasks, batcher: Batcher, request: fastapi.Request, what: Conversation | str, most: int | None
+    ) -> None:
+        """Encode what is asked, and have it answered."""
+        asked, loop = self._asked, asyncio.get_running_loop()
+        self._saying = await asyncio.to_thread(
+            tasks.saying,
+            asked.model,
+            what,
+            most,
+            stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
+            sampling=(
+                1.0 if asked.temperature is None else asked.temperature,
+                1.0 if asked.top_p is None else asked.top_p,
+            ),
+            deliver=lambda part: loop.call_soon_threadsafe(self._parts.put_nowait, part),
+        )
+        self._said = asyncio.ensure_future(batcher.answer(asked.model, [self._saying]))
+        self._gone = asyncio.ensure_future(_disconnected(request))
+        for each in self._said, self._gone:
+            each.add_done_callback(self._parts.put_nowait)
+
+    async def response(self) -> Response:
+        """The answer in one piece or, where a stream is asked for, as events while it is said."""
+        try:
+            first = part = await self._next()  # until then a refusal has a status of its own
+            while part is not None and not self._asked.stream:
+                part = await self._next()
+        except BaseException:
+            self._leave()
+            raise
+        if self._asked.stream:
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(self._events(first), media_type="text/event-stream", headers=headers)
+        self._leave()
+        self._count(self._asked.model)
+        return JSONResponse(self._shape.whole(self._saying))
+
+    async def _next(self) -> str | None:
+        """The next part, None at the end."""
+        part = await self._parts.get()
+        if part is self._gone:
+            raise RefusedError("the client has gone.", 499)
+        if isinstance(part, asyncio.Future):
+            await part
+            return None
+        return part
+
+    def _leave(self) -> None:
+        self._saying.abandoned = True
+        self._said.cancel()
+        self._gone.cancel()
+
+    async def _events(self, first: str | None) -> AsyncIterator[str]:
+        asked, part = self._asked, first
+        try:
+            for beginning in self._shape.beginning:
+                yield _event(beginning)
+            while part is not None:
+                yield _event(self._shape.part(part))
+                part = await self._next()
+            self._count(asked.model)
+            yield _event(self._shape.end(self._saying))
+            if asked.stream_options is not None and asked.stream_options.include_usage:
+                yield _event(self._shape.counted(self._saying))
+            yield "data: [DONE]\n\n"
+        except FastpeftError as error:
+            yield _event(error_form(str(error), getattr(error, "status", 500)))
+        except Exception:
+            logger.exception("an answer failed after its first words")
+            yield _event(error_form("the server failed; its log says why.", 500))
+        finally:  # also where the client has gone
+            self._leave()
 
 
 async def _disconnected(request: fastapi.Request) -> None:
     """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _conversation(asked: ChatRequest) -> Conversation:
+    """The messages, which end with what the assistant is asked."""
+    conversation = check_conversation([message.turn for message in asked.messages], _refuse_messages)
+    if conversation.turns[-1][0] == ASSISTANT:
+        raise _refuse_messages("the assistant's turn at its end", "What is said next is the assistant's: ask first.")
+    return conversation
 
 
 def _refuse_messages(what: str, remedy: str) -> RefusedError:
