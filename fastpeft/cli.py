@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
-from fastpeft.cli_options import COMPARISON, FIELDS, Command, panel_option, run_options, typed, without_types
+from fastpeft.cli_commands import Command, Group, showing
+from fastpeft.cli_evaluation import evaluate_decoder, evaluate_prompt, evaluate_run
+from fastpeft.cli_options import (
+    BUDGET,
+    COMPARISON,
+    FIELDS,
+    QUIET,
+    SETTINGS,
+    check_budget,
+    panel_option,
+    parse_settings,
+    run_options,
+    typed,
+)
 from fastpeft.comparison.variants import DECIDED, PROMPTED, ZERO_SHOT, split_items, told_of
 from fastpeft.data.names import DEMO
-from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.registry import METHODS
-from fastpeft.prompts.named import is_auto, parse_prompt
-from fastpeft.support.interrupts import sigterm_interrupts
 from fastpeft.support.launcher import is_first
-from fastpeft.training.config import ADVANCED, METHOD, OUTPUT, TrainConfig, parse_value
+from fastpeft.training.config import ADVANCED, OUTPUT, TrainConfig
 from fastpeft.training.run_folder import RunFolder, read_config
 from fastpeft.version import __version__
 
 # what imports PyTorch is imported in the commands, so that `fastpeft train --help` answers at once
 
-_SHOWN_LEFT_OUT = 20  # rows, each with its error
 _NAMES = ", ".join((*METHODS, ZERO_SHOT))
 
 
-class _Group(TyperGroup):
-    """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return without_types(super().get_params(ctx))
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with sigterm_interrupts():
-                if "FASTPEFT_BACKEND" in os.environ:
-                    from fastpeft.ops import backends
-
-                    backends.choices()  # raises where it asks for a back end that is not there
-                return super().invoke(ctx)
-        except FastpeftError as error:
-            typer.echo(f"Error: {error.told(typed)}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt as interrupt:
-            typer.echo(str(interrupt) or "Interrupted.", err=True)
-            raise typer.Exit(130) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -79,44 +63,8 @@ def _options(
     pass
 
 
-_SETTINGS = panel_option(
-    None,
-    "--set",
-    panel=METHOD,
-    metavar="KEY=VALUE",
-    help="A field of the method's configuration or of TrainingArguments.",
-)
-_QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
-_BUDGET = panel_option(
-    None,
-    "--memory-budget",
-    panel=OUTPUT,
-    metavar="MB",
-    help="With --dry-run: show what fits into so much memory.",
-)
-
-
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _settings(items: list[str] | None) -> dict[str, Any]:
-    """Parse `key=value` items."""
-    parsed: dict[str, Any] = {}
-    for item in items or []:
-        name, separator, value = item.partition("=")
-        if not separator or not name:
-            raise FastpeftError(f"--set {item!r} is not of the form key=value. Write, for example, --set d=300.")
-        parsed[name] = parse_value(value)
-    return parsed
-
-
-def _check_budget(memory_budget: float | None, dry_run: bool) -> None:
-    if memory_budget is not None and not (dry_run and memory_budget > 0):
-        raise FastpeftError(
-            f"`memory_budget` is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
-            "fits. Correct it, or add --dry-run."
-        )
 
 
 def _stem(data: str) -> str:
@@ -131,12 +79,12 @@ def train(
     config: Path | None = panel_option(
         None, "--config", panel=ADVANCED, metavar="FILE", help="A run.json to repeat; other options change it."
     ),
-    settings: list[str] | None = _SETTINGS,
+    settings: list[str] | None = SETTINGS,
     resume: bool = panel_option(
         False, "--resume", panel=OUTPUT, common=True, help="Resume the run in the output folder."
     ),
     overwrite: bool = panel_option(False, "--overwrite", panel=OUTPUT, help="Replace the run in the output."),
-    quiet: bool = _QUIET,
+    quiet: bool = QUIET,
     progress: str = panel_option(
         "auto",
         "--progress",
@@ -152,12 +100,12 @@ def train(
         common=True,
         help="Show what would be trained, its memory and time; write nothing.",
     ),
-    memory_budget: float | None = _BUDGET,
+    memory_budget: float | None = BUDGET,
     **values: Any,
 ) -> None:
     """Fine-tune a model."""
     values = _given(values)
-    new_settings = _settings(settings)
+    new_settings = parse_settings(settings)
     if not is_first():  # it alone shows anything
         quiet, progress = True, "none"
     if config is not None:
@@ -176,7 +124,7 @@ def train(
     if new_settings:
         values["settings"] = {**(values.get("settings") or {}), **new_settings}
     run = TrainConfig.from_values(values)
-    _check_budget(memory_budget, dry_run)
+    check_budget(memory_budget, dry_run)
     command = shlex.join(["fastpeft", *sys.argv[1:]])
     from fastpeft.progress import shown, write_json
 
@@ -232,51 +180,18 @@ def evaluate(
     ),
 ) -> None:
     """Measure a finished run, or a model with no training, on dev rows."""
+    columns = {"text_column": text_column, "label_column": label_column}
     of_prompts = (prompt, label_words, calibrate) != (None, None, False)
     if objective is not None:
-        if objective != "causal":
-            raise FastpeftError(f"--objective is {objective!r}; eval takes causal alone. Leave it out, or give that.")
-        if folder is not None or model is None or data is None or label_column is not None or of_prompts:
-            raise FastpeftError(
-                "with --objective causal eval takes --model and --data, both needed, and perhaps --text-column and "
-                "--max-new-tokens. Give these alone."
-            )
-    elif folder is None and model and not (prompt and (is_auto(prompt) or parse_prompt(prompt, label_words))):
-        raise FastpeftError(
-            "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "
-            "and its words, as --prompt '{text} It was <mask>.' --label-words terrible,great; or --prompt auto, which "
-            "finds one on the training rows of --data. What a decoder says is measured by --objective causal."
-        )
-    elif (folder is None) != bool(model) or (folder is not None and of_prompts):
-        raise FastpeftError(
-            "eval takes the DIR of a finished run alone, or no DIR but --model and --prompt. Give one of the two."
-        )
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column}
-    from fastpeft.progress import shown
+        others = folder is not None or label_column is not None or of_prompts
+        title, metrics = evaluate_decoder(objective, model, data, text_column, max_new_tokens, others=others)
+    elif folder is not None:
+        others = bool(model) or of_prompts
+        title, metrics = evaluate_run(folder, data, columns, max_new_tokens, others=others)
+    else:
+        title, metrics = evaluate_prompt(model, prompt, label_words, data or DEMO, columns, calibrate)
+    from fastpeft import console
 
-    with shown(lines=False):
-        from fastpeft import console
-        from fastpeft.training import evaluation
-
-        console.show_messages(quiet=False)
-        if folder is not None:
-            metrics = evaluation.evaluate(folder, data, **columns, max_new_tokens=max_new_tokens)
-            title = f"{folder} on {data or 'its own data'}"
-        elif objective is not None:
-            assert model
-            assert data
-            metrics = evaluation.evaluate_words(model, data, text_column=text_column, max_new_tokens=max_new_tokens)
-            title = f"{model} with no training on {data}"
-        else:
-            assert model
-            assert prompt
-            data = data or DEMO
-            # all rows of a file are measured, but where a prompt is found on nine tenths of them
-            texts = evaluation.load_classes(data, **columns, split=STRATIFIED if is_auto(prompt) else None)
-            parsed, _ = evaluation.zero_shot_prompt(prompt, label_words, model, texts, calibrate=calibrate)
-            assert parsed is not None  # for none, there was an error
-            metrics = evaluation.evaluate_zero_shot(model, parsed, texts, calibrate=calibrate)
-            title = f"{model} with no training{', calibrated' if calibrate else ''} on {data}"
     console.show_table(
         title,
         [*console.measured(metrics), ("loss", f"{metrics['loss']:.3f}"), ("rows", f"{metrics['dev_rows']:,}")],
@@ -322,13 +237,10 @@ def predict(
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
         raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
-    from fastpeft.progress import shown
-
-    with shown(lines=False):
+    with showing():
         from fastpeft import console
         from fastpeft.training import prediction_files
 
-        console.show_messages(quiet=False)
         target = None if output is None else prediction_files.check_output(output, overwrite)
         found = prediction_files.Predictions(
             folder, texts or [], file, kind=kind, text_column=text_column, max_new_tokens=max_new_tokens
@@ -337,28 +249,8 @@ def predict(
         raise FastpeftError(
             "--all shows the probability of every class, tag or label, but the run has none. Leave it out."
         )
-    with ExitStack() as held:
-        write = None if target is None else held.enter_context(prediction_files.writing(target, found.columns))
-        advance = held.enter_context(console.row_bar(found.count, beside_output=write is None))
-        count = 0
-        for some, left_out in found:
-            for error in left_out[: max(0, _SHOWN_LEFT_OUT - count)]:
-                typer.echo(f"Left out: {error}", err=True)
-            if write is not None:
-                write([record for each in some for record in found.records(each)])
-            else:
-                for each in some:
-                    for line in found.lines(each, every):
-                        typer.echo(line)
-            advance(len(some) + len(left_out))
-            count += len(left_out)
-    if count > _SHOWN_LEFT_OUT:
-        typer.echo(f"Left out: {count - _SHOWN_LEFT_OUT:,} more of the {found.count:,} rows", err=True)
-    for doubt in found.doubts:
-        typer.echo(f"Warning: {doubt}", err=True)
-    if target is not None:
-        typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
-    raise typer.Exit(1 if count else 0)
+    left_out = console.show_predictions(found, target, every)
+    raise typer.Exit(1 if left_out else 0)
 
 
 @app.command(cls=Command)
@@ -434,8 +326,8 @@ def compare(
         metavar="local|ray",
         help="Where cells run: on this machine, or on the Ray cluster that RAY_ADDRESS names, else one started here.",
     ),
-    settings: list[str] | None = _SETTINGS,
-    quiet: bool = _QUIET,
+    settings: list[str] | None = SETTINGS,
+    quiet: bool = QUIET,
     dry_run: bool = panel_option(
         False,
         "--dry-run",
@@ -443,7 +335,7 @@ def compare(
         common=True,
         help="Show the cells with the time and memory that each would take; write nothing.",
     ),
-    memory_budget: float | None = _BUDGET,
+    memory_budget: float | None = BUDGET,
     **common: Any,
 ) -> None:
     """Train by several methods, each run in a process of its own, and make one table of them.
@@ -452,8 +344,8 @@ def compare(
 
     Exit code 1: some failed, or with --dry-run would.
     """
-    _check_budget(memory_budget, dry_run)
-    new_settings = _settings(settings)
+    check_budget(memory_budget, dry_run)
+    new_settings = parse_settings(settings)
     for name in new_settings:
         if name in FIELDS and name not in DECIDED:
             raise FastpeftError(f"{name} cannot be set as a setting; use `{name}`.")
@@ -506,13 +398,9 @@ def export(
     step: int | None = typer.Option(None, help="Of a run by MeZO: the weights after so many steps, from its journal."),
 ) -> None:
     """Write the model of a run, or of an adapter that save_pretrained wrote, as other libraries load it."""
-    from fastpeft.progress import shown
-
-    with shown(lines=False):
-        from fastpeft import console
+    with showing():
         from fastpeft.training import export as exporting
 
-        console.show_messages(quiet=False)
         saved = exporting.export(folder, output, to, step)
     typer.echo(f"saved in {saved}")
 

@@ -7,39 +7,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, Option, options
+from fastpeft.errors import FastpeftError
+from fastpeft.training.config import ADVANCED, DATA, METHOD, MODEL, OUTPUT, TRAINING, Option, options, parse_value
 
 FIELDS = {known.name for known in options()}
-COMPARISON, _HELP = "Comparison", "Help"
-_PANELS = (COMPARISON, DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED, _HELP)  # the headings of help, in their order
-
-
-def without_types(parameters: list[Any]) -> list[Any]:
-    """Options, of which help shows flags without a type."""
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-    return parameters
-
-
-class Command(TyperCommand):
-    """A command, whose `--help` is below its other options."""
-
-    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:
-        # a paragraph is broken where the terminal ends, not where the source's line does
-        paragraphs = (help or "").split("\n\n")
-        super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return without_types(super().get_params(ctx))
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.rich_help_panel = _HELP
-        return option
+COMPARISON, HELP = "Comparison", "Help"
+_PANELS = (COMPARISON, DATA, MODEL, METHOD, TRAINING, OUTPUT, ADVANCED, HELP)  # the headings of help, in their order
 
 
 def flag(name: str) -> str:
@@ -75,6 +49,44 @@ def panel_option(default: Any, *names: str, panel: str, common: bool = False, **
     return typer.Option(default, *names, rich_help_panel=panel, hidden=not common, **others)
 
 
+# options of more than one command, which are fields of none
+SETTINGS = panel_option(
+    None,
+    "--set",
+    panel=METHOD,
+    metavar="KEY=VALUE",
+    help="A field of the method's configuration or of TrainingArguments.",
+)
+QUIET = panel_option(False, "--quiet", "-q", panel=OUTPUT, help="Show nothing but errors.")
+BUDGET = panel_option(
+    None,
+    "--memory-budget",
+    panel=OUTPUT,
+    metavar="MB",
+    help="With --dry-run: show what fits into so much memory.",
+)
+
+
+def parse_settings(items: list[str] | None) -> dict[str, Any]:
+    """Parse the `key=value` items of `SETTINGS`."""
+    parsed: dict[str, Any] = {}
+    for item in items or []:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise FastpeftError(f"--set {item!r} is not of the form key=value. Write, for example, --set d=300.")
+        parsed[name] = parse_value(value)
+    return parsed
+
+
+def check_budget(memory_budget: float | None, dry_run: bool) -> None:
+    """Raise `FastpeftError` unless the budget is memory, and there is a dry run to compare with it."""
+    if memory_budget is not None and not (dry_run and memory_budget > 0):
+        raise FastpeftError(
+            f"`memory_budget` is {memory_budget:g} MB; it must be above 0, and goes with --dry-run, which shows what "
+            "fits. Correct it, or add --dry-run."
+        )
+
+
 def _offering(choices: Collection[str]) -> Callable[[], list[str]]:
     """What completes a value on the command line."""
     return lambda: list(choices)
@@ -102,7 +114,7 @@ def run_options(*excluded: str) -> Callable[[Callable[..., None]], Callable[...,
             parameter = inspect.Parameter(known.name, inspect.Parameter.KEYWORD_ONLY, default=shown)
             made.append(parameter.replace(annotation=known.kind | None))
     asked = panel_option(
-        False, "--help-all", panel=_HELP, common=True, is_eager=True, callback=_show_all_help, help="Show every option."
+        False, "--help-all", panel=HELP, common=True, is_eager=True, callback=_show_all_help, help="Show every option."
     )
     made.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=asked, annotation=bool))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Group
 from rich.live import Live
 from rich.logging import RichHandler
@@ -29,7 +31,10 @@ from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.estimates import Estimate, TrainPlan, plan
 from fastpeft.training.memory import peak_rss_mb
+from fastpeft.training.prediction_files import Predictions, writing
 from fastpeft.training.results import class_scores, memory, threshold_in_words
+
+_SHOWN_LEFT_OUT = 20  # rows, each with its error
 
 
 class _Typed(logging.Formatter):
@@ -56,6 +61,41 @@ def row_bar(rows: int, beside_output: bool) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=errors, redirect_stdout=False, disable=hidden) as progress:
         task = progress.add_task("predicting", total=rows)
         yield lambda done: progress.advance(task, done)
+
+
+def show_predictions(found: Predictions, target: Path | None, every: bool) -> int:
+    """Print predictions, or write them to `target`, and name what was left out.
+
+    Args:
+        found: the predictions.
+        target: a file, as `prediction_files.check_output` gives it.
+        every: whether to print the probability of every class, not of one.
+
+    Returns:
+        How many rows were left out.
+    """
+    with ExitStack() as held:
+        write = None if target is None else held.enter_context(writing(target, found.columns))
+        advance = held.enter_context(row_bar(found.count, beside_output=write is None))
+        count = 0
+        for some, left_out in found:
+            for error in left_out[: max(0, _SHOWN_LEFT_OUT - count)]:
+                typer.echo(f"Left out: {error}", err=True)
+            if write is not None:
+                write([record for each in some for record in found.records(each)])
+            else:
+                for each in some:
+                    for line in found.lines(each, every):
+                        typer.echo(line)
+            advance(len(some) + len(left_out))
+            count += len(left_out)
+    if count > _SHOWN_LEFT_OUT:
+        typer.echo(f"Left out: {count - _SHOWN_LEFT_OUT:,} more of the {found.count:,} rows", err=True)
+    for doubt in found.doubts:
+        typer.echo(f"Warning: {doubt}", err=True)
+    if target is not None:
+        typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
+    return count
 
 
 def show_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

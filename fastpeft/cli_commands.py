@@ -1,0 +1,75 @@
+"""What all commands share: how they show errors, help and progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from fastpeft.cli_options import HELP, typed
+from fastpeft.errors import FastpeftError
+from fastpeft.support.interrupts import sigterm_interrupts
+
+
+class Group(TyperGroup):
+    """Commands whose `FastpeftError` becomes one message and exit code 2, and an interruption exit code 130."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with sigterm_interrupts():
+                if "FASTPEFT_BACKEND" in os.environ:
+                    from fastpeft.ops import backends
+
+                    backends.choices()  # raises where it asks for a back end that is not there
+                return super().invoke(ctx)
+        except FastpeftError as error:
+            typer.echo(f"Error: {error.told(typed)}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            typer.echo(str(interrupt) or "Interrupted.", err=True)
+            raise typer.Exit(130) from None
+
+
+class Command(TyperCommand):
+    """A command, whose `--help` is below its other options."""
+
+    def __init__(self, *args: Any, help: str | None = None, **others: Any) -> None:
+        # a paragraph is broken where the terminal ends, not where the source's line does
+        paragraphs = (help or "").split("\n\n")
+        super().__init__(*args, help="\n\n".join(" ".join(part.split()) for part in paragraphs), **others)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = HELP
+        return option
+
+
+def _without_types(parameters: list[Any]) -> list[Any]:
+    """Options, of which help shows flags without a type."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
+@contextmanager
+def showing() -> Iterator[None]:
+    """Show how far the block has come, first that libraries load, and this library's own messages."""
+    from fastpeft.progress import shown
+
+    with shown(lines=False):
+        from fastpeft import console
+
+        console.show_messages(quiet=False)
+        yield
