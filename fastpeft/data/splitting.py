@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -75,56 +75,86 @@ def stratified(
         groups.setdefault(keys[row], []).append(row)
     if len(groups) < 2:
         raise FastpeftError("all rows have the same text, so none can be kept apart to measure on. Give other data.")
-    strata_of = {
-        key: tuple(dict.fromkeys(chain.from_iterable(strata[row] for row in of))) for key, of in groups.items()
-    }
-    members: dict[Hashable, list[Hashable]] = {}  # keys by their stratum
-    for key, found in strata_of.items():
-        for stratum in found:
-            members.setdefault(stratum, []).append(key)
+    dev = _DevPart(groups, strata, dev_rows)
     totals = Counter(chain.from_iterable(strata))
-    left = {stratum: len(of) for stratum, of in members.items()}  # different rows in the training part
-    taken: Counter[Hashable] = Counter()  # rows in the dev part
-    dev: set[Hashable] = set()
-    size = 0  # in rows
-
-    def rows_of(key: Hashable, stratum: Hashable) -> int:
-        return sum(stratum in strata[row] for row in groups[key])
-
-    def is_free(key: Hashable) -> bool:
-        return key not in dev and all(left[stratum] > 1 for stratum in strata_of[key])
-
-    def lacking(key: Hashable) -> int:
-        return sum(not taken[stratum] for stratum in strata_of[key])
-
-    def take(key: Hashable) -> None:
-        nonlocal size
-        size += len(groups[key])
-        dev.add(key)
-        for stratum in strata_of[key]:
-            taken[stratum] += rows_of(key, stratum)
-            left[stratum] -= 1
-
-    settled: set[Hashable] = set()
-    for stratum in sorted(members, key=lambda stratum: len(members[stratum])):
-        share = max(1, round(dev_rows * totals[stratum] / len(keys)))
-        # first what is of most strata that the dev part lacks, as a row with several rare tags
-        for key in sorted(members[stratum], key=lacking, reverse=True):
-            fits = size + len(groups[key]) <= dev_rows and taken[stratum] + rows_of(key, stratum) <= share
-            if fits and key not in settled and is_free(key):
-                take(key)
-        if not taken[stratum] and (free := [key for key in members[stratum] if is_free(key)]):
-            take(min(free, key=lambda key: len(groups[key])))
-        settled.update(members[stratum])
-    for key, of in groups.items():
-        if size + len(of) <= dev_rows and is_free(key):
-            take(key)
-    if not dev:  # of no stratum, two rows differ
-        take(min(groups, key=lambda key: len(groups[key])))
+    for stratum in sorted(dev.members, key=lambda stratum: len(dev.members[stratum])):
+        dev.take_share(stratum, max(1, round(dev_rows * totals[stratum] / len(keys))))
+    dev.fill_up()
     parts: tuple[list[int], list[int]] = ([], [])
     for row in order:
-        parts[keys[row] in dev].append(row)
+        parts[keys[row] in dev.keys].append(row)
     return parts
+
+
+class _DevPart:
+    """The dev part while it is chosen, one group of equal rows at a time.
+
+    Args:
+        groups: rows by their key, which equal ones have in common.
+        strata: of each row, as `stratified` has them.
+        dev_rows: about how many rows it shall have.
+
+    Attributes:
+        keys: of its groups.
+        members: keys of all groups, by their stratum.
+    """
+
+    def __init__(
+        self, groups: Mapping[Hashable, Sequence[int]], strata: Sequence[Sequence[Hashable]], dev_rows: int
+    ) -> None:
+        self.keys: set[Hashable] = set()
+        self.members: dict[Hashable, list[Hashable]] = {}
+        self._groups, self._dev_rows = groups, dev_rows
+        # of each group how many of its rows each of its strata has
+        self._rows = {key: Counter(chain.from_iterable(strata[row] for row in of)) for key, of in groups.items()}
+        for key, rows in self._rows.items():
+            for stratum in rows:
+                self.members.setdefault(stratum, []).append(key)
+        self._left = {stratum: len(keys) for stratum, keys in self.members.items()}  # groups in the training part
+        self._taken: Counter[Hashable] = Counter()  # rows in the dev part, by their stratum
+        self._size = 0  # in rows
+        self._settled: set[Hashable] = set()  # groups of strata that had their turn
+
+    def take_share(self, stratum: Hashable, share: int) -> None:
+        """Take about `share` rows of a stratum, and one at least if there is one to take."""
+        members = self.members[stratum]
+        # first what is of most strata that the dev part lacks, as a row with several rare tags
+        for key in sorted(members, key=self._lacking, reverse=True):
+            fits = self._has_room(key) and self._taken[stratum] + self._rows[key][stratum] <= share
+            if fits and key not in self._settled and self._is_free(key):
+                self._take(key)
+        if not self._taken[stratum] and (free := [key for key in members if self._is_free(key)]):
+            self._take(self._smallest(free))
+        self._settled.update(members)
+
+    def fill_up(self) -> None:
+        """Take groups of any stratum while there is room, and one at least."""
+        for key in self._groups:
+            if self._has_room(key) and self._is_free(key):
+                self._take(key)
+        if not self.keys:  # of no stratum, two rows differ
+            self._take(self._smallest(self._groups))
+
+    def _take(self, key: Hashable) -> None:
+        self.keys.add(key)
+        self._size += len(self._groups[key])
+        self._taken.update(self._rows[key])
+        for stratum in self._rows[key]:
+            self._left[stratum] -= 1
+
+    def _has_room(self, key: Hashable) -> bool:
+        return self._size + len(self._groups[key]) <= self._dev_rows
+
+    def _is_free(self, key: Hashable) -> bool:
+        """Whether a group is in the training part and not the last one there of a stratum."""
+        return key not in self.keys and all(self._left[stratum] > 1 for stratum in self._rows[key])
+
+    def _lacking(self, key: Hashable) -> int:
+        """How many strata of a group the dev part lacks."""
+        return sum(not self._taken[stratum] for stratum in self._rows[key])
+
+    def _smallest(self, keys: Iterable[Hashable]) -> Hashable:
+        return min(keys, key=lambda key: len(self._groups[key]))
 
 
 def bins(numbers: Sequence[float], dev_rows: int) -> list[int]:
