@@ -207,6 +207,37 @@ def given_cache(cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
+def cache_of_pass(backbone: Backbone, given: Any, use_cache: bool | None, training: bool) -> LadderCache | None:
+    """The cache that a pass reads and extends; None for none.
+
+    Args:
+        backbone: the backbone.
+        given: what the call has.
+        use_cache: whether a new one is made where it has none.
+        training: whether the model is in training mode.
+
+    Raises:
+        FastpeftError: the backbone generates no text, the model trains, or the cache is of another kind.
+    """
+    if given is None and not use_cache:
+        return None
+    check_generates(backbone)
+    if training:
+        raise FastpeftError(
+            "use_cache=True in training mode: the features that it drops would stay dropped for all later tokens. "
+            "Call model.eval() first, or give use_cache=False."
+        )
+    if given is None:
+        return LadderCache(backbone)
+    if not isinstance(given, LadderCache):
+        raise FastpeftError(
+            f"{CACHE} is a {type(given).__name__}, which holds nothing of the side network. Give "
+            "what this model's forward(use_cache=True) returned, or a new fastpeft.ladder.LadderCache("
+            "model.backbone)."
+        )
+    return given
+
+
 def with_cache(make: Callable[[], LadderCache], arguments: dict[str, Any], *defaults: Any) -> dict[str, Any]:
     """The arguments of a call of `generate`, with a cache of both networks instead of the one that it would make.
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import saving
@@ -23,6 +21,7 @@ from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
 from fastpeft.ladder.causality import check_told, decide_causal
+from fastpeft.ladder.checks import check_attentions, check_base, check_inputs, check_labels, check_mask, check_positions
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
@@ -31,12 +30,14 @@ from fastpeft.ladder.form import decide_form
 from fastpeft.ladder.generation import (
     CACHE,
     LadderCache,
+    cache_of_pass,
     check_generates,
     generates,
     given_cache,
     with_cache,
     with_own_cache,
 )
+from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
@@ -44,9 +45,6 @@ from fastpeft.ladder.side_step import run_of
 from fastpeft.ladder.sources import (
     FeatureSource,
     LadderPass,
-    check_attentions,
-    check_mask,
-    check_positions,
     choose_source,
 )
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
@@ -275,22 +273,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 it cannot have.
         """
         check_attentions(output_attentions)
+        check_base(self.base, self.backbone)
         plain = self.backbone.plain
-        if self.backbone.model is not self.base:
-            raise FastpeftError(
-                "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
-                "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
-            )
         text = input_ids if input_ids is not None else inputs_embeds
-        if (inputs if plain else text if text is not None else pixel_values) is None:
-            names = "inputs" if plain else "input_ids, inputs_embeds or pixel_values"
-            raise FastpeftError(f"LadderModel beside a {type(self.backbone.core).__name__} got no {names}. Give it.")
-        if self.backbone.headless and any(each is not None for each in (labels, start_positions, end_positions)):
-            raise FastpeftError(
-                f"the base, a {type(self.backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
-                "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
-            )
-        cache = self._cache(given_cache(cache, past_key_values), use_cache)
+        check_inputs(self.backbone, inputs if plain else text if text is not None else pixel_values)
+        check_labels(self.backbone, labels, start_positions, end_positions)
+        cache = cache_of_pass(self.backbone, given_cache(cache, past_key_values), use_cache, self.training)
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
             check_mask(attention_mask, (text.shape[0], past + text.shape[1]))
@@ -329,32 +317,12 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             outputs = with_own_cache(outputs, cache)
         else:
             check_told(self.config.causal, self.base, outputs)
-            outputs = _with_loss(outputs, labels, self.config.problem_type)
+            outputs = with_loss(outputs, labels, self.config.problem_type)
         if run.states:
             outputs["hidden_states"] = tuple(run.states)
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
-
-    def _cache(self, given: Any, use_cache: bool | None) -> LadderCache | None:
-        """The cache that a pass reads and extends; None for none."""
-        if given is None and not use_cache:
-            return None
-        check_generates(self.backbone)
-        if self.training:
-            raise FastpeftError(
-                "use_cache=True in training mode: the features that it drops would stay dropped for all later tokens. "
-                "Call model.eval() first, or give use_cache=False."
-            )
-        if given is None:
-            return LadderCache(self.backbone)
-        if not isinstance(given, LadderCache):
-            raise FastpeftError(
-                f"{CACHE} is a {type(given).__name__}, which holds nothing of the side network. Give "
-                "what this model's forward(use_cache=True) returned, or a new fastpeft.ladder.LadderCache("
-                "model.backbone)."
-            )
-        return given
 
     def new_side_run(
         self, attention_mask: Tensor | None, keep_states: bool, cache: LadderCache | None = None, step: bool = False
@@ -585,29 +553,3 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """Load saved weights, which must be exactly those that train."""
         saving.check_weights(weights, self.state_dict(), self._trained, source)
         self.load_state_dict(weights, strict=False)
-
-
-def _with_loss(logits: Any, labels: Tensor | None, problem_type: str | None) -> SequenceClassifierOutput:
-    """The output of a module that is not a transformers model, in the form that transformers' models return."""
-    if not isinstance(logits, Tensor):
-        raise FastpeftError(
-            f"the base returned a {type(logits).__name__}; beside a side network a module returns its logits, a "
-            "tensor. Wrap it in one that does."
-        )
-    if labels is None:
-        return SequenceClassifierOutput(logits=logits)
-    numbers = labels.is_floating_point()
-    if labels.shape != (logits.shape if numbers else logits.shape[:-1]):
-        advice = (
-            ". Give numbers in the shape of the logits, or classes as integers."
-            if numbers
-            else ", whose last dimension is the classes. Give a class for each of the others."
-        )
-        raise FastpeftError(f"labels have the shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}{advice}")
-    if not numbers:
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten())
-    elif problem_type == "multi_label_classification":
-        loss = F.binary_cross_entropy_with_logits(logits, labels)
-    else:
-        loss = F.mse_loss(logits, labels)
-    return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.cache import FeatureCache
+from fastpeft.ladder.checks import check_mask
 from fastpeft.ladder.passes import autocast_of, listen, skip_layers, tokens_of
 from fastpeft.ladder.side import SideRun
 
@@ -136,37 +136,3 @@ class LadderPass:
         self._end_frozen()
         if (autocast := autocast_of(hidden)) is not None:
             self._head.enter_context(autocast)
-
-
-def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
-    """Raise `FastpeftError` if there is a mask of another shape than `(B, T)`, where T counts cached tokens too."""
-    if attention_mask is not None and attention_mask.shape != tokens:
-        raise FastpeftError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
-            f"{tuple(tokens)}, with 1 for tokens and 0 for padding; cached tokens count too."
-        )
-
-
-def check_attentions(asked: bool | None) -> None:
-    """Raise `FastpeftError` if the probabilities of attentions are asked for."""
-    if asked:
-        raise FastpeftError(
-            "output_attentions=True, but a side network keeps no probabilities of its attention. Leave it out; the "
-            "base alone returns those of its own."
-        )
-
-
-def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Raise `FastpeftError` where positions do not follow each other and there is no mask: texts that were joined.
-
-    Transformers takes such rows for joined texts, which a causal backbone keeps apart. The side network, whose masks
-    are of tokens alone, would not. What `torch.compile` traces is not checked.
-    """
-    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
-        return
-    if (position_ids.diff(dim=-1) != 1).any():
-        raise FastpeftError(
-            "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined "
-            "texts, which a side network cannot tell apart. Give each a row of its own (packing=False), or an "
-            "attention_mask to rows of one text."
-        )

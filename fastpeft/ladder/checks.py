@@ -1,0 +1,68 @@
+"""What a pass of a side network refuses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.errors import FastpeftError
+from fastpeft.ladder.backbone import Backbone
+
+
+def check_base(base: nn.Module, backbone: Backbone) -> None:
+    """Raise `FastpeftError` if the base is no longer the module that the backbone was found in."""
+    if backbone.model is not base:
+        raise FastpeftError(
+            "the base is not the module that this LadderModel was made with. nn.DataParallel copies it: use one "
+            "GPU, or a process per GPU by torchrun. If you replaced it, make a new LadderModel."
+        )
+
+
+def check_inputs(backbone: Backbone, given: Tensor | None) -> None:
+    """Raise `FastpeftError` if the base is given nothing to read."""
+    if given is None:
+        names = "inputs" if backbone.plain else "input_ids, inputs_embeds or pixel_values"
+        raise FastpeftError(f"LadderModel beside a {type(backbone.core).__name__} got no {names}. Give it.")
+
+
+def check_labels(backbone: Backbone, *labels: Tensor | None) -> None:
+    """Raise `FastpeftError` if a base without a head is given labels."""
+    if backbone.headless and any(each is not None for each in labels):
+        raise FastpeftError(
+            f"the base, a {type(backbone.core).__name__}, has no head, so it makes no loss of labels. Leave "
+            "them out, or load the base with a head, such as by AutoModelForSequenceClassification."
+        )
+
+
+def check_mask(attention_mask: Tensor | None, tokens: tuple[int, int]) -> None:
+    """Raise `FastpeftError` if there is a mask of another shape than `(B, T)`, where T counts cached tokens too."""
+    if attention_mask is not None and attention_mask.shape != tokens:
+        raise FastpeftError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; the side network takes (B, T), here "
+            f"{tuple(tokens)}, with 1 for tokens and 0 for padding; cached tokens count too."
+        )
+
+
+def check_attentions(asked: bool | None) -> None:
+    """Raise `FastpeftError` if the probabilities of attentions are asked for."""
+    if asked:
+        raise FastpeftError(
+            "output_attentions=True, but a side network keeps no probabilities of its attention. Leave it out; the "
+            "base alone returns those of its own."
+        )
+
+
+def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raise `FastpeftError` where positions do not follow each other and there is no mask: texts that were joined.
+
+    Transformers takes such rows for joined texts, which a causal backbone keeps apart. The side network, whose masks
+    are of tokens alone, would not. What `torch.compile` traces is not checked.
+    """
+    if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        return
+    if (position_ids.diff(dim=-1) != 1).any():
+        raise FastpeftError(
+            "position_ids begin anew within a row, or leave some out, and there is no attention_mask: these are joined "
+            "texts, which a side network cannot tell apart. Give each a row of its own (packing=False), or an "
+            "attention_mask to rows of one text."
+        )
