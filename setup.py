@@ -16,12 +16,21 @@ import subprocess
 import sys
 from glob import glob
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 
 # nothing newer than torch 2.10 is used (py_limited_api: nor than Python 3.11), so one binary serves all that came after
 TORCH_TARGET_VERSION = "0x020a000000000000"
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CXX_FLAGS = [
+    "-O3",
+    "-ffp-contract=off",  # the bits of the noise are a contract: no two roundings may be fused into one
+    "-fvisibility=hidden",
+    "-g0",
+    # loops vectorise although a square root could set errno and a lane not taken could trap; no result changes
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 
 
 def asked(variable: str) -> str:
@@ -53,7 +62,7 @@ def find_cuda_home() -> str | None:
 
 def extensions() -> tuple[list, dict]:
     """The extension modules that can be built here, and the commands that build them."""
-    cuda_sources = glob("csrc/cuda/*.cu")
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
     wanted = [m for m in BUILD if BUILD[m] != "0" and (m == "fastpeft._C" or cuda_sources or BUILD[m] == "1")]
     if not wanted:
         return [], {}
@@ -62,51 +71,68 @@ def extensions() -> tuple[list, dict]:
         os.environ["CUDA_HOME"] = cuda_home  # torch reads it when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     try:
-        import torch
-        from torch.utils import cpp_extension
+        import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
         for module in wanted:
             left_out(module, f"{error}; install torch and use pip's --no-build-isolation")
         return [], {}
 
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-    # the bits of the noise are a contract: no two roundings may be fused into one
-    flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
-    # loops vectorise although a square root could set errno and a lane not taken could trap; no result changes
-    flags += ["-fno-math-errno", "-fno-trapping-math"]
-    common = {"include_dirs": [os.path.abspath("csrc")], "define_macros": macros, "py_limited_api": True}
-    headers = glob("csrc/**/*.h", recursive=True)
     found = []
     if "fastpeft._C" in wanted:
-        if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-            left_out("fastpeft._C", "no C++ compiler; install one or name it in CXX")
-        else:
-            sources = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-            found.append(
-                cpp_extension.CppExtension(
-                    "fastpeft._C", sources, depends=headers, extra_compile_args={"cxx": flags}, **common
-                )
-            )
+        found.append(cpp_extension())
     if "fastpeft._C_cuda" in wanted:
-        if not cuda_sources or not cuda_home:
-            left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if cuda_sources else "there is no CUDA source")
-        elif torch.version.cuda is None:  # it could not name its CUDA libraries
-            left_out("fastpeft._C_cuda", f"torch {torch.__version__} has no CUDA; install one that has")
-        else:
-            # the stream and error shims, of libtorch's CUDA part
-            cuda = {**common, "define_macros": [*macros, ("USE_CUDA", None)]}
-            extension = cpp_extension.CUDAExtension(
-                "fastpeft._C_cuda",
-                ["csrc/module.cpp", *sorted(cuda_sources)],
-                depends=headers,
-                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false"]},
-                **cuda,
-            )
-            # torch may come with another version of the runtime: bring our own
-            extension.libraries = ["cudart_static" if name == "cudart" else name for name in extension.libraries]
-            found.append(extension)
+        found.append(cuda_extension(cuda_sources, cuda_home))
+    return [extension for extension in found if extension is not None], commands()
 
-    class build_ext(cpp_extension.BuildExtension):  # noqa: N801
+
+def cpp_extension() -> Extension | None:
+    """`fastpeft._C`, where there is a compiler."""
+    from torch.utils.cpp_extension import CppExtension
+
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        left_out("fastpeft._C", "no C++ compiler; install one or name it in CXX")
+        return None
+    sources = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    return CppExtension("fastpeft._C", sources, extra_compile_args={"cxx": CXX_FLAGS}, **common())
+
+
+def cuda_extension(sources: list[str], cuda_home: str | None) -> Extension | None:
+    """`fastpeft._C_cuda`, where there are a CUDA compiler and a torch that has CUDA."""
+    import torch
+    from torch.utils.cpp_extension import CUDAExtension
+
+    if not sources or not cuda_home:
+        left_out("fastpeft._C_cuda", "no nvcc; put it on the PATH" if sources else "there is no CUDA source")
+        return None
+    if torch.version.cuda is None:  # it could not name its CUDA libraries
+        left_out("fastpeft._C_cuda", f"torch {torch.__version__} has no CUDA; install one that has")
+        return None
+    extension = CUDAExtension(
+        "fastpeft._C_cuda",
+        ["csrc/module.cpp", *sources],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "--fmad=false"]},
+        **common(("USE_CUDA", None)),  # the stream and error shims, of libtorch's CUDA part
+    )
+    # torch may come with another version of the runtime: bring our own
+    extension.libraries = ["cudart_static" if name == "cudart" else name for name in extension.libraries]
+    return extension
+
+
+def common(*macros: tuple[str, str | None]) -> dict:
+    """The arguments of both extensions."""
+    return {
+        "depends": glob("csrc/**/*.h", recursive=True),
+        "include_dirs": [os.path.abspath("csrc")],
+        "define_macros": [("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), *macros],
+        "py_limited_api": True,
+    }
+
+
+def commands() -> dict:
+    """The commands of setuptools that build extensions, and leave out what does not compile."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class build_ext(BuildExtension):  # noqa: N801
         def build_extensions(self) -> None:
             built = self.extensions
             for extension in list(built):
@@ -124,8 +150,8 @@ def extensions() -> tuple[list, dict]:
             self.root_is_pure = not self.distribution.has_ext_modules()
             super().run()
 
-    return found, {"build_ext": build_ext, "bdist_wheel": bdist_wheel}
+    return {"build_ext": build_ext, "bdist_wheel": bdist_wheel}
 
 
-modules, commands = extensions()
-setup(ext_modules=modules, cmdclass=commands)
+modules, cmdclass = extensions()
+setup(ext_modules=modules, cmdclass=cmdclass)
