@@ -111,58 +111,33 @@ def train(
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
         return TrainResult(folder.path, folder.metrics())
-    if resume and not folder.started:
-        logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
-    elif resume:
-        missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
-        config = dataclasses.replace(config, **missing)
-        if folder.newest_checkpoint() is None and not folder.journal.exists():
-            logger.info("the run in %s has no checkpoint yet; it starts from the beginning", folder.path)
+    if resume:
+        config = _as_begun(config, folder)
     choices.begin(folder.choices() if resume and (folder.path / CHOICES).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
-        rows = task.data.fingerprint
         if resume and folder.started:
-            folder.check_rows(rows)
-        if config.bf16 is None and task.config.bf16:
-            logger.info(
-                "computing in bfloat16, for which this CPU has instructions; --no-bf16, in Python bf16=False, refuses "
-                "it"
-            )
-        config = task.config
-        in_bfloat16 = config.bf16 or config.settings.get("backbone_dtype") == "bfloat16"
-        if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
-            logger.warning(
-                "this CPU has no instructions for bfloat16: frozen layers multiply in float32, and what trains takes "
-                "several times as long as in float32"
-            )
+            folder.check_rows(task.data.fingerprint)
+        _tell_precision(config, task.config)
         if task.data.problem.has_classes:
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
             for warning in (*pitfalls.seen_rows(task.data.dev.texts, trained_on), *_missing(task)):
                 logger.warning("%s", warning)
-        if config.cache_features is not None:
-            inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
-        with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
-            arguments = training_arguments(task, elsewhere)
-            Ranks().check_same(config.values())
-            with refusing(task), noticing_losses():
-                trainer = trainer_class(task)(task, arguments, folder, callbacks)
-                trainer.create_optimizer()
-                before = trainer.measure(task.dev_rows)
-                before_lowered = trainer.lowered(before[LOSS])
+        trainer, before, before_lowered = _prepare(task, folder, callbacks)
 
-        def begin() -> None:
+        def open_folder() -> None:
+            values = task.config.values()
             held.enter_context(folder.held())
-            folder.check(config.values(), resume=resume, overwrite=overwrite)  # another run may have ended there since
-            folder.open(config.values(), rows, overwrite=overwrite, recipe=recipe_used(arguments))
+            folder.check(values, resume=resume, overwrite=overwrite)  # another run may have ended there since
+            folder.open(values, task.data.fingerprint, overwrite=overwrite, recipe=recipe_used(trainer.args))
 
-        trainer.ranks.first_does(begin)
-        arguments.output_dir = str(folder.staging)
-        if config.report_to is not None:
+        trainer.ranks.first_does(open_folder)
+        trainer.args.output_dir = str(folder.staging)
+        if task.config.report_to is not None:
             with refusing(task):
-                trainer.begin_reports(config.report_to)
+                trainer.begin_reports(task.config.report_to)
         try:
             with noting_stops(trainer.stop, _NOTICE), noticing_losses():
                 _run(trainer, task, folder, resume)
@@ -176,6 +151,49 @@ def train(
     if trainer.stop.asked:
         raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
+
+
+def _as_begun(config: TrainConfig, folder: RunFolder) -> TrainConfig:
+    """The configuration of a run to resume, with what it found out when it began; tells where it has to begin again."""
+    if not folder.started:
+        logger.info("there is no run in %s to resume; it starts from the beginning", folder.path)
+        return config
+    missing = {name: value for name, value in folder.found().items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **missing)
+    if folder.newest_checkpoint() is None and not folder.journal.exists():
+        logger.info("the run in %s has no checkpoint yet; it starts from the beginning", folder.path)
+    return config
+
+
+def _tell_precision(given: TrainConfig, resolved: TrainConfig) -> None:
+    """Tell what is computed in bfloat16 though nobody asked for it, or though it is slow here."""
+    if given.bf16 is None and resolved.bf16:
+        logger.info(
+            "computing in bfloat16, for which this CPU has instructions; --no-bf16, in Python bf16=False, refuses it"
+        )
+    in_bfloat16 = resolved.bf16 or resolved.settings.get("backbone_dtype") == "bfloat16"
+    if in_bfloat16 and best_device() == "cpu" and not has_bfloat16():
+        logger.warning(
+            "this CPU has no instructions for bfloat16: frozen layers multiply in float32, and what trains takes "
+            "several times as long as in float32"
+        )
+
+
+def _prepare(
+    task: Task, folder: RunFolder, callbacks: Sequence[TrainerCallback]
+) -> tuple[RunTrainer, dict[str, float], float]:
+    """The Trainer of a run, and what it measures before training: metrics, and the loss that training lowers."""
+    config = task.config
+    if config.cache_features is not None:
+        inside_prompt(task.model).cache_features(config.cache_features, config.cache_dtype or DTYPES[0])
+    with tempfile.TemporaryDirectory() as elsewhere:  # a Trainer makes its folder before it has looked at all else
+        arguments = training_arguments(task, elsewhere)
+        Ranks().check_same(config.values())
+        with refusing(task), noticing_losses():
+            trainer = trainer_class(task)(task, arguments, folder, callbacks)
+            trainer.create_optimizer()
+            before = trainer.measure(task.dev_rows)
+            return trainer, before, trainer.lowered(before[LOSS])
 
 
 def _trained_on(task: Task) -> set[str]:
