@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from fastpeft.errors import FastpeftError
 from fastpeft.serving.batcher import Batcher
-from fastpeft.serving.chat import add_words
+from fastpeft.serving.chat import add_openai_routes
 from fastpeft.serving.guard import Guard, Metrics
 from fastpeft.serving.messages import (
     Answer,
@@ -51,16 +51,16 @@ class Limits:
     Attributes:
         body: bytes of a request.
         queue: texts that may wait.
-        chats: requests for words that may wait.
+        chats: requests for generated text that may wait.
         seconds: to send a request, and again to answer it.
-        saying: seconds to answer a request for words.
+        generation: seconds to generate an answer.
     """
 
     body: int = 1 << 20
     queue: int = 4_096
     chats: int = 256
     seconds: float = 30.0
-    saying: float = 300.0
+    generation: float = 300.0
 
 
 def create_app(
@@ -78,16 +78,16 @@ def create_app(
     metrics = Metrics(lambda: sum(each.waiting for each in batchers))
     alike: dict[str, Any] = {"max_rows": tasks.max_rows, "max_wait": max_wait, "observe": metrics.batches.observe}
     batcher = Batcher(tasks.answer, max_queue=limits.queue, seconds=limits.seconds, **alike)
-    # a queue and a thread of their own: an answer in words takes seconds, for which no other should wait
-    words = Batcher(tasks.say, max_queue=limits.chats, seconds=limits.saying, **alike)
-    batchers = batcher, words
+    # a queue and a thread of their own: generated text takes seconds, for which no other should wait
+    generation = Batcher(tasks.generate, max_queue=limits.chats, seconds=limits.generation, **alike)
+    batchers = batcher, generation
     running = False
     loading = ThreadPoolExecutor(4, "fastpeft-load")  # its own: loads must not take the threads that read requests
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         nonlocal running
-        async with batcher.running(), words.running():
+        async with batcher.running(), generation.running():
             running = True
             yield  # at its end the server has answered all requests
             running = False
@@ -113,7 +113,7 @@ def create_app(
     async def health() -> dict[str, str]:
         """Whether requests are taken: 503 where the queues of all tasks are full, or nothing is answered any more."""
         check_worker()
-        used = {words if task.predictor is None else batcher for task in tasks}
+        used = {generation if task.predictor is None else batcher for task in tasks}
         if not running or (used and all(each.waiting >= each.max_queue for each in used)):
             raise RefusedError("the queue is full. Try again later.", 503)
         return {"status": "ready"}
@@ -153,7 +153,7 @@ def create_app(
         return answer_of(ready, scores)
 
     refusals = _refusals("4XX", 503, form=OpenAIRefusal)
-    add_words(app, tasks, words, lambda name: metrics.texts.labels(name).inc(), refusals)
+    add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc(), refusals)
     if runs is not None:
         _let_change(app, tasks, runs.resolve(), loading)
     return app

@@ -1,4 +1,4 @@
-"""Words over HTTP, in the form of OpenAI's endpoints for chats and completions."""
+"""Generated text over HTTP, in the form of OpenAI's endpoints for chats and completions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastpeft.data.conversations import ASSISTANT, SYSTEM, Conversation, check_c
 from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text
 from fastpeft.serving.batcher import Batcher
+from fastpeft.serving.generation import GenerationRequest
 from fastpeft.serving.messages import error_form
-from fastpeft.serving.speech import Saying
 from fastpeft.serving.tasks import RefusedError, Task, Tasks
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="Whether a last event counts the tokens.")
 
 
-class Asked(BaseModel):
+class OpenAIRequest(BaseModel):
     """What chats and completions are asked for."""
 
     model_config = ConfigDict(extra="forbid")
@@ -105,7 +105,7 @@ class Asked(BaseModel):
     user: str | None = Field(None, description="Is not read.")
 
 
-class ChatRequest(Asked):
+class ChatRequest(OpenAIRequest):
     """A conversation to go on with."""
 
     messages: list[Message] = Field(min_length=1)
@@ -114,19 +114,21 @@ class ChatRequest(Asked):
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(OpenAIRequest):
     """A text to go on from, as it is."""
 
     prompt: Text = Field(min_length=1)
 
 
-def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object], refusals: Any) -> None:
+def add_openai_routes(
+    app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str], object], refusals: Any
+) -> None:
     """Give an application the addresses of OpenAI's form.
 
     Args:
         app: the application.
         tasks: what it answers for.
-        batcher: of `tasks.say`.
+        batcher: of `tasks.generate`.
         count: is told the task of each answer.
         refusals: what OpenAPI is told of them.
     """
@@ -143,12 +145,12 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
     @app.get("/v1/models/{name}", responses=refusals)
     async def one_model(name: str) -> dict[str, Any]:
         """One of the tasks, as OpenAI describes a model."""
-        return model(tasks.of_words(name))
+        return model(tasks.generative(name))
 
     async def answer(
-        asked: Asked, request: fastapi.Request, what: Conversation | str, most: int | None, shape: _Completion
+        asked: OpenAIRequest, request: fastapi.Request, what: Conversation | str, most: int | None, shape: _Completion
     ) -> Response:
-        request.state.task = tasks.of_words(asked.model).name  # one that is there: see /predict
+        request.state.task = tasks.generative(asked.model).name  # one that is there: see /predict
         answer = _Answer(asked, shape, count)
         await answer.begin(tasks, batcher, request, what, most)
         return await answer.response()
@@ -156,7 +158,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
     @app.post("/v1/chat/completions", response_model=None, responses=refusals)
     async def chat(asked: ChatRequest, request: fastapi.Request) -> Response:
         """Say the assistant's next turn of a conversation, as OpenAI's chat completions."""
-        tasks.of_words(asked.model)
+        tasks.generative(asked.model)
         most = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         return await answer(asked, request, _conversation(asked), most, _Chat(asked.model))
 
@@ -167,7 +169,7 @@ def add_words(app: FastAPI, tasks: Tasks, batcher: Batcher, count: Callable[[str
 
 
 class _Answer:
-    """One answer, while it is said.
+    """One answer, while it is generated.
 
     Args:
         asked: what was asked.
@@ -175,9 +177,9 @@ class _Answer:
         count: is told the task where the answer was whole.
     """
 
-    def __init__(self, asked: Asked, shape: _Completion, count: Callable[[str], object]) -> None:
+    def __init__(self, asked: OpenAIRequest, shape: _Completion, count: Callable[[str], object]) -> None:
         self._asked, self._shape, self._count = asked, shape, count
-        # what is said; None at its end, which comes before that of others in its batch; `_said` where it failed, and
+        # its text; None at its end, which comes before that of others in its batch; `_answered` where it failed, and
         # `_gone` where the client left
         self._parts: asyncio.Queue[str | asyncio.Future[Any] | None] = asyncio.Queue()
 
@@ -186,8 +188,8 @@ class _Answer:
     ) -> None:
         """Encode what is asked, and have it answered."""
         asked, loop = self._asked, asyncio.get_running_loop()
-        self._saying = await asyncio.to_thread(
-            tasks.saying,
+        self._generation = await asyncio.to_thread(
+            tasks.generation_request,
             asked.model,
             what,
             most,
@@ -198,13 +200,13 @@ class _Answer:
             ),
             deliver=lambda part: loop.call_soon_threadsafe(self._parts.put_nowait, part),
         )
-        self._said = asyncio.ensure_future(batcher.answer(asked.model, [self._saying]))
+        self._answered = asyncio.ensure_future(batcher.answer(asked.model, [self._generation]))
         self._gone = asyncio.ensure_future(_disconnected(request))
-        for each in self._said, self._gone:
+        for each in self._answered, self._gone:
             each.add_done_callback(self._parts.put_nowait)
 
     async def response(self) -> Response:
-        """The answer in one piece or, where a stream is asked for, as events while it is said."""
+        """The answer in one piece or, where a stream is asked for, as events while it is generated."""
         try:
             first = part = await self._next()  # until then a refusal has a status of its own
             while part is not None and not self._asked.stream:
@@ -217,7 +219,7 @@ class _Answer:
             return StreamingResponse(self._events(first), media_type="text/event-stream", headers=headers)
         self._leave()
         self._count(self._asked.model)
-        return JSONResponse(self._shape.whole(self._saying))
+        return JSONResponse(self._shape.whole(self._generation))
 
     async def _next(self) -> str | None:
         """The next part, None at the end."""
@@ -230,8 +232,8 @@ class _Answer:
         return part
 
     def _leave(self) -> None:
-        self._saying.abandoned = True
-        self._said.cancel()
+        self._generation.abandoned = True
+        self._answered.cancel()
         self._gone.cancel()
 
     async def _events(self, first: str | None) -> AsyncIterator[str]:
@@ -243,9 +245,9 @@ class _Answer:
                 yield _event(self._shape.part(part))
                 part = await self._next()
             self._count(asked.model)
-            yield _event(self._shape.end(self._saying))
+            yield _event(self._shape.end(self._generation))
             if asked.stream_options is not None and asked.stream_options.include_usage:
-                yield _event(self._shape.counted(self._saying))
+                yield _event(self._shape.counted(self._generation))
             yield "data: [DONE]\n\n"
         except FastpeftError as error:
             yield _event(error_form(str(error), getattr(error, "status", 500)))
@@ -298,22 +300,22 @@ class _Completion:
         """The events before the first part."""
         return []
 
-    def whole(self, saying: Saying) -> dict[str, Any]:
+    def whole(self, generation: GenerationRequest) -> dict[str, Any]:
         """An answer in one piece."""
-        choice = _choice(self._whole(saying.text), saying.ended)
-        return self._with(self.whole_object, [choice], usage=_usage(saying))
+        choice = _choice(self._whole(generation.text), generation.finish_reason)
+        return self._with(self.whole_object, [choice], usage=_usage(generation))
 
     def part(self, text: str) -> dict[str, Any]:
         """A part of it."""
         return self._piece(self._part(text))
 
-    def end(self, saying: Saying) -> dict[str, Any]:
+    def end(self, generation: GenerationRequest) -> dict[str, Any]:
         """The part that says why it ended."""
-        return self._piece(self._part(""), saying.ended)
+        return self._piece(self._part(""), generation.finish_reason)
 
-    def counted(self, saying: Saying) -> dict[str, Any]:
+    def counted(self, generation: GenerationRequest) -> dict[str, Any]:
         """The part that counts its tokens."""
-        return self._with(self.part_object, [], usage=_usage(saying))
+        return self._with(self.part_object, [], usage=_usage(generation))
 
     def _whole(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -341,6 +343,6 @@ def _choice(content: dict[str, Any], ended: str | None) -> dict[str, Any]:
     return {"index": 0, **content, "logprobs": None, "finish_reason": ended}
 
 
-def _usage(saying: Saying) -> dict[str, int]:
-    prompt, said = len(saying.tokens), saying.count
-    return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
+def _usage(generation: GenerationRequest) -> dict[str, int]:
+    prompt, completion = len(generation.tokens), generation.count
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

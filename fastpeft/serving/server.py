@@ -72,7 +72,7 @@ def serve(
             access_log=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
-            timeout_graceful_shutdown=int(limits.seconds + limits.saying),
+            timeout_graceful_shutdown=int(limits.seconds + limits.generation),
         )
         for line in described(tasks):
             say(line)

@@ -22,15 +22,15 @@ from fastpeft.data.problems import NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel, LadderPool
 from fastpeft.prompts.model import PromptCollator, inside_prompt
-from fastpeft.serving.speech import Saying, say
+from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.generation import ends_of, says_words
+from fastpeft.training.generation import eos_token_ids, says_words
 from fastpeft.training.loading import FinishedRun, Taken, load_run
 from fastpeft.training.prediction import Predictor
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
-_MAX_TOKENS = 256  # that are said, where a client names no number
+_MAX_TOKENS = 256  # that are generated, where a client names no number
 NAME = r"[\w.-]{1,100}"  # of a task: it stands in addresses and in metrics
 
 
@@ -93,7 +93,7 @@ class Task:
     Attributes:
         name: its name.
         run: the run.
-        predictor: the run in use, where it tells classes, numbers or tags; None where it says words.
+        predictor: the run in use, where it tells classes, numbers or tags; None where it generates text.
         shared: the backbone that it shares. None: its model is its own.
         reason: why its backbone is its own; empty where others may share it.
         member: its name in the pool. No later task gets it, so that what was encoded for this one is never answered by
@@ -107,18 +107,18 @@ class Task:
     reason: str = ""
     member: str = ""
 
-    def say(self, sayings: Sequence[Saying]) -> None:
-        """Answer requests for words, of this task and of others on its backbone, until each has ended."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> None:
+        """Generate text for requests, of this task and of others on its backbone, until each has ended."""
         model, tokenizer = self.run.classifier.model, self.run.classifier.tokenizer
         generate: Callable[..., Any] = lambda batch, **options: model.generate(**batch, **options)  # noqa: E731
         if self.shared is not None:
-            sayings = sorted(sayings, key=lambda saying: saying.task.member)  # rows of a task follow each other
-            generate = partial(self.shared.pool.generate, tasks=[saying.task.member for saying in sayings])
+            requests = sorted(requests, key=lambda request: request.task.member)  # rows of a task follow each other
+            generate = partial(self.shared.pool.generate, tasks=[request.task.member for request in requests])
         with (
             torch.inference_mode(),
             torch.autocast(model.device.type, torch.bfloat16, enabled=bool(self.run.config.bf16)),
         ):
-            say(generate, tokenizer, model.device, sayings)
+            generate_batch(generate, tokenizer, model.device, requests)
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class Tasks:
             self._loading.add(name)
         try:
             predictor = None if says_words(folder) else Predictor(folder, self._device, self._max_length)
-            run = self._for_words(load_run(folder, self._device)) if predictor is None else predictor.run
+            run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
             with self._changing:
                 task = self._placed(name, run, predictor)
                 try:
                     if predictor is None:
-                        task.say([self._saying(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
+                        task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
                     else:
                         self._together([Ready(task, [predictor.take(_example(predictor))])])
                 except BaseException:
@@ -208,7 +208,7 @@ class Tasks:
             self._loading.discard(name)
         return task
 
-    def _for_words(self, run: FinishedRun) -> FinishedRun:
+    def _for_generation(self, run: FinishedRun) -> FinishedRun:
         """The run with a `max_length` of all that its model reads, beyond what it was trained to: words are not cut."""
         most = run.classifier.max_length
         return replace(run, max_length=min(most, self._max_length or most))
@@ -322,28 +322,30 @@ class Tasks:
         ordered = (scores[place] for place in range(len(rows)))
         return [[next(ordered) for _ in each.taken] for each in asked]
 
-    # -- words ---------------------------------------------------------------------------------------------------
+    # -- generated text ----------------------------------------------------------------------------------------
 
-    def saying(self, name: str, asked: Conversation | str, max_tokens: int | None = None, **options: Any) -> Saying:
-        """A request for words, read and encoded.
+    def generation_request(
+        self, name: str, asked: Conversation | str, max_tokens: int | None = None, **options: Any
+    ) -> GenerationRequest:
+        """A request for generated text, read and encoded.
 
         Args:
             name: of the task.
             asked: a conversation, which the chat template of the task's model writes, or a text to go on from.
-            max_tokens: the most tokens to say. None: 256, or what the model has room for.
-            options: of `Saying`.
+            max_tokens: the most tokens to generate. None: 256, or what the model has room for.
+            options: of `GenerationRequest`.
 
         Raises:
-            RefusedError: there is no task of that name, it says no words, it is asked a conversation and learned from
-                texts, or the model does not read so many tokens.
+            RefusedError: there is no task of that name, it generates no text, it is asked a conversation and learned
+                from texts, or the model does not read so many tokens.
         """
-        return self._saying(self.of_words(name), asked, max_tokens, **options)
+        return self._request(self.generative(name), asked, max_tokens, **options)
 
-    def of_words(self, name: str) -> Task:
-        """The task of that name, which says words.
+    def generative(self, name: str) -> Task:
+        """The task of that name, which generates text.
 
         Raises:
-            RefusedError: there is none, or it says no words.
+            RefusedError: there is none, or it generates no text.
         """
         try:
             task = self[name]
@@ -356,7 +358,9 @@ class Tasks:
             raise RefusedError(str(error), 404, "model", "model_not_found") from None
         return task
 
-    def _saying(self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any) -> Saying:
+    def _request(
+        self, task: Task, asked: Conversation | str, max_tokens: int | None, **options: Any
+    ) -> GenerationRequest:
         chats, tokenizer = isinstance(asked, Conversation), task.run.classifier.tokenizer
         param = "messages" if chats else "prompt"
         if chats and not task.run.chats:
@@ -367,7 +371,7 @@ class Tasks:
                 param,
             )
         try:
-            tokens, ends = prompt_tokens(tokenizer, asked), ends_of(task.run, chats=chats)
+            tokens, eos = prompt_tokens(tokenizer, asked), eos_token_ids(task.run, chats=chats)
         except FastpeftError as error:  # of the template
             raise RefusedError(str(error), 400, param) from error
         if not tokens:
@@ -385,51 +389,51 @@ class Tasks:
             )
         most = max_tokens or min(_MAX_TOKENS, room)
         # a text that goes on may begin with a space
-        return Saying(task, tokenizer, tokens, ends=ends, max_tokens=most, strip=chats, **options)
+        return GenerationRequest(task, tokenizer, tokens, eos_token_ids=eos, max_tokens=most, strip=chats, **options)
 
-    def say(self, asked: Sequence[tuple[str, Sequence[Saying]]]) -> list[Saying | Exception]:
-        """Answer requests for words, each one `Saying`, together where they share a model and their sampling.
+    def generate(self, asked: Sequence[tuple[str, Sequence[GenerationRequest]]]) -> list[GenerationRequest | Exception]:
+        """Answer requests for generated text together where they share a model and their sampling.
 
         Returns:
             Each request, which has ended; or why it could not be answered.
         """
-        sayings = [saying for _, each in asked for saying in each]
-        groups: dict[Any, list[Saying]] = defaultdict(list)
-        for saying in sayings:
-            groups[id(saying.task.shared or saying.task), saying.sampling].append(saying)
+        requests = [request for _, each in asked for request in each]
+        groups: dict[Any, list[GenerationRequest]] = defaultdict(list)
+        for request in requests:
+            groups[id(request.task.shared or request.task), request.sampling].append(request)
         failed: dict[int, Exception] = {}
         for group in groups.values():
             for batch in self._batches(group):
-                failed |= self._say(batch)
-        return [failed.get(id(saying), saying) for saying in sayings]
+                failed |= self._generate(batch)
+        return [failed.get(id(request), request) for request in requests]
 
-    def _batches(self, group: list[Saying]) -> Iterator[list[Saying]]:
+    def _batches(self, group: list[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
         """Requests to answer together: no more than rows of a pass, and none that others would pad beyond its model."""
         size = self._most_rows(group[0].task)
-        limit = min(saying.task.run.classifier.max_length for saying in group)
-        batch: list[Saying] = []
-        for saying in sorted(group, key=lambda saying: len(saying.tokens)):
-            most = max(each.max_tokens for each in (*batch, saying))
-            if batch and (len(batch) == size or len(saying.tokens) + most > limit):
+        limit = min(request.task.run.classifier.max_length for request in group)
+        batch: list[GenerationRequest] = []
+        for request in sorted(group, key=lambda request: len(request.tokens)):
+            most = max(each.max_tokens for each in (*batch, request))
+            if batch and (len(batch) == size or len(request.tokens) + most > limit):
                 yield batch
                 batch = []
-            batch.append(saying)
+            batch.append(request)
         yield batch
 
-    def _say(self, batch: list[Saying]) -> dict[int, Exception]:
-        """Answer a batch; where that fails, each alone to which nothing was said yet, so that one fails by itself."""
+    def _generate(self, batch: list[GenerationRequest]) -> dict[int, Exception]:
+        """Answer a batch; where that fails, each alone that has no token yet, so that one fails by itself."""
         try:
-            batch[0].task.say(batch)
+            batch[0].task.generate(batch)
             return {}
         except Exception as error:
             if len(batch) == 1:
                 return {id(batch[0]): self._why(batch[0].task, error)}
             failed: dict[int, Exception] = {}
-            for saying in batch:
-                if saying.count and saying.ended is None:
-                    failed[id(saying)] = self._why(saying.task, error)
-                elif saying.ended is None:
-                    failed |= self._say([saying])
+            for request in batch:
+                if request.count and request.finish_reason is None:
+                    failed[id(request)] = self._why(request.task, error)
+                elif request.finish_reason is None:
+                    failed |= self._generate([request])
             return failed
 
 

@@ -34,8 +34,8 @@ def says_words(folder: str | Path) -> bool:
     return RunFolder(folder).metrics().get("problem_type") == NEXT_WORDS.name
 
 
-def ends_of(run: FinishedRun, *, chats: bool) -> set[int]:
-    """The tokens after which a run says nothing more, to a conversation or another text."""
+def eos_token_ids(run: FinishedRun, *, chats: bool) -> set[int]:
+    """The tokens after which a run generates nothing more, to a conversation or another text."""
     own = getattr(run.classifier.model.generation_config, "eos_token_id", None)
     return end_tokens(run.classifier.tokenizer, chats=chats).union([own] if isinstance(own, int) else own or ())
 
@@ -97,7 +97,7 @@ class Writer:
     def write(self, taken: Sequence[Taken]) -> list[str]:
         """What the run says to each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
-        ends = ends_of(self.run, chats=self.run.chats)
+        ends = eos_token_ids(self.run, chats=self.run.chats)
         rows = [each.row for each in taken]
         said: dict[int, str] = {}
         for chosen in by_length(rows, _BATCH_SIZE):

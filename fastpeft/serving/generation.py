@@ -1,4 +1,4 @@
-"""What is said to one request, token by token: where it ends, and what of it a client may already read."""
+"""Requests for generated text, token by token: where each ends, and what of it a client may already read."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-STOP, LENGTH = "stop", "length"  # why nothing more is said
-_COLDEST = 1e-3  # a temperature below it says the most likely words: divided by less, scores are not finite
-_HALF = "\ufffd"  # what tokens of half a character are decoded to
+STOP, LENGTH = "stop", "length"  # why a request has ended
+_LEAST_TEMPERATURE = 1e-3  # below it decoding is greedy: scores divided by less are not finite
+_REPLACEMENT = "\ufffd"  # what tokens of half a character are decoded to
 
 
-class Saying:
-    """A request for words, and what has been said to it so far.
+class GenerationRequest:
+    """A request for generated text, and what was generated for it so far.
 
     Args:
         task: that answers.
         tokenizer: of its run.
         tokens: of the prompt.
-        ends: the tokens after which nothing more is said.
-        max_tokens: the most that are said.
+        eos_token_ids: the tokens after which nothing more is generated.
+        max_tokens: the most that are generated.
         stop: texts before the first of which the answer ends.
-        sampling: temperature, 0 for the most likely words, and the share of likely words that are drawn from.
+        sampling: temperature, 0 for greedy decoding, and top-p.
         strip: whether space around the answer is left out, as of a turn.
-        deliver: is called with each part of the answer and, at its end, with None, in the thread that says it.
+        deliver: is called with each part of the answer and, at its end, with None, in the thread that generates it.
 
     Attributes:
         text: the answer so far. What was delivered is its beginning, whatever follows.
         count: the number of its tokens.
-        ended: `"stop"`, `"length"`, or None while it goes on.
+        finish_reason: `"stop"`, `"length"`, or None while it goes on.
         abandoned: True where nobody listens any more.
     """
 
@@ -41,7 +41,7 @@ class Saying:
         tokenizer: Any,
         tokens: list[int],
         *,
-        ends: Collection[int],
+        eos_token_ids: Collection[int],
         max_tokens: int,
         stop: Sequence[str] = (),
         sampling: tuple[float, float] = (0.0, 1.0),
@@ -50,27 +50,27 @@ class Saying:
     ) -> None:
         self.task, self.tokens, self.max_tokens, self.sampling = task, tokens, max_tokens, sampling
         self.text = ""
-        self.ended: str | None = None
+        self.finish_reason: str | None = None
         self.abandoned = False
-        self._tokenizer, self._ends, self._stop, self._deliver = tokenizer, ends, stop, deliver
+        self._tokenizer, self._eos_token_ids, self._stop, self._deliver = tokenizer, eos_token_ids, stop, deliver
         self._strip = strip
-        self._said: list[int] = []
+        self._generated: list[int] = []
 
     @property
     def count(self) -> int:
-        return len(self._said)
+        return len(self._generated)
 
-    def hear(self, token: int) -> None:
-        """Go on by a token, unless the answer has ended."""
-        if self.ended is not None:
+    def append(self, token: int) -> None:
+        """Add a new token, unless the answer has ended."""
+        if self.finish_reason is not None:
             return
         ended = None
-        if token in self._ends:
+        if token in self._eos_token_ids:
             ended = STOP
         else:
-            self._said.append(token)
+            self._generated.append(token)
         # all of it: the text of a token depends on those before it
-        text = self._tokenizer.decode(self._said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(self._generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
             text, ended = text[: min(places)], STOP
@@ -85,51 +85,53 @@ class Saying:
             self.text = text
             self._deliver(new)
         if ended is not None:
-            self.ended = ended
+            self.finish_reason = ended
             self._deliver(None)
 
     def _certain(self, text: str) -> str:
         """The beginning of a text that ends neither within a character nor within what may become a stop."""
-        text = text.rstrip(_HALF)
+        text = text.rstrip(_REPLACEMENT)
         lengths = (length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length]))
         return text[: len(text) - max(lengths, default=0)]
 
 
-class Hearing(StoppingCriteria):
-    """Hands each new token of a batch to its row's `Saying`, and ends rows that have ended.
+class RequestCriteria(StoppingCriteria):
+    """Adds each new token of a batch to its row's request, and stops the rows whose request has ended.
 
     Args:
-        sayings: of the rows.
+        requests: of the rows.
     """
 
-    def __init__(self, sayings: Sequence[Saying]) -> None:
-        self._sayings = sayings
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        self._requests = requests
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        for saying, token in zip(self._sayings, input_ids[:, -1].tolist()):
-            saying.hear(token)
-        done = [saying.ended is not None or saying.abandoned for saying in self._sayings]
+        for request, token in zip(self._requests, input_ids[:, -1].tolist()):
+            request.append(token)
+        done = [request.finish_reason is not None or request.abandoned for request in self._requests]
         return torch.tensor(done, device=input_ids.device)
 
 
-def say(generate: Callable[..., Any], tokenizer: Any, device: Any, sayings: Sequence[Saying]) -> None:
-    """Answer requests of equal `sampling` together.
+def generate_batch(
+    generate: Callable[..., Any], tokenizer: Any, device: Any, requests: Sequence[GenerationRequest]
+) -> None:
+    """Answer requests of equal `sampling` together, in one call of `generate`.
 
     Args:
         generate: called with a batch and options of transformers' `generate`.
         tokenizer: pads the batch.
         device: of the model.
-        sayings: the requests; each of them has ended or been abandoned afterwards.
+        requests: the requests; each of them has ended or been abandoned afterwards.
     """
-    rows = [{"input_ids": saying.tokens, "attention_mask": [1] * len(saying.tokens)} for saying in sayings]
+    rows = [{"input_ids": request.tokens, "attention_mask": [1] * len(request.tokens)} for request in requests]
     batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(device)
-    temperature, top_p = sayings[0].sampling
+    temperature, top_p = requests[0].sampling
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     generate(
         dict(batch),
-        max_new_tokens=max(saying.max_tokens for saying in sayings),
+        max_new_tokens=max(request.max_tokens for request in requests),
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=None,  # each row has its own ends
-        stopping_criteria=[Hearing(sayings)],
-        **(drawn if temperature >= _COLDEST else {"do_sample": False}),
+        eos_token_id=None,  # each row has its own
+        stopping_criteria=[RequestCriteria(requests)],
+        **(drawn if temperature >= _LEAST_TEMPERATURE else {"do_sample": False}),
     )

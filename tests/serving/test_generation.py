@@ -17,7 +17,7 @@ from served import Server
 
 from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
-from fastpeft.serving.speech import Hearing, Saying, say
+from fastpeft.serving.generation import GenerationRequest, RequestCriteria, generate_batch
 from fastpeft.serving.tasks import RefusedError, Tasks
 from fastpeft.training.generation import Writer
 from fastpeft.training.loading import load_run
@@ -106,33 +106,33 @@ class Letters:
         return bytes(tokens).decode(errors="replace")
 
 
-def heard(text: str, *, end: bool = True, **options: Any) -> tuple[Saying, list[str]]:
+def generated(text: str, *, end: bool = True, **options: Any) -> tuple[GenerationRequest, list[str]]:
     """What is delivered after each byte of a text, and its end."""
     delivered: list[Any] = []
     options = {"max_tokens": 99, **options}
-    saying = Saying(None, Letters(), [7], ends={0}, deliver=delivered.append, **options)
+    generation = GenerationRequest(None, Letters(), [7], eos_token_ids={0}, deliver=delivered.append, **options)
     for token in text.encode() + bytes(end):
-        saying.hear(token)
+        generation.append(token)
     *parts, last = delivered
     assert last is None
-    assert "".join(parts) == saying.text
-    return saying, parts
+    assert "".join(parts) == generation.text
+    return generation, parts
 
 
 def test_an_answer_is_delivered_as_it_comes() -> None:
-    saying, parts = heard("  two words ")
-    assert (saying.text, saying.ended, saying.count) == ("two words", "stop", 12)
+    generation, parts = generated("  two words ")
+    assert (generation.text, generation.finish_reason, generation.count) == ("two words", "stop", 12)
     assert parts == ["t", "w", "o", " w", "o", "r", "d", "s"]
 
 
 def test_space_around_what_goes_on_from_a_prompt_is_delivered() -> None:
-    saying, parts = heard(" a b\n", strip=False)
-    assert saying.text == " a b\n"
+    generation, parts = generated(" a b\n", strip=False)
+    assert generation.text == " a b\n"
     assert parts == [" ", "a", " ", "b", "\n"]
 
 
 def test_no_half_character_is_delivered() -> None:
-    _, parts = heard("a\u00e9\U0001f600b")
+    _, parts = generated("a\u00e9\U0001f600b")
     assert parts == ["a", "\u00e9", "\U0001f600", "b"]
 
 
@@ -148,22 +148,22 @@ def test_no_half_character_is_delivered() -> None:
     ],
 )
 def test_nothing_of_a_stop_is_delivered(said: str, stop: list[str], text: str, ended: str) -> None:
-    saying, _ = heard(said, stop=stop)
-    assert (saying.text, saying.ended) == (text, ended)
+    generation, _ = generated(said, stop=stop)
+    assert (generation.text, generation.finish_reason) == (text, ended)
 
 
 def test_an_answer_has_no_more_tokens_than_it_may() -> None:
-    saying, _ = heard("abcdef", max_tokens=3, stop=["cx"], end=False)
-    assert (saying.text, saying.ended, saying.count) == ("abc", "length", 3)
+    generation, _ = generated("abcdef", max_tokens=3, stop=["cx"], end=False)
+    assert (generation.text, generation.finish_reason, generation.count) == ("abc", "length", 3)
 
 
 def test_rows_end_by_themselves() -> None:
-    first, second = (Saying(None, Letters(), [7], ends={0}, max_tokens=9) for _ in range(2))
-    hearing = Hearing([first, second])
-    assert hearing(torch.tensor([[97], [98]]), None).tolist() == [False, False]
-    assert hearing(torch.tensor([[0], [99]]), None).tolist() == [True, False]
+    first, second = (GenerationRequest(None, Letters(), [7], eos_token_ids={0}, max_tokens=9) for _ in range(2))
+    criteria = RequestCriteria([first, second])
+    assert criteria(torch.tensor([[97], [98]]), None).tolist() == [False, False]
+    assert criteria(torch.tensor([[0], [99]]), None).tolist() == [True, False]
     second.abandoned = True
-    assert hearing(torch.tensor([[97], [99]]), None).tolist() == [True, True]
+    assert criteria(torch.tensor([[97], [99]]), None).tolist() == [True, True]
     assert (first.text, second.text) == ("a", "bcc")
 
 
@@ -184,19 +184,22 @@ def test_tasks_on_one_backbone_say_their_words_in_one_batch(
     asked = []
     for (name, text), _ in zip(expected, range(99)):
         what = text if name == "e2e" else Conversation((("user", text),))
-        asked.append((name, [tasks.saying(name, what, 8)]))
-    answers = tasks.say(asked)
-    assert [answer.text.strip() for answer in answers if isinstance(answer, Saying)] == list(expected.values())
+        asked.append((name, [tasks.generation_request(name, what, 8)]))
+    answers = tasks.generate(asked)
+    assert [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)] == list(
+        expected.values()
+    )
     assert batches == [15]
 
 
 def test_other_sampling_or_too_long_a_sum_is_another_batch(tasks: Tasks) -> None:
     chat, own = tasks["chat"], tasks["own"]
     long = [
-        tasks.saying("chat", Conversation((("user", "film " * length),)), most) for length, most in ((1, 30), (24, 4))
+        tasks.generation_request("chat", Conversation((("user", "film " * length),)), most)
+        for length, most in ((1, 30), (24, 4))
     ]
     assert [len(batch) for batch in tasks._batches(long)] == [1, 1]
-    short = [tasks.saying("chat", Conversation((("user", "film"),)), 4) for _ in range(20)]
+    short = [tasks.generation_request("chat", Conversation((("user", "film"),)), 4) for _ in range(20)]
     assert [len(batch) for batch in tasks._batches(short)] == [16, 4]
     assert chat.shared is not None
     assert own.shared is None
@@ -212,10 +215,10 @@ def test_of_a_batch_that_fails_each_is_answered_alone(tasks: Tasks, monkeypatch:
 
     monkeypatch.setattr(LadderPool, "generate", failing)
     chat = Conversation((("user", "film"),))
-    first, second = tasks.say([(name, [tasks.saying(name, chat, 4)]) for name in ("wide", "chat")])
+    first, second = tasks.generate([(name, [tasks.generation_request(name, chat, 4)]) for name in ("wide", "chat")])
     assert isinstance(first, RuntimeError)
-    assert isinstance(second, Saying)
-    assert second.ended is not None
+    assert isinstance(second, GenerationRequest)
+    assert second.finish_reason is not None
 
 
 def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: Path, tmp_path: Path) -> None:
@@ -230,17 +233,17 @@ def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: P
     assert len({id(each) for each in shared}) == 3
     for name in ("one", "again", "other"):
         writer = Writer(load_run(tmp_path / name.replace("again", "one")), 3)
-        answers = tasks.say([(name, [tasks.saying(name, text, 3)]) for text in ASKED])
-        texts = [answer.text.strip() for answer in answers if isinstance(answer, Saying)]
+        answers = tasks.generate([(name, [tasks.generation_request(name, text, 3)]) for text in ASKED])
+        texts = [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)]
         assert texts == writer.write([writer.take(text) for text in ASKED])
 
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:
     tasks = Tasks({"chat": place / "chat"})
-    saying = tasks.saying("chat", Conversation((("user", "film"),)))
-    assert saying.max_tokens == 38 - len(saying.tokens)
+    generation = tasks.generation_request("chat", Conversation((("user", "film"),)))
+    assert generation.max_tokens == 38 - len(generation.tokens)
     tasks.remove("chat")
-    (answer,) = tasks.say([("chat", [saying])])
+    (answer,) = tasks.generate([("chat", [generation])])
     assert isinstance(answer, RefusedError)
     assert answer.status == 404
 
@@ -437,11 +440,11 @@ def test_an_answer_waits_for_no_other_and_fails_with_none(
     answered, waited = threading.Event(), []
 
     def long(*args: Any) -> None:
-        say(*args)
+        generate_batch(*args)
         waited.append(answered.wait(30))  # as for a longer answer of the batch
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("fastpeft.serving.tasks.say", long)
+    monkeypatch.setattr("fastpeft.serving.tasks.generate_batch", long)
     status, answer, _ = server.ask("POST", *request("own", "film", stream=stream))
     answered.set()
     assert status == 200, answer
@@ -458,7 +461,7 @@ def test_a_fault_is_no_traceback_to_clients(server: Server, monkeypatch: pytest.
 
     path, body = request("own", "film", stream=stream)
     with monkeypatch.context() as patched:
-        patched.setattr("fastpeft.serving.tasks.say", failing)
+        patched.setattr("fastpeft.serving.tasks.generate_batch", failing)
         status, answer, _ = server.ask("POST", path, body)
     assert (status, answer["error"]["message"]) == (500, "the server failed; its log says why.")
     assert answer["error"]["type"] == "server_error"
@@ -466,12 +469,12 @@ def test_a_fault_is_no_traceback_to_clients(server: Server, monkeypatch: pytest.
 
 
 def test_a_fault_within_a_stream_is_its_last_event(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
-        sayings[0]._deliver("begun")
+    def failing(generate: Any, tokenizer: Any, device: Any, requests: list[GenerationRequest]) -> Any:
+        requests[0]._deliver("begun")
         raise RuntimeError("secret")
 
     path, body = request("own", "film", stream=True)
-    monkeypatch.setattr("fastpeft.serving.tasks.say", failing)
+    monkeypatch.setattr("fastpeft.serving.tasks.generate_batch", failing)
     status, answer, _ = server.ask("POST", path, body)
     assert status == 200
     assert '"content": "begun"' in answer
@@ -486,18 +489,18 @@ def test_what_nobody_listens_to_is_not_said(
     begun, ended = threading.Event(), threading.Event()
     left: list[bool] = []
 
-    def endless(generate: Any, tokenizer: Any, device: Any, sayings: list[Saying]) -> Any:
+    def endless(generate: Any, tokenizer: Any, device: Any, requests: list[GenerationRequest]) -> Any:
         if said:
-            sayings[0]._deliver(said)
+            requests[0]._deliver(said)
         begun.set()
         for _ in range(600):
-            if sayings[0].abandoned:
+            if requests[0].abandoned:
                 break
             ended.wait(0.05)
-        left.append(sayings[0].abandoned)
+        left.append(requests[0].abandoned)
         ended.set()
 
-    monkeypatch.setattr("fastpeft.serving.tasks.say", endless)
+    monkeypatch.setattr("fastpeft.serving.tasks.generate_batch", endless)
     path, body = request("own", "film", stream=stream)
     data = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
