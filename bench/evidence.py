@@ -47,7 +47,7 @@ from fastpeft.comparison.run import Comparison
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows
 from fastpeft.data.problems import CLASSIFICATION, NEXT_WORDS
 from fastpeft.support.files import read_json, write_json, write_text
-from fastpeft.training.generation import Writer, measure_said
+from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import load_run
 
 KEPT = DATA / "evidence"
@@ -108,7 +108,7 @@ def said(cell: Path, rows: Path) -> dict[str, float]:
     run = load_run(cell)
     test = load_rows(str(rows / "test.jsonl"), [], NEXT_WORDS)
     return {
-        **measure_said(Writer(run), test.texts),
+        **measure_generations(TextGenerator(run), test.texts),
         "general_loss_before": _loss_of_base(run.config.model),
         "general_loss": _general_loss(run.classifier.model, run.classifier.tokenizer),
     }

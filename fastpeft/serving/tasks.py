@@ -25,7 +25,7 @@ from fastpeft.prompts.model import PromptCollator, inside_prompt
 from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
-from fastpeft.training.generation import eos_token_ids, says_words
+from fastpeft.training.generation import eos_token_ids, generates_text
 from fastpeft.training.loading import FinishedRun, Taken, load_run
 from fastpeft.training.prediction import Predictor
 
@@ -55,19 +55,19 @@ class Shared:
         pool: their side networks, by `Task.member`.
         tokenizer: of the first of them.
         bf16: whether they compute in bfloat16 where autocast does.
-        says_words: whether they learned next words.
+        generates_text: whether they learned next words.
     """
 
     pool: LadderPool
     tokenizer: Any
     bf16: bool
-    says_words: bool
+    generates_text: bool
 
     def fits(self, run: Any) -> bool:
         """Whether rows of a run can stand in one batch with those that are here."""
         own, other = self.tokenizer, run.classifier.tokenizer
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
-        return padding and self.bf16 == bool(run.config.bf16) and self.says_words == (run.problem is NEXT_WORDS)
+        return padding and self.bf16 == bool(run.config.bf16) and self.generates_text == (run.problem is NEXT_WORDS)
 
     def scores(self, rows: Sequence[tuple[Task, Taken]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
@@ -191,7 +191,7 @@ class Tasks:
                 raise RefusedError(f"there is a task {name!r}. Remove it first, or give another name.", 409)
             self._loading.add(name)
         try:
-            predictor = None if says_words(folder) else Predictor(folder, self._device, self._max_length)
+            predictor = None if generates_text(folder) else Predictor(folder, self._device, self._max_length)
             run = self._for_generation(load_run(folder, self._device)) if predictor is None else predictor.run
             with self._changing:
                 task = self._placed(name, run, predictor)
@@ -322,7 +322,7 @@ class Tasks:
         ordered = (scores[place] for place in range(len(rows)))
         return [[next(ordered) for _ in each.taken] for each in asked]
 
-    # -- generated text ----------------------------------------------------------------------------------------
+    # -- generated text ------------------------------------------------------------------------------------------
 
     def generation_request(
         self, name: str, asked: Conversation | str, max_tokens: int | None = None, **options: Any

@@ -34,7 +34,7 @@ from fastpeft.support.environment import best_device
 from fastpeft.support.stages import report
 from fastpeft.training.config import TrainConfig
 from fastpeft.training.encoding import DEFAULT_MAX_LENGTH, LONGEST_SAID, encode_counted, warn_of_texts
-from fastpeft.training.generation import Writer, measure_said
+from fastpeft.training.generation import TextGenerator, measure_generations
 from fastpeft.training.loading import FinishedRun, load_run
 from fastpeft.training.prediction import outputs_of
 from fastpeft.training.prompt_search import find_prompt
@@ -53,7 +53,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics and loss of a finished run on its own dev rows, or on the rows of `data`, and `dev_rows`, their number.
 
-    Of a run on next words also what `measure_said` gives, where rows have prompts. Beside these it has what
+    Of a run on next words also what `measure_generations` gives, where rows have prompts. Beside these it has what
     `metrics.json` has of classes, see `fastpeft.data.problems.describe`, and `warnings`, which are logged too: what
     makes the figures doubtful, as rows that the run was trained on.
 
@@ -62,8 +62,8 @@ def evaluate(
         data: other data: all rows of a file, or the dev part of anything else.
         text_column, label_column: columns of `data`; without it none. None: those that the run was trained with, else
             found by their names.
-        max_new_tokens: the most tokens that a run on next words says to a prompt, see `Writer`; 0 lets it say
-            nothing.
+        max_new_tokens: the most tokens that a run on next words generates from a prompt, see `TextGenerator`; 0
+            lets it generate nothing.
 
     Raises:
         FastpeftError: the run or the data cannot be loaded, the data has a class that the run does not know, or the
@@ -165,7 +165,7 @@ def _evaluate(
     outputs, labels = join(outputs_of(run, rows)), join([np.array(row["labels"]) for row in rows])
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
-        measured |= measure_said(Writer(run, max_new_tokens), dev.texts)
+        measured |= measure_generations(TextGenerator(run, max_new_tokens), dev.texts)
     warnings = [*doubts, *measured["warnings"], *cut_texts]
     pitfalls.tell(warnings)
     return {**measured, "warnings": warnings, "dev_rows": len(rows)}

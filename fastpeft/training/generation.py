@@ -1,4 +1,4 @@
-"""What a finished run says: a decoder that goes on from prompts, and how near its words are to those of the data."""
+"""Text that a finished run generates from prompts, and how near it is to that of the data."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _MAX_NEW_TOKENS = 64
 _BATCH_SIZE = 16
 
 
-def says_words(folder: str | Path) -> bool:
-    """Whether the run in a folder learned next words, so that a `Writer` uses it."""
+def generates_text(folder: str | Path) -> bool:
+    """Whether the run in a folder learned next words, so that a `TextGenerator` uses it."""
     return RunFolder(folder).metrics().get("problem_type") == NEXT_WORDS.name
 
 
@@ -40,13 +40,13 @@ def eos_token_ids(run: FinishedRun, *, chats: bool) -> set[int]:
     return end_tokens(run.classifier.tokenizer, chats=chats).union([own] if isinstance(own, int) else own or ())
 
 
-class Writer:
+class TextGenerator:
     """A finished run that learned next words, in use: it goes on from texts by its most likely words.
 
     Args:
         run: the run, with its model.
-        max_new_tokens: the most tokens that it says to one text. None: 64, or half of what the model reads where that
-            is less.
+        max_new_tokens: the most tokens that it generates from one text. None: 64, or half of what the model reads
+            where that is less.
 
     Raises:
         FastpeftError: the model reads no more than `max_new_tokens`.
@@ -94,8 +94,8 @@ class Writer:
         raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
 
     @torch.inference_mode()
-    def write(self, taken: Sequence[Taken]) -> list[str]:
-        """What the run says to each text, greedily."""
+    def generate(self, taken: Sequence[Taken]) -> list[str]:
+        """What the run generates from each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
         ends = eos_token_ids(self.run, chats=self.run.chats)
         rows = [each.row for each in taken]
@@ -120,14 +120,14 @@ class Writer:
         return [said[index] for index in range(len(rows))]
 
 
-def write(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
-    """What a finished run on next words says to each text; see `Writer`."""
-    writer = Writer(load_run(folder), max_new_tokens)
-    return writer.write([writer.take(text) for text in texts])
+def generate(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
+    """What a finished run on next words generates from each text; see `TextGenerator`."""
+    generator = TextGenerator(load_run(folder), max_new_tokens)
+    return generator.generate([generator.take(text) for text in texts])
 
 
-def measure_said(writer: Writer, texts: Sequence[Any]) -> dict[str, float]:
-    """BLEU and ROUGE-L of what a run says to the prompts of rows, against all completions that the rows have of each.
+def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[str, float]:
+    """BLEU and ROUGE-L of what a run generates from the prompts of rows, against all completions that they have there.
 
     BLEU is sacrebleu's, over all prompts, from 0 to 100. ROUGE-L is rouge-score's F1 with stems, from 0 to 1: of each
     prompt that of the nearest completion, the mean over prompts.
@@ -150,17 +150,17 @@ def measure_said(writer: Writer, texts: Sequence[Any]) -> dict[str, float]:
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    taken = {}
+    taken, limit = {}, generator.max_new_tokens
     for key, prompt in prompts.items():
         with suppress(FastpeftError):  # too long, or nothing was asked
-            taken[key] = writer.take(prompt)
+            taken[key] = generator.take(prompt)
     if not taken:
-        logger.warning("no prompt leaves room for %d new tokens, so nothing is said", writer.max_new_tokens)
+        logger.warning("no prompt leaves room for %d new tokens, so nothing is said", limit)
         return {}
-    said = writer.write(list(taken.values()))
+    said = generator.generate(list(taken.values()))
     for count, what in (
         (len(prompts) - len(taken), "cannot be gone on from within what the model reads, and are left out"),
-        (writer.cut, f"have answers that were cut after {writer.max_new_tokens} tokens; give more `max_new_tokens`"),
+        (generator.cut, f"have answers that were cut after {limit} tokens; give more `max_new_tokens`"),
     ):
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)

@@ -19,7 +19,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.encoding import collator, count_cut, encode
-from fastpeft.training.generation import says_words, write
+from fastpeft.training.generation import generate, generates_text
 from fastpeft.training.loading import FinishedRun, Taken, load_run
 
 _BATCH_SIZE = 64
@@ -131,17 +131,17 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         For each text its most likely class and the probability of that; for a run on numbers the name of the number
         and its value; for a run on tags a list with the most likely tag of every word and the probability of that; for
         a run on several labels a list of those that are answered, which may be empty, each with its probability; for a
-        run on next words what it says, see `fastpeft.training.generation.Writer`. Where the run has a threshold, it
-        decides between two classes, and which labels are answered. How many texts were longer than the run reads is
-        logged.
+        run on next words what it generates, see `fastpeft.training.generation.TextGenerator`. Where the run has a
+        threshold, it decides between two classes, and which labels are answered. How many texts were longer than the
+        run reads is logged.
 
     Raises:
         FastpeftError: as `Predictor`; or `texts` is one text, whose characters would be taken for texts; or one of
             them is not what the run reads.
     """
     refuse_one_text(texts)
-    if says_words(folder):
-        return write(folder, texts)
+    if generates_text(folder):
+        return generate(folder, texts)
     predictor = Predictor(folder)
     taken = [predictor.take(text) for text in texts]
     pitfalls.tell(pitfalls.of_cut_texts(predictor.count_cut(taken), len(taken), 0, predictor.run.max_length))

@@ -27,7 +27,7 @@ from fastpeft.data.values import SEPARATOR, Place, as_text, as_words
 from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.support.files import path_of, publish, saving
 from fastpeft.support.interrupts import uninterrupted
-from fastpeft.training.generation import Writer, says_words
+from fastpeft.training.generation import TextGenerator, generates_text
 from fastpeft.training.loading import Taken, load_run
 from fastpeft.training.prediction import Predictor, shortest
 
@@ -65,7 +65,7 @@ class Predictions:
         kind: what the file is, where the end of its name does not tell.
         text_column: name of the column of texts, or two names joined by a comma. None: those that the run was trained
             with, else found by their names. Other columns, as that of labels, are not read.
-        max_new_tokens: the most tokens that a run on next words says to a text. None: as of `Writer`.
+        max_new_tokens: the most tokens that a run on next words generates from a text. None: as of `TextGenerator`.
 
     Attributes:
         labels: names of the classes or tags, or of the number.
@@ -96,9 +96,9 @@ class Predictions:
         name, kind, rows = ("", "", []) if file is None else read_apart(file, kind)
         if text_column is not None and kind == "txt":
             raise FastpeftError(f"`text_column` is {text_column!r}, but {name} is text without columns. Leave it out.")
-        self._predictor: Predictor | Writer
-        if says_words(folder):
-            self._predictor = Writer(load_run(folder), max_new_tokens)
+        self._predictor: Predictor | TextGenerator
+        if generates_text(folder):
+            self._predictor = TextGenerator(load_run(folder), max_new_tokens)
         elif max_new_tokens is not None:
             raise FastpeftError(
                 f"`max_new_tokens` is {max_new_tokens}, but the run in {str(folder)!r} tells classes or numbers. Leave "
@@ -109,8 +109,8 @@ class Predictions:
         self.labels = self._predictor.run.labels
         self._given = [(number, self._take_given(number, text)) for number, text in enumerate(texts, start=1)]
         self._name, self._rows = name, rows
-        self._says = isinstance(self._predictor, Writer)
-        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._says else _TEXT
+        self._generates = isinstance(self._predictor, TextGenerator)
+        self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._generates else _TEXT
         self._read = self._read_line
         self._records: dict[int, Record] = {}  # of the rows that have columns, by their numbers
         if file is not None and kind != "txt":
@@ -130,7 +130,7 @@ class Predictions:
             text_column = own_columns(None, run.config.text_column, Table(self._name, [first]), "--text-column")
             own_labels = named_labels(run.config.label_column or "", list(first))
             first = {name: value for name, value in first.items() if name not in own_labels}
-        if isinstance(self._predictor, Writer):
+        if isinstance(self._predictor, TextGenerator):
             names = prompt_columns(Table(self._name, [first]), text_column)
             if is_conversation(first.get(names[0])):
                 run.check_conversations()
@@ -147,7 +147,7 @@ class Predictions:
 
     def _read_cells(self, row: Record, place: Place) -> Any:
         values = [(name, row.get(name)) for name in self._names]
-        if self._says and is_conversation(values[0][1]):
+        if self._generates and is_conversation(values[0][1]):
             return as_conversation(values[0][1], self._names[0], place, answered=False)
         if self._predictor.run.problem.per_token and isinstance(values[0][1], list):
             return as_words(values[0][1], values[0][0], place)
@@ -175,8 +175,8 @@ class Predictions:
                     left_out.append(error)
             given = [each for _, each in taken]
             scores: Sequence[Any]
-            if isinstance(self._predictor, Writer):
-                scores = self._predictor.write(given)
+            if isinstance(self._predictor, TextGenerator):
+                scores = self._predictor.generate(given)
             else:
                 scores = self._predictor.scores(given)
                 self.cut += self._predictor.count_cut(given)
@@ -219,7 +219,7 @@ class Predictions:
         that says, and an empty line.
         """
         problem, text = self._predictor.run.problem, prediction.text
-        if self._says:
+        if self._generates:
             yield from prediction.scores.splitlines() or [""]
             yield ""
         elif problem.per_token:
@@ -266,7 +266,7 @@ class Predictions:
     def _made(self) -> dict[str, type]:
         """The names and types of the columns of predictions, and of those of texts."""
         problem = self._predictor.run.problem
-        if self._says:
+        if self._generates:
             return {"row": int, "text": str, "said": str}
         if problem.per_token:
             return {"row": int, "word": str, "tag": str, "probability": float}
@@ -286,7 +286,7 @@ class Predictions:
     def records(self, prediction: Prediction) -> list[Row]:
         """A prediction as rows of a table: one, or one a word."""
         problem, text, scores = self._predictor.run.problem, prediction.text, prediction.scores
-        if self._says:
+        if self._generates:
             found: list[list[Any]] = [[prediction.row, str(text), scores]]
         elif isinstance(self._predictor, Predictor) and problem.per_token:
             best = [self._predictor.answer(each) for each in scores]

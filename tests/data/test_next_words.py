@@ -33,7 +33,7 @@ from fastpeft.data.examples import load_data
 from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
 from fastpeft.training.evaluation import evaluate, evaluate_words
-from fastpeft.training.generation import Writer, measure_said, write
+from fastpeft.training.generation import TextGenerator, generate, measure_generations
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictor, predict
 from fastpeft.training.prediction_files import Predictions
@@ -153,16 +153,16 @@ def test_rows_of_a_file_are_gone_on_from(tmp_path: Path, place: Path, config: Tr
     assert not left_out
     assert [[*found.records(each)[0]] for each in some] == [["row", "text", "said", "id"]] * 3
     assert [found.records(each)[0]["id"] for each in some] == [None, 1, 2]
-    assert [each.scores for each in some] == write(config.output, ["plot", "film plot", "film"], 3)
+    assert [each.scores for each in some] == generate(config.output, ["plot", "film plot", "film"], 3)
     assert list(found.lines(some[0]))[-1] == ""
     train(replace(config, data=str(place / "chats.jsonl"), output=str(tmp_path / "chat")))
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "film"}]}])
     (([said], _),) = Predictions(str(tmp_path / "chat"), file=str(asked), max_new_tokens=3)
-    assert [said.scores] == write(tmp_path / "chat", ["film"], 3), "a text is a turn of the user"
+    assert [said.scores] == generate(tmp_path / "chat", ["film"], 3), "a text is a turn of the user"
 
 
 class Told:
-    """A writer that says what it is told to; of the prompt "long" it refuses."""
+    """A generator that answers as it is told to; of the prompt "long" it refuses."""
 
     cut, max_new_tokens = 1, 4
 
@@ -174,7 +174,7 @@ class Told:
             raise FastpeftError("it is long")
         return text
 
-    def write(self, taken: Sequence[Any]) -> Sequence[str]:
+    def generate(self, taken: Sequence[Any]) -> Sequence[str]:
         assert len(taken) == len(self.answers)
         return self.answers
 
@@ -183,7 +183,7 @@ def test_said_words_are_measured_by_the_completions_of_their_prompt_alone(caplog
     """By hand: of 4 and 2 words said 5 and 7 were expected, so BLEU's brevity penalty is exp(1 - 12 / 6)."""
     rows = [("a", "one two three four five"), ("a", "one two three four five"), ("b", "six seven eight nine ten x y")]
     told: Any = Told(["one two three four", "six seven"])
-    measured = measure_said(told, [*rows, ("long", "z"), Conversation((("assistant", "z"),))])
+    measured = measure_generations(told, [*rows, ("long", "z"), Conversation((("assistant", "z"),))])
     precisions = 6 / 6, 4 / 4, 2 / 2, 1 / 1
     assert measured["bleu"] == pytest.approx(100 * math.exp(1 - 12 / 6) * math.prod(precisions) ** 0.25)
     assert measured["rouge_l"] == pytest.approx((2 * 4 / (4 + 5) + 2 * 2 / (2 + 7)) / 2)
@@ -305,11 +305,11 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
     train(config)
     run = load_run(config.output)
     with pytest.raises(FastpeftError, match="max_new_tokens is 38; it must be from 1 to 37"):
-        Writer(run, 38)
+        TextGenerator(run, 38)
     with pytest.raises(FastpeftError, match="has 31 tokens, but 30 are the most that leave room for 8 new ones"):
-        Writer(run, 8).take("film " * 30)
+        TextGenerator(run, 8).take("film " * 30)
     with pytest.raises(FastpeftError, match=r"got 7\. Give one"):
-        Writer(run).take(7)
+        TextGenerator(run).take(7)
     with pytest.raises(FastpeftError, match="learned next words and has no classes to tell"):
         Predictor(config.output)
     with pytest.raises(FastpeftError, match=r"learned from pairs of texts, but .* has conversations"):
@@ -317,7 +317,7 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
     shown = CliRunner().invoke(app, ["predict", config.output, "film", "--all"])
     assert "--all shows the probability of every class, tag or label, but the run has none" in shown.output
     for refused in (
-        lambda: Writer(run).take([{"role": "user", "content": "film"}]),
+        lambda: TextGenerator(run).take([{"role": "user", "content": "film"}]),
         lambda: Predictions(config.output, file=str(place / "chats.jsonl")),
     ):
         with pytest.raises(FastpeftError, match="learned from texts, not from conversations"):

@@ -19,7 +19,7 @@ from fastpeft import LadderPool, TrainConfig, train
 from fastpeft.data.conversations import Conversation
 from fastpeft.serving.generation import GenerationRequest, RequestCriteria, generate_batch
 from fastpeft.serving.tasks import RefusedError, Tasks
-from fastpeft.training.generation import Writer
+from fastpeft.training.generation import TextGenerator
 from fastpeft.training.loading import load_run
 
 pytest.importorskip("fastapi")
@@ -71,8 +71,11 @@ def expected(place: Path) -> dict[tuple[str, str], str]:
     """What each run by itself says to each text, a turn of the user or a prompt."""
     found = {}
     for name in (*SHARED, "own"):
-        writer = Writer(load_run(place / name), 8)
-        found |= {(name, text): said for text, said in zip(ASKED, writer.write([writer.take(text) for text in ASKED]))}
+        generator = TextGenerator(load_run(place / name), 8)
+        found |= {
+            (name, text): said
+            for text, said in zip(ASKED, generator.generate([generator.take(text) for text in ASKED]))
+        }
     assert len(set(found.values())) > 3
     return found
 
@@ -232,10 +235,10 @@ def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: P
     assert shared[1] is shared[2]
     assert len({id(each) for each in shared}) == 3
     for name in ("one", "again", "other"):
-        writer = Writer(load_run(tmp_path / name.replace("again", "one")), 3)
+        generator = TextGenerator(load_run(tmp_path / name.replace("again", "one")), 3)
         answers = tasks.generate([(name, [tasks.generation_request(name, text, 3)]) for text in ASKED])
         texts = [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)]
-        assert texts == writer.write([writer.take(text) for text in ASKED])
+        assert texts == generator.generate([generator.take(text) for text in ASKED])
 
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:
