@@ -46,7 +46,7 @@ def evaluate_decoder(
     with showing():
         from fastpeft.training import evaluation
 
-        metrics = evaluation.evaluate_words(model, data, text_column=text_column, max_new_tokens=max_new_tokens)
+        metrics = evaluation.evaluate_causal_lm(model, data, text_column=text_column, max_new_tokens=max_new_tokens)
     return f"{model} with no training on {data}", metrics
 
 

@@ -145,7 +145,7 @@ def load_language_model(model: str) -> tuple[Any, Any]:
         FastpeftError: as `load_masked_lm`.
     """
     config = _config_of(model)
-    if config is None or not says_next_words(config):
+    if config is None or not is_causal_lm(config):
         return load_masked_lm(model)
     classifier = load_for_next_words(model)
     classifier.tokenizer.mask_token = None
@@ -203,7 +203,7 @@ def load_for_masked_words(model: str) -> Classifier:
     loaded, tokenizer, head_is_new = _load_masked_lm(model)
     if head_is_new:
         logger.info("the model %r has no masked-word head; a new one is trained", model)
-    return Classifier(loaded, tokenizer, masked_word_layers(loaded, loaded), head_is_new)
+    return Classifier(loaded, tokenizer, masked_lm_head_layers(loaded, loaded), head_is_new)
 
 
 def load_for_next_words(model: str) -> Classifier:
@@ -215,7 +215,7 @@ def load_for_next_words(model: str) -> Classifier:
     from transformers import AutoModelForCausalLM
 
     config = _config_of(model)
-    if config is not None and not says_next_words(config):
+    if config is not None and not is_causal_lm(config):
         raise FastpeftError(
             f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
             "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
@@ -243,7 +243,7 @@ def _config_of(model: str) -> Any:
     return None
 
 
-def says_next_words(config: Any) -> bool:
+def is_causal_lm(config: Any) -> bool:
     """Whether a configuration is of a decoder; of kinds that may be one, as BERT's, most models are encoders."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -255,7 +255,7 @@ def says_next_words(config: Any) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
 
 
-def masked_word_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
+def masked_lm_head_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
 
     Args:

@@ -56,9 +56,9 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
                 f"{first_line(error)} Fix that, or give LadderConfig(causal=True) if the layers that the side network "
                 "reads predict next tokens, causal=False if not."
             ) from error
-        return _says_causal(backbone) if given is None else given
+        return _declares_causal(backbone) if given is None else given
     if not predicts:
-        return _says_causal(backbone) if shown is None else shown
+        return _declares_causal(backbone) if shown is None else shown
     if shown is False:
         raise FastpeftError(
             f"tokens of the {kind} see later ones, but it predicts each token from those before: it and a side network "
@@ -93,7 +93,7 @@ def predicts_next_tokens(backbone: Backbone) -> bool:
     return encoder is core or backbone.layers[0] not in set(encoder.modules())
 
 
-def _says_causal(backbone: Backbone) -> bool | None:
+def _declares_causal(backbone: Backbone) -> bool | None:
     """What the configuration and the layers declare."""
     if any(getattr(module, "is_causal", False) for layer in backbone.layers for module in layer.modules()):
         return True

@@ -23,8 +23,8 @@ class Recipe:
         schedule: what follows: `linear` falls to 0, `polynomial` in a straight line to `last_rate`, `constant` stays.
         last_rate: the last rate of `polynomial`, in proportion to the peak where that is another.
         epochs: passes over the training rows.
-        of_words: the fields that are others where a decoder learns next words: the epochs, of which more repeat what
-            was said (Taori et al. 2023, Alpaca), if nothing else.
+        for_causal_lm: the fields that are others where a decoder learns next words: the epochs, of which more repeat
+            what was said (Taori et al. 2023, Alpaca), if nothing else.
     """
 
     learning_rate: float
@@ -33,12 +33,12 @@ class Recipe:
     schedule: str = "linear"
     last_rate: float = 0.0
     epochs: float = 5
-    of_words: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 3})
+    for_causal_lm: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 3})
 
-    def for_model(self, model: str, method: str, *, says_words: bool = False) -> Recipe:
+    def for_model(self, model: str, method: str, *, causal_lm: bool = False) -> Recipe:
         """This recipe, or that of the bundled model, whose rates were found on a slice of the demo's training data."""
-        if says_words:
-            return replace(self, **self.of_words)
+        if causal_lm:
+            return replace(self, **self.for_causal_lm)
         if model != DEMO:
             return self
         recipes: dict[str, Any] = files.read_json(DEMO_FOLDER / _DEMO_FILE)

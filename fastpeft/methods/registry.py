@@ -20,7 +20,7 @@ from fastpeft.methods.whole_model import WholeModelMethod, biases, everything, h
 
 _LAST_LAYERS = Recipe(2e-5, weight_decay=0.01)  # the paper's
 # the paper's: 48,000 steps, 11.4 epochs of SST-2
-_MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12, of_words={})
+_MEZO = Recipe(1e-6, warmup=0.0, schedule="constant", epochs=12, for_causal_lm={})
 _FULL = Recipe(2e-5, weight_decay=0.1, epochs=10)  # Liu et al. 2019, RoBERTa on GLUE: the middle of their rates
 _LORA = Recipe(4e-4, epochs=10)  # Hu et al. 2022, RoBERTa-large on SST-2; PiSSA is LoRA from another start
 _QLORA = Recipe(2e-4)  # Dettmers et al. 2023, models of 7 and 13 billion weights
@@ -37,7 +37,7 @@ _SIDE_NETWORK = Recipe(
     warmup=0.12,
     schedule="polynomial",
     last_rate=2e-6,
-    of_words={"learning_rate": 3e-3, "last_rate": 3e-5, "epochs": 3},
+    for_causal_lm={"learning_rate": 3e-3, "last_rate": 3e-5, "epochs": 3},
 )
 _lora = partial(AdapterMethod, recipe=_LORA, config="LoraConfig", rank=8)
 

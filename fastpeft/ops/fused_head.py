@@ -1,6 +1,6 @@
 """Language models that make no logits for their loss: `fuse_head` tells the decoder to words.
 
-Where a model is given labels, its decoder answers with `UnmadeLogits`, which the model hands to its own loss. The cross
+Where a model is given labels, its decoder answers with `LazyLogits`, which the model hands to its own loss. The cross
 entropy of these is `frozen_head_cross_entropy`; what else reads them makes them. So the model's code decides what the
 loss is, with its shift of labels, ignored tokens and number of items, and no code of a model is replaced.
 """
@@ -31,7 +31,7 @@ _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta
 _NO_GRADIENT = ("requires_grad", "grad_fn", "is_leaf")
 
 
-class UnmadeLogits(Tensor):
+class LazyLogits(Tensor):
     """`hidden W^T + b`, `(*, V)`: a tensor that has no memory until it is read.
 
     It knows its shape and dtype. Other views of the same rows, other dtypes and multiples by a number are unmade too.
@@ -49,7 +49,7 @@ class UnmadeLogits(Tensor):
     @staticmethod
     def __new__(
         cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, uses: list[str]
-    ) -> UnmadeLogits:
+    ) -> LazyLogits:
         """
         Args:
             hidden: `(*, K)`, in the dtype that the product computes in.
@@ -58,7 +58,7 @@ class UnmadeLogits(Tensor):
             uses: gets the name of what reads the logits, or "loss".
         """
         shape = (*hidden.shape[:-1], weight.shape[0])
-        unmade: UnmadeLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        unmade: LazyLogits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         unmade.hidden, unmade.weight, unmade.bias = hidden, weight, bias
         unmade.version = _version(weight)
         unmade.made, unmade.uses = None, uses
@@ -71,7 +71,7 @@ class UnmadeLogits(Tensor):
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             first = args[0] if args else kwargs.get("input")
-            if isinstance(first, UnmadeLogits) and first.made is None:
+            if isinstance(first, LazyLogits) and first.made is None:
                 found = _unmade(func, first, args, kwargs)
                 if found is not NotImplemented:
                     return found
@@ -106,9 +106,9 @@ class UnmadeLogits(Tensor):
             )
         self.uses.append(name)
 
-    def like(self, hidden: Tensor, **changes: Any) -> UnmadeLogits:
+    def like(self, hidden: Tensor, **changes: Any) -> LazyLogits:
         """Those of other states, or with another dtype or bias."""
-        unmade = UnmadeLogits(
+        unmade = LazyLogits(
             hidden, self.weight, changes.get("bias", self.bias), changes.get("dtype", self.dtype), self.uses
         )
         unmade.version = self.version
@@ -121,14 +121,14 @@ def _version(weight: Tensor) -> int | None:
 
 def _with_made(value: Any, name: str) -> Any:
     """An argument with the logits that it holds made."""
-    if isinstance(value, UnmadeLogits):
+    if isinstance(value, LazyLogits):
         return value.make(name)
     if type(value) in (list, tuple):
         return type(value)(_with_made(one, name) for one in value)
     return value
 
 
-def _unmade(func: Any, logits: UnmadeLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _unmade(func: Any, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func` makes of `logits`, its first argument, without making them; else NotImplemented."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
@@ -147,7 +147,7 @@ def _unmade(func: Any, logits: UnmadeLogits, args: tuple[Any, ...], kwargs: dict
     return NotImplemented
 
 
-def _view(func: Any, name: str, logits: UnmadeLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _view(func: Any, name: str, logits: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same rows in another shape, some of them, or their logits in another dtype."""
     if name in ("contiguous", "float"):
         return logits.like(logits.hidden, dtype=torch.float32 if name == "float" else logits.dtype)
@@ -171,7 +171,7 @@ def _view(func: Any, name: str, logits: UnmadeLogits, args: tuple[Any, ...], kwa
 
 
 def _cross_entropy(
-    logits: UnmadeLogits,
+    logits: LazyLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -214,7 +214,7 @@ class FusedLinear(nn.Linear):
         castable = dtype is input.dtype or torch.is_autocast_enabled(input.device.type)
         if not self.is_labelled or trains or is_traced or is_hooked or not castable:
             return super().forward(input)
-        return UnmadeLogits(input.to(dtype), self.weight, self.bias, dtype, self.uses)
+        return LazyLogits(input.to(dtype), self.weight, self.bias, dtype, self.uses)
 
 
 def _before(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Row
-from fastpeft.data.models import Classifier, load_language_model, masked_word_layers, says_next_words
+from fastpeft.data.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
@@ -236,7 +236,7 @@ class PromptModel(PreTrainedModel):
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Names of the head's layers without the vocabulary's: of a masked-word head the dense layer and the norm."""
-        return masked_word_layers(self.core, self)
+        return masked_lm_head_layers(self.core, self)
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.core.get_input_embeddings()
@@ -382,7 +382,7 @@ def _fills_masks(model: Any) -> bool:
 def _is_decoder(model: Any) -> bool:
     name = type(model).__name__
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return (name.endswith("ForCausalLM") or name in names) and says_next_words(model.config)
+    return (name.endswith("ForCausalLM") or name in names) and is_causal_lm(model.config)
 
 
 def _check_tokenizer(model: Any, tokenizer: Any) -> None:
@@ -458,7 +458,7 @@ def _load_plain(source: str, hub: Mapping[str, Any], **kwargs: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     options = _options(source, hub)
-    decoder = says_next_words(AutoConfig.from_pretrained(source, **options))
+    decoder = is_causal_lm(AutoConfig.from_pretrained(source, **options))
     auto_class: Any = AutoModelForCausalLM if decoder else AutoModelForMaskedLM
     return auto_class.from_pretrained(source, **{**options, "use_safetensors": True, **kwargs})
 

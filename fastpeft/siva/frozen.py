@@ -124,7 +124,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         self.base_layer.siva_restored = {fingerprint(self._weight): self.base_fingerprint}
 
 
-def says_token(x: Tensor, operands: Operands) -> bool:
+def can_call_directly(x: Tensor, operands: Operands) -> bool:
     """Whether x is a token for which the op can be called as it is.
 
     `siva_linear` would look at the operands, cast them and choose a pack: a fifth of the time of the product.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.functional import siva_linear_group
-from fastpeft.siva.frozen import FrozenLinear, Operands, says_token
+from fastpeft.siva.frozen import FrozenLinear, Operands, can_call_directly
 
 # Names of the query, key and value projections, architecture by architecture.
 ATTENTION = (
@@ -162,7 +162,7 @@ class _Group:
         if layer not in members or len(members) == 1:
             return
         operands = tuple(zip(*members.values(), strict=True))
-        if all(says_token(x, found) for found in members.values()):
+        if all(can_call_directly(x, found) for found in members.values()):
             outputs, _ = torch.ops.fastpeft.siva_linear_group.default(x, *operands[:-1])
         else:
             outputs = siva_linear_group(x, *operands)

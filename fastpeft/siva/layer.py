@@ -16,7 +16,7 @@ from fastpeft.siva import grouping
 from fastpeft.siva.config import InitWeights, Residual
 from fastpeft.siva.decompose import Factors
 from fastpeft.siva.four_bits import WeightIn4Bits
-from fastpeft.siva.frozen import Operands, says_token
+from fastpeft.siva.frozen import Operands, can_call_directly
 from fastpeft.siva.lazy_weight import LazyWeight
 from fastpeft.siva.loading import LoadableLinear
 from fastpeft.siva.quantise import ITERATIONS, quantised_siva_linear
@@ -101,7 +101,7 @@ class SivaLinear(LoadableLinear):
             active: Any = self.active_adapters
             return self._in_few_bits(x, few_bits, factors, active)
         operands = (self.stored, *factors, base.bias, self.packs)
-        if says_token(x, operands):
+        if can_call_directly(x, operands):
             h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
             return h
         return siva_linear(x, *operands)

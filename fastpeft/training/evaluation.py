@@ -116,7 +116,7 @@ def evaluate(
     return {**measured, **(threshold if run.threshold is not None else {})}
 
 
-def evaluate_words(
+def evaluate_causal_lm(
     model: str, data: str, *, text_column: str | None = None, max_new_tokens: int | None = None
 ) -> dict[str, Any]:
     """What `evaluate` gives of a run on next words, of a decoder with no training.

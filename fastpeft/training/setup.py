@@ -88,8 +88,8 @@ class Setup:
     @property
     def recipe(self) -> Recipe:
         """How the method trains this model where the configuration says nothing."""
-        says_words = OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
-        return self.method.recipe_for(self.config.model, says_words=says_words)
+        causal_lm = OBJECTIVES.get(self.config.objective or "") is NEXT_WORDS
+        return self.method.recipe_for(self.config.model, causal_lm=causal_lm)
 
     def rows_trained(self, train_rows: int) -> float:
         """Rows that the run trains on, those of every epoch counted, where the data has `train_rows`."""

@@ -32,7 +32,7 @@ from fastpeft.data.conversations import Conversation
 from fastpeft.data.examples import load_data
 from fastpeft.data.next_words import completion, encode_counted, prompt_tokens
 from fastpeft.data.problems import NEXT_WORDS, UNLABELLED
-from fastpeft.training.evaluation import evaluate, evaluate_words
+from fastpeft.training.evaluation import evaluate, evaluate_causal_lm
 from fastpeft.training.generation import TextGenerator, generate, measure_generations
 from fastpeft.training.loading import load_run
 from fastpeft.training.prediction import Predictor, predict
@@ -134,7 +134,7 @@ def test_a_decoder_is_measured_with_no_training(place: Path, config: TrainConfig
     """As a run that has not learned anything."""
     untrained = replace(config, method="lora", learning_rate=1e-12, max_steps=1)
     train(replace(untrained, data=str(place / form)))
-    found = evaluate_words(str(config.model), str(place / form), max_new_tokens=4)
+    found = evaluate_causal_lm(str(config.model), str(place / form), max_new_tokens=4)
     expected = evaluate(config.output, str(place / form), max_new_tokens=4)
     assert any("trained on" in warning for warning in expected.pop("warnings"))
     assert not any("trained on" in warning for warning in found.pop("warnings"))

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 import fastpeft
 from fastpeft import fuse_head, unfuse_head
-from fastpeft.ops.fused_head import FusedLinear, UnmadeLogits, can_fuse_head
+from fastpeft.ops.fused_head import FusedLinear, LazyLogits, can_fuse_head
 from fastpeft.training.memory import MemoryTracker, simulate_training_step
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def step(model: Any, **arguments: Any) -> tuple[Tensor, list[Tensor], Any]:
 
 
 def is_unmade(logits: Any) -> bool:
-    return type(logits) is UnmadeLogits and logits.made is None
+    return type(logits) is LazyLogits and logits.made is None
 
 
 def assert_same_step(model: Any, reads: str = "", **arguments: Any) -> None:
@@ -302,12 +302,12 @@ def test_a_step_has_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pair() -> tuple[UnmadeLogits, Tensor]:
+def pair() -> tuple[LazyLogits, Tensor]:
     """Unmade and made, `(2, 5, 9)`."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((2, 5, 4), (9, 4), (9,)))
     hidden.requires_grad_()
-    return UnmadeLogits(hidden, weight, bias, torch.float32, []), F.linear(hidden, weight, bias)
+    return LazyLogits(hidden, weight, bias, torch.float32, []), F.linear(hidden, weight, bias)
 
 
 UNMADE: dict[str, Callable[[Any], Any]] = {
@@ -352,7 +352,7 @@ MADE: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", UNMADE)
-def test_views_stay_unmade(pair: tuple[UnmadeLogits, Tensor], name: str) -> None:
+def test_views_stay_unmade(pair: tuple[LazyLogits, Tensor], name: str) -> None:
     found, expected = (UNMADE[name](logits) for logits in pair)
     assert is_unmade(found)
     assert is_unmade(pair[0])
@@ -367,7 +367,7 @@ def test_views_stay_unmade(pair: tuple[UnmadeLogits, Tensor], name: str) -> None
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_reads_them_makes_them_with_their_gradient(pair: tuple[UnmadeLogits, Tensor], name: str) -> None:
+def test_what_reads_them_makes_them_with_their_gradient(pair: tuple[LazyLogits, Tensor], name: str) -> None:
     found, expected = (MADE[name](logits) for logits in pair)
     assert type(found) is Tensor
     torch.testing.assert_close(found, expected)
@@ -377,7 +377,7 @@ def test_what_reads_them_makes_them_with_their_gradient(pair: tuple[UnmadeLogits
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_their_cross_entropy_makes_none(pair: tuple[UnmadeLogits, Tensor], reduction: str) -> None:
+def test_their_cross_entropy_makes_none(pair: tuple[LazyLogits, Tensor], reduction: str) -> None:
     labels = torch.arange(10) % 9
     labels[3] = -1
     criterion = nn.CrossEntropyLoss(ignore_index=-1, reduction=reduction)
@@ -388,7 +388,7 @@ def test_their_cross_entropy_makes_none(pair: tuple[UnmadeLogits, Tensor], reduc
     torch.testing.assert_close(*(torch.autograd.grad(each.sum(), hidden)[0] for each in (found, expected)))
 
 
-def test_a_change_in_place_is_kept(pair: tuple[UnmadeLogits, Tensor]) -> None:
+def test_a_change_in_place_is_kept(pair: tuple[LazyLogits, Tensor]) -> None:
     for logits in pair:
         logits[..., 0] = 7.0
         logits.mul_(2)
@@ -398,7 +398,7 @@ def test_a_change_in_place_is_kept(pair: tuple[UnmadeLogits, Tensor]) -> None:
     torch.testing.assert_close(*(F.cross_entropy(logits.view(-1, 9), labels) for logits in pair))
 
 
-def test_labels_that_do_not_fit_are_an_error_as_ever(pair: tuple[UnmadeLogits, Tensor]) -> None:
+def test_labels_that_do_not_fit_are_an_error_as_ever(pair: tuple[LazyLogits, Tensor]) -> None:
     for logits in pair:
         with pytest.raises(ValueError, match="Expected input batch_size"):
             F.cross_entropy(logits.view(-1, 9), torch.ones(4).long())
@@ -406,12 +406,12 @@ def test_labels_that_do_not_fit_are_an_error_as_ever(pair: tuple[UnmadeLogits, T
             logits.view(-1, 7)
 
 
-def test_what_goes_past_pytorch_is_refused(pair: tuple[UnmadeLogits, Tensor]) -> None:
+def test_what_goes_past_pytorch_is_refused(pair: tuple[LazyLogits, Tensor]) -> None:
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(fastpeft.FastpeftError, match=r"not made.*unfuse_head"):
         pair[0] + 1
 
 
-def test_a_weight_that_changed_is_noticed(pair: tuple[UnmadeLogits, Tensor]) -> None:
+def test_a_weight_that_changed_is_noticed(pair: tuple[LazyLogits, Tensor]) -> None:
     pair[0].weight.mul_(2)
     for read in (Tensor.sum, lambda logits: F.cross_entropy(logits.view(-1, 9), torch.ones(10).long())):
         with pytest.raises(fastpeft.FastpeftError, match="weight has changed since"):

@@ -236,11 +236,12 @@ def test_the_bundled_model_has_its_own_recipes() -> None:
 
 def test_a_decoder_has_its_own_recipes() -> None:
     for method in METHODS.values():
-        plain, of_words = method.recipe_for("elsewhere"), method.recipe_for("elsewhere", says_words=True)
-        assert of_words.epochs == (plain.epochs if method.optimization.zeroth_order else 3)
-        assert of_words.learning_rate >= plain.learning_rate
-    of_words = METHODS["lst"].recipe_for("elsewhere", says_words=True)
-    assert of_words.schedule_settings(of_words.learning_rate)["lr_end"] == pytest.approx(of_words.learning_rate / 100)
+        plain, causal_lm = method.recipe_for("elsewhere"), method.recipe_for("elsewhere", causal_lm=True)
+        assert causal_lm.epochs == (plain.epochs if method.optimization.zeroth_order else 3)
+        assert causal_lm.learning_rate >= plain.learning_rate
+    causal_lm = METHODS["lst"].recipe_for("elsewhere", causal_lm=True)
+    rate = causal_lm.learning_rate
+    assert causal_lm.schedule_settings(rate)["lr_end"] == pytest.approx(rate / 100)
     config = TrainConfig(output="out", method="lst", objective="causal")
-    assert resolve(config).recipe == of_words
+    assert resolve(config).recipe == causal_lm
     assert resolve(replace(config, objective="mlm")).recipe == METHODS["lst"].recipe_for("demo")
