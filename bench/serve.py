@@ -85,7 +85,7 @@ def expected(runs: Mapping[str, str], texts: Sequence[str]) -> dict[str, list[di
     known = {}
     for name, folder in runs.items():
         predictor = Predictor(folder)
-        scores = predictor.scores([predictor.take(text) for text in texts])
+        scores = predictor.scores([predictor.encode(text) for text in texts])
         known[name] = [dict(zip(predictor.run.labels, each.tolist())) for each in scores]
     return known
 

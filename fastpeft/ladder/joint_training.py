@@ -87,7 +87,7 @@ def steps_of(
         yield batches
 
 
-class Turns:
+class StepLock:
     """Answers of several threads run at once, a step of training alone: it changes weights and torch's random state.
 
     Args:

@@ -25,9 +25,9 @@ from fastpeft.ladder.joint_training import (
     Batch,
     Learner,
     RandomStream,
+    StepLock,
     Stepping,
     Stop,
-    Turns,
     join,
     source_of,
     steps_of,
@@ -102,7 +102,7 @@ class LadderPool:
         self._changing = threading.Lock()
         # one at a time: a pass listens to the backbone's layers, a call changes modes, and fit exchanges random states
         self._passing = threading.RLock()
-        self._turns = Turns(self._passing)
+        self._step_lock = StepLock(self._passing)
         self._admission = Admission(self.backbone, dtype, feature_modules, self._passing)
 
     @property
@@ -249,7 +249,7 @@ class LadderPool:
         if CACHE not in options:
             raise FastpeftError("use_cache=False: a pool generates with a cache only. Leave it out.")
         check_cache(options[CACHE], tasks)
-        with self._turns.answer():
+        with self._step_lock.answer():
             return decoder.generate(**batch, **options)
 
     def _encode(self, members: Members, batch: Batch, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -356,7 +356,7 @@ class LadderPool:
             for batches in steps_of(data, tuple(learners), epochs, stopped):
                 for name, passed in self._features(batches).items():
                     learner = learners[name]
-                    with self._turns.step():  # no call runs during a step or draws from its stream
+                    with self._step_lock.step():  # no call runs during a step or draws from its stream
                         learner.step(partial(self._train_pass, learner.model, *passed))
                     if stop is not None and stop(name, len(learner.losses), learner.losses[-1]):
                         stopped.add(name)

@@ -148,9 +148,9 @@ def create_app(
                 raise RefusedError(f"task is missing; there are {', '.join(served) or 'none'}. Name one.", 422)
             (name,) = served
         request.state.task = tasks[name].name  # one that is there: clients must not make up labels of metrics
-        ready, scores = await batcher.answer(name, asked.texts)
+        encoded, scores = await batcher.answer(name, asked.texts)
         metrics.texts.labels(name).inc(len(scores))
-        return answer_of(ready, scores)
+        return answer_of(encoded, scores)
 
     refusals = _refusals("4XX", 503, form=OpenAIRefusal)
     add_openai_routes(app, tasks, generation, lambda name: metrics.texts.labels(name).inc(), refusals)

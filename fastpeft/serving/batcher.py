@@ -13,7 +13,7 @@ from fastpeft.serving.tasks import RefusedError
 
 
 @dataclass
-class Waiting:
+class QueuedRequest:
     """A request in the queue."""
 
     task: str
@@ -46,8 +46,8 @@ class Batcher:
         self.max_rows, self.max_wait, self.max_queue, self.seconds = max_rows, max_wait, max_queue, seconds
         self.waiting = 0  # texts in the queue
         self._answer, self._observe = answer, observe
-        self._queue: asyncio.Queue[Waiting] = asyncio.Queue()
-        self._left_over: Waiting | None = None
+        self._queue: asyncio.Queue[QueuedRequest] = asyncio.Queue()
+        self._left_over: QueuedRequest | None = None
         self._worker: asyncio.Task[None] | None = None
 
     @property
@@ -63,7 +63,7 @@ class Batcher:
         """
         if self.waiting and self.waiting + len(texts) > self.max_queue:
             raise RefusedError(f"{self.waiting} texts are waiting, and {self.max_queue} may. Try again later.", 503)
-        waiting = Waiting(task, texts, asyncio.get_running_loop().create_future())
+        waiting = QueuedRequest(task, texts, asyncio.get_running_loop().create_future())
         self.waiting += len(texts)
         self._queue.put_nowait(waiting)
         try:
@@ -106,7 +106,7 @@ class Batcher:
                 else:
                     waiting.answer.set_result(answer)
 
-    async def _collect(self) -> list[Waiting]:
+    async def _collect(self) -> list[QueuedRequest]:
         """The next requests, `max_rows` texts at most unless the first has more."""
         first = self._left_over or await self._queue.get()
         self._left_over = None

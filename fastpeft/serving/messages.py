@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from fastpeft.data.problems import MULTI_LABEL, REGRESSION
 from fastpeft.prompts.template import is_text
-from fastpeft.serving.tasks import Ready, Task
+from fastpeft.serving.tasks import EncodedRequest, Task
 from fastpeft.training.prediction import shortest
 
 MAX_TEXTS = 256  # of one request
@@ -160,15 +160,15 @@ def error_form(message: str, status: int, param: str | None = None, code: str | 
     return OpenAIRefusal(error=OpenAIError(message=message, type=kind, param=param, code=code)).model_dump()
 
 
-def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
+def answer_of(encoded: EncodedRequest, scores: list[np.ndarray]) -> Answer:
     """Scores in the words of their task's problem."""
-    predictor, run = ready.task.predictor, ready.task.run
+    predictor, run = encoded.task.predictor, encoded.task.run
     assert predictor is not None  # or there were no scores
     made: list[Classified | Labelled | Number | Tagged] = []
-    for taken, found in zip(ready.taken, scores):
+    for each, found in zip(encoded.texts, scores):
         if run.problem.per_token:
-            best = [predictor.answer(each) for each in found]
-            said = [Word(word=word, tag=tag, probability=shortest(p)) for word, (tag, p) in zip(taken.text, best)]
+            best = [predictor.answer(word) for word in found]
+            said = [Word(word=word, tag=tag, probability=shortest(p)) for word, (tag, p) in zip(each.text, best)]
             made.append(Tagged(words=said))
             continue
         every = dict(zip(run.labels, map(shortest, found)))
@@ -180,7 +180,7 @@ def answer_of(ready: Ready, scores: list[np.ndarray]) -> Answer:
         else:
             label, _ = predictor.answer(found)
             made.append(Classified(label=label, probability=every[label], probabilities=every))
-    return Answer(task=ready.task.name, predictions=made)
+    return Answer(task=encoded.task.name, predictions=made)
 
 
 def describe(task: Task, beside: list[str]) -> TaskInfo:

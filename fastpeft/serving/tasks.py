@@ -26,7 +26,7 @@ from fastpeft.serving.generation import GenerationRequest, generate_batch
 from fastpeft.support.files import path_of
 from fastpeft.support.stages import report
 from fastpeft.training.generation import eos_token_ids, generates_text
-from fastpeft.training.loading import FinishedRun, Taken, load_run
+from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.prediction import Predictor
 
 _MOST_ON_CPU = 16  # texts of a pass: more take as long each there, and are padded to the longest of more
@@ -69,9 +69,9 @@ class Shared:
         padding = (own.pad_token_id, own.padding_side) == (other.pad_token_id, other.padding_side)
         return padding and self.bf16 == bool(run.config.bf16) and self.generates_text == (run.problem is NEXT_WORDS)
 
-    def scores(self, rows: Sequence[tuple[Task, Taken]]) -> list[np.ndarray]:
+    def scores(self, rows: Sequence[tuple[Task, EncodedText]]) -> list[np.ndarray]:
         """What `Predictor.scores` gives for each row, by one pass of the backbone."""
-        encoded = [{name: value for name, value in taken.row.items() if name != "labels"} for _, taken in rows]
+        encoded = [{name: value for name, value in text.row.items() if name != "labels"} for _, text in rows]
         if any("mask_positions" in row for row in encoded):  # tasks without a prompt do not read it
             encoded = [{"mask_positions": 0, **row} for row in encoded]
         batch = PromptCollator(self.tokenizer)(encoded)
@@ -79,10 +79,10 @@ class Shared:
         with torch.autocast(self.pool.backbone.core.device.type, torch.bfloat16, enabled=self.bf16):
             answers = self.pool(batch, [task.member for task, _ in rows])
         found = []
-        for (task, taken), answer, mask in zip(rows, answers, masks):
+        for (task, text), answer, mask in zip(rows, answers, masks):
             output = answer.logits.float().cpu().numpy()
             output = output[mask.numpy()] if task.run.problem.per_token else output
-            found += _predictor(task).scores_of([taken], [output])
+            found += _predictor(task).scores_of([text], [output])
         return found
 
 
@@ -122,11 +122,11 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Ready:
+class EncodedRequest:
     """What is asked of one task, read and encoded."""
 
     task: Task
-    taken: list[Taken]
+    texts: list[EncodedText]
 
 
 class Tasks:
@@ -199,7 +199,7 @@ class Tasks:
                     if predictor is None:
                         task.generate([self._request(task, Conversation(((USER, "a"),)) if run.chats else "a", 1)])
                     else:
-                        self._together([Ready(task, [predictor.take(_example(predictor))])])
+                        self._together([EncodedRequest(task, [predictor.encode(_example(predictor))])])
                 except BaseException:
                     self._leave(task)
                     raise
@@ -252,23 +252,25 @@ class Tasks:
 
     # -- answers -------------------------------------------------------------------------------------------------
 
-    def answer(self, asked: Sequence[tuple[str, Sequence[Any]]]) -> list[tuple[Ready, list[np.ndarray]] | Exception]:
+    def answer(
+        self, asked: Sequence[tuple[str, Sequence[Any]]]
+    ) -> list[tuple[EncodedRequest, list[np.ndarray]] | Exception]:
         """Answer requests, each the name of a task and its texts, together where they can be.
 
         Returns:
             For each what was read and, as `Predictor.scores` has them, the scores; or why it has none.
         """
-        found: list[Any] = [self._ready(name, texts) for name, texts in asked]
+        found: list[Any] = [self._encode(name, texts) for name, texts in asked]
         groups: dict[int, list[int]] = defaultdict(list)
-        for place, ready in enumerate(found):
-            if isinstance(ready, Ready):
-                groups[id(ready.task.shared or ready.task)].append(place)
+        for place, each in enumerate(found):
+            if isinstance(each, EncodedRequest):
+                groups[id(each.task.shared or each.task)].append(place)
         for places in groups.values():
             for place, answer in zip(places, self._answers([found[place] for place in places])):
                 found[place] = answer if isinstance(answer, Exception) else (found[place], answer)
         return found
 
-    def _ready(self, name: str, texts: Sequence[Any]) -> Ready | Exception:
+    def _encode(self, name: str, texts: Sequence[Any]) -> EncodedRequest | Exception:
         try:
             task = self[name]
         except RefusedError as error:
@@ -278,17 +280,17 @@ class Tasks:
                 f"the task {name!r} says words and tells no classes. Send it messages, by POST /v1/chat/completions.",
                 422,
             )
-        taken = []
+        encoded = []
         for number, text in enumerate(texts, start=1):
             try:
-                taken.append(task.predictor.take(text))
+                encoded.append(task.predictor.encode(text))
             except FastpeftError as error:
                 return RefusedError(f"text {number}: {error}", 422)
             except Exception as error:  # the other requests must be answered
                 return error
-        return Ready(task, taken)
+        return EncodedRequest(task, encoded)
 
-    def _answers(self, asked: Sequence[Ready]) -> list[list[np.ndarray] | Exception]:
+    def _answers(self, asked: Sequence[EncodedRequest]) -> list[list[np.ndarray] | Exception]:
         """The answers together, or each alone where that fails, so that one fails by itself."""
         try:
             return list(self._together(asked))
@@ -307,20 +309,20 @@ class Tasks:
         on_cpu = task.run.classifier.model.device.type == "cpu"
         return min(self.max_rows, _MOST_ON_CPU) if on_cpu else self.max_rows
 
-    def _together(self, asked: Sequence[Ready]) -> list[list[np.ndarray]]:
+    def _together(self, asked: Sequence[EncodedRequest]) -> list[list[np.ndarray]]:
         """The answers of requests that share a model."""
-        rows = [(each.task, taken) for each in asked for taken in each.taken]
+        rows = [(each.task, text) for each in asked for text in each.texts]
         scores: dict[int, np.ndarray] = {}
-        for places in by_length([taken.row for _, taken in rows], self._most_rows(asked[0].task)):
+        for places in by_length([text.row for _, text in rows], self._most_rows(asked[0].task)):
             chosen = [rows[place] for place in places]
             task = chosen[0][0]
             if task.shared is not None:
                 found = task.shared.scores(chosen)
             else:
-                found = _predictor(task).scores([taken for _, taken in chosen])
+                found = _predictor(task).scores([text for _, text in chosen])
             scores |= dict(zip(places, found))
         ordered = (scores[place] for place in range(len(rows)))
-        return [[next(ordered) for _ in each.taken] for each in asked]
+        return [[next(ordered) for _ in each.texts] for each in asked]
 
     # -- generated text ------------------------------------------------------------------------------------------
 

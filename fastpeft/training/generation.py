@@ -20,7 +20,7 @@ from fastpeft.data.values import Place, refuse_empty
 from fastpeft.errors import FastpeftError, install
 from fastpeft.prompts.template import is_text
 from fastpeft.support.stages import report
-from fastpeft.training.loading import FinishedRun, Taken, load_run
+from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 from fastpeft.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class TextGenerator:
                 "tokens, those of the prompt among them."
             )
 
-    def take(self, text: Any) -> Taken:
-        """A text, made ready: a string, or a conversation as a list of turns, of which a string is one of the user.
+    def encode(self, text: Any) -> EncodedText:
+        """A text as tokens: a string, or a conversation as a list of turns, of which a string is one of the user.
 
         Raises:
             EmptyTextError: it is empty.
@@ -80,7 +80,7 @@ class TextGenerator:
                 f"the text that begins with {str(given)[:40]!r} has {len(tokens)} tokens, but {self._reads} are the "
                 f"most that leave room for {self.max_new_tokens} new ones. Give a shorter one, or fewer new tokens."
             )
-        return Taken(given, {"input_ids": tokens, "attention_mask": [1] * len(tokens)})
+        return EncodedText(given, {"input_ids": tokens, "attention_mask": [1] * len(tokens)})
 
     def _as_prompt(self, text: Any) -> Any:
         if isinstance(text, Conversation) or (isinstance(text, tuple) and len(text) == 2):
@@ -94,11 +94,11 @@ class TextGenerator:
         raise FastpeftError(f"the run goes on from a text or a conversation; got {text!r}. Give one, in UTF-8.")
 
     @torch.inference_mode()
-    def generate(self, taken: Sequence[Taken]) -> list[str]:
+    def generate(self, encoded: Sequence[EncodedText]) -> list[str]:
         """What the run generates from each text, greedily."""
         tokenizer, model = self.run.classifier.tokenizer, self.run.classifier.model
         ends = eos_token_ids(self.run, chats=self.run.chats)
-        rows = [each.row for each in taken]
+        rows = [each.row for each in encoded]
         said: dict[int, str] = {}
         for chosen in by_length(rows, _BATCH_SIZE):
             report("answering", len(said), len(rows))
@@ -123,7 +123,7 @@ class TextGenerator:
 def generate(folder: str | Path, texts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
     """What a finished run on next words generates from each text; see `TextGenerator`."""
     generator = TextGenerator(load_run(folder), max_new_tokens)
-    return generator.generate([generator.take(text) for text in texts])
+    return generator.generate([generator.encode(text) for text in texts])
 
 
 def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[str, float]:
@@ -150,21 +150,21 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    taken, limit = {}, generator.max_new_tokens
+    encoded, limit = {}, generator.max_new_tokens
     for key, prompt in prompts.items():
         with suppress(FastpeftError):  # too long, or nothing was asked
-            taken[key] = generator.take(prompt)
-    if not taken:
+            encoded[key] = generator.encode(prompt)
+    if not encoded:
         logger.warning("no prompt leaves room for %d new tokens, so nothing is said", limit)
         return {}
-    said = generator.generate(list(taken.values()))
+    said = generator.generate(list(encoded.values()))
     for count, what in (
-        (len(prompts) - len(taken), "cannot be gone on from within what the model reads, and are left out"),
+        (len(prompts) - len(encoded), "cannot be gone on from within what the model reads, and are left out"),
         (generator.cut, f"have answers that were cut after {limit} tokens; give more `max_new_tokens`"),
     ):
         if count:
             logger.warning("%d of %d prompts %s", count, len(prompts), what)
-    expected_of = [references[key] for key in taken]
+    expected_of = [references[key] for key in encoded]
     most = max(map(len, expected_of))
     # None where a prompt has fewer: an empty text would be a completion of no length
     streams: Any = [[each[place] if place < len(each) else None for each in expected_of] for place in range(most)]
@@ -173,5 +173,5 @@ def measure_generations(generator: TextGenerator, texts: Sequence[Any]) -> dict[
     return {
         "bleu": sacrebleu.corpus_bleu(said, streams).score,
         "rouge_l": sum(nearest) / len(nearest),
-        "prompts": len(taken),
+        "prompts": len(encoded),
     }

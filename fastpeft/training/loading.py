@@ -78,8 +78,8 @@ class FinishedRun:
             )
 
 
-class Taken(NamedTuple):
-    """What a finished run is given, and its tokens."""
+class EncodedText(NamedTuple):
+    """A text as a finished run is given it, and its tokens."""
 
     text: Any
     row: Row

@@ -20,7 +20,7 @@ from fastpeft.prompts.template import is_text, refuse_one_text
 from fastpeft.support.stages import report
 from fastpeft.training.encoding import collator, count_cut, encode
 from fastpeft.training.generation import generate, generates_text
-from fastpeft.training.loading import FinishedRun, Taken, load_run
+from fastpeft.training.loading import EncodedText, FinishedRun, load_run
 
 _BATCH_SIZE = 64
 
@@ -62,8 +62,8 @@ class Predictor:
                 f"labelled texts: --init-from {folder}."
             )
 
-    def take(self, text: Any) -> Taken:
-        """A text, as `predict` takes one, made ready.
+    def encode(self, text: Any) -> EncodedText:
+        """A text, as `predict` takes one, as tokens.
 
         Raises:
             EmptyTextError: it is empty, or one of a pair is.
@@ -76,23 +76,23 @@ class Predictor:
         (row,) = encode(run.classifier.tokenizer, Examples([given], none), run.max_length, run.prompt, run.problem)
         if run.problem.per_token:
             _word_tokens(row, given, run.max_length)
-        return Taken(given, row)
+        return EncodedText(given, row)
 
-    def count_cut(self, taken: Sequence[Taken]) -> int:
-        """How many of these texts go on after what the run reads of them; of words with tags `take` refuses such."""
+    def count_cut(self, encoded: Sequence[EncodedText]) -> int:
+        """How many of these texts go on after what the run reads of them; of words with tags `encode` refuses such."""
         run = self.run
         if run.problem.per_token:
             return 0
-        texts = Examples([text for text, _ in taken], [0] * len(taken))
-        rows = [row for _, row in taken]
+        texts = Examples([text for text, _ in encoded], [0] * len(encoded))
+        rows = [row for _, row in encoded]
         return count_cut(texts, rows, run.classifier.tokenizer, run.max_length, run.prompt, run.problem)
 
-    def scores(self, taken: Sequence[Taken]) -> list[np.ndarray]:
+    def scores(self, encoded: Sequence[EncodedText]) -> list[np.ndarray]:
         """Of each text the probability of every class or label, `(classes,)`; its number, `(1,)`; or of every word
         those of the tags, `(words, tags)`."""
-        return self.scores_of(taken, outputs_of(self.run, [row for _, row in taken]))
+        return self.scores_of(encoded, outputs_of(self.run, [row for _, row in encoded]))
 
-    def scores_of(self, taken: Sequence[Taken], outputs: list[np.ndarray]) -> list[np.ndarray]:
+    def scores_of(self, encoded: Sequence[EncodedText], outputs: list[np.ndarray]) -> list[np.ndarray]:
         """What `scores` gives, of the model's outputs for each text: `(outputs,)`, or `(T, outputs)` of its tokens.
 
         Raises:
@@ -102,7 +102,7 @@ class Predictor:
         _check_finite(outputs, self.run)
         if problem.per_token:
             outputs = [
-                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, taken)
+                output[_word_tokens(row, words, self.run.max_length)] for output, (words, row) in zip(outputs, encoded)
             ]
         if problem is REGRESSION:
             return outputs
@@ -143,9 +143,9 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
     if generates_text(folder):
         return generate(folder, texts)
     predictor = Predictor(folder)
-    taken = [predictor.take(text) for text in texts]
-    pitfalls.tell(pitfalls.of_cut_texts(predictor.count_cut(taken), len(taken), 0, predictor.run.max_length))
-    found = predictor.scores(taken)
+    encoded = [predictor.encode(text) for text in texts]
+    pitfalls.tell(pitfalls.of_cut_texts(predictor.count_cut(encoded), len(encoded), 0, predictor.run.max_length))
+    found = predictor.scores(encoded)
     if predictor.run.problem.per_token:
         return [[predictor.answer(word) for word in scores] for scores in found]
     return [predictor.answer(scores) for scores in found]

@@ -28,7 +28,7 @@ from fastpeft.errors import EmptyTextError, FastpeftError
 from fastpeft.support.files import path_of, publish, saving
 from fastpeft.support.interrupts import uninterrupted
 from fastpeft.training.generation import TextGenerator, generates_text
-from fastpeft.training.loading import Taken, load_run
+from fastpeft.training.loading import EncodedText, load_run
 from fastpeft.training.prediction import Predictor, shortest
 
 _CHUNK = 256  # rows that are answered together: sorted by length they are batches that pad little
@@ -107,7 +107,7 @@ class Predictions:
         else:
             self._predictor = Predictor(folder)
         self.labels = self._predictor.run.labels
-        self._given = [(number, self._take_given(number, text)) for number, text in enumerate(texts, start=1)]
+        self._given = [(number, self._encode_given(number, text)) for number, text in enumerate(texts, start=1)]
         self._name, self._rows = name, rows
         self._generates = isinstance(self._predictor, TextGenerator)
         self._names: tuple[str, ...] = _PAIR if self._predictor.run.is_pair and not self._generates else _TEXT
@@ -165,22 +165,22 @@ class Predictions:
         before = len(self._given)
         rows: list[Any] = [*self._given, *self._rows]
         for start in range(0, len(rows), _CHUNK):
-            taken, left_out = [], []
+            encoded, left_out = [], []
             for index, (number, row) in enumerate(rows[start : start + _CHUNK], start=start):
                 try:
                     if isinstance(row, FastpeftError):
                         raise row
-                    taken.append((number, row) if index < before else (before + number, self._take(number, row)))
+                    encoded.append((number, row) if index < before else (before + number, self._encode(number, row)))
                 except FastpeftError as error:
                     left_out.append(error)
-            given = [each for _, each in taken]
+            given = [each for _, each in encoded]
             scores: Sequence[Any]
             if isinstance(self._predictor, TextGenerator):
                 scores = self._predictor.generate(given)
             else:
                 scores = self._predictor.scores(given)
                 self.cut += self._predictor.count_cut(given)
-            answered = zip(taken, scores)
+            answered = zip(encoded, scores)
             yield (
                 [
                     Prediction(number, each.text, found, self._records.get(number, {}))
@@ -189,18 +189,18 @@ class Predictions:
                 left_out,
             )
 
-    def _take_given(self, number: int, text: Any) -> Taken | EmptyTextError:
+    def _encode_given(self, number: int, text: Any) -> EncodedText | EmptyTextError:
         """A text; an empty one is left out as a row of a file is."""
         try:
-            return self._predictor.take(text)
+            return self._predictor.encode(text)
         except EmptyTextError as error:
             return EmptyTextError(f"text {number}: {error}")
 
-    def _take(self, number: int, row: Record) -> Taken:
+    def _encode(self, number: int, row: Record) -> EncodedText:
         place = Place(self._name, number)
         given = self._read(row, place)
         try:
-            return self._predictor.take(given)
+            return self._predictor.encode(given)
         except FastpeftError as error:
             raise FastpeftError(f"{place}: {error}") from None
 

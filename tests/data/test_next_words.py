@@ -169,13 +169,13 @@ class Told:
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers = answers
 
-    def take(self, text: Any) -> Any:
+    def encode(self, text: Any) -> Any:
         if text[0] == "long":
             raise FastpeftError("it is long")
         return text
 
-    def generate(self, taken: Sequence[Any]) -> Sequence[str]:
-        assert len(taken) == len(self.answers)
+    def generate(self, encoded: Sequence[Any]) -> Sequence[str]:
+        assert len(encoded) == len(self.answers)
         return self.answers
 
 
@@ -307,9 +307,9 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
     with pytest.raises(FastpeftError, match="max_new_tokens is 38; it must be from 1 to 37"):
         TextGenerator(run, 38)
     with pytest.raises(FastpeftError, match="has 31 tokens, but 30 are the most that leave room for 8 new ones"):
-        TextGenerator(run, 8).take("film " * 30)
+        TextGenerator(run, 8).encode("film " * 30)
     with pytest.raises(FastpeftError, match=r"got 7\. Give one"):
-        TextGenerator(run).take(7)
+        TextGenerator(run).encode(7)
     with pytest.raises(FastpeftError, match="learned next words and has no classes to tell"):
         Predictor(config.output)
     with pytest.raises(FastpeftError, match=r"learned from pairs of texts, but .* has conversations"):
@@ -317,7 +317,7 @@ def test_what_a_run_refuses(tmp_path: Path, place: Path, config: TrainConfig) ->
     shown = CliRunner().invoke(app, ["predict", config.output, "film", "--all"])
     assert "--all shows the probability of every class, tag or label, but the run has none" in shown.output
     for refused in (
-        lambda: TextGenerator(run).take([{"role": "user", "content": "film"}]),
+        lambda: TextGenerator(run).encode([{"role": "user", "content": "film"}]),
         lambda: Predictions(config.output, file=str(place / "chats.jsonl")),
     ):
         with pytest.raises(FastpeftError, match="learned from texts, not from conversations"):

@@ -36,7 +36,7 @@ def expected(runs: Path) -> dict[tuple[str, int], list[float]]:
     scores = {}
     for name in NAMES:
         predictor = Predictor(runs / ("mood" if name == "guest" else name))
-        found = predictor.scores([predictor.take(text_for(name, number)) for number in range(len(TEXTS))])
+        found = predictor.scores([predictor.encode(text_for(name, number)) for number in range(len(TEXTS))])
         scores |= {(name, number): each.tolist() for number, each in enumerate(found)}
     return scores
 
@@ -405,7 +405,7 @@ def test_a_fault_leaves_the_next_requests_answered(
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Tasks, "_ready", failing)
+        patched.setattr(Tasks, "_encode", failing)
         assert server.ask("POST", "/predict", GOOD)[:2] == (500, {"detail": "the server failed; its log says why."})
     status, answer, _ = server.ask("POST", "/predict", {"task": "b", "texts": TEXTS[:1]})
     assert status == 200

@@ -74,7 +74,7 @@ def expected(place: Path) -> dict[tuple[str, str], str]:
         generator = TextGenerator(load_run(place / name), 8)
         found |= {
             (name, text): said
-            for text, said in zip(ASKED, generator.generate([generator.take(text) for text in ASKED]))
+            for text, said in zip(ASKED, generator.generate([generator.encode(text) for text in ASKED]))
         }
     assert len(set(found.values())) > 3
     return found
@@ -238,7 +238,7 @@ def test_a_run_with_examples_answers_from_a_backbone_that_has_read_them(place: P
         generator = TextGenerator(load_run(tmp_path / name.replace("again", "one")), 3)
         answers = tasks.generate([(name, [tasks.generation_request(name, text, 3)]) for text in ASKED])
         texts = [answer.text.strip() for answer in answers if isinstance(answer, GenerationRequest)]
-        assert texts == generator.generate([generator.take(text) for text in ASKED])
+        assert texts == generator.generate([generator.encode(text) for text in ASKED])
 
 
 def test_a_task_that_was_removed_is_gone(place: Path) -> None:

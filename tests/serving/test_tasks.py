@@ -13,7 +13,7 @@ from samples import reviews
 
 from fastpeft import FastpeftError, LadderPool
 from fastpeft.serving.server import described
-from fastpeft.serving.tasks import Ready, RefusedError, Tasks, parse_runs
+from fastpeft.serving.tasks import EncodedRequest, RefusedError, Tasks, parse_runs
 from fastpeft.support.stages import listening
 from fastpeft.training.prediction import Predictor
 
@@ -36,7 +36,7 @@ CLOSE = {"rtol": 0, "atol": 1e-6}  # of numbers of about 1 in float32: a batch p
 def expected(runs: Path) -> list[list[np.ndarray]]:
     """The scores of what is `ASKED`, each run by itself."""
     known = {name: Predictor(runs / name) for name, _ in ASKED}
-    return [known[name].scores([known[name].take(text) for text in texts]) for name, texts in ASKED]
+    return [known[name].scores([known[name].encode(text) for text in texts]) for name, texts in ASKED]
 
 
 @pytest.fixture
@@ -118,25 +118,25 @@ def test_tasks_come_and_go(runs: Path, expected: list[list[np.ndarray]]) -> None
 
 def test_what_was_read_for_a_task_is_not_answered_by_one_that_replaced_it(runs: Path) -> None:
     tasks = Tasks({"a": runs / "a", "b": runs / "b"})
-    held = Ready(tasks["b"], [tasks["b"].predictor.take(TEXTS[0])])
+    held = EncodedRequest(tasks["b"], [tasks["b"].predictor.encode(TEXTS[0])])
     tasks.remove("b")
     tasks.add("b", runs / "mood")
     assert tasks.beside(tasks["a"]) == ["b"]
-    there, gone = tasks._answers([Ready(tasks["b"], [tasks["b"].predictor.take(TEXTS[0])]), held])
+    there, gone = tasks._answers([EncodedRequest(tasks["b"], [tasks["b"].predictor.encode(TEXTS[0])]), held])
     assert isinstance(there, list)
     assert isinstance(gone, RefusedError)
     assert (gone.status, "no task 'b' any more" in str(gone)) == (404, True)
 
 
 def test_one_request_that_cannot_be_read_fails_alone(tasks: Tasks, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Predictor.take
+    encode = Predictor.encode
 
     def failing(predictor: Predictor, text: Any) -> Any:
         if text == "bad":
             raise RuntimeError("the tokenizer failed")
-        return take(predictor, text)
+        return encode(predictor, text)
 
-    monkeypatch.setattr(Predictor, "take", failing)
+    monkeypatch.setattr(Predictor, "encode", failing)
     failed, there = tasks.answer([("a", ["bad"]), ("a", TEXTS[:1])])
     assert isinstance(failed, RuntimeError)
     assert isinstance(there, tuple)
@@ -169,7 +169,7 @@ def test_texts_are_cut_earlier_but_never_later(runs: Path) -> None:
         with pytest.raises(FastpeftError, match=f"reads {special} special tokens .* Give {special + 1} or more"):
             Predictor(runs / name, max_length=special)
         one = Predictor(runs / name, max_length=special + 1)
-        assert len(one.take(TEXTS[0] if name == "a" else PAIRS[0]).row["input_ids"]) == special + 1
+        assert len(one.encode(TEXTS[0] if name == "a" else PAIRS[0]).row["input_ids"]) == special + 1
 
 
 def test_names_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

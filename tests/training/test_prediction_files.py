@@ -287,8 +287,8 @@ def test_a_pair_is_read_as_in_training(place: Path) -> None:
     predictor = Predictor("pairs")
     pair = (" a lovely film", "the end ")
     for given in (pair, list(pair)):
-        assert predictor.take(given).text == pair
-    assert predictor.take(" a lovely film\t the end ").text == ("a lovely film", "the end")
+        assert predictor.encode(given).text == pair
+    assert predictor.encode(" a lovely film\t the end ").text == ("a lovely film", "the end")
     write_csv(place / "rows.csv", [pair], ("text1", "text2"))
     ((found, _),) = Predictions("pairs", file="rows.csv")
     assert found[0].text == pair
