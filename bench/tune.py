@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpeft.ops import backends
 from fastpeft.ops.candidates import architecture, choosing
 from fastpeft.ops.define import OPS
-from fastpeft.ops.fastest import TUNED, Choices
+from fastpeft.ops.fastest import TUNED, Timings
 
 DTYPE = torch.bfloat16  # float16 is timed where it is used
 LAYERS = [  # in_features, and out_features of the layers that share the input
@@ -91,11 +91,11 @@ def calls(device: str) -> Iterator[Call]:
 
 def tune(file: Path, timed: Iterator[Call]) -> int:
     """Time the forms of these calls into the file, but for those that it has; how many there are."""
-    choices = Choices(file, rounds=50, enough=0.3)
+    timings = Timings(file, rounds=50, enough=0.3)
     for op, arguments in timed:
-        choosing(OPS[op], backends.card_forms(op), choices, times_all=True)(*arguments)
+        choosing(OPS[op], backends.card_forms(op), timings, times_all=True)(*arguments)
     file.with_suffix(".lock").unlink(missing_ok=True)
-    return len(choices.used)
+    return len(timings.used)
 
 
 def main() -> None:

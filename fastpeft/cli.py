@@ -477,12 +477,12 @@ def info(
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
-    timed = fastest.choices.known()
+    timed = fastest.timings.known()
     if timed and not timings:
-        typer.echo(f"timed here: {len(timed):,}, in {fastest.choices.file}; --timings shows them")
+        typer.echo(f"timed here: {len(timed):,}, in {fastest.timings.file}; --timings shows them")
     elif timed:
         rows = [(question, fastest.in_words(times)) for question, times in timed.items()]
-        console.show_table(f"timed here; delete {fastest.choices.file} to have it timed again", rows)
+        console.show_table(f"timed here; delete {fastest.timings.file} to have it timed again", rows)
 
 
 def main() -> None:

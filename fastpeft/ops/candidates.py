@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpeft.ops.define import Op
-from fastpeft.ops.fastest import Choices, Ways, choices, is_captured
+from fastpeft.ops.fastest import Timings, Ways, is_captured, timings
 from fastpeft.ops.packing import rows_of
 
 _HALVES = torch.bfloat16, torch.float16
@@ -28,14 +28,14 @@ _FEWEST_ROWS = 16  # that fill a tile
 
 
 def choosing(
-    op: Op, forms: Mapping[str, Callable[..., Any]], choices: Choices = choices, times_all: bool = False
+    op: Op, forms: Mapping[str, Callable[..., Any]], timings: Timings = timings, times_all: bool = False
 ) -> Callable[..., Any]:
     """What to register for `op` on a card: at each call the fastest of its `forms`.
 
     Args:
         op: of SiVA, window attention, or the loss of a frozen head.
         forms: by name, among them "triton" and "aten".
-        choices: what keeps the times.
+        timings: what keeps the times.
         times_all: time all forms, and those too whose answer is predicted; else these two.
     """
     names = _names(op)
@@ -49,7 +49,7 @@ def choosing(
 
         is_timed = (times_all or of.is_open) and not is_captured()
         question = op.name, *of.question, "on", architecture(of.device)
-        way = choices.answer(question, of.predicted, ways if is_timed else None, of.device)
+        way = timings.answer(question, of.predicted, ways if is_timed else None, of.device)
         return forms.get(way, forms[of.predicted])(*arguments)
 
     return call

@@ -34,7 +34,7 @@ Times = dict[str, float]  # milliseconds by way
 Ways = Mapping[str, Callable[[], object]]
 
 
-class Choices:
+class Timings:
     """The times that questions were answered by.
 
     Args:
@@ -224,4 +224,4 @@ def _file() -> Path:
     return Path(cache) / "fastpeft" / "fastest" / f"{name}.json"
 
 
-choices = Choices(enabled=os.environ.get(VARIABLE) != "0")
+timings = Timings(enabled=os.environ.get(VARIABLE) != "0")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastpeft.ops.fastest import Ways, choices, is_captured
+from fastpeft.ops.fastest import Ways, is_captured, timings
 
 _MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
@@ -147,7 +147,7 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
 
     fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
     product = "rows times weight" if transposed else "frozen product"
-    return choices.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways if is_timed else None) == "packed"
+    return timings.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways if is_timed else None) == "packed"
 
 
 class Packs:

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft.data.problems import LOSS, best_step
-from fastpeft.ops.fastest import choices
+from fastpeft.ops.fastest import timings
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.launcher import is_first
 from fastpeft.support.processes import Ranks
@@ -107,7 +107,7 @@ class WholeCheckpoints(TrainerCallback):
         self.ranks.first_does(lambda: self.folder.keep_checkpoint(staged, best_step=best))
 
 
-class KeptChoices(TrainerCallback):
+class KeptTimings(TrainerCallback):
     """Writes which ways of computing were timed, as soon as a step has asked for one: a run that goes on takes them."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -118,9 +118,9 @@ class KeptChoices(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if is_first() and choices.used != self.kept:
-            self.kept = choices.used
-            self.folder.keep_choices(self.kept)
+        if is_first() and timings.used != self.kept:
+            self.kept = timings.used
+            self.folder.keep_timings(self.kept)
 
 
 class Stopping(TrainerCallback):

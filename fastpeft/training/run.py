@@ -33,7 +33,7 @@ from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
 from fastpeft.mezo.trainer import doubts_of_head
-from fastpeft.ops.fastest import choices
+from fastpeft.ops.fastest import timings
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.prompts.template import is_of_decoder
 from fastpeft.support import files
@@ -51,7 +51,7 @@ from fastpeft.training.curves import draw_curves
 from fastpeft.training.estimates import count_parameters, simulated_peak_mb
 from fastpeft.training.memory import MEBIBYTE, peak_rss_mb
 from fastpeft.training.results import SIMULATED, answers_in_words, chosen_by, found_settings, results
-from fastpeft.training.run_folder import CHOICES, CURVES, PREDICTIONS, ROW_SCORES, TRAINED_ON, RunFolder
+from fastpeft.training.run_folder import CURVES, PREDICTIONS, ROW_SCORES, TIMINGS, TRAINED_ON, RunFolder
 from fastpeft.training.task import Task
 from fastpeft.training.trainer import RunTrainer, trainer_class
 
@@ -113,7 +113,7 @@ def train(
         return TrainResult(folder.path, folder.metrics())
     if resume:
         config = _as_begun(config, folder)
-    choices.begin(folder.choices() if resume and (folder.path / CHOICES).is_file() else None)
+    timings.begin(folder.timings() if resume and (folder.path / TIMINGS).is_file() else None)
     with _determinism(config.deterministic), ExitStack() as held:
         task = Task.load(config)
         if resume and folder.started:

@@ -43,7 +43,7 @@ from fastpeft.training.callbacks import (
     CudaPeak,
     CurvePoints,
     EpochOfOrder,
-    KeptChoices,
+    KeptTimings,
     MeasuredCheckpoints,
     Patience,
     Reports,
@@ -119,7 +119,7 @@ class RunTrainer(Trainer):
             callbacks=[
                 EpochOfOrder(self.order, steps_per_epoch(arguments, len(lengths))),
                 *self._measuring(len(curve_rows), task.config.patience),
-                KeptChoices(folder),
+                KeptTimings(folder),
                 WholeCheckpoints(folder, self.chosen_by, self.ranks),
                 self.stopping,
                 self.clock,

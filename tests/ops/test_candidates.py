@@ -17,7 +17,7 @@ from fastpeft.ops import candidates, fastest
 from fastpeft.ops.backends import IMPLEMENTED
 from fastpeft.ops.candidates import choosing
 from fastpeft.ops.define import OPS
-from fastpeft.ops.fastest import Choices
+from fastpeft.ops.fastest import Timings
 
 BOTH = [op for (op, device), names in IMPLEMENTED.items() if device == "cuda" and {"triton", "aten"} <= set(names)]
 
@@ -59,8 +59,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("slow", ["triton", "aten"])
 def test_the_faster_form_computes_and_a_class_of_shapes_is_timed_once(tmp_path: Path, slow: str) -> None:
-    forms, choices = Forms(slow), Choices(tmp_path / "times.json")
-    call = choosing(OPS["siva_linear"], forms, choices)
+    forms, timings = Forms(slow), Timings(tmp_path / "times.json")
+    call = choosing(OPS["siva_linear"], forms, timings)
     fast = "aten" if slow == "triton" else "triton"
     assert call(*siva(64)) == fast
     timed = len(forms.called)
@@ -70,7 +70,7 @@ def test_the_faster_form_computes_and_a_class_of_shapes_is_timed_once(tmp_path: 
     assert len(forms.called) == timed + 2
     call(*siva(66))
     assert len(forms.called) > timed + 5
-    asked = [question.partition(" on ")[0] for question in choices.used]
+    asked = [question.partition(" on ")[0] for question in timings.used]
     assert asked == [f"siva_linear bfloat16 24x40 rank 16 rows {rows}" for rows in (64, 128)]
 
 
@@ -78,16 +78,16 @@ def test_the_faster_form_computes_and_a_class_of_shapes_is_timed_once(tmp_path: 
 def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
     tmp_path: Path, tuned: Path, operands: tuple[Any, ...]
 ) -> None:
-    forms, choices = Forms("aten"), Choices(tmp_path / "times.json")
-    choosing(OPS["siva_linear"], forms, choices)(*siva(16))  # whatever a full tile took
+    forms, timings = Forms("aten"), Timings(tmp_path / "times.json")
+    choosing(OPS["siva_linear"], forms, timings)(*siva(16))  # whatever a full tile took
     forms.called.clear()
-    assert choosing(OPS["siva_linear"], forms, choices)(*operands) == "aten"
+    assert choosing(OPS["siva_linear"], forms, timings)(*operands) == "aten"
     assert forms.called == ["aten"]  # and not timed
-    assert choosing(OPS["siva_linear"], forms, Choices(tmp_path / "all.json"), times_all=True)(*operands) == "triton"
+    assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "all.json"), times_all=True)(*operands) == "triton"
     (tuned / "cpu.json").write_text((tmp_path / "all.json").read_text())
     fastest._tuned.cache_clear()
     called = len(forms.called)
-    assert choosing(OPS["siva_linear"], forms, Choices(tmp_path / "none.json", enabled=False))(*operands) == "triton"
+    assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "none.json", enabled=False))(*operands) == "triton"
     assert len(forms.called) == called + 1
     assert not (tmp_path / "none.json").exists()
 
@@ -97,36 +97,36 @@ def test_a_form_that_fails_is_not_taken(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("no room")
 
     forms = Forms("aten")
-    call = choosing(OPS["siva_linear"], {**forms, "triton": out_of_memory}, Choices(tmp_path / "times.json"))
+    call = choosing(OPS["siva_linear"], {**forms, "triton": out_of_memory}, Timings(tmp_path / "times.json"))
     assert call(*siva()) == "aten"
-    both = choosing(OPS["siva_linear"], dict.fromkeys(forms, out_of_memory), Choices(tmp_path / "none.json"))
+    both = choosing(OPS["siva_linear"], dict.fromkeys(forms, out_of_memory), Timings(tmp_path / "none.json"))
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         both(*siva())
 
 
 def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) -> None:
-    choices = Choices(tmp_path / "times.json")
-    call = choosing(OPS["window_attention"], Forms("triton"), choices)
+    timings = Timings(tmp_path / "times.json")
+    call = choosing(OPS["window_attention"], Forms("triton"), timings)
     call(*window())
     call(*window(block=2))
     call(*window(16))
     call(*window(mask=torch.ones(2, 9, dtype=torch.bool), causal=True))
     assert call(*window(dropout=0.1)) == "triton"  # for elsewhere many operations draw it
     of_all = "window_attention float32 batch 2 heads 1 slots 3 tokens 16 width 8"
-    asked = [question.partition(" on ")[0] for question in choices.used]
+    asked = [question.partition(" on ")[0] for question in timings.used]
     assert asked == [of_all, f"{of_all} mask causal"]
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(candidates, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(candidates, "is_captured", lambda: True)
-    forms, choices = Forms("triton"), Choices(tmp_path / "times.json")
+    forms, timings = Forms("triton"), Timings(tmp_path / "times.json")
     with FakeTensorMode():
         on_card = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]
-        assert choosing(OPS["siva_linear"], forms, choices)(*on_card) == "triton"
+        assert choosing(OPS["siva_linear"], forms, timings)(*on_card) == "triton"
         assert forms.called == ["triton"]
-        choices.begin({"siva_linear bfloat16 24x40 rank 16 rows 64 on sm_90": {"triton": 2.0, "aten": 1.0}})
-        assert choosing(OPS["siva_linear"], forms, choices)(*on_card) == "aten"
+        timings.begin({"siva_linear bfloat16 24x40 rank 16 rows 64 on sm_90": {"triton": 2.0, "aten": 1.0}})
+        assert choosing(OPS["siva_linear"], forms, timings)(*on_card) == "aten"
 
 
 @pytest.mark.parametrize("op", BOTH)
@@ -137,16 +137,16 @@ def test_arguments_have_the_names_of_the_schema(op: str) -> None:
 
 
 def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(tmp_path: Path) -> None:
-    choices = Choices(tmp_path / "times.json")
+    timings = Timings(tmp_path / "times.json")
     x, weight, u, s, v, _ = siva()
     dh, p = torch.ones(2, 32, 24, dtype=torch.bfloat16), torch.ones(4, 64)
-    single = choosing(OPS["siva_linear_backward"], Forms("aten"), choices)
+    single = choosing(OPS["siva_linear_backward"], Forms("aten"), timings)
     single(dh, x, weight, u, s, v, p, True, False, True, False)
-    mixed = choosing(OPS["siva_linear_mixed_backward"], Forms("aten"), choices)
+    mixed = choosing(OPS["siva_linear_mixed_backward"], Forms("aten"), timings)
     ofs = [u, u], [s, s], [v, v], [p, p]
     mixed(dh, x, weight, *ofs, [1, 1], None, False, [False, True], [False, False], False)
     layer = "bfloat16 24x40 rank 16 rows 64"
-    assert [question.partition(" on ")[0] for question in choices.used] == [
+    assert [question.partition(" on ")[0] for question in timings.used] == [
         f"siva_linear_backward {layer} need_dx need_dv",
         f"siva_linear_mixed_backward {layer} adapters 2 need_du",
     ]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastpeft import TrainConfig, train
 from fastpeft.ops import packing
-from fastpeft.ops.fastest import Choices, Ways, in_words
+from fastpeft.ops.fastest import Timings, Ways, in_words
 
 QUESTION = ("a product", torch.float32, 8, "x", 9)
 
@@ -34,30 +34,30 @@ def ways(made: list[str], slow: str) -> Callable[[], Ways]:
 
 def test_the_fastest_is_taken_and_timed_once(tmp_path: Path) -> None:
     made: list[str] = []
-    choices = Choices(tmp_path / "folder" / "times.json")
+    timings = Timings(tmp_path / "folder" / "times.json")
     for _ in range(2):
-        assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
-    assert choices.answer((*QUESTION, "of another class"), "packed", ways(made, "plain")) == "packed"
+        assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    assert timings.answer((*QUESTION, "of another class"), "packed", ways(made, "plain")) == "packed"
     assert made == ["packed", "plain"]
-    assert list(choices.used) == list(choices.known())
+    assert list(timings.used) == list(timings.known())
 
 
 def test_processes_share_what_was_timed_first(tmp_path: Path) -> None:
     made: list[str] = []
     file = tmp_path / "times.json"
-    first, second = Choices(file), Choices(file)
+    first, second = Timings(file), Timings(file)
     assert second.known() == {}  # read before the first has timed anything
     assert first.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
     assert second.answer(QUESTION, "packed", ways(made, "plain")) == "plain"
-    assert Choices(file).answer(QUESTION, "packed", ways(made, "plain")) == "plain"
+    assert Timings(file).answer(QUESTION, "packed", ways(made, "plain")) == "plain"
     assert made == ["packed"]  # the others read it
 
 
 def test_of_processes_that_begin_together_one_times(tmp_path: Path) -> None:
     program = (
-        "import sys, time, pathlib, functools; from fastpeft.ops.fastest import Choices\n"
+        "import sys, time, pathlib, functools; from fastpeft.ops.fastest import Timings\n"
         "ways = lambda: {w: functools.partial(time.sleep, 0.01 if w == sys.argv[2] else 0) for w in ('a', 'b')}\n"
-        "print(Choices(pathlib.Path(sys.argv[1])).answer(('q',), 'a', ways))"
+        "print(Timings(pathlib.Path(sys.argv[1])).answer(('q',), 'a', ways))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "times.json")]
     processes = [subprocess.Popen([*command, slow], stdout=subprocess.PIPE, text=True) for slow in ("a", "b")]
@@ -68,50 +68,50 @@ def test_of_processes_that_begin_together_one_times(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_takes_its_own(tmp_path: Path) -> None:
     made: list[str] = []
-    choices = Choices(tmp_path / "times.json")
-    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
-    (question,) = choices.used
+    timings = Timings(tmp_path / "times.json")
+    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    (question,) = timings.used
     kept = {question: {"packed": 1.0, "plain": 2.0}, "another": {"a": 1.0}}
-    choices.begin({**kept, "damaged": "by hand", "empty": {}})
-    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
-    assert choices.used == kept  # and loses none
-    choices.begin()
-    assert choices.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    timings.begin({**kept, "damaged": "by hand", "empty": {}})
+    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    assert timings.used == kept  # and loses none
+    timings.begin()
+    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
 
 
 def test_what_cannot_be_timed_is_fixed_unless_it_is_known(tmp_path: Path) -> None:
-    choices = Choices(tmp_path / "times.json")
-    assert choices.answer(QUESTION, "packed", None) == "packed"
-    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "plain"
-    assert choices.answer(QUESTION, "packed", None) == "plain"
+    timings = Timings(tmp_path / "times.json")
+    assert timings.answer(QUESTION, "packed", None) == "packed"
+    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert timings.answer(QUESTION, "packed", None) == "plain"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a product": 3}'])
 def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
     file = tmp_path / "times.json"
     file.write_text(content)
-    assert Choices(file).answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert Timings(file).answer(QUESTION, "packed", ways([], "packed")) == "plain"
     assert len(json.loads(file.read_text())) == 1
 
 
 def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
-    choices = Choices(tmp_path / "taken" / "times.json")
-    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    timings = Timings(tmp_path / "taken" / "times.json")
+    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "plain"
 
 
 def test_a_small_difference_changes_nothing(tmp_path: Path) -> None:
-    choices = Choices(tmp_path / "times.json")
-    choices.begin({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
-    assert choices.answer(QUESTION, "packed", ways([], "packed")) == "packed"
+    timings = Timings(tmp_path / "times.json")
+    timings.begin({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
+    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "packed"
 
 
 def test_answers_are_fixed_where_bits_matter(tmp_path: Path) -> None:
     made: list[str] = []
-    assert Choices(tmp_path / "times.json", enabled=False).answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    assert Timings(tmp_path / "times.json", enabled=False).answer(QUESTION, "packed", ways(made, "packed")) == "packed"
     torch.use_deterministic_algorithms(True)
     try:
-        assert Choices(tmp_path / "times.json").answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+        assert Timings(tmp_path / "times.json").answer(QUESTION, "packed", ways(made, "packed")) == "packed"
     finally:
         torch.use_deterministic_algorithms(False)
     assert made == []
@@ -123,14 +123,14 @@ def test_answers_are_fixed_where_bits_matter(tmp_path: Path) -> None:
 def test_a_weight_is_packed_where_that_is_fastest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fastest: str, transposed: bool
 ) -> None:
-    choices = Choices(tmp_path / "times.json")
-    monkeypatch.setattr(packing, "choices", choices)
+    timings = Timings(tmp_path / "times.json")
+    monkeypatch.setattr(packing, "timings", timings)
     weight, x = torch.randn(40, 24), torch.randn(3, 50, 40 if transposed else 24)
     packs = packing.Packs()
     packing.operand(weight, packs, x, transposed)
-    (question,) = choices.used
-    assert set(choices.used[question]) == {"packed", "plain"}  # both were timed
-    choices.begin({question: {way: 1.0 if way == fastest else 2.0 for way in ("packed", "plain")}})
+    (question,) = timings.used
+    assert set(timings.used[question]) == {"packed", "plain"}  # both were timed
+    timings.begin({question: {way: 1.0 if way == fastest else 2.0 for way in ("packed", "plain")}})
     operand = packing.operand(weight, packs, x, transposed)
     assert operand.is_mkldnn == (fastest == "packed")
     found = (
@@ -150,7 +150,7 @@ def test_a_run_keeps_its_choices_for_the_one_that_resumes_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
     for name, value in (("_enabled", True), ("_file", tmp_path / "times.json"), ("_known", None)):
-        monkeypatch.setattr(packing.choices, name, value)
+        monkeypatch.setattr(packing.timings, name, value)
     model = save_tiny_model(tmp_path / "model")
     data = write_csv(tmp_path / "reviews.csv", reviews(40))
     given = {"output": tmp_path / "run", "model": model, "data": data}
@@ -160,12 +160,12 @@ def test_a_run_keeps_its_choices_for_the_one_that_resumes_it(
     )
     with pytest.raises(KeyboardInterrupt):
         train(config, callbacks=[Interrupt(2)])
-    kept = json.loads((tmp_path / "run" / "choices.json").read_text())
+    kept = json.loads((tmp_path / "run" / "timings.json").read_text())
     assert kept
-    assert kept == packing.choices.used
+    assert kept == packing.timings.used
     told = {question: dict.fromkeys(times, 1.0) for question, times in kept.items()}  # nothing is clearly faster
-    (tmp_path / "run" / "choices.json").write_text(json.dumps(told))
+    (tmp_path / "run" / "timings.json").write_text(json.dumps(told))
     train(config, resume=True)
-    assert packing.choices.used.items() >= told.items()
-    assert json.loads((tmp_path / "run" / "choices.json").read_text()) == packing.choices.used
-    packing.choices.begin()
+    assert packing.timings.used.items() >= told.items()
+    assert json.loads((tmp_path / "run" / "timings.json").read_text()) == packing.timings.used
+    packing.timings.begin()
