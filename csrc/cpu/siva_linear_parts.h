@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -152,11 +153,23 @@ inline bool is_widened(const Matrix& rows) {
 
 inline Tensor widened(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
 
+// The same numbers, which autograd does not know as a view of others: it allows no change in place of an output that is
+// one.
+inline Tensor no_view(const Tensor& t) {
+    using torch::stable::detail::from;
+    std::array<StableIValue, 2> stack{from(t), from(t.sizes())};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // x W^T + b (*, N) for a dense or packed W
 inline Tensor product(const Tensor& x, const Matrix& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::optional<Tensor> dense = bias;
     if (bias.has_value() && !bias->is_contiguous()) dense = torch::stable::contiguous(*bias);
-    if (is_packed(weight)) return packed_product(x, weight, dense.has_value() ? &*dense : nullptr, nullptr);
+    if (is_packed(weight)) {
+        const Tensor h = packed_product(x, weight, dense.has_value() ? &*dense : nullptr, nullptr);
+        return h.dim() == 2 ? h : no_view(h);  // oneDNN makes it as a matrix
+    }
     Tensor h = new_rows(x, weight.size(0));
     if (is_widened(rows)) {
         if (dense.has_value()) dense = widened(*dense);

@@ -80,11 +80,13 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for a packed W, all of one dtype, outside of autograd."""
-    if not packed.is_mkldnn:  # a fake one
-        return F.linear(x, packed, bias)
-    h: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return h
+    """`x W^T + b` for a packed W, all of one dtype, outside of autograd; no view, as `fastpeft.ops.products` says."""
+    h: Tensor = (
+        torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        if packed.is_mkldnn
+        else F.linear(x, packed, bias)  # a fake one
+    )
+    return h if h.dim() == 2 else torch.ops.aten._unsafe_view.default(h, h.shape)  # it was made as a matrix
 
 
 Codes = tuple[Tensor, Tensor, Tensor]  # int8 (N, K), float32 scales (N, 1), int32 sums of rows (N,)

@@ -12,9 +12,11 @@ from instructions import PACKED_DTYPES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastpeft.functional import siva_linear, siva_linear_group, siva_linear_mixed
+from fastpeft.ops import aten
 from fastpeft.ops import packing as packing_module
 from fastpeft.ops.frozen_linear import frozen_linear, pack_layer
-from fastpeft.ops.packing import Packs, can_pack, dense, operand, packed_linear
+from fastpeft.ops.packing import Packs, can_pack, dense, operand, pack, packed_linear
 
 packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -41,6 +43,35 @@ def test_a_pack_holds_the_weight_and_multiplies_by_it(n: int, k: int, dtype: tor
             error, allowed = ((found.double() - exact).abs().max() for found in (packed_linear(x, packed, None), plain))
             assert error <= 2 * allowed + rounding
     assert packs.nbytes == 2 * n * k * dtype.itemsize
+
+
+@packing
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+@pytest.mark.parametrize("function", ["siva_linear", "siva_linear_group", "siva_linear_mixed", "frozen_linear"])
+def test_outputs_may_be_changed_in_place(function: str, dtype: torch.dtype) -> None:
+    """As models do that add a bias or scale their queries; autograd refuses it for an output that is a view."""
+    weight, packs = weight_of(24, 16).to(dtype), Packs()
+    u, s, v = torch.randn(24, 2, requires_grad=True), torch.ones(2), torch.randn(2, 16)
+    x = torch.randn(3, 5, 16, dtype=dtype, requires_grad=True)  # of three dimensions, which a product makes two
+    bias = torch.randn(24, dtype=dtype)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "siva_linear": lambda: siva_linear(x, weight, u, s, v, bias, packs),
+        "siva_linear_group": lambda: siva_linear_group(x, *([each] * 2 for each in (weight, u, s, v, bias, packs)))[1],
+        "siva_linear_mixed": lambda: siva_linear_mixed(x, weight, [u], [s], [v], [3], None, bias, packs),
+        "frozen_linear": lambda: frozen_linear(x, weight, bias, packs),
+    }
+    h = calls[function]()
+    assert packs.nbytes > 0
+    h += 1
+    h.sum().backward()
+    assert x.grad is not None
+
+
+@packing
+def test_a_packed_product_is_no_view_without_the_compiled_module() -> None:
+    packed, x = pack(weight_of(24, 16)), torch.randn(3, 5, 16)
+    u, s, v = torch.randn(24, 2), torch.ones(2), torch.randn(2, 16)
+    assert not aten.siva_linear(x, packed, u, s, v, None)[0]._is_view()
 
 
 @packing
