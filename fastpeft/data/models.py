@@ -47,7 +47,7 @@ class Classifier:
         context = len(getattr(self.model.config, "context", None) or ())
         known: int = self.tokenizer.model_max_length - context
         positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is None:
+        if positions is None or positions < 1:  # XLNet says -1: it reads texts of any length
             return known
         for name, module in self.model.named_modules():  # RoBERTa and its kin count on from the place of padding
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

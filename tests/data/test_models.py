@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers
@@ -31,10 +32,14 @@ def test_no_more_than_there_are_positions(kind: str, told: int, read: int) -> No
     assert most(kind, told) == read
 
 
+T5 = transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=20)
+XLNET = transformers.XLNetConfig(d_model=8, n_layer=1, n_head=1, d_inner=8, vocab_size=20)
+
+
 @pytest.mark.parametrize("told", [30, int(1e30)])
-def test_a_model_of_relative_positions_reads_what_its_tokenizer_says(told: int) -> None:
-    config = transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=20)
-    model = transformers.T5ForSequenceClassification(config)
+@pytest.mark.parametrize("config", [T5, XLNET], ids=["T5", "XLNet"])
+def test_a_model_of_relative_positions_reads_what_its_tokenizer_says(config: Any, told: int) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
     assert Classifier(model, SimpleNamespace(model_max_length=told), ()).max_length == told
 
 
