@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError, did_you_mean
@@ -341,9 +342,25 @@ def head_names(model: Any) -> set[str]:
     """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
     backbone = getattr(model, "base_model_prefix", "")
     children = {name for name, _ in model.named_children()}
-    heads = children - {backbone} if backbone in children else set()
+    heads = children - ({backbone} if backbone in children else _backbone_parts(model, children))
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return heads | {name for name, module in model.named_modules() if output is not None and module is output}
+
+
+def _backbone_parts(model: Any, children: set[str]) -> set[str]:
+    """Which children are the backbone's, where none holds it whole; all of them where that cannot be told.
+
+    Whisper's classifier has its encoder beside the head, T5's for questions its encoder and decoder. The backbone is
+    built without weights to see which parts it has.
+    """
+    kind = type(getattr(model, "config", None))
+    found = MODEL_MAPPING.get(kind, ())
+    backbones = found if isinstance(found, (tuple, list)) else (found,)  # Funnel has two
+    if not backbones or type(model) in backbones:
+        return children
+    with torch.device("meta"):
+        backbone = backbones[0]._from_config(copy.deepcopy(model.config))
+    return children & {name for name, _ in backbone.named_children()} or children
 
 
 def _rank(peft_config: SivaConfig, key: str) -> int:

@@ -108,6 +108,37 @@ def test_all_linear_leaves_the_head_alone() -> None:
     assert all(".roberta.encoder.layer." in name for name in found)
 
 
+T5_SIZES = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+FUNNEL_SIZES = {"vocab_size": 50, "block_sizes": [1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+WHISPER_SIZES = {
+    **{"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
+    **{"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32},
+    **{"vocab_size": 50, "pad_token_id": 0, "num_mel_bins": 8, "max_source_positions": 16, "classifier_proj_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "sizes", "parts"),
+    [
+        ("Whisper", "ForAudioClassification", WHISPER_SIZES, {"encoder"}),  # without projector and classifier
+        ("MT5", "ForQuestionAnswering", T5_SIZES, {"encoder", "decoder"}),  # PEFT wraps qa_outputs
+        ("T5", "ForQuestionAnswering", T5_SIZES, {"encoder", "decoder"}),
+        ("T5", "Model", T5_SIZES, {"encoder", "decoder"}),
+        ("Funnel", "Model", FUNNEL_SIZES, {"encoder", "decoder"}),  # transformers has two backbones of it
+    ],
+)
+def test_a_head_is_known_beside_a_backbone_in_parts(
+    kind: str, head: str, sizes: dict[str, Any], parts: set[str]
+) -> None:
+    base = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes))
+    linear = {name.partition(".")[0] for name, each in base.named_modules() if isinstance(each, nn.Linear)}
+    task = "QUESTION_ANS" if head == "ForQuestionAnswering" else None
+    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear", task_type=task))
+    found = {name.removeprefix("base_model.model.").partition(".")[0] for name in layer_names(model)}
+    assert found == parts
+    assert (linear == parts) is (head == "Model")
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
