@@ -91,7 +91,8 @@ class SivaConfig(PeftConfig):
             `target_modules`, not with a regular expression or `"all-linear"`.
         layers_pattern: Name of the list of blocks, where it is not the usual one; with `layers_to_transform`.
         exclude_modules: Names or a regular expression of layers to leave out.
-        modules_to_save: Further modules that train and are saved whole; a classification head is added by itself.
+        modules_to_save: Further modules that train and are saved whole. With the task types SEQ_CLS, TOKEN_CLS and
+            QUESTION_ANS all parts of the head are added by themselves.
         trainable_token_indices: Tokens whose embeddings train and are saved, `[token, ...]` for the model's input
             embeddings or `{name of an embedding: [token, ...]}`. Weights that are tied to them follow.
         bias: Biases that train and are saved: `"none"`, `"all"` of the model, or `"siva_only"`, those of the adapted

@@ -49,7 +49,7 @@ QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
 # Projections that hold query, key and value in one matrix.
 FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
 
-# What PEFT adds to `modules_to_save` for a task, whether the model has it or not.
+# What a PeftModel adds to `modules_to_save` for a task, whether the model has it or not.
 _ADDED_BY_PEFT = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -70,8 +70,9 @@ class SivaModel(BaseTuner):
     tuner_layer_cls = SivaLinear
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._of_peft_model = isinstance(peft_config, dict)  # else adapters are injected
         super().__init__(model, peft_config, *args, **kwargs)
-        if isinstance(peft_config, dict):  # of a PeftModel; a model with injected adapters is saved as it is stored
+        if self._of_peft_model:  # a model with injected adapters is saved as it is stored
             model.register_state_dict_post_hook(_give_pretrained)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -84,6 +85,8 @@ class SivaModel(BaseTuner):
             )
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
+        if config.init_weights != "saved" and self._pissa is None:  # a file has the modules that it has
+            _let_heads_train(config, self._heads, model, self._of_peft_model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._pissa is not None:
@@ -361,6 +364,47 @@ def _backbone_parts(model: Any, children: set[str]) -> set[str]:
     with torch.device("meta"):
         backbone = backbones[0]._from_config(copy.deepcopy(model.config))
     return children & {name for name, _ in backbone.named_children()} or children
+
+
+def _let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_peft_model: bool) -> None:
+    """Add the modules of a head to `modules_to_save` where the task is known, else warn that they stay as they are.
+
+    PEFT adds names that most heads have, but not those of BART or XLNet, and but a part of DeBERTa's. The head of a
+    language model is no new one, and stays.
+
+    Args:
+        peft_config: the configuration.
+        heads: the names of the modules.
+        model: the model.
+        of_peft_model: whether PEFT adds its names.
+    """
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+        return
+    added = _ADDED_BY_PEFT.get(peft_config.task_type, ()) if of_peft_model else ()
+    saved = (*(peft_config.modules_to_save or ()), *added)
+    names = [name for name, _ in model.named_modules()]
+    new = [part for head in sorted(heads) for part in _parts_beside(saved, head, model.get_submodule(head))]
+    # PEFT would take every module whose name ends so
+    clear = [head for head in new if added and not any(name.endswith(head) and name != head for name in names)]
+    if clear:
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *clear]
+    if left := [head for head in new if head not in clear]:
+        logger.warning(
+            "parts of the head do not train: %s. To train them and what else has names that end so, add them to "
+            "modules_to_save",
+            ", ".join(left),
+        )
+    elif added and not clear and not any(name.endswith(saved) for name in names):
+        logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
+
+
+def _parts_beside(saved: tuple[str, ...], name: str, module: nn.Module) -> list[str]:
+    """The names of the largest modules in `module` that have parameters, and none that `saved` names."""
+    if name.endswith(saved) or not any(True for _ in module.parameters()):
+        return []
+    if not any(inner.endswith(saved) for inner, _ in module.named_modules(prefix=name)):
+        return [name]
+    return [part for child, each in module.named_children() for part in _parts_beside(saved, f"{name}.{child}", each)]
 
 
 def _rank(peft_config: SivaConfig, key: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import logits
+from samples import TINY, logits
 from siva_adapters import CLOSE, RESIDUALS, move, tiny, token_ids, trained
 from torch import nn
 
@@ -137,6 +138,125 @@ def test_a_head_is_known_beside_a_backbone_in_parts(
     found = {name.removeprefix("base_model.model.").partition(".")[0] for name in layer_names(model)}
     assert found == parts
     assert (linear == parts) is (head == "Model")
+
+
+# -- heads -------------------------------------------------------------------------------------------------------
+
+BART_SIZES = {
+    **{"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0},
+    **{
+        "eos_token_id": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+    },
+}
+XLNET_SIZES = {"vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+NEW_HEADS = [
+    ("Bart", "ForSequenceClassification", BART_SIZES),  # classification_head
+    ("DebertaV2", "ForSequenceClassification", TINY | {"pooler_hidden_size": 16}),  # pooler, classifier
+    ("XLNet", "ForSequenceClassification", XLNET_SIZES),  # sequence_summary, logits_proj
+    ("DistilBert", "ForSequenceClassification", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}),
+    ("ModernBert", "ForQuestionAnswering", TINY | SPECIAL),  # head, classifier
+    ("BigBird", "ForQuestionAnswering", TINY | {"attention_type": "original_full"}),  # qa_outputs within qa_classifier
+]
+
+
+def ended() -> torch.Tensor:
+    """Texts that end as BART wants it."""
+    ids = token_ids()
+    ids[:, -1] = BART_SIZES["eos_token_id"]
+    return ids
+
+
+@pytest.mark.parametrize(("kind", "head", "sizes"), NEW_HEADS, ids=[kind for kind, _, _ in NEW_HEADS])
+@pytest.mark.parametrize("second", [False, True])
+def test_the_whole_head_trains_and_is_saved(
+    tmp_path: Path, kind: str, head: str, sizes: dict[str, Any], second: bool
+) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        return getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+
+    task = "SEQ_CLS" if head == "ForSequenceClassification" else "QUESTION_ANS"
+    config = {"r": 2, "target_modules": "all-linear", "task_type": task, "residual": "implicit"}
+    expected, name = base(), "second" if second else "default"
+    backbone = (f"{expected.base_model_prefix}.", "shared")
+    heads = {each for each, _ in expected.named_parameters() if not each.startswith(backbone)}
+    model = peft.get_peft_model(base(), SivaConfig(**config)).eval()
+    if second:
+        model.add_adapter(name, SivaConfig(**config))
+        model.set_adapter(name)
+    beside = {each for each in trained(model) if "siva_" not in each}
+    assert {each.replace(f"modules_to_save.{name}.", "").removeprefix("base_model.model.") for each in beside} == heads
+    ids = ended()
+    move(model)
+    with torch.no_grad():
+        found = model(ids)[0]
+        assert not found.equal(expected(ids)[0])
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        loaded = peft.PeftModel.from_pretrained(base(), tmp_path / (name if second else ""))
+        torch.testing.assert_close(loaded.eval()(ids)[0], found, **CLOSE)
+        torch.testing.assert_close(loaded.merge_and_unload()(ids)[0], found, **CLOSE)
+
+
+def test_an_adapter_that_was_saved_without_its_head_is_loaded(tmp_path: Path) -> None:
+    """As all of BART were, whose head then stayed as it was drawn."""
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return transformers.BartForSequenceClassification(transformers.BartConfig(**BART_SIZES)).eval()
+
+    model = move(peft.get_peft_model(base(), SivaConfig(r=2, task_type="SEQ_CLS")).eval())
+    expected = copy.deepcopy(model)
+    head = expected.base_model.model.classification_head
+    head.modules_to_save["default"].load_state_dict(head.original_module.state_dict())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: each for key, each in load_file(file).items() if "head" not in key}, file)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"modules_to_save": ["classifier", "score"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).eval()
+    assert loaded(ended()).logits.equal(expected(ended()).logits)
+    assert not any("classification_head" in name for name in trained(loaded))
+
+
+class OwnHead(nn.Module):
+    """A backbone, one layer of which has a name that ends as the head's, and a head."""
+
+    base_model_prefix = "body"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "key_head": nn.Linear(4, 4)})
+        self.head = nn.Linear(4, 2)
+        self.config = None
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "message"),
+    [
+        (OwnHead, "SEQ_CLS", "parts of the head do not train: head"),
+        (OwnHead, None, "parts of the head do not train: head"),
+        (tiny, None, "parts of the head do not train: classifier"),
+        (lambda: tiny().roberta, "SEQ_CLS", "no module is called classifier or score, so no head trains"),
+        (lambda: tiny(head="ForMaskedLM"), None, ""),  # a head of words stays
+        (lambda: tiny(head="ForMaskedLM"), "SEQ_CLS", ""),
+        (tiny, "SEQ_CLS", ""),
+    ],
+)
+def test_a_head_that_does_not_train_is_told(
+    caplog: pytest.LogCaptureFixture, make: Callable[[], Any], task: str | None, message: str
+) -> None:
+    model = peft.get_peft_model(make(), SivaConfig(r=2, target_modules=["query", "key"], task_type=task))
+    assert message in caplog.text
+    assert bool(message) is bool(caplog.records)
+    assert not any("head" in name for name in trained(model))
+
+
+# -- bad configurations ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
