@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -125,6 +127,7 @@ class SivaModel(BaseTuner):
             _tell_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
         if all_linear:
             _limit_ranks(peft_config, {name: modules[name] for name in targets})
+            _tell_of_stacks(model, self._is_head)
         _check_tokens(peft_config, model)
         if any(is_in_4_bits(getattr(modules[name], "base_layer", modules[name])) for name in targets):
             _make_implicit(peft_config)
@@ -495,6 +498,25 @@ def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
         logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
         patterns = {f"^{re.escape(name)}": rank for name, rank in limited.items()}
         peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
+
+
+def _tell_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
+    """Warn of matrices that "all-linear" leaves out since several are in one parameter, as the experts of a mixture."""
+    stacks: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        # kernels of convolutions have three dimensions too, also where they are computed from others
+        if isinstance(module, (_ConvNd, ParametrizationList)) or is_head(name):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and "embed" not in own:  # of positions and segments
+                stacks[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")] += parameter.numel()
+    if stacks:
+        logger.warning(
+            "all-linear adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
+            "LoRA adapts those by its target_parameters",
+            f"{stacks.total():,}",
+            ", ".join(stacks),
+        )
 
 
 def _make_implicit(peft_config: SivaConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,44 @@ def test_a_head_is_known_beside_a_backbone_in_parts(
     found = {name.removeprefix("base_model.model.").partition(".")[0] for name in layer_names(model)}
     assert found == parts
     assert (linear == parts) is (head == "Model")
+
+
+EXPERTS = TINY | {"num_key_value_heads": 2, "num_local_experts": 4, "num_hidden_layers": 2}
+WAV2VEC2_SIZES = {
+    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    **{"conv_dim": [16, 16], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2},
+    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20},
+}
+VIT_SIZES = {
+    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    **{"image_size": 8, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "sizes", "message"),
+    [
+        (
+            "Mixtral",
+            "ForCausalLM",
+            EXPERTS,  # of each of 2 layers 4 experts, each with 3 matrices of 16 by 32
+            r"12,288 weights .* frozen: model\.layers\.\*\.mlp\.experts\.gate_up_proj, "
+            r"model\.layers\.\*\.mlp\.experts\.down_proj\. LoRA",
+        ),
+        ("Wav2Vec2", "Model", WAV2VEC2_SIZES, ""),  # convolutions, and one with weight_norm
+        ("ViT", "Model", VIT_SIZES, ""),  # embeddings of positions
+        ("Roberta", "ForSequenceClassification", TINY, ""),
+    ],
+    ids=["Mixtral", "Wav2Vec2", "ViT", "Roberta"],
+)
+def test_all_linear_tells_of_matrices_that_it_leaves_out(
+    caplog: pytest.LogCaptureFixture, kind: str, head: str, sizes: dict[str, Any], message: str
+) -> None:
+    base = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes))
+    peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
+    found = [record.getMessage() for record in caplog.records if "stacked" in record.getMessage()]
+    assert len(found) == bool(message)
+    assert re.search(message, "".join(found))
 
 
 # -- heads -------------------------------------------------------------------------------------------------------
