@@ -21,7 +21,7 @@ from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation, Targets
 from fastpeft.prompts.model import PromptModel
 from fastpeft.siva import SivaConfig
-from fastpeft.siva.model import FUSED, QUERY_AND_KEY
+from fastpeft.siva.targets import FUSED, QUERY_AND_KEY
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,25 +13,30 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
     cast_adapter_dtype,
-    check_target_module_exists,
 )
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name, get_pattern_key
+from peft.utils.other import TrainableTokensWrapper, _get_input_embeddings_name
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
-from transformers import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft.errors import FastpeftError, did_you_mean
+from fastpeft.errors import FastpeftError
 from fastpeft.siva import grouping
 from fastpeft.siva.config import SivaConfig, check_name
-from fastpeft.siva.decompose import check_decomposable
 from fastpeft.siva.four_bits import is_in_4_bits
-from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
+from fastpeft.siva.heads import head_names, let_heads_train
 from fastpeft.siva.layer import SivaLinear
 from fastpeft.siva.pissa import PissaAdapter
 from fastpeft.siva.rows import BASE, Rows, acting
+from fastpeft.siva.targets import (
+    check_target,
+    endings,
+    limit_ranks,
+    query_and_key,
+    rank_of,
+    tied_parameters,
+    warn_of_stacks,
+    warn_of_strangers,
+)
 from fastpeft.support.fingerprints import fingerprints_agree
 from fastpeft.support.stages import report
 
@@ -45,18 +47,6 @@ logger = logging.getLogger(__name__)
 # add up. A learning rate of 1e-3 then suits all models in `bench/data/siva_rates.csv`.
 SPECTRAL_STEP = 1500.0
 _FEWEST_LAYERS = 12  # the fewest measured; models with fewer layers take no larger steps
-
-# Names of the query and key projections, architecture by architecture.
-QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
-# Projections that hold query, key and value in one matrix.
-FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
-
-# What a PeftModel adds to `modules_to_save` for a task, whether the model has it or not.
-_ADDED_BY_PEFT = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class SivaModel(BaseTuner):
@@ -88,7 +78,7 @@ class SivaModel(BaseTuner):
         self._heads, self._adding = head_names(model), adapter_name
         self._pissa = None if config.pissa is None else PissaAdapter.read(config.pissa)
         if config.init_weights != "saved" and self._pissa is None:  # a file has the modules that it has
-            _let_heads_train(config, self._heads, model, self._of_peft_model)
+            let_heads_train(config, self._heads, model, self._of_peft_model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._pissa is not None:
@@ -121,19 +111,19 @@ class SivaModel(BaseTuner):
             raise FastpeftError(
                 f"target_modules={shown} matches no linear layer that SiVA may adapt (heads, excluded and separately "
                 f"saved modules are not targets, a string is a regular expression for the whole name). Linear layers "
-                f'here end in {", ".join(_endings(linear))}; name some of them in a list, or pass "all-linear".'
+                f'here end in {", ".join(endings(linear))}; name some of them in a list, or pass "all-linear".'
             )
         if peft_config.init_weights != "saved" and self._pissa is None:  # what a file says was given to another model
-            _tell_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
+            warn_of_strangers(peft_config, () if isinstance(wanted, str) else wanted, linear, targets, model)
         if all_linear:
-            _limit_ranks(peft_config, {name: modules[name] for name in targets})
-            _tell_of_stacks(model, self._is_head)
+            limit_ranks(peft_config, {name: modules[name] for name in targets})
+            warn_of_stacks(model, self._is_head)
         _check_tokens(peft_config, model)
         if any(is_in_4_bits(getattr(modules[name], "base_layer", modules[name])) for name in targets):
             _make_implicit(peft_config)
-        tied = _tied_parameters(model)
+        tied = tied_parameters(model)
         for name in targets:
-            _check_target(peft_config, self._adding, name, modules[name], tied)
+            check_target(peft_config, self._adding, name, modules[name], tied)
         if self._pissa is not None:
             self._pissa.check_targets(targets)
         self._number_of_targets, self._number_made, self._told_of_bases = len(targets), 0, False
@@ -155,7 +145,7 @@ class SivaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         arguments = {
-            "r": _rank(peft_config, current_key),
+            "r": rank_of(peft_config, current_key),
             "d": peft_config.d,
             "residual": peft_config.residual,
             "residual_dtype": peft_config.residual_dtype,
@@ -316,209 +306,6 @@ def _copies(arguments: dict[str, Any]) -> int:
     return max([1, *(number for number in wanted if isinstance(number, int))])
 
 
-def query_and_key(model: nn.Module) -> set[str]:
-    """The names of the query and key projections of `model`.
-
-    Raises:
-        FastpeftError: they are fused with others, or their names are not known here.
-    """
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, SivaLinear))
-    }
-    for pair in QUERY_AND_KEY:
-        if names.issuperset(pair):
-            return set(pair)
-    fused = [name for name in FUSED if name in names]
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if fused:
-        raise FastpeftError(
-            f"target_modules=None means the query and key projections, which {kind} fuses with others in {fused[0]!r}. "
-            f'Pass target_modules=[{fused[0]!r}] to adapt the fused matrix, or "all-linear".'
-        )
-    raise FastpeftError(
-        f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
-        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, "
-        'or pass "all-linear".'
-    )
-
-
-def head_names(model: Any) -> set[str]:
-    """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
-    backbone = getattr(model, "base_model_prefix", "")
-    children = {name for name, _ in model.named_children()}
-    heads = children - ({backbone} if backbone in children else _backbone_parts(model, children))
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return heads | {name for name, module in model.named_modules() if output is not None and module is output}
-
-
-def _backbone_parts(model: Any, children: set[str]) -> set[str]:
-    """Which children are the backbone's, where none holds it whole; all of them where that cannot be told.
-
-    Whisper's classifier has its encoder beside the head, T5's for questions its encoder and decoder. The backbone is
-    built without weights to see which parts it has.
-    """
-    kind = type(getattr(model, "config", None))
-    found = MODEL_MAPPING.get(kind, ())
-    backbones = found if isinstance(found, (tuple, list)) else (found,)  # Funnel has two
-    if not backbones or type(model) in backbones:
-        return children
-    with torch.device("meta"):
-        backbone = backbones[0]._from_config(copy.deepcopy(model.config))
-    return children & {name for name, _ in backbone.named_children()} or children
-
-
-def _let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_peft_model: bool) -> None:
-    """Add the modules of a head to `modules_to_save` where the task is known, else warn that they stay as they are.
-
-    PEFT adds names that most heads have, but not those of BART or XLNet, and but a part of DeBERTa's. The head of a
-    language model is no new one, and stays.
-
-    Args:
-        peft_config: the configuration.
-        heads: the names of the modules.
-        model: the model.
-        of_peft_model: whether PEFT adds its names.
-    """
-    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
-        return
-    added = _ADDED_BY_PEFT.get(peft_config.task_type, ()) if of_peft_model else ()
-    saved = (*(peft_config.modules_to_save or ()), *added)
-    names = [name for name, _ in model.named_modules()]
-    new = [part for head in sorted(heads) for part in _parts_beside(saved, head, model.get_submodule(head))]
-    # PEFT would take every module whose name ends so
-    clear = [head for head in new if added and not any(name.endswith(head) and name != head for name in names)]
-    if clear:
-        peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *clear]
-    if left := [head for head in new if head not in clear]:
-        logger.warning(
-            "parts of the head do not train: %s. To train them and what else has names that end so, add them to "
-            "modules_to_save",
-            ", ".join(left),
-        )
-    elif added and not clear and not any(name.endswith(saved) for name in names):
-        logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
-
-
-def _parts_beside(saved: tuple[str, ...], name: str, module: nn.Module) -> list[str]:
-    """The names of the largest modules in `module` that have parameters, and none that `saved` names."""
-    if name.endswith(saved) or not any(True for _ in module.parameters()):
-        return []
-    if not any(inner.endswith(saved) for inner, _ in module.named_modules(prefix=name)):
-        return [name]
-    return [part for child, each in module.named_children() for part in _parts_beside(saved, f"{name}.{child}", each)]
-
-
-def _rank(peft_config: SivaConfig, key: str) -> int:
-    """The rank of the layer `key`."""
-    pattern = get_pattern_key(list(peft_config.rank_pattern), key)
-    return peft_config.rank_pattern.get(pattern, peft_config.r)
-
-
-def _endings(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def _tell_of_strangers(
-    peft_config: SivaConfig, wanted: Iterable[str], linear: list[str], targets: list[str], model: nn.Module
-) -> None:
-    """Warn of names and numbers that were given and match nothing, so that less trains than they say.
-
-    No error, since PEFT takes them, and one list may serve several models.
-
-    Args:
-        peft_config: the configuration.
-        wanted: the names of its targets; none where they are a regular expression.
-        linear: the names of the linear layers that it may adapt.
-        targets: the names of those that it adapts.
-        model: the model.
-    """
-    # without what PEFT wraps a module in that another adapter saves whole
-    names = [name.replace(".original_module", "") for name, _ in model.named_modules(remove_duplicate=False)]
-    added = _ADDED_BY_PEFT.get(peft_config.task_type, ())
-    saved = [name for name in peft_config.modules_to_save or () if name not in added]
-    chosen = peft_config.layers_to_transform
-    layers = [chosen] if isinstance(chosen, int) else chosen or []
-    blocks = _blocks(peft_config, names) if layers else []
-    unmatched: dict[str, tuple[list[Any], list[str], str]] = {
-        "target_modules": (
-            [name for name in wanted if not any(f".{each}".endswith(f".{name}") for each in names)],
-            _endings(linear),
-            f"Linear layers here end in {', '.join(_endings(linear))}",
-        ),
-        "rank_pattern": (
-            [
-                key
-                for key in peft_config.rank_pattern
-                if not any(get_pattern_key([key], name) == key for name in targets)
-            ],
-            _endings(targets),
-            f"Adapted layers end in {', '.join(_endings(targets))}",
-        ),
-        "modules_to_save": (
-            [name for name in saved if not any(each.endswith(name) for each in names)],
-            _endings(names),
-            f"The model consists of {', '.join(name for name, _ in model.named_children())}, and what is in them",
-        ),
-        "layers_to_transform": (
-            [index for index in layers if index not in blocks],
-            [],
-            f"Blocks here are {', '.join(map(str, blocks))}",
-        ),
-    }
-    for field, (strange, near, there) in unmatched.items():
-        if strange:
-            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
-            logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
-
-
-def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:
-    """The numbers of the blocks that `layers_to_transform` can choose, by PEFT's own rule for a layer's name."""
-    probe = copy.copy(peft_config)
-    probe.exclude_modules = probe.modules_to_save = None
-    probe.target_modules = set(_endings(names))
-    blocks = []
-    for index in sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()}):
-        probe.layers_to_transform = index
-        if any(f".{index}." in name and check_target_module_exists(probe, name) for name in names):
-            blocks.append(index)
-    return blocks
-
-
-def _limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
-    """Give layers that "all-linear" found and that are smaller than r their full rank."""
-    limited = {}
-    for name, module in targets.items():
-        shape = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
-        if get_pattern_key(list(peft_config.rank_pattern), name) == name and min(shape) < peft_config.r:
-            limited[name] = min(shape)
-    if limited:
-        shown = ", ".join(f"{name} ({rank})" for name, rank in limited.items())
-        logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
-        patterns = {f"^{re.escape(name)}": rank for name, rank in limited.items()}
-        peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
-
-
-def _tell_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
-    """Warn of matrices that "all-linear" leaves out since several are in one parameter, as the experts of a mixture."""
-    stacks: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        # kernels of convolutions have three dimensions too, also where they are computed from others
-        if isinstance(module, (_ConvNd, ParametrizationList)) or is_head(name):
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and "embed" not in own:  # of positions and segments
-                stacks[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")] += parameter.numel()
-    if stacks:
-        logger.warning(
-            "all-linear adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
-            "LoRA adapts those by its target_parameters",
-            f"{stacks.total():,}",
-            ", ".join(stacks),
-        )
-
-
 def _make_implicit(peft_config: SivaConfig) -> None:
     """Let the layers of a base in 4 bits keep their weights."""
     given = {"d": peft_config.d, "residual_dtype": peft_config.residual_dtype}
@@ -571,36 +358,6 @@ def _makes_empty_factors(model: nn.Module) -> bool:
     """Whether new parameters go to the meta device (PEFT's `low_cpu_mem_usage`), though the model is on another."""
     made = nn.ParameterDict({"probe": torch.empty(0, device="cpu")})["probe"]
     return made.device.type == "meta" and any(each.device.type != "meta" for each in model.parameters())
-
-
-def _tied_parameters(model: nn.Module) -> set[int]:
-    """Identities of the parameters that several modules share."""
-    seen = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {identity for identity, count in seen.items() if count > 1}
-
-
-def _check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:
-    """Raise `FastpeftError`, naming the layer, unless an adapter of `peft_config` can be put on it."""
-    check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
-    r, d, residual = _rank(peft_config, key), peft_config.d, peft_config.residual
-    if isinstance(target, SivaLinear):
-        target.check_addable(adapter_name, r, d, residual, peft_config.residual_dtype)
-    else:
-        check_decomposable(matrix(target, key), r, d, key)
-        if residual == "frozen" and id(target.weight) in tied:
-            raise FastpeftError(
-                f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
-                "leave the layer out with exclude_modules."
-            )
-    expected = peft_config.base_fingerprints.get(key) if peft_config.init_weights == "saved" else None
-    if expected is None:
-        return
-    found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
-    if found is not None and not fingerprints_agree(expected, found):
-        raise FastpeftError(
-            f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
-            f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."
-        )
 
 
 def register() -> None:

@@ -1,0 +1,88 @@
+"""The head of a model: what is beside its pretrained backbone, and trains with SiVA where it is new."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING
+
+from fastpeft.siva.config import SivaConfig
+
+logger = logging.getLogger(__name__)
+
+# What a PeftModel adds to `modules_to_save` for a task, whether the model has it or not.
+ADDED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def head_names(model: Any) -> set[str]:
+    """Modules of a transformers model outside its pretrained backbone: children beside it, and the output layer."""
+    backbone = getattr(model, "base_model_prefix", "")
+    children = {name for name, _ in model.named_children()}
+    heads = children - ({backbone} if backbone in children else _backbone_parts(model, children))
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return heads | {name for name, module in model.named_modules() if output is not None and module is output}
+
+
+def _backbone_parts(model: Any, children: set[str]) -> set[str]:
+    """Which children are the backbone's, where none holds it whole; all of them where that cannot be told.
+
+    Whisper's classifier has its encoder beside the head, T5's for questions its encoder and decoder. The backbone is
+    built without weights to see which parts it has.
+    """
+    kind = type(getattr(model, "config", None))
+    found = MODEL_MAPPING.get(kind, ())
+    backbones = found if isinstance(found, (tuple, list)) else (found,)  # Funnel has two
+    if not backbones or type(model) in backbones:
+        return children
+    with torch.device("meta"):
+        backbone = backbones[0]._from_config(copy.deepcopy(model.config))
+    return children & {name for name, _ in backbone.named_children()} or children
+
+
+def let_heads_train(peft_config: SivaConfig, heads: set[str], model: Any, of_peft_model: bool) -> None:
+    """Add the modules of a head to `modules_to_save` where the task is known, else warn that they stay as they are.
+
+    PEFT adds names that most heads have, but not those of BART or XLNet, and but a part of DeBERTa's. The head of a
+    language model is no new one, and stays.
+
+    Args:
+        peft_config: the configuration.
+        heads: the names of the modules.
+        model: the model.
+        of_peft_model: whether PEFT adds its names.
+    """
+    if hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+        return
+    added = ADDED_BY_PEFT.get(peft_config.task_type, ()) if of_peft_model else ()
+    saved = (*(peft_config.modules_to_save or ()), *added)
+    names = [name for name, _ in model.named_modules()]
+    new = [part for head in sorted(heads) for part in _parts_beside(saved, head, model.get_submodule(head))]
+    # PEFT would take every module whose name ends so
+    clear = [head for head in new if added and not any(name.endswith(head) and name != head for name in names)]
+    if clear:
+        peft_config.modules_to_save = [*(peft_config.modules_to_save or ()), *clear]
+    if left := [head for head in new if head not in clear]:
+        logger.warning(
+            "parts of the head do not train: %s. To train them and what else has names that end so, add them to "
+            "modules_to_save",
+            ", ".join(left),
+        )
+    elif added and not clear and not any(name.endswith(saved) for name in names):
+        logger.warning("no module is called %s, so no head trains. Name yours in modules_to_save", " or ".join(added))
+
+
+def _parts_beside(saved: tuple[str, ...], name: str, module: nn.Module) -> list[str]:
+    """The names of the largest modules in `module` that have parameters, and none that `saved` names."""
+    if name.endswith(saved) or not any(True for _ in module.parameters()):
+        return []
+    if not any(inner.endswith(saved) for inner, _ in module.named_modules(prefix=name)):
+        return [name]
+    return [part for child, each in module.named_children() for part in _parts_beside(saved, f"{name}.{child}", each)]

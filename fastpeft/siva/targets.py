@@ -1,0 +1,201 @@
+"""Which layers of a model SiVA adapts, and what is told of names that match nothing and of matrices left out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft.errors import FastpeftError, did_you_mean
+from fastpeft.siva import grouping
+from fastpeft.siva.config import SivaConfig
+from fastpeft.siva.decompose import check_decomposable
+from fastpeft.siva.frozen import check_kind, matrix, original_fingerprint
+from fastpeft.siva.heads import ADDED_BY_PEFT
+from fastpeft.siva.layer import SivaLinear
+from fastpeft.support.fingerprints import fingerprints_agree
+
+logger = logging.getLogger(__name__)
+
+# Names of the query and key projections, architecture by architecture.
+QUERY_AND_KEY = tuple(names[:2] for names in grouping.ATTENTION)
+# Projections that hold query, key and value in one matrix.
+FUSED = ("Wqkv", "c_attn", "query_key_value", "qkv_proj", "in_proj", "qkv")
+
+
+def query_and_key(model: nn.Module) -> set[str]:
+    """The names of the query and key projections of `model`.
+
+    Raises:
+        FastpeftError: they are fused with others, or their names are not known here.
+    """
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, SivaLinear))
+    }
+    for pair in QUERY_AND_KEY:
+        if names.issuperset(pair):
+            return set(pair)
+    fused = [name for name in FUSED if name in names]
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if fused:
+        raise FastpeftError(
+            f"target_modules=None means the query and key projections, which {kind} fuses with others in {fused[0]!r}. "
+            f'Pass target_modules=[{fused[0]!r}] to adapt the fused matrix, or "all-linear".'
+        )
+    raise FastpeftError(
+        f"target_modules=None means the query and key projections, whose names in {kind} are not known here. Linear "
+        f"layers end in {', '.join(sorted(names)) or 'nothing: there are none'}; name some of them in target_modules, "
+        'or pass "all-linear".'
+    )
+
+
+def rank_of(peft_config: SivaConfig, key: str) -> int:
+    """The rank of the layer `key`."""
+    pattern = get_pattern_key(list(peft_config.rank_pattern), key)
+    return peft_config.rank_pattern.get(pattern, peft_config.r)
+
+
+def endings(names: Iterable[str]) -> list[str]:
+    """The last parts of names."""
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def warn_of_strangers(
+    peft_config: SivaConfig, wanted: Iterable[str], linear: list[str], targets: list[str], model: nn.Module
+) -> None:
+    """Warn of names and numbers that were given and match nothing, so that less trains than they say.
+
+    No error, since PEFT takes them, and one list may serve several models.
+
+    Args:
+        peft_config: the configuration.
+        wanted: the names of its targets; none where they are a regular expression.
+        linear: the names of the linear layers that it may adapt.
+        targets: the names of those that it adapts.
+        model: the model.
+    """
+    # without what PEFT wraps a module in that another adapter saves whole
+    names = [name.replace(".original_module", "") for name, _ in model.named_modules(remove_duplicate=False)]
+    added = ADDED_BY_PEFT.get(peft_config.task_type, ())
+    saved = [name for name in peft_config.modules_to_save or () if name not in added]
+    chosen = peft_config.layers_to_transform
+    layers = [chosen] if isinstance(chosen, int) else chosen or []
+    blocks = _blocks(peft_config, names) if layers else []
+    unmatched: dict[str, tuple[list[Any], list[str], str]] = {
+        "target_modules": (
+            [name for name in wanted if not any(f".{each}".endswith(f".{name}") for each in names)],
+            endings(linear),
+            f"Linear layers here end in {', '.join(endings(linear))}",
+        ),
+        "rank_pattern": (
+            [
+                key
+                for key in peft_config.rank_pattern
+                if not any(get_pattern_key([key], name) == key for name in targets)
+            ],
+            endings(targets),
+            f"Adapted layers end in {', '.join(endings(targets))}",
+        ),
+        "modules_to_save": (
+            [name for name in saved if not any(each.endswith(name) for each in names)],
+            endings(names),
+            f"The model consists of {', '.join(name for name, _ in model.named_children())}, and what is in them",
+        ),
+        "layers_to_transform": (
+            [index for index in layers if index not in blocks],
+            [],
+            f"Blocks here are {', '.join(map(str, blocks))}",
+        ),
+    }
+    for field, (strange, near, there) in unmatched.items():
+        if strange:
+            shown, meant = ", ".join(sorted(map(repr, strange))), did_you_mean(str(strange[0]), near)
+            logger.warning("%s: nothing matches %s.%s %s", field, shown, meant, there)
+
+
+def _blocks(peft_config: SivaConfig, names: list[str]) -> list[int]:
+    """The numbers of the blocks that `layers_to_transform` can choose, by PEFT's own rule for a layer's name."""
+    probe = copy.copy(peft_config)
+    probe.exclude_modules = probe.modules_to_save = None
+    probe.target_modules = set(endings(names))
+    blocks = []
+    for index in sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()}):
+        probe.layers_to_transform = index
+        if any(f".{index}." in name and check_target_module_exists(probe, name) for name in names):
+            blocks.append(index)
+    return blocks
+
+
+def limit_ranks(peft_config: SivaConfig, targets: Mapping[str, Any]) -> None:
+    """Give layers that "all-linear" found and that are smaller than r their full rank."""
+    limited = {}
+    for name, module in targets.items():
+        shape = (module.out_features, module.in_features) if hasattr(module, "in_features") else module.weight.shape
+        if get_pattern_key(list(peft_config.rank_pattern), name) == name and min(shape) < peft_config.r:
+            limited[name] = min(shape)
+    if limited:
+        shown = ", ".join(f"{name} ({rank})" for name, rank in limited.items())
+        logger.warning("all-linear with r=%d: layers that are smaller get their full rank: %s", peft_config.r, shown)
+        patterns = {f"^{re.escape(name)}": rank for name, rank in limited.items()}
+        peft_config.rank_pattern = {**peft_config.rank_pattern, **patterns}
+
+
+def warn_of_stacks(model: nn.Module, is_head: Callable[[str], bool]) -> None:
+    """Warn of matrices that "all-linear" leaves out since several are in one parameter, as the experts of a mixture."""
+    stacks: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        # kernels of convolutions have three dimensions too, also where they are computed from others
+        if isinstance(module, (_ConvNd, ParametrizationList)) or is_head(name):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and "embed" not in own:  # of positions and segments
+                stacks[re.sub(r"\.\d+(?=\.)", ".*", f"{name}.{own}")] += parameter.numel()
+    if stacks:
+        logger.warning(
+            "all-linear adapts linear layers. %s weights of the model are in stacked matrices, which stay frozen: %s. "
+            "LoRA adapts those by its target_parameters",
+            f"{stacks.total():,}",
+            ", ".join(stacks),
+        )
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that several modules share."""
+    seen = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in seen.items() if count > 1}
+
+
+def check_target(peft_config: SivaConfig, adapter_name: str, key: str, target: Any, tied: set[int]) -> None:
+    """Raise `FastpeftError`, naming the layer, unless an adapter of `peft_config` can be put on it."""
+    check_kind(target.base_layer if isinstance(target, SivaLinear) else target, key)
+    r, d, residual = rank_of(peft_config, key), peft_config.d, peft_config.residual
+    if isinstance(target, SivaLinear):
+        target.check_addable(adapter_name, r, d, residual, peft_config.residual_dtype)
+    else:
+        check_decomposable(matrix(target, key), r, d, key)
+        if residual == "frozen" and id(target.weight) in tied:
+            raise FastpeftError(
+                f"{key}: its weight is shared with another module, which would get W_r. Use residual='implicit', or "
+                "leave the layer out with exclude_modules."
+            )
+    expected = peft_config.base_fingerprints.get(key) if peft_config.init_weights == "saved" else None
+    if expected is None:
+        return
+    found = target.base_fingerprint if isinstance(target, SivaLinear) else original_fingerprint(target)
+    if found is not None and not fingerprints_agree(expected, found):
+        raise FastpeftError(
+            f"{key}: the adapter was trained on another weight than this model has. Load the base model it was made "
+            f"from ({peft_config.base_model_name_or_path or 'see its model card'}), unchanged."
+        )
