@@ -220,10 +220,42 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
     return table(["", *accuracy, "above LoRA, 95 % interval", "memory, MB", "learning rate", "seeds"], body)
 
 
+TAGGING = {  # variants of WNUT17's evidence
+    "full:learning_rate=5e-5": "full fine-tuning",
+    "lora:rank=4:targets=query+key:learning_rate=4e-3": "LoRA",
+    "pissa:rank=4:targets=query+key:learning_rate=4e-3": "PiSSA",
+    "qlora:learning_rate=1e-3": "QLoRA, all linear",
+    "siva:learning_rate=3e-3": "**SiVA**",
+    "siva:residual_dtype=nf4:learning_rate=3e-3": "**SiVA** in nf4",
+    "bitfit:learning_rate=4e-3": "BitFit",
+    "last-n:learning_rate=1e-4": "last 3 layers",
+    "head:learning_rate=5e-3": "head only",
+    "lst:layers_per_block=1:learning_rate=6e-4": "LST",
+    "k-lst:window=5:layers_per_block=1:learning_rate=6e-4": "5-LST",
+    "k-lst:window=9:layers_per_block=1:learning_rate=6e-4": "**9-LST**",
+    "lst:learning_rate=6e-4": "LST, six blocks",
+    "k-lst:window=9:learning_rate=6e-4": "**9-LST**, six blocks",
+}
+
+
+def tagging() -> str:
+    """F1 of entities and of words, of those cells that have finished."""
+    body = []
+    for variant, title in TAGGING.items():
+        if metrics := _metrics(cells_of("wnut17", variant)):
+            scores = [f"{100 * mean(float(each[name]) for each in metrics):.1f}" for name in ("entity_f1", "word_f1")]
+            first = metrics[0]
+            memory = whole(first["peak_memory_mb"])
+            body.append([title, *scores, memory, f"{float(first['learning_rate']):g}", f"{len(metrics)}"])
+    return table(["", "F1 of entities, %", "of words", "memory, MB", "learning rate", "seeds"], body)
+
+
 SPEAKING = {  # variants of E2E's evidence
     "lst:layers_per_block=1:normalise_features=false": "LST, a block for each layer, not normalised",
     "lst": "LST",
+    "lst:reduction=4:learning_rate=0.002": "LST, twice as wide",
     "lst:examples=8": "LST after 8 examples",
+    "lst:siva_layers=4": "LST with SiVA in the last 4 layers",
     "k-lst:window=9:layers_per_block=1": "9-LST, a block for each layer",
     "k-lst:window=9": "**9-LST**",
     "k-lst:window=9:residual=state": "9-LST with the state",

@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "base-sst2": partial(accuracy_tables.evidence, "sst2"),
     "base-rates": accuracy_tables.base_rates,
     "base-trec": partial(accuracy_tables.evidence, "trec", is_papers=False),
+    "base-wnut17": accuracy_tables.tagging,
     "e2e": accuracy_tables.speaking,
     "targets": accuracy_tables.targets,
     "prompts": accuracy_tables.prompts,
