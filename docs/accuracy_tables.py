@@ -11,7 +11,7 @@ import cost_tables
 import numpy as np
 from table_rows import DATA, DOCS, NAMES, Row, read, rows, settings, table, whole
 
-from fastpeft.comparison.significance import compare_pair
+from fastpeft.comparison.significance import compare_pair, row_scores
 from fastpeft.comparison.suites import PaperRow, get_suite
 
 PAPER = get_suite("table2").rows  # which has all of the paper's, with the prompt for film reviews
@@ -197,14 +197,11 @@ def evidence(task: str, *, is_papers: bool = True) -> str:
     titles = {row.variant: row.title for row in PAPER} | OTHERS
     given = {row.variant: _given(row) for row in PAPER}
     found = {title: (variant, cells) for variant, title in titles.items() if (cells := cells_of(task, variant))}
-    lora = {cell["run"]["seed"]: cell for cell in found["LoRA"][1]} if "LoRA" in found else {}
+    lora = found["LoRA"][1] if "LoRA" in found else []
     body = []
     for title, (variant, cells) in found.items():
         metrics = _metrics(cells)
-        others, beside = {} if title == "LoRA" else lora, "-"
-        if both := [(cell, others[seed]) for cell in cells if (seed := cell["run"]["seed"]) in others]:
-            difference = compare_pair(*(_answers(each) for each in zip(*both)))
-            beside = f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+        beside = "-" if title == "LoRA" else _above(cells, lora, _answers)
         body.append(
             [
                 title,
@@ -239,15 +236,25 @@ TAGGING = {  # variants of WNUT17's evidence
 
 
 def tagging() -> str:
-    """F1 of entities and of words, of those cells that have finished."""
+    """F1 of entities and of words, of those cells that have finished, each beside LoRA."""
+    found = {title: cells for variant, title in TAGGING.items() if (cells := cells_of("wnut17", variant))}
     body = []
-    for variant, title in TAGGING.items():
-        if metrics := _metrics(cells_of("wnut17", variant)):
-            scores = [f"{100 * mean(float(each[name]) for each in metrics):.1f}" for name in ("entity_f1", "word_f1")]
-            first = metrics[0]
-            memory = whole(first["peak_memory_mb"])
-            body.append([title, *scores, memory, f"{float(first['learning_rate']):g}", f"{len(metrics)}"])
-    return table(["", "F1 of entities, %", "of words", "memory, MB", "learning rate", "seeds"], body)
+    for title, cells in found.items():
+        metrics = _metrics(cells)
+        scores = [f"{100 * mean(float(each[name]) for each in metrics):.1f}" for name in ("entity_f1", "word_f1")]
+        beside = "-" if title == "LoRA" else _above(cells, found.get("LoRA", []), _entities)
+        first = metrics[0]
+        cost = [whole(first["peak_memory_mb"]), f"{float(first['learning_rate']):g}", f"{len(cells)}"]
+        body.append([title, *scores, beside, *cost])
+    heads = [
+        "F1 of entities, %",
+        "of words",
+        "entities above LoRA, 95 % interval",
+        "memory, MB",
+        "learning rate",
+        "seeds",
+    ]
+    return table(["", *heads], body)
 
 
 SPEAKING = {  # variants of E2E's evidence
@@ -296,6 +303,25 @@ def base_rates() -> str:
         found.setdefault(row["variant"], []).append(f"{float(row['accuracy']):.3f} ({float(row['learning_rate']):g})")
     body = ([NAMES[variant.partition(":")[0]], *tried] for variant, tried in found.items())
     return table(["accuracy (rate)", "the recipe's", "a third", "three times"], body)
+
+
+def _above(
+    cells: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+    scores: Callable[[Sequence[dict[str, Any]]], np.ndarray],
+) -> str:
+    """How far cells are above those of another variant, paired by seed, in points with the interval."""
+    by_seed = {cell["run"]["seed"]: cell for cell in others}
+    both = [(cell, by_seed[seed]) for cell in cells if (seed := cell["run"]["seed"]) in by_seed]
+    if not both:
+        return "-"
+    difference = compare_pair(*(scores(each) for each in zip(*both)))
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def _entities(cells: Sequence[dict[str, Any]]) -> np.ndarray:
+    """`(seeds, rows)`, what each row stands for in the F1 of entities."""
+    return np.stack([row_scores(cell["row_scores"]["above"], cell["row_scores"]["below"]) for cell in cells])
 
 
 def _answers(cells: Sequence[dict[str, Any]]) -> np.ndarray:
