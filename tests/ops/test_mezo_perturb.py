@@ -312,7 +312,7 @@ def test_bad_terms_in_tensors_are_refused(seeds: object, scales: object, message
         ({"decay": math.inf}, "finite"),
         ({"decay": 0.1, "seeds": [], "scales": []}, r"decay is 0\.1 and there is no term"),
         ({"noise": "uniform"}, "'uniform'; allowed are gaussian, rademacher"),
-        ({"rounding": "up"}, "'up'; allowed are nearest, stochastic"),
+        ({"rounding": "up"}, "'up'; allowed are stochastic, nearest"),
         ({"params": [torch.zeros(3), torch.zeros(3, dtype=torch.int64)]}, "torch.int64"),
         ({"params": [torch.zeros(3), torch.eye(3).to_sparse()]}, "torch.sparse_coo"),
         ({"params": [torch.zeros(3), torch.zeros(1).expand(3)]}, "parameter 1 .* twice"),

@@ -12,7 +12,7 @@ from samples import PROMPT, Interrupt, reviews, save_tiny_model, write_csv, writ
 from transformers import AutoTokenizer
 
 from fastpeft import FastpeftError, TrainConfig, train
-from fastpeft.data.next_words import encode
+from fastpeft.data.next_words import encode_counted
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.generation import write
 from fastpeft.training.task import data_for
@@ -39,7 +39,7 @@ def test_rows_become_examples_and_the_run_is_used_with_them(config: TrainConfig)
     result = train(config)
     context = json.loads((result.folder / "config.json").read_text())["context"]
     data, tokenizer = data_for(config), AutoTokenizer.from_pretrained(config.model)
-    rows = [row["input_ids"] for row in encode(tokenizer, data.train.texts, 38)]
+    rows = [row["input_ids"] for row in encode_counted(tokenizer, data.train.texts, 38)[0]]
     assert any(context == [*one, *other] for one in rows for other in rows if one is not other)
     assert result.metrics["train_rows"] == len(data.train) - COUNT
     assert result.metrics["max_length"] == 38 - len(context)
