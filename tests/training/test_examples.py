@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.data.next_words import encode_counted
 from fastpeft.training.evaluation import evaluate
-from fastpeft.training.generation import write
+from fastpeft.training.generation import generate
 from fastpeft.training.task import data_for
 
 COUNT = 2
@@ -44,9 +44,9 @@ def test_rows_become_examples_and_the_run_is_used_with_them(config: TrainConfig)
     assert result.metrics["train_rows"] == len(data.train) - COUNT
     assert result.metrics["max_length"] == 38 - len(context)
     assert evaluate(result.folder)["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
-    assert len(write(result.folder, ["film"], 3)) == 1
+    assert len(generate(result.folder, ["film"], 3)) == 1
     with pytest.raises(FastpeftError, match=f"must be from 1 to {37 - len(context)}"):
-        write(result.folder, ["film"], 38 - len(context))
+        generate(result.folder, ["film"], 38 - len(context))
 
 
 @pytest.mark.parametrize("settings", [{}, {"over": "lst"}], ids=["lst", "mezo"])
