@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.passes import features_of
+from fastpeft.ladder.passes import IdleLayersError, features_of
 from fastpeft.support.dropout import dropout_off
 
 _TOKENS = 4
@@ -42,13 +42,15 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
 
     Raises:
         FastpeftError: the model predicts next tokens, but its tokens see later ones or would by `given`; or the pass
-            fails and `given` is None.
+            fails and `given` is None; or layers do not run in it.
     """
     kind, predicts = type(backbone.core).__name__, predicts_next_tokens(backbone)
     if given is not None and not predicts:
         return given
     try:
         shown = _shown(backbone, predicts)
+    except IdleLayersError:  # of other layers there is nothing to tell
+        raise
     except Exception as error:  # a model that needs other inputs raises almost any type
         if given is None and predicts:
             raise FastpeftError(
@@ -103,18 +105,14 @@ def _declares_causal(backbone: Backbone) -> bool | None:
 def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     """Whether a pass shows causal features; None if no pass is possible, or no token changes another."""
     core = backbone.core
-    if any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters()):
+    if not has_values(core):
         return None
     if predicts and getattr(core.config, "is_encoder_decoder", False):
         return None  # a decoder reads other tokens than the encoder
     if not predicts and backbone.input_name != "input_ids":
         return None
-    embeddings = core.get_input_embeddings()
-    count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
-    ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count  # of ordinary words
-    ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
-    with _leaving_no_trace(backbone):
-        features = features_of(backbone, {"input_ids": ids})
+    with leaving_no_trace(backbone):
+        features = features_of(backbone, {"input_ids": two_texts(backbone)})
     before = after = 0.0  # the largest change of an earlier and of a later token, as shares of the changed token's
     for feature in features:
         change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)
@@ -126,8 +124,22 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     return True if after > 0 else None
 
 
+def has_values(core: nn.Module) -> bool:
+    """Whether a pass of a model computes numbers: it is not on the meta device, nor simulated."""
+    return not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters())
+
+
+def two_texts(backbone: Backbone) -> Tensor:
+    """Token ids of two texts of ordinary words that differ in one token, `(2, 4)`."""
+    embeddings = backbone.core.get_input_embeddings()
+    count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count
+    ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
+    return ids
+
+
 @contextlib.contextmanager
-def _leaving_no_trace(backbone: Backbone) -> Iterator[None]:
+def leaving_no_trace(backbone: Backbone) -> Iterator[None]:
     """Run the block in evaluation mode, without gradients or compilation, and restore random states and modes."""
     core = backbone.core
     devices = {parameter.device.index for parameter in core.parameters() if parameter.device.type == "cuda"}

@@ -22,6 +22,10 @@ _ADVICE = (
 )
 
 
+class IdleLayersError(FastpeftError):
+    """A pass of a backbone left out layers that are to be listened to."""
+
+
 @contextlib.contextmanager
 def listen(
     backbone: Backbone,
@@ -42,10 +46,13 @@ def listen(
 
     Raises:
         FastpeftError: in the block, if a feature has another shape.
+        IdleLayersError: after the block, if a layer did not run.
     """
+    ran: set[int] = set()
 
     def take(layer: int, feature: Any) -> Tensor:
         nonlocal tokens
+        ran.add(layer)
         found = _as_tokens(feature, layer)
         tokens = found.shape[:2] if tokens is None else tokens
         expected = (*tokens, backbone.feature_sizes[layer])
@@ -76,6 +83,9 @@ def listen(
     after_layers = contextlib.ExitStack()
     with after_layers, _forwards(backbone, heard):
         yield
+    # else the base's own output would be returned as if a side network had made it
+    if idle := [layer for layer in range(1, len(backbone.layers) + 1) if layer not in ran]:
+        raise IdleLayersError(_did_not_run(backbone, idle))
 
 
 @contextlib.contextmanager
@@ -185,6 +195,18 @@ def autocast_of(feature: Tensor) -> contextlib.AbstractContextManager[Any] | Non
     if dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(kind):
         return torch.autocast(kind, dtype)
     return None
+
+
+def _did_not_run(backbone: Backbone, idle: list[int]) -> str:
+    """What is wrong where a pass left out the layers of these numbers, from 1."""
+    names = {module: name for name, module in backbone.core.named_modules()}
+    first, last, count = (names.get(backbone.layers[idle[0] - 1]), names.get(backbone.layers[idle[-1] - 1]), len(idle))
+    return (
+        f"a pass of the {type(backbone.core).__name__} did not run {count} of the {len(backbone.layers)} layers that "
+        f"the side network reads ({first}{f' to {last}' if count > 1 else ''}), so it would change nothing. Name in "
+        "feature_modules layers that run in every pass, in their order: single modules of model.named_modules(), or "
+        "a list that the model runs one module after the other."
+    )
 
 
 def _as_tokens(feature: Any, layer: int) -> Tensor:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import ladder, moved, tiny, trainable
+from backbones import TINY, ladder, moved, tiny, trainable
 from causal_models import CAUSAL, causal_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -151,6 +151,19 @@ def test_what_cannot_be_told_is_asked_for() -> None:
         ladder(base)
     assert ladder(base, causal=True).side.causal is True
     assert ladder(base, causal=False).side.causal is False
+
+
+@pytest.mark.parametrize("causal", [None, True])
+def test_layers_that_a_text_does_not_pass_are_refused(causal: bool | None) -> None:
+    text = {**TINY, "vocab_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    text["rope_parameters"] = {"mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    images = {"depth": 2, "embed_dim": 64, "hidden_size": 16, "num_heads": 4, "patch_size": 4}
+    base = transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=text, vision_config=images)
+    )
+    with pytest.raises(FastpeftError, match=r"did not run 2 of the 2 .*\(model\.visual\.blocks\.0 to model\.visual"):
+        ladder(base, causal=causal)
+    assert_no_later_token_is_seen(moved(base, feature_modules="model.language_model.layers"))
 
 
 def test_without_values_the_task_and_the_layers_tell() -> None:

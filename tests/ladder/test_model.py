@@ -579,6 +579,14 @@ def test_layers_named_out_of_order_are_refused() -> None:
         model(IDS)
 
 
+def test_layers_that_do_not_run_are_refused() -> None:
+    shape = {"block_sizes": [2, 2, 2], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+    base = transformers.FunnelForTokenClassification(transformers.FunnelConfig(vocab_size=50, **shape))
+    model = ladder(base, feature_modules="funnel.encoder.blocks")  # a list of lists
+    with pytest.raises(FastpeftError, match=r"did not run 3 of the 3 layers .*\(funnel\.encoder\.blocks\.0 to"):
+        model(IDS)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
