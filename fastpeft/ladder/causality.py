@@ -17,6 +17,7 @@ from fastpeft.ladder.passes import IdleLayersError, features_of
 from fastpeft.support.dropout import dropout_off
 
 _TOKENS = 4
+_CHARACTERS = 128
 _CHANGED = 2  # the token, from 0, that is changed
 
 # A change of earlier tokens is rounding up to this share of the change of later tokens. Measured over the 147
@@ -112,7 +113,7 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     if not predicts and backbone.input_name != "input_ids":
         return None
     with leaving_no_trace(backbone):
-        features = features_of(backbone, {"input_ids": two_texts(backbone)})
+        features = features_of(backbone, {"input_ids": two_texts(backbone, _CHANGED)})
     before = after = 0.0  # the largest change of an earlier and of a later token, as shares of the changed token's
     for feature in features:
         change = (feature[0].float() - feature[1].float()).abs().amax(-1)  # (T,)
@@ -129,12 +130,15 @@ def has_values(core: nn.Module) -> bool:
     return not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in core.parameters())
 
 
-def two_texts(backbone: Backbone) -> Tensor:
-    """Token ids of two texts of ordinary words that differ in one token, `(2, 4)`."""
-    embeddings = backbone.core.get_input_embeddings()
-    count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+def two_texts(backbone: Backbone, changed: int | slice) -> Tensor:
+    """Token ids of two texts of ordinary words that differ in the tokens `changed`, `(2, 4)`."""
+    try:
+        embeddings = backbone.core.get_input_embeddings()
+        count = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    except NotImplementedError:  # CANINE reads characters by several tables
+        count = _CHARACTERS
     ids = (torch.arange(_TOKENS, device=backbone.device).repeat(2, 1) + count // 2) % count
-    ids[1, _CHANGED] = (ids[1, _CHANGED] + 1) % count
+    ids[1, changed] = (ids[1, changed] + 1) % count
     return ids
 
 

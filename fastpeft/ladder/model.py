@@ -17,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import saving
+from fastpeft.ladder.answers import check_answers
 from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
@@ -81,9 +82,10 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         config: the configuration of the side network; it is copied.
 
     Raises:
-        FastpeftError: the head of the base cannot be told from its body or is quantised, its layers are not found or
-            cannot be converted to `backbone_dtype`, widths do not divide, the configuration is that of a side network
-            on another backbone, or the base predicts next tokens but would see them: see `LadderConfig.causal`.
+        FastpeftError: the head of the base cannot be told from its body or is quantised, its layers are not found, do
+            not run, do not decide its answer alone or cannot be converted to `backbone_dtype`, widths do not divide,
+            the configuration is that of a side network on another backbone, or the base predicts next tokens but would
+            see them: see `LadderConfig.causal`.
 
     Notes:
         A model that answers questions has the labels `start_positions` and `end_positions`: name them in the
@@ -117,7 +119,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         adapters = backbone.adapter_parameters() if config.train_adapters else {}
         config.causal = decide_causal(backbone, config.causal)
         self._decided = decide_form(config, backbone)
-        if config.base_fingerprints:
+        if not config.base_fingerprints:  # else it was found when the side network was made
+            check_answers(backbone)
+        else:
             check_fingerprints(backbone, config.base_fingerprints, config.base_model_name_or_path, adapters.values())
         if config.base_activation is None:
             config.base_activation = activation_of(backbone.text_config)
