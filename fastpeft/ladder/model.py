@@ -312,8 +312,9 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         step = past > 0 and text is not None and text.shape[1] == 1
         run = self.new_side_run(attention_mask, bool(output_hidden_states), cache, step)
         arguments = {} if plain else self.backbone.arguments(given)
-        # features of tokens that follow others are those of no row
-        source = self._source or choose_source(self.feature_cache if cache is None else None, arguments)
+        # features of tokens that follow others, or stand beside an image, are those of no row
+        keeps = cache is None and pixel_values is None
+        source = self._source or choose_source(self.feature_cache if keeps else None, arguments)
         called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
             outputs = self.base(inputs) if plain else self.base(**called, return_dict=True)
@@ -413,7 +414,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
         Results differ only by the rounding of features to `dtype`, which applies to new rows too. The last bits of a
         row's features depend on the batch in which they were computed, so a run repeats to the bit on the same folder
-        or a new one, otherwise to rounding. A pass on `inputs_embeds` does not use the cache.
+        or a new one, otherwise to rounding. A pass on `inputs_embeds`, or with images beside a text, does not use the
+        cache.
 
         Args:
             folder: made if need be. Side networks, backbones, runs and processes may share it. None ends caching.

@@ -89,14 +89,20 @@ def listen(
 
 
 @contextlib.contextmanager
-def skip_layers(backbone: Backbone, output: Tensor) -> Iterator[None]:
+def skip_layers(backbone: Backbone, output: Tensor, given: Mapping[str, Any]) -> Iterator[None]:
     """While the block runs, the layers compute nothing and the output of the last one is `output`, `(B, T, d)`.
 
     A pass of the model then computes its embeddings and its head. In the first such pass the first layer runs too, to
     learn whether layers return a tensor or a tuple.
 
+    Args:
+        backbone: the model, which the block calls.
+        output: the output of the last layer.
+        given: the inputs that `output` was made of.
+
     Raises:
-        FastpeftError: the model is not a transformers model, so what runs between its layers is not known.
+        FastpeftError: the model is not a transformers model, so what runs between its layers is not known; or in the
+            block, its head gives the layers other inputs.
     """
     if backbone.plain:
         raise FastpeftError(
@@ -115,8 +121,22 @@ def skip_layers(backbone: Backbone, output: Tensor) -> Iterator[None]:
 
         return forward
 
-    with _forwards(backbone, skipped):
-        yield
+    def check_inputs(_: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        own = [name for name in tensors if name not in given and name != "position_ids"]  # those of a context's texts
+        if own:
+            raise FastpeftError(
+                f"the head of the {type(backbone.core).__name__} makes {', '.join(own)} for its layers, of which "
+                f"features that were kept or computed without the head know nothing. Give {own[0]} in the batch, or "
+                "use a LadderModel of its own without `cache_features`."
+            )
+
+    hook = backbone.body.register_forward_pre_hook(check_inputs, with_kwargs=True)
+    try:
+        with _forwards(backbone, skipped):
+            yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class GivenFeatures:
     def around_base(self, ladder: LadderPass) -> Iterator[None]:
         for layer, feature in enumerate(self._features):
             ladder.feed(layer, feature)
-        with skip_layers(ladder.backbone, ladder.output(self._features[-1])):
+        with skip_layers(ladder.backbone, ladder.output(self._features[-1]), ladder.arguments):
             yield
 
 
@@ -62,7 +62,7 @@ class GivenOutput:
     @contextlib.contextmanager
     def around_base(self, ladder: LadderPass) -> Iterator[None]:
         ladder.begin_head(self._output)
-        with skip_layers(ladder.backbone, self._output):
+        with skip_layers(ladder.backbone, self._output, ladder.arguments):
             yield
 
 

@@ -279,7 +279,7 @@ def test_another_plain_module_is_refused(tmp_path: Path) -> None:
 def test_a_plain_module_has_no_pass_without_layers() -> None:
     with (
         pytest.raises(FastpeftError, match="can run without its layers; the base is a Sequential"),
-        skip_layers(Backbone(perceptron(), ["0", "2"]), torch.zeros(3, 1, 16)),
+        skip_layers(Backbone(perceptron(), ["0", "2"]), torch.zeros(3, 1, 16), {}),
     ):
         pass
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from backbones import IDS, MASK, labels, ladder, logits, tiny, trainable, vit
+from backbones import IDS, MASK, TINY, labels, ladder, logits, moved, tiny, trainable, vit
 from torch import Tensor, nn
 
 from fastpeft import FastpeftError, LadderModel, Prompt, PromptModel
@@ -267,6 +267,39 @@ def test_passes_without_tokens_do_without(tmp_path: Path) -> None:
     model.cache_features(None)
     logits(model)
     assert model.feature_cache is None
+
+
+def test_passes_with_images_do_without(tmp_path: Path) -> None:
+    shape = {name: size for name, size in TINY.items() if name != "num_labels"}
+    images = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**shape),
+        vision_config=transformers.CLIPVisionConfig(**images, image_size=8, patch_size=4),
+        image_token_index=49,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = moved(transformers.LlavaForConditionalGeneration(config).eval()).eval()
+    ids = torch.cat([torch.full((3, 4), 49), IDS], dim=1)
+    batches = [{"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8)} for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+        model.cache_features(tmp_path, "float32")
+        for batch, logits_of_batch in zip(batches, expected):
+            assert model(**batch).logits.equal(logits_of_batch)
+    assert not expected[0].allclose(expected[1])
+    assert counts(model) == (0, 0)
+
+
+def test_a_head_that_makes_inputs_for_the_layers_is_refused(tmp_path: Path) -> None:
+    """BigBird's takes the tokens of the question for a segment."""
+    base = tiny("BigBird", "ForQuestionAnswering", attention_type="original_full", sep_token_id=5)
+    model = cached(tmp_path, base, "float32")
+    with pytest.raises(FastpeftError, match=r"head of the BigBirdFor.* makes token_type_ids for its layers.*the batch"):
+        model(IDS, attention_mask=MASK)
+    given = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.arange(9).gt(4).long().repeat(3, 1)}
+    expected = ladder(base)(**given).start_logits
+    torch.testing.assert_close(model(**given).start_logits[MASK.bool()], expected[MASK.bool()])
 
 
 def test_a_copy_has_its_own_files(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_pass_without_layers_computes_the_rest_of_the_model(kind: str, learnt:
     if learnt:
         with listen(backbone, lambda layer, feature: None, lambda feature: feature):
             model(IDS, attention_mask=MASK)
-    with skip_layers(backbone, last_feature(model)):
+    with skip_layers(backbone, last_feature(model), {"input_ids": IDS, "attention_mask": MASK}):
         skipped = model(IDS, attention_mask=MASK).logits
     assert torch.equal(skipped, model(IDS, attention_mask=MASK).logits)
 
@@ -51,7 +51,7 @@ def test_layers_are_skipped_and_are_themselves_again_afterwards() -> None:
     backbone, output = Backbone(model), torch.zeros(3, 9, 16)
     seen: list[nn.Module] = []
     hooks = [layer.attention.register_forward_hook(lambda module, *_: seen.append(module)) for layer in backbone.layers]
-    with skip_layers(backbone, output):
+    with skip_layers(backbone, output, {"input_ids": IDS}):
         model(IDS)
         seen.clear()  # the first layer runs once, to learn what layers return
         model(IDS)
@@ -65,7 +65,7 @@ def test_layers_are_skipped_and_are_themselves_again_afterwards() -> None:
 def test_gradients_reach_the_output_given() -> None:
     model, output = tiny(), torch.randn(3, 9, 16, requires_grad=True)
     assert isinstance(model, transformers.RobertaForSequenceClassification)
-    with skip_layers(Backbone(model), output):
+    with skip_layers(Backbone(model), output, {"input_ids": IDS}):
         model(IDS).logits.sum().backward()
     assert output.grad is not None
     assert output.grad.abs().sum() > 0
