@@ -470,6 +470,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             saving.write_card_of(self.config, Path(save_directory))
             if self.adapters:
                 self.base.save_pretrained(Path(save_directory) / saving.ADAPTER_FOLDER)  # type: ignore[operator]
+        # or weights get the names that the base's architecture has on the hub, as GTE's, and loading looks for its own
+        kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

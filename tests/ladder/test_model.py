@@ -31,7 +31,7 @@ from samples import reviews, save_tiny_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpeft import FastpeftError, LadderConfig, LadderModel
+from fastpeft import FastpeftError, LadderConfig, LadderModel, SivaConfig
 from fastpeft.ladder import SideNetwork
 from fastpeft.training.memory import simulate_training_step
 
@@ -429,6 +429,21 @@ def test_a_base_without_a_name_is_given_to_load(tmp_path: Path, kind: str, head:
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == trainable(model).keys()
     assert logits(LadderModel.from_pretrained(tmp_path, base=tiny(kind, head))).equal(logits(model.eval()))
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["head", "adapter"])
+def test_weights_that_transformers_renames_keep_their_names(tmp_path: Path, adapted: bool) -> None:
+    base = tiny("Gte", "ForMaskedLM")
+    if adapted:
+        base = peft.get_peft_model(base, SivaConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    model = ladder(base, train_adapters=adapted)
+    trained = trainable(model)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == trained.keys()
+    assert logits(LadderModel.from_pretrained(tmp_path, base=tiny("Gte", "ForMaskedLM"))).equal(logits(model.eval()))
 
 
 # -- Trainer -----------------------------------------------------------------------------------------------------
