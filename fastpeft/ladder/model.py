@@ -394,7 +394,10 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """The arguments of a pass, as the base prepares them for its own; transformers looks for `inputs_embeds`."""
-        return self.backbone.core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        core = self.backbone.core
+        prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        prepared.pop("cache_params", None)  # Mamba's cache, which a pass beside a side network does not have
+        return prepared
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.
