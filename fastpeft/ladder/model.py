@@ -39,6 +39,7 @@ from fastpeft.ladder.generation import (
     with_own_cache,
 )
 from fastpeft.ladder.loss import with_loss
+from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
 from fastpeft.ladder.side import SideNetwork, SideRun
@@ -230,6 +231,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
     # -- forward -------------------------------------------------------------------------------------------------
 
+    @WithInputsOfBase
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -250,6 +252,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         cache: LadderCache | None = None,
         output_attentions: bool | None = None,
+        **others: Any,
     ) -> Any:
         """What the base model returns: `logits`, and `loss` if labels are given; without a head `last_hidden_state`.
 
@@ -269,6 +272,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             use_cache: True keeps what later passes need of these tokens, for decoders in evaluation mode.
             cache_position, logits_to_keep: as the base takes them, where it knows them.
             output_attentions: refused if true.
+            others: other inputs that the base's forward names, such as `bbox` of LayoutLM.
 
         Raises:
             FastpeftError: the features do not have the shape of the input, the base was copied or replaced, it has no
@@ -282,6 +286,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         text = input_ids if input_ids is not None else inputs_embeds
         check_inputs(self.backbone, inputs if plain else text if text is not None else pixel_values)
         check_labels(self.backbone, labels, start_positions, end_positions)
+        check_others(self.backbone, others, LadderModel.forward)
         cache = cache_of_pass(self.backbone, given_cache(cache, past_key_values), use_cache, self.training)
         past = 0 if cache is None else cache.get_seq_length()
         if text is not None:
@@ -303,6 +308,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             "use_cache": None if cache is None else True,
             "cache_position": cache_position,
             "logits_to_keep": logits_to_keep,
+            **others,
         }
         padding = getattr(self.config, "pad_token_id", None)
         if not plain and padding is not None and getattr(self.backbone.text_config, "pad_token_id", None) is None:
@@ -312,8 +318,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         step = past > 0 and text is not None and text.shape[1] == 1
         run = self.new_side_run(attention_mask, bool(output_hidden_states), cache, step)
         arguments = {} if plain else self.backbone.arguments(given)
-        # features of tokens that follow others, or stand beside an image, are those of no row
-        keeps = cache is None and pixel_values is None
+        # features of tokens that follow others, or stand beside an image or the like, are those of no row
+        keeps = cache is None and pixel_values is None and all(value is None for value in others.values())
         source = self._source or choose_source(self.feature_cache if keeps else None, arguments)
         called = arguments if plain else self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, self.gradients_from).around_base(source):
@@ -396,8 +402,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         """The arguments of a pass, as the base prepares them for its own; transformers looks for `inputs_embeds`."""
         core = self.backbone.core
         prepared = core.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        prepared.pop("cache_params", None)  # Mamba's cache, which a pass beside a side network does not have
-        return prepared
+        return {name: value for name, value in prepared.items() if name not in OTHER_CACHES}
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile each layer of the backbone at its first call; the result is the same to rounding.
@@ -417,8 +422,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
 
         Results differ only by the rounding of features to `dtype`, which applies to new rows too. The last bits of a
         row's features depend on the batch in which they were computed, so a run repeats to the bit on the same folder
-        or a new one, otherwise to rounding. A pass on `inputs_embeds`, or with images beside a text, does not use the
-        cache.
+        or a new one, otherwise to rounding. A pass on `inputs_embeds`, or with images or `others` beside a text, does
+        not use the cache.
 
         Args:
             folder: made if need be. Side networks, backbones, runs and processes may share it. None ends caching.

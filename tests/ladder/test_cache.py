@@ -289,6 +289,9 @@ def test_passes_with_images_do_without(tmp_path: Path) -> None:
             assert model(**batch).logits.equal(logits_of_batch)
     assert not expected[0].allclose(expected[1])
     assert counts(model) == (0, 0)
+    boxes = cached(tmp_path, tiny("LayoutLM"), "float32")
+    boxes(IDS, bbox=torch.ones(3, 9, 4, dtype=torch.long))
+    assert counts(boxes) == (0, 0)
 
 
 def test_a_head_that_makes_inputs_for_the_layers_is_refused(tmp_path: Path) -> None:

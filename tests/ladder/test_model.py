@@ -21,6 +21,7 @@ from backbones import (
     labels,
     ladder,
     logits,
+    moved,
     quantise_a_layer,
     tiny,
     train_a_little,
@@ -497,6 +498,31 @@ def test_the_padding_that_a_trainer_tells_reaches_the_head(tmp_path: Path, check
     padded = torch.tensor([[5, 6, 7], [8, 9, 1]])
     expected.base.config.pad_token_id = 1
     assert model.eval()(padded).logits.equal(expected(padded).logits)
+
+
+def test_inputs_that_the_base_alone_names_reach_it_in_a_trainer(tmp_path: Path) -> None:
+    base = tiny("LayoutLM", "ForTokenClassification", max_2d_position_embeddings=64)
+    model = moved(base)
+    boxes = torch.arange(36).reshape(9, 4)
+    seen: list[Tensor] = []
+    base.layoutlm.embeddings.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["bbox"]), with_kwargs=True
+    )
+    row = {"input_ids": IDS[0].tolist(), "bbox": boxes.tolist(), "labels": [0] * 9, "speaker": "Ada"}
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    for wrapped in (model, peft.get_peft_model(model, peft.LoraConfig(target_modules=["classifier"]))):
+        trainer = transformers.Trainer(
+            wrapped, settings, train_dataset=[row, row], data_collator=transformers.default_data_collator
+        )
+        seen.clear()
+        trainer.train()
+        assert [each.tolist() for each in seen] == [[boxes.tolist()] * 2]
+        assert not trainer.model_accepts_loss_kwargs  # a loss divided by what a Trainer counts
+    assert not model(IDS, bbox=boxes.expand(3, 9, 4)).logits.allclose(model(IDS).logits)
+    with pytest.raises(FastpeftError, match=r"beside a LayoutLMForTokenClassification got langs, which that does not"):
+        model(IDS, langs=IDS)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------
