@@ -62,8 +62,8 @@ class PromptModel(PreTrainedModel):
         calibrate: call `calibrate()` at once.
 
     Raises:
-        FastpeftError: the model has no head for words, its tokenizer is not of its kind, or a label word is not one
-            token.
+        FastpeftError: the model has no head for words, or has an encoder and a decoder; its tokenizer is not of its
+            kind; or a label word is not one token.
 
     Notes:
         Adapters go around it or inside it: `get_peft_model(PromptModel(...), SivaConfig())` has everything that PEFT
@@ -97,7 +97,13 @@ class PromptModel(PreTrainedModel):
                 "load it by AutoModelForSequenceClassification and train it on the rows that a Prompt without <mask> "
                 'and with head="classifier" encodes.'
             )
-        _check_tokenizer(_find_core(masked_lm), tokenizer)
+        core = _find_core(masked_lm)
+        if getattr(core.config, "is_encoder_decoder", False):
+            raise FastpeftError(
+                f"{type(core).__name__} has an encoder and a decoder, and a prompt is read by one of them. Load a "
+                "masked language model such as RoBERTa by AutoModelForMaskedLM, or a decoder by AutoModelForCausalLM."
+            )
+        _check_tokenizer(core, tokenizer)
         config: Any = copy.deepcopy(masked_lm.config)
         config.id2label = dict(enumerate(prompt.labels))
         config.label2id = {label: index for index, label in enumerate(prompt.labels)}
@@ -171,7 +177,8 @@ class PromptModel(PreTrainedModel):
         scores = scores[:, 0] if scores.shape[1] == 1 else _at(scores, mask_positions, length)[:, 0]
         logits = scores.index_select(-1, self.label_ids).float() - self.calibration
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        result = SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+        # some models have none, as Mamba has no attentions
+        result = SequenceClassifierOutput(loss, logits, output.get("hidden_states"), output.get("attentions"))
         return result.to_tuple() if return_dict is False else result
 
     def _find_masks(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from causal_models import causal_model
 from peft import get_peft_model
 from samples import WORDS, reviews, save_tiny_model, write_csv
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,6 +73,17 @@ def test_logits_are_those_of_the_next_word(place: Path, kind: str, side: str) ->
             torch.testing.assert_close(found.logits[index], alone)
     batch.pop("mask_positions")
     assert torch.equal(prompted(**batch).logits, found.logits), "positions are found"
+
+
+@pytest.mark.parametrize("kind", ["mamba"])
+def test_decoders_of_other_kinds(place: Path, kind: str) -> None:
+    """Mamba has no attentions to return."""
+    tokenizer = own(place / "GPT2")[1]
+    model = causal_model(kind, vocab_size=len(tokenizer)).eval()
+    (row,) = PROMPT.encode(tokenizer, ["the film"])
+    scores = model(torch.tensor([row["input_ids"]])).logits[0, -1, PROMPT.label_ids(tokenizer)]
+    prompted = PromptModel(model, tokenizer, PROMPT).eval()
+    torch.testing.assert_close(prompted.predict_logits(["the film"])[0], scores)
 
 
 def test_the_texts_alone_are_cut(place: Path) -> None:

@@ -286,6 +286,10 @@ def test_models_that_cannot_be_prompted() -> None:
     for model in (classifier, encoder):
         with pytest.raises(FastpeftError, match=f"{type(model).__name__} has no head for words"):
             PromptModel(model, tokenizer, PROMPT)
+    shape = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**shape))
+    with pytest.raises(FastpeftError, match="BartForConditionalGeneration has an encoder and a decoder"):
+        PromptModel(bart, tokenizer, PROMPT)
     with pytest.raises(FastpeftError, match="needs no PromptModel"):
         PromptModel(masked_lm(), tokenizer, Prompt("{text}", head="classifier"))
     unmasked = copy.deepcopy(tokenizer)  # which others share
