@@ -122,6 +122,11 @@ class PromptModel(PreTrainedModel):
         if calibrate:
             self.calibrate()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the attention of the model inside, how its experts compute was settled when it was made."""
+        return True
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -75,9 +75,9 @@ def test_logits_are_those_of_the_next_word(place: Path, kind: str, side: str) ->
     assert torch.equal(prompted(**batch).logits, found.logits), "positions are found"
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
+@pytest.mark.parametrize("kind", ["mamba", "mixtral"])
 def test_decoders_of_other_kinds(place: Path, kind: str) -> None:
-    """Mamba has no attentions to return."""
+    """Mamba has no attentions to return, Mixtral has experts."""
     tokenizer = own(place / "GPT2")[1]
     model = causal_model(kind, vocab_size=len(tokenizer)).eval()
     (row,) = PROMPT.encode(tokenizer, ["the film"])
