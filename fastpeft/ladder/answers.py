@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.backbone import Backbone
-from fastpeft.ladder.causality import has_values, leaving_no_trace, two_texts
+from fastpeft.ladder.causality import encodes_and_decodes, has_values, leaving_no_trace, two_texts
 from fastpeft.ladder.passes import IdleLayersError, listen
 
 # Answers to two texts that differ by less than this share of the largest are the same but for rounding. Measured over
@@ -21,9 +21,7 @@ def check_answers(backbone: Backbone) -> None:
     which reads the text again.
     """
     core = backbone.core
-    if backbone.plain or backbone.input_name != "input_ids" or getattr(core.config, "is_encoder_decoder", False):
-        return
-    if not has_values(core):
+    if backbone.plain or backbone.input_name != "input_ids" or encodes_and_decodes(backbone) or not has_values(core):
         return
     try:
         given = backbone.arguments({"input_ids": two_texts(backbone, slice(None))})

@@ -31,8 +31,8 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
 
     A pass over two texts of four tokens tells: in a causal backbone, a changed token changes no feature of an earlier
     token. The pass runs in evaluation mode without gradients, and leaves random states and modes as they were. There is
-    no pass if the backbone has no values (on the meta device), reads no tokens, or is the decoder of an
-    encoder-decoder; then the model's task and its layers' `is_causal` tell.
+    no pass if the backbone has no values (on the meta device) or reads no tokens; then the model's task and its
+    layers' `is_causal` tell.
 
     Args:
         backbone: the model that the side network reads.
@@ -43,9 +43,15 @@ def decide_causal(backbone: Backbone, given: bool | None) -> bool | None:
 
     Raises:
         FastpeftError: the model predicts next tokens, but its tokens see later ones or would by `given`; or the pass
-            fails and `given` is None; or layers do not run in it.
+            fails and `given` is None; or layers do not run in it; or it is the decoder of an encoder-decoder.
     """
     kind, predicts = type(backbone.core).__name__, predicts_next_tokens(backbone)
+    if _reads_decoder_of_words(backbone):
+        raise FastpeftError(
+            f"the side network would read the decoder of the {kind}, which reads other tokens than its encoder: the "
+            "attention_mask is that of the encoder's. Name the encoder's layers in feature_modules, or load a decoder "
+            "alone by AutoModelForCausalLM."
+        )
     if given is not None and not predicts:
         return given
     try:
@@ -86,14 +92,28 @@ def check_told(causal: bool | None, base: nn.Module, logits: Any) -> None:
 
 
 def predicts_next_tokens(backbone: Backbone) -> bool:
-    """Whether the layers generate text, by the model's class: it has `generate` and is not for masked words."""
-    core = backbone.core
-    if backbone.plain or not core.can_generate() or type(core).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    """Whether a decoder alone generates text, by its class: it has `generate` and is not for masked words."""
+    if not _has_generate(backbone) or encodes_and_decodes(backbone):
         return False
-    if not getattr(core.config, "is_encoder_decoder", False):
-        return True
-    encoder = core.get_encoder()
-    return encoder is core or backbone.layers[0] not in set(encoder.modules())
+    return type(backbone.core).__name__ not in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def _reads_decoder_of_words(backbone: Backbone) -> bool:
+    """Whether the layers are those of a decoder that generates text from what an encoder has read."""
+    if not _has_generate(backbone) or not encodes_and_decodes(backbone):
+        return False
+    return backbone.layers[0] not in set(backbone.core.get_encoder().modules())
+
+
+def _has_generate(backbone: Backbone) -> bool:
+    return not backbone.plain and bool(backbone.core.can_generate())
+
+
+def encodes_and_decodes(backbone: Backbone) -> bool:
+    """Whether a transformers model has an encoder and a decoder, by its configuration or that of its text's part."""
+    config: Any = backbone.core.config
+    of_itself: bool = getattr(config, "is_encoder_decoder", False)
+    return of_itself or getattr(config.get_text_config(), "is_encoder_decoder", False)
 
 
 def _declares_causal(backbone: Backbone) -> bool | None:
@@ -108,8 +128,6 @@ def _shown(backbone: Backbone, predicts: bool) -> bool | None:
     core = backbone.core
     if not has_values(core):
         return None
-    if predicts and getattr(core.config, "is_encoder_decoder", False):
-        return None  # a decoder reads other tokens than the encoder
     if not predicts and backbone.input_name != "input_ids":
         return None
     with leaving_no_trace(backbone):

@@ -181,15 +181,9 @@ def keeps_keys(backbone: Backbone) -> bool:
     return known and backbone.core._supports_default_dynamic_cache()
 
 
-def generates(backbone: Backbone) -> bool:
-    """Whether a model generates text by `transformers`: it is a decoder that predicts next tokens."""
-    encoder_decoder = getattr(getattr(backbone.core, "config", None), "is_encoder_decoder", False)
-    return predicts_next_tokens(backbone) and not encoder_decoder
-
-
 def check_generates(backbone: Backbone) -> None:
     """Raise `FastpeftError` unless the model generates text."""
-    if not generates(backbone):
+    if not predicts_next_tokens(backbone):
         raise FastpeftError(
             f"the base, a {type(backbone.core).__name__}, does not generate text, so a side network beside it does not "
             "either. Allowed are decoders that predict next tokens: load the base by AutoModelForCausalLM."

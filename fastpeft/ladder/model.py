@@ -21,7 +21,7 @@ from fastpeft.ladder.answers import check_answers
 from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
 from fastpeft.ladder.cache import DTYPES, FeatureCache
-from fastpeft.ladder.causality import check_told, decide_causal
+from fastpeft.ladder.causality import check_told, decide_causal, predicts_next_tokens
 from fastpeft.ladder.checks import check_attentions, check_base, check_inputs, check_labels, check_mask, check_positions
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
@@ -33,7 +33,6 @@ from fastpeft.ladder.generation import (
     LadderCache,
     cache_of_pass,
     check_generates,
-    generates,
     given_cache,
     with_cache,
     with_own_cache,
@@ -149,7 +148,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         self.backbone = backbone
         self.base = base
         self.main_input_name = backbone.input_name
-        self._generates = generates(backbone)
+        self._generates = predicts_next_tokens(backbone)
         if self._generates:
             self.generation_config = copy.deepcopy(backbone.core.generation_config)
             self.generation_config.cache_implementation = None  # a `LadderCache` takes its place

@@ -174,21 +174,24 @@ def test_without_values_the_task_and_the_layers_tell() -> None:
         assert decide_causal(Backbone(causal_model("mamba")), None) is True
 
 
-@pytest.mark.parametrize(("stack", "causal"), [("encoder", False), ("decoder", True)])
-def test_of_an_encoder_with_a_decoder_the_latter_is_causal(stack: str, causal: bool) -> None:
+def test_of_an_encoder_with_a_decoder_of_words_the_former_is_read() -> None:
     sizes = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 40}
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 48}
     torch.manual_seed(0)
     base = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
-    model = moved(base, feature_modules=f"model.{stack}.layers")
-    assert model.side.causal is causal
-    labels = IDS.clone()
+    for causal in (None, True, False):
+        with pytest.raises(FastpeftError, match=r"would read the decoder of the Bart.* Name the encoder's layers"):
+            ladder(base, feature_modules="model.decoder.layers", causal=causal)
+    model = moved(base, feature_modules="model.encoder.layers")
+    assert model.side.causal is False
+    five = IDS[:, :5].contiguous()
+    labels = five.clone()
     labels[:, 3] = 3  # which the decoder reads as its token 4
     with torch.no_grad():
-        one, other = (model.eval()(input_ids=IDS, labels=each).logits for each in (IDS, labels))
+        one, other = (model.eval()(input_ids=IDS, labels=each).logits for each in (five, labels))
     changed = (one - other).abs().amax((0, 2)) > 1e-6
-    assert changed.tolist() == 4 * [False] + 3 * [True]
+    assert changed.tolist() == 4 * [False] + [True]
 
 
 class Decoder(nn.Module):
