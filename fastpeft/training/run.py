@@ -110,6 +110,7 @@ def train(
     folder.check(config.values(), resume=resume, overwrite=overwrite)
     if resume and folder.finished:
         logger.info("the run in %s is finished; nothing to do", folder.path)
+        folder.clear_lock()
         return TrainResult(folder.path, folder.metrics())
     if resume:
         config = _as_begun(config, folder)

@@ -340,6 +340,12 @@ class RunFolder:
                 with suppress(OSError):  # what is left of a lock does no harm
                     (self.path / files.LOCK).unlink()
 
+    def clear_lock(self) -> None:
+        """Remove the lock of a run that was killed after its end; where a run holds it, it stays."""
+        if (self.path / files.LOCK).exists():
+            with suppress(FastpeftError), self.held():
+                pass
+
     def open(
         self, config: Mapping[str, Any], rows: str, *, overwrite: bool, recipe: Mapping[str, Any] | None = None
     ) -> None:

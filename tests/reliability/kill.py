@@ -242,8 +242,8 @@ def attack(folder: Path, kind: str, kills: int, seed: int, report: Callable[[Rep
 
 
 def names(folder: Path) -> set[str]:
-    """What a person sees in a folder, and what is hidden, but for the lock of a run that was killed after its end."""
-    return {file.name for file in folder.iterdir()} - {files.LOCK}
+    """What a person sees in a folder, and what is hidden."""
+    return {file.name for file in folder.iterdir()}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from samples import Interrupt, eleven_steps, points_of, reviews, save_tiny_model
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft import FastpeftError, TrainConfig, train
+from fastpeft.support import files
 from fastpeft.training.callbacks import WholeCheckpoints
 from fastpeft.training.run import TrainResult
 
@@ -139,6 +140,7 @@ def test_resume_begins_where_there_is_nothing_and_leaves_a_finished_run(config: 
     config = replace(config, max_steps=2)
     first = train(config, resume=True)
     before = tree(first.folder)
+    (first.folder / files.LOCK).touch()  # as a kill leaves it after a run's end
     again = train(config, resume=True)
     assert again == first
     assert tree(first.folder) == before
