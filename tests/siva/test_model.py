@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from samples import TINY, logits
+from samples import logits
 from siva_adapters import CLOSE, RESIDUALS, move, tiny, token_ids, trained
 from torch import nn
 
@@ -26,10 +24,6 @@ from fastpeft import FastpeftError, SivaConfig, SivaLinear
 def adapted(**config: Any) -> peft.PeftModel:
     model = peft.get_peft_model(tiny(), SivaConfig(task_type="SEQ_CLS", **config)).eval()
     return move(model)
-
-
-def layer_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, SivaLinear)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,241 +52,6 @@ def test_a_weight_that_was_rounded_in_between_is_not_taken_for_a_merged_one() ->
     expected = logits(model.to(torch.bfloat16).float())
     model.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(model), expected, **CLOSE)
-
-
-# -- which layers ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "head", "names"),
-    [
-        ("Roberta", "ForSequenceClassification", {"query", "key"}),
-        ("Bert", "ForTokenClassification", {"query", "key"}),
-        ("XLMRoberta", "ForMaskedLM", {"query", "key"}),
-        ("Electra", "ForSequenceClassification", {"query", "key"}),
-        ("DebertaV2", "ForSequenceClassification", {"query_proj", "key_proj"}),
-        ("Llama", "ForCausalLM", {"q_proj", "k_proj"}),
-    ],
-)
-def test_query_and_key_by_default(kind: str, head: str, names: set[str]) -> None:
-    base = tiny(kind, head)
-    expected = logits(base)
-    model = peft.get_peft_model(base, SivaConfig(r=2))
-    found = layer_names(model)
-    assert {name.rpartition(".")[2] for name in found} == names
-    assert len(found) == 2 * len(names)
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
-
-
-@pytest.mark.parametrize(("kind", "fused"), [("ModernBert", "Wqkv"), ("GPT2", "c_attn")])
-def test_fused_projections_are_named(kind: str, fused: str) -> None:
-    head = "ForSequenceClassification" if kind == "ModernBert" else "LMHeadModel"
-    special = {"bos_token_id": 1, "eos_token_id": 2}
-    if kind == "ModernBert":
-        special |= {"cls_token_id": 1, "sep_token_id": 2}
-    base = tiny(kind, head, **special)
-    expected = logits(base)
-    with pytest.raises(FastpeftError, match=rf"fuses with others in '{fused}'.*target_modules=\['{fused}'\]"):
-        peft.get_peft_model(base, SivaConfig(r=2))
-    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules=[fused]))
-    assert len(layer_names(model)) == 2
-    torch.testing.assert_close(logits(model), expected, **CLOSE)
-
-
-def test_unknown_projections_are_listed() -> None:
-    with pytest.raises(FastpeftError, match=r"Linear layers end in 0, 2;"):
-        peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), SivaConfig(r=2))
-
-
-def test_all_linear_leaves_the_head_alone() -> None:
-    found = layer_names(peft.get_peft_model(tiny(), SivaConfig(r=2, target_modules="all-linear")))
-    assert len(found) == 12
-    assert all(".roberta.encoder.layer." in name for name in found)
-
-
-T5_SIZES = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-FUNNEL_SIZES = {"vocab_size": 50, "block_sizes": [1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
-WHISPER_SIZES = {
-    **{"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32},
-    **{"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32},
-    **{"vocab_size": 50, "pad_token_id": 0, "num_mel_bins": 8, "max_source_positions": 16, "classifier_proj_size": 8},
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "head", "sizes", "parts"),
-    [
-        ("Whisper", "ForAudioClassification", WHISPER_SIZES, {"encoder"}),  # without projector and classifier
-        ("MT5", "ForQuestionAnswering", T5_SIZES, {"encoder", "decoder"}),  # PEFT wraps qa_outputs
-        ("T5", "ForQuestionAnswering", T5_SIZES, {"encoder", "decoder"}),
-        ("T5", "Model", T5_SIZES, {"encoder", "decoder"}),
-        ("Funnel", "Model", FUNNEL_SIZES, {"encoder", "decoder"}),  # transformers has two backbones of it
-    ],
-)
-def test_a_head_is_known_beside_a_backbone_in_parts(
-    kind: str, head: str, sizes: dict[str, Any], parts: set[str]
-) -> None:
-    base = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes))
-    linear = {name.partition(".")[0] for name, each in base.named_modules() if isinstance(each, nn.Linear)}
-    task = "QUESTION_ANS" if head == "ForQuestionAnswering" else None
-    model = peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear", task_type=task))
-    found = {name.removeprefix("base_model.model.").partition(".")[0] for name in layer_names(model)}
-    assert found == parts
-    assert (linear == parts) is (head == "Model")
-
-
-EXPERTS = TINY | {"num_key_value_heads": 2, "num_local_experts": 4, "num_hidden_layers": 2}
-WAV2VEC2_SIZES = {
-    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-    **{"conv_dim": [16, 16], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2},
-    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20},
-}
-VIT_SIZES = {
-    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-    **{"image_size": 8, "patch_size": 4},
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "head", "sizes", "message"),
-    [
-        (
-            "Mixtral",
-            "ForCausalLM",
-            EXPERTS,  # of each of 2 layers 4 experts, each with 3 matrices of 16 by 32
-            r"12,288 weights .* frozen: model\.layers\.\*\.mlp\.experts\.gate_up_proj, "
-            r"model\.layers\.\*\.mlp\.experts\.down_proj\. LoRA",
-        ),
-        ("Wav2Vec2", "Model", WAV2VEC2_SIZES, ""),  # convolutions, and one with weight_norm
-        ("ViT", "Model", VIT_SIZES, ""),  # embeddings of positions
-        ("Roberta", "ForSequenceClassification", TINY, ""),
-    ],
-    ids=["Mixtral", "Wav2Vec2", "ViT", "Roberta"],
-)
-def test_all_linear_tells_of_matrices_that_it_leaves_out(
-    caplog: pytest.LogCaptureFixture, kind: str, head: str, sizes: dict[str, Any], message: str
-) -> None:
-    base = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes))
-    peft.get_peft_model(base, SivaConfig(r=2, target_modules="all-linear"))
-    found = [record.getMessage() for record in caplog.records if "stacked" in record.getMessage()]
-    assert len(found) == bool(message)
-    assert re.search(message, "".join(found))
-
-
-# -- heads -------------------------------------------------------------------------------------------------------
-
-BART_SIZES = {
-    **{"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0},
-    **{
-        "eos_token_id": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-    },
-}
-XLNET_SIZES = {"vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-NEW_HEADS = [
-    ("Bart", "ForSequenceClassification", BART_SIZES),  # classification_head
-    ("DebertaV2", "ForSequenceClassification", TINY | {"pooler_hidden_size": 16}),  # pooler, classifier
-    ("XLNet", "ForSequenceClassification", XLNET_SIZES),  # sequence_summary, logits_proj
-    ("DistilBert", "ForSequenceClassification", {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}),
-    ("ModernBert", "ForQuestionAnswering", TINY | SPECIAL),  # head, classifier
-    ("BigBird", "ForQuestionAnswering", TINY | {"attention_type": "original_full"}),  # qa_outputs within qa_classifier
-]
-
-
-def ended() -> torch.Tensor:
-    """Texts that end as BART wants it."""
-    ids = token_ids()
-    ids[:, -1] = BART_SIZES["eos_token_id"]
-    return ids
-
-
-@pytest.mark.parametrize(("kind", "head", "sizes"), NEW_HEADS, ids=[kind for kind, _, _ in NEW_HEADS])
-@pytest.mark.parametrize("second", [False, True])
-def test_the_whole_head_trains_and_is_saved(
-    tmp_path: Path, kind: str, head: str, sizes: dict[str, Any], second: bool
-) -> None:
-    def base() -> Any:
-        torch.manual_seed(0)
-        return getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
-
-    task = "SEQ_CLS" if head == "ForSequenceClassification" else "QUESTION_ANS"
-    config = {"r": 2, "target_modules": "all-linear", "task_type": task, "residual": "implicit"}
-    expected, name = base(), "second" if second else "default"
-    backbone = (f"{expected.base_model_prefix}.", "shared")
-    heads = {each for each, _ in expected.named_parameters() if not each.startswith(backbone)}
-    model = peft.get_peft_model(base(), SivaConfig(**config)).eval()
-    if second:
-        model.add_adapter(name, SivaConfig(**config))
-        model.set_adapter(name)
-    beside = {each for each in trained(model) if "siva_" not in each}
-    assert {each.replace(f"modules_to_save.{name}.", "").removeprefix("base_model.model.") for each in beside} == heads
-    ids = ended()
-    move(model)
-    with torch.no_grad():
-        found = model(ids)[0]
-        assert not found.equal(expected(ids)[0])
-        model.save_pretrained(tmp_path, selected_adapters=[name])
-        loaded = peft.PeftModel.from_pretrained(base(), tmp_path / (name if second else ""))
-        torch.testing.assert_close(loaded.eval()(ids)[0], found, **CLOSE)
-        torch.testing.assert_close(loaded.merge_and_unload()(ids)[0], found, **CLOSE)
-
-
-def test_an_adapter_that_was_saved_without_its_head_is_loaded(tmp_path: Path) -> None:
-    """As all of BART were, whose head then stayed as it was drawn."""
-
-    def base() -> Any:
-        torch.manual_seed(0)
-        return transformers.BartForSequenceClassification(transformers.BartConfig(**BART_SIZES)).eval()
-
-    model = move(peft.get_peft_model(base(), SivaConfig(r=2, task_type="SEQ_CLS")).eval())
-    expected = copy.deepcopy(model)
-    head = expected.base_model.model.classification_head
-    head.modules_to_save["default"].load_state_dict(head.original_module.state_dict())
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({key: each for key, each in load_file(file).items() if "head" not in key}, file)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text()) | {"modules_to_save": ["classifier", "score"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    loaded = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).eval()
-    assert loaded(ended()).logits.equal(expected(ended()).logits)
-    assert not any("classification_head" in name for name in trained(loaded))
-
-
-class OwnHead(nn.Module):
-    """A backbone, one layer of which has a name that ends as the head's, and a head."""
-
-    base_model_prefix = "body"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "key_head": nn.Linear(4, 4)})
-        self.head = nn.Linear(4, 2)
-        self.config = None
-
-
-@pytest.mark.parametrize(
-    ("make", "task", "message"),
-    [
-        (OwnHead, "SEQ_CLS", "parts of the head do not train: head"),
-        (OwnHead, None, "parts of the head do not train: head"),
-        (tiny, None, "parts of the head do not train: classifier"),
-        (lambda: tiny().roberta, "SEQ_CLS", "no module is called classifier or score, so no head trains"),
-        (lambda: tiny(head="ForMaskedLM"), None, ""),  # a head of words stays
-        (lambda: tiny(head="ForMaskedLM"), "SEQ_CLS", ""),
-        (tiny, "SEQ_CLS", ""),
-    ],
-)
-def test_a_head_that_does_not_train_is_told(
-    caplog: pytest.LogCaptureFixture, make: Callable[[], Any], task: str | None, message: str
-) -> None:
-    model = peft.get_peft_model(make(), SivaConfig(r=2, target_modules=["query", "key"], task_type=task))
-    assert message in caplog.text
-    assert bool(message) is bool(caplog.records)
-    assert not any("head" in name for name in trained(model))
 
 
 # -- bad configurations ------------------------------------------------------------------------------------------
