@@ -70,9 +70,11 @@ ENVIRONMENTS = {
 # what stands for all tests: each method as a module and through its library, operations, kernels, files, commands
 SELECTION = (
     "tests/siva/test_model.py",
+    "tests/siva/test_targets.py",
     "tests/siva/test_conventions.py",
     "tests/siva/test_entries.py",
     "tests/ladder/test_model.py",
+    "tests/ladder/test_saving.py",
     "tests/mezo/test_optimizer.py",
     "tests/kernels/test_siva_linear.py",
     "tests/kernels/test_mezo_perturb.py",
