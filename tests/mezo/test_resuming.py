@@ -101,6 +101,15 @@ def test_a_run_goes_on_from_its_journal_alone(tmp_path: Path, killed_at: int) ->
     assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["mezo.journal"]
 
 
+def test_a_share_of_the_steps_is_one_after_a_journal_too(tmp_path: Path) -> None:
+    shares = {"logging_steps": 0.4, "eval_strategy": "steps", "eval_steps": 0.4}
+    killed(tmp_path, 2, **shares)
+    resumed = journaled(tmp_path, **shares)
+    resumed.train(resume_from_checkpoint=True)
+    assert [each["step"] for each in resumed.state.log_history if "eval_loss" in each] == [3, 6, 7]
+    assert resumed.state.logging_steps == 3
+
+
 @pytest.mark.long(but="False")
 @pytest.mark.parametrize("save_weights", [True, False])
 def test_the_journal_leads_on_from_the_newest_checkpoint(tmp_path: Path, save_weights: bool) -> None:
