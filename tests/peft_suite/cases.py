@@ -150,4 +150,12 @@ EXCEPTIONS = (
         "rows of a batch may have adapters of their own in training too",
         pytest.fail.Exception,
     ),
+    *(
+        NotForSiva(
+            f"test_custom_models::test_mixed_adapter_batches_{case}_raises*",
+            "a message has the names of arguments without backticks; its words are PEFT's",
+            AssertionError,
+        )
+        for case in ("length_mismatch", "merged")
+    ),
 )
