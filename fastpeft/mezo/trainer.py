@@ -156,8 +156,18 @@ class MeZOTrainer(Trainer):
         self._settle_for_callbacks()
         if can_fuse_head(self.model):  # whose loss asks for no gradient, even where the decoder trains
             fuse_head(self.model)
-        for doubt in doubts_of_head(self.model):
+        for doubt in self.doubts_of_head():
             logger.warning("%s", doubt)
+
+    def doubts_of_head(self) -> list[str]:
+        """What is to be said where the model is no language model, and contains none."""
+        models = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        if any(model.get_output_embeddings() is not None for model in models):
+            return []
+        return [
+            f"MeZO trains {type(self.model).__name__}, which predicts no words: without a prompt, or a head that was "
+            "trained before, it learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel)."
+        ]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Keep the model out of DistributedDataParallel, which has buffers for gradients and sends at each forward.
@@ -457,15 +467,3 @@ def _may_look(callback: TrainerCallback, event: str) -> bool:
     handles = getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
     package, name = type(callback).__module__.partition(".")[0], type(callback).__name__
     return handles and package != "fastpeft" and f"{package}.{name}" not in _NOT_LOOKING
-
-
-def doubts_of_head(model: nn.Module) -> list[str]:
-    """What is to be said where `model` is no language model, and contains none."""
-    if any(
-        isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None for module in model.modules()
-    ):
-        return []
-    return [
-        f"MeZO trains {type(model).__name__}, which predicts no words: without a prompt, or a head that was trained "
-        "before, it learns little. Give a prompt (--prompt, or in Python fastpeft.PromptModel)."
-    ]

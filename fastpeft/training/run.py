@@ -32,7 +32,6 @@ from fastpeft.data.problems import (
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
-from fastpeft.mezo.trainer import doubts_of_head
 from fastpeft.ops.fastest import timings
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.prompts.template import is_of_decoder
@@ -209,13 +208,6 @@ def _missing(task: Task) -> list[str]:
     return pitfalls.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
 
 
-def _of_head(model: Any, task: Task) -> list[str]:
-    """What is to be said of the head that MeZO trained; nothing of one that the run before had trained."""
-    if not task.method.optimization.zeroth_order or task.config.init_from is not None:
-        return []
-    return doubts_of_head(model)
-
-
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
     """Train, with `resume` from where the run has come to; of one that cannot go on, keep the last good weights."""
     checkpoint = folder.newest_checkpoint() if resume else None
@@ -285,7 +277,7 @@ def _finish(
             *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
             *_missing(task),
             *task.doubts,
-            *_of_head(trainer.model, task),
+            *trainer.doubts_of_head(),
             *pitfalls.of_threshold(len(task.apart_rows)),
             *pitfalls.of_training_loss(trainer.points("loss"), before_lowered),
         ],

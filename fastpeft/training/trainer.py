@@ -73,6 +73,7 @@ class RunTrainer(Trainer):
         samples_seen: rows trained on since the start of this process, by all of them.
         longest_seen: tokens of the longest batch among them.
         chosen_by: the metric by which the best checkpoint is kept, None where none is.
+        starts_from_a_run: whether an earlier run trained the model, and its head.
         own_loss: what training lowers in place of the model's own loss, None where it lowers that.
         clock: seconds spent in steps.
         cuda_peak: most memory allocated in a step, on a CUDA device.
@@ -97,6 +98,7 @@ class RunTrainer(Trainer):
         self.steps_in_backward = task.config.optimizer_in_backward
         self.problem, self.labels = task.data.problem, task.data.labels
         self.chosen_by = task.config.metric
+        self.starts_from_a_run = task.config.init_from is not None
         self.own_loss = None
         if task.config.own_loss:
             from fastpeft.training.losses import training_loss
@@ -140,6 +142,10 @@ class RunTrainer(Trainer):
                 "in their place counts every word alike",
                 parts,
             )
+
+    def doubts_of_head(self) -> list[str]:
+        """What is to be said of a head that the method trains badly."""
+        return []
 
     def begin_reports(self, to: str) -> None:
         """Log to a service or library from here on; its set-up may refuse."""
@@ -318,6 +324,9 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
 
     Its journal and its checkpoints are those of the run's folder.
     """
+
+    def doubts_of_head(self) -> list[str]:
+        return [] if self.starts_from_a_run else MeZOTrainer.doubts_of_head(self)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return MeZOTrainer.training_step(self, model, inputs, *args, **kwargs)

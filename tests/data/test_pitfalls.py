@@ -226,10 +226,19 @@ def test_numbers_that_stand_for_classes_are_told_at_the_end(config: TrainConfig,
 
 
 @pytest.mark.parametrize("method", ["mezo", "mezo-loop"])
-def test_mezo_without_a_prompt_is_told_at_the_end(config: TrainConfig, method: str) -> None:
+def test_mezo_without_a_prompt_is_told_at_both_ends(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
     def said(**changes: Any) -> list[str]:
-        metrics = train(replace(config, **{"method": method, "max_steps": 1, **changes})).metrics
-        return [text for text in metrics["warnings"] if "prompt" in text]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "fastpeft"):
+            metrics = train(replace(config, **{"method": method, "max_steps": 1, **changes})).metrics
+        told = [text for text in metrics["warnings"] if "predicts no words" in text]
+        logged = [record for record in caplog.records if "predicts no words" in record.getMessage()]
+        assert [(record.name, record.getMessage()) for record in logged] == [
+            (name, text) for name in ("fastpeft.mezo.trainer", "fastpeft.data.pitfalls") for text in told
+        ]
+        return told
 
     (told,) = said()
     assert told.startswith("MeZO trains RobertaForSequenceClassification, which predicts no words")
