@@ -21,7 +21,8 @@ from fastpeft.ladder.backbone import POOLER
 from fastpeft.methods.preparation import Preparation, Targets
 from fastpeft.prompts.model import PromptModel
 from fastpeft.siva import SivaConfig
-from fastpeft.siva.targets import FUSED, QUERY_AND_KEY
+from fastpeft.siva.grouping import ATTENTION
+from fastpeft.siva.targets import FUSED
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ _KNOWN = {
     "LoKrConfig": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,  # of which PEFT's is a copy
     "IA3Config": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 }
-_VALUE = {"key": "value", "k_lin": "v_lin", "key_proj": "value_proj", "k_proj": "v_proj", "k": "v"}  # beside a key
 _FEED_FORWARD = ("output.dense", "lin2", "fc2", "down_proj", "wo", "mlp.Wo", "ffn_output")  # from its inside out
 
 
@@ -135,9 +135,8 @@ def _layers(model: nn.Module) -> list[str]:
 def _projections(layers: Sequence[str]) -> tuple[str, str, str]:
     """What the projections of query, key and value are called, or the one that makes them; "" where that is unknown."""
     names = {name.rpartition(".")[2] for name in layers}
-    triples = [(query, key, _VALUE[key]) for query, key in QUERY_AND_KEY if key in _VALUE]
-    fused = [(name, name, name) for name in FUSED]
-    return next((each for each in triples + fused if names.issuperset(each)), ("", "", ""))
+    triples = (*ATTENTION, *((name, name, name) for name in FUSED))
+    return next((each for each in triples if names.issuperset(each)), ("", "", ""))
 
 
 def _usual_layers(model: Any, config: str) -> dict[str, Any]:
