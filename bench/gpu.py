@@ -52,7 +52,7 @@ STAGES = [
             "bench_feature_cache",
         ],
     ),
-    Stage("choices", "tests/ops/test_candidates.py", ["tune", "predictions --against"]),
+    Stage("choices", "tests/ops/test_dispatch.py", ["tune", "predictions --against"]),
 ]
 
 

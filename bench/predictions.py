@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 from bench import static
 from bench.harness import DATA, Row, read_rows, write_rows
 from fastpeft.kernels import tiles
-from fastpeft.ops.candidates import architecture
-from fastpeft.ops.fastest import TUNED
+from fastpeft.ops.autotune import TUNED
+from fastpeft.ops.dispatch import architecture
 from fastpeft.support.files import read_json
 
 FILE = DATA / "predictions.csv"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import backends
-from fastpeft.ops.candidates import architecture, choosing
+from fastpeft.ops.autotune import TUNED, Timings
 from fastpeft.ops.define import OPS
-from fastpeft.ops.fastest import TUNED, Timings
+from fastpeft.ops.dispatch import architecture, choosing
 
 DTYPE = torch.bfloat16  # float16 is timed where it is used
 LAYERS = [  # in_features, and out_features of the layers that share the input

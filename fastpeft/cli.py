@@ -469,7 +469,7 @@ def info(
 
     with shown(lines=False):
         from fastpeft import console
-        from fastpeft.ops import backends, fastest
+        from fastpeft.ops import autotune, backends
         from fastpeft.support import environment
 
     console.show_messages(quiet=False)
@@ -477,12 +477,12 @@ def info(
     console.show_table("versions", environment.versions().items())
     console.show_table("devices", environment.devices().items())
     console.show_table("ops", ops)
-    timed = fastest.timings.known()
+    timed = autotune.timings.known()
     if timed and not timings:
-        typer.echo(f"timed here: {len(timed):,}, in {fastest.timings.file}; --timings shows them")
+        typer.echo(f"timed here: {len(timed):,}, in {autotune.timings.file}; --timings shows them")
     elif timed:
-        rows = [(question, fastest.in_words(times)) for question, times in timed.items()]
-        console.show_table(f"timed here; delete {fastest.timings.file} to have it timed again", rows)
+        rows = [(question, autotune.in_words(times)) for question, times in timed.items()]
+        console.show_table(f"timed here; delete {autotune.timings.file} to have it timed again", rows)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from fastpeft.kernels.launch import device_of, is_for_kernels
 from fastpeft.kernels.siva_linear_parts import accumulate, add_low_rank, pick, tile_of
 from fastpeft.kernels.siva_linear_sums import add_up, rows_of, sum_over_rows
 from fastpeft.ops import aten
-from fastpeft.ops.fastest import is_captured
+from fastpeft.ops.autotune import is_captured
 from fastpeft.ops.products import as_matrix
 
 _BLOCK_FIELDS = tl.constexpr(6)  # of the table of row blocks

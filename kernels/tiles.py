@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpeft.ops.candidates import architecture
+from fastpeft.ops.dispatch import architecture
 
 
 class Tile(NamedTuple):

@@ -2,7 +2,7 @@
 
 At import exactly one implementation is registered per op and device, the first available in the order C++ or CUDA,
 Triton, fused ATen calls, reference; it stays for the life of the process. Where it is Triton and the op has an ATen
-form on the device, each call takes the faster of both (`fastpeft.ops.candidates`).
+form on the device, each call takes the faster of both (`fastpeft.ops.dispatch`).
 
 `FASTPEFT_BACKEND="op=name,op=name"` overrides the order (names: `cpp`, `cuda`, `triton`, `aten`, `reference`). Where it
 asks for what is not available, the package still imports, so that the command line can say so, but every op raises the
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ops.candidates import choosing
 from fastpeft.ops.define import NAMESPACE, OPS
+from fastpeft.ops.dispatch import choosing
 
 VARIABLE = "FASTPEFT_BACKEND"
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpeft.ops.autotune import is_captured
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
 from fastpeft.ops.dtypes import compute_dtype
-from fastpeft.ops.fastest import is_captured
 from fastpeft.ops.products import as_matrix, is_widened
 
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the

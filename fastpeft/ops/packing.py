@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from fastpeft.ops.fastest import Ways, is_captured, timings
+from fastpeft.ops.autotune import Candidates, is_captured, timings
 
 _MOST_TIMED = 1 << 26  # entries of a weight: 128 rows then take a second
 _SAMPLES = 61  # entries of a weight that are compared; a prime, so that they fall into different columns
@@ -140,7 +140,7 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
     dtype = weight.dtype
     is_timed = weight.numel() <= _MOST_TIMED and not isinstance(weight, FakeTensor)
 
-    def ways() -> Ways:
+    def candidates() -> Candidates:
         dense = weight.detach()
         x = torch.ones(rows, n if transposed else k, dtype=dtype)
         packed = pack(dense.t() if transposed else dense)
@@ -149,7 +149,8 @@ def _is_faster_packed(weight: Tensor, transposed: bool, rows: int) -> bool:
 
     fixed = "plain" if rows == 1 and dtype is torch.float32 else "packed"
     product = "rows times weight" if transposed else "frozen product"
-    return timings.answer((product, dtype, n, "x", k, "rows", rows), fixed, ways if is_timed else None) == "packed"
+    question = product, dtype, n, "x", k, "rows", rows
+    return timings.answer(question, fixed, candidates if is_timed else None) == "packed"
 
 
 class Packs:

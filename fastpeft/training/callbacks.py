@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from fastpeft.data.problems import LOSS, best_step
-from fastpeft.ops.fastest import timings
+from fastpeft.ops.autotune import timings
 from fastpeft.support.interrupts import StopRequest
 from fastpeft.support.launcher import is_first
 from fastpeft.support.processes import Ranks

@@ -32,7 +32,7 @@ from fastpeft.data.problems import (
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
-from fastpeft.ops.fastest import timings
+from fastpeft.ops.autotune import timings
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.prompts.template import is_of_decoder
 from fastpeft.support import files

@@ -148,7 +148,7 @@ class RunFolder:
         return {name: config[name] for name in _FOUND if config.get(name) is not None}
 
     def timings(self) -> dict[str, Any]:
-        """What `timings.json` holds, of `fastpeft.ops.fastest`.
+        """What `timings.json` holds, of `fastpeft.ops.autotune`.
 
         Raises:
             FastpeftError: it is damaged.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpeft.ops import candidates, fastest
+from fastpeft.ops import autotune, dispatch
+from fastpeft.ops.autotune import Timings
 from fastpeft.ops.backends import IMPLEMENTED
-from fastpeft.ops.candidates import choosing
 from fastpeft.ops.define import OPS
-from fastpeft.ops.fastest import Timings
+from fastpeft.ops.dispatch import choosing
 
 BOTH = [op for (op, device), names in IMPLEMENTED.items() if device == "cuda" and {"triton", "aten"} <= set(names)]
 
@@ -50,11 +50,11 @@ def window(tokens: int = 9, **changes: Any) -> tuple[Any, ...]:
 @pytest.fixture(autouse=True)
 def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The folder of the times that the package brings, empty."""
-    monkeypatch.setattr(fastest, "TUNED", tmp_path / "tuned")
+    monkeypatch.setattr(autotune, "TUNED", tmp_path / "tuned")
     (tmp_path / "tuned").mkdir()
-    fastest._tuned.cache_clear()
+    autotune._tuned.cache_clear()
     yield tmp_path / "tuned"
-    fastest._tuned.cache_clear()
+    autotune._tuned.cache_clear()
 
 
 @pytest.mark.parametrize("slow", ["triton", "aten"])
@@ -85,7 +85,7 @@ def test_float32_and_few_rows_are_left_to_aten_unless_a_table_says_otherwise(
     assert forms.called == ["aten"]  # and not timed
     assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "all.json"), times_all=True)(*operands) == "triton"
     (tuned / "cpu.json").write_text((tmp_path / "all.json").read_text())
-    fastest._tuned.cache_clear()
+    autotune._tuned.cache_clear()
     called = len(forms.called)
     assert choosing(OPS["siva_linear"], forms, Timings(tmp_path / "none.json", enabled=False))(*operands) == "triton"
     assert len(forms.called) == called + 1
@@ -118,8 +118,8 @@ def test_window_attention_is_chosen_by_what_its_time_depends_on(tmp_path: Path) 
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(candidates, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(candidates, "is_captured", lambda: True)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "is_captured", lambda: True)
     forms, timings = Forms("triton"), Timings(tmp_path / "times.json")
     with FakeTensorMode():
         on_card = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]
@@ -133,7 +133,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPa
 def test_arguments_have_the_names_of_the_schema(op: str) -> None:
     """By which `choosing` finds rows, weights and ranks."""
     schema = getattr(torch.ops.fastpeft, op).default._schema
-    assert candidates._names(OPS[op]) == [argument.name for argument in schema.arguments]
+    assert dispatch._names(OPS[op]) == [argument.name for argument in schema.arguments]
 
 
 def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(tmp_path: Path) -> None:
@@ -153,5 +153,5 @@ def test_a_backward_pass_is_chosen_by_the_gradients_that_it_makes(tmp_path: Path
 
 
 def test_times_that_the_package_brings_are_readable() -> None:
-    for file in (Path(candidates.__file__).parent / "tuned").glob("*.json"):
-        assert fastest._readable(json.loads(file.read_text()))
+    for file in (Path(dispatch.__file__).parent / "tuned").glob("*.json"):
+        assert autotune._readable(json.loads(file.read_text()))

@@ -5,9 +5,10 @@ what a run has kept; else by the times of this card that the package brings (`fa
 `python -m bench.tune`) or that were taken here before; else by timing both at the first call. Only the package's times
 have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm up with the shapes that it will have.
 
-Some answers are predictions that only times in a file change: SiVA's products of fewer than 16 rows, of which a tile is
-mostly padding, go to ATen, as those in float32 always do; window attention with dropout goes to Triton, for elsewhere
-many operations of PyTorch draw it, and so does the loss of a frozen head, whose forms share their products.
+Some choices are fixed: nothing times them at a call, so only times in a file override them. SiVA's products of fewer
+than 16 rows, of which a tile is mostly padding, go to ATen, as those in float32 always do. Window attention with
+dropout goes to Triton, for elsewhere many operations of PyTorch draw it, and so does the loss of a frozen head, whose
+forms share their products.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastpeft.ops.autotune import Candidates, Timings, is_captured, timings
 from fastpeft.ops.define import Op
-from fastpeft.ops.fastest import Timings, Ways, is_captured, timings
 from fastpeft.ops.packing import rows_of
 
 _HALVES = torch.bfloat16, torch.float16
@@ -44,13 +45,13 @@ def choosing(
         named = dict(zip(names, arguments, strict=True))
         of = (_of_window if "q" in named else _of_head if "hidden" in named else _of_siva)(named)
 
-        def ways() -> Ways:
-            return {form: partial(forms[form], *arguments) for form in (forms if times_all else ("triton", "aten"))}
+        def candidates() -> Candidates:
+            return {each: partial(forms[each], *arguments) for each in (forms if times_all else ("triton", "aten"))}
 
         is_timed = (times_all or of.is_open) and not is_captured()
         question = op.name, *of.question, "on", architecture(of.device)
-        way = timings.answer(question, of.predicted, ways if is_timed else None, of.device)
-        return forms.get(way, forms[of.predicted])(*arguments)
+        form = timings.answer(question, of.predicted, candidates if is_timed else None, of.device)
+        return forms.get(form, forms[of.predicted])(*arguments)
 
     return call
 

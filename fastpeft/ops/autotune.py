@@ -1,8 +1,9 @@
-"""Which of several ways to a result is the fastest here: timed at first use, in milliseconds, then kept.
+"""Autotuning: which of the candidates for a result is the fastest here, timed at first use in milliseconds, then kept.
 
-The times are on disk by processor and versions, so that all processes take the same way, and a run that goes on takes
-its own: ways differ in the last bits. For cards the package brings some in `tuned/`. Where only deterministic
-algorithms are allowed every question has its fixed answer; where the variable FASTPEFT_MEASURE is 0 nothing is timed.
+The times are on disk by processor and versions, so that all processes take the same candidate, and a run that goes on
+takes its own: candidates differ in the last bits. For GPUs the package brings some in `tuned/`. Where only
+deterministic algorithms are allowed every question has its fixed answer; where the variable FASTPEFT_MEASURE is 0
+nothing is timed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ VARIABLE = "FASTPEFT_MEASURE"
 TUNED = Path(__file__).parent / "tuned"  # a file for each architecture of cards
 _WAIT = 1_000_000  # of a card's cycles, about half a millisecond
 _CPU = torch.device("cpu")
-_CLEARLY = 0.97  # of the fixed way's time: what takes more does not replace it
+_CLEARLY = 0.97  # of the fixed candidate's time: what takes more does not replace it
 
-Times = dict[str, float]  # milliseconds by way
-Ways = Mapping[str, Callable[[], object]]
+Times = dict[str, float]  # milliseconds by candidate
+Candidates = Mapping[str, Callable[[], object]]
 
 
 class Timings:
@@ -40,7 +41,7 @@ class Timings:
     Args:
         file: where they are kept; the default is in the user's cache, by processor and versions.
         enabled: False times nothing, so that a question has its fixed answer unless the package brings times.
-        rounds, enough: the most calls of each way, and the seconds after which no further round begins.
+        rounds, enough: the most calls of each candidate, and the seconds after which no further round begins.
     """
 
     def __init__(self, file: Path | None = None, enabled: bool = True, rounds: int = 5, enough: float = 0.05) -> None:
@@ -53,14 +54,18 @@ class Timings:
         self._answers: dict[tuple[Hashable, ...], str] = {}
 
     def answer(
-        self, question: tuple[Hashable, ...], fixed: str, ways: Callable[[], Ways] | None, device: torch.device = _CPU
+        self,
+        question: tuple[Hashable, ...],
+        fixed: str,
+        candidates: Callable[[], Candidates] | None,
+        device: torch.device = _CPU,
     ) -> str:
-        """The name of the fastest way.
+        """The name of the fastest candidate.
 
         Args:
             question: what is to be done, in which dtype, for which class of shapes, and on a card on which.
-            fixed: the way to take unless another is clearly faster.
-            ways: makes what is called to time each way; None where nothing can be timed.
+            fixed: the candidate to take unless another is clearly faster.
+            candidates: makes what is called to time each; None where nothing can be timed.
             device: where they run. On a card the time is its own, without the launch.
         """
         if torch.are_deterministic_algorithms_enabled():
@@ -68,10 +73,10 @@ class Timings:
         key = (*question, torch.get_num_threads()) if device.type == "cpu" else question
         found = self._answers.get(key)
         if found is None:
-            times = self._times(_in_words(question, device), ways, device)
+            times = self._times(_in_words(question, device), candidates, device)
             if times is None:
                 return fixed
-            best = min(times, key=lambda way: times[way])
+            best = min(times, key=times.__getitem__)
             found = self._answers[key] = best if times[best] < _CLEARLY * times.get(fixed, float("inf")) else fixed
         return found
 
@@ -97,27 +102,27 @@ class Timings:
         self._used = _readable(times or {})
         self._answers.clear()
 
-    def _times(self, question: str, ways: Callable[[], Ways] | None, device: torch.device) -> Times | None:
+    def _times(self, question: str, candidates: Callable[[], Candidates] | None, device: torch.device) -> Times | None:
         if question not in self._used:
             times = _tuned().get(question)
             if times is None and self._enabled:
-                times = self.known().get(question) or (ways and self._measure(question, ways, device))
+                times = self.known().get(question) or (candidates and self._measure(question, candidates, device))
             if times:
                 self._used[question] = times
         return self._used.get(question)
 
-    def _measure(self, question: str, ways: Callable[[], Ways], device: torch.device) -> Times:
-        """Time the ways, unless another process has.
+    def _measure(self, question: str, candidates: Callable[[], Candidates], device: torch.device) -> Times:
+        """Time the candidates, unless another process has.
 
         On a card without holding the file: it may first wait for what the other processes of a run have yet to launch.
         """
         timed = None
         if device.type != "cpu" and question not in self._read():
-            timed = _time(ways, device, self._rounds, self._enough)
+            timed = _time(candidates, device, self._rounds, self._enough)
         with self._held() as keeps:
             kept = self._read()
             if question not in kept:
-                kept[question] = timed or _time(ways, device, self._rounds, self._enough)
+                kept[question] = timed or _time(candidates, device, self._rounds, self._enough)
                 if keeps:
                     files.write_json(self.file, kept)
         self._known = kept if keeps else {**self.known(), question: kept[question]}
@@ -148,8 +153,8 @@ def is_captured() -> bool:
 
 
 def in_words(times: Times) -> str:
-    """Ways, the fastest first, with their times."""
-    return ", ".join(f"{way} {times[way]:.3g} ms" for way in sorted(times, key=lambda way: times[way]))
+    """Candidates, the fastest first, with their times."""
+    return ", ".join(f"{name} {times[name]:.3g} ms" for name in sorted(times, key=times.__getitem__))
 
 
 def _readable(times: Mapping[str, Any]) -> dict[str, Times]:
@@ -166,30 +171,30 @@ def _in_words(question: tuple[Hashable, ...], device: torch.device) -> str:
     return f"{words}, threads {torch.get_num_threads()}" if device.type == "cpu" else words
 
 
-def _time(ways: Callable[[], Ways], device: torch.device, rounds: int, enough: float) -> Times:
-    """The least time of some calls of each way, taking turns after one that warms up.
+def _time(candidates: Callable[[], Candidates], device: torch.device, rounds: int, enough: float) -> Times:
+    """The least time of some calls of each candidate, taking turns after one that warms up.
 
-    A way that fails, as for want of memory, is left out; the error is raised where all do.
+    A candidate that fails, as for want of memory, is left out; the error is raised where all do.
     """
     seconds = _seconds if device.type == "cpu" else _seconds_of_card
     here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes(), here:
-        calls = dict(ways())
-        for way in list(calls):
+        calls = dict(candidates())
+        for name in list(calls):
             try:
-                calls[way]()
+                calls[name]()
             except RuntimeError:
                 if len(calls) == 1:
                     raise
-                del calls[way]
+                del calls[name]
         least = dict.fromkeys(calls, float("inf"))
         end = time.perf_counter() + enough
         for _ in range(rounds):
-            for way, call in calls.items():
-                least[way] = min(least[way], seconds(call))
+            for name, call in calls.items():
+                least[name] = min(least[name], seconds(call))
             if time.perf_counter() > end:
                 break
-    return {way: round(1e3 * best, 4) for way, best in least.items()}
+    return {name: round(1e3 * best, 4) for name, best in least.items()}
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from fastpeft import TrainConfig, train
 from fastpeft.ops import packing
-from fastpeft.ops.fastest import Timings, Ways, in_words
+from fastpeft.ops.autotune import Candidates, Timings, in_words
 
 QUESTION = ("a product", torch.float32, 8, "x", 9)
 
 
-def ways(made: list[str], slow: str) -> Callable[[], Ways]:
-    """Two ways, of which one sleeps; notes that they were asked for."""
+def candidates(made: list[str], slow: str) -> Callable[[], Candidates]:
+    """Two of them, of which one sleeps; notes that they were asked for."""
 
-    def make() -> Ways:
+    def make() -> Candidates:
         made.append(slow)
         return {way: partial(time.sleep, 0.004 if way == slow else 0) for way in ("packed", "plain")}
 
@@ -36,8 +36,8 @@ def test_the_fastest_is_taken_and_timed_once(tmp_path: Path) -> None:
     made: list[str] = []
     timings = Timings(tmp_path / "folder" / "times.json")
     for _ in range(2):
-        assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
-    assert timings.answer((*QUESTION, "of another class"), "packed", ways(made, "plain")) == "packed"
+        assert timings.answer(QUESTION, "packed", candidates(made, "packed")) == "plain"
+    assert timings.answer((*QUESTION, "of another class"), "packed", candidates(made, "plain")) == "packed"
     assert made == ["packed", "plain"]
     assert list(timings.used) == list(timings.known())
 
@@ -47,17 +47,17 @@ def test_processes_share_what_was_timed_first(tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     first, second = Timings(file), Timings(file)
     assert second.known() == {}  # read before the first has timed anything
-    assert first.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
-    assert second.answer(QUESTION, "packed", ways(made, "plain")) == "plain"
-    assert Timings(file).answer(QUESTION, "packed", ways(made, "plain")) == "plain"
+    assert first.answer(QUESTION, "packed", candidates(made, "packed")) == "plain"
+    assert second.answer(QUESTION, "packed", candidates(made, "plain")) == "plain"
+    assert Timings(file).answer(QUESTION, "packed", candidates(made, "plain")) == "plain"
     assert made == ["packed"]  # the others read it
 
 
 def test_of_processes_that_begin_together_one_times(tmp_path: Path) -> None:
     program = (
-        "import sys, time, pathlib, functools; from fastpeft.ops.fastest import Timings\n"
-        "ways = lambda: {w: functools.partial(time.sleep, 0.01 if w == sys.argv[2] else 0) for w in ('a', 'b')}\n"
-        "print(Timings(pathlib.Path(sys.argv[1])).answer(('q',), 'a', ways))"
+        "import sys, time, pathlib, functools; from fastpeft.ops.autotune import Timings\n"
+        "candidates = lambda: {w: functools.partial(time.sleep, 0.01 if w == sys.argv[2] else 0) for w in ('a', 'b')}\n"
+        "print(Timings(pathlib.Path(sys.argv[1])).answer(('q',), 'a', candidates))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "times.json")]
     processes = [subprocess.Popen([*command, slow], stdout=subprocess.PIPE, text=True) for slow in ("a", "b")]
@@ -69,20 +69,20 @@ def test_of_processes_that_begin_together_one_times(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_takes_its_own(tmp_path: Path) -> None:
     made: list[str] = []
     timings = Timings(tmp_path / "times.json")
-    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    assert timings.answer(QUESTION, "packed", candidates(made, "packed")) == "plain"
     (question,) = timings.used
     kept = {question: {"packed": 1.0, "plain": 2.0}, "another": {"a": 1.0}}
     timings.begin({**kept, "damaged": "by hand", "empty": {}})
-    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    assert timings.answer(QUESTION, "packed", candidates(made, "packed")) == "packed"
     assert timings.used == kept  # and loses none
     timings.begin()
-    assert timings.answer(QUESTION, "packed", ways(made, "packed")) == "plain"
+    assert timings.answer(QUESTION, "packed", candidates(made, "packed")) == "plain"
 
 
 def test_what_cannot_be_timed_is_fixed_unless_it_is_known(tmp_path: Path) -> None:
     timings = Timings(tmp_path / "times.json")
     assert timings.answer(QUESTION, "packed", None) == "packed"
-    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert timings.answer(QUESTION, "packed", candidates([], "packed")) == "plain"
     assert timings.answer(QUESTION, "packed", None) == "plain"
 
 
@@ -90,28 +90,29 @@ def test_what_cannot_be_timed_is_fixed_unless_it_is_known(tmp_path: Path) -> Non
 def test_a_damaged_file_is_written_anew(tmp_path: Path, content: str) -> None:
     file = tmp_path / "times.json"
     file.write_text(content)
-    assert Timings(file).answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert Timings(file).answer(QUESTION, "packed", candidates([], "packed")) == "plain"
     assert len(json.loads(file.read_text())) == 1
 
 
 def test_a_place_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     timings = Timings(tmp_path / "taken" / "times.json")
-    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "plain"
+    assert timings.answer(QUESTION, "packed", candidates([], "packed")) == "plain"
 
 
 def test_a_small_difference_changes_nothing(tmp_path: Path) -> None:
     timings = Timings(tmp_path / "times.json")
     timings.begin({"a product float32 8 x 9, threads " + str(torch.get_num_threads()): {"packed": 1.0, "plain": 0.99}})
-    assert timings.answer(QUESTION, "packed", ways([], "packed")) == "packed"
+    assert timings.answer(QUESTION, "packed", candidates([], "packed")) == "packed"
 
 
 def test_answers_are_fixed_where_bits_matter(tmp_path: Path) -> None:
     made: list[str] = []
-    assert Timings(tmp_path / "times.json", enabled=False).answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+    file = tmp_path / "times.json"
+    assert Timings(file, enabled=False).answer(QUESTION, "packed", candidates(made, "packed")) == "packed"
     torch.use_deterministic_algorithms(True)
     try:
-        assert Timings(tmp_path / "times.json").answer(QUESTION, "packed", ways(made, "packed")) == "packed"
+        assert Timings(file).answer(QUESTION, "packed", candidates(made, "packed")) == "packed"
     finally:
         torch.use_deterministic_algorithms(False)
     assert made == []
