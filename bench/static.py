@@ -146,7 +146,7 @@ class Variant:
 RANK_BLOCKS = (16, tiles.MAX_RANK)  # the smallest and the largest
 SHARED_ARCHS = tuple(arch for arch in TARGETS if arch not in ("sm_86", "sm_89", "sm_120"))  # which run what sm_80 runs
 SIVA_LINEAR_ARCHS = tuple(arch for arch in TARGETS if arch != "sm_75")  # where the launcher leaves all to PyTorch
-MULTIPROCESSORS = 304  # of an MI300X; on other cards nothing that is compiled depends on it
+MULTIPROCESSORS = 304  # of an MI300X; on other GPUs nothing that is compiled depends on it
 
 
 def siva_linear_constants(layers: int, tma: bool = False) -> dict[str, dict[str, Any]]:
@@ -232,7 +232,7 @@ def siva_linear_variant(
     kernel: str, arch: str, tile: tiles.Tile, project: bool, rank: int, constants: dict[str, Any]
 ) -> Variant:
     """One of them with what it is launched with, beside the constants of its operands."""
-    way = tiles.siva_linear_constants(tile, project, rank, tiles.Card(arch, MULTIPROCESSORS))
+    way = tiles.siva_linear_constants(tile, project, rank, tiles.Gpu(arch, MULTIPROCESSORS))
     constants = {**way, "PROJECT": project, "TMA": tile.tma, **constants}
     taken = inspect.signature(KERNELS[kernel].fn).parameters
     constants = {name: value for name, value in constants.items() if name in taken}

@@ -1,6 +1,6 @@
-"""The times by which a card chooses between Triton's kernels and ATen's calls, for the package to bring.
+"""The times by which a GPU chooses between Triton's kernels and ATen's calls, for the package to bring.
 
-`python -m bench.tune` on a machine with a card times each form of each op at the shapes below, in turns, and writes
+`python -m bench.tune` on a machine with a GPU times each form of each op at the shapes below, in turns, and writes
 `fastpeft/ops/tuned/ARCHITECTURE.json` as it goes: cut off, it goes on where it was. Delete the file to time all anew.
 """
 
@@ -93,7 +93,7 @@ def tune(file: Path, timed: Iterator[Call]) -> int:
     """Time the forms of these calls into the file, but for those that it has; how many there are."""
     timings = Timings(file, rounds=50, enough=0.3)
     for op, arguments in timed:
-        choosing(OPS[op], backends.card_forms(op), timings, times_all=True)(*arguments)
+        choosing(OPS[op], backends.gpu_forms(op), timings, times_all=True)(*arguments)
     file.with_suffix(".lock").unlink(missing_ok=True)
     return len(timings.used)
 

@@ -27,7 +27,7 @@ def products_of(x: Tensor) -> str | None:
 def is_for_kernels(x: Tensor, rank: int) -> bool:
     """Whether SiVA's kernels take x and factors of this rank.
 
-    Not float32 on a card: in it cuBLAS's tiles are larger than those that Triton compiles without spilling.
+    Not float32 on a GPU: in it cuBLAS's tiles are larger than those that Triton compiles without spilling.
     """
     kind = products_of(x)
     return rank <= tiles.MAX_RANK and kind is not None and (kind == "half" or not x.is_cuda)

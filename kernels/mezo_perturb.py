@@ -6,7 +6,7 @@ The bits are those of `fastpeft.ops.noise`, which states the contract; the lines
 `csrc/storage.h` in the same order. Every float32 operation is rounded by itself: the compiler's contraction is off.
 bfloat16 goes as its bits, since casts in Triton's interpreter truncate and lose subnormals.
 
-All tensors of a dtype take one launch: a table in the card's memory has their addresses and places in the noise, and
+All tensors of a dtype take one launch: a table in the GPU's memory has their addresses and places in the noise, and
 another the tensor of each program. Both are made once for a list of tensors, and kept as long as these lie where they
 lay. A thread moves 16 bytes at once where all that its program moves lies inside the tensor and on 16 bytes.
 

@@ -24,7 +24,7 @@ and of 128 x 256, that is for each program
     the same, operands in shared memory (sm_90)            42 %          25 %
 
 (`fastpeft.kernels.tiles.siva_linear_clocks`; the third line is also what the machine code for sm_80 has.) The other way
-is a small product for p, which reads x once more and costs a launch. Which of them is the shorter depends on the card:
+is a small product for p, which reads x once more and costs a launch. Which of them is the shorter depends on the GPU:
 `fastpeft.kernels.tiles` estimates it for each launch from the data sheets.
 
 Of few rows there are fewer tiles than multiprocessors; `fastpeft.kernels.siva_linear_split_k` then cuts K into ranges.
@@ -56,7 +56,7 @@ Elements moved through memory, beside the weights and what has R columns, where 
     launches     1, then 4                    n, then 4 n - 1
 
 A p that a product before the kernel makes costs one more M K in the forward of a group, n of them layer by layer. All
-of it is counted, not measured. Accumulation is in float32 everywhere. On a card products of float32 operands go to
+of it is counted, not measured. Accumulation is in float32 everywhere. On a GPU products of float32 operands go to
 cuBLAS (`fastpeft.kernels.launch.is_for_kernels`).
 
 Source: SiVA, the adaptation by singular vectors described in `fastpeft.siva`.
@@ -221,8 +221,8 @@ def siva_linear(
 
     Notes:
         Fused ATen calls serve ranks above 64 (`tiles.MAX_RANK`); float64, because the kernels accumulate in float32;
-        16-bit operands on cards before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
-        and float32 on any card (`fastpeft.kernels.launch.is_for_kernels`).
+        16-bit operands on GPUs before compute capability 8.0, whose matrix units Triton does not use but PyTorch does;
+        and float32 on any GPU (`fastpeft.kernels.launch.is_for_kernels`).
     """
     if not is_for_kernels(x, len(s)):
         return aten.siva_linear(x, weight, u, s, v, bias)

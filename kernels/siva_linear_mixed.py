@@ -360,8 +360,8 @@ def _linear(
     h = x.new_empty(*x.shape[:-1], n)
     p = v.new_empty(sum(m * rank for m, rank in zip(rows, ranks, strict=True)))
     v = v.to(x.dtype)  # which is read anew at each step along K
-    card = tiles.card(x.device)
-    tile = tiles.siva_linear(rows, k, (n,), max(ranks), card, ("fused",), shared=True).tile
+    gpu = tiles.gpu(x.device)
+    tile = tiles.siva_linear(rows, k, (n,), max(ranks), gpu, ("fused",), shared=True).tile
     table = _block_table(rows, ranks, tile.block_m, x.is_cuda)
     if len(table) == 0:
         return h, p
@@ -387,7 +387,7 @@ def _linear(
             *v.stride(),
             HAS_BIAS=bias is not None,
             HAS_ORDER=order is not None,
-            **tiles.siva_linear_constants(tile, True, max(ranks), card),
+            **tiles.siva_linear_constants(tile, True, max(ranks), gpu),
         )
     return h, p
 

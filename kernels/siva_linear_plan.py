@@ -44,13 +44,13 @@ def plan_of(
             the same without; they can be of what is aligned, of one layer only if products are added up.
     """
     operands = [x] if isinstance(x, Tensor) else x
-    card = tiles.card(weights[0].device)
-    has_tma = any(tile.tma for tile in tiles.siva_linear_tiles(card.architecture)) and not operands[1:]
+    gpu = tiles.gpu(weights[0].device)
+    has_tma = any(tile.tma for tile in tiles.siva_linear_tiles(gpu.architecture)) and not operands[1:]
     if not (has_tma and all(map(_is_describable, (*operands, *weights, *vs)))):
         ways = tuple(dict.fromkeys(way.removesuffix(" tma") for way in ways))
     k = sum(each.shape[1] for each in operands)
-    choice = tiles.siva_linear((len(operands[0]),), k, columns, max(ranks), card, ways, len(ranks) > 1)
-    constants = tiles.siva_linear_constants(choice.tile, choice.project, max(ranks), card)
+    choice = tiles.siva_linear((len(operands[0]),), k, columns, max(ranks), gpu, ways, len(ranks) > 1)
+    constants = tiles.siva_linear_constants(choice.tile, choice.project, max(ranks), gpu)
     return Plan(*choice, {"PROJECT": choice.project, "TMA": choice.tile.tma, **constants})
 
 

@@ -1,4 +1,4 @@
-"""Split-K: h, or dx, of a layer whose few rows make fewer tiles than a card has multiprocessors.
+"""Split-K: h, or dx, of a layer whose few rows make fewer tiles than a GPU has multiprocessors.
 
 Letters are those of `fastpeft.kernels.siva_linear`. Of 32 rows a layer with 1,024 outputs has 16 tiles of 32 x 64, for
 132 multiprocessors of an H100. So the sum over K is cut into ranges, each with programs of its own:

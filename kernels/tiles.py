@@ -45,7 +45,7 @@ class SumTile(NamedTuple):
 ANY = "any"  # architecture
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """What the choice of a tile depends on."""
 
     architecture: str  # as in bench/static.py, "sm_90" or "gfx942"
@@ -53,7 +53,7 @@ class Card(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """One card by its public data sheet."""
+    """One GPU by its public data sheet."""
 
     multiprocessors: int
     megahertz: int  # at which it has these teraflops
@@ -63,7 +63,7 @@ class Sheet(NamedTuple):
     shared: int = 128  # bytes a clock that one reads from its shared memory: CUDA's programming guide, CDNA 3's paper
 
 
-# NVIDIA has published the second-level cache's rate for the A100 alone; it stands for the later cards too. No sheet has
+# NVIDIA has published the second-level cache's rate for the A100 alone; it stands for the later GPUs too. No sheet has
 # the number of a B200's multiprocessors, which CUDA reports, nor its clock, which follows from the rate of each.
 SHEETS = {
     "sm_80": Sheet(108, 1410, 312, 2039, 5120),  # A100 80 GB SXM: its data sheet and white paper
@@ -159,7 +159,7 @@ def siva_linear(
     k: int,
     columns: tuple[int, ...],
     rank: int,
-    card: Card,
+    gpu: Gpu,
     ways: Collection[str] = WAYS,
     shared: bool = False,
 ) -> Choice:
@@ -175,15 +175,15 @@ def siva_linear(
         ways: which of `WAYS` to pick from; "fused" stands for "split-k" where there are no ranges.
         shared: in the kernels of several layers or adapters, which have none.
     """
-    sheet = _sheet(card.architecture)
+    sheet = _sheet(gpu.architecture)
 
     def time(choice: Choice) -> float:
         tile, project, ranges = choice
         blocks_m = sum(math.ceil(m / tile.block_m) for m in rows)
         blocks_n = [math.ceil(n / tile.block_n) for n in columns]
         launches = blocks_n if tile.tma else [sum(blocks_n)]
-        waves = sum(math.ceil(blocks_m * n * ranges / card.multiprocessors) for n in launches)
-        clocks = siva_linear_clocks(tile, rank_block(rank) if project else 0, card.architecture).together
+        waves = sum(math.ceil(blocks_m * n * ranges / gpu.multiprocessors) for n in launches)
+        clocks = siva_linear_clocks(tile, rank_block(rank) if project else 0, gpu.architecture).together
         weight = 2 * k * sum(columns) / (sheet.memory * 1e9)
         seconds = max(waves * k / ranges * clocks / (sheet.megahertz * 1e6), weight) + (len(launches) - 1) * LAUNCH
         if not project:
@@ -192,7 +192,7 @@ def siva_linear(
             seconds += 8 * ranges * sum(rows) * (sum(columns) + rank) / (sheet.memory * 1e9) + LAUNCH
         return seconds
 
-    choices = list(siva_linear_choices(k, rank, card.architecture, shared))
+    choices = list(siva_linear_choices(k, rank, gpu.architecture, shared))
     found = [each for each in choices if each.way in ways]
     return min(found or [each for each in choices if each.way == "fused"], key=time)
 
@@ -209,17 +209,17 @@ def siva_linear_choices(k: int, rank: int, architecture: str, shared: bool = Fal
             yield Choice(tile, True, 1 << power)
 
 
-def siva_linear_constants(tile: Tile, project: bool, rank: int, card: Card) -> dict[str, int]:
+def siva_linear_constants(tile: Tile, project: bool, rank: int, gpu: Gpu) -> dict[str, int]:
     """What the kernels of h and dx are compiled with, and those of mixed rows."""
-    per_die = _MULTIPROCESSORS_A_DIE.get(card.architecture)
+    per_die = _MULTIPROCESSORS_A_DIE.get(gpu.architecture)
     return {
-        "APART": project and card.architecture[:3] != "gfx" and not _is_from_shared(tile, card.architecture),
+        "APART": project and gpu.architecture[:3] != "gfx" and not _is_from_shared(tile, gpu.architecture),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "BLOCK_R": rank_block(rank) if project else RANK_STEP,
         "GROUP_M": GROUP_M,
-        "XCDS": card.multiprocessors // per_die if per_die else 1,
+        "XCDS": gpu.multiprocessors // per_die if per_die else 1,
         "STAGES": tile.num_stages,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -251,7 +251,7 @@ def _reads(tile: Tile, columns: int, architecture: str) -> int:
 def siva_linear_bwd_rows(m: int, block_r: int) -> int:
     """Rows that one program of the partial sums adds up, a multiple of 64.
 
-    Enough that the partial sums are few bytes beside the operands. It depends on no card, so neither does the order
+    Enough that the partial sums are few bytes beside the operands. It depends on no GPU, so neither does the order
     of the sum.
     """
     return 64 * math.ceil(max(256, 8 * block_r, m / _MOST_SPLITS) / 64)
@@ -263,11 +263,11 @@ def rank_block(rank: int) -> int:
 
 
 @cache
-def card(device: torch.device) -> Card:
-    """The card behind `device`; for a CPU, whose tensors Triton's interpreter runs on, some card."""
+def gpu(device: torch.device) -> Gpu:
+    """The GPU behind `device`; for a CPU, whose tensors Triton's interpreter runs on, some GPU."""
     if device.type != "cuda":
-        return Card("interpreter", 108)
-    return Card(architecture(device), torch.cuda.get_device_properties(device).multi_processor_count)
+        return Gpu("interpreter", 108)
+    return Gpu(architecture(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class WindowTile(NamedTuple):

@@ -202,9 +202,9 @@ def operands(
     }
 
 
-def splits_of(programs: int, steps: int, card: tiles.Card) -> int:
-    """In how many splits programs of so many tiles of keys fill the card; no split is empty."""
-    size = max(1, steps * programs // card.multiprocessors)  # tiles of one
+def splits_of(programs: int, steps: int, gpu: tiles.Gpu) -> int:
+    """In how many splits programs of so many tiles of keys fill the GPU; no split is empty."""
+    size = max(1, steps * programs // gpu.multiprocessors)  # tiles of one
     return max(1, math.ceil(steps / size))
 
 

@@ -19,7 +19,7 @@ serves as keys and as values. With dropout its dropped elements become 0 on the 
 
 Of one sentence, a program of the forward holds BLOCK_M queries, of any heads, and runs over the tiles of every real
 slot. The slots that are not real are one key each, whose score q p^T gains the logarithm of how many tokens the query
-sees. The softmax is online, in float32. Where the programs are fewer than the card's multiprocessors, each is split: a
+sees. The softmax is online, in float32. Where the programs are fewer than the GPU's multiprocessors, each is split: a
 part of the tiles to each split, whose outputs and lse another kernel puts together in their order.
 
 Backward has no atomics. One kernel makes what a slot's scores have in common, lse - q p^T and delta - dout p^T, and the
@@ -273,8 +273,8 @@ def window_attention(
     Notes:
         Tiles of C are multiplied in the dtype of q. The ATen form serves widths without a tile, above 256 and above 128
         for float32 outside matrix units; float64, because the kernels accumulate in float32; and 16-bit operands on
-        cards before compute capability 8.0. The number of splits, and with it the last bits, depends on the sizes and
-        on the number of the card's multiprocessors. Heads that do not follow each other in memory are copied.
+        GPUs before compute capability 8.0. The number of splits, and with it the last bits, depends on the sizes and
+        on the number of the GPU's multiprocessors. Heads that do not follow each other in memory are copied.
     """
     kind = kind_of(q)
     if kind is None:
@@ -284,10 +284,10 @@ def window_attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    card = tiles.card(q.device)
-    tile = tiles.window_attention("fwd", kind, width, dropout > 0, card.architecture)
+    gpu = tiles.gpu(q.device)
+    tile = tiles.window_attention("fwd", kind, width, dropout > 0, gpu.architecture)
     programs = batch * triton.cdiv(heads * tokens, tile.block_m)
-    splits = splits_of(programs, len(slots) * triton.cdiv(tokens, tile.block_n), card)
+    splits = splits_of(programs, len(slots) * triton.cdiv(tokens, tile.block_n), gpu)
     shared = operands(q, c, p, mask, slots, causal, dropout, seed, block)
     parts, part_lse = out, lse
     if splits > 1:

@@ -318,9 +318,9 @@ def window_attention_backward(
             c.new_zeros(c.shape) if need_dc else dc,
             p.new_zeros(p.shape) if need_dp else dp,
         )
-    card = tiles.card(q.device)
+    gpu = tiles.gpu(q.device)
     of_bases, of_queries, of_keys = (
-        tiles.window_attention(f"bwd_{name}", kind, width, dropout > 0, card.architecture)
+        tiles.window_attention(f"bwd_{name}", kind, width, dropout > 0, gpu.architecture)
         for name in ("bases", "queries", "keys")
     )
     parts_m = batch * triton.cdiv(heads * tokens, of_bases.block_m)
@@ -348,7 +348,7 @@ def window_attention_backward(
         )
         if need_dq:
             programs = batch * triton.cdiv(heads * tokens, of_queries.block_m)
-            splits = splits_of(programs, len(slots) * triton.cdiv(tokens, of_queries.block_n), card)
+            splits = splits_of(programs, len(slots) * triton.cdiv(tokens, of_queries.block_n), gpu)
             dq = q.new_empty((splits, *q.shape), dtype=torch.float32 if splits > 1 else q.dtype)
             launch(
                 _window_attention_bwd_queries_kernel,

@@ -91,11 +91,11 @@ def frozen_head_cross_entropy(
             requires a gradient, or a second derivative is asked for.
 
     Notes:
-        Works by chunks of tokens with all words: 2^22 logits, but at least 128 tokens on a CPU and 256 on a card, whose
+        Works by chunks of tokens with all words: 2^22 logits, but at least 128 tokens on a CPU and 256 on a GPU, whose
         products need that many. Losses are in float32. Where hidden requires a gradient, this is made in the same pass
         and saved for backward, as many bytes as hidden; without gradients, as in MeZO, the losses alone. On a CPU
         without instructions for half precision the products run in float32, with a copy of 2^22 numbers of the weight
-        at a time. A label outside the vocabulary raises on a CPU; on a card its loss is NaN or an assertion fails.
+        at a time. A label outside the vocabulary raises on a CPU; on a GPU its loss is NaN or an assertion fails.
         Deterministic.
 
     Example:

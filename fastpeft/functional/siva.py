@@ -160,7 +160,7 @@ def siva_linear_mixed(
         sizes: how many rows take the factors of each adapter, B together.
         order: int64 `(B,)`, the permutation that brings the rows into the order of the adapters:
             `order[:sizes[0]]` are the numbers of the rows of the first, and so on. None where they stand in it. On a
-            card its values are read by the kernels alone, unchecked: what is no permutation has no defined result.
+            GPU its values are read by the kernels alone, unchecked: what is no permutation has no defined result.
 
     Returns:
         `(B, *, out_features)`, in the order of x.

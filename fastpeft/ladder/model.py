@@ -343,7 +343,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         seed: int | Tensor = 0
         blocks_seed = 0
         if self.training and (self.config.dropout or self.config.layer_drop):
-            # on a card it is drawn there, so that a CUDA graph draws anew at each replay
+            # on a GPU it is drawn there, so that a CUDA graph draws anew at each replay
             seed = torch.randint(2**63 - 1, (), device=device if device.type == "cuda" else "cpu").to(device)
         if self.training and self.config.layer_drop:
             blocks_seed = int(torch.randint(2**63 - 1, ()))

@@ -435,7 +435,7 @@ class SideRun:
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
             self._last_feature = feature
         if side.config.normalise_features:
-            # on a card autocast would keep it in float32
+            # on a GPU autocast would keep it in float32
             feature = F.rms_norm(feature, feature.shape[-1:], eps=TINY).to(feature.dtype)
         if layer == 0:
             if self.mask is not None or self.past:  # else causal attention needs no mask
@@ -519,7 +519,7 @@ def _to_add(visible: Tensor, like: Tensor) -> Tensor:
 def _is_widened(qkv: Tensor) -> bool:
     """Whether attention computes in float32: so PyTorch's is twice as fast on a CPU as in bfloat16.
 
-    A fake tensor simulates a card.
+    A fake tensor simulates a GPU.
     """
     return qkv.is_cpu and qkv.dtype == torch.bfloat16 and type(qkv) is Tensor
 

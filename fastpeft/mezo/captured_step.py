@@ -128,7 +128,7 @@ class CapturedStep:
         if self._optimizer.max_projected_grad is not None:
             limit = self._optimizer.max_projected_grad * (min(epses) / epses[0])
             slopes = slopes.clamp(-limit, limit)
-        # by a tensor: a card multiplies by the reciprocal of a number, which rounds twice
+        # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds twice
         slopes = slopes / torch.full_like(slopes, estimator.num_estimates)
         made = [
             update(at, slopes.unbind(), epses[0], rate, eps, decay)

@@ -26,8 +26,8 @@ from fastpeft.support.processor import cpu_name, has_bfloat16
 from fastpeft.version import __version__
 
 VARIABLE = "FASTPEFT_MEASURE"
-TUNED = Path(__file__).parent / "tuned"  # a file for each architecture of cards
-_WAIT = 1_000_000  # of a card's cycles, about half a millisecond
+TUNED = Path(__file__).parent / "tuned"  # a file for each architecture of GPUs
+_WAIT = 1_000_000  # of a GPU's cycles, about half a millisecond
 _CPU = torch.device("cpu")
 _CLEARLY = 0.97  # of the fixed candidate's time: what takes more does not replace it
 
@@ -63,10 +63,10 @@ class Timings:
         """The name of the fastest candidate.
 
         Args:
-            question: what is to be done, in which dtype, for which class of shapes, and on a card on which.
+            question: what is to be done, in which dtype, for which class of shapes, and on a GPU on which.
             fixed: the candidate to take unless another is clearly faster.
             candidates: makes what is called to time each; None where nothing can be timed.
-            device: where they run. On a card the time is its own, without the launch.
+            device: where they run. On a GPU the time is its own, without the launch.
         """
         if torch.are_deterministic_algorithms_enabled():
             return fixed
@@ -114,7 +114,7 @@ class Timings:
     def _measure(self, question: str, candidates: Callable[[], Candidates], device: torch.device) -> Times:
         """Time the candidates, unless another process has.
 
-        On a card without holding the file: it may first wait for what the other processes of a run have yet to launch.
+        On a GPU without holding the file: it may first wait for what the other processes of a run have yet to launch.
         """
         timed = None
         if device.type != "cpu" and question not in self._read():
@@ -148,7 +148,7 @@ class Timings:
 
 
 def is_captured() -> bool:
-    """Whether what a card is told now goes into a CUDA graph."""
+    """Whether what a GPU is told now goes into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -176,7 +176,7 @@ def _time(candidates: Callable[[], Candidates], device: torch.device, rounds: in
 
     A candidate that fails, as for want of memory, is left out; the error is raised where all do.
     """
-    seconds = _seconds if device.type == "cpu" else _seconds_of_card
+    seconds = _seconds if device.type == "cpu" else _seconds_on_gpu
     here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes(), here:
         calls = dict(candidates())
@@ -203,8 +203,8 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_of_card(call: Callable[[], object]) -> float:
-    """Those that the card works. It first waits, so that launches, which can take longer, are all made by then."""
+def _seconds_on_gpu(call: Callable[[], object]) -> float:
+    """Those that the GPU works. It first waits, so that launches, which can take longer, are all made by then."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_WAIT)
     start.record()
@@ -216,7 +216,7 @@ def _seconds_of_card(call: Callable[[], object]) -> float:
 
 @cache
 def _tuned() -> dict[str, Times]:
-    """The times that the package brings, of the cards that somebody had."""
+    """The times that the package brings, of the GPUs that somebody had."""
     return {
         question: times for file in TUNED.glob("*.json") for question, times in _readable(files.read_json(file)).items()
     }

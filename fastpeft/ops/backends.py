@@ -168,7 +168,7 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
     """Register `choice` on the dispatcher, over the reference that every device starts with."""
     op = OPS[choice.op]
     if choice.backend == "triton":
-        forms = card_forms(choice.op)
+        forms = gpu_forms(choice.op)
         is_chosen = "aten" in forms and not is_asked_for
         library.impl(choice.op, choosing(op, forms) if is_chosen else forms["triton"], choice.device.upper())
     elif choice.backend == "aten" and op.aten is not None:
@@ -185,8 +185,8 @@ def _register(library: torch.library.Library, choice: Choice, is_asked_for: bool
             library.impl(choice.op, op.reference, key)
 
 
-def card_forms(op: str) -> dict[str, Callable[..., Any]]:
-    """What computes an op on a card: "triton", its launcher, and "aten" where there is that form for cards.
+def gpu_forms(op: str) -> dict[str, Callable[..., Any]]:
+    """What computes an op on a GPU: "triton", its launcher, and "aten" where there is that form for GPUs.
 
     A launcher of several ways picks one by a model; each is a form too.
     """

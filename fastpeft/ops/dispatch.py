@@ -1,7 +1,7 @@
-"""Which form of an op runs on a card: its Triton kernel, by the way that a model of costs picks, or ATen's calls.
+"""Which form of an op runs on a GPU: its Triton kernel, by the way that a model of costs picks, or ATen's calls.
 
 A question is an op, the dtype, a class of shapes (rows to the next power of two) and an architecture. It is answered by
-what a run has kept; else by the times of this card that the package brings (`fastpeft/ops/tuned`, made by
+what a run has kept; else by the times of this GPU that the package brings (`fastpeft/ops/tuned`, made by
 `python -m bench.tune`) or that were taken here before; else by timing both at the first call. Only the package's times
 have each way of a kernel. Nothing is timed while a CUDA graph is captured: warm up with the shapes that it will have.
 
@@ -31,7 +31,7 @@ _FEWEST_ROWS = 16  # that fill a tile
 def choosing(
     op: Op, forms: Mapping[str, Callable[..., Any]], timings: Timings = timings, times_all: bool = False
 ) -> Callable[..., Any]:
-    """What to register for `op` on a card: at each call the fastest of its `forms`.
+    """What to register for `op` on a GPU: at each call the fastest of its `forms`.
 
     Args:
         op: of SiVA, window attention, or the loss of a frozen head.
@@ -110,7 +110,7 @@ def _class(size: int, least: int = 1) -> int:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Of a card, as "sm_90" or "gfx942"; of anything else its type."""
+    """Of a GPU, as "sm_90" or "gfx942"; of anything else its type."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)

@@ -26,7 +26,7 @@ from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.products import as_matrix, is_widened
 
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the
-# product: an H100 does 295 operations while it reads one byte, a consumer's card about 200, one core of a CPU 10.
+# product: an H100 does 295 operations while it reads one byte, a consumer's GPU about 200, one core of a CPU 10.
 CHUNK = 2**22
 FEWEST_TOKENS = {"cpu": 128, "cuda": 256}
 

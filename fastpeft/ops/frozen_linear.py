@@ -102,7 +102,7 @@ class Packed:
 
     @property
     def weight(self) -> Any:
-        """The parameter, with its values. Who reads it may change them by `weight.data`, which a card does not show."""
+        """The parameter, with its values. Who reads it may change them by `weight.data`, which a GPU does not show."""
         weight = self._own_weight()
         if weight.is_cuda:
             self.packs.drop()
@@ -262,7 +262,7 @@ def freeze(model: Model, computation: Computation | None = None) -> Model:
     Notes:
         Packs are made at first use and take as many bytes as the weight, twice that where gradients pass through. They
         are not saved, copied or moved. A weight that changes is packed again; a change of a few entries through
-        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a card the only pack is the copy that
+        `weight.data` alone may go unnoticed: call `unfreeze` before one. On a GPU the only pack is the copy that
         autocast would make at each call.
 
     Example:

@@ -86,7 +86,7 @@ define(
 def can_multiply_int8(x: Tensor) -> bool:
     """Whether the processor multiplies in int8 faster than it dequantises: in float32 or bfloat16 on such a CPU.
 
-    A fake tensor simulates a card.
+    A fake tensor simulates a GPU.
     """
     fits = x.device.type == "cpu" and compute_dtype(x, x) in _DTYPES and not isinstance(x, FakeTensor)
     return fits and has_int8()

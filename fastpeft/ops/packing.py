@@ -4,7 +4,7 @@ A product on a CPU reorders its weight at every call, because the weight may hav
 oneDNN packs it once. A pack is a copy in another layout and perhaps another dtype. It is made at first use, never
 saved or copied, and dropped when the weight changes.
 
-On a card a product reads a weight as it lies. Autocast would cast it at every call; there the pack is the cast copy.
+On a GPU a product reads a weight as it lies. Autocast would cast it at every call; there the pack is the cast copy.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def multiplies_in(dtype: torch.dtype) -> bool:
 
 
 def can_lower(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a copy of this weight in `dtype` is kept: on a card, where that is another than its own.
+    """Whether a copy of this weight in `dtype` is kept: on a GPU, where that is another than its own.
 
     Not for a CUDA graph, which would go on reading the copy after the weight has changed.
     """
@@ -161,7 +161,7 @@ class Packs:
 
     Notes:
         A change of the weight is noticed by its place, version, dtype and some sampled entries: the last see what
-        writes `weight.data += delta`, as PEFT's merge does, which leaves place and version alone. On a card no entry
+        writes `weight.data += delta`, as PEFT's merge does, which leaves place and version alone. On a GPU no entry
         is looked at, since that would wait for it: before such a write call `drop`. Copies and pickles of packs are
         empty.
     """

@@ -23,7 +23,7 @@ _NEVER = 1e30  # a log-sum-exp beside which all weights are 0
 
 
 def composed_holds(q: Tensor) -> bool:
-    """Whether PyTorch's fused attention takes such operands on this card."""
+    """Whether PyTorch's fused attention takes such operands on this GPU."""
     rows = q.new_empty(1, 1, 1, _WIDTHS)
     return can_use_efficient_attention(SDPAParams(rows, rows, rows, None, 0.0, False, False))
 

@@ -80,7 +80,7 @@ class SivaConfig(PeftConfig):
             0 takes the weight's own triplets, as QPiSSA does.
         pack_weights: Whether a layer on a CPU keeps its frozen weight a second time, in the layout that its product
             reads fastest, and a third time, transposed, once a gradient flows through it. Under autocast the copies are
-            in autocast's dtype, and nothing is cast at each call; on a card there is one then, and none without
+            in autocast's dtype, and nothing is cast at each call; on a GPU there is one then, and none without
             autocast. They are made at first use, made again when the weight changes, and never saved. False saves their
             memory. The adapter that a layer is made for decides.
         scaling: How far an optimizer's step moves a triplet. `"spectral"`: equally far for every triplet of every

@@ -83,7 +83,7 @@ def quantised_siva_linear(
 
     Notes:
         Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product makes numbers of
-        them again: on a CPU of some rows of the weight at a time, on a card of all. int8 codes are never multiplied as
+        them again: on a CPU of some rows of the weight at a time, on a GPU of all. int8 codes are never multiplied as
         they are, as in a side network's backbone, since activations in 8 bits make other outputs: what is evaluated is
         what trained.
     """

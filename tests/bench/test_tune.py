@@ -28,7 +28,7 @@ def test_it_times_and_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         timed.append(op)
         return {"triton": OPS[op].reference, "aten": torch.no_grad()(OPS[op].aten)}
 
-    monkeypatch.setattr(backends, "card_forms", forms)
+    monkeypatch.setattr(backends, "gpu_forms", forms)
     file = tmp_path / "sm_90.json"
     assert tune.tune(file, iter(SMALL[:3])) == 3
     before = json.loads(file.read_text())
@@ -45,9 +45,9 @@ def test_every_op_that_is_chosen_is_timed() -> None:
     assert {op for op, _ in SMALL} == {name for name in named if not name.startswith(("mezo", "siva_linear_mixed"))}
 
 
-def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a card")
+        pytest.skip("there is a GPU")
     tune.main()
     assert "no GPU" in capsys.readouterr().out
     assert len(list(itertools.islice(tune.calls("meta"), 3000))) < 1000

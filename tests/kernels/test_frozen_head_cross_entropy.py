@@ -82,7 +82,7 @@ def test_what_is_not_finite_shows(device):
 @pytest.mark.parametrize("tokens", [(0,), (1,), (3, 11)])
 @pytest.mark.parametrize("ignored", [0.0, 0.5, 1.0])
 def test_the_op(tokens, ignored, dtype, device, monkeypatch):
-    """In chunks of four tokens, with products in the dtype of the operands as on a card."""
+    """In chunks of four tokens, with products in the dtype of the operands as on a GPU."""
     monkeypatch.setattr(module, "tokens_of_chunk", lambda vocabulary, device: 4)
     monkeypatch.setattr(module, "is_widened", lambda x, most: False)
     generator = torch.Generator().manual_seed(0)

@@ -104,7 +104,7 @@ def test_all_tensors_of_a_dtype_take_one_launch(device: str) -> None:
     kernel.mezo_perturb_(ours, *args)
     with Recording() as recorded:
         kernel.mezo_perturb_(ours, *args)
-    assert recorded.counted.pop("_to_copy", 0) <= 1, "the terms of all launches go to the card together"
+    assert recorded.counted.pop("_to_copy", 0) <= 1, "the terms of all launches go to the GPU together"
     assert recorded.counted == {"_mezo_perturb_kernel": len(DTYPES)}
     for _ in range(2):
         reference.mezo_perturb_(theirs, *args)

@@ -136,8 +136,8 @@ TILES = {
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
-    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.card(torch.device(device, 0)).architecture):
-        pytest.skip("not shipped to this card")
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.gpu(torch.device(device, 0)).architecture):
+        pytest.skip("not shipped to this GPU")
     launched(tile, project)
     rank = min(tile.max_rank, 33) if project else 33
     step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes
@@ -147,12 +147,12 @@ def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
 
 @pytest.fixture
 def with_tma(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
-    """On a card that has descriptors: of each launch, whether it had any."""
-    card = tiles.card(torch.device(device, 0) if device == "cuda" else torch.device(device))
-    if device == "cuda" and not any(tile.tma for tile in tiles.siva_linear_tiles(card.architecture)):
-        pytest.skip("this card has no descriptors")
+    """On a GPU that has descriptors: of each launch, whether it had any."""
+    gpu = tiles.gpu(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    if device == "cuda" and not any(tile.tma for tile in tiles.siva_linear_tiles(gpu.architecture)):
+        pytest.skip("this GPU has no descriptors")
     if device == "cpu":
-        monkeypatch.setattr(tiles, "card", lambda _: H100)
+        monkeypatch.setattr(tiles, "gpu", lambda _: H100)
     found = []
     plan = siva_linear_plan.plan_of
 
@@ -200,7 +200,7 @@ def test_ranges_honour_strides_and_go_without_bias(device, launched):
     check(x.t().contiguous().t(), weight.t().contiguous().t(), u.t().contiguous().t(), s, v.t().contiguous().t(), None)
 
 
-def test_k_is_cut_where_rows_fill_no_card():
+def test_k_is_cut_where_rows_fill_no_gpu():
     few, many, short = (
         tiles.siva_linear((m,), k, (1024,), 16, H100) for m, k in ((32, 4096), (4096, 4096), (32, 1024))
     )
@@ -218,7 +218,7 @@ def test_a_caller_names_the_way(way, device, monkeypatch):
     for module in (kernel, kernel_backward):
         monkeypatch.setattr(module, "plan_of", lambda *args: found.append(plan(*args)) or found[-1])
     if device == "cpu":
-        monkeypatch.setattr(tiles, "card", lambda _: H100)
+        monkeypatch.setattr(tiles, "gpu", lambda _: H100)
     x, weight, u, s, v, _ = operands(40, 512, 512, 3, torch.bfloat16, device, bias=False)
     h, p = kernel.siva_linear(x, weight, u, s, v, None, ways=(way,))
     kernel_backward.siva_linear_backward(h, x, weight, u, s, v, p, True, True, True, False, ways=(way,))
@@ -243,7 +243,7 @@ def test_others_take_addresses(what, device, with_tma):
     assert [plan.tile.tma for plan in with_tma] == [False]
 
 
-def test_a_card_without_descriptors_takes_addresses(device):
+def test_a_gpu_without_descriptors_takes_addresses(device):
     x, weight, _, _, v, _ = operands(16, 16, 16, 3, torch.bfloat16, device)
     plan = siva_linear_plan.plan_of(x, [weight], [v], (16,), (3,), ("fused tma",))
     assert plan.project
@@ -253,8 +253,8 @@ def test_a_card_without_descriptors_takes_addresses(device):
 @pytest.mark.parametrize("dies", [6, 8])
 def test_programs_are_dealt_to_dies_in_ranges_of_tiles(dies, device, monkeypatch):
     constants = tiles.siva_linear_constants
-    card = tiles.Card("gfx942", 38 * dies)
-    assert constants(tiles.SIVA_LINEAR["gfx942"][0], True, 3, card)["XCDS"] == dies
+    gpu = tiles.Gpu("gfx942", 38 * dies)
+    assert constants(tiles.SIVA_LINEAR["gfx942"][0], True, 3, gpu)["XCDS"] == dies
     monkeypatch.setattr(tiles, "siva_linear_constants", lambda *args: {**constants(*args), "XCDS": dies})
     check(*operands(300, 20, 200, 3, torch.float32, device))
 
@@ -386,7 +386,7 @@ def test_launchers_take_what_the_op_passes(name):
     assert ways.default == tiles.WAYS
 
 
-def test_products_follow_pytorch_and_the_card():
+def test_products_follow_pytorch_and_the_gpu():
     setting = torch.backends.cuda.matmul.fp32_precision
     try:
         for choice, expected in (("ieee", "ieee"), ("tf32", "tf32")):
@@ -401,7 +401,7 @@ def test_products_follow_pytorch_and_the_card():
     assert products(torch.float64, matrix_units=True) is None
 
 
-def test_float32_on_a_card_is_for_aten(device):
+def test_float32_on_a_gpu_is_for_aten(device):
     x = torch.ones(16, 3, device=device)
     assert is_for_kernels(x, 1) is (device == "cpu")
 
@@ -411,7 +411,7 @@ def test_rank_block(rank, expected):
     assert tiles.rank_block(rank) == expected
 
 
-A100, H100 = tiles.Card("sm_80", 108), tiles.Card("sm_90", 132)
+A100, H100 = tiles.Gpu("sm_80", 108), tiles.Gpu("sm_90", 132)
 
 
 def test_p_is_computed_inside_until_that_costs_more_than_reading_x_again():
@@ -431,8 +431,8 @@ def test_sheets_agree_with_whole_multiply_adds_a_clock(architecture):
 
 @pytest.mark.parametrize("architecture", [*tiles.SHEETS, "interpreter"])
 def test_few_rows_take_small_tiles_and_many_take_large_ones(architecture):
-    card = tiles.Card(architecture, 128)
-    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, card)[0] for m in (17, 65536))
+    gpu = tiles.Gpu(architecture, 128)
+    few, many = (tiles.siva_linear((m,), 1024, (1024,), 4, gpu)[0] for m in (17, 65536))
     sizes = [tile.block_m * tile.block_n for tile in tiles.siva_linear_tiles(architecture)]
     assert (few.block_m * few.block_n, many.block_m * many.block_n) == (min(sizes), max(sizes))
 

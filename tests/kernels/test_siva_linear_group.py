@@ -121,8 +121,8 @@ TILES = {
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("project", [True, False], ids=["inside", "before"])
 def test_every_tile_with_p_inside_or_before(tile, project, device, launched):
-    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.card(torch.device(device, 0)).architecture):
-        pytest.skip("not shipped to this card")
+    if device == "cuda" and tile not in tiles.siva_linear_tiles(tiles.gpu(torch.device(device, 0)).architecture):
+        pytest.skip("not shipped to this GPU")
     launched(tile, project)
     rank = min(tile.max_rank if tile.tma else tile.shared_rank, 33) if project else 33
     step = 8 if tile.tma else 1  # elements of 16 bits in 16 bytes
@@ -242,8 +242,8 @@ def test_launchers_take_what_the_op_passes(name):
 
 def test_layers_side_by_side_take_a_larger_tile_than_one():
     """One narrow layer needs small tiles to occupy all multiprocessors, three together do not."""
-    card = tiles.Card("sm_80", 108)
-    together, alone = (tiles.siva_linear((1024,), 1024, (768,) * n, 4, card, shared=True)[0] for n in (3, 1))
+    gpu = tiles.Gpu("sm_80", 108)
+    together, alone = (tiles.siva_linear((1024,), 1024, (768,) * n, 4, gpu, shared=True)[0] for n in (3, 1))
     assert alone.block_m * alone.block_n < together.block_m * together.block_n
 
 

@@ -180,8 +180,8 @@ def test_blocks_of_rows_end_with_their_adapter():
 
 def test_many_short_adapters_take_small_tiles():
     """Blocks of rows do not reach from one adapter into the next, so a large tile would be mostly empty."""
-    card = tiles.Card("sm_80", 108)
+    gpu = tiles.Gpu("sm_80", 108)
     many, one = (
-        tiles.siva_linear(rows, 1024, (1024,), 4, card, ("fused",), shared=True)[0] for rows in ((16,) * 256, (4096,))
+        tiles.siva_linear(rows, 1024, (1024,), 4, gpu, ("fused",), shared=True)[0] for rows in ((16,) * 256, (4096,))
     )
     assert many.block_m < one.block_m

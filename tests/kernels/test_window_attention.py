@@ -252,20 +252,20 @@ def test_causal_heads(heads, device):
 )
 def test_splits(multiprocessors, causal, slots, device, monkeypatch):
     """One, some, and one for each tile of keys; with causal queries the last of these have nothing to do."""
-    monkeypatch.setattr(tiles, "card", lambda _: tiles.Card(tiles.ANY, multiprocessors))
+    monkeypatch.setattr(tiles, "gpu", lambda _: tiles.Gpu(tiles.ANY, multiprocessors))
     args = operands(1, 2, 70, 16, 4, len(slots), torch.float16, device)
     check(*map(in_nan, args), mask=masks(1, 70, device), slots=slots, causal=causal, dropout=0.1)
 
 
-def test_splits_fill_the_card():
-    card = tiles.Card("sm_90", 132)
+def test_splits_fill_the_gpu():
+    gpu = tiles.Gpu("sm_90", 132)
     tile = tiles.window_attention("fwd", "half", 96, False, "sm_90")
     programs = 16 * triton.cdiv(128, tile.block_m)  # of 16 sentences of 128 tokens and one head
-    assert programs * window.splits_of(programs, 9 * triton.cdiv(128, tile.block_n), card) >= 132
-    assert window.splits_of(132, 18, card) == 1
-    assert window.splits_of(1, 0, card) == 1
+    assert programs * window.splits_of(programs, 9 * triton.cdiv(128, tile.block_n), gpu) >= 132
+    assert window.splits_of(132, 18, gpu) == 1
+    assert window.splits_of(1, 0, gpu) == 1
     for programs, steps in itertools.product(range(1, 140, 3), range(1, 40)):
-        splits = window.splits_of(programs, steps, card)
+        splits = window.splits_of(programs, steps, gpu)
         assert programs * splits >= min(132, programs * steps)
         assert (splits - 1) * triton.cdiv(steps, splits) < steps  # none is empty
 

@@ -1,4 +1,4 @@
-"""The choice between Triton's kernel and ATen's calls on a card, with stand-ins for both on a CPU."""
+"""The choice between Triton's kernel and ATen's calls on a GPU, with stand-ins for both on a CPU."""
 
 from __future__ import annotations
 
@@ -122,11 +122,11 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatch, "is_captured", lambda: True)
     forms, timings = Forms("triton"), Timings(tmp_path / "times.json")
     with FakeTensorMode():
-        on_card = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]
-        assert choosing(OPS["siva_linear"], forms, timings)(*on_card) == "triton"
+        on_gpu = [None if operand is None else torch.empty_like(operand, device="cuda") for operand in siva()]
+        assert choosing(OPS["siva_linear"], forms, timings)(*on_gpu) == "triton"
         assert forms.called == ["triton"]
         timings.begin({"siva_linear bfloat16 24x40 rank 16 rows 64 on sm_90": {"triton": 2.0, "aten": 1.0}})
-        assert choosing(OPS["siva_linear"], forms, timings)(*on_card) == "aten"
+        assert choosing(OPS["siva_linear"], forms, timings)(*on_gpu) == "aten"
 
 
 @pytest.mark.parametrize("op", BOTH)

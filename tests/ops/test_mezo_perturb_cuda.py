@@ -1,4 +1,4 @@
-"""mezo_perturb_ in CUDA: its kernel on the processor, one thread after the other, and on a card."""
+"""mezo_perturb_ in CUDA: its kernel on the processor, one thread after the other, and on a GPU."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ def test_a_gpu_perturbs_to_the_same_bits(kind: str, rounding: str) -> None:
     sizes = [1 + 37 * i % 900 for i in range(len(dtypes))]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     ours = [values(n, dtype, seed=n) for n, dtype in zip(sizes, dtypes)]
-    on_card = [param.cuda() for param in ours]
+    on_gpu = [param.cuda() for param in ours]
     args = (offsets, [1] * 20, [1e-3] * 20, 0.1, kind, rounding)  # more terms than one launch takes
     functional.mezo_perturb_(ours, *args)
-    functional.mezo_perturb_(on_card, *args)
-    for one, other in zip(ours, on_card):
+    functional.mezo_perturb_(on_gpu, *args)
+    for one, other in zip(ours, on_gpu):
         assert_same_bits(one, other.cpu())
 
 

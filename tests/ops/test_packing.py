@@ -154,16 +154,16 @@ def test_copies_and_pickles_of_packs_are_empty() -> None:
     assert packs.nbytes == 0
 
 
-# -- on a card ---------------------------------------------------------------------------------------------------------
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight on the CPU is treated as one on a card."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight on the CPU is treated as one on a GPU."""
     monkeypatch.setattr(packing_module, "can_lower", lambda weight, dtype: weight.dtype is not dtype)
 
 
-def test_a_card_keeps_one_copy_of_a_weight_for_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_keeps_one_copy_of_a_weight_for_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         weight, packs = nn.Parameter(torch.empty(9, 8, device="cuda"), requires_grad=False), Packs()
         for dtype in (torch.bfloat16, torch.float16):
@@ -178,9 +178,9 @@ def test_a_card_keeps_one_copy_of_a_weight_for_autocast(monkeypatch: pytest.Monk
         assert Packs(enabled=False).of(weight, torch.bfloat16) is None
 
 
-@pytest.mark.usefixtures("as_on_a_card")
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("change", [add_in_place, replace_data, transpose_data])
-def test_a_change_of_a_weight_on_a_card_is_noticed(change: Callable[[Tensor], None]) -> None:
+def test_a_change_of_a_weight_on_a_gpu_is_noticed(change: Callable[[Tensor], None]) -> None:
     """But for what writes through `weight.data` alone, which only a look at the entries shows."""
     weight, packs = weight_of(9, 9), Packs()
     before = packs.of(weight, torch.bfloat16)
@@ -194,7 +194,7 @@ def test_a_change_of_a_weight_on_a_card_is_noticed(change: Callable[[Tensor], No
     assert torch.equal(operand(weight, packs, torch.ones(2, 9).bfloat16()), weight.bfloat16())
 
 
-@pytest.mark.usefixtures("as_on_a_card")
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_copy_that_was_made_for_inference_serves_training() -> None:
     weight, packs = weight_of(6, 5), Packs()
     with torch.inference_mode():
@@ -206,8 +206,8 @@ def test_a_copy_that_was_made_for_inference_serves_training() -> None:
     assert not operand(weight, packs, x.bfloat16()).is_inference()
 
 
-@pytest.mark.usefixtures("as_on_a_card")
-def test_a_frozen_layer_on_a_card_computes_by_its_copy() -> None:
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_frozen_layer_on_a_gpu_computes_by_its_copy() -> None:
     weight, x = weight_of(6, 5), torch.randn(3, 5, requires_grad=True)
     packs, bias = Packs(), torch.randn(6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -218,7 +218,7 @@ def test_a_frozen_layer_on_a_card_computes_by_its_copy() -> None:
     assert packs.nbytes == 2 * 6 * 5
 
 
-def test_who_reads_the_weight_of_a_layer_on_a_card_may_change_it() -> None:
+def test_who_reads_the_weight_of_a_layer_on_a_gpu_may_change_it() -> None:
     """As PEFT's merge does, by `layer.weight.data += delta`."""
     with FakeTensorMode():
         layer = nn.Linear(8, 9, device="cuda").requires_grad_(False)

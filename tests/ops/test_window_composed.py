@@ -115,7 +115,7 @@ def test_empty_sizes(shape):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_pytorch_takes_what_it_passes(causal, dtype):
-    """By the shape functions of its kernels, without a card."""
+    """By the shape functions of its kernels, without a GPU."""
     with FakeTensorMode():
         q = torch.empty(2, 2, 20, 13, device="cuda", dtype=dtype)
         c, p = torch.empty(2, 3, 20, 13, device="cuda", dtype=dtype), torch.empty(5, 13, device="cuda", dtype=dtype)

@@ -1,4 +1,4 @@
-"""How many kernels a layer would launch on a card, counted where its Triton kernels are interpreted."""
+"""How many kernels a layer would launch on a GPU, counted where its Triton kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_launches_of_a_layer_with_a_base_in_bfloat16(step: float | None, backwar
 
 def test_autocast_casts_a_frozen_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a call x, the bias and h's gradients are cast, but no weight."""
-    monkeypatch.setattr(packing, "can_lower", lambda weight, dtype: weight.dtype is not dtype)  # as on a card
+    monkeypatch.setattr(packing, "can_lower", lambda weight, dtype: weight.dtype is not dtype)  # as on a GPU
     monkeypatch.setattr(packing, "can_pack", lambda weight, dtype: False)  # as there, whatever this processor has
     siva = SivaLinear.from_linear(linear(torch.float32), r=4, step=0.1)
     with torch.autocast("cpu", torch.bfloat16):
