@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fastpeft.ops.autotune import is_captured
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
 from fastpeft.ops.dtypes import compute_dtype
-from fastpeft.ops.products import as_matrix, is_widened
+from fastpeft.ops.products import as_matrix, multiplies_in_float32
 
 # Numbers of a chunk of logits, but it has at least so many tokens. With fewer, reading the weight takes longer than the
 # product: an H100 does 295 operations while it reads one byte, a consumer's GPU about 200, one core of a CPU 10.
@@ -101,19 +101,19 @@ def in_chunks(
         kept = ignored.logical_not_().nonzero().squeeze(1)
         if len(kept) == len(flat):
             kept = None
-    widened = is_widened(rows, most=0)
-    dtype = torch.float32 if widened else rows.dtype
+    in_float32 = multiplies_in_float32(rows, most=0)
+    dtype = torch.float32 if in_float32 else rows.dtype
     chunks = list(_chunks(rows, weight.shape[0], kept))
     logits = rows.new_empty(len(flat[chunks[0]]) if chunks else 0, weight.shape[0], dtype=dtype)
     for chunk in chunks:
         of_chunk = rows[chunk].to(dtype)
         z = logits[: len(of_chunk)]
-        for words, block in _blocks(weight, widened):
+        for words, block in _blocks(weight, in_float32):
             torch.mm(of_chunk, block.t(), out=z[:, words])
         losses[chunk] = softmax(z, flat[chunk], bias, need_dhidden)
         if need_dhidden:
             dx = torch.zeros_like(of_chunk)
-            for words, block in _blocks(weight, widened):
+            for words, block in _blocks(weight, in_float32):
                 dx.addmm_(z[:, words], block)
             dhidden[chunk] = dx.to(rows.dtype)
     if kept is None and is_captured():
@@ -140,9 +140,9 @@ def _chunks(rows: Tensor, vocabulary: int, kept: Tensor | None) -> Iterator[slic
         yield slice(start, start + size) if kept is None else kept[start : start + size]
 
 
-def _blocks(weight: Tensor, widened: bool) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(weight: Tensor, in_float32: bool) -> Iterator[tuple[slice, Tensor]]:
     """The weight's rows as they are multiplied: all, or float32 copies of one block after the other."""
-    if not widened:
+    if not in_float32:
         yield slice(None), weight
         return
     size = max(1, CHUNK // max(weight.shape[1], 1))

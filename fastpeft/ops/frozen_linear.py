@@ -21,7 +21,7 @@ from fastpeft.ops.define import check_first_derivative
 from fastpeft.ops.dtypes import compute_dtype
 from fastpeft.ops.int8_linear import can_multiply_int8, multiply
 from fastpeft.ops.packing import Packs, is_token, packed_linear, rows_of
-from fastpeft.ops.products import as_matrix, is_widened, product, times
+from fastpeft.ops.products import as_matrix, multiplies_in_float32, product, times
 
 Computation = Literal["int8"]
 Stamp = tuple[int, int, int]
@@ -44,7 +44,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs) 
     if autocast:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     packed = packs.of(weight, dtype, rows=rows_of(x)) if x.dtype == dtype else None
-    if packed is None and not is_widened(x):
+    if packed is None and not multiplies_in_float32(x):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         h: Tensor = _FrozenLinear.apply(x, weight, bias, packs, packed)

@@ -28,7 +28,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`; no view of another tensor, for autograd allows no change in place of an output that is one."""
     if weight.is_mkldnn:
         return packed_linear(x, weight, bias)
-    if is_widened(x):
+    if multiplies_in_float32(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     h = x.new_empty(*x.shape[:-1], weight.shape[0])
     rows, target = as_matrix(x), as_matrix(h)
@@ -50,14 +50,14 @@ def times(rows: Tensor, weight: Tensor) -> Tensor:
     """`rows W`; what is packed is W^T."""
     if weight.is_mkldnn:
         return packed_linear(rows, weight, None)
-    return (rows.float() @ weight.float()).to(rows.dtype) if is_widened(rows, most=0) else rows @ weight
+    return (rows.float() @ weight.float()).to(rows.dtype) if multiplies_in_float32(rows, most=0) else rows @ weight
 
 
-def is_widened(x: Tensor, most: int = 2) -> bool:
-    """Whether a product of more than `most` rows in half precision is slower than one of float32 copies.
+def multiplies_in_float32(x: Tensor, most: int = 2) -> bool:
+    """Whether a product in half precision multiplies float32 copies: for more than `most` rows, where that is faster.
 
-    So it is on a CPU that oneDNN does not multiply on in this dtype, as in bfloat16 without AVX-512: by AVX2 it takes 7
-    times as long forward and up to 75 times backward.
+    So it is on a CPU that oneDNN does not multiply on in this dtype, as in bfloat16 without AVX-512: in half precision
+    AVX2 takes 7 times as long forward and up to 75 times backward.
     """
     is_half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
     return is_half and not multiplies_in(x.dtype) and rows_of(x) > most and not torch.compiler.is_compiling()

@@ -93,7 +93,9 @@ def absent_slots(p: Tensor, slots: Sequence[int]) -> list[int]:
     return [slot for slot in range(p.shape[0]) if slot not in slots]
 
 
-def visibility(mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device) -> tuple[Tensor, ...]:
+def hidden_tokens(
+    mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device
+) -> tuple[Tensor, ...]:
     """The tokens hidden from a query, bool `(B, T, T)`; the number it sees, `(B, T)`; whether it sees none, `(B, T)`.
 
     A query that sees none is computed on all tokens, so that its values are finite, and set to 0 later.
@@ -122,7 +124,7 @@ def _window_keys(
 def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int) -> tuple[Tensor, Tensor]:
     """The scores `(B, H, T, S T + k - S)`, and whether a query sees no token, `(B, 1, T)`."""
     batch, _, tokens, _ = q.shape
-    hidden, number, nothing = visibility(mask, batch, tokens, causal, q.device)
+    hidden, number, nothing = hidden_tokens(mask, batch, tokens, causal, q.device)
     scores = q.to(keys.dtype) @ keys.mT
     of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
     of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]

@@ -97,12 +97,12 @@ def test_chunks_equal_the_reference(rows: tuple[int, ...], bias: bool, ignored: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("in_float32", [True, False])
 def test_is_as_accurate_as_plain_pytorch(
-    dtype: torch.dtype, widened: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, in_float32: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether or not the machine multiplies half precision quickly; in views between NaN."""
-    monkeypatch.setattr(module, "is_widened", lambda x, most: widened and dtype is not torch.float32)
+    monkeypatch.setattr(module, "multiplies_in_float32", lambda x, most: in_float32 and dtype is not torch.float32)
     hidden, weight, labels, bias = operands((3, 9), 40, 61)
     hidden[0, 0] = 40 * weight[labels[0, 0].clamp_min(0)]  # a token whose word is certain
     low = [in_nan(t.to(dtype)) for t in (hidden, weight, bias)]
