@@ -151,7 +151,7 @@ class RandomStream:
         self._states = states
 
 
-class Learner:
+class MemberTrainer:
     """A member in training.
 
     Args:

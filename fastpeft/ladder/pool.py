@@ -23,7 +23,7 @@ from fastpeft.ladder.generation import CACHE, check_generates, with_cache
 from fastpeft.ladder.joint_training import (
     LABELS,
     Batch,
-    Learner,
+    MemberTrainer,
     RandomStream,
     StepLock,
     Stepping,
@@ -343,28 +343,28 @@ class LadderPool:
         members = self._members
         if isinstance(seed, Mapping) and (extra := [name for name in seed if name not in optimizers]):
             raise FastpeftError(f"there is a seed for {', '.join(map(repr, extra))}, but no optimizer. Leave it out.")
-        learners = {}
+        trainers = {}
         for name, stepping in optimizers.items():
             own_seed = seed.get(name, 0) if isinstance(seed, Mapping) else seed
             stream = RandomStream(own_seed, self.backbone.core.device)
-            learners[name] = Learner(name, members[name], stepping, stream, max_grad_norm)
+            trainers[name] = MemberTrainer(name, members[name], stepping, stream, max_grad_norm)
         stopped: set[str] = set()
         try:
             with self._passing:
-                for learner in learners.values():
-                    learner.model.train()
-            for batches in steps_of(data, tuple(learners), epochs, stopped):
+                for trainer in trainers.values():
+                    trainer.model.train()
+            for batches in steps_of(data, tuple(trainers), epochs, stopped):
                 for name, passed in self._features(batches).items():
-                    learner = learners[name]
+                    trainer = trainers[name]
                     with self._step_lock.step():  # no call runs during a step or draws from its stream
-                        learner.step(partial(self._train_pass, learner.model, *passed))
-                    if stop is not None and stop(name, len(learner.losses), learner.losses[-1]):
+                        trainer.step(partial(self._train_pass, trainer.model, *passed))
+                    if stop is not None and stop(name, len(trainer.losses), trainer.losses[-1]):
                         stopped.add(name)
         finally:
             with self._passing:
-                for learner in learners.values():
-                    learner.model.eval()
-        return {name: learner.losses for name, learner in learners.items()}
+                for trainer in trainers.values():
+                    trainer.model.eval()
+        return {name: trainer.losses for name, trainer in trainers.items()}
 
     def cache_features(
         self, folder: str | os.PathLike[str] | None, dtype: str = DTYPES[0], max_bytes: int | None = None
