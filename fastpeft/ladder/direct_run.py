@@ -37,7 +37,7 @@ class DirectRun(SideRun):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.kept is not None:
+        if self.cache is not None:
             raise FastpeftError(
                 "the direct form of a side network keeps nothing of earlier tokens. Give use_cache=False."
             )

@@ -111,15 +111,15 @@ class SideCache:
 
     Attributes:
         layers: of each block.
-        prepared: its weights as passes over one token take them, a `fastpeft.ladder.side_step.Prepared`; None before.
+        step_weights: the network's, as passes over one token take them; None before the first.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [SideLayer() for _ in range(num_layers)]
-        self.prepared: Any = None
+        self.step_weights: Any = None  # a `fastpeft.ladder.side_step.StepWeights`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "prepared": None}  # a copy needs no copy of the weights
+        return {**vars(self), "step_weights": None}  # a copy needs no copy of the weights
 
 
 class LadderCache(DynamicCache):

@@ -349,8 +349,8 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             blocks_seed = int(torch.randint(2**63 - 1, ()))
             if torch.is_grad_enabled():  # or each process would wait for gradients that others do not have
                 blocks_seed = agreed(blocks_seed, device)
-        kept = None if cache is None else cache.sides[0]
-        return run_of(self.side, mask, kept, step, keep_states, seed, blocks_seed, self.side_run)
+        side_cache = None if cache is None else cache.sides[0]
+        return run_of(self.side, mask, side_cache, step, keep_states, seed, blocks_seed, self.side_run)
 
     @contextlib.contextmanager
     def reading_from(self, source: FeatureSource) -> Iterator[None]:

@@ -169,9 +169,9 @@ class PoolDecoder(PreTrainedModel, GenerationMixin):
         mask = None if attention_mask is None else attention_mask.bool()
         runs: list[tuple[Rows, SideRun]] = []
         step = past > 0 and text.shape[1] == 1
-        for rows, side, kept in zip(cache.rows, self._sides, cache.sides, strict=True):
+        for rows, side, side_cache in zip(cache.rows, self._sides, cache.sides, strict=True):
             own = None if mask is None else mask[rows]
-            runs.append((rows, run_of(side, own, kept, step)))
+            runs.append((rows, run_of(side, own, side_cache, step)))
         run: Any = PoolRun(runs)
         called = self.backbone.after_context(arguments)
         with LadderPass(self.backbone, run, arguments, len(self.backbone.layers) + 1).around_base(RunningBackbone()):

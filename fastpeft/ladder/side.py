@@ -66,17 +66,17 @@ class WindowFusion(nn.Module):
         mask: Tensor | None,
         visible: Tensor | None,
         seed: int | Tensor,
-        kept: SideLayer | None = None,
+        cache: SideLayer | None = None,
     ) -> Tensor:
         """As `SideBlock.forward`: theta `(B, T, D)`, window `(B, S, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = theta.shape
         heads, head_dim = self.num_heads, width // self.num_heads
         q = F.linear(theta, self.folded()).view(batch, tokens, heads, width).transpose(1, 2)  # (B, H, T, D)
-        if kept is not None and kept.get_seq_length() > 0:
-            attended = self._attend_to_all(q, kept.add_window(self._keys(window)), visible)
+        if cache is not None and cache.get_seq_length() > 0:
+            attended = self._attend_to_all(q, cache.add_window(self._keys(window)), visible)
         else:
-            if kept is not None:
-                kept.add_window(self._keys(window))
+            if cache is not None:
+                cache.add_window(self._keys(window))
             attended = window_attention(
                 q,
                 window,
@@ -168,25 +168,25 @@ class SideBlock(nn.Module):
         mask: Tensor | None,
         visible: Tensor | None,
         seed: int | Tensor,
-        kept: SideLayer | None = None,
+        cache: SideLayer | None = None,
     ) -> Tensor:
         """theta `(B, T, D)`, window `(B, S, T, D)`, bool mask `(B, T)`, visible as of `SideRun` -> `(B, T, D)`.
 
-        Tokens follow those of `kept`, if there are any, and are added to it; `visible` and the mask are of all.
+        Tokens follow those of `cache`, if there are any, and are added to it; `visible` and the mask are of all.
         """
-        return self.encode(self.fusion(theta, window, mask, visible, seed, kept), visible, kept)
+        return self.encode(self.fusion(theta, window, mask, visible, seed, cache), visible, cache)
 
-    def encode(self, x: Tensor, visible: Tensor | None, kept: SideLayer | None = None) -> Tensor:
+    def encode(self, x: Tensor, visible: Tensor | None, cache: SideLayer | None = None) -> Tensor:
         """The encoder block, after the fusion: `(B, T, D)` -> `(B, T, D)`."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x)
         dtype = qkv.dtype
-        widened = _is_widened(qkv)
-        with torch.autocast("cpu", enabled=False) if widened else contextlib.nullcontext():
-            qkv = qkv.float() if widened else qkv
+        in_float32 = attends_in_float32(qkv)
+        with torch.autocast("cpu", enabled=False) if in_float32 else contextlib.nullcontext():
+            qkv = qkv.float() if in_float32 else qkv
             q, states = qkv.split((width, 2 * width), dim=-1)
-            if kept is not None:
-                states = kept.add_states(states)
+            if cache is not None:
+                states = cache.add_states(states)
             q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
             k, v = states.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
             causal = self.causal and visible is None and tokens > 1
@@ -355,7 +355,7 @@ class SideRun:
         seed: decides, in training, which features and blocks are dropped, as of `SideNetwork.forward`.
         keep_states: whether to keep every side state in `states`.
         blocks_seed: decides which blocks are dropped, instead of `seed`.
-        kept: what each block keeps of the tokens before those of this pass, which are added to it; the mask is of all.
+        cache: of each block, with the tokens before those of this pass, which are added to it; the mask is of all.
     """
 
     def __init__(
@@ -365,18 +365,18 @@ class SideRun:
         seed: int | Tensor,
         keep_states: bool = False,
         blocks_seed: int | None = None,
-        kept: Sequence[SideLayer] | None = None,
+        cache: Sequence[SideLayer] | None = None,
     ) -> None:
-        self.side, self.mask, self.seed, self.kept = side, mask, seed, kept
-        self.past = kept[0].get_seq_length() if kept else 0  # the number of tokens that are kept
+        self.side, self.mask, self.seed, self.cache = side, mask, seed, cache
+        self.past = cache[0].get_seq_length() if cache else 0  # the number of cached tokens
         self.states: list[Tensor] = []  # theta_0 .. theta_N, if they are kept
         self._keep_states = keep_states
         self._theta: Tensor  # the latest state
         self._last_feature: Tensor | None = None  # B_L, if it is mixed into the output
         self._waiting: list[tuple[int, Tensor]] = []  # features that are not projected yet
         self._windows: dict[int, list[Tensor]] = {}  # block -> its projections so far, by slot
-        # of the self-attention, (B or 1, 1, N, T): bool where earlier tokens are kept, else to be added; None where its
-        # being causal or not says all
+        # of the self-attention, (B or 1, 1, N, T): bool where there is a cache, else to be added; None where its being
+        # causal or not says all
         self._visible: Tensor | None = None
         self._next = 0
         self._in_bfloat16 = False
@@ -414,8 +414,8 @@ class SideRun:
     def _run(self, block: int, theta: Tensor, *parts: Tensor) -> Tensor:
         """The state after a block, for the projections of its window by slot."""
         window = parts[0].unsqueeze(-3) if len(parts) == 1 else torch.stack(parts, dim=-3)
-        kept = None if self.kept is None else self.kept[block - 1]
-        state: Tensor = self.side.blocks[block - 1](theta, window, self.mask, self._visible, self.seed, kept)
+        cache = None if self.cache is None else self.cache[block - 1]
+        state: Tensor = self.side.blocks[block - 1](theta, window, self.mask, self._visible, self.seed, cache)
         return state
 
     def _accept(self, layer: int, feature: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class SideRun:
         self._next += 1
         if layer == 0:
             # for the few tokens of a cached pass casting the weights would take longest
-            self._in_bfloat16 = self.kept is None and _computes_in_bfloat16(feature, side.down.weight)
+            self._in_bfloat16 = self.cache is None and _computes_in_bfloat16(feature, side.down.weight)
         if not (self._in_bfloat16 or torch.is_autocast_enabled(feature.device.type)):
             feature = feature.to(side.down.weight.dtype)
         if layer == side.num_layers and (side.config.output_mix == "add" or side.side_share is not None):
@@ -442,7 +442,7 @@ class SideRun:
                 self._visible = visibility(self.mask, feature.shape[-2], side.causal, feature.device, self.past)
             with self._products():
                 self._advance(side.down(feature))
-                if self._visible is not None and self.kept is None:
+                if self._visible is not None and self.cache is None:
                     self._visible = _to_add(self._visible, self._theta)
         return feature
 
@@ -512,11 +512,11 @@ def _to_add(visible: Tensor, like: Tensor) -> Tensor:
         visible: bool, as of `visibility`.
         like: the output of a linear layer, which has the dtype of queries.
     """
-    dtype = torch.float32 if _is_widened(like) else like.dtype
+    dtype = torch.float32 if attends_in_float32(like) else like.dtype
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
-def _is_widened(qkv: Tensor) -> bool:
+def attends_in_float32(qkv: Tensor) -> bool:
     """Whether attention computes in float32: so PyTorch's is twice as fast on a CPU as in bfloat16.
 
     A fake tensor simulates a GPU.

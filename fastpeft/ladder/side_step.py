@@ -21,7 +21,7 @@ from fastpeft.ladder.side import TINY, GatedFusion, SideBlock, SideNetwork, Side
 from fastpeft.ops.side_step import ACTIVATIONS, weights_of
 
 
-class Prepared:
+class StepWeights:
     """The weights of a side network as `fastpeft::side_step_` takes them.
 
     Attributes:
@@ -35,11 +35,11 @@ class Prepared:
         blocks: Any = side.blocks
         size, width = side.config.window_size, side.width
         self.outside: Tensor = side.up.weight.new_empty(len(blocks), size, width)
-        for kept, block in zip(self.outside, blocks):
+        for row, block in zip(self.outside, blocks):
             if not isinstance(block.fusion, GatedFusion):
-                kept.copy_(block.fusion.positions)
+                row.copy_(block.fusion.positions)
         activation = ACTIVATIONS[str(side.activation)]
-        self.blocks = [_prepared(block, activation) for block in blocks]
+        self.blocks = [_weights_of(block, activation) for block in blocks]
         self.nothing: tuple[Tensor, Tensor, list[int]] = (self.outside.new_empty(0), self.outside.new_empty(0), [])
         self.projections = {}
         for layer, readers in side.readers.items():
@@ -50,7 +50,7 @@ class Prepared:
             self.projections[layer] = weight, bias, places
 
 
-def _prepared(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, ...]]:
+def _weights_of(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, ...]]:
     fusion: Any = block.fusion
     matrices: list[Tensor] = []
     heads, own, gate = 0, -1, 0.0
@@ -75,7 +75,7 @@ def _prepared(block: SideBlock, activation: int) -> tuple[Tensor, tuple[Any, ...
 def run_of(
     side: SideNetwork,
     mask: Tensor | None,
-    kept: SideCache | None,
+    cache: SideCache | None,
     step: bool,
     keep_states: bool = False,
     seed: int | Tensor = 0,
@@ -87,16 +87,16 @@ def run_of(
     Args:
         side: the side network.
         mask: bool `(B, T)` of all tokens, or None.
-        kept: of the tokens so far; None for a pass over whole texts.
+        cache: of the tokens so far; None for a pass over whole texts.
         step: whether the pass is over one token of each text, and others came before.
         keep_states, seed, blocks_seed: as of `SideRun`.
         kind: the class of other passes; one that is not `SideRun` makes all of them.
     """
-    if step and kept is not None and kind is SideRun and SideStep.takes(side):
-        return SideStep(side, mask, kept, keep_states)
-    if kept is not None:
-        kept.prepared = None  # weights may have changed
-    return kind(side, mask, seed, keep_states, blocks_seed, None if kept is None else kept.layers)
+    if step and cache is not None and kind is SideRun and SideStep.takes(side):
+        return SideStep(side, mask, cache, keep_states)
+    if cache is not None:
+        cache.step_weights = None  # weights may have changed
+    return kind(side, mask, seed, keep_states, blocks_seed, None if cache is None else cache.layers)
 
 
 class SideStep(SideRun):
@@ -110,8 +110,8 @@ class SideStep(SideRun):
     """
 
     def __init__(self, side: SideNetwork, mask: Tensor | None, cache: SideCache, keep_states: bool = False) -> None:
-        super().__init__(side, mask, 0, keep_states, kept=cache.layers)
-        self._prepared = cache.prepared = cache.prepared or Prepared(side)
+        super().__init__(side, mask, 0, keep_states, cache=cache.layers)
+        self._weights = cache.step_weights = cache.step_weights or StepWeights(side)
         self._layers = cache.layers
         self._eps = TINY if side.config.normalise_features else 0.0
         self._dtype = side.up.weight.dtype
@@ -124,26 +124,26 @@ class SideStep(SideRun):
 
     def feed(self, layer: int, feature: Tensor) -> None:
         """As that of `SideRun`."""
-        side, prepared, eps = self.side, self._prepared, self._eps
+        side, own, eps = self.side, self._weights, self._eps
         if layer == 0 or layer == side.num_layers or layer != self._next or feature.dtype is not self._dtype:
             feature, eps = self._accept(layer, feature), 0.0
         else:
             self._next += 1
         batch = feature.shape[0]
         if layer == 0:
-            self._parts = prepared.outside.repeat(batch, 1, 1, 1)
-        if layer not in prepared.projections:
+            self._parts = own.outside.repeat(batch, 1, 1, 1)
+        if layer not in own.projections:
             return
-        feature, reads = feature.view(batch, -1), prepared.projections[layer]
+        feature, reads = feature.view(batch, -1), own.projections[layer]
         for number in [block - 1 for block in side.completes.get(layer, [])] or [-1]:
-            weights, numbers = prepared.blocks[number]
-            kept: Any = self._layers[max(number, 0)]  # of a first block where none is complete: only its shape is read
-            window = kept.extend("values") if numbers[1] and number >= 0 else kept.values
-            keys = kept.extend("keys") if number >= 0 else kept.keys
+            weights, numbers = own.blocks[number]
+            cache: Any = self._layers[max(number, 0)]  # of a first block where none is complete: only its shape is read
+            window = cache.extend("values") if numbers[1] and number >= 0 else cache.values
+            keys = cache.extend("keys") if number >= 0 else cache.keys
             theta = torch.ops.fastpeft.side_step_.default(
                 *(feature, self._theta.view(batch, -1), self._parts, *reads, eps),
                 *(number, weights, window, keys, self._visible, *numbers),
             )
-            reads = prepared.nothing
+            reads = own.nothing
             if number >= 0:
                 self._advance(theta.unsqueeze(1))

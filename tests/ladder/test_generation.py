@@ -122,8 +122,8 @@ def test_a_copy_of_a_cache_has_no_copy_of_the_weights() -> None:
         for tokens in (WORDS, WORDS[:, :1]):
             model(input_ids=tokens, past_key_values=cache)
         other = copy.deepcopy(cache)
-        assert cache.sides[0].prepared is not None
-        assert other.sides[0].prepared is None
+        assert cache.sides[0].step_weights is not None
+        assert other.sides[0].step_weights is None
         both = [model(input_ids=WORDS[:, :1], past_key_values=each).logits for each in (cache, other)]
     assert both[0].equal(both[1])
 
