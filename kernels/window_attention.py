@@ -263,7 +263,7 @@ def window_attention(
         slots: the slots that the rows of c are, ascending.
         causal: whether a query sees, in every slot, only the tokens up to its own.
         dropout: in [0, 1), of elements of c.
-        seed: 0 to 2^63 - 1, of the dropout's noise.
+        seed: int64, one element on the device of q, of the dropout's noise; None where nothing is dropped.
         block: number of the side block, which with the slot selects the noise.
 
     Returns:

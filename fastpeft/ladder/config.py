@@ -99,9 +99,9 @@ class LadderConfig(PretrainedConfig):
             adapter in the last layers costs little memory.
         backbone_dtype: convert the frozen backbone: `"bfloat16"` all of it; `"int8"`, `"nf4"` or `"nf4-double"` the
             weights of its linear layers, at 1, 0.5625 or 0.516 bytes each. A CPU that multiplies in int8 does so, with
-            activations in 8 bits too; else each product makes numbers of the weight. nf4 needs the package
-            bitsandbytes. Embeddings, norms and biases then keep the dtype in which they were loaded, and the backbone
-            computes in it. None changes nothing.
+            activations in 8 bits too; else each product dequantises the weight. nf4 needs the package bitsandbytes.
+            Embeddings, norms and biases then keep the dtype in which they were loaded, and the backbone computes in it.
+            None changes nothing.
         pack_weights: whether the backbone's linear layers keep a packed copy of their weight on a CPU, see
             `fastpeft.freeze`, which is faster and takes as many bytes again. With `backbone_dtype="bfloat16"` the copy
             takes the place of the weight. On a GPU they keep a cast copy, under autocast.

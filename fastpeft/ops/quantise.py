@@ -7,8 +7,8 @@
   (double quantisation). 0.516 bytes a weight.
 
 In a side network's backbone, where nothing needs a gradient and the processor has instructions for it, int8 codes are
-multiplied as they are, with activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product makes numbers of
-them, in the dtype of its input (`fastpeft/ops/quantised_linear.py`).
+multiplied as they are, with activations in 8 bits too (`fastpeft/ops/int8_linear.py`). Else a product dequantises them
+to the dtype of its input (`fastpeft/ops/quantised_linear.py`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _quantise(matrix: Tensor, kind: Format) -> tuple[Tensor, Tensor, Nested | No
 
 
 class QuantisedWeight(nn.Module):
-    """A frozen weight `(N, K)` in a format of few bits.
+    """A frozen weight `(N, K)`, quantised.
 
     Its `codes` and `scales` are parameters that never train, so that code which moves, shards or counts the weights of
     a model includes them; so are `coarse`, `table` and `mean`, for scales in 8 bits. What is in float32 stays so when

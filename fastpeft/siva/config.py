@@ -74,8 +74,8 @@ class SivaConfig(PeftConfig):
             subtracts the initial triplets at run time, so that any adapters can share one base model. On a base that
             bitsandbytes has in 4 bits it is always that.
         residual_dtype: `"int8"`, `"nf4"` or `"nf4-double"`, as QLoRA has it, stores `W_r` in about 8, 4.5 or 4.13 bits
-            a weight, of which each product makes numbers; nf4 needs the package bitsandbytes. None
-            keeps the dtype of the weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
+            a weight, which each product dequantises; nf4 needs the package bitsandbytes. None keeps the dtype of the
+            weight. Rounding loses the pretrained weight: merging works, `unload()` is refused.
         quant_iterations: With `residual_dtype`, how often the factors are fitted again to what quantising lost.
             0 takes the weight's own triplets, as QPiSSA does.
         pack_weights: Whether a layer on a CPU keeps its frozen weight a second time, in the layout that its product

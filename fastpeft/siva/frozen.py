@@ -33,7 +33,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         packs: The stored weight as a product on a CPU reads it fastest.
-        quantised: W_r in few bits; the stored weight is then empty, unless adapters are merged into it.
+        quantised: W_r, quantised; the stored weight is then empty, unless adapters are merged into it.
         in_4_bits: The stored weight where bitsandbytes keeps it in 4 bits; it is W0 then, and never changes.
         fan_in_fan_out: Whether the base layer stores its weight as `(in_features, out_features)`.
         base_fingerprint: Of the pretrained weight; None until an adapter is added, and on the meta device.
@@ -60,7 +60,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
     def operands(self) -> Operands | None:
         """What `siva_linear` takes beside x, as the layer acts now.
 
-        None where the base layer acts alone, and where the weight is in few bits.
+        None where the base layer acts alone, and where the weight is quantised.
         """
         raise NotImplementedError
 
@@ -76,8 +76,8 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         return weight.t() if self.fan_in_fan_out else weight
 
     @property
-    def _few_bits(self) -> QuantisedWeight | WeightIn4Bits | None:
-        """The weight with which products are made, where that is in few bits."""
+    def _quantised_weight(self) -> QuantisedWeight | WeightIn4Bits | None:
+        """The weight with which products are made, where that is quantised, here or by bitsandbytes."""
         return self._modules["quantised"] or self.in_4_bits  # type: ignore[return-value]
 
     @property
@@ -87,7 +87,7 @@ class FrozenLinear(nn.Module, BaseTunerLayer):
         return dtype
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """What a product of x with a weight in few bits computes in."""
+        """What a product of x with a quantised weight computes in."""
         return self.in_4_bits.compute_dtype(x) if self.in_4_bits else compute_dtype(x, self.base_layer.weight)
 
     @property

@@ -96,10 +96,10 @@ class SivaLinear(LoadableLinear):
         base = parts["base_layer"]
         if factors is None:
             return base(x, *args, **kwargs)
-        few_bits = self._few_bits
-        if few_bits is not None:
+        quantised = self._quantised_weight
+        if quantised is not None:
             active: Any = self.active_adapters
-            return self._in_few_bits(x, few_bits, factors, active)
+            return self._quantised_forward(x, quantised, factors, active)
         operands = (self.stored, *factors, base.bias, self.packs)
         if can_call_directly(x, operands):
             h: Tensor = torch.ops.fastpeft.siva_linear.default(x, *operands[:-1])[0]
@@ -109,12 +109,12 @@ class SivaLinear(LoadableLinear):
     def _mixed(self, x: Tensor, rows: Rows) -> Tensor:
         """Compute each row of x by its adapter, or by the pretrained weight if this layer has no such adapter."""
         factors = [self._low_rank([name] if name in self.siva_du else []) or self._blank(0) for name in rows.sizes]
-        few_bits = self._few_bits
-        if few_bits is not None:  # one adapter after another: each product makes numbers of the weight
+        quantised = self._quantised_weight
+        if quantised is not None:  # one adapter after another: each product dequantises the weight
             return rows.each(
                 x,
                 [
-                    partial(self._in_few_bits, few_bits=few_bits, factors=each, names=[name])
+                    partial(self._quantised_forward, quantised=quantised, factors=each, names=[name])
                     for name, each in zip(rows.sizes, factors, strict=True)
                 ],
             )
@@ -123,18 +123,18 @@ class SivaLinear(LoadableLinear):
         bias, sizes = self.base_layer.bias, list(rows.sizes.values())
         return siva_linear_mixed(x, self.stored, us, ss, vs, sizes, order, bias, self.packs)
 
-    def _in_few_bits(
-        self, x: Tensor, few_bits: QuantisedWeight | WeightIn4Bits, factors: Factors, names: Sequence[str]
+    def _quantised_forward(
+        self, x: Tensor, quantised: QuantisedWeight | WeightIn4Bits, factors: Factors, names: Sequence[str]
     ) -> Tensor:
         """Compute with the factors of `_low_rank`, of which those of the adapters `names` come first and train."""
         trained = sum(self.siva_s[name].numel() for name in names if name in self.siva_du)
         dtype = self._compute_dtype(x)
-        h = quantised_siva_linear(x, few_bits, *factors, bias=self.base_layer.bias, dtype=dtype, trained=trained)
+        h = quantised_siva_linear(x, quantised, *factors, bias=self.base_layer.bias, dtype=dtype, trained=trained)
         return h if self.in_4_bits is None or torch.is_autocast_enabled(x.device.type) else h.to(x.dtype)
 
     def operands(self) -> Operands | None:
         factors = self._acting()
-        if factors is None or self._few_bits is not None:
+        if factors is None or self._quantised_weight is not None:
             return None
         return (self.stored, *factors, self.base_layer.bias, self.packs)
 

@@ -82,10 +82,10 @@ def quantised_siva_linear(
         trained: how many triplets train, the first ones; None: all.
 
     Notes:
-        Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product makes numbers of
-        them again: on a CPU of some rows of the weight at a time, on a GPU of all. int8 codes are never multiplied as
-        they are, as in a side network's backbone, since activations in 8 bits make other outputs: what is evaluated is
-        what trained.
+        Saved for backward: as by `siva_linear`, with the codes instead of the weight. Each product
+        dequantises them again: on a CPU some rows of the weight at a time, on a GPU all. int8 codes are never
+        multiplied as they are, as in a side network's backbone, since activations in 8 bits make other outputs: what is
+        evaluated is what trained.
     """
     u, s, v = (factor.to(factors_dtype(dtype, x.device)) for factor in (u, s, v))
     bias = None if bias is None else bias.to(dtype)

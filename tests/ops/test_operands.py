@@ -102,27 +102,27 @@ def int8_linear(z: Sizes) -> list[Any]:
     return [draw(z["b"], z["t"], z["k"]), *quantise_rows(draw(z["n"], z["k"])), draw(z["n"])]
 
 
-def weight_in_few_bits(z: Sizes, kind: Format) -> list[Tensor]:
+def quantised_weight(z: Sizes, kind: Format) -> list[Tensor]:
     held = QuantisedWeight(draw(z["n"], z["k"]), kind)
     return [held.codes.data, held.scales.data]
 
 
 def quantised_linear(z: Sizes) -> list[Any]:
-    return [draw(z["b"], z["t"], z["k"]), *weight_in_few_bits(z, "nf4"), z["n"], draw(z["n"])]
+    return [draw(z["b"], z["t"], z["k"]), *quantised_weight(z, "nf4"), z["n"], draw(z["n"])]
 
 
 def quantised_linear_backward(z: Sizes) -> list[Any]:
-    return [draw(z["b"], z["t"], z["n"]), *weight_in_few_bits(z, "nf4"), z["k"]]
+    return [draw(z["b"], z["t"], z["n"]), *quantised_weight(z, "nf4"), z["k"]]
 
 
 def siva_linear_quantised(z: Sizes) -> list[Any]:
     x, _, *others = siva_linear(z)
-    return [x, *weight_in_few_bits(z, "int8"), *others]
+    return [x, *quantised_weight(z, "int8"), *others]
 
 
 def siva_linear_quantised_backward(z: Sizes) -> list[Any]:
     dh, x, _, *others = siva_linear_backward(z)
-    return [dh, x, *weight_in_few_bits(z, "int8"), *others]
+    return [dh, x, *quantised_weight(z, "int8"), *others]
 
 
 def mezo_perturb(z: Sizes) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Products with a weight in few bits: each form against float64, without and with the factors of SiVA."""
+"""Products with a quantised weight: each form against float64, without and with the factors of SiVA."""
 
 from __future__ import annotations
 
