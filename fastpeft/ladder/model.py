@@ -41,7 +41,8 @@ from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
-from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side import SideNetwork
+from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
 from fastpeft.ladder.sources import (
     FeatureSource,

@@ -35,7 +35,7 @@ from fastpeft.ladder.joint_training import (
 from fastpeft.ladder.passes import features_of, run_body
 from fastpeft.ladder.pool_generation import PoolCache, PoolDecoder, check_cache, check_head, check_mode
 from fastpeft.ladder.pool_members import Members
-from fastpeft.ladder.side import SideRun
+from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.sources import FeatureSource, GivenFeatures, GivenOutput
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.support.dropout import dropout_off

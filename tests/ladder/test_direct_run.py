@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.ladder.direct_run import DirectRun
-from fastpeft.ladder.side import SideNetwork, SideRun
+from fastpeft.ladder.side import SideNetwork
+from fastpeft.ladder.side_run import SideRun
 
 
 def output(run: SideRun, given: list[Tensor]) -> Tensor:
