@@ -7,16 +7,13 @@ import copy
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastpeft.errors import FastpeftError
-from fastpeft.ladder import saving
 from fastpeft.ladder.answers import check_answers
 from fastpeft.ladder.backbone import Backbone, activation_of
 from fastpeft.ladder.body import Body
@@ -26,7 +23,7 @@ from fastpeft.ladder.checks import check_attentions, check_base, check_inputs, c
 from fastpeft.ladder.config import LadderConfig
 from fastpeft.ladder.context import Context
 from fastpeft.ladder.conversion import convert, pack
-from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints, is_quantised
+from fastpeft.ladder.fingerprints import check_fingerprints, is_quantised
 from fastpeft.ladder.form import decide_form
 from fastpeft.ladder.generation import (
     CACHE,
@@ -41,6 +38,7 @@ from fastpeft.ladder.loss import with_loss
 from fastpeft.ladder.other_inputs import OTHER_CACHES, WithInputsOfBase, check_others
 from fastpeft.ladder.passes import compile_layers
 from fastpeft.ladder.pruning import prune
+from fastpeft.ladder.saving import SavedModel, describe_base, some
 from fastpeft.ladder.side import SideNetwork
 from fastpeft.ladder.side_run import SideRun
 from fastpeft.ladder.side_step import run_of
@@ -51,11 +49,10 @@ from fastpeft.ladder.sources import (
 )
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.dropout import dropout_off
-from fastpeft.support.hub import HUB_ARGUMENTS
 from fastpeft.support.processes import agreed
 
 
-class LadderModel(PreTrainedModel, GenerationMixin):
+class LadderModel(SavedModel, PreTrainedModel, GenerationMixin):
     r"""A pretrained model whose encoder's output is replaced by that of a side network, which reads its features.
 
     The backbone runs in evaluation mode and without gradients; it is never changed, saved or given to an optimizer.
@@ -103,7 +100,6 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         torch.Size([5, 3])
     """
 
-    config_class = LadderConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True  # of the side blocks
@@ -132,7 +128,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
         if quantised := [name for name, parameter in head.items() if is_quantised(parameter)]:
             modules = list(dict.fromkeys(name.rpartition(".")[0] for name in quantised))
             raise FastpeftError(
-                f"the head of the {type(backbone.core).__name__} is quantised ({saving.some(quantised)}), and it "
+                f"the head of the {type(backbone.core).__name__} is quantised ({some(quantised)}), and it "
                 f"trains. Load the base with BitsAndBytesConfig(..., llm_int8_skip_modules={modules}), or the like."
             )
         if config.context is not None:
@@ -169,7 +165,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
             parameter.requires_grad_(True)
         self._trained = {f"base.{name}" for name in (*head, *adapters, *backbone.head_buffers())}
         self._trained |= {f"side.{name}" for name in side.state_dict()}
-        saving.describe_base(self.config, backbone)
+        describe_base(self.config, backbone)
         self.post_init()
         # ties are between frozen weights, and the base keeps them; save_pretrained and the Trainer read these names
         self.all_tied_weights_keys: dict[str, str] = {}
@@ -206,7 +202,7 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 module.requires_grad_(False)
         if can_fuse_head(self.base):
             fuse_head(self.base)
-        saving.describe_base(self.config, self.backbone)
+        describe_base(self.config, self.backbone)
         return resized
 
     def get_input_embeddings(self) -> nn.Module:
@@ -453,119 +449,3 @@ class LadderModel(PreTrainedModel, GenerationMixin):
                 )
             self.feature_cache = FeatureCache(self.backbone, folder, dtype, max_bytes)
         return self.feature_cache
-
-    # -- files ---------------------------------------------------------------------------------------------------
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write the side network and the part of the head that trains, their configuration and a model card.
-
-        Args:
-            save_directory: a folder, made if need be.
-            args, kwargs: as for `PreTrainedModel.save_pretrained`, without `variant`.
-
-        Raises:
-            FastpeftError: there is a `variant`.
-        """
-        if (variant := kwargs.get("variant")) is not None:
-            raise FastpeftError(
-                f"variant={variant!r} would give the file of weights a name under which from_pretrained does not look: "
-                "a side network has one form. Leave it out."
-            )
-        saving.describe_base(self.config, self.backbone)
-        if not self.config.base_fingerprints:
-            self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
-        if kwargs.get("is_main_process", True):
-            saving.write_card_of(self.config, Path(save_directory))
-            if self.adapters:
-                self.base.save_pretrained(Path(save_directory) / saving.ADAPTER_FOLDER)  # type: ignore[operator]
-        # or weights get the names that the base's architecture has on the hub, as GTE's, and loading looks for its own
-        kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        base: nn.Module | None = None,
-        config: LadderConfig | None = None,
-        **kwargs: Any,
-    ) -> LadderModel:
-        """Load a saved side network, beside its backbone.
-
-        Args:
-            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a hub id.
-            base: the base model without the side network, with or without the adapter that trained too. None loads it
-                by its id, with the revision, dtype and labels it had.
-            config: a configuration to use instead of the saved one.
-            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` apply to the
-                side network; all others, such as `dtype` or `device_map`, go to the base's `from_pretrained`.
-
-        Returns:
-            The model, in evaluation mode.
-
-        Raises:
-            FastpeftError: there is no side network, or it was trained on another base.
-        """
-        source = str(pretrained_model_name_or_path)
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        if config is None:
-            config = saving.read_config(source, hub)
-        weights = saving.read_weights(source, hub)
-        if base is None:
-            base = saving.load_base(config, kwargs)
-        elif kwargs:
-            raise FastpeftError(
-                f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
-            )
-        if config.train_adapters and not isinstance(base, PeftModel):
-            base = saving.with_adapter(base, source, hub)
-        unpruned = copy.deepcopy(config)
-        unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
-        model = cls(base, unpruned)
-        model.config.init = config.init
-        model._load(weights, source)
-        if model.can_generate() and (own := saving.read_generation_config(source, hub)) is not None:
-            model.generation_config = own
-        return model.eval()
-
-    def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
-        """Continue from a saved side network of the same shape on the same backbone.
-
-        An adapter that trained with it is taken over if one trains here; otherwise it must be merged into the backbone.
-
-        Args:
-            source: a folder or a hub id.
-            head: whether to take over the trained head too.
-
-        Raises:
-            FastpeftError: there is no side network, or its shape or its backbone is another.
-        """
-        name = os.fspath(source)
-        saved = saving.read_config(name, {})
-        form = {field: getattr(saved, field) for field in self._decided}
-        if saved.output_mix is True:  # a trained mix has a weight of its own
-            form.pop("output_mix", None)
-        wanted = copy.copy(self.config)
-        wanted.update(form)
-        saving.check_shape(saved, wanted, name)
-        base = saved.base_model_name_or_path
-        check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
-        own, taken = self.state_dict(), {}
-        weights = {saving.without_wrapper(item): tensor for item, tensor in saving.read_weights(name, {}).items()}
-        for item in self._trained:
-            takes = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
-            found = weights.pop(saving.without_wrapper(item), None)
-            if not takes:
-                taken[item] = own[item]
-            elif found is not None:
-                taken[item] = found
-        if head and saved.train_adapters == self.config.train_adapters:
-            taken |= weights  # the check then refuses weights that this model does not have
-        self._load(taken, name)
-        self.config.update(form)
-
-    def _load(self, weights: dict[str, Tensor], source: str) -> None:
-        """Load saved weights, which must be exactly those that train."""
-        saving.check_weights(weights, self.state_dict(), self._trained, source)
-        self.load_state_dict(weights, strict=False)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 import reprlib
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import SHAPE, LadderConfig
+from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints
 from fastpeft.support.adapter_files import check_file
-from fastpeft.support.hub import model_options
+from fastpeft.support.hub import HUB_ARGUMENTS, model_options
 from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
 
@@ -31,6 +34,126 @@ _ON_THE_CARD = (
     *("window_size", "reduction_factor", "fusion", "num_heads", "residual", "normalise_features"),
     *("init", "layer_drop", "share_projections", "output_mix", "backbone_dtype"),
 )
+
+
+class SavedModel(PreTrainedModel):
+    """The part of a `LadderModel` that saves and loads it; the model names what trains and the adapters in the base."""
+
+    config_class = LadderConfig
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the side network and the part of the head that trains, their configuration and a model card.
+
+        Args:
+            save_directory: a folder, made if need be.
+            args, kwargs: as for `PreTrainedModel.save_pretrained`, without `variant`.
+
+        Raises:
+            FastpeftError: there is a `variant`.
+        """
+        if (variant := kwargs.get("variant")) is not None:
+            raise FastpeftError(
+                f"variant={variant!r} would give the file of weights a name under which from_pretrained does not look: "
+                "a side network has one form. Leave it out."
+            )
+        describe_base(self.config, self.backbone)
+        if not self.config.base_fingerprints:
+            self.config.base_fingerprints = fingerprints(self.backbone, self.adapters.values(), skip_trained=True)
+        if kwargs.get("is_main_process", True):
+            write_card_of(self.config, Path(save_directory))
+            if self.adapters:
+                self.base.save_pretrained(Path(save_directory) / ADAPTER_FOLDER)
+        # or weights get the names that the base's architecture has on the hub, as GTE's, and loading looks for its own
+        kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        base: nn.Module | None = None,
+        config: LadderConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved side network, beside its backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a hub id.
+            base: the base model without the side network, with or without the adapter that trained too. None loads it
+                by its id, with the revision, dtype and labels it had.
+            config: a configuration to use instead of the saved one.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and `subfolder` apply to the
+                side network; all others, such as `dtype` or `device_map`, go to the base's `from_pretrained`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FastpeftError: there is no side network, or it was trained on another base.
+        """
+        source = str(pretrained_model_name_or_path)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if config is None:
+            config = read_config(source, hub)
+        weights = read_weights(source, hub)
+        if base is None:
+            base = load_base(config, kwargs)
+        elif kwargs:
+            raise FastpeftError(
+                f"from_pretrained got a base and {', '.join(kwargs)}, which are for loading one. Leave out either."
+            )
+        if config.train_adapters and not isinstance(base, PeftModel):
+            base = with_adapter(base, source, hub)
+        unpruned = copy.deepcopy(config)
+        unpruned.init = "random"  # the weights come from the file, and the base may be quantised now
+        model = cls(base, unpruned)
+        model.config.init = config.init
+        model._load(weights, source)
+        if model.can_generate() and (own := read_generation_config(source, hub)) is not None:
+            model.generation_config = own
+        return model.eval()
+
+    def take_over(self, source: str | os.PathLike[str], *, head: bool) -> None:
+        """Continue from a saved side network of the same shape on the same backbone.
+
+        An adapter that trained with it is taken over if one trains here; otherwise it must be merged into the backbone.
+
+        Args:
+            source: a folder or a hub id.
+            head: whether to take over the trained head too.
+
+        Raises:
+            FastpeftError: there is no side network, or its shape or its backbone is another.
+        """
+        name = os.fspath(source)
+        saved = read_config(name, {})
+        form = {field: getattr(saved, field) for field in self._decided}
+        if saved.output_mix is True:  # a trained mix has a weight of its own
+            form.pop("output_mix", None)
+        wanted = copy.copy(self.config)
+        wanted.update(form)
+        check_shape(saved, wanted, name)
+        base = saved.base_model_name_or_path
+        check_fingerprints(self.backbone, saved.base_fingerprints, base, self.adapters.values())
+        own, taken = self.state_dict(), {}
+        weights = {without_wrapper(item): tensor for item, tensor in read_weights(name, {}).items()}
+        for item in self._trained:
+            takes = saved.train_adapters if item in self.adapters else head or item.startswith("side.")
+            found = weights.pop(without_wrapper(item), None)
+            if not takes:
+                taken[item] = own[item]
+            elif found is not None:
+                taken[item] = found
+        if head and saved.train_adapters == self.config.train_adapters:
+            taken |= weights  # the check then refuses weights that this model does not have
+        self._load(taken, name)
+        self.config.update(form)
+
+    def _load(self, weights: dict[str, Tensor], source: str) -> None:
+        """Load saved weights, which must be exactly those that train."""
+        check_weights(weights, self.state_dict(), self._trained, source)
+        self.load_state_dict(weights, strict=False)
 
 
 def read_config(source: str, hub: dict[str, Any]) -> LadderConfig:
