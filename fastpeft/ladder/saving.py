@@ -22,7 +22,7 @@ from fastpeft.errors import FastpeftError, first_line
 from fastpeft.ladder.backbone import Backbone
 from fastpeft.ladder.config import SHAPE, LadderConfig
 from fastpeft.ladder.fingerprints import check_fingerprints, fingerprints
-from fastpeft.support.adapter_files import check_file
+from fastpeft.support.adapter_files import PREFIX, check_file
 from fastpeft.support.hub import HUB_ARGUMENTS, model_options
 from fastpeft.support.model_card import model_card, write_card
 from fastpeft.support.safe_paths import check_named_files
@@ -322,7 +322,7 @@ def some(names: Sequence[str]) -> str:
 
 def without_wrapper(name: str) -> str:
     """The name of a weight, the same whether PEFT wraps the base or not."""
-    return name.replace("base.base_model.model.", "base.", 1)
+    return name.replace(f"base.{PREFIX}", "base.", 1)
 
 
 def write_card_of(config: LadderConfig, folder: Path) -> None:

@@ -23,6 +23,7 @@ from fastpeft.prompts.model import PromptModel
 from fastpeft.siva import SivaConfig
 from fastpeft.siva.grouping import ATTENTION
 from fastpeft.siva.targets import FUSED
+from fastpeft.support.adapter_files import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def wrap(model: nn.Module, preparation: Preparation, config: str, values: dict[s
             rank, limit = max(ranks.values()), min(module.in_features, module.out_features)
             if rank > limit:
                 raise FastpeftError(
-                    f"rank {rank} is above what the matrix of {name.removeprefix('base_model.model.')} allows. Choose "
+                    f"rank {rank} is above what the matrix of {name.removeprefix(PREFIX)} allows. Choose "
                     f"a rank from 1 to {limit}."
                 )
     return wrapped

@@ -47,7 +47,7 @@ class Change(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, initial: Tensor) -> Tensor:
-        return _plus(initial, self.weight, self.scale)
+        return plus(initial, self.weight, self.scale)
 
     def is_empty(self) -> bool:
         """Whether no file has filled it yet."""
@@ -73,12 +73,13 @@ def changed(initial: Tensor, change: Change) -> Tensor:
     ):
         weight = state["_parameters"].get("weight")
         if weight is not None:
-            return _plus(initial, weight, state["_buffers"]["scale"])
+            return plus(initial, weight, state["_buffers"]["scale"])
     factor: Tensor = change(initial)
     return factor
 
 
-def _plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def plus(initial: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The factor that a `Change` with this weight and scale makes of `initial`."""
     return initial + weight if scale is None else torch.addcmul(initial, weight, scale)
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft.errors import FastpeftError
+from fastpeft.siva.change import plus
 from fastpeft.siva.config import SivaConfig
 from fastpeft.siva.decompose import Factors
+from fastpeft.support.adapter_files import PREFIX
 
 logger = logging.getLogger(__name__)
-
-_LAYERS = "base_model.model."  # what PEFT puts before the name of a layer
 
 
 def lora_factors(trained: Factors, initial: Factors) -> tuple[Tensor, Tensor]:
@@ -114,10 +114,10 @@ def _convert(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             continue
         s, u0, v0 = (state[f"{layer}.siva_{part}"].float() for part in ("s", "u0", "v0"))
         u, v = (
-            initial + state[f"{layer}.siva_{part}.weight"].float() * state.get(f"{layer}.siva_{part}.scale", 1.0)
+            plus(initial, state[f"{layer}.siva_{part}.weight"].float(), state.get(f"{layer}.siva_{part}.scale"))
             for part, initial in (("du", u0), ("dv", v0))
         )
         a, b = lora_factors(Factors(u, s, v), Factors(u0, s, v0))
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = a.contiguous(), b.contiguous()
-        ranks[layer.removeprefix(_LAYERS)] = len(a)
+        ranks[layer.removeprefix(PREFIX)] = len(a)
     return tensors, ranks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.ops.quantise import QuantisedWeight
 from fastpeft.siva.adapters import AdaptedLinear
-from fastpeft.siva.change import weight_of
+from fastpeft.siva.change import plus, weight_of
 from fastpeft.siva.decompose import Factors, add, belongs
 
 T = TypeVar("T")
@@ -220,7 +220,7 @@ def _change_of(state_dict: dict[str, Tensor], prefix: str, adapter: str, initial
         weight = state_dict.get(f"{prefix}siva_d{part}.{adapter}.weight")
         if weight is None or weight.shape != start.shape:
             return None
-        trained.append(start + weight.float() * state_dict.get(f"{prefix}siva_d{part}.{adapter}.scale", 1.0))
+        trained.append(plus(start, weight.float(), state_dict.get(f"{prefix}siva_d{part}.{adapter}.scale")))
     return Factors(trained[0], initial.s, trained[1]).product() - initial.product()
 
 

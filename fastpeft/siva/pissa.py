@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from fastpeft.errors import FastpeftError
 from fastpeft.siva.decompose import Factors
 from fastpeft.support import files
+from fastpeft.support.adapter_files import PREFIX
 
-_PREFIX = "base_model.model."  # what PEFT puts before the name of a layer
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class PissaAdapter:
             raise FastpeftError(f"there is no {weights}. Save the adapter again with safe_serialization=True.")
         if config.lora_dropout:
             logger.info("lora_dropout=%s of the adapter in %s is left out: SiVA has none", config.lora_dropout, path)
-        return cls(path, config, {key.removeprefix(_PREFIX): value for key, value in load_file(weights).items()})
+        return cls(path, config, {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()})
 
     @property
     def settings(self) -> dict[str, Any]:
