@@ -6,14 +6,14 @@ means inside the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpeft.ops.define import NAMESPACE, check_first_derivative, define
-from fastpeft.ops.feature_dropout import feature_dropout_reference
+from fastpeft.ops.window import Needs, Window
 from fastpeft.ops.window_composed import (
     composed_holds,
     window_attention_backward_composed,
@@ -21,53 +21,31 @@ from fastpeft.ops.window_composed import (
 )
 
 
-def window_attention_reference(
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor]:
+def window_attention_reference(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """`softmax(q (C + p)^T) (C + p)` over the k * T keys of a window, and its log-sum-exp.
 
     q `(B, H, T, D)`, c `(B, S, T, D)`, p `(k, D)`, mask `(B, T)` -> out `(B, H, T, D)`, lse `(B, H, T)` in float32.
     A slot outside the backbone has T equal keys `p_i`, computed as one key: the logarithm of the number of visible
     tokens is added to its score.
     """
-    keys = _window_keys(q, c, p, slots, dropout, seed, block)
-    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    keys = _window_keys(q, c, p, window)
+    scores, nothing = _window_scores(q, keys, window)
     out = (scores.softmax(-1) @ keys).masked_fill(nothing[..., None], 0)
     return out.to(q.dtype), scores.logsumexp(-1).masked_fill(nothing, -torch.inf).to(torch.float32)
 
 
 def window_attention_backward_reference(
-    dout: Tensor,
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-    need_dq: bool,
-    need_dc: bool,
-    need_dp: bool,
+    dout: Tensor, q: Tensor, c: Tensor, p: Tensor, out: Tensor, lse: Tensor, window: Window, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `window_attention`. Keys and probabilities are computed again.
 
     `K = C + p`, `P = exp(q K^T - lse)`, `dS = P (dout K^T - sum of dout * out over D)`, `dq = dS K`, and
     `dK = P^T dout + dS^T q`, summed over heads. dC is dK where dropout kept it, dp its sum over sentences and tokens.
     """
-    keys = _window_keys(q, c, p, slots, dropout, seed, block)
-    scores, nothing = _window_scores(q, keys, mask, causal, len(slots))
+    need_dq, need_dc, need_dp = needs
+    slots = list(window.slots)
+    keys = _window_keys(q, c, p, window)
+    scores, nothing = _window_scores(q, keys, window)
     weights = (scores - lse[..., None]).exp().masked_fill(nothing[..., None], 0)  # P
     dout, rows = dout.to(keys.dtype), q.to(keys.dtype)
     dscores = weights * (dout @ keys.mT - (dout * out).sum(-1, keepdim=True))
@@ -79,52 +57,43 @@ def window_attention_backward_reference(
     dreal = dreal.reshape(c.shape)
     if need_dp:
         dp = torch.empty_like(p)
-        dp[list(slots)] = dreal.sum((0, 2)).to(p.dtype)
-        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
+        dp[slots] = dreal.sum((0, 2)).to(p.dtype)
+        dp[window.absent(p)] = dabsent.sum(0).to(p.dtype)
     if need_dc:
         dc = dreal.contiguous()
-        feature_dropout_reference(dc, slots, dropout, seed, block)
+        window.drop_(dc)
         dc = dc.to(c.dtype)
     return dq, dc, dp
 
 
-def absent_slots(p: Tensor, slots: Sequence[int]) -> list[int]:
-    """The slots that are not real; p `(k, D)` has a vector for every slot."""
-    return [slot for slot in range(p.shape[0]) if slot not in slots]
-
-
-def hidden_tokens(
-    mask: Tensor | None, batch: int, tokens: int, causal: bool, device: torch.device
-) -> tuple[Tensor, ...]:
+def _hidden_tokens(window: Window, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
     """The tokens hidden from a query, bool `(B, T, T)`; the number it sees, `(B, T)`; whether it sees none, `(B, T)`.
 
     A query that sees none is computed on all tokens, so that its values are finite, and set to 0 later.
     """
-    if mask is None:
-        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    mask = torch.ones(batch, tokens, dtype=torch.bool, device=device) if window.mask is None else window.mask
     visible = mask[:, None].expand(batch, tokens, tokens)  # (B, T queries, T keys)
-    if causal:
+    if window.causal:
         visible = visible.tril()
     number = visible.sum(-1)
     nothing = number == 0
     return ~(visible | nothing[..., None]), number.clamp(min=1), nothing
 
 
-def _window_keys(
-    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
-) -> Tensor:
+def _window_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys of all heads, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     real, p = c.to(compute, copy=True, memory_format=torch.contiguous_format), p.to(compute)
-    feature_dropout_reference(real, slots, dropout, seed, block)
-    real = real + p[list(slots), None]
-    return torch.cat((real.flatten(1, 2), p[absent_slots(p, slots)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
+    window.drop_(real)
+    real = real + p[list(window.slots), None]
+    return torch.cat((real.flatten(1, 2), p[window.absent(p)].expand(c.shape[0], -1, -1)), dim=1)[:, None]
 
 
-def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, real: int) -> tuple[Tensor, Tensor]:
+def _window_scores(q: Tensor, keys: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """The scores `(B, H, T, S T + k - S)`, and whether a query sees no token, `(B, 1, T)`."""
     batch, _, tokens, _ = q.shape
-    hidden, number, nothing = hidden_tokens(mask, batch, tokens, causal, q.device)
+    real = len(window.slots)
+    hidden, number, nothing = _hidden_tokens(window, batch, tokens, q.device)
     scores = q.to(keys.dtype) @ keys.mT
     of_real = scores[..., : real * tokens].masked_fill(hidden.repeat(1, 1, real)[:, None], -torch.inf)
     of_absent = scores[..., real * tokens :] + number.to(keys.dtype).log()[:, None, :, None]
@@ -134,26 +103,16 @@ def _window_scores(q: Tensor, keys: Tensor, mask: Tensor | None, causal: bool, r
 _AT_ONCE = 2**18  # values of the keys of one call: with fewer, the overhead of a call is as large as its work
 
 
-def window_attention_aten(
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor]:
+def window_attention_aten(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """As the reference, by PyTorch's fused attention, which holds one tile of the scores at a time."""
     if q.is_cuda:
         form = window_attention_composed if composed_holds(q) else window_attention_reference
-        return form(q, c, p, mask, slots, causal, dropout, seed, block)
-    keys = _fused_keys(q, c, p, slots, dropout, seed, block)
+        return form(q, c, p, window)
+    keys = _fused_keys(q, c, p, window)
     rows = _rows(q, keys.dtype)
     if 0 in (rows.shape[2], keys.shape[2]):  # PyTorch divides by these
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
-    bias, nothing = _fused_bias(q, p, mask, slots, causal, keys.dtype)
+    bias, nothing = _fused_bias(q, p, window, keys.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(rows, keys, keys, attn_mask=bias, scale=1.0)
     lse = lse.view(q.shape[:-1]).to(torch.float32)
     if nothing is not None:  # PyTorch's out is 0 there, but so is its lse
@@ -162,21 +121,7 @@ def window_attention_aten(
 
 
 def window_attention_backward_aten(
-    dout: Tensor,
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-    need_dq: bool,
-    need_dc: bool,
-    need_dp: bool,
+    dout: Tensor, q: Tensor, c: Tensor, p: Tensor, out: Tensor, lse: Tensor, window: Window, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference, on a CPU for a few sentences at a time, shared among threads.
 
@@ -185,14 +130,15 @@ def window_attention_backward_aten(
     """
     if q.is_cuda:
         form = window_attention_backward_composed if composed_holds(q) else window_attention_backward_reference
-        return form(dout, q, c, p, mask, out, lse, slots, causal, dropout, seed, block, need_dq, need_dc, need_dp)
-    keys = _fused_keys(q, c, p, slots, dropout, seed, block)
+        return form(dout, q, c, p, out, lse, window, needs)
+    keys = _fused_keys(q, c, p, window)
     rows, drows, of_out = (_rows(x, keys.dtype) for x in (q, dout, out))
-    needs = need_dq, need_dc, need_dp
+    need_dq, need_dc, need_dp = needs
+    slots = list(window.slots)
     if 0 in (*rows.shape, *keys.shape):  # PyTorch divides by some of these
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
         return dq, dc, dp
-    bias, _ = _fused_bias(q, p, mask, slots, causal, keys.dtype)
+    bias, _ = _fused_bias(q, p, window, keys.dtype)
     lse = lse.masked_fill(lse.isneginf(), 0).to(keys.dtype).reshape(rows.shape[:3])  # as PyTorch's: 0 if none is seen
     dq = torch.empty_like(rows)
     dreal = keys.view(-1)[: c.numel()].view(c.shape)  # those of a sentence overwrite its own keys or earlier ones
@@ -215,17 +161,19 @@ def window_attention_backward_aten(
     dc, dp = c.new_empty(0), p.new_empty(0)
     if need_dp:
         dp = torch.empty_like(p)
-        dp[list(slots)] = dreal.sum(2).sum(0).to(p.dtype)  # much faster than both dimensions at once
-        dp[absent_slots(p, slots)] = dabsent.sum(0).to(p.dtype)
+        dp[slots] = dreal.sum(2).sum(0).to(p.dtype)  # much faster than both dimensions at once
+        dp[window.absent(p)] = dabsent.sum(0).to(p.dtype)
     if need_dc:
-        if dropout > 0:
-            torch.ops.fastpeft.feature_dropout_(dreal, slots, dropout, _number(seed), block)
+        _drop_(dreal, window)
         dc = dreal.to(c.dtype)
     return dq, dc, dp
 
 
-def _number(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed)
+def _drop_(c: Tensor, window: Window) -> None:
+    """As `Window.drop_`, by whatever computes the op here."""
+    if window.dropout > 0:
+        assert window.seed is not None
+        torch.ops.fastpeft.feature_dropout_(c, window.slots, window.dropout, int(window.seed), window.block)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,32 +185,29 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(batch, 1, heads * tokens, width).contiguous()
 
 
-def _fused_keys(
-    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
-) -> Tensor:
+def _fused_keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The keys, which are also the values: `(B, 1, S T + k - S, D)`, those of absent slots last, without a copy."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, real, tokens, width = c.shape
-    absent, p = absent_slots(p, slots), p.to(compute)
+    absent, p = window.absent(p), p.to(compute)
     keys = c.new_empty(batch, 1, real * tokens + len(absent), width, dtype=compute)
-    window = keys[:, 0, : real * tokens].unflatten(1, (real, tokens))
-    if dropout > 0:
-        c = window.copy_(c)
-        torch.ops.fastpeft.feature_dropout_(c, slots, dropout, _number(seed), block)
-    torch.add(c, p[list(slots), None], out=window)
+    of_real = keys[:, 0, : real * tokens].unflatten(1, (real, tokens))
+    if window.dropout > 0:
+        c = of_real.copy_(c)
+        _drop_(c, window)
+    torch.add(c, p[list(window.slots), None], out=of_real)
     keys[:, 0, real * tokens :] = p[absent]
     return keys
 
 
-def _fused_bias(
-    q: Tensor, p: Tensor, mask: Tensor | None, slots: Sequence[int], causal: bool, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
+def _fused_bias(q: Tensor, p: Tensor, window: Window, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The bias of the scores `(B, 1, H T, S T + k - S)`, and whether a query sees no token, `(B, H, T)`.
 
     The bias is the logarithm of the number of visible tokens that a key stands for. Sizes that make no difference are
     1. Both are None if all logarithms are 0.
     """
-    absent = p.shape[0] - len(slots)
+    mask, causal, real = window.mask, window.causal, len(window.slots)
+    absent = p.shape[0] - real
     if mask is not None and mask.all():  # on a CPU this costs little
         mask = None
     if mask is None and not causal and absent == 0:
@@ -273,48 +218,39 @@ def _fused_bias(
         visible = visible.expand(-1, tokens, -1).tril()
     number = visible.sum(-1, keepdim=True)
     of_real, of_absent = (count.to(dtype).log() for count in (visible, number))
-    bias = torch.cat((*[of_real] * len(slots), of_absent.expand(-1, -1, absent)), dim=-1)[:, None]
+    bias = torch.cat((*[of_real] * real, of_absent.expand(-1, -1, absent)), dim=-1)[:, None]
     if bias.shape[2] > 1:
         bias = bias.expand(-1, heads, -1, -1).flatten(1, 2)[:, None]
     return bias, (number == 0).mT
 
 
-def _window_attention_shapes(
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    slots: list[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor]:
+def _window_attention_shapes(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _window_attention_backward_shapes(
-    dout: Tensor,
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: list[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-    need_dq: bool,
-    need_dc: bool,
-    need_dp: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape if need_dq else (0,)),
-        c.new_empty(c.shape if need_dc else (0,)),
-        p.new_empty(p.shape if need_dp else (0,)),
-    )
+def _window_attention_backward_shapes(_: Tensor, q: Tensor, c: Tensor, p: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip((q, c, p), others[-3:]))
+
+
+def _forward(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form of the op with the arguments of its schema."""
+
+    def call(q: Tensor, c: Tensor, p: Tensor, *window: Any) -> Any:
+        return form(q, c, p, Window(*window))
+
+    return call
+
+
+def _backward(form: Callable[..., Any]) -> Callable[..., Any]:
+    """A form of the backward op with the arguments of its schema."""
+
+    def call(
+        dout: Tensor, q: Tensor, c: Tensor, p: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, *others: Any
+    ) -> Any:
+        *window, need_dq, need_dc, need_dp = others
+        return form(dout, q, c, p, out, lse, Window(mask, *window), (need_dq, need_dc, need_dp))
+
+    return call
 
 
 # out (B, H, T, D) in the dtype of q, and the log-sum-exp of the scores (B, H, T) in float32; the seed is one int64
@@ -324,8 +260,8 @@ define(
     "(Tensor q, Tensor c, Tensor p, Tensor? mask, int[] slots, bool causal, float dropout, Tensor? seed, int block) "
     "-> (Tensor, Tensor)",
     shapes=_window_attention_shapes,
-    reference=window_attention_reference,
-    aten=window_attention_aten,
+    reference=_forward(window_attention_reference),
+    aten=_forward(window_attention_aten),
 )
 
 
@@ -335,8 +271,8 @@ define(
     "(Tensor dout, Tensor q, Tensor c, Tensor p, Tensor? mask, Tensor out, Tensor lse, int[] slots, bool causal, "
     "float dropout, Tensor? seed, int block, bool need_dq, bool need_dc, bool need_dp) -> (Tensor, Tensor, Tensor)",
     shapes=_window_attention_backward_shapes,
-    reference=window_attention_backward_reference,
-    aten=window_attention_backward_aten,
+    reference=_backward(window_attention_backward_reference),
+    aten=_backward(window_attention_backward_aten),
 )
 
 
@@ -367,23 +303,14 @@ torch.library.register_autograd(
 
 @torch.library.register_vmap(f"{NAMESPACE}::window_attention")
 def _window_attention_vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    slots: list[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
+    info: Any, in_dims: tuple[int | None, ...], q: Tensor, c: Tensor, p: Tensor, *arguments: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """G attentions as one over G B rows, in which every slot is real and holds its own p.
 
     An absent slot becomes T equal keys. There is no dropout, since its noise depends on a row's place in the batch.
     """
-    if dropout > 0:
+    given = Window(*arguments)
+    if given.dropout > 0:
         raise NotImplementedError("window_attention: torch.vmap supports no dropout. Set the networks to eval().")
 
     def stacked(x: Tensor, dim: int | None) -> Tensor:
@@ -393,16 +320,16 @@ def _window_attention_vmap(
     groups, batch, _, tokens, width = q.shape
     number = p.shape[1]
     window = p[:, None, :, None].expand(groups, batch, number, tokens, width).clone()
-    window[:, :, slots] += c
+    window[:, :, given.slots] += c
     out, lse = torch.ops.fastpeft.window_attention(
         q.flatten(0, 1),
         window.flatten(0, 1),
         torch.zeros_like(p[0]),
-        None if mask is None else stacked(mask, in_dims[3]).flatten(0, 1),
+        None if given.mask is None else stacked(given.mask, in_dims[3]).flatten(0, 1),
         list(range(number)),
-        causal,
+        given.causal,
         0.0,
         None,
-        block,
+        given.block,
     )
     return (out.unflatten(0, (groups, batch)), lse.unflatten(0, (groups, batch))), (0, 0)

@@ -5,14 +5,12 @@ It serves what no kernel of ours does, in the dtype of the operands. The letters
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention
 from torch.nn import functional as F
 
-from fastpeft.ops.feature_dropout import feature_dropout_reference
+from fastpeft.ops.window import Needs, Window
 
 _attend = torch.ops.aten._scaled_dot_product_efficient_attention
 _attend_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
@@ -28,22 +26,12 @@ def composed_holds(q: Tensor) -> bool:
     return can_use_efficient_attention(SDPAParams(rows, rows, rows, None, 0.0, False, False))
 
 
-def window_attention_composed(
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-) -> tuple[Tensor, Tensor]:
+def window_attention_composed(q: Tensor, c: Tensor, p: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """As the reference; an absent slot has T equal keys."""
     if 0 in q.shape:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
-    rows, keys = _rows(q), _keys(q, c, p, slots, dropout, seed, block)
-    bias, nothing = _bias(q, p, mask, causal)
+    rows, keys = _rows(q), _keys(q, c, p, window)
+    bias, nothing = _bias(q, p, window)
     out, lse, *_ = _attend(rows, keys, keys, bias, True, scale=1.0)
     out = out.view(*q.shape[:3], -1)[..., : q.shape[3]].contiguous()
     lse = lse[:, 0, : rows.shape[2]].reshape(q.shape[:3]).to(torch.float32)
@@ -54,33 +42,19 @@ def window_attention_composed(
 
 
 def window_attention_backward_composed(
-    dout: Tensor,
-    q: Tensor,
-    c: Tensor,
-    p: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    slots: Sequence[int],
-    causal: bool,
-    dropout: float,
-    seed: Tensor | None,
-    block: int,
-    need_dq: bool,
-    need_dc: bool,
-    need_dp: bool,
+    dout: Tensor, q: Tensor, c: Tensor, p: Tensor, out: Tensor, lse: Tensor, window: Window, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference. PyTorch returns the gradients of keys and of values in two tensors.
 
     Where few queries meet many keys it adds up dq in no fixed order, unless deterministic algorithms are asked for.
     """
-    needs = need_dq, need_dc, need_dp
+    need_dq, need_dc, need_dp = needs
     if 0 in q.shape or not any(needs):
         dq, dc, dp = (x.new_zeros(x.shape if needed else (0,)) for x, needed in zip((q, c, p), needs, strict=True))
         return dq, dc, dp
-    keys = _keys(q, c, p, slots, dropout, seed, block)
+    keys = _keys(q, c, p, window)
     drows, rows, of_out = (_rows(x.to(q.dtype)) for x in (dout, q, out))
-    bias, _ = _bias(q, p, mask, causal)
+    bias, _ = _bias(q, p, window)
     lse = lse.masked_fill(lse.isneginf(), _NEVER).view(len(q), 1, -1)
     lse = F.pad(lse, (0, -lse.shape[2] % _LSES))
     none = torch.empty((), dtype=torch.int64, device=q.device)  # of its dropout
@@ -91,12 +65,12 @@ def window_attention_backward_composed(
     dq = drows.view(*q.shape[:3], -1)[..., : q.shape[3]].contiguous() if need_dq else q.new_empty(0)
     dc, dp = c.new_empty(0), p.new_empty(0)
     if need_dc or need_dp:
-        window = dkeys.to(torch.float32).add_(dvalues).view(len(q), len(p), q.shape[2], -1)[..., : q.shape[3]]
+        dwindow = dkeys.to(torch.float32).add_(dvalues).view(len(q), len(p), q.shape[2], -1)[..., : q.shape[3]]
         if need_dp:
-            dp = window.sum((0, 2)).to(p.dtype)
+            dp = dwindow.sum((0, 2)).to(p.dtype)
         if need_dc:
-            dc = window[:, list(slots)].contiguous()
-            feature_dropout_reference(dc, slots, dropout, seed, block)
+            dc = dwindow[:, list(window.slots)].contiguous()
+            window.drop_(dc)
             dc = dc.to(c.dtype)
     return dq, dc, dp
 
@@ -106,25 +80,24 @@ def _rows(x: Tensor) -> Tensor:
     return F.pad(x.reshape(len(x), 1, -1, x.shape[3]), (0, -x.shape[3] % _WIDTHS)).contiguous()
 
 
-def _keys(
-    q: Tensor, c: Tensor, p: Tensor, slots: Sequence[int], dropout: float, seed: Tensor | None, block: int
-) -> Tensor:
+def _keys(q: Tensor, c: Tensor, p: Tensor, window: Window) -> Tensor:
     """The window `(B, 1, k T, W)`, keys and values."""
     batch, _, tokens, width = q.shape
-    window = q.new_zeros(batch, len(p), tokens, width + -width % _WIDTHS)
-    window[..., :width] = p[:, None]
-    if dropout > 0:
+    keys, slots = q.new_zeros(batch, len(p), tokens, width + -width % _WIDTHS), list(window.slots)
+    keys[..., :width] = p[:, None]
+    if window.dropout > 0:
         c = c.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        feature_dropout_reference(c, slots, dropout, seed, block)
-    window[:, list(slots), :, :width] = (c + p[list(slots), None]).to(q.dtype)
-    return window.view(batch, 1, len(p) * tokens, -1)
+        window.drop_(c)
+    keys[:, slots, :, :width] = (c + p[slots, None]).to(q.dtype)
+    return keys.view(batch, 1, len(p) * tokens, -1)
 
 
-def _bias(q: Tensor, p: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor | None, Tensor | None]:
+def _bias(q: Tensor, p: Tensor, window: Window) -> tuple[Tensor | None, Tensor | None]:
     """The bias of the scores `(B, 1, H T, k T)`, 0 or -inf, and which queries see no token `(B or 1, 1, T or 1)`.
 
     Both are None if every query sees all. The scores of a query that sees none have no bias, so that they are finite.
     """
+    mask, causal = window.mask, window.causal
     if mask is None and not causal:
         return None, None
     batch, heads, tokens, _ = q.shape

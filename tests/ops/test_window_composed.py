@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpeft.ops import aten, reference
 from fastpeft.ops import window_composed as composed
+from fastpeft.ops.window import Window
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -88,13 +89,12 @@ def test_equals_the_reference(mask, causal, slots, dropout, heads, width):
     c, p = draw(len(slots), 3, 5, width).transpose(0, 1), draw(5, width)
     fixed = (MASKS[mask], slots, causal, dropout, torch.tensor(7), 2)
     expected = reference.window_attention(q, c, p, *fixed)
-    found = composed.window_attention_composed(q, c, p, *fixed)
+    found = composed.window_attention_composed(q, c, p, Window(*fixed))
     # dropout is in float32 in it, and so are the gradients of the window
     torch.testing.assert_close(found, expected, **(EXACT if dropout == 0 else {"rtol": 1e-5, "atol": 1e-5}))
     for needs in itertools.product((True, False), repeat=3):
-        arguments = (dout, q, c, p, fixed[0], *expected, *fixed[1:], *needs)
-        found = composed.window_attention_backward_composed(*arguments)
-        correct = reference.window_attention_backward(*arguments)
+        found = composed.window_attention_backward_composed(dout, q, c, p, *expected, Window(*fixed), needs)
+        correct = reference.window_attention_backward(dout, q, c, p, fixed[0], *expected, *fixed[1:], *needs)
         torch.testing.assert_close(found, correct, rtol=1e-5, atol=1e-5)
 
 
@@ -103,11 +103,11 @@ def test_equals_the_reference(mask, causal, slots, dropout, heads, width):
 def test_empty_sizes(shape):
     q = torch.zeros(*shape, 8)
     c, p = torch.zeros(shape[0], 2, shape[2], 8), torch.zeros(3, 8)
-    fixed = (None, [0, 1], False, 0.0, None, 0)
-    out, lse = composed.window_attention_composed(q, c, p, *fixed)
+    window = Window(None, [0, 1], False, 0.0, None, 0)
+    out, lse = composed.window_attention_composed(q, c, p, window)
     assert out.shape == q.shape
     assert lse.shape == shape
-    found = composed.window_attention_backward_composed(out, q, c, p, None, out, lse, *fixed[1:], True, True, True)
+    found = composed.window_attention_backward_composed(out, q, c, p, out, lse, window, (True, True, True))
     for gradient, operand in zip(found, (q, c, p)):
         assert gradient.equal(torch.zeros_like(operand))
 
@@ -121,12 +121,11 @@ def test_pytorch_takes_what_it_passes(causal, dtype):
         c, p = torch.empty(2, 3, 20, 13, device="cuda", dtype=dtype), torch.empty(5, 13, device="cuda", dtype=dtype)
         mask = torch.ones(2, 20, device="cuda", dtype=torch.bool)
         for some in (mask, None):
-            fixed = (some, [0, 1, 3], causal, 0.0, None, 2)
-            out, lse = composed.window_attention_composed(q, c, p, *fixed)
+            window = Window(some, [0, 1, 3], causal, 0.0, None, 2)
+            out, lse = composed.window_attention_composed(q, c, p, window)
             assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, q.shape[:3], torch.float32)
-            arguments = (out, q, c, p, some, out, lse, *fixed[1:])
             for needs in itertools.product((True, False), repeat=3):
-                found = composed.window_attention_backward_composed(*arguments, *needs)
+                found = composed.window_attention_backward_composed(out, q, c, p, out, lse, window, needs)
                 for gradient, operand, needed in zip(found, (q, c, p), needs):
                     assert gradient.shape == (operand.shape if needed else (0,))
                     assert gradient.dtype == dtype

@@ -1,0 +1,44 @@
+"""The window of `fastpeft::window_attention`: what its forms are told beside their operands.
+
+The letters are those of `window_attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastpeft.ops.feature_dropout import feature_dropout_reference
+
+
+class Window(NamedTuple):
+    """Arguments of the op, by their names in its schema.
+
+    Attributes:
+        mask: bool `(B, T)`, None where every token is seen.
+        slots: the real ones.
+        causal: whether a query sees only the tokens up to its own.
+        dropout: the probability with which an element of c is dropped.
+        seed: of the dropout, one int64 on the device of q; None where nothing is dropped.
+        block: the side block, which chooses the noise too.
+    """
+
+    mask: Tensor | None
+    slots: Sequence[int]
+    causal: bool
+    dropout: float
+    seed: Tensor | None
+    block: int
+
+    def absent(self, p: Tensor) -> list[int]:
+        """The slots that are not real; p `(k, D)` has a vector for every slot."""
+        return [slot for slot in range(p.shape[0]) if slot not in self.slots]
+
+    def drop_(self, c: Tensor) -> None:
+        """Drop elements of c `(B, S, T, D)` in place."""
+        feature_dropout_reference(c, self.slots, self.dropout, self.seed, self.block)
+
+
+Needs = tuple[bool, bool, bool]  # whether dq, dc and dp are needed
