@@ -1,6 +1,6 @@
 """A pass of a side network over the backbone's features, as they come.
 
-Dimension letters as in `side.py`, which imports this file: so here a side network has no type.
+Dimension letters as in `side.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import random
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder.generation import SideLayer
 from fastpeft.support.processor import has_bfloat16
+
+if TYPE_CHECKING:
+    from fastpeft.ladder.side import SideNetwork
 
 TINY = 1e-6  # beside the mean square of a feature
 
@@ -40,7 +43,7 @@ class SideRun:
 
     def __init__(
         self,
-        side: Any,
+        side: SideNetwork,
         mask: Tensor | None,
         seed: int | Tensor,
         keep_states: bool = False,
