@@ -106,7 +106,8 @@ def train(
     """Fine-tune a model."""
     values = _given(values)
     new_settings = parse_settings(settings)
-    if not is_first():  # it alone shows anything
+    first = is_first()  # of the processes of a launcher; it alone shows anything
+    if not first:
         quiet, progress = True, "none"
     if config is not None:
         values = {**read_config(config), **values}
@@ -137,6 +138,8 @@ def train(
             plan = console.run_plan(run, memory_budget)
         else:
             result = train_run(run, resume=resume, overwrite=overwrite, command=command)
+    if not first:
+        return
     if dry_run and progress == "json":
         write_json({"stage": "finished", "plan": dataclasses.asdict(plan)})
     elif dry_run:

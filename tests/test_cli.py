@@ -414,6 +414,16 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("form", [(), ("--progress", "json"), ("--quiet",)])
+def test_a_dry_run_is_shown_by_the_first_process_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]
+) -> None:
+    command = (*TRAIN, "--method", "head", "--dry-run", *form)
+    assert "steps" in run(*command).stdout, "with --quiet too"
+    monkeypatch.setenv("RANK", "1")
+    assert run(*command).output == ""
+
+
 def test_a_resume_of_nothing_says_that_it_starts_anew(place: Path) -> None:
     shown = run(*TRAIN, "--method", "head", "--output", "out", "--resume")
     assert "there is no run in out to resume; it starts from the beginning" in " ".join(shown.stderr.split())
