@@ -192,7 +192,7 @@ def evaluate(
         others = bool(model) or of_prompts
         title, metrics = evaluate_run(folder, data, columns, max_new_tokens, others=others)
     else:
-        title, metrics = evaluate_prompt(model, prompt, label_words, data or DEMO, columns, calibrate)
+        title, metrics = evaluate_prompt(model, prompt, label_words, data or DEMO, columns, calibrate, max_new_tokens)
     from fastpeft import console
 
     console.show_table(

@@ -57,10 +57,15 @@ def evaluate_prompt(
     data: str,
     columns: dict[str, Any],
     calibrate: bool,
+    max_new_tokens: int | None,
 ) -> tuple[str, dict[str, Any]]:
     """Measure a model with no training, which answers by a prompt."""
     if not model:
         raise FastpeftError(_RUN_OR_MODEL)
+    if max_new_tokens is not None:
+        raise FastpeftError(
+            f"`max_new_tokens` is {max_new_tokens}, but a model that answers by a prompt says no words. Leave it out."
+        )
     if not prompt or not (is_auto(prompt) or parse_prompt(prompt, label_words)):
         raise FastpeftError(
             "--prompt is missing: a model with no training answers by one. Give a name, as --prompt sst2; a template "

@@ -269,6 +269,14 @@ def test_zero_shot(place: Path) -> None:
         assert f"{(guesses == torch.tensor(texts.dev.labels)).float().mean():.3f}" in shown
 
 
+def test_zero_shot_tells_of_texts_that_it_cuts(place: Path) -> None:
+    write_csv(place / "long.csv", [(text * 40, label) for text, label in reviews(3)] + reviews(3))
+    shown = run("eval", "--model", "model", "--data", "long.csv", *PROMPT).stdout
+    assert re.search(
+        r"Warning: 3 of 6 texts \(50 %\) are longer than the \d+ tokens that are read, and were cut", shown
+    )
+
+
 @pytest.mark.parametrize("prompt", [(), ("--prompt", "none"), ("--calibrate",)])
 def test_a_model_without_its_prompt_is_told_to_have_one(prompt: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(app, ["eval", "--model", "demo", *prompt])

@@ -109,6 +109,10 @@ MISTAKES = [
     ("eval", "DIR of a finished run"),
     ("eval run --model demo", "Give one of the two"),
     ("eval --model demo", "--prompt is missing"),
+    (
+        "eval --model demo --prompt sst2 --max-new-tokens 3",
+        "--max-new-tokens is 3, but a model that answers by a prompt says no",
+    ),
     ("eval run --text-column review", "--data"),
     ("predict run", "nothing to classify"),
     ("predict absent 'a film'", "absent"),

@@ -10,7 +10,7 @@ from fastpeft.errors import FastpeftError
 from fastpeft.support import files
 from fastpeft.support.environment import versions
 from fastpeft.support.logs import show_own_messages
-from fastpeft.training.evaluation import load_classes, measure_classes, zero_shot_outputs, zero_shot_prompt
+from fastpeft.training.evaluation import answer_zero_shot, load_classes, zero_shot_prompt
 from fastpeft.training.run_folder import PREDICTIONS, RunFolder, read_config
 
 
@@ -26,13 +26,11 @@ def main(file: Path) -> None:
     assert prompt is not None  # the plan refuses the prompt none
     with folder.held():
         folder.open(values, texts.fingerprint, overwrite=False)
-        outputs = zero_shot_outputs(model, prompt, texts, calibrate=calibrate)
+        measured, answers = answer_zero_shot(model, prompt, texts, calibrate=calibrate)
         described = {name: values[name] for name in ("method", "model", "data", "prompt", "found_prompt", "calibrate")}
         result = folder.staging / "result"
         result.mkdir()
-        classes = {"labels": texts.dev.labels, "predictions": outputs.argmax(-1).tolist()}
-        files.write_json(result / PREDICTIONS, classes)
-        measured = measure_classes(outputs, texts)
+        files.write_json(result / PREDICTIONS, {"labels": texts.dev.labels, "predictions": answers})
         folder.close({**described, **measured, "trainable_parameters": 0, "versions": versions()}, result)
 
 

@@ -196,7 +196,7 @@ def evaluate_zero_shot(
         FastpeftError: model or data cannot be loaded, or the prompt does not fit them.
     """
     texts = data if isinstance(data, TextData) else load_classes(data, split=None)
-    return measure_classes(zero_shot_outputs(model, prompt, texts, calibrate=calibrate), texts)
+    return answer_zero_shot(model, prompt, texts, calibrate=calibrate)[0]
 
 
 def load_classes(
@@ -231,21 +231,24 @@ def zero_shot_prompt(
     return found.prompt, found.values()
 
 
-def zero_shot_outputs(model: str, prompt: Prompt, texts: TextData, *, calibrate: bool = False) -> np.ndarray:
-    """What a masked language model scores for each class, `(dev rows, classes)`; as `evaluate_zero_shot`."""
-    check_texts(prompt, texts.dev)
-    classifier = load_prompted(model, prompt.for_labels(texts.labels))
+def answer_zero_shot(
+    model: str, prompt: Prompt, texts: TextData, *, calibrate: bool = False
+) -> tuple[dict[str, Any], list[int]]:
+    """What `evaluate_zero_shot` gives, and the class that is answered to each dev row."""
+    dev, problem = texts.dev, texts.problem
+    check_texts(prompt, dev)
+    prompt = prompt.for_labels(texts.labels)
+    classifier = load_prompted(model, prompt)
     prompted = classifier.model.eval().to(best_device())
     if calibrate:
         prompted.calibrate()
     limit = min(DEFAULT_MAX_LENGTH, classifier.max_length)
-    return prompted.predict_logits(texts.dev.texts, max_length=limit).cpu().numpy()
-
-
-def measure_classes(outputs: np.ndarray, texts: TextData) -> dict[str, Any]:
-    """What `evaluate` gives, of outputs `(dev rows, classes)` on the dev rows of `texts`, with no training."""
-    labels, frequent = np.array(texts.dev.labels), most_frequent(texts.train.labels, texts.problem)
-    return _measure(texts.problem, texts.dev, set(), outputs, labels, texts.labels, frequent)
+    _, cut = encode_counted(classifier.tokenizer, dev, limit, prompt, problem)
+    outputs = prompted.predict_logits(dev.texts, max_length=limit).cpu().numpy()
+    labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
+    measured = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
+    warnings = [*measured["warnings"], *pitfalls.of_cut_texts(cut, len(dev), 0, limit)]
+    return {**measured, "warnings": warnings}, outputs.argmax(-1).tolist()
 
 
 def _measure(
