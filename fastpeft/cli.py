@@ -240,6 +240,13 @@ def predict(
         raise FastpeftError("nothing to classify; give texts, or --file with a row for each.")
     if kind is not None and file is None:
         raise FastpeftError(f"--format is {kind!r}, but there is no --file. Name one, or leave it out.")
+    if overwrite and output is None:
+        raise FastpeftError("--overwrite is given, but there is no --output. Name one, or leave it out.")
+    if every and output is not None:
+        raise FastpeftError(
+            "--all is for what is printed, but --output writes a file, which always has every class or label, and of "
+            "tags the likeliest. Leave --all out."
+        )
     with showing():
         from fastpeft import console
         from fastpeft.training import prediction_files

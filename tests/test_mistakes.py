@@ -119,6 +119,8 @@ MISTAKES = [
     ("predict run 'a film' --max-new-tokens 4", "--max-new-tokens is 4"),
     ("predict run --file absent.csv", "absent.csv"),
     ("predict run --format csv", "--file"),
+    ("predict run 'a film' --overwrite", "no --output"),
+    ("predict run 'a film' --all --output found.csv", "--all is for what is printed"),
     ("predict run 'a film' --output found.docx", "docx"),
     ("export run run/out --to onxx", "onxx"),
     ("export absent out", "absent"),
