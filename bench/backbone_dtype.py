@@ -22,8 +22,8 @@ from bench.harness import DATA, put_row
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.comparison.learning_rates import take_slice
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import resolve_model
 from fastpeft.ladder.config import BackboneDtype
+from fastpeft.models import resolve_model
 from fastpeft.support.environment import versions
 from fastpeft.training.memory import MEBIBYTE
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.models import load_classifier
 
 _COMMON: dict[str, Any] = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
 BASE = RobertaConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, **_COMMON)

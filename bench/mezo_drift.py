@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench.harness import DATA, machine, put_row
 from fastpeft import MeZO
-from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.models import load_classifier
 
 FILE = DATA / "mezo_drift.csv"
 EPS = 1e-3

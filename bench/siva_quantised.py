@@ -42,10 +42,10 @@ from bench.backbones import BASE
 from bench.bench_training import BATCH_SIZE, step_of
 from bench.harness import DATA, ROUNDS, Candidates, measure, put_row
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import load_masked_lm
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
 from fastpeft.methods.wrapping import in_4_bits
+from fastpeft.models import load_masked_lm
 from fastpeft.ops import reference
 from fastpeft.ops.quantise import Format, QuantisedWeight
 from fastpeft.siva.decompose import Factors, subtract, top_triplets

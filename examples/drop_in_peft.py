@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from fastpeft import SivaConfig
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

@@ -28,7 +28,7 @@ from transformers import set_seed
 
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.data.examples import Examples, load_data
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 
 Pairs = list[tuple[str, str]]
 SIDE_NETWORKS = {"k-lst": {"window_size": 3}, "lst": {"window_size": 1, "fusion": "gated"}}

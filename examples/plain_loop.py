@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from fastpeft import LadderConfig, LadderModel
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 
 
 @torch.no_grad()

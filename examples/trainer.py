@@ -24,7 +24,7 @@ from transformers import (
 
 from fastpeft import SivaConfig
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

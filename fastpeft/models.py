@@ -1,5 +1,320 @@
-"""`resolve_model`, under its documented name."""
+"""Base models: found by name, path or hub id, always loaded in float32, with a head for the problem."""
 
-from fastpeft.data.models import resolve_model
+from __future__ import annotations
 
-__all__ = ["resolve_model"]
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+
+from fastpeft.data.names import DEMO, DEMO_FOLDER
+from fastpeft.data.problems import Problem
+from fastpeft.errors import FastpeftError, first_line
+from fastpeft.support import files
+from fastpeft.support.hub import model_options, source_options
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SIDE_NETWORK = "fastpeft_ladder"  # the model type of one beside its base
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with the head of its problem, and its tokenizer.
+
+    Attributes:
+        model: a `PreTrainedModel` in float32.
+        tokenizer: its tokenizer, which has a padding token.
+        head: names of the modules that belong to the task or that the checkpoint did not hold.
+        head_is_new: whether the checkpoint lacked (parts of) the head, so that it must be trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    head: tuple[str, ...]
+    head_is_new: bool = True
+
+    @cached_property
+    def max_length(self) -> int:
+        """The longest input in tokens, with special tokens, after the context of a side network that has one."""
+        context = len(getattr(self.model.config, "context", None) or ())
+        known: int = self.tokenizer.model_max_length - context
+        positions: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is None or positions < 1:  # XLNet says -1: it reads texts of any length
+            return known
+        for name, module in self.model.named_modules():  # RoBERTa and its kin count on from the place of padding
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                positions -= module.padding_idx + 1
+        return min(known, positions)
+
+
+def resolve_model(model: str) -> str:
+    """What `from_pretrained` takes for `model`: a folder or a hub id.
+
+    Raises:
+        FastpeftError: it looks like a path where nothing is, or holds a part of a model: an adapter, a side network.
+    """
+    if model == DEMO:
+        return str(DEMO_FOLDER)
+    folder = files.path_of(model)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise FastpeftError(
+            f"the folder {model!r} holds an adapter, not a whole model. Give the model that it was trained on, or "
+            "merge the two (merge_and_unload) and give the folder of the result."
+        )
+    config = folder / "config.json"
+    if config.is_file() and files.read_json(config).get("model_type") == SIDE_NETWORK:
+        raise FastpeftError(
+            f"the folder {model!r} holds a side network, not a whole model. Give the model that it was trained beside, "
+            "or go on with its run by --init-from."
+        )
+    if folder.is_dir():
+        return str(folder.resolve())  # an adapter keeps it, and may be loaded from elsewhere
+    if folder.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise FastpeftError(
+            f"no model at {model!r}; give {DEMO!r}, a folder with config.json and model.safetensors, or a hub id such "
+            "as FacebookAI/roberta-large."
+        )
+    logger.info("no folder %r here; looking for that name in the cache and on the model hub", model)
+    return model
+
+
+def check_model(model: str) -> None:
+    """Raise `FastpeftError` where there is no `model`, or its configuration cannot be read. Loads no weights."""
+    source = resolve_model(model)
+    try:
+        transformers.AutoConfig.from_pretrained(source, **source_options(source))
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise _unloadable(model, error) from error
+
+
+def _unloadable(model: str, error: Exception) -> FastpeftError:
+    return FastpeftError(
+        f"cannot load the model {model!r}: {first_line(error)} Give {DEMO!r}, a folder with config.json, "
+        "model.safetensors and a tokenizer, or a hub id."
+    )
+
+
+def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Classifier:
+    """Load `model` with the head of `problem`; a head or pooler that its checkpoint lacks is drawn at random.
+
+    Weights are read from safetensors only and come in float32 whatever the file holds.
+
+    Args:
+        model: `"demo"`, a folder or a hub id.
+        labels: names of the head's outputs.
+        problem: what the head is for; its loss is the model's own.
+
+    Raises:
+        FastpeftError: the model is missing, broken, incomplete, or of a kind that has no such head.
+    """
+    id2label = dict(enumerate(labels))
+    loaded, tokenizer, info = _load(
+        getattr(transformers, problem.auto_class),
+        model,
+        # byte-level tokenizers read a word by itself as they would read it after a space
+        {"add_prefix_space": True} if problem.per_token else {},
+        id2label=id2label,
+        label2id={label: index for index, label in id2label.items()},
+        problem_type=None if problem.per_token else problem.name,
+    )
+    if problem.per_token and not tokenizer.is_fast:
+        raise FastpeftError(
+            f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not tell which word a token is of, which "
+            "tags need. Give a model that has a fast tokenizer."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
+
+
+def load_language_model(model: str) -> tuple[Any, Any]:
+    """Load `model` with its head for masked words or, of a decoder, for next words, and its tokenizer.
+
+    That of a decoder has no mask token, which is how a prompt knows it.
+
+    Raises:
+        FastpeftError: as `load_masked_lm`.
+    """
+    config = _config_of(model)
+    if config is None or not is_causal_lm(config):
+        return load_masked_lm(model)
+    classifier = load_for_next_words(model)
+    classifier.tokenizer.mask_token = None
+    return classifier.model, classifier.tokenizer
+
+
+def load_masked_lm(model: str) -> tuple[Any, Any]:
+    """Load `model` with its masked-word head, and its tokenizer; weights as `load_classifier` reads them.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
+    """
+    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    if head_is_new:
+        raise FastpeftError(
+            f"the model {model!r} has no masked-word head, which label words need. Train one on texts (fastpeft train "
+            "--objective mlm --method head), or give a model that predicts masked words; to train by labels, a prompt "
+            "can have a classification head instead (fastpeft train --prompt-head classifier)."
+        )
+    return loaded, tokenizer
+
+
+def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
+    """`load_masked_lm`, and whether the head, or a part of it, was drawn at random.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
+    """
+    from transformers import AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = _config_of(model)
+    if config is None or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
+        return (
+            loaded,
+            tokenizer,
+            any(not key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]),
+        )
+    raise FastpeftError(
+        f"the model {model!r} has no masked-word head, which label words and the objective mlm need, and its kind has "
+        "none. Give a model that predicts masked words; to train by labels, a prompt can have a classification head "
+        "instead (fastpeft train --prompt-head classifier)."
+    )
+
+
+def load_for_masked_words(model: str) -> Classifier:
+    """Load `model` to predict masked words, with the head that it has or else a new one.
+
+    The layer of the vocabulary is never new: it is the embeddings.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or is of a kind that predicts no masked words.
+    """
+    loaded, tokenizer, head_is_new = _load_masked_lm(model)
+    if head_is_new:
+        logger.info("the model %r has no masked-word head; a new one is trained", model)
+    return Classifier(loaded, tokenizer, masked_lm_head_layers(loaded, loaded), head_is_new)
+
+
+def load_for_next_words(model: str) -> Classifier:
+    """Load `model` to say next words, with the head that it has.
+
+    Raises:
+        FastpeftError: the model is missing, broken or incomplete, or is of a kind that says no next words.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config_of(model)
+    if config is not None and not is_causal_lm(config):
+        raise FastpeftError(
+            f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
+            "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
+        )
+    loaded, tokenizer, info = _load(AutoModelForCausalLM, model, {})
+    if new := [key for key in info["missing_keys"] if not key.startswith(f"{loaded.base_model_prefix}.")]:
+        raise FastpeftError(
+            f"the model {model!r} has no head for next words: its checkpoint lacks {new[0]}. Give a decoder's "
+            "checkpoint."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    return Classifier(loaded, tokenizer, (), head_is_new=False)
+
+
+def _config_of(model: str) -> Any:
+    """The configuration of `model`; None where it cannot be read, which loading the model will tell."""
+    from transformers import AutoConfig
+
+    with suppress(Exception):
+        source = resolve_model(model)
+        return AutoConfig.from_pretrained(source, **source_options(source))
+    return None
+
+
+def is_causal_lm(config: Any) -> bool:
+    """Whether a configuration is of a decoder; of kinds that may be one, as BERT's, most models are encoders."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
+
+
+def masked_lm_head_layers(masked_lm: Any, model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the layers in a masked-word head without that of the vocabulary: the dense layer and the norm.
+
+    Args:
+        masked_lm: the model that has the head.
+        model: what the names are in: the same, or what wraps it.
+    """
+    children = [child for name, child in masked_lm.named_children() if name != masked_lm.base_model_prefix]
+    outside = {module for child in children for module in child.modules()}
+    layers = [(name, module) for name, module in model.named_modules() if module in outside]
+    # the vocabulary's layer is told by its size: DeBERTa names its dense layer as its output embeddings
+    return tuple(
+        name
+        for name, layer in layers
+        if not [*layer.children()]
+        and [*layer.parameters()]
+        and all(len(parameter) != masked_lm.config.vocab_size for parameter in layer.parameters())
+    )
+
+
+def _load(
+    auto_class: Any, model: str, tokenizer_options: Mapping[str, Any], **options: Any
+) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Model, tokenizer, and which weights the checkpoint lacks."""
+    from transformers import AutoTokenizer
+
+    source = resolve_model(model)
+    try:
+        loaded, info = auto_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
+            output_loading_info=True,
+            **model_options(source),
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
+    except Exception as error:  # a broken file surfaces as almost any type
+        raise _unloadable(model, error) from error
+    _check_encoder(model, loaded.base_model_prefix, info)
+    return loaded, tokenizer, info
+
+
+def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
+    """Refuse an encoder that was drawn at random in parts: only a head or a pooler may be new."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    missing = {key for key in info["missing_keys"] if ".pooler." not in key}
+    for keys, fault in (mismatched, "has another shape than config.json says"), (missing, "is missing"):
+        inside = sorted(key for key in keys if key.startswith(f"{prefix}."))
+        if inside:
+            raise FastpeftError(
+                f"cannot load the model {model!r}: {inside[0]} {fault}, and {len(inside) - 1} other weights likewise. "
+                "Restore the checkpoint, or the config.json that belongs to it."
+            )
+
+
+def _head_modules(model: Any, missing: Sequence[str]) -> tuple[str, ...]:
+    """The model's children outside its encoder, and inside it each module that has parameters the checkpoint lacks."""
+    encoder = model.base_model_prefix
+    head = [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
+    fresh = {key.rpartition(".")[0] for key in missing if key.startswith(f"{encoder}.")}
+    return (*head, *sorted(fresh))

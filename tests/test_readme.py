@@ -12,7 +12,7 @@ import typer.main
 
 from fastpeft.cli import app
 from fastpeft.data.examples import DEMO
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

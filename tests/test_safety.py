@@ -19,8 +19,8 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.comparison.report.document import Heading, Items, Table, page
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION
+from fastpeft.models import load_classifier
 from fastpeft.support import hub
 from fastpeft.support.model_card import model_card
 

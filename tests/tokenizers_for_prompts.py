@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-import fastpeft.data.models
+import fastpeft.models
 
 FAMILIES = ("byte-level", "word-piece", "unigram")
 WORDS = (
@@ -22,7 +22,7 @@ _LETTERS = tuple("abcdefghijklmnopqrstuvwxyz.,?!:")
 def make_tokenizer(family: str) -> Any:
     """A tokenizer with a mask token: the bundled byte-level BPE, a WordPiece or a Unigram one."""
     if family == "byte-level":
-        return transformers.AutoTokenizer.from_pretrained(fastpeft.data.models.resolve_model("demo"))
+        return transformers.AutoTokenizer.from_pretrained(fastpeft.models.resolve_model("demo"))
     return _word_piece() if family == "word-piece" else _unigram()
 
 

@@ -23,9 +23,9 @@ from fastpeft.comparison.report import output
 from fastpeft.comparison.schedule import next_ready, seconds_of_all
 from fastpeft.comparison.variants import ZERO_SHOT, told_of
 from fastpeft.data.examples import TextData
-from fastpeft.data.models import check_model
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
+from fastpeft.models import check_model
 from fastpeft.prompts.named import AUTO
 from fastpeft.support import files
 from fastpeft.support.interrupts import sigterm_interrupts, uninterrupted

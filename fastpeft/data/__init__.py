@@ -1,1 +1,1 @@
-"""Rows and labels, what makes their scores, and base models."""
+"""Rows and labels, and what makes their scores."""

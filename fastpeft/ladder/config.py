@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from fastpeft.data.models import SIDE_NETWORK
 from fastpeft.errors import FastpeftError, did_you_mean
 from fastpeft.functional import MAX_WINDOW
+from fastpeft.models import SIDE_NETWORK
 from fastpeft.ops.quantise import Format, check_library
 
 Fusion = Literal["cross_attention", "gated"]

@@ -23,8 +23,8 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Row
-from fastpeft.data.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
 from fastpeft.errors import FastpeftError, first_line
+from fastpeft.models import Classifier, is_causal_lm, load_language_model, masked_lm_head_layers
 from fastpeft.prompts.template import PROMPT_FILE, Prompt, Text, is_of_decoder
 from fastpeft.support import files
 from fastpeft.support.adapter_files import WEIGHTS, check_file

@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 from fastpeft.data import pitfalls
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
-from fastpeft.data.models import load_for_next_words
 from fastpeft.data.names import UNLABELLED
 from fastpeft.data.problems import (
     CLASSIFICATION,
@@ -27,6 +26,7 @@ from fastpeft.data.problems import (
 )
 from fastpeft.data.splitting import STRATIFIED
 from fastpeft.errors import FastpeftError
+from fastpeft.models import load_for_next_words
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.named import is_auto, parse_prompt
 from fastpeft.prompts.template import Prompt

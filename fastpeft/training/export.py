@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import DataCollatorWithPadding
 
 from fastpeft.data.examples import Examples
-from fastpeft.data.models import Classifier, resolve_model
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS
 from fastpeft.errors import FastpeftError
 from fastpeft.ladder import LadderModel
@@ -21,6 +20,7 @@ from fastpeft.methods.registry import METHODS
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.methods.wrapping import merge
 from fastpeft.mezo import Journal
+from fastpeft.models import Classifier, resolve_model
 from fastpeft.prompts.template import is_of_decoder
 from fastpeft.siva.export import save_as_lora
 from fastpeft.support import files

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastpeft.data.examples import Row
-from fastpeft.data.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, Problem
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import OVER, EarlierRun
+from fastpeft.models import Classifier, load_classifier, load_for_masked_words, load_for_next_words
 from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.prompts.model import load_prompted
 from fastpeft.prompts.template import Prompt

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from fastpeft.data.examples import Examples, TextData
-from fastpeft.data.models import Classifier, load_language_model
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.errors import FastpeftError
+from fastpeft.models import Classifier, load_language_model
 from fastpeft.prompts.model import PromptModel
 from fastpeft.prompts.named import AUTO
 from fastpeft.prompts.template import MASK, Prompt, is_of_decoder

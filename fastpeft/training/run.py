@@ -17,7 +17,6 @@ from transformers import TrainerCallback, set_seed
 
 from fastpeft.data import pitfalls
 from fastpeft.data.examples import count_labels, labels_in_words
-from fastpeft.data.models import resolve_model
 from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import (
     CLASSIFICATION,
@@ -32,6 +31,7 @@ from fastpeft.data.problems import (
 from fastpeft.data.splitting import digest
 from fastpeft.errors import FastpeftError, LostProcessError, NotFiniteError, first_line
 from fastpeft.ladder.cache import DTYPES
+from fastpeft.models import resolve_model
 from fastpeft.ops.autotune import timings
 from fastpeft.prompts.model import inside_prompt
 from fastpeft.prompts.template import is_of_decoder

@@ -13,10 +13,10 @@ from transformers import set_seed
 from fastpeft.data import packed_rows, pitfalls
 from fastpeft.data.examples import Row, TextData, load_data
 from fastpeft.data.masking import Masker
-from fastpeft.data.models import Classifier
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
 from fastpeft.errors import FastpeftError
 from fastpeft.methods.method import Method
+from fastpeft.models import Classifier
 from fastpeft.ops.frozen_linear import pack_frozen
 from fastpeft.ops.fused_head import can_fuse_head, fuse_head
 from fastpeft.support.environment import best_device

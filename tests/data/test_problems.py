@@ -33,7 +33,6 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.comparison.report.output import headline
 from fastpeft.console import measured
 from fastpeft.data.examples import Examples, load_data
-from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import (
     CLASSIFICATION,
     MASKED_WORDS,
@@ -50,6 +49,7 @@ from fastpeft.data.problems import (
     title_of,
 )
 from fastpeft.data.scores import entities
+from fastpeft.models import load_classifier
 from fastpeft.training.encoding import encode, encode_counted
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.loading import load_run

@@ -10,11 +10,11 @@ import torch
 from samples import save_tiny_model
 
 from fastpeft import FastpeftError
-from fastpeft.data.models import Classifier, load_classifier
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.preparation import Preparation, parse_targets
 from fastpeft.methods.recipes import Recipe
 from fastpeft.methods.registry import METHODS, get_method
+from fastpeft.models import Classifier, load_classifier
 
 LABELS = ("no", "yes", "perhaps")
 

@@ -15,10 +15,10 @@ from backbones import tiny
 from samples import PROMPT, reviews, save_tiny_model, tagged, write_csv, write_jsonl
 
 from fastpeft import CompareConfig, FastpeftError, PromptCollator, TrainConfig, train
-from fastpeft.data.models import Classifier, load_classifier
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.preparation import Preparation
 from fastpeft.methods.registry import get_method
+from fastpeft.models import Classifier, load_classifier
 from fastpeft.training.estimates import plan
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export

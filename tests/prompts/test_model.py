@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from fastpeft import FastpeftError, LadderConfig, LadderModel, Prompt, PromptCollator, PromptModel, SivaConfig
-from fastpeft.data.models import resolve_model
+from fastpeft.models import resolve_model
 from fastpeft.prompts.named import get_prompt
 from fastpeft.training.memory import simulate_training_step
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from fastpeft import CompareConfig, FastpeftError, LadderConfig, LadderModel, Prompt, PromptModel, SivaConfig, compare
 from fastpeft.data.examples import load_data
-from fastpeft.data.models import load_classifier
 from fastpeft.data.problems import CLASSIFICATION
 from fastpeft.methods.saved_adapters import load_adapter
 from fastpeft.mezo import Journal
+from fastpeft.models import load_classifier
 from fastpeft.ops.noise import NAMES
 from fastpeft.support.adapter_files import check_file
 from fastpeft.support.safe_paths import check_named_files

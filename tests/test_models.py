@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
-from fastpeft.data.models import Classifier
+from fastpeft.models import Classifier
 
 SIZE = {
     "hidden_size": 8,
