@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastpeft.data.names import DEMO, DEMO_FOLDER
 from fastpeft.data.problems import Problem
@@ -130,9 +131,7 @@ def load_classifier(model: str, labels: Sequence[str], problem: Problem) -> Clas
             f"{type(tokenizer).__name__}, the tokenizer of {model!r}, does not tell which word a token is of, which "
             "tags need. Give a model that has a fast tokenizer."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded.config.pad_token_id = tokenizer.pad_token_id
+    _settle_padding(loaded, tokenizer)
     return Classifier(loaded, tokenizer, _head_modules(loaded, info["missing_keys"]))
 
 
@@ -160,10 +159,9 @@ def load_masked_lm(model: str) -> tuple[Any, Any]:
     """
     loaded, tokenizer, head_is_new = _load_masked_lm(model)
     if head_is_new:
-        raise FastpeftError(
-            f"the model {model!r} has no masked-word head, which label words need. Train one on texts (fastpeft train "
-            "--objective mlm --method head), or give a model that predicts masked words; to train by labels, a prompt "
-            "can have a classification head instead (fastpeft train --prompt-head classifier)."
+        raise _without_words(
+            model,
+            "which label words need. Train one on texts (fastpeft train --objective mlm --method head), or give",
         )
     return loaded, tokenizer
 
@@ -174,21 +172,18 @@ def _load_masked_lm(model: str) -> tuple[Any, Any, bool]:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or has no masked-word head.
     """
-    from transformers import AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     config = _config_of(model)
     if config is None or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        loaded, tokenizer, info = _load(AutoModelForMaskedLM, model, {})
-        return (
-            loaded,
-            tokenizer,
-            any(not key.startswith(f"{loaded.base_model_prefix}.") for key in info["missing_keys"]),
-        )
-    raise FastpeftError(
-        f"the model {model!r} has no masked-word head, which label words and the objective mlm need, and its kind has "
-        "none. Give a model that predicts masked words; to train by labels, a prompt can have a classification head "
-        "instead (fastpeft train --prompt-head classifier)."
+        loaded, tokenizer, info = _load(transformers.AutoModelForMaskedLM, model, {})
+        return loaded, tokenizer, bool(_new_in_head(loaded, info))
+    raise _without_words(model, "which label words and the objective mlm need, and its kind has none. Give")
+
+
+def _without_words(model: str, what: str) -> FastpeftError:
+    """The error where a model predicts no masked words."""
+    return FastpeftError(
+        f"the model {model!r} has no masked-word head, {what} a model that predicts masked words; to train by labels, "
+        "a prompt can have a classification head instead (fastpeft train --prompt-head classifier)."
     )
 
 
@@ -212,44 +207,33 @@ def load_for_next_words(model: str) -> Classifier:
     Raises:
         FastpeftError: the model is missing, broken or incomplete, or is of a kind that says no next words.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _config_of(model)
     if config is not None and not is_causal_lm(config):
         raise FastpeftError(
             f"the model {model!r} ({config.model_type}) does not say next words, which the objective causal learns. "
             "Give a decoder, as HuggingFaceTB/SmolLM2-135M-Instruct; an encoder learns texts by --objective mlm."
         )
-    loaded, tokenizer, info = _load(AutoModelForCausalLM, model, {})
-    if new := [key for key in info["missing_keys"] if not key.startswith(f"{loaded.base_model_prefix}.")]:
+    loaded, tokenizer, info = _load(transformers.AutoModelForCausalLM, model, {})
+    if new := _new_in_head(loaded, info):
         raise FastpeftError(
             f"the model {model!r} has no head for next words: its checkpoint lacks {new[0]}. Give a decoder's "
             "checkpoint."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _settle_padding(loaded, tokenizer)
     tokenizer.padding_side = "right"  # to train on; to go on from prompts they are padded on the left
-    loaded.config.pad_token_id = tokenizer.pad_token_id
     return Classifier(loaded, tokenizer, (), head_is_new=False)
 
 
 def _config_of(model: str) -> Any:
     """The configuration of `model`; None where it cannot be read, which loading the model will tell."""
-    from transformers import AutoConfig
-
     with suppress(Exception):
         source = resolve_model(model)
-        return AutoConfig.from_pretrained(source, **source_options(source))
+        return transformers.AutoConfig.from_pretrained(source, **source_options(source))
     return None
 
 
 def is_causal_lm(config: Any) -> bool:
     """Whether a configuration is of a decoder; of kinds that may be one, as BERT's, most models are encoders."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
     kind = config.model_type
     reads_both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not reads_both_ways
@@ -279,8 +263,6 @@ def _load(
     auto_class: Any, model: str, tokenizer_options: Mapping[str, Any], **options: Any
 ) -> tuple[Any, Any, Mapping[str, Any]]:
     """Model, tokenizer, and which weights the checkpoint lacks."""
-    from transformers import AutoTokenizer
-
     source = resolve_model(model)
     try:
         loaded, info = auto_class.from_pretrained(
@@ -292,11 +274,23 @@ def _load(
             **model_options(source),
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **source_options(source), **tokenizer_options)
     except Exception as error:  # a broken file surfaces as almost any type
         raise _unloadable(model, error) from error
     _check_encoder(model, loaded.base_model_prefix, info)
     return loaded, tokenizer, info
+
+
+def _settle_padding(model: Any, tokenizer: Any) -> None:
+    """Have both agree on the padding token, which is that of the end where the tokenizer has none."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _new_in_head(model: Any, info: Mapping[str, Any]) -> list[str]:
+    """The weights outside the encoder that the checkpoint lacks."""
+    return [key for key in info["missing_keys"] if not key.startswith(f"{model.base_model_prefix}.")]
 
 
 def _check_encoder(model: str, prefix: str, info: Mapping[str, Any]) -> None:
