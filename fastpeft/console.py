@@ -22,7 +22,7 @@ from fastpeft.comparison.cells import Cell
 from fastpeft.comparison.report import document, output
 from fastpeft.comparison.run import Comparison
 from fastpeft.comparison.schedule import seconds_of_all
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.problems import TITLES, in_order, title_of
 from fastpeft.errors import FastpeftError
 from fastpeft.progress import console, errors
@@ -49,7 +49,7 @@ def show_messages(quiet: bool) -> None:
     handler = RichHandler(console=errors, show_time=False, show_level=False, show_path=False, markup=False)
     handler.setFormatter(_Typed())
     show_own_messages(handler, quiet)
-    pitfalls.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
+    result_warnings.logger.setLevel(logging.ERROR)  # `show_warnings` has them below the table
 
 
 @contextmanager
@@ -91,8 +91,8 @@ def show_predictions(found: Predictions, target: Path | None, every: bool) -> in
             count += len(left_out)
     if count > _SHOWN_LEFT_OUT:
         typer.echo(f"Left out: {count - _SHOWN_LEFT_OUT:,} more of the {found.count:,} rows", err=True)
-    for doubt in found.doubts:
-        typer.echo(f"Warning: {doubt}", err=True)
+    for warning in found.warnings:
+        typer.echo(f"Warning: {warning}", err=True)
     if target is not None:
         typer.echo(f"saved in {target}: {found.count - count:,} of {found.count:,} rows")
     return count

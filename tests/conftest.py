@@ -141,7 +141,7 @@ def quick_interpreter() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def plain_logging() -> None:
     """The library's logger as it is without a command, which sets it up for its process: here that of all tests."""
-    for name in ("fastpeft", "fastpeft.data.pitfalls"):
+    for name in ("fastpeft", "fastpeft.data.result_warnings"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     logging.getLogger("fastpeft").handlers = []
 

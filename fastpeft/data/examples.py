@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.columns import Columns, check_separated, class_names, own_columns, pick_columns, tell_problem
 from fastpeft.data.conversations import Conversation, as_conversation, is_conversation
 from fastpeft.data.names import DEMO
@@ -50,12 +50,12 @@ class Examples:
             strings, of pairs of a prompt and its completion, or of conversations.
         labels: of each text the index of its class in `TextData.labels`, its number, or the indices of its tags; where
             it may have several labels, of each of `TextData.labels` 1.0 or 0.0; none where the texts alone are learned.
-        doubts: what is to be said of how these were read among the `warnings` of what is measured.
+        warnings: what is to be said of how these were read.
     """
 
     texts: list[Any]
     labels: list[Any]
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -442,12 +442,12 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
     if problem is REGRESSION:
         return Examples(texts, [score for _, score in part])
     index = {label: number for number, label in enumerate(classes)}
-    doubts = []
+    warnings = []
     if not any(map(_is_number, classes)):
         numbers = {str(number): number for number in range(len(classes))}
         if used := sorted({*_labels_of(part)} & {*numbers}, key=int):
             read_as = ", ".join(f"{number} as {classes[numbers[number]]}" for number in used)
-            doubts = pitfalls.of_numbers(data, problem, read_as)
+            warnings = result_warnings.of_numbers(data, problem, read_as)
         index |= numbers
     unknown = Counter(label for label in _labels_of(part) if label not in index)
     if unknown:
@@ -466,4 +466,4 @@ def _to_examples(part: Labelled, classes: list[str], problem: Problem, data: str
         labels: list[Any] = [[float(number in row) for number in range(len(classes))] for row in given]
     else:
         labels = [[index[tag] for tag in label] if problem.per_token else index[label] for _, label in part]
-    return Examples(texts, labels, doubts)
+    return Examples(texts, labels, warnings)

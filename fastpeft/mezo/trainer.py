@@ -156,10 +156,10 @@ class MeZOTrainer(Trainer):
         self._settle_for_callbacks()
         if can_fuse_head(self.model):  # whose loss asks for no gradient, even where the decoder trains
             fuse_head(self.model)
-        for doubt in self.doubts_of_head():
-            logger.warning("%s", doubt)
+        for warning in self.warnings_of_head():
+            logger.warning("%s", warning)
 
-    def doubts_of_head(self) -> list[str]:
+    def warnings_of_head(self) -> list[str]:
         """What is to be said where the model is no language model, and contains none."""
         models = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
         if any(model.get_output_embeddings() is not None for model in models):

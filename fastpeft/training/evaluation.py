@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.examples import Examples, TextData, load_data, load_rows, texts_in_words
 from fastpeft.data.masking import Masker
 from fastpeft.data.names import UNLABELLED
@@ -82,7 +82,7 @@ def evaluate(
     trained_on, known = RunFolder(folder).trained_on(), RunFolder(folder).metrics().get("most_frequent_class", {})
     told = known.get("classes") or [known.get("class")]
     frequent = [run.labels.index(name) for name in told] if {*told} <= {*run.labels} else None
-    config, doubts = run.config, []
+    config, warnings = run.config, []
     if data is not None:
         dev = load_rows(
             data,
@@ -100,7 +100,7 @@ def evaluate(
                 f"{config.data!r} has {', '.join(own.labels)} now. Restore that data, or name rows with --data."
             )
         dev = own.dev
-        doubts = [] if RunFolder(folder).has_rows(own.fingerprint) else pitfalls.of_changed_rows(config.data)
+        warnings = [] if RunFolder(folder).has_rows(own.fingerprint) else result_warnings.of_changed_rows(config.data)
         frequent = most_frequent(own.train.labels, own.problem)
     if (dev.is_pair, dev.are_conversations) != (run.is_pair, run.chats):
         learned = "conversations" if run.chats else "pairs of texts" if run.is_pair else "one text a row"
@@ -111,7 +111,7 @@ def evaluate(
             f"the run in {str(folder)!r} learned from {learned}, but {data or config.data!r} has {texts_in_words(dev)}"
             f"{' now' if data is None else ''}. {remedy}"
         )
-    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, doubts)
+    measured = _evaluate(run, dev, trained_on, frequent, max_new_tokens, warnings)
     threshold = {name: RunFolder(folder).metrics().get(name) for name in ("threshold", "threshold_rows")}
     return {**measured, **(threshold if run.threshold is not None else {})}
 
@@ -153,12 +153,12 @@ def _evaluate(
     trained_on: Set[str],
     frequent: Sequence[int] | None,
     max_new_tokens: int | None,
-    doubts: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `evaluate` gives, but for the threshold, with `doubts` among the warnings."""
+    """What `evaluate` gives, but for the threshold; its warnings begin with these."""
     rows, cut = encode_counted(run.classifier.tokenizer, dev, run.max_length, run.prompt, run.problem)
     warn_of_texts(dev, rows, run.max_length, run.problem)
-    cut_texts = pitfalls.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
+    cut_texts = result_warnings.of_cut_texts(cut, len(dev), len(dev) - len(rows), run.max_length)
     if run.problem is MASKED_WORDS:
         rows = Masker(run.classifier.tokenizer).fixed(rows)
     join = _padded if run.problem.per_token else np.stack
@@ -166,8 +166,8 @@ def _evaluate(
     measured = _measure(run.problem, dev, trained_on, outputs, labels, run.labels, frequent, run.threshold)
     if run.problem is NEXT_WORDS and max_new_tokens != 0:
         measured |= measure_generations(TextGenerator(run, max_new_tokens), dev.texts)
-    warnings = [*doubts, *measured["warnings"], *cut_texts]
-    pitfalls.tell(warnings)
+    warnings = [*warnings, *measured["warnings"], *cut_texts]
+    result_warnings.tell(warnings)
     return {**measured, "warnings": warnings, "dev_rows": len(rows)}
 
 
@@ -247,7 +247,7 @@ def answer_zero_shot(
     outputs = prompted.predict_logits(dev.texts, max_length=limit).cpu().numpy()
     labels, frequent = np.array(dev.labels), most_frequent(texts.train.labels, problem)
     measured = _measure(problem, dev, set(), outputs, labels, texts.labels, frequent)
-    warnings = [*measured["warnings"], *pitfalls.of_cut_texts(cut, len(dev), 0, limit)]
+    warnings = [*measured["warnings"], *result_warnings.of_cut_texts(cut, len(dev), 0, limit)]
     return {**measured, "warnings": warnings}, outputs.argmax(-1).tolist()
 
 
@@ -267,6 +267,6 @@ def _measure(
     if LOSS not in scores:
         assert problem.loss is not None  # which is so where the score has it
         scores[LOSS] = problem.loss(raw, labels)
-    warnings = [*dev.doubts, *pitfalls.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
+    warnings = [*dev.warnings, *result_warnings.of_dev_rows(problem, dev.texts, trained_on, outputs, labels, names)]
     described = describe(problem, outputs, labels, names, frequent)
     return {**scores, "dev_rows": len(dev), **described, "warnings": warnings}

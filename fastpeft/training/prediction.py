@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.batches import by_length
 from fastpeft.data.examples import Examples, Row
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, NEXT_WORDS, REGRESSION, UNLABELLED
@@ -144,7 +144,9 @@ def predict(folder: str | Path, texts: Sequence[Any]) -> list[Any]:
         return generate(folder, texts)
     predictor = Predictor(folder)
     encoded = [predictor.encode(text) for text in texts]
-    pitfalls.tell(pitfalls.of_cut_texts(predictor.count_cut(encoded), len(encoded), 0, predictor.run.max_length))
+    result_warnings.tell(
+        result_warnings.of_cut_texts(predictor.count_cut(encoded), len(encoded), 0, predictor.run.max_length)
+    )
     found = predictor.scores(encoded)
     if predictor.run.problem.per_token:
         return [[predictor.answer(word) for word in scores] for scores in found]

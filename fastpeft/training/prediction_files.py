@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.columns import named_labels, own_columns, pick_columns, prompt_columns
 from fastpeft.data.conversations import as_conversation, is_conversation
 from fastpeft.data.problems import MASKED_WORDS, MULTI_LABEL, REGRESSION
@@ -205,9 +205,9 @@ class Predictions:
             raise FastpeftError(f"{place}: {error}") from None
 
     @property
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What is to be said of the rows that were answered so far."""
-        return pitfalls.of_cut_texts(self.cut, self.count, 0, self._predictor.run.max_length)
+        return result_warnings.of_cut_texts(self.cut, self.count, 0, self._predictor.run.max_length)
 
     # -- what is shown and written -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from fastpeft.data import pitfalls
+from fastpeft.data import result_warnings
 from fastpeft.data.examples import count_labels, labels_in_words
 from fastpeft.data.packed_rows import texts_of
 from fastpeft.data.problems import (
@@ -123,7 +123,7 @@ def train(
             logger.info("%s", labels_in_words(task.data))
         trained_on = _trained_on(task)
         if is_first():  # while there is time to stop
-            for warning in (*pitfalls.seen_rows(task.data.dev.texts, trained_on), *_missing(task)):
+            for warning in (*result_warnings.seen_rows(task.data.dev.texts, trained_on), *_missing(task)):
                 logger.warning("%s", warning)
         trainer, before, before_lowered = _prepare(task, folder, callbacks)
 
@@ -147,7 +147,7 @@ def train(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"Interrupted. {folder.going_on()}") from None
     if is_first():
-        pitfalls.tell(metrics["warnings"])
+        result_warnings.tell(metrics["warnings"])
     if trainer.stop.asked:
         raise KeyboardInterrupt(f"Interrupted while the run in {folder.path} was ending; it is finished.")
     return TrainResult(folder.path, metrics)
@@ -205,7 +205,7 @@ def _trained_on(task: Task) -> set[str]:
 
 def _missing(task: Task) -> list[str]:
     """What is to be said of classes or labels that no training row has."""
-    return pitfalls.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
+    return result_warnings.of_train_rows(task.data.problem, count_labels(task.data), task.data.labels)
 
 
 def _run(trainer: RunTrainer, task: Task, folder: RunFolder, resume: bool) -> None:
@@ -274,12 +274,12 @@ def _finish(
         **_metrics(trainer, task, before, after, chosen, threshold, command),
         **describe(data.problem, outputs, labels, data.labels, most_frequent(data.train.labels, data.problem)),
         "warnings": [
-            *pitfalls.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
+            *result_warnings.of_dev_rows(data.problem, data.dev.texts, trained_on, outputs, labels, data.labels),
             *_missing(task),
-            *task.doubts,
-            *trainer.doubts_of_head(),
-            *pitfalls.of_threshold(len(task.apart_rows)),
-            *pitfalls.of_training_loss(trainer.points("loss"), before_lowered),
+            *task.warnings,
+            *trainer.warnings_of_head(),
+            *result_warnings.of_threshold(len(task.apart_rows)),
+            *result_warnings.of_training_loss(trainer.points("loss"), before_lowered),
         ],
     }
     staged = folder.staging / "result"

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from fastpeft.data import packed_rows, pitfalls
+from fastpeft.data import packed_rows, result_warnings
 from fastpeft.data.examples import Row, TextData, load_data
 from fastpeft.data.masking import Masker
 from fastpeft.data.problems import MASKED_WORDS, NEXT_WORDS, OBJECTIVES
@@ -43,7 +43,7 @@ class Task:
             dev rows and not yet in the others; with `packing` those to train on are joined.
         apart_rows: likewise those to choose a threshold by; none where there are none.
         max_length: where texts were cut, in tokens.
-        doubts: what is to be said of these texts among the `warnings` of the run.
+        warnings: what is to be said of these texts, with the result too.
     """
 
     setup: RunSetup
@@ -54,7 +54,7 @@ class Task:
     dev_rows: list[Row]
     apart_rows: list[Row]
     max_length: int
-    doubts: list[str]
+    warnings: list[str]
 
     @classmethod
     def load(cls, config: TrainConfig) -> Task:
@@ -84,10 +84,10 @@ class Task:
             warn_of_texts(part, rows, max_length, data.problem)
         texts, cut = sum(map(len, parts)), sum(count for _, count in encoded)
         lost = texts - sum(len(rows) for rows, _ in encoded)
-        doubts = list(dict.fromkeys(doubt for part in parts for doubt in part.doubts))
-        doubts += pitfalls.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
-        for doubt in doubts:  # while there is time to stop
-            logger.warning("%s", doubt)
+        warnings = list(dict.fromkeys(warning for part in parts for warning in part.warnings))
+        warnings += result_warnings.of_cut_texts(cut, texts, lost, max_length, classifier.max_length - own_tokens)
+        for warning in warnings:  # while there is time to stop
+            logger.warning("%s", warning)
         context, count = earlier_context(config), setup.method.examples(setup.preparation)
         if context is None and count:
             context, train_rows = _take_examples(train_rows, count, config.seed)
@@ -112,7 +112,7 @@ class Task:
         if best_device() == "cpu" or not config.pack_weights:
             pack_frozen(model, config.pack_weights)
         apart_rows = kept[0] if kept else []
-        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length, doubts)
+        return cls(setup, model, classifier.tokenizer, data, train_rows, dev_rows, apart_rows, max_length, warnings)
 
     @property
     def config(self) -> TrainConfig:

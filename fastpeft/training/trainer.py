@@ -143,7 +143,7 @@ class RunTrainer(Trainer):
                 parts,
             )
 
-    def doubts_of_head(self) -> list[str]:
+    def warnings_of_head(self) -> list[str]:
         """What is to be said of a head that the method trains badly."""
         return []
 
@@ -325,8 +325,8 @@ class MeZORunTrainer(RunTrainer, MeZOTrainer):
     Its journal and its checkpoints are those of the run's folder.
     """
 
-    def doubts_of_head(self) -> list[str]:
-        return [] if self.starts_from_a_run else MeZOTrainer.doubts_of_head(self)
+    def warnings_of_head(self) -> list[str]:
+        return [] if self.starts_from_a_run else MeZOTrainer.warnings_of_head(self)
 
     def _step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return MeZOTrainer.training_step(self, model, inputs, *args, **kwargs)

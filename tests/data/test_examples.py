@@ -417,9 +417,9 @@ def test_numbers_in_place_of_names_are_told(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "rows.csv", [("a film", "1"), ("a plot", "0")])
     rows = load_rows(str(file), ["contradiction", "entailment"], CLASSIFICATION)
     assert rows.labels == [1, 0]
-    (said,) = rows.doubts
+    (said,) = rows.warnings
     assert "has numbers for classes, which are read by their places: 0 as contradiction, 1 as entailment." in said
-    assert load_rows(str(file), ["0", "1"], CLASSIFICATION).doubts == []
+    assert load_rows(str(file), ["0", "1"], CLASSIFICATION).warnings == []
 
 
 # -- data sets -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
 from fastpeft.comparison.learning_rates import take_slice, write_rows
 from fastpeft.data.examples import load_data, load_rows
-from fastpeft.data.pitfalls import of_dev_rows, of_train_rows
 from fastpeft.data.problems import CLASSIFICATION, MULTI_LABEL, describe, get_problem, most_frequent
+from fastpeft.data.result_warnings import of_dev_rows, of_train_rows
 from fastpeft.training.evaluation import evaluate
 from fastpeft.training.export import export
 from fastpeft.training.prediction import predict

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from fastpeft import FastpeftError, TrainConfig, train
 from fastpeft.cli import app
-from fastpeft.data.pitfalls import of_dev_rows, of_training_loss, seen_rows
 from fastpeft.data.problems import CLASSIFICATION, REGRESSION, TAGGING
+from fastpeft.data.result_warnings import of_dev_rows, of_training_loss, seen_rows
 from fastpeft.data.splitting import digest
 from fastpeft.training.evaluation import evaluate
 
@@ -100,14 +100,14 @@ def test_a_loss_that_fell_or_moved_within_its_noise_is_not() -> None:
 
 
 def said_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "fastpeft.data.pitfalls"]
+    return [record.getMessage() for record in caplog.records if record.name == "fastpeft.data.result_warnings"]
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_and_its_evaluation_say_what_misleads(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "fastpeft.data.pitfalls"):
+    with caplog.at_level(logging.WARNING, "fastpeft.data.result_warnings"):
         result = train(replace(config, learning_rate=1e-9))
         assert result.metrics["warnings"][0].startswith(FEW.format(6))
         assert said_in(caplog) == result.metrics["warnings"]
